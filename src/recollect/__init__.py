@@ -1,0 +1,1 @@
+"""Train networks whose depth has outgrown memory."""
