@@ -1,0 +1,284 @@
+"""Checkpoints: one frame around a function, with kept inputs or with the function's inverse as the source."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.frames._chain import Parts, Slot, slot_of
+from recollect.frames._drift import DriftGauge, DriftProbe
+from recollect.frames._errors import RebuildError
+from recollect.frames._frame import Frame
+from recollect.frames._keep import KeptArguments, devices_of
+from recollect.frames._modes import enclosing, frames_apply
+from recollect.frames._region import Region, describe
+
+__all__ = ["checkpoint", "run_invertible"]
+
+
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    seed: bool = True,
+    enabled: bool = True,
+    inverse: Callable[..., Any] | None = None,
+    keep: Iterable[Tensor] = (),
+) -> Any:
+    """Run ``function(*args)`` without keeping what autograd saves in it; rebuild that when backward asks for it.
+
+    Without ``inverse`` the inputs are kept, and the function is run again from them. With ``inverse`` the inputs are
+    not kept either: they are recollected from the outputs. Checkpoints with an inverse whose outputs are the next one's
+    inputs form a chain, which keeps its last outputs only.
+
+    The rebuild repeats the forward: random state of the CPU and of the inputs' devices, autocast, training flags and
+    parameters are those of the forward, and buffers such as BatchNorm's running statistics are updated once.
+    Any number of backward passes, ``torch.autograd.grad``, double backward and ``is_grads_batched`` work as without.
+    Where nothing is saved for backward (no grad, inference mode) or saved-tensor hooks do not exist (torch.func,
+    whole-model torch.compile), the function runs plain.
+
+    Args:
+        function: takes and returns tensors, tuples of tensors, or anything else.
+        *args: positional arguments; tensors within lists, tuples and dicts are seen too.
+        seed: replay random state in rebuilds. Needed for dropout's gradient to be right.
+        enabled: with ``False`` the function runs plain.
+        inverse: called as ``inverse(*outputs)``; returns the arguments again, in order (those that it need not return
+            may be cut off at the end if they are kept).
+        keep: input tensors that stay in memory although there is an inverse.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InPlaceError: in backward, when an input, output or parameter was changed in place since the forward.
+        RebuildError: in backward, when the function saved other tensors than in the forward, or the inverse did not
+            return the inputs.
+        GraphFreedError: on a second backward without ``retain_graph=True`` in the first.
+
+    Example:
+        >>> import torch, recollect
+        >>> x = torch.randn(4, requires_grad=True)
+        >>> recollect.checkpoint(torch.sin, x).sum().backward()
+        >>> torch.allclose(x.grad, torch.cos(x))
+        True
+    """
+    if not enabled or not frames_apply():
+        return function(*args)
+    if inverse is None:
+        region = Region(function, seed)
+        return Frame(region, _KeptSource(region, args)).run(args, devices_of(args))
+    return run_invertible(function, inverse, args, seed=seed, keep=keep)
+
+
+class _KeptSource:
+    """The frame's inputs, kept."""
+
+    __slots__ = ("_args", "_region")
+
+    def __init__(self, region: Region, args: tuple[Any, ...]) -> None:
+        self._region = region
+        self._args = KeptArguments(args)
+
+    def inputs(self, index: int) -> tuple[Any, ...]:
+        """Return the kept inputs."""
+        return tuple(self._args.get(self._region.name))
+
+    def evaluated(self, index: int, output: Any) -> None:
+        """Nothing depends on the output."""
+
+
+def run_invertible(
+    function: Callable[..., Any],
+    inverse: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    seed: bool = True,
+    keep: Iterable[Tensor] = (),
+    inverted: int | None = None,
+    gauge: DriftGauge | None = None,
+    anchor_every: int | None = None,
+) -> Any:
+    """Run an invertible function as a stage of a chain; see :func:`checkpoint`.
+
+    Args:
+        function: takes ``args``.
+        inverse: takes the outputs of ``function`` and returns ``args`` again.
+        args: positional arguments. Floating-point tensors are dropped unless ``keep`` names them or an output aliases
+            them; everything else is kept.
+        seed: replay random state.
+        keep: input tensors to keep.
+        inverted: how many leading arguments ``inverse`` brings back; it then takes the outputs followed by the other
+            arguments, which are kept. ``None``: all of them, from the outputs alone.
+        gauge: where a chain's drift is recorded.
+        anchor_every: keep the chain's every s-th activation.
+    """
+    region = Region(function, seed)
+    stage = _InverseStage(region, inverse, inverted)
+    output = Frame(region, stage, lock=stage.lock).run(args, devices_of(args))
+    stage.close(args, output, keep, gauge, anchor_every)
+    return output
+
+
+def _pack(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+class _InverseStage:
+    """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
+
+    __slots__ = (
+        "__weakref__", "_dropped", "_inverse", "_inverted", "_kept", "_layouts", "_leading", "_outputs", "_probe",
+        "_region", "_scope", "_slots", "lock",
+    )  # fmt: skip
+
+    def __init__(self, region: Region, inverse: Callable[..., Any], inverted: int | None) -> None:
+        self.lock = threading.RLock()
+        self._region = region
+        self._inverse = inverse
+        self._leading = inverted
+        self._scope = enclosing()
+        self._dropped: list[int] = []  # positions of the arguments that only the inverse brings back
+        self._layouts: list[tuple[torch.Size, tuple[int, ...], torch.dtype, bool]] = []
+        self._slots: list[weakref.ref[Slot] | None] = []  # of the dropped arguments
+        self._kept: KeptArguments | None = None
+        self._outputs: list[Any] = []  # slots of tensors, everything else as it is
+        self._probe: DriftProbe | None = None
+        self._inverted: list[Tensor] | None = None
+
+    # Forward.
+
+    def close(
+        self,
+        args: tuple[Any, ...],
+        output: Any,
+        keep: Iterable[Tensor],
+        gauge: DriftGauge | None,
+        anchor_every: int | None,
+    ) -> None:
+        """Decide which inputs are dropped, and take the stage's place in the chain."""
+        outputs = _pack(output)
+        stay = {_storage(t) for t in (*keep, *outputs) if isinstance(t, Tensor)}
+        for i, arg in enumerate(args[: self._leading]):
+            if _can_drop(arg) and _storage(arg) not in stay:
+                self._dropped.append(i)
+        self._kept = KeptArguments(args, frozenset(self._dropped))
+        if not self._dropped or not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
+            return
+        position, anchored, heads = 0, False, []
+        for i in self._dropped:
+            arg = args[i]
+            self._layouts.append((arg.shape, arg.stride(), arg.dtype, arg.requires_grad))
+            before = slot_of(arg)
+            keep_it = before is not None and anchor_every is not None and before.position % anchor_every == 0
+            if before is not None:
+                before.link(self, keep=keep_it)
+                position = max(position, before.position)
+            self._slots.append(weakref.ref(before) if before is not None else None)
+            anchored = anchored or keep_it
+            heads.append(before is None)
+        if gauge is not None and (anchored or all(heads)):
+            self._probe = DriftProbe([args[i] for i in self._dropped], gauge)
+        for tensor in outputs:
+            if isinstance(tensor, Tensor) and not any(tensor is a for a in args):
+                self._outputs.append(Slot(tensor, position + 1, self._region.name))
+            else:
+                self._outputs.append(tensor.detach() if isinstance(tensor, Tensor) else tensor)
+
+    # Backward: the source of the frame.
+
+    def inputs(self, index: int) -> tuple[Any, ...]:
+        """Return the arguments, the dropped ones by the inverse."""
+        if self._kept is None:
+            raise RuntimeError(f"{self._region.name}: asked for gradients before its forward pass ended")
+        args = self._kept.get(self._region.name)
+        if self._dropped:
+            inverted = self._invert(args)
+            for i, tensor, (*_, requires_grad) in zip(self._dropped, inverted, self._layouts, strict=True):
+                args[i] = tensor.detach().requires_grad_(requires_grad)
+        return tuple(args)
+
+    def evaluated(self, index: int, output: Any) -> None:
+        """Pass the inputs on to the stages before."""
+        if self._dropped:
+            self.invert()
+
+    def _invert(self, args: list[Any]) -> list[Tensor]:
+        if self._inverted is None:
+            outputs = tuple(_whole(o.take()) if isinstance(o, Slot) else o for o in self._outputs)
+            if self._leading is not None:
+                outputs += tuple(args[self._leading :])
+            inverse = torch.no_grad()(self._inverse)
+            returned = _pack(self._region.again(outputs, self._scope, nullcontext(), inverse))
+            self._inverted = [
+                self._fit(i, returned, *layout) for i, layout in zip(self._dropped, self._layouts, strict=True)
+            ]
+        return self._inverted
+
+    def _fit(
+        self,
+        i: int,
+        returned: tuple[Any, ...],
+        shape: torch.Size,
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+        _: bool,
+    ) -> Tensor:
+        """Check what the inverse returned for argument ``i``, and give it the forward's layout."""
+        tensor = returned[i] if i < len(returned) else None
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            found = f"a tensor of shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise RebuildError(
+                f"{self._region.name}: the inverse {describe(self._inverse)} returned {len(returned)} value(s), and "
+                f"{found} for argument {i}, which was a tensor of shape {list(shape)}; it must return the function's "
+                "arguments in their order, or keep=(...) must name those that it does not return"
+            )
+        with torch.no_grad():
+            tensor = tensor.detach().to(dtype)
+            if tensor.stride() != strides:
+                tensor = torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
+        return tensor
+
+    # Backward: the stage of the slots.
+
+    def missing(self) -> list[Slot]:
+        """See :class:`~recollect.frames._chain.Stage`."""
+        return [o for o in self._outputs if isinstance(o, Slot)] if self._inverted is None else []
+
+    def invert(self) -> None:
+        """See :class:`~recollect.frames._chain.Stage`."""
+        with self.lock:
+            tensors = self._invert(self._kept.get(self._region.name) if self._kept is not None else [])
+            self._inverted = None
+            if self._probe is not None:
+                self._probe.measure(tensors)
+            for reference, tensor in zip(self._slots, tensors, strict=True):
+                slot = reference() if reference is not None else None
+                if slot is not None and slot.maker is self:
+                    slot.offer(tensor)
+
+
+def _can_drop(arg: Any) -> bool:
+    """Whether keeping an argument would cost memory that its inverse can save.
+
+    A leaf that requires grad stays alive as long as the graph does; integer and sparse tensors describe the problem
+    (indices, graphs) and come back from nowhere.
+    """
+    return (
+        isinstance(arg, Tensor)
+        and arg.layout is torch.strided
+        and (arg.is_floating_point() or arg.is_complex())
+        and not (arg.is_leaf and arg.requires_grad)
+    )
+
+
+def _whole(value: Tensor | Parts) -> Tensor:
+    return value.whole() if isinstance(value, Parts) else value

@@ -1,0 +1,174 @@
+"""Where in a training step the running thread is: forward, first call of a frame, rebuild, dry mode.
+
+All of it is thread local: autograd runs backward in threads of its own on accelerators, and two threads may each
+train a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from recollect.frames._errors import FrameError
+
+if TYPE_CHECKING:
+    from recollect.frames._frame import Frame
+
+__all__ = [
+    "Scope", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
+    "outside_transforms", "save_nothing",
+]  # fmt: skip
+
+
+class Scope:
+    """What frames of one nesting level share: the one that was rebuilt last.
+
+    Autograd runs backward in the reverse order of the forward, so when a frame is rebuilt, the one rebuilt before it
+    is done with, even if some of what it saved was never asked for (gradients of a subset). Those leftovers are
+    dropped then.
+    """
+
+    __slots__ = ("__weakref__", "_last")
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[Frame] | None = None
+
+    def now_rebuilds(self, frame: Frame) -> None:
+        """Drop the leftovers of the frame that was rebuilt before ``frame``."""
+        last = self._last() if self._last is not None else None
+        if last is not None and last is not frame:
+            last.forget()
+        self._last = weakref.ref(frame)
+
+
+class _Local(threading.local):
+    """The state of one thread; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self.backward = 0
+        self.dry = 0
+        self.first_call = 0
+        self.scope: Scope | None = None  # the frame whose region this thread is running, if any
+        self.outermost = Scope()
+
+
+local = _Local()
+
+
+def enclosing() -> Scope:
+    """Return the frame whose region this thread is running, or the thread's outermost scope."""
+    return local.scope if local.scope is not None else local.outermost
+
+
+def in_backward() -> bool:
+    """Return whether this code runs because a backward pass asked a frame to rebuild what it had dropped.
+
+    Side effects that must happen once per step belong behind ``if not recollect.in_backward()``.
+    """
+    return local.backward > 0
+
+
+@contextmanager
+def backward_mode(enabled: bool = True) -> Iterator[None]:
+    """Run the body as a rebuild would: :func:`in_backward` is true in it.
+
+    Args:
+        enabled: with ``False`` the body runs as in a forward pass.
+    """
+    before, local.backward = local.backward, int(enabled)
+    try:
+        yield
+    finally:
+        local.backward = before
+
+
+def in_dry_mode() -> bool:
+    """Return whether autograd builds a graph here without keeping what it saves.
+
+    True inside :func:`dry_mode`, and in the first call of a function that a frame runs.
+    """
+    return local.dry > 0 or local.first_call > 0
+
+
+def _refuse(_: None) -> Tensor:
+    raise FrameError(
+        "this graph was made in dry mode, in which nothing is saved for backward; "
+        "run the forward pass again outside of recollect.dry_mode() to go backward through it"
+    )
+
+
+def save_nothing() -> AbstractContextManager[None]:
+    """Return a context in which autograd builds its graph and saves nothing."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse)
+
+
+@contextmanager
+def dry_mode(enabled: bool = True) -> Iterator[None]:
+    """Build the autograd graph but save nothing for backward.
+
+    Outputs have the ``requires_grad`` that they would have in training. Going backward through such a graph raises a
+    :class:`~recollect.frames.FrameError`.
+
+    Args:
+        enabled: with ``False`` this is a no-op.
+    """
+    if not enabled:
+        yield
+        return
+    local.dry += 1
+    try:
+        with save_nothing(), torch.enable_grad():
+            yield
+    finally:
+        local.dry -= 1
+
+
+def frames_apply() -> bool:
+    """Return whether frames can and need to act here.
+
+    They step aside, and the function runs plain, where nothing is saved anyway (no grad, inference, dry mode) and
+    where saved-tensor hooks do not exist (torch.func transforms, tracing, a whole model under torch.compile).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and local.dry == 0
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        and _functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave batched-gradient (vmap) modes for the duration of a rebuild.
+
+    ``is_grads_batched=True`` runs backward under a vmap level that refuses random operations, although what a rebuild
+    computes has no batch of gradients in it.
+    """
+    decrement: Callable[[], int] = torch._C._vmapmode_decrement_nesting
+    increment: Callable[[], int] = torch._C._vmapmode_increment_nesting
+    increment()
+    levels = decrement()
+    for _ in range(levels):
+        decrement()
+    stack: AbstractContextManager[Any] = nullcontext()
+    if _functorch.peek_interpreter_stack() is not None:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        stack = temporarily_clear_interpreter_stack()
+    try:
+        with stack:
+            yield
+    finally:
+        for _ in range(levels):
+            increment()

@@ -1,0 +1,156 @@
+"""The modules that a function runs, and the state of theirs that a rebuild must neither change nor miss."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from recollect.frames._errors import InPlaceError
+
+__all__ = ["ModuleState", "find_modules", "version_of"]
+
+# A buffer this large is a table, not a statistic: it is not copied on the chance that the region changes it.
+_LARGE = 1 << 20
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the in-place version of a tensor; inference tensors have none and count as unchanged."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[nn.Module]:
+    """Return the modules that calling ``function(*args)`` can reach, as far as Python lets one see.
+
+    Looks at the function itself, bound methods, partials, closures, the globals that its code names, callable
+    objects' attributes, and the arguments. Every module is listed once, with its submodules.
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(thing: Any, depth: int) -> None:
+        if isinstance(thing, nn.Module):
+            if id(thing) not in found:
+                found.update((id(module), module) for module in thing.modules())
+            return
+        if depth == 0 or thing is None or id(thing) in seen or isinstance(thing, (Tensor, str, int, float)):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, types.MethodType):
+            visit(thing.__self__, depth)
+            visit(thing.__func__, depth)
+        elif isinstance(thing, types.FunctionType):
+            for cell in thing.__closure__ or ():
+                try:
+                    visit(cell.cell_contents, depth - 1)
+                except ValueError:  # a variable that is not bound yet
+                    continue
+            for name in thing.__code__.co_names:
+                visit(thing.__globals__.get(name), min(depth - 1, 1))
+            for default in thing.__defaults__ or ():
+                visit(default, depth - 1)
+        elif isinstance(thing, functools.partial):
+            for part in (thing.func, *thing.args, *thing.keywords.values()):
+                visit(part, depth - 1)
+        elif isinstance(thing, (list, tuple)):
+            for item in thing:
+                visit(item, depth - 1)
+        elif isinstance(thing, dict):
+            for item in thing.values():
+                visit(item, depth - 1)
+        elif callable(thing) and not isinstance(thing, (type, types.BuiltinFunctionType, types.ModuleType)):
+            visit(vars(thing) if hasattr(thing, "__dict__") else None, depth - 1)
+
+    visit(function, 4)
+    for argument in args:
+        visit(argument, 1)
+    return list(found.values())
+
+
+class ModuleState:
+    """What the modules of a region were like when its forward ran.
+
+    A rebuild runs with the training flags and the parameters of the forward, and on copies of the buffers that the
+    forward updates, so that running statistics change once a step. Build it before the region runs and call
+    :meth:`settle` after it.
+    """
+
+    __slots__ = ("_buffers", "_flags", "_parameters", "_updated", "_versions")
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._flags = [(module, module.training) for module in modules]
+        self._parameters: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._versions: list[int] = []
+        # (registry, name, the copy that a rebuild starts from; None: the present value serves)
+        self._updated: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._buffers: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] | None = []
+        for module in modules:
+            registry: dict[str, Any] = module._parameters
+            for name, parameter in registry.items():
+                if parameter is not None:
+                    self._parameters.append((registry, name, parameter))
+            registry = module._buffers
+            if not registry or not module.training or type(registry) is not dict:
+                continue
+            # The kernels of normalisation layers do not count their updates as versions, and their outputs in
+            # training do not depend on the running statistics.
+            statistics = isinstance(module, _NormBase)
+            for name, buffer in registry.items():
+                if buffer is None:
+                    continue
+                if statistics:
+                    self._updated.append((registry, name, None))
+                else:
+                    copy = buffer.detach().clone() if buffer.numel() <= _LARGE else None
+                    self._buffers.append((registry, name, buffer, version_of(buffer), copy))
+
+    def settle(self) -> None:
+        """Keep copies only of the buffers that the region changed or replaced, and note the parameters' versions."""
+        self._note_versions()
+        for registry, name, buffer, version, copy in self._buffers or ():
+            if registry.get(name) is not buffer or version_of(buffer) != version:
+                self._updated.append((registry, name, copy))
+        self._buffers = None
+
+    def _note_versions(self) -> None:
+        self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
+
+    def check(self, name: str) -> None:
+        """Raise an :class:`InPlaceError` if a parameter was changed since the forward pass."""
+        for (_, key, parameter), version in zip(self._parameters, self._versions, strict=False):
+            if version_of(parameter) != version:
+                raise InPlaceError(
+                    f"{name}: its parameter {key!r} of shape {list(parameter.shape)} was changed in place between the "
+                    f"forward pass (version {version}) and backward (version {version_of(parameter)}), most often by "
+                    "an optimizer step; call backward before the step, or run the forward pass again"
+                )
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Give the modules the forward's flags, parameters and buffers for the body."""
+        flags = [(module, module.training) for module, training in self._flags if module.training != training]
+        tensors: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for module, training in flags:
+                module.training = not training
+            for registry, name, parameter in self._parameters:
+                if registry.get(name) is not parameter:
+                    tensors.append((registry, name, registry.get(name)))
+                    registry[name] = parameter
+            for registry, name, copy in self._updated:
+                now = registry.get(name)
+                if now is not None:
+                    tensors.append((registry, name, now))
+                    registry[name] = (now if copy is None else copy).detach().clone()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for registry, name, tensor in reversed(tensors):
+                registry[name] = tensor
+            self._note_versions()  # a region may renormalise its own parameters (Embedding's max_norm)

@@ -1,0 +1,66 @@
+"""Message-passing layers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["CONVS", "make_conv"]
+
+
+def _gat(geometric: Any, channels: int, heads: int = 4, **options: Any) -> nn.Module:
+    while channels % heads:
+        heads -= 1
+    layer: nn.Module = geometric.GATConv(channels, channels // heads, heads=heads, **options)
+    return layer
+
+
+def _gin(geometric: Any, channels: int, **options: Any) -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+    layer: nn.Module = geometric.GINConv(mlp, **options)
+    return layer
+
+
+def _named(name: str) -> Callable[..., nn.Module]:
+    def build(geometric: Any, channels: int, **options: Any) -> nn.Module:
+        layer: nn.Module = getattr(geometric, name)(channels, channels, **options)
+        return layer
+
+    return build
+
+
+CONVS: dict[str, Callable[..., nn.Module]] = {
+    "gat": _gat,
+    "gcn": _named("GCNConv"),
+    "gen": _named("GENConv"),
+    "gin": _gin,
+    "graphconv": _named("GraphConv"),
+    "sage": _named("SAGEConv"),
+}
+
+
+def make_conv(conv: str | Callable[[int], nn.Module], channels: int, **options: Any) -> nn.Module:
+    """Build a layer from ``channels`` to ``channels``.
+
+    Args:
+        conv: a name in :data:`CONVS` (a torch_geometric layer), or a function of the channels.
+        channels: of input and output.
+        **options: keyword arguments of the named layer.
+
+    Raises:
+        ValueError: the name is unknown, or options are given for a function.
+        ImportError: a name is given and torch_geometric is missing.
+    """
+    if not isinstance(conv, str):
+        if options:
+            raise ValueError(f"conv_kwargs {sorted(options)} are for convs by name; give them to your own function")
+        return conv(channels)
+    if conv not in CONVS:
+        raise ValueError(f"conv={conv!r} is unknown; choose from {', '.join(sorted(CONVS))}, or give a function")
+    try:
+        import torch_geometric.nn as geometric
+    except ImportError as error:
+        raise ImportError(f"conv={conv!r} needs torch_geometric: pip install 'recollect[graph]'") from error
+    return CONVS[conv](geometric, channels, **options)

@@ -1,0 +1,205 @@
+"""RevGNN: hundreds of message-passing layers in the memory of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recollect.models._convs import make_conv
+from recollect.reversible import GroupAddRev
+
+__all__ = ["RevGNN"]
+
+Norm = Literal["layer", "batch"]
+Task = Literal["multiclass", "multilabel"]
+
+
+def _make_norm(norm: Norm | None, channels: int) -> nn.Module:
+    if norm is None:
+        return nn.Identity()
+    if norm == "layer":
+        return nn.LayerNorm(channels)
+    if norm == "batch":
+        return nn.BatchNorm1d(channels)
+    raise ValueError(f"norm={norm!r} is unknown; choose 'layer', 'batch' or None")
+
+
+def _reset(module: Any) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+class _Block(nn.Module):
+    """Pre-activation block "res+": norm, ReLU, dropout, convolution."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.dropout = dropout
+        self.conv = conv
+
+    def reset_parameters(self) -> None:
+        _reset(self.norm)
+        _reset(self.conv)
+
+    def forward(self, x: Tensor, edge_index: Any, mask: Tensor | None = None, *args: Any) -> Tensor:
+        x = self.norm(x).relu()
+        x = F.dropout(x, self.dropout, self.training) if mask is None else x * mask
+        output: Tensor = self.conv(x, edge_index, *args)
+        return output
+
+
+class RevGNN(nn.Module):
+    """The grouped reversible network of "Training Graph Neural Networks with 1000 Layers" (arXiv 2106.07476).
+
+    Input projection, ``num_layers`` reversible layers whose blocks are (norm, ReLU, dropout, conv), a final norm, and a
+    linear head. Its activations need the memory of one layer, whatever the depth.
+
+    Args:
+        in_channels: of the node features.
+        hidden_channels: of the layers; divisible by ``num_groups``.
+        out_channels: classes, or labels.
+        num_layers: L, at least 1.
+        num_groups: C, at least 2.
+        conv: ``"sage"``, ``"gcn"``, ``"gin"``, ``"gat"``, ``"gen"``, ``"graphconv"``, or a function that makes a layer
+            ``conv(x, edge_index, *args)`` from the number of channels of one group.
+        dropout: probability in [0, 1).
+        norm: ``"layer"``, ``"batch"`` or ``None``, in the blocks and before the head.
+        shared_dropout: one mask for all layers, as in the paper; otherwise each layer draws its own.
+        tied: all layers share one set of parameters (the paper's WT-RevGNN).
+        task: ``"multiclass"`` (one class per node) or ``"multilabel"`` (independent labels); decides :meth:`loss` and
+            :meth:`predict`.
+        anchor_every: keep every s-th activation; bounds the drift of the reconstruction.
+        disable: run plain, keeping everything.
+        conv_kwargs: options of a conv that is given by name.
+
+    Shapes:
+        - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels].
+
+    Raises:
+        ValueError: a value is out of range; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int,
+        num_groups: int = 2,
+        conv: str | Callable[[int], nn.Module] = "sage",
+        dropout: float = 0.0,
+        *,
+        norm: Norm | None = "layer",
+        shared_dropout: bool = True,
+        tied: bool = False,
+        task: Task = "multiclass",
+        anchor_every: int | None = None,
+        disable: bool = False,
+        conv_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("hidden_channels", hidden_channels),
+            ("out_channels", out_channels),
+            ("num_layers", num_layers),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1 (got {value})")
+        if num_groups < 2:
+            raise ValueError(f"num_groups must be at least 2 (got {num_groups})")
+        if hidden_channels % num_groups:
+            raise ValueError(
+                f"hidden_channels={hidden_channels} is not divisible by num_groups={num_groups}; the next that is: "
+                f"{hidden_channels + num_groups - hidden_channels % num_groups}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1) (got {dropout})")
+        if task not in ("multiclass", "multilabel"):
+            raise ValueError(f"task={task!r} is unknown; choose 'multiclass' or 'multilabel'")
+        self.num_layers = num_layers
+        self.num_groups = num_groups
+        self.dropout = dropout
+        self.shared_dropout = shared_dropout
+        self.tied = tied
+        self.task = task
+        channels = hidden_channels // num_groups
+        self.project = nn.Linear(in_channels, hidden_channels)
+        self.layers = nn.ModuleList(
+            GroupAddRev(
+                _Block(make_conv(conv, channels, **(conv_kwargs or {})), _make_norm(norm, channels), dropout),
+                num_groups=num_groups,
+                disable=disable,
+                chunk_args=(0,),
+                anchor_every=anchor_every,
+            )
+            for _ in range(1 if tied else num_layers)
+        )
+        self.norm = _make_norm(norm, hidden_channels)
+        self.head = nn.Linear(hidden_channels, out_channels)
+
+    @property
+    def disable(self) -> bool:
+        """Whether the layers run plain, keeping everything; can be set at any time between steps."""
+        return all(layer.disable for layer in self._groups())
+
+    @disable.setter
+    def disable(self, value: bool) -> None:
+        for layer in self._groups():
+            layer.disable = value
+
+    @property
+    def last_drift(self) -> float | None:
+        """The largest relative reconstruction error that the last backward measured, or ``None``."""
+        drifts = [layer.last_drift for layer in self._groups() if layer.last_drift is not None]
+        return max(drifts, default=None)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in (self.project, *self.layers, self.norm, self.head):
+            _reset(module)
+
+    def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
+        """Return the logits.
+
+        Args:
+            x: node features [num_nodes, in_channels].
+            edge_index: the graph, in whatever form the convolution takes.
+            *args: further arguments of the convolution (edge weights, edge features), given whole to every block.
+        """
+        x = self.project(x)
+        mask = self._mask(x)
+        for index in range(self.num_layers):
+            x = self.layers[0 if self.tied else index](x, edge_index, mask, *args)
+        x = F.dropout(self.norm(x).relu(), self.dropout, self.training)
+        logits: Tensor = self.head(x)
+        return logits
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross entropy (multi-class) or binary cross entropy (multi-label), a scalar.
+
+        Args:
+            logits: [num_nodes, out_channels].
+            target: classes [num_nodes] int64, or labels [num_nodes, out_channels] in {0, 1}.
+        """
+        if self.task == "multiclass":
+            return F.cross_entropy(logits, target)
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Return the class of each node [num_nodes], or its labels [num_nodes, out_channels] as booleans."""
+        return logits.argmax(-1) if self.task == "multiclass" else logits > 0
+
+    def _groups(self) -> list[GroupAddRev]:
+        return [layer for layer in self.layers if isinstance(layer, GroupAddRev)]
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """One dropout mask for all layers, scaled; ``None`` where each block draws its own or none is needed."""
+        if not (self.shared_dropout and self.training and self.dropout > 0):
+            return None
+        return torch.empty_like(x).bernoulli_(1 - self.dropout).div_(1 - self.dropout)

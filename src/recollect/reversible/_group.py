@@ -1,0 +1,292 @@
+"""Grouped additive reversible layers over any graph network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.frames import DRIFT_THRESHOLD, couple, uncouple
+from recollect.reversible._module import InvertibleModule
+
+__all__ = ["GroupAddRev", "GroupRevRes"]
+
+
+class _Grouped(InvertibleModule):
+    """The coupling over ``self._blocks()``; subclasses say how a block is called.
+
+    Args:
+        blocks: f_1..f_C.
+        split_dim: the dimension of ``x`` that holds the groups.
+        chunk_args: which extra arguments are split over the groups, by position; ``None``: those that look like node
+            features.
+        **options: of :class:`InvertibleModule`.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, split_dim: int, chunk_args: Sequence[int] | None, **options: Any) -> None:
+        super().__init__(**options)
+        if len(blocks) < 2:
+            raise ValueError(
+                f"The number of groups should not be smaller than 2 (got {len(blocks)}): a lone group has no other "
+                "group to take its block's input from, and so no inverse"
+            )
+        self.split_dim = split_dim
+        self.chunk_args = None if chunk_args is None else frozenset(chunk_args)
+
+    def _blocks(self) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
+        blocks = self._blocks()
+        self._gauge.last = None
+        y = couple(
+            blocks,
+            x,
+            self._arguments(x, graph, args, len(blocks)),
+            dim=self.split_dim,
+            gauge=self._gauge,
+            anchor_every=self.anchor_every,
+            enabled=not self.disable,
+        )
+        self._limit_passes(y)
+        return y
+
+    def _uncouple(self, y: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
+        blocks = self._blocks()
+        return uncouple(blocks, y, self._arguments(y, graph, args, len(blocks)), dim=self.split_dim)
+
+    def _arguments(self, x: Tensor, graph: Any, args: tuple[Any, ...], groups: int) -> list[tuple[Any, ...]]:
+        """Return what each block gets beside its group."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: x must be a tensor (got {type(x).__name__})")
+        if not -x.dim() <= self.split_dim < x.dim():
+            raise ValueError(f"{type(self).__name__}: split_dim={self.split_dim} of an x of shape {list(x.shape)}")
+        channels = x.size(self.split_dim)
+        if channels % groups != 0:
+            low = channels - channels % groups
+            nearest = [str(c) for c in (low, low + groups) if c > 0]
+            raise ValueError(
+                f"{type(self).__name__}: the size of x in dimension {self.split_dim} must be divisible by the number "
+                f"of groups, {groups} (got {channels}); the nearest allowed: {' or '.join(nearest)}"
+            )
+        split = [
+            torch.chunk(arg, groups, self.split_dim) if self._is_chunked(i, arg, x) else (arg,) * groups
+            for i, arg in enumerate(args)
+        ]
+        return [(graph, *(pieces[i] for pieces in split)) for i in range(groups)]
+
+    def _is_chunked(self, position: int, arg: Any, x: Tensor) -> bool:
+        if not isinstance(arg, Tensor):
+            return False
+        if self.chunk_args is not None:
+            return position in self.chunk_args
+        if arg.dim() == 0 or not -arg.dim() <= self.split_dim < arg.dim():
+            return False
+        return arg.size(0) == x.size(0) and arg.size(self.split_dim) == x.size(self.split_dim)
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups C."""
+        return len(self._blocks())
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, in blocks that can."""
+        for block in self._blocks():
+            _reset(block.__self__ if isinstance(block, _GraphFirst) else block)
+
+
+def _reset(module: Any) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def _copies(module: nn.Module, number: int) -> nn.ModuleList:
+    """Return ``module`` and copies of it with parameters of their own."""
+    modules = nn.ModuleList([module])
+    for _ in range(number - 1):
+        duplicate = copy.deepcopy(module)
+        _reset(duplicate)
+        modules.append(duplicate)
+    return modules
+
+
+class GroupAddRev(_Grouped):
+    """The grouped reversible layer of "Training Graph Neural Networks with 1000 Layers" (arXiv 2106.07476, eq. 3, 4).
+
+    Takes the place of ``torch_geometric.nn.GroupAddRev``. The input is never freed behind the caller's back, and the
+    gradient is that of plain autograd, also with dropout or BatchNorm inside a block.
+
+    Args:
+        conv: a seed GNN ``conv(x, edge_index, *args)`` with equal input and output channels (those of one group), which
+            is copied ``num_groups - 1`` times with parameters drawn anew; or a ``ModuleList`` with one for each group.
+        split_dim: the dimension of ``x`` that is split into groups.
+        num_groups: C, at least 2; needed for a single ``conv``.
+        disable: run plain, keeping everything.
+        num_bwd_passes: ``None`` for any number of backward passes; an integer is enforced.
+        chunk_args: positions (from 0) among the extra arguments of those that are split over the groups. By default
+            those are split that look like node features: tensors with as many rows as ``x`` and its size in
+            ``split_dim``.
+        anchor_every: keep every s-th activation of a chain of layers; bounds drift.
+        drift_threshold: relative reconstruction error above which a warning is given.
+
+    Shapes:
+        - ``x``: [num_nodes, C * channels]; output: the same.
+
+    Raises:
+        ValueError: fewer than two groups, ``num_groups`` missing, channels not divisible by the groups, or a block
+            whose output has another shape than its input.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import SAGEConv
+        >>> from recollect.reversible import GroupAddRev
+        >>> layer = GroupAddRev(SAGEConv(16, 16), num_groups=2)
+        >>> x, edge_index = torch.randn(4, 32), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+        >>> y = layer(x, edge_index)
+        >>> torch.allclose(layer.inverse(y, edge_index), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        conv: nn.Module,
+        split_dim: int = -1,
+        num_groups: int | None = None,
+        disable: bool = False,
+        num_bwd_passes: int | None = None,
+        *,
+        chunk_args: Sequence[int] | None = None,
+        anchor_every: int | None = None,
+        drift_threshold: float = DRIFT_THRESHOLD,
+    ) -> None:
+        if isinstance(conv, nn.ModuleList):
+            if num_groups is not None and num_groups != len(conv):
+                raise ValueError(f"num_groups={num_groups}, but the ModuleList has {len(conv)} blocks; leave one out")
+            convs = conv
+        elif num_groups is None:
+            raise ValueError(
+                "num_groups is missing: a single conv is copied for each group, so say how many, e.g. num_groups=2"
+            )
+        else:
+            convs = _copies(conv, num_groups)
+        super().__init__(
+            convs,
+            split_dim,
+            chunk_args,
+            disable=disable,
+            num_bwd_passes=num_bwd_passes,
+            anchor_every=anchor_every,
+            drift_threshold=drift_threshold,
+        )
+        self.convs = convs
+
+    def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
+        """Return the coupled features, of the shape of ``x``.
+
+        Args:
+            x: node features [num_nodes, C * channels].
+            edge_index: the graph, in whatever form the blocks take.
+            *args: further arguments of the blocks; see ``chunk_args``.
+        """
+        return self._couple(x, edge_index, args)
+
+    def _forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
+        return couple(self._blocks(), x, self._arguments(x, edge_index, args, len(self.convs)), dim=self.split_dim)
+
+    def _inverse(self, y: Tensor, edge_index: Any, *args: Any) -> Tensor:
+        return self._uncouple(y, edge_index, args)
+
+    def _blocks(self) -> Sequence[Any]:
+        return list(self.convs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.convs[0]}, num_groups={self.num_groups})"
+
+
+class _GraphFirst:
+    """Calls ``module(g, z, *args)`` as a block ``f(z, g, *args)``."""
+
+    __slots__ = ("__self__",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.__self__ = module
+
+    def __call__(self, z: Tensor, graph: Any, *args: Any) -> Tensor:
+        output: Tensor = self.__self__(graph, z, *args)
+        return output
+
+
+class GroupRevRes(_Grouped):
+    """The same layer with DGL's calling convention: the graph comes first and is never looked at.
+
+    Takes the place of ``dgl.nn.GroupRevRes``.
+
+    Args:
+        gnn_module: called as ``gnn_module(g, x, *args)``, with equal input and output sizes (those of one group); it is
+            copied ``groups - 1`` times with parameters drawn anew.
+        groups: C, at least 2.
+        disable: run plain, keeping everything.
+        num_bwd_passes: ``None`` for any number of backward passes; an integer is enforced.
+        chunk_args: as in :class:`GroupAddRev`.
+        anchor_every: as in :class:`GroupAddRev`.
+        drift_threshold: as in :class:`GroupAddRev`.
+
+    Shapes:
+        - ``x``: [num_nodes, groups * channels]; output: the same.
+
+    Raises:
+        ValueError: as :class:`GroupAddRev`.
+    """
+
+    def __init__(
+        self,
+        gnn_module: nn.Module,
+        groups: int = 2,
+        disable: bool = False,
+        num_bwd_passes: int | None = None,
+        *,
+        chunk_args: Sequence[int] | None = None,
+        anchor_every: int | None = None,
+        drift_threshold: float = DRIFT_THRESHOLD,
+    ) -> None:
+        modules = _copies(gnn_module, groups)
+        super().__init__(
+            modules,
+            -1,
+            chunk_args,
+            disable=disable,
+            num_bwd_passes=num_bwd_passes,
+            anchor_every=anchor_every,
+            drift_threshold=drift_threshold,
+        )
+        self.gnn_modules = modules
+
+    def forward(self, g: Any, x: Tensor, *args: Any) -> Tensor:
+        """Return the coupled features, of the shape of ``x``.
+
+        Args:
+            g: any graph object.
+            x: node features [num_nodes, groups * channels].
+            *args: further arguments of the modules.
+        """
+        return self._couple(x, g, args)
+
+    def inverse(self, g: Any, y: Tensor, *args: Any) -> Tensor:
+        """Return ``x`` of ``y = forward(g, x, *args)``, trainable as :meth:`forward` is."""
+        output: Tensor = super().inverse(y, g, *args)
+        return output
+
+    def _forward(self, x: Tensor, g: Any, *args: Any) -> Tensor:
+        return couple(self._blocks(), x, self._arguments(x, g, args, len(self.gnn_modules)), dim=self.split_dim)
+
+    def _inverse(self, y: Tensor, g: Any, *args: Any) -> Tensor:
+        return self._uncouple(y, g, args)
+
+    def _blocks(self) -> Sequence[Any]:
+        return [_GraphFirst(module) for module in self.gnn_modules]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.gnn_modules[0]}, groups={self.num_groups})"

@@ -1,0 +1,103 @@
+"""The base of modules that users make invertible by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from recollect.frames import DRIFT_THRESHOLD, DriftGauge, frames_apply, run_invertible
+
+__all__ = ["InvertibleModule"]
+
+
+class InvertibleModule(nn.Module):
+    """A module that trains without keeping its first input: it is recomputed from the output.
+
+    Subclasses define ``_forward(x, *args)``, which returns a tensor or a tuple of tensors, and
+    ``_inverse(*outputs, *args)``, which returns ``x`` again. ``args`` are kept, and may be anything.
+
+    Args:
+        disable: run plain, keeping everything. Can be changed between steps.
+        num_bwd_passes: ``None`` for any number of backward passes; an integer is enforced.
+        anchor_every: in a chain of invertible modules, keep every s-th activation, which bounds the numerical drift of
+            the reconstruction; ``None`` keeps none.
+        drift_threshold: relative error of the reconstructed input above which a
+            :class:`~recollect.frames.DriftWarning` is given.
+
+    Raises:
+        ValueError: ``num_bwd_passes`` or ``anchor_every`` is below 1.
+    """
+
+    def __init__(
+        self,
+        disable: bool = False,
+        num_bwd_passes: int | None = None,
+        *,
+        anchor_every: int | None = None,
+        drift_threshold: float = DRIFT_THRESHOLD,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_bwd_passes", num_bwd_passes), ("anchor_every", anchor_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be None or at least 1 (got {value})")
+        self.disable = disable
+        self.num_bwd_passes = num_bwd_passes
+        self.anchor_every = anchor_every
+        self._gauge = DriftGauge(type(self).__name__, drift_threshold)
+
+    @property
+    def last_drift(self) -> float | None:
+        """Relative error of the input that the last backward reconstructed, on a random sample of its elements.
+
+        Measured where a chain begins and at its anchors; ``None`` anywhere else and before the first backward.
+        """
+        return self._gauge.last
+
+    def forward(self, *args: Any) -> Any:
+        """Run :meth:`_forward`; its first argument is not kept for backward."""
+        return self._run(self._forward, self._inverse, args)
+
+    def inverse(self, *args: Any) -> Any:
+        """Run :meth:`_inverse`, trainable as :meth:`forward` is."""
+        return self._run(self._inverse, self._forward, args)
+
+    def _forward(self, *args: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define _forward(x, *args)")
+
+    def _inverse(self, *args: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse(*outputs, *args)")
+
+    def _run(self, function: Any, inverse: Any, args: tuple[Any, ...]) -> Any:
+        self._gauge.last = None
+        if self.disable:
+            output = function(*args)
+        else:
+            output = run_invertible(
+                function, inverse, args, inverted=1, gauge=self._gauge, anchor_every=self.anchor_every
+            )
+        if isinstance(output, tuple) and len(output) == 1:
+            output = output[0]
+        self._limit_passes(output)
+        return output
+
+    def _limit_passes(self, output: Any) -> None:
+        """Enforce ``num_bwd_passes`` on the graph of ``output``."""
+        allowed = self.num_bwd_passes
+        if allowed is None or self.disable or not frames_apply():
+            return
+        passes = 0
+
+        def count(_: tuple[Tensor, ...]) -> None:
+            nonlocal passes
+            passes += 1
+            if passes > allowed:
+                raise RuntimeError(
+                    f"Trying to perform a backward pass through {type(self).__name__} more than {allowed} time(s); "
+                    "raise num_bwd_passes, or set it to None for any number"
+                )
+
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(count)
+                break
