@@ -1,0 +1,40 @@
+"""Graphs by name, ready to train on.
+
+``load(name)`` returns one graph with its features, labels and split, whatever its origin:
+
+* embedded or generated, so that they need no file and no network: ``digits``, ``karate``, ``sbm``;
+* read by torch_geometric's own dataset classes: the citation graphs ``cora``, ``citeseer`` and ``pubmed``,
+  the heterophilous graphs, ``reddit``, ``flickr``, ``yelp`` and ``ppi``;
+* read by ogb: ``ogbn-arxiv``, ``ogbn-products`` and ``ogbn-proteins``.
+
+Raw files lie under ``root`` in the folders where torch_geometric and ogb put them. Nothing is fetched unless
+``download=True`` is asked for: the upstream downloaders do not all verify certificates, and the citation
+graphs are pickles, so fetching is a decision of the user. What is missing is named in the error, with the
+folder it belongs in.
+
+What torch_geometric and ogb compute from raw files is kept: in their own ``processed`` folder beside the
+raw files if that place may be written and holds no such folder yet, else in the user's cache
+(``$XDG_CACHE_HOME/recollect``, by default ``~/.cache/recollect``). A folder without write permission bits
+is never written into, not even by the superuser. Results appear whole or not at all.
+
+torch_geometric, scikit-learn and ogb are imported when a graph that needs them is loaded, not before.
+"""
+
+from recollect.data._dataset import GraphDataset
+from recollect.data._errors import (
+    InvalidRawFilesError,
+    MissingDependencyError,
+    MissingRawFilesError,
+    UnknownDatasetError,
+)
+from recollect.data._registry import load, names
+
+__all__ = [
+    "GraphDataset",
+    "InvalidRawFilesError",
+    "MissingDependencyError",
+    "MissingRawFilesError",
+    "UnknownDatasetError",
+    "load",
+    "names",
+]

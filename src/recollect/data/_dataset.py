@@ -1,0 +1,81 @@
+"""The one shape in which every graph arrives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from recollect.data._foreign import require
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+Task = Literal["multiclass", "multilabel"]
+Metric = Literal["accuracy", "rocauc", "micro_f1"]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphDataset:
+    """A graph with features, labels and a split.
+
+    Attributes:
+        name: The name that it was loaded by.
+        data: N nodes and E directed edges: ``x`` [N, F] float32; ``edge_index`` [2, E] int64; ``y`` [N]
+            int64 for multiclass, [N, K] float32 of zeros and ones for multilabel; ``train_mask``,
+            ``val_mask`` and ``test_mask`` [N] bool; ``edge_attr`` [E, D] float32 where the graph has edge
+            features.
+        task: What a label is: one class of ``num_classes``, or any subset of ``num_classes`` labels.
+        num_classes: Classes, or labels if multilabel.
+        metric: What the graph's literature reports. ``"rocauc"`` on a multiclass graph means that it has two
+            classes, and that class 1 is the positive one.
+    """
+
+    name: str
+    data: Data
+    task: Task
+    num_classes: int
+    metric: Metric
+
+
+def assemble(
+    name: str,
+    *,
+    x: Tensor,
+    edge_index: Tensor,
+    y: Tensor,
+    masks: tuple[Tensor, Tensor, Tensor],
+    num_classes: int,
+    task: Task = "multiclass",
+    metric: Metric = "accuracy",
+    edge_attr: Tensor | None = None,
+) -> GraphDataset:
+    """Bring a source's tensors into the dtypes and shapes that `GraphDataset` promises.
+
+    Args:
+        name: The name that the graph was loaded by.
+        x: [N, F], any real dtype.
+        edge_index: [2, E], any integer dtype.
+        y: [N] or [N, 1] for multiclass, [N, K] for multilabel.
+        masks: Train, validation and test, each [N] bool.
+        num_classes: Classes, or labels if multilabel.
+        task: See `GraphDataset`.
+        metric: See `GraphDataset`.
+        edge_attr: [E, D] or None.
+    """
+    data_module = require("torch_geometric.data", extra="graph")
+    y = y.to(torch.float32) if task == "multilabel" else y.reshape(-1).to(torch.int64)
+    train, val, test = masks
+    data = data_module.Data(
+        x=x.to(torch.float32).contiguous(),
+        edge_index=edge_index.to(torch.int64).contiguous(),
+        y=y.contiguous(),
+        train_mask=train.contiguous(),
+        val_mask=val.contiguous(),
+        test_mask=test.contiguous(),
+    )
+    if edge_attr is not None:
+        data.edge_attr = edge_attr.to(torch.float32).contiguous()
+    return GraphDataset(name, data, task, num_classes, metric)

@@ -1,0 +1,97 @@
+"""From a name to a graph."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from recollect.data._dataset import GraphDataset
+from recollect.data._digits import digits
+from recollect.data._errors import UnknownDatasetError
+from recollect.data._heterophilous import heterophilous
+from recollect.data._inductive import ppi, reddit, saint
+from recollect.data._karate import karate
+from recollect.data._ogb import ogbn
+from recollect.data._planetoid import planetoid
+from recollect.data._sbm import sbm
+
+# A loader takes root and seed; its keyword-only parameters are the dataset's options.
+_LOADERS: dict[str, Callable[..., GraphDataset]] = {
+    "amazon-ratings": partial(heterophilous, "amazon-ratings"),
+    "citeseer": partial(planetoid, "citeseer"),
+    "cora": partial(planetoid, "cora"),
+    "digits": digits,
+    "flickr": partial(saint, "flickr"),
+    "karate": karate,
+    "minesweeper": partial(heterophilous, "minesweeper"),
+    "ogbn-arxiv": partial(ogbn, "ogbn-arxiv"),
+    "ogbn-products": partial(ogbn, "ogbn-products"),
+    "ogbn-proteins": partial(ogbn, "ogbn-proteins"),
+    "ppi": ppi,
+    "pubmed": partial(planetoid, "pubmed"),
+    "questions": partial(heterophilous, "questions"),
+    "reddit": reddit,
+    "roman-empire": partial(heterophilous, "roman-empire"),
+    "sbm": sbm,
+    "tolokers": partial(heterophilous, "tolokers"),
+    "yelp": partial(saint, "yelp"),
+}
+
+
+def names() -> list[str]:
+    """The names that `load` accepts, sorted."""
+    return sorted(_LOADERS)
+
+
+def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options: object) -> GraphDataset:
+    """Load a graph by name.
+
+    Options, with their defaults:
+
+    * ``digits``: ``k=10``, neighbours that each image chooses;
+    * ``sbm``: ``num_nodes=10_000``, ``num_classes=10``, ``average_degree=10.0``, ``homophily=0.8``,
+      ``num_features=64``, ``noise=1.0``;
+    * every graph that is read from raw files: ``download=False``, whether to fetch them if they are missing;
+    * ``cora``, ``citeseer``, ``pubmed``: ``split="public"``, or ``"full"``, where all nodes outside of
+      validation and test are for training;
+    * the heterophilous graphs (``amazon-ratings``, ``minesweeper``, ``questions``, ``roman-empire``,
+      ``tolokers``): ``split=0``, which of the ten published splits;
+    * ``ogbn-arxiv``: ``undirected=True``, whether citations are joined in both directions.
+
+    Args:
+        name: One of `names`.
+        root: Folder of the raw files, in torch_geometric's and ogb's layout: ``root/Planetoid/Cora/raw``,
+            ``root/HeterophilousGraphDataset/tolokers/raw``, ``root/ogbn_arxiv/raw``, ... By default the
+            folder that the environment variable ``RECOLLECT_DATA`` names, else ``./data``.
+        seed: Of generated graphs (``sbm``). All others are the same for every seed, their splits included.
+        **options: See above.
+
+    Raises:
+        UnknownDatasetError: There is no graph of this name.
+        TypeError: The graph has no such option.
+        ValueError: An option's value is out of its range.
+        MissingRawFilesError: Raw files are missing and were not fetched; the message says which go where.
+        InvalidRawFilesError: Raw files cannot be read.
+        MissingDependencyError: An optional package is not installed.
+    """
+    if name not in _LOADERS:
+        raise UnknownDatasetError(_unknown(name))
+    loader = _LOADERS[name]
+    allowed = [p.name for p in inspect.signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise TypeError(
+            f"the dataset {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"its options are: {', '.join(sorted(allowed)) or 'none'}"
+        )
+    where = Path(root) if root is not None else Path(os.environ.get("RECOLLECT_DATA") or "data")
+    return loader(where.expanduser(), seed, **options)
+
+
+def _unknown(name: str) -> str:
+    text = f"there is no dataset {name!r}; the datasets are: {', '.join(names())}"
+    near = difflib.get_close_matches(str(name).lower().replace("_", "-"), names(), n=1)
+    return f"{text} (did you mean {near[0]!r}?)" if near else text
