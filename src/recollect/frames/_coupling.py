@@ -178,7 +178,7 @@ class _CouplingStage:
         groups = self._groups
         strides, requires_grad = self._layouts[index]
         with torch.no_grad():
-            z = groups[index - 1] if index > 0 else _sum(groups[1:])
+            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
             if z.stride() != strides:
                 z = torch.empty_strided(z.shape, strides, dtype=z.dtype, device=z.device).copy_(z)
         return (z.detach().requires_grad_(requires_grad), *self._args[index].get(self._regions[index].name))
