@@ -1,7 +1,7 @@
 """Train networks whose depth has outgrown memory: what backward needs is kept, or recollected when asked for."""
 
-from recollect.frames import backward_mode, checkpoint, dry_mode, in_backward, in_dry_mode
+from recollect.frames import backward_mode, checkpoint, dry_mode, eager_release, in_backward, in_dry_mode
 
 __version__ = "0.1.0"
 
-__all__ = ["backward_mode", "checkpoint", "dry_mode", "in_backward", "in_dry_mode"]
+__all__ = ["backward_mode", "checkpoint", "dry_mode", "eager_release", "in_backward", "in_dry_mode"]

@@ -21,6 +21,7 @@ No storage is resized behind a caller's back, except inside :func:`eager_release
 from recollect.frames._checkpoint import checkpoint, run_invertible
 from recollect.frames._coupling import couple, uncouple
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
+from recollect.frames._eager import eager_release
 from recollect.frames._errors import (
     DriftWarning,
     FrameError,
@@ -44,6 +45,7 @@ __all__ = [
     "checkpoint",
     "couple",
     "dry_mode",
+    "eager_release",
     "frames_apply",
     "in_backward",
     "in_dry_mode",

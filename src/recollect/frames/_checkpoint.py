@@ -13,10 +13,11 @@ from torch import Tensor
 
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._drift import DriftGauge, DriftProbe
+from recollect.frames._eager import Released, release
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of
-from recollect.frames._modes import enclosing, frames_apply
+from recollect.frames._modes import enclosing, frames_apply, local
 from recollect.frames._region import Region, describe
 
 __all__ = ["checkpoint", "run_invertible"]
@@ -137,7 +138,7 @@ class _InverseStage:
 
     __slots__ = (
         "__weakref__", "_dropped", "_inverse", "_inverted", "_kept", "_layouts", "_leading", "_outputs", "_probe",
-        "_region", "_scope", "_slots", "lock",
+        "_region", "_released", "_scope", "_slots", "lock",
     )  # fmt: skip
 
     def __init__(self, region: Region, inverse: Callable[..., Any], inverted: int | None) -> None:
@@ -153,6 +154,7 @@ class _InverseStage:
         self._outputs: list[Any] = []  # slots of tensors, everything else as it is
         self._probe: DriftProbe | None = None
         self._inverted: list[Tensor] | None = None
+        self._released: list[Released | None] = []
 
     # Forward.
 
@@ -192,6 +194,8 @@ class _InverseStage:
                 self._outputs.append(Slot(tensor, position + 1, self._region.name))
             else:
                 self._outputs.append(tensor.detach() if isinstance(tensor, Tensor) else tensor)
+        if local.eager:
+            self._released = [release(args[i], self._region.name) for i in self._dropped]
 
     # Backward: the source of the frame.
 
@@ -221,6 +225,9 @@ class _InverseStage:
             self._inverted = [
                 self._fit(i, returned, *layout) for i, layout in zip(self._dropped, self._layouts, strict=True)
             ]
+            for released, tensor in zip(self._released, self._inverted, strict=False):
+                if released is not None:
+                    released.restore(tensor)
         return self._inverted
 
     def _fit(
@@ -276,7 +283,7 @@ def _can_drop(arg: Any) -> bool:
         isinstance(arg, Tensor)
         and arg.layout is torch.strided
         and (arg.is_floating_point() or arg.is_complex())
-        and not (arg.is_leaf and arg.requires_grad)
+        and (local.eager or not (arg.is_leaf and arg.requires_grad))
     )
 
 

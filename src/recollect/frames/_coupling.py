@@ -21,10 +21,11 @@ from torch import Tensor
 
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._drift import DriftGauge, DriftProbe
+from recollect.frames._eager import Released, release
 from recollect.frames._errors import InPlaceError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of
-from recollect.frames._modes import enclosing, frames_apply, save_nothing
+from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
 from recollect.frames._modules import version_of
 from recollect.frames._region import Region, describe
 
@@ -70,6 +71,9 @@ def couple(
     y = _forward([functools.partial(stage.run, block) for block in blocks], groups, args, dim)
     if y.requires_grad:
         stage.close(x, groups, y, gauge, anchor_every)
+        del groups  # views of x
+        if local.eager:
+            stage.released = release(x, describe(blocks[0]))
     return y
 
 
@@ -115,7 +119,7 @@ class _CouplingStage:
 
     __slots__ = (
         "__weakref__", "_args", "_dim", "_dtypes", "_groups", "_input", "_layouts", "_level", "_lock", "_output",
-        "_probe", "_regions", "_scope", "_seed",
+        "_probe", "_regions", "_scope", "_seed", "released",
     )  # fmt: skip
 
     def __init__(self, dim: int, seed: bool) -> None:
@@ -130,6 +134,7 @@ class _CouplingStage:
         self._input: weakref.ref[Slot] | None = None
         self._output: Slot | None = None
         self._probe: DriftProbe | None = None
+        self.released: Released | None = None
         # In a rebuild: groups at and above the level are inputs X_i again, those below are still outputs X'_i.
         self._groups: list[Tensor] = []
         self._level = 0
@@ -193,6 +198,8 @@ class _CouplingStage:
             groups, self._groups = self._groups, []
             if self._probe is not None:
                 self._probe.measure(groups)
+            if self.released is not None:
+                self.released.restore(torch.cat(groups, self._dim))
             wanted = self._input() if self._input is not None else None
             if wanted is not None and wanted.maker is self:
                 wanted.offer(Parts(groups, self._dim))

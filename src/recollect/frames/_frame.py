@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect.frames._errors import GraphFreedError, InPlaceError, RebuildError
-from recollect.frames._modes import Scope, enclosing
+from recollect.frames._modes import Scope, enclosing, local
 from recollect.frames._modules import version_of
 from recollect.frames._region import Region, describe
 
@@ -133,12 +133,16 @@ class Frame(Scope):
 
     def _pack(self, tensor: Tensor) -> _Token | _Leaf:
         self._metas.append((tensor.shape, tensor.dtype, tensor.device))
-        if tensor.requires_grad and tensor.is_leaf:
+        if tensor.requires_grad and tensor.is_leaf and not self._is_released(tensor):
             self._tokens.append(None)
             return _Leaf(self._region, tensor)
         token = _Token(self, len(self._tokens))
         self._tokens.append(weakref.ref(token))
         return token
+
+    def _is_released(self, tensor: Tensor) -> bool:
+        """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
+        return local.eager and self._live is not None and any(tensor is a for a in self._live)
 
     def _guard(self, output: Tensor) -> None:
         """Make a second backward through freed saved tensors an error that names the module."""

@@ -55,6 +55,7 @@ class _Local(threading.local):
         self.backward = 0
         self.dry = 0
         self.first_call = 0
+        self.eager = False
         self.scope: Scope | None = None  # the frame whose region this thread is running, if any
         self.outermost = Scope()
 

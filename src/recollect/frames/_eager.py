@@ -1,0 +1,151 @@
+"""The opt-in that frees inputs behind the caller's back, as earlier systems always did."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.frames._errors import ReleasedTensorError
+from recollect.frames._modes import local
+
+__all__ = ["Released", "eager_release", "release"]
+
+
+@contextmanager
+def eager_release(enabled: bool = True) -> Iterator[None]:
+    """Empty the storages of the inputs that invertible functions can bring back, even if somebody holds them.
+
+    Normally an input that somebody still holds stays, and one that nobody holds is freed by reference counting. Inside
+    this context, after the forward of an invertible function, ``x.untyped_storage().size() == 0`` for each input that
+    its inverse restores; backward puts the values back. Left alone are inputs named in ``keep``, views, tensors that
+    share their storage with others (outputs included) and tensors that other operations saved for backward.
+
+    Reading a released tensor through Python raises a :class:`~recollect.frames.ReleasedTensorError`; its metadata
+    (shape, dtype, storage size) can be read.
+
+    Args:
+        enabled: with ``False``, the normal behaviour.
+    """
+    before, local.eager = local.eager, enabled
+    try:
+        yield
+    finally:
+        local.eager = before
+
+
+# What may be asked of a tensor that has no values.
+_METADATA = frozenset(
+    [
+        "_backward_hooks",
+        "_base",
+        "_grad",
+        "_is_view",
+        "_use_count",
+        "_version",
+        "device",
+        "dim",
+        "dtype",
+        "element_size",
+        "grad",
+        "grad_fn",
+        "is_complex",
+        "is_contiguous",
+        "is_cpu",
+        "is_cuda",
+        "is_floating_point",
+        "is_inference",
+        "is_leaf",
+        "is_sparse",
+        "itemsize",
+        "layout",
+        "names",
+        "nbytes",
+        "ndim",
+        "ndimension",
+        "nelement",
+        "numel",
+        "output_nr",
+        "register_hook",
+        "requires_grad",
+        "retain_grad",
+        "retains_grad",
+        "shape",
+        "size",
+        "storage",
+        "storage_offset",
+        "stride",
+        "untyped_storage",
+    ]
+)
+
+
+class _ReleasedTensor(Tensor):
+    """What a tensor becomes while its storage is empty."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        owner = next((a._released_by for a in args if isinstance(a, cls)), "an invertible function")
+        raise ReleasedTensorError(
+            f"{name or func}: this tensor is an input of {owner}, which released its memory inside "
+            "recollect.eager_release(); it is restored by backward. Name it in keep=(...), read it before, or leave "
+            "eager_release, which is not needed to save memory"
+        )
+
+    _released_by: str
+
+
+class Released:
+    """A tensor whose storage was emptied, and the way back.
+
+    Args:
+        tensor: the tensor; it is not kept alive.
+        name: who released it, for messages.
+    """
+
+    __slots__ = ("_bytes", "_tensor")
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        self._bytes = storage.nbytes()
+        self._tensor = weakref.ref(tensor)
+        storage.resize_(0)
+        tensor.__class__ = _ReleasedTensor
+        tensor.__dict__["_released_by"] = name
+
+    def restore(self, value: Tensor) -> None:
+        """Put the values back, if the tensor is still there and still empty."""
+        tensor = self._tensor()
+        if not isinstance(tensor, _ReleasedTensor):
+            return
+        del tensor._released_by
+        tensor.__class__ = Tensor  # type: ignore[assignment]
+        tensor.untyped_storage().resize_(self._bytes)
+        with torch.no_grad():
+            tensor.data.copy_(value)  # through .data: the tensor is what it was, so its version stays
+
+
+def release(tensor: Tensor, name: str) -> Released | None:
+    """Empty the tensor's storage if nobody but Python can reach it; return the way back, or ``None`` if left alone."""
+    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None or type(tensor) is not Tensor or tensor._is_view() or tensor.is_inference():
+        return None
+    storage = tensor.untyped_storage()
+    # The tensor and the Python storage made above; a leaf is also held by the node that accumulates its gradient.
+    owners = 2 if tensor.is_leaf and tensor.requires_grad else 1
+    held: int = tensor._use_count()  # type: ignore[attr-defined]
+    if storage.nbytes() == 0 or count(storage._cdata) > 2 or held > owners:
+        return None
+    return Released(tensor, name)

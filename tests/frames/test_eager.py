@@ -1,0 +1,176 @@
+"""``eager_release``: what is freed, what is left alone, and what reading a freed tensor does."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recollect
+from recollect.frames import ReleasedTensorError
+from recollect.reversible import GroupAddRev, InvertibleModule
+
+
+class Affine(InvertibleModule):
+    """y = x Wᵀ + b with a wide W, inverted by the pseudo-inverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.double))
+        self.bias = nn.Parameter(torch.randn(5, dtype=torch.double))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return (y - self.bias) @ self.weight.T.pinverse()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.double)
+
+    def forward(self, z: Tensor, _: None) -> Tensor:
+        return self.linear(z).tanh()
+
+
+def coupling() -> GroupAddRev:
+    return GroupAddRev(Block(), num_groups=2)
+
+
+def features(requires_grad: bool = False) -> Tensor:
+    return torch.randn(6, 8, dtype=torch.double, requires_grad=requires_grad)
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().size()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_input_is_freed_and_restored(requires_grad: bool) -> None:
+    x = torch.randn(10, 3, dtype=torch.double, requires_grad=requires_grad)
+    values, version, module = x.detach().clone(), x._version, Affine()
+    with recollect.eager_release(True):
+        y = module(x)
+    assert size(x) == 0
+    assert x.shape == (10, 3)
+    assert x.dtype == torch.double
+    y.sum().backward()
+    assert size(x) == values.numel() * 8
+    assert type(x) is Tensor
+    assert x._version == version
+    torch.testing.assert_close(x.detach(), values)
+
+
+def test_reading_a_freed_tensor_names_the_module() -> None:
+    x = torch.randn(10, 3, dtype=torch.double)
+    with recollect.eager_release():
+        y = Affine()(x)
+    for read in (lambda: x + 1, lambda: repr(x), lambda: x.tolist(), lambda: x[0], lambda: copy.deepcopy(x)):
+        with pytest.raises(ReleasedTensorError, match=r"Affine.*released its memory.*keep="):
+            read()
+    assert y.shape == (10, 5)
+
+
+def test_by_default_nothing_is_freed() -> None:
+    x = torch.randn(10, 3, dtype=torch.double)
+    values = x.clone()
+    y = Affine()(x)
+    assert torch.equal(x, values)
+    with recollect.eager_release(False):
+        y = Affine()(x)
+    assert torch.equal(x, values)
+    assert y.requires_grad
+
+
+def test_chain_of_couplings_frees_every_input_and_keeps_the_gradient() -> None:
+    layers, x = [coupling() for _ in range(4)], features(requires_grad=True)
+
+    def run() -> list[Tensor]:
+        states = [x * 2]
+        for layer in layers:
+            states.append(layer(states[-1], None))
+        return states
+
+    plain = run()
+    (expected,) = torch.autograd.grad(plain[-1].square().sum(), x)
+    with recollect.eager_release():
+        states = run()
+    assert [size(s) for s in states] == [0, 0, 0, 0, 6 * 8 * 8]
+    (gradient,) = torch.autograd.grad(states[-1].square().sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    for state, kept in zip(states, plain, strict=True):
+        torch.testing.assert_close(state.detach(), kept.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_leaf_that_is_freed_gets_its_gradient() -> None:
+    layer, x = coupling(), features(requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x, None).square().sum(), x)
+    with recollect.eager_release():
+        y = layer(x, None)
+    assert size(x) == 0
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-10, atol=1e-12)
+    assert size(x) == 6 * 8 * 8
+
+
+def left_alone(case: str) -> tuple[Tensor, list[object]]:
+    """Run a layer on an input that somebody else needs; return the input and what must stay alive."""
+    layer, leaf = coupling(), features(requires_grad=True)
+    x = leaf * 2
+    if case == "saved by another operation":
+        return x, [x * x, layer(x, None)]
+    if case == "a leaf saved by another operation":
+        return leaf, [leaf * leaf, layer(leaf, None)]
+    if case == "an output saved by its own operation":
+        x = leaf.exp()
+        return x, [layer(x, None)]
+    if case == "a view of it is held":
+        return x, [x.view(8, 6), layer(x, None)]
+    if case == "it is a view":
+        return x, [layer(x[:3], None)]
+    if case == "an alias is held":
+        return x, [x.detach(), layer(x, None)]
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "saved by another operation",
+        "a leaf saved by another operation",
+        "an output saved by its own operation",
+        "a view of it is held",
+        "it is a view",
+        "an alias is held",
+    ],
+)
+def test_tensors_that_others_need_are_left_alone(case: str) -> None:
+    with recollect.eager_release():
+        x, held = left_alone(case)
+    assert size(x) == 6 * 8 * 8
+    sum(t.sum() for t in held if isinstance(t, Tensor)).backward()
+
+
+def test_keep_and_aliased_outputs_are_left_alone() -> None:
+    x = features()
+    weight = torch.linalg.qr(torch.randn(8, 8, dtype=torch.double))[0].requires_grad_()
+    with recollect.eager_release():
+        kept = recollect.checkpoint(lambda h: h @ weight, x, inverse=lambda y: y @ weight.T, keep=(x,))
+        assert size(x) > 0
+        both = recollect.checkpoint(lambda h: (h @ weight, h[:2]), x, inverse=lambda y, _: y @ weight.T)
+        assert size(x) > 0
+        freed = recollect.checkpoint(lambda h: h @ weight, x, inverse=lambda y: y @ weight.T)
+        # ``both``'s second output is a view of x, so x still is not freed.
+        assert size(x) > 0
+        del both
+    assert kept.requires_grad
+    assert freed.requires_grad
+
+
+def test_without_grad_nothing_is_freed() -> None:
+    x = features()
+    with recollect.eager_release(), torch.no_grad():
+        coupling()(x, None)
+    assert size(x) == 6 * 8 * 8
