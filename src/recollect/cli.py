@@ -1,0 +1,133 @@
+"""The command `recollect`: train, info.
+
+Each subcommand is imported when it is called, so that `recollect info` works where torch alone is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from recollect import __version__
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: of the command line; by default those of the process.
+
+    Returns:
+        The exit code: 0 if all is well, 1 if something failed, 2 for wrong usage.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in _COMMANDS:
+        return _COMMANDS[given[0]][0](given[1:])
+    parser = argparse.ArgumentParser(
+        prog="recollect",
+        description="Train networks whose depth has outgrown memory.",
+        epilog="\n".join(f"  {name:<8} {text}" for name, (_, text) in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"recollect {__version__}")
+    parser.add_argument("command", nargs="?", choices=_COMMANDS, help="one of the commands below; each has --help")
+    try:
+        parser.parse_args(given)
+    except SystemExit as end:
+        return int(end.code or 0)
+    parser.print_help()
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    try:
+        from recollect.train import command
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("recollect"):
+            raise
+        sys.stderr.write(
+            f"recollect train needs the package of the module {error.name!r}, which is not installed. Run:\n"
+            f'  pip install "recollect[train]"\n'
+        )
+        return 1
+    return command(arguments)
+
+
+def _info(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="recollect info", description="Show versions, devices, and which optional packages are installed."
+    )
+    try:
+        parser.parse_args(list(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
+    sys.stdout.write("\n".join(_info_lines()) + "\n")
+    return 0
+
+
+def _info_lines() -> Iterator[str]:
+    import torch
+
+    yield f"recollect  {__version__}"
+    yield f"python     {platform.python_version()} ({sys.executable})"
+    yield f"torch      {torch.__version__}"
+    yield f"system     {platform.platform()}"
+    yield ""
+    yield "devices"
+    yield f"  cpu      {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"  cuda:{index}   {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield "  cuda     none"
+    yield ""
+    yield "optional packages"
+    for extra, packages in _extras().items():
+        missing = []
+        for package in packages:
+            version = _version(package)
+            missing += [package] if version is None else []
+            yield f"  {extra:<8} {package:<18} {version or 'not installed'}"
+        if missing:
+            yield f'  {"":<8} to install what is missing: pip install "recollect[{extra}]"'
+
+
+def _extras() -> dict[str, list[str]]:
+    """Extra -> its packages, as recollect's own metadata says; each package under the smallest extra that brings it."""
+    try:
+        requirements = importlib.metadata.requires("recollect") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        requirements = []
+    extras: dict[str, list[str]] = {}
+    for requirement in requirements:
+        match = re.match(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w-]+)['\"]", requirement)
+        if match and match[1] != "recollect" and match[2] != "dev":
+            extras.setdefault(match[2], []).append(match[1])
+    shown: set[str] = set()
+    for extra, packages in sorted(extras.items(), key=lambda item: len(item[1])):
+        extras[extra] = [package for package in packages if package not in shown]
+        shown.update(packages)
+    return extras
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (_train, "train a deep reversible graph network, and measure what its depth costs"),
+    "info": (_info, "show versions, devices, and which optional packages are installed"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

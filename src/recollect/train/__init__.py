@@ -1,0 +1,18 @@
+"""The training application: from a line of settings to a trained network, and a report of what its depth cost.
+
+:func:`train` is what ``recollect train`` runs. Settings are Hydra's, composed from the YAML files in the package's
+``conf`` folder: one group each for dataset, model and optimizer. The loop runs on Lightning Fabric, full batch.
+
+A run's folder is known by ``config.yaml``, which is there first, and finished by ``summary.json``, which is there last.
+Between them a checkpoint is replaced in one step after each epoch, and holds everything that the following epochs
+depend on; so a run that was killed goes on from its last epoch and, on the CPU, ends with the numbers of an unbroken
+one. ``metrics.csv`` and TensorBoard's files are written anew from the checkpoint when a run goes on.
+
+This package needs the ``[train]`` extra; nothing else in recollect imports it.
+"""
+
+from recollect.train._command import command
+from recollect.train._errors import InvalidRunError, NonFiniteLossError, TrainingError, UsageError
+from recollect.train._run import train
+
+__all__ = ["InvalidRunError", "NonFiniteLossError", "TrainingError", "UsageError", "command", "train"]

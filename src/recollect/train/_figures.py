@@ -1,0 +1,101 @@
+"""The report's pictures, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from recollect.train._text import METRICS, bytes_text
+from recollect.train._trainer import Row
+
+__all__ = ["learning_curves", "memory_against_depth", "to_svg"]
+
+_INK, _SOFT, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
+_BLUE, _ORANGE, _GREEN = "#2563eb", "#d9480f", "#2f9e44"
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": _SOFT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "text.color": _INK,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.hashsalt": "recollect",
+}
+
+
+def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Figure:
+    """Loss, score and drift against epochs, with the epoch whose parameters were kept."""
+    epochs = [row["epoch"] for row in history]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        left.set_title("Loss")
+        left.plot(epochs, [row["loss"] for row in history], color=_BLUE, label="training (with dropout)")
+        left.plot(epochs, [row["val_loss"] for row in history], color=_ORANGE, label="validation")
+        middle.set_title(METRICS[metric][0].upper() + METRICS[metric][1:] + " (%)")
+        middle.plot(epochs, [100 * row["train_accuracy"] for row in history], color=_BLUE, label="training")
+        middle.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_ORANGE, label="validation")
+        right.set_title("Drift of the reconstruction")
+        drift = [(row["epoch"], row["drift"]) for row in history if row["drift"] > 0]
+        if drift:
+            right.semilogy(*zip(*drift, strict=True), color=_GREEN, label="largest relative error")
+        else:
+            right.text(0.5, 0.5, "nothing was reconstructed", ha="center", transform=right.transAxes, color=_SOFT)
+        for axes in (left, middle, right):
+            _epoch_axis(axes, best_epoch, len(history))
+        return figure
+
+
+def memory_against_depth(curve: Sequence[dict[str, Any]]) -> Figure:
+    """Peak bytes of a training step against the number of layers, reversible and with everything kept."""
+    unit, size = ("GiB", 2**30) if max(p["peak_plain"] or p["peak"] for p in curve) >= 2**30 else ("MiB", 2**20)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title("Peak memory of a training step against depth")
+        for key, color, name in (("peak_plain", _ORANGE, "everything kept"), ("peak", _BLUE, "reversible")):
+            points = [(p["layers"], p[key] / size) for p in curve if p[key] is not None]
+            if not points:
+                continue
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5)
+            depth, height = points[-1]
+            text = f"{name}: {bytes_text(round(height * size))}"
+            axes.annotate(text, (depth, height), (8, 0), textcoords="offset points", va="center", color=color)
+        axes.set_xlabel("layers")
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.3 * max(p["layers"] for p in curve))  # room for the names at the ends of the lines
+        axes.set_xticks([t for t in axes.get_xticks() if t <= max(p["layers"] for p in curve)])
+        return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The picture as an ``<svg>`` element that stands for itself: letters are drawn, nothing is linked."""
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _epoch_axis(axes: Axes, best_epoch: int, epochs: int) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlim(min(1, epochs - 1), epochs)
+    axes.axvline(best_epoch, color=_SOFT, linestyle=":", linewidth=1, label="parameters kept")
+    axes.legend()

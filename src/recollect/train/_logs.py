@@ -1,0 +1,49 @@
+"""metrics.csv and TensorBoard, written by Fabric's loggers."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_fabric.loggers.csv_logs import CSVLogger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+from recollect.train._trainer import Row
+
+__all__ = ["Logs"]
+
+
+class Logs:
+    """The logs of a run. Old ones in the folder are replaced by the epochs that the checkpoint knows of.
+
+    Args:
+        run_dir: metrics.csv comes into this folder, TensorBoard's files into ``tensorboard`` in it.
+        history: epochs that are done.
+    """
+
+    def __init__(self, run_dir: Path, history: Iterable[Row]) -> None:
+        # Rows that were logged after the last checkpoint come again, and a killed process can leave half a row.
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        self._csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
+        with warnings.catch_warnings():
+            # The folder holds the run's other files, and replacing metrics.csv is what is wanted.
+            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+            _ = self._csv.experiment
+        self._tensorboard = TensorBoardLogger(run_dir, name="tensorboard", version="", flush_secs=5)
+        for row in history:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Log an epoch."""
+        step = int(row["epoch"])
+        self._csv.log_metrics(dict(row), step)
+        finite = {name: value for name, value in row.items() if name != "epoch" and math.isfinite(value)}
+        self._tensorboard.log_metrics(finite, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._csv.finalize("success")
+        self._tensorboard.finalize("success")

@@ -1,0 +1,72 @@
+"""What a prediction is worth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recollect.data import GraphDataset
+from recollect.train._errors import TrainingError
+
+__all__ = ["score"]
+
+
+def score(graph: GraphDataset, logits: Tensor, part: str) -> float:
+    """Score the logits by the graph's metric on one part of its split.
+
+    Accuracy is the share of nodes whose class is right (multi-label: of labels that are right); micro-F1 counts labels
+    over all nodes together; ROC-AUC is that of class 1 of two classes, or the mean over those labels that occur and
+    are missing in the part, as the Open Graph Benchmark defines it.
+
+    Args:
+        graph: with the true labels, on the device of the logits.
+        logits: [num_nodes, num_classes].
+        part: ``"train"``, ``"val"`` or ``"test"``.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        TrainingError: ROC-AUC is asked for where no label both occurs and is missing.
+    """
+    mask = graph.data[f"{part}_mask"]
+    logits, y = logits[mask].float(), graph.data.y[mask]
+    if graph.metric == "accuracy":
+        right = logits.argmax(-1) == y if graph.task == "multiclass" else (logits > 0) == (y > 0.5)
+        return float(right.double().mean())
+    if graph.metric == "micro_f1":
+        return _micro_f1(_as_labels(logits, graph), _true_labels(y, graph))
+    if graph.task == "multiclass":
+        if graph.num_classes != 2:
+            raise TrainingError(f"ROC-AUC of {graph.num_classes} exclusive classes is not defined: {graph.name!r}")
+        return _rocauc((logits[:, 1] - logits[:, 0])[:, None], (y == 1)[:, None], graph.name, part)
+    return _rocauc(logits, y > 0.5, graph.name, part)
+
+
+def _as_labels(logits: Tensor, graph: GraphDataset) -> Tensor:
+    if graph.task == "multilabel":
+        return logits > 0
+    return torch.nn.functional.one_hot(logits.argmax(-1), graph.num_classes).bool()
+
+
+def _true_labels(y: Tensor, graph: GraphDataset) -> Tensor:
+    return y > 0.5 if graph.task == "multilabel" else torch.nn.functional.one_hot(y, graph.num_classes).bool()
+
+
+def _micro_f1(predicted: Tensor, true: Tensor) -> float:
+    both, either = int((predicted & true).sum()), int(predicted.sum()) + int(true.sum())
+    return 2 * both / either if either else 0.0
+
+
+def _rocauc(values: Tensor, true: Tensor, name: str, part: str) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    values, true = values.cpu(), true.cpu()
+    areas = [
+        float(roc_auc_score(true[:, k].numpy(), values[:, k].numpy()))
+        for k in range(true.size(1))
+        if bool(true[:, k].any()) and not bool(true[:, k].all())
+    ]
+    if not areas:
+        raise TrainingError(f"ROC-AUC is not defined: each label is on all or on none of the {part} nodes of {name!r}")
+    return sum(areas) / len(areas)

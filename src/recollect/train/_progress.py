@@ -1,0 +1,74 @@
+"""What the terminal shows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from recollect.train._text import METRICS, table
+from recollect.train._trainer import Row
+
+__all__ = ["Bar", "show_summary", "training_bar"]
+
+
+class Bar:
+    """A progress bar of epochs; where the output is no terminal, a line for every tenth of them."""
+
+    def __init__(self, console: Console, progress: Progress, epochs: int, done: int, metric: str) -> None:
+        self._console = console
+        self._progress = progress
+        self._metric = METRICS[metric]
+        self._epochs = epochs
+        self._task = progress.add_task("training", total=epochs, completed=done, note="")
+
+    def advance(self, row: Row) -> None:
+        """Show an epoch that is done."""
+        epoch = int(row["epoch"])
+        note = f"loss {row['loss']:.4f}  validation {self._metric} {100 * row['val_accuracy']:.2f} %"
+        self._progress.update(self._task, completed=epoch, note=note)
+        if not self._console.is_terminal and (epoch % max(self._epochs // 10, 1) == 0 or epoch == self._epochs):
+            self._console.print(f"epoch {epoch}/{self._epochs}  {note}", highlight=False)
+
+    def stop(self, epoch: int) -> None:
+        """Training ended, perhaps early: the bar is full."""
+        self._progress.update(self._task, total=epoch, completed=epoch)
+
+
+@contextmanager
+def training_bar(console: Console, epochs: int, done: int, metric: str) -> Iterator[Bar]:
+    """Show a bar while the block runs."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
+        yield Bar(console, progress, epochs, done, metric)
+
+
+def show_summary(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
+    """Print the table of a finished run."""
+    facts, costs = table(summary)
+    grid = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts:
+        grid.add_row(escape(name), f"[bold]{escape(value)}[/bold]" if name.startswith("test ") else escape(value))
+    console.print(grid)
+    if summary["peak_bytes"] is not None:
+        comparison = Table(title_justify="left")
+        for heading in ("measured", "reversible", "everything kept", ""):
+            comparison.add_column(heading)
+        for row in costs:
+            comparison.add_row(*map(escape, row))
+        console.print(comparison)
+    console.print(f"report: {run_dir / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

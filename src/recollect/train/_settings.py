@@ -1,0 +1,152 @@
+"""Every setting of a run: its key, type, meaning and range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from recollect.train._errors import UsageError, choose_from
+
+__all__ = ["FREE_KEYS", "PATH_KEYS", "Settings", "check", "documented"]
+
+FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
+PATH_KEYS = ("data.root", "run_dir", "resume")  # values that are taken as they stand, whatever characters they have
+
+
+def _about(
+    text: str, *, low: float | None = None, below: float | None = None, choices: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """A setting's meaning, its least value, its (excluded) upper bound, and the values it can have."""
+    return {"help": text, "low": low, "below": below, "choices": choices}
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """Which graph."""
+
+    name: str = field(metadata=_about("graph, by its name in recollect.data"))
+    options: dict[str, Any] = field(metadata=_about("options of recollect.data.load for this graph"))
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which network; see `recollect.models.RevGNN`."""
+
+    name: str = field(metadata=_about("label of the model in the run's files"))
+    num_layers: int = field(metadata=_about("reversible layers", low=1))
+    hidden_channels: int = field(metadata=_about("channels of the layers, divisible by num_groups", low=1))
+    num_groups: int = field(metadata=_about("groups of a reversible layer", low=2))
+    conv: str = field(metadata=_about("convolution: gat, gcn, gen, gin, graphconv or sage"))
+    conv_kwargs: dict[str, Any] = field(metadata=_about("options of the convolution, as in model.conv_kwargs.aggr=max"))
+    edge_features: bool = field(
+        metadata=_about("give the graph's edge features, if it has any, to a gat or gen convolution")
+    )
+    dropout: float = field(metadata=_about("dropout probability", low=0, below=1))
+    shared_dropout: bool = field(metadata=_about("one dropout mask for all layers, as in the paper"))
+    norm: str | None = field(metadata=_about("normalisation in the layers", choices=("layer", "batch")))
+    tied: bool = field(metadata=_about("all layers share one set of parameters"))
+    anchor_every: int | None = field(metadata=_about("keep every s-th activation, to bound drift; null: none", low=1))
+    disable: bool = field(metadata=_about("keep every activation: train without recollecting"))
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer of torch.optim."""
+
+    name: str = field(metadata=_about("optimizer", choices=("adam", "adamw", "sgd")))
+    lr: float = field(metadata=_about("learning rate", low=0))
+    weight_decay: float = field(metadata=_about("weight decay", low=0))
+    options: dict[str, Any] = field(metadata=_about("further options of the optimizer"))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where raw files are."""
+
+    root: str | None = field(
+        metadata=_about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data")
+    )
+    seed: int = field(metadata=_about("seed of generated graphs (sbm)"))
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured after training."""
+
+    enabled: bool = field(
+        metadata=_about("measure memory and time of training steps, reversible and with everything kept")
+    )
+    depths: list[int] | None = field(
+        metadata=_about("depths of the curve memory against depth; null: up to num_layers by doubling")
+    )
+    repeats: int = field(metadata=_about("timed epochs of each mode; the median counts", low=1))
+    seconds: float = field(metadata=_about("stop measuring further depths after this time", low=0))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    dataset: DatasetSettings
+    model: ModelSettings
+    optimizer: OptimizerSettings
+    data: DataSettings
+    measure: MeasureSettings
+    seed: int = field(metadata=_about("seed of parameters and dropout", low=0))
+    epochs: int = field(metadata=_about("epochs, at most", low=1))
+    patience: int | None = field(
+        metadata=_about("stop after this many epochs without a better validation score; null: never", low=1)
+    )
+    warmup_epochs: int = field(
+        metadata=_about("epochs over which the learning rate rises linearly to its value", low=0)
+    )
+    clip_norm: float | None = field(metadata=_about("largest norm of the gradient; null: any", low=0))
+    checkpoint_every: int = field(metadata=_about("epochs between checkpoints", low=1))
+    device: str = field(metadata=_about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
+    precision: str = field(metadata=_about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
+    threads: int | None = field(metadata=_about("CPU threads; null: torch's default", low=1))
+    run_dir: str | None = field(metadata=_about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
+    resume: str | None = field(metadata=_about("go on with the run in this folder, under its own settings"))
+
+
+def documented() -> dict[str, dict[str, Any]]:
+    """Key -> its meaning ("help") and what it allows ("low", "below", "choices"), in the order of the classes."""
+    return {key: dict(metadata) for key, _, metadata in _walk(Settings, None)}
+
+
+def check(settings: Settings) -> None:
+    """Refuse values outside of their range.
+
+    Raises:
+        UsageError: a value is out of range; the message says which are allowed.
+    """
+    for key, value, metadata in _walk(Settings, settings):
+        if value is None or isinstance(value, (dict, list)):
+            continue
+        if metadata["choices"] and value not in metadata["choices"]:
+            raise UsageError(f"{key}: " + choose_from("value", value, metadata["choices"]))
+        low, below = metadata["low"], metadata["below"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}={value}: must be a finite number")
+        if (low is not None and value < low) or (below is not None and value >= below):
+            upper = f" and below {below}" if below is not None else ""
+            raise UsageError(f"{key}={value}: must be at least {low}{upper}")
+    depths = settings.measure.depths
+    if depths is not None and (not depths or min(depths) < 1):
+        raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
+
+
+def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each leaf's key, value (``None`` without an instance) and metadata."""
+    groups = {
+        f"{c.__name__}": c for c in (DatasetSettings, ModelSettings, OptimizerSettings, DataSettings, MeasureSettings)
+    }
+    for item in dataclasses.fields(cls):
+        value = None if instance is None else getattr(instance, item.name)
+        if str(item.type) in groups:
+            yield from _walk(groups[str(item.type)], value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value, item.metadata

@@ -1,0 +1,80 @@
+"""summary.json: what came out of a run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import recollect
+from recollect.train._errors import InvalidRunError
+from recollect.train._files import write_text
+from recollect.train._measure import Costs
+from recollect.train._trainer import Trainer
+
+__all__ = ["read_summary", "summarize", "write_summary"]
+
+Summary = dict[str, Any]
+
+
+def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
+    """Gather what a run gives.
+
+    ``test_accuracy`` and ``val_accuracy`` are by the graph's ``metric``, at the best validation epoch; ``seconds`` are
+    those of all epochs; ``peak_bytes`` is the measured peak of a training step above ``state_bytes`` (parameters,
+    gradients, optimizer) and the graph, ``peak_bytes_plain`` the same with every activation kept.
+    """
+    step, settings = trainer.step, trainer.settings
+    device = step.fabric.device
+    return {
+        "dataset": settings.dataset.name,
+        "model": settings.model.name,
+        "layers": settings.model.num_layers,
+        "parameters": sum(parameter.numel() for parameter in step.network.parameters()),
+        "metric": step.graph.metric,
+        "test_accuracy": test_accuracy,
+        "val_accuracy": trainer.best["val_accuracy"],
+        "best_epoch": trainer.best_epoch,
+        "epochs": trainer.epoch,
+        "seconds": sum(row["seconds"] for row in trainer.history),
+        "largest_drift": max((row["drift"] for row in trainer.history if row["drift"] == row["drift"]), default=None),
+        "peak_bytes": costs.peak,
+        "peak_bytes_plain": costs.peak_plain,
+        "expected_bytes_plain": costs.expected_plain,
+        "state_bytes": costs.state,
+        "seconds_per_epoch": costs.seconds,
+        "seconds_per_epoch_plain": costs.seconds_plain,
+        "memory_against_depth": costs.curve,
+        "nodes": step.graph.data.num_nodes,
+        "edges": step.graph.data.num_edges,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "recollect": recollect.__version__,
+    }
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write the file, in one step."""
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(path: Path) -> Summary:
+    """Read a file that `write_summary` wrote.
+
+    Raises:
+        InvalidRunError: it is damaged.
+    """
+    try:
+        summary = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(summary, dict):
+        raise InvalidRunError(f"{path} is not the summary of a run")
+    return summary

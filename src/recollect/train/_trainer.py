@@ -1,0 +1,168 @@
+"""The epochs of a run, and all of its state that a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.train._build import warmup
+from recollect.train._errors import InvalidRunError, NonFiniteLossError
+from recollect.train._metrics import score
+from recollect.train._settings import Settings
+from recollect.train._step import Step
+
+__all__ = ["Row", "Trainer"]
+
+Row = dict[str, float]
+"""An epoch: epoch (from 1), loss, train_accuracy, val_accuracy, val_loss, drift, learning_rate, seconds."""
+
+
+class Trainer:
+    """Trains to the last epoch, or until validation stops getting better, and keeps the best parameters.
+
+    The best epoch is that of the highest validation score, among equal ones that of the lowest validation loss.
+
+    Args:
+        settings: of the run.
+        step: the model and its graph.
+        checkpoint: the file that the state is saved to.
+    """
+
+    def __init__(self, settings: Settings, step: Step, checkpoint: Path) -> None:
+        self.settings = settings
+        self.step = step
+        self.checkpoint = checkpoint
+        self.scheduler = warmup(step.optimizer.optimizer, settings.warmup_epochs)
+        self.history: list[Row] = []
+        self.best_epoch = 0
+        self.best_state: dict[str, Tensor] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return len(self.history)
+
+    @property
+    def best(self) -> Row:
+        """The best epoch so far."""
+        return self.history[self.best_epoch - 1]
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to train."""
+        patience = self.settings.patience
+        return self.epoch >= self.settings.epochs or (
+            patience is not None and self.epoch > 0 and self.epoch - self.best_epoch >= patience
+        )
+
+    def fit(self, on_epoch: Callable[[Row], None]) -> None:
+        """Train, save, and then report each epoch.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; the last checkpoint is of an epoch before it.
+        """
+        while not self.done:
+            row = self._epoch()
+            if self.done or self.epoch % self.settings.checkpoint_every == 0:
+                self.save()
+            on_epoch(row)
+
+    def _epoch(self) -> Row:
+        start, epoch = time.perf_counter(), self.epoch + 1
+        learning_rate = self.scheduler.get_last_lr()[0]
+        loss, drift = self.step.train()
+        self._check(loss, "loss", epoch)
+        self.scheduler.step()
+        logits = self.step.evaluate()
+        val_loss = float(self.step.loss(logits, "val"))
+        # A step can ruin the parameters with its own loss still finite. Then nothing of this epoch may be kept.
+        self._check(val_loss, "validation loss", epoch)
+        self._check(float(logits.double().abs().sum()), "model's output", epoch)
+        row = {
+            "epoch": epoch,
+            "loss": loss,
+            "train_accuracy": score(self.step.graph, logits, "train"),
+            "val_accuracy": score(self.step.graph, logits, "val"),
+            "val_loss": val_loss,
+            "drift": drift,
+            "learning_rate": float(learning_rate),
+            "seconds": time.perf_counter() - start,
+        }
+        self.history.append(row)
+        if self.best_epoch == 0 or self._rank(row) > self._rank(self.best):
+            self.best_epoch = epoch
+            self.best_state = {name: value.detach().clone() for name, value in self.step.network.state_dict().items()}
+        return row
+
+    @staticmethod
+    def _rank(row: Row) -> tuple[float, float]:
+        return row["val_accuracy"], -row["val_loss"]
+
+    def _check(self, value: float, what: str, epoch: int) -> None:
+        if math.isfinite(value):
+            return
+        kept = f"The checkpoint of an epoch before is kept: {self.checkpoint}" if self.checkpoint.exists() else ""
+        raise NonFiniteLossError(
+            f"epoch {epoch}: the {what} is {value}, so training stopped. Try a lower optimizer.lr, warmup_epochs=5, "
+            f"clip_norm=1.0, model.norm=batch or precision=32-true. {kept}".rstrip(),
+            epoch,
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint, in one step."""
+        fabric = self.step.fabric
+        fabric.save(
+            self.checkpoint,
+            {
+                "model": self.step.model,
+                "optimizer": self.step.optimizer,
+                "scheduler": self.scheduler.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
+                "history": self.history,
+                "best_epoch": self.best_epoch,
+                "best_state": self.best_state,
+                "random": _random_state(),
+            },
+        )
+
+    def load(self) -> None:
+        """Go back to the checkpoint.
+
+        Raises:
+            InvalidRunError: it cannot be read, or is not of this model.
+        """
+        fabric = self.step.fabric
+        objects: dict[str, Any] = {"model": self.step.model, "optimizer": self.step.optimizer}
+        try:
+            rest = fabric.load(self.checkpoint, objects, weights_only=True)
+            self.scheduler.load_state_dict(rest["scheduler"])
+            fabric.strategy.precision.load_state_dict(rest["precision"])
+            self.history, self.best_epoch = rest["history"], rest["best_epoch"]
+            self.best_state = {name: value.to(fabric.device) for name, value in rest["best_state"].items()}
+            _restore_random_state(rest["random"])
+        except Exception as error:  # torch.load of a damaged file raises half a dozen unrelated types
+            line = str(error).strip().partition("\n")[0]
+            raise InvalidRunError(
+                f"the checkpoint {self.checkpoint} cannot be read ({type(error).__name__}: {line}); start the run anew"
+            ) from error
+
+    def restore_best(self) -> None:
+        """Give the model the parameters of the best epoch."""
+        self.step.network.load_state_dict(self.best_state)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
