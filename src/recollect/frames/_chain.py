@@ -8,13 +8,14 @@ to that stage instead and asks it when the value is needed. Frames pull; nobody 
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from recollect.frames._describe import describe
 from recollect.frames._errors import RebuildError
 from recollect.frames._keep import Kept
 from recollect.frames._modules import version_of
@@ -57,14 +58,14 @@ class Slot:
     Args:
         tensor: the output of a stage; its memory is kept until another stage can bring it back.
         position: how many stages of its chain came before, this one included.
-        name: the stage's module, for messages.
+        function: the stage's module, for messages.
     """
 
-    __slots__ = ("__weakref__", "_cache", "_kept", "_tensor", "_version", "maker", "name", "position")
+    __slots__ = ("__weakref__", "_cache", "_function", "_kept", "_tensor", "_version", "maker", "position")
 
-    def __init__(self, tensor: Tensor, position: int, name: str) -> None:
+    def __init__(self, tensor: Tensor, position: int, function: Callable[..., Any]) -> None:
         self.position = position
-        self.name = name
+        self._function = function
         self.maker: Stage | None = None
         self._kept: Kept | None = Kept(tensor.detach())
         self._cache: Tensor | Parts | None = None
@@ -102,7 +103,7 @@ class Slot:
                 pending.pop()
                 continue
             if slot.maker is None:
-                raise RebuildError(f"{slot.name}: its output was neither kept nor linked")
+                raise RebuildError(f"{describe(slot._function)}: its output was neither kept nor linked")
             missing = [s for s in slot.maker.missing() if not s.ready]
             if missing:
                 pending.extend(missing)
@@ -118,8 +119,8 @@ class Slot:
         if alive is not None:
             return alive
         if self._kept is None:
-            raise RebuildError(f"{self.name}: the stage after it did not bring its output back")
-        return self._kept.get(self.name, "output")
+            raise RebuildError(f"{describe(self._function)}: the stage after it did not bring its output back")
+        return self._kept.get(self._function, "output")
 
     def _alive(self) -> Tensor | None:
         """The forward's own tensor, if somebody still holds it unchanged: then nothing need be reconstructed."""

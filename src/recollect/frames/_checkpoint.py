@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from recollect.frames._chain import Parts, Slot, slot_of
+from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of
 from recollect.frames._modes import enclosing, frames_apply, local
-from recollect.frames._region import Region, describe
+from recollect.frames._region import Region
 
 __all__ = ["checkpoint", "run_invertible"]
 
@@ -87,7 +88,7 @@ class _KeptSource:
 
     def inputs(self, index: int) -> tuple[Any, ...]:
         """Return the kept inputs."""
-        return tuple(self._args.get(self._region.name))
+        return tuple(self._args.get(self._region.function))
 
     def evaluated(self, index: int, output: Any) -> None:
         """Nothing depends on the output."""
@@ -191,7 +192,7 @@ class _InverseStage:
             self._probe = DriftProbe([args[i] for i in self._dropped], gauge)
         for tensor in outputs:
             if isinstance(tensor, Tensor) and not any(tensor is a for a in args):
-                self._outputs.append(Slot(tensor, position + 1, self._region.name))
+                self._outputs.append(Slot(tensor, position + 1, self._region.function))
             else:
                 self._outputs.append(tensor.detach() if isinstance(tensor, Tensor) else tensor)
         if local.eager:
@@ -203,7 +204,7 @@ class _InverseStage:
         """Return the arguments, the dropped ones by the inverse."""
         if self._kept is None:
             raise RuntimeError(f"{self._region.name}: asked for gradients before its forward pass ended")
-        args = self._kept.get(self._region.name)
+        args = self._kept.get(self._region.function)
         if self._dropped:
             inverted = self._invert(args)
             for i, tensor, (*_, requires_grad) in zip(self._dropped, inverted, self._layouts, strict=True):
@@ -263,7 +264,7 @@ class _InverseStage:
     def invert(self) -> None:
         """See :class:`~recollect.frames._chain.Stage`."""
         with self.lock:
-            tensors = self._invert(self._kept.get(self._region.name) if self._kept is not None else [])
+            tensors = self._invert(self._kept.get(self._region.function) if self._kept is not None else [])
             self._inverted = None
             if self._probe is not None:
                 self._probe.measure(tensors)

@@ -45,9 +45,9 @@ class Conditions:
             if not self._random.states:
                 self._random = None
 
-    def check(self, name: str) -> None:
-        """Raise if what the region reads was changed since; ``name`` is the module to blame."""
-        self._modules.check(name)
+    def check(self, function: Callable[..., Any]) -> None:
+        """Raise if what the region reads was changed since; ``function`` is the one to name."""
+        self._modules.check(function)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

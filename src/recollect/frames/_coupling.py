@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames._chain import Parts, Slot, slot_of
+from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release
 from recollect.frames._errors import InPlaceError
@@ -27,7 +28,7 @@ from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of
 from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
 from recollect.frames._modules import version_of
-from recollect.frames._region import Region, describe
+from recollect.frames._region import Region
 
 __all__ = ["couple", "uncouple"]
 
@@ -97,21 +98,24 @@ def _forward(blocks: Sequence[Block], groups: Sequence[Tensor], args: Sequence[t
     for block, group, extra in zip(blocks, groups, args, strict=True):
         version = version_of(z)
         output = block(z, *extra)
-        name = describe(block.args[0] if isinstance(block, functools.partial) else block)
         if not isinstance(output, Tensor) or output.shape != z.shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"{name}: a block of a coupling must return a tensor of its input's shape {list(z.shape)}, got "
-                f"{found}; give it as many output as input channels"
+                f"{_name(block)}: a block of a coupling must return a tensor of its input's shape "
+                f"{list(z.shape)}, got {found}; give it as many output as input channels"
             )
         if version_of(z) != version:
             raise InPlaceError(
-                f"{name}: the block changed its own input in place, which is also another group's output; use the "
+                f"{_name(block)}: the block changed its own input in place, which is also another group's output; use the "
                 "out-of-place form of its first operation (ReLU(inplace=False), x = x + 1)"
             )
         z = group + output
         outputs.append(z)
     return torch.cat(outputs, dim)
+
+
+def _name(block: Block) -> str:
+    return describe(block.args[0] if isinstance(block, functools.partial) else block)
 
 
 class _CouplingStage:
@@ -169,7 +173,7 @@ class _CouplingStage:
             self._input = weakref.ref(before)
         if gauge is not None and (before is None or anchored):
             self._probe = DriftProbe(groups, gauge)
-        self._output = Slot(y, position + 1, self._regions[-1].name)
+        self._output = Slot(y, position + 1, self._regions[-1].function)
 
     # Backward: the source of the frames.
 
@@ -186,7 +190,7 @@ class _CouplingStage:
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
             if z.stride() != strides:
                 z = torch.empty_strided(z.shape, strides, dtype=z.dtype, device=z.device).copy_(z)
-        return (z.detach().requires_grad_(requires_grad), *self._args[index].get(self._regions[index].name))
+        return (z.detach().requires_grad_(requires_grad), *self._args[index].get(self._regions[index].function))
 
     def evaluated(self, index: int, output: Tensor) -> None:
         """Subtract what the block gives, and pass the input on when it is complete."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from recollect.frames._describe import describe
 from recollect.frames._errors import GraphFreedError, InPlaceError, RebuildError
 from recollect.frames._modes import Scope, enclosing, local
 from recollect.frames._modules import version_of
-from recollect.frames._region import Region, describe
+from recollect.frames._region import Region
 
 __all__ = ["Frame", "Source"]
 

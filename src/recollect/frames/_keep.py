@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from recollect.frames._describe import describe
 from recollect.frames._errors import InPlaceError
 from recollect.frames._modules import version_of
 
@@ -41,11 +42,11 @@ class Kept:
                 self._packed = hooks[0](bare)
             self._unpack = hooks[1]
 
-    def get(self, name: str, role: str) -> Tensor:
+    def get(self, function: Callable[..., Any], role: str) -> Tensor:
         """Return the tensor, without history and with the forward's ``requires_grad``.
 
         Raises:
-            InPlaceError: it was changed in place since; the message names ``name`` and ``role``.
+            InPlaceError: it was changed in place since; the message names ``function`` and ``role``.
         """
         if self._unpack is not None:
             tensor = self._unpack(self._packed)
@@ -53,8 +54,8 @@ class Kept:
             tensor = self._packed
             if version_of(tensor) != self._version:
                 raise InPlaceError(
-                    f"{name}: its {role} of shape {list(tensor.shape)} was changed in place between the forward pass "
-                    f"(version {self._version}) and backward (version {version_of(tensor)}); change a copy instead "
+                    f"{describe(function)}: its {role} of shape {list(tensor.shape)} was changed in place "
+                    f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); change a copy instead "
                     "(x = x + 1, not x += 1)"
                 )
         return tensor.detach().requires_grad_() if self._requires_grad else tensor
@@ -74,9 +75,9 @@ class KeptArguments:
         leaves, self._spec = _flatten(tuple(None if i in skip else a for i, a in enumerate(args)))
         self._leaves = [Kept(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def get(self, name: str) -> list[Any]:
+    def get(self, function: Callable[..., Any]) -> list[Any]:
         """Return the arguments again; see :meth:`Kept.get`."""
-        leaves = [leaf.get(name, "input") if isinstance(leaf, Kept) else leaf for leaf in self._leaves]
+        leaves = [leaf.get(function, "input") if isinstance(leaf, Kept) else leaf for leaf in self._leaves]
         return list(tree_unflatten(leaves, self._spec))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from recollect.frames._describe import describe
 from recollect.frames._errors import InPlaceError
 
 __all__ = ["ModuleState", "find_modules", "version_of"]
@@ -120,13 +121,13 @@ class ModuleState:
     def _note_versions(self) -> None:
         self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
 
-    def check(self, name: str) -> None:
+    def check(self, function: Callable[..., Any]) -> None:
         """Raise an :class:`InPlaceError` if a parameter was changed since the forward pass."""
         for (_, key, parameter), version in zip(self._parameters, self._versions, strict=False):
             if version_of(parameter) != version:
                 raise InPlaceError(
-                    f"{name}: its parameter {key!r} of shape {list(parameter.shape)} was changed in place between the "
-                    f"forward pass (version {version}) and backward (version {version_of(parameter)}), most often by "
+                    f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in "
+                    f"place between the forward pass (version {version}) and backward (version {version_of(parameter)}), most often by "
                     "an optimizer step; call backward before the step, or run the forward pass again"
                 )
 

@@ -7,23 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
 
 from recollect.frames._conditions import Conditions
+from recollect.frames._describe import describe
 from recollect.frames._errors import RebuildError
 from recollect.frames._modes import Scope, backward_mode, local
 from recollect.frames._rng import drawing
 
-__all__ = ["Region", "describe"]
-
-
-def describe(function: Callable[..., Any]) -> str:
-    """Name a function in an error: a module by its ``repr``, anything else by its qualified name."""
-    owner = getattr(function, "__self__", function)
-    if isinstance(owner, nn.Module):
-        text = " ".join(repr(owner).split())
-        return text if len(text) <= 120 else f"{text[:117]}..."
-    return getattr(function, "__qualname__", None) or repr(function)
+__all__ = ["Region"]
 
 
 class Region:
@@ -91,7 +82,7 @@ class Region:
         """
         if self._conditions is None:
             raise RebuildError(f"{self.name}: asked to run again before it has run")
-        self._conditions.check(self.name)
+        self._conditions.check(self.function)
         outer, local.scope = local.scope, scope
         try:
             with backward_mode(), self._conditions.replayed(), torch.enable_grad(), hooks:

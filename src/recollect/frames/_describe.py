@@ -1,0 +1,19 @@
+"""How messages name what the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["describe"]
+
+
+def describe(function: Callable[..., Any]) -> str:
+    """Name a function in an error: a module by its ``repr``, anything else by its qualified name."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, nn.Module):
+        text = " ".join(repr(owner).split())
+        return text if len(text) <= 120 else f"{text[:117]}..."
+    return getattr(function, "__qualname__", None) or repr(function)
