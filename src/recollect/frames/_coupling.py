@@ -106,8 +106,8 @@ def _forward(blocks: Sequence[Block], groups: Sequence[Tensor], args: Sequence[t
             )
         if version_of(z) != version:
             raise InPlaceError(
-                f"{_name(block)}: the block changed its own input in place, which is also another group's output; use the "
-                "out-of-place form of its first operation (ReLU(inplace=False), x = x + 1)"
+                f"{_name(block)}: the block changed its own input in place, which is also another group's output; "
+                "use the out-of-place form of its first operation (ReLU(inplace=False), x = x + 1)"
             )
         z = group + output
         outputs.append(z)

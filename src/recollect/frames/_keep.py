@@ -55,8 +55,8 @@ class Kept:
             if version_of(tensor) != self._version:
                 raise InPlaceError(
                     f"{describe(function)}: its {role} of shape {list(tensor.shape)} was changed in place "
-                    f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); change a copy instead "
-                    "(x = x + 1, not x += 1)"
+                    f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); "
+                    "change a copy instead (x = x + 1, not x += 1)"
                 )
         return tensor.detach().requires_grad_() if self._requires_grad else tensor
 

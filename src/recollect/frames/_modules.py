@@ -127,8 +127,8 @@ class ModuleState:
             if version_of(parameter) != version:
                 raise InPlaceError(
                     f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in "
-                    f"place between the forward pass (version {version}) and backward (version {version_of(parameter)}), most often by "
-                    "an optimizer step; call backward before the step, or run the forward pass again"
+                    f"place between the forward pass (version {version}) and backward (version {version_of(parameter)}), "
+                    "most often by an optimizer step; call backward before the step, or run the forward pass again"
                 )
 
     @contextmanager
