@@ -42,8 +42,8 @@ def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> li
         if depth == 0 or thing is None or id(thing) in seen or isinstance(thing, (Tensor, str, int, float)):
             return
         seen.add(id(thing))
+        visit(getattr(thing, "__self__", None), depth)  # of bound methods, and of adapters that name it so
         if isinstance(thing, types.MethodType):
-            visit(thing.__self__, depth)
             visit(thing.__func__, depth)
         elif isinstance(thing, types.FunctionType):
             for cell in thing.__closure__ or ():
@@ -127,8 +127,8 @@ class ModuleState:
             if version_of(parameter) != version:
                 raise InPlaceError(
                     f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in "
-                    f"place between the forward pass (version {version}) and backward (version {version_of(parameter)}), "
-                    "most often by an optimizer step; call backward before the step, or run the forward pass again"
+                    f"place between the forward pass (version {version}) and backward (version "
+                    f"{version_of(parameter)}), most often by an optimizer step; call backward before the step, or run the forward pass again"
                 )
 
     @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from recollect.train._text import METRICS, bytes_text
 from recollect.train._trainer import Row
@@ -45,7 +46,7 @@ def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Fig
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         left.set_title("Loss")
-        left.plot(epochs, [row["loss"] for row in history], color=_BLUE, label="training (with dropout)")
+        left.semilogy(epochs, [row["loss"] for row in history], color=_BLUE, label="training (with dropout)")
         left.plot(epochs, [row["val_loss"] for row in history], color=_ORANGE, label="validation")
         middle.set_title(METRICS[metric][0].upper() + METRICS[metric][1:] + " (%)")
         middle.plot(epochs, [100 * row["train_accuracy"] for row in history], color=_BLUE, label="training")
@@ -56,6 +57,8 @@ def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Fig
             right.semilogy(*zip(*drift, strict=True), color=_GREEN, label="largest relative error")
         else:
             right.text(0.5, 0.5, "nothing was reconstructed", ha="center", transform=right.transAxes, color=_SOFT)
+        for axes in (left, right):
+            _decades(axes)
         for axes in (left, middle, right):
             _epoch_axis(axes, best_epoch, len(history))
         return figure
@@ -91,6 +94,14 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _decades(axes: Axes) -> None:
+    """End a logarithmic axis at powers of ten, and write these alone."""
+    if axes.get_yscale() == "log":
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** (math.floor(math.log10(high)) + 1))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _epoch_axis(axes: Axes, best_epoch: int, epochs: int) -> None:
