@@ -125,10 +125,11 @@ class ModuleState:
         """Raise an :class:`InPlaceError` if a parameter was changed since the forward pass."""
         for (_, key, parameter), version in zip(self._parameters, self._versions, strict=False):
             if version_of(parameter) != version:
+                now = version_of(parameter)
                 raise InPlaceError(
-                    f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in "
-                    f"place between the forward pass (version {version}) and backward (version "
-                    f"{version_of(parameter)}), most often by an optimizer step; call backward before the step, or run the forward pass again"
+                    f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in place "
+                    f"between the forward pass (version {version}) and backward (version {now}), most often by an "
+                    "optimizer step; call backward before the step, or run the forward pass again"
                 )
 
     @contextmanager

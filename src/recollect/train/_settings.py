@@ -57,7 +57,7 @@ class OptimizerSettings:
     """Which optimizer of torch.optim."""
 
     name: str = field(metadata=_about("optimizer", choices=("adam", "adamw", "sgd")))
-    lr: float = field(metadata=_about("learning rate", low=0))
+    lr: float = field(metadata=_about("learning rate", low=0, below=1e6))
     weight_decay: float = field(metadata=_about("weight decay", low=0))
     options: dict[str, Any] = field(metadata=_about("further options of the optimizer"))
 
