@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,7 +22,12 @@ _LARGE = 1 << 20
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return the in-place version of a tensor; inference tensors have none and count as unchanged."""
+    """Return the in-place version of a tensor.
+
+    Inference tensors have none, and torch.compile sees none: both count as unchanged.
+    """
+    if torch.compiler.is_compiling():
+        return 0
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -127,7 +133,7 @@ class ModuleState:
             if version_of(parameter) != version:
                 now = version_of(parameter)
                 raise InPlaceError(
-                    f"{describe(function)}: its parameter {key!r} of shape {list(parameter.shape)} was changed in place "
+                    f"{describe(function)}: parameter {key!r} of shape {list(parameter.shape)} was changed in place "
                     f"between the forward pass (version {version}) and backward (version {now}), most often by an "
                     "optimizer step; call backward before the step, or run the forward pass again"
                 )
