@@ -35,7 +35,7 @@ def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> li
     """Return the modules that calling ``function(*args)`` can reach, as far as Python lets one see.
 
     Looks at the function itself, bound methods, partials, closures, the globals that its code names, callable
-    objects' attributes, and the arguments. Every module is listed once, with its submodules.
+    objects' attributes, and the arguments that are modules. Every module is listed once, with its submodules.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -74,8 +74,9 @@ def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> li
             visit(vars(thing) if hasattr(thing, "__dict__") else None, depth - 1)
 
     visit(function, 4)
-    for argument in args:
-        visit(argument, 1)
+    for argument in args:  # no further: a graph object is nobody's to look into
+        if isinstance(argument, nn.Module):
+            visit(argument, 1)
     return list(found.values())
 
 
