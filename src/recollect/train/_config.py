@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -90,8 +91,13 @@ def read(path: Path) -> Settings:
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
-    with initialize_config_module(_MODULE, version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    hydra = GlobalHydra.instance()
+    outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
+    try:
+        with initialize_config_module(_MODULE, version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _parse_one(text: str) -> Override:

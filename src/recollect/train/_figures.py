@@ -98,8 +98,8 @@ def to_svg(figure: Figure) -> str:
 
 def _decades(axes: Axes) -> None:
     """End a logarithmic axis at powers of ten, and write these alone."""
-    if axes.get_yscale() == "log":
-        low, high = axes.dataLim.intervaly
+    low, high = axes.dataLim.minposy, axes.dataLim.ymax  # the lowest above zero, and the highest
+    if axes.get_yscale() == "log" and math.isfinite(low) and math.isfinite(high) and high > 0:
         axes.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** (math.floor(math.log10(high)) + 1))
         axes.yaxis.set_minor_formatter(NullFormatter())
 

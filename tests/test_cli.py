@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import recollect
+from recollect.cli import main
+
+# What torch brings with it, and so may be imported where nothing else is installed.
+_WITH_TORCH = {
+    *("torch", "torchgen", "functorch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec"),
+    *(
+        "filelock",
+        "typing_extensions",
+        "setuptools",
+        "_distutils_hack",
+        "pkg_resources",
+        "triton",
+        "nvidia",
+        "recollect",
+    ),
+}
+
+_ALONE = """
+import importlib.abc, importlib.machinery, sys
+
+class Only(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names or top in {allowed!r} or top.startswith("_"):
+            return None
+        raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Only())
+from recollect.cli import main
+sys.exit(main({arguments!r}))
+"""
+
+
+def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as if torch alone were installed."""
+    script = textwrap.dedent(_ALONE).format(allowed=_WITH_TORCH, arguments=list(arguments))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(capsys, arguments):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "usage: recollect" in text
+    assert "train    train a deep reversible graph network" in text
+    assert "info     show versions" in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"recollect {recollect.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["--verbose"], ["info", "extra"]])
+def test_a_wrong_command_is_wrong_usage(capsys, arguments):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "usage: recollect" in captured.err
+
+
+def test_info_says_what_is_there_and_how_to_get_what_is_not(capsys, monkeypatch):
+    version = importlib.metadata.version
+
+    def without_rich(name: str) -> str:
+        if name == "rich":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_rich)
+    assert main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["recollect", recollect.__version__] in lines
+    assert ["train", "hydra-core", version("hydra-core")] in lines
+    assert ["graph", "torch-geometric", version("torch-geometric")] in lines
+    assert ["train", "rich", "not", "installed"] in lines
+    assert sum("recollect[train]" in " ".join(line) for line in lines) == 1
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["--version"], []])
+def test_torch_alone_is_enough(arguments):
+    result = alone(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "recollect" in result.stdout
+
+
+def test_training_without_its_packages_says_what_to_install():
+    result = alone("train")
+    assert result.returncode == 1
+    assert 'pip install "recollect[train]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_train_help_lists_groups_options_and_keys(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "dataset=" in text
+    assert "roman-empire" in text
+    assert "revgnn_deep" in text
+    assert "model.num_layers=64" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "right"),
+    [
+        ("dataset=coraa", "cora"),
+        ("model.num_layer=3", "model.num_layers"),
+        ("model.norm=instance", "layer, batch"),
+        ("--verbose", "key=value"),
+    ],
+)
+def test_a_wrong_name_lists_the_right_ones(capsys, argument, right):
+    assert main(["train", argument]) == 2
+    captured = capsys.readouterr()
+    assert right in captured.err
+    assert "recollect train --help" in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_missing_files_are_told_without_traceback(capsys, tmp_path):
+    assert main(["train", "dataset=cora", f"data.root={tmp_path}"]) == 1
+    assert "ind.cora.allx" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_fails(capsys, tmp_path):
+    arguments = ["dataset=karate", "model.num_layers=2", "optimizer=sgd", "optimizer.lr=9e5", "model.norm=null"]
+    assert main(["train", *arguments, f"run_dir={tmp_path}", "epochs=50", "patience=null"]) == 1
+    assert "recollect train: epoch " in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.ckpt").exists()

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+
+from recollect import data
+from recollect.train._config import defaults, groups, parse, read, write
+from recollect.train._errors import InvalidRunError, UsageError
+
+
+def test_datasets_of_the_config_group_are_those_of_the_library():
+    assert groups()["dataset"] == data.names()
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g, names in groups().items() for o in names])
+def test_every_option_composes_under_its_own_name(group, option):
+    settings = parse([f"{group}={option}"])
+    assert getattr(settings, group).name == option
+
+
+def test_nothing_said_is_a_deep_network_on_digits():
+    settings = parse([])
+    assert (settings.dataset.name, settings.model.name) == ("digits", "revgnn")
+    assert settings.model.num_layers >= 64
+    assert settings.device == "auto"
+
+
+def test_options_keys_and_values_are_set():
+    settings = parse(["dataset=cora", "model.num_layers=112", "model=revgnn", "seed=3", "model.norm=null"])
+    assert (settings.dataset.name, settings.model.num_layers, settings.seed) == ("cora", 112, 3)
+    assert settings.model.norm is None
+    assert settings.dataset.options == {"split": "public", "download": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "channels", "dropout"), [("revgnn_deep", 1001, 80, 0.1), ("revgnn_wide", 448, 224, 0.2)]
+)
+def test_published_networks_have_the_published_numbers(model, layers, channels, dropout):
+    settings = parse([f"model={model}"]).model
+    assert (settings.num_layers, settings.hidden_channels, settings.dropout) == (layers, channels, dropout)
+    assert (settings.num_groups, settings.shared_dropout, settings.conv_kwargs) == (2, True, {"aggr": "max"})
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/a b", "a,b", "x=(1)", "it's", 'say "so"', "[brackets]", "{braces}", "~/here", "back\\slash", "5"]
+)
+def test_paths_are_taken_as_they_stand(path):
+    settings = parse([f"data.root={path}", f"run_dir={path}", f"resume={path}"])
+    assert (settings.data.root, settings.run_dir, settings.resume) == (path, path, path)
+
+
+def test_options_of_a_convolution_are_free():
+    assert parse(["model.conv_kwargs.aggr=max"]).model.conv_kwargs == {"aggr": "max"}
+    assert parse(["model.conv_kwargs={aggr: max, root_weight: false}"]).model.conv_kwargs == {
+        "aggr": "max",
+        "root_weight": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: amazon-ratings, .*yelp"),
+        ("model=[a]", "choose from: revgnn, "),
+        ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
+        ("model.num_layer=3", r"did you mean 'model.num_layers'\?\); choose from: model.name, model.num_layers"),
+        ("models=x", r"no key 'models' \(did you mean 'model'\?\); choose from: dataset, model, optimizer"),
+        ("hydra.run.dir=x", "choose from: dataset, "),
+        ("optimizer.options.foo=3", "choose from: optimizer.options.betas, optimizer.options.eps"),
+        ("measure=false", "is a group of keys; set one of them: measure.enabled"),
+        ("dataset.options.k=many", "must be of type int, as 10 is"),
+        ("optimizer.options.eps=true", "must be of type float"),
+        ("seed=a", "seed: Value 'a' of type 'str' could not be converted to Integer"),
+        ("seed=true", "could not be converted to Integer"),
+        ("epochs=1.5", "could not be converted to Integer"),
+        ("epochs=null", "epochs: Incompatible value 'None'"),
+        ("measure.depths=3", "measure.depths: "),
+        ("measure.depths=[0]", "each at least 1"),
+        ("measure.depths=[]", "must be a list of numbers of layers"),
+        ("model.conv_kwargs=3", "model.conv_kwargs: Cannot assign int"),
+        ("model.norm=group", "model.norm: there is no value 'group'; choose from: layer, batch"),
+        ("device=tpu", "choose from: auto, cpu, cuda"),
+        ("precision=8", "choose from: 32-true, bf16-mixed, 16-mixed"),
+        ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
+        ("model.dropout=nan", "must be a finite number"),
+        ("optimizer.lr=inf", "must be a finite number"),
+        ("epochs=0", "epochs=0: must be at least 1"),
+        ("seed=${foo}", "Interpolation key 'foo' not found"),
+        ("seed=1,2", "has several values"),
+        ("seed", "write key=value"),
+        ("=3", "write key=value"),
+        ("a=b=c,", "write key=value"),
+        ("+x=1", "write key=value"),
+        ("~seed", "write key=value"),
+        ("dataset@x=cora", "write key=value"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_is_right(override, message):
+    with pytest.raises(UsageError, match=message):
+        parse([override])
+
+
+def test_every_key_is_listed():
+    values = defaults(["optimizer=sgd"])
+    assert values["optimizer.options.momentum"] == 0.9
+    assert values["model.num_layers"] == 64
+    assert "dataset.options.k" in values
+
+
+def test_settings_survive_their_file(tmp_path):
+    settings = parse(["dataset=sbm", "model.conv_kwargs.aggr=max", "measure.depths=[3,5]", "data.root=/a b", "seed=7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(write(settings))
+    assert read(file) == settings
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "seed: 1", "a: [", "dataset: 3", "\x00"])
+def test_another_file_is_refused(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRunError, match=r"config.yaml"):
+        read(file)
+
+
+def test_hydra_is_left_as_it_was():
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module("recollect.train.conf", version_base="1.3"):
+        parse(["seed=1"])
+        assert compose("config").seed == 0  # the outer one still works
+    assert not GlobalHydra.instance().is_initialized()

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recollect.train._config import parse
+from recollect.train._errors import InvalidRunError, TrainingError, UsageError
+from recollect.train._folder import create, reopen
+
+
+def test_runs_are_named_by_time_dataset_and_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [create(parse(["dataset=karate"])).path for _ in range(3)]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"runs/\d{8}-\d{6}_karate_revgnn(_\d)?", str(name)) for name in names)
+
+
+def test_a_run_is_found_again_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = create(parse(["seed=9", "data.root=raw", f"run_dir={tmp_path}/a/b"]))
+    monkeypatch.chdir("/")
+    again, settings = reopen(str(folder.path))
+    assert again.path == tmp_path / "a" / "b"
+    assert settings.seed == 9
+    assert Path(settings.data.root) == tmp_path / "raw"
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    create(parse([f"run_dir={tmp_path}"]))
+    with pytest.raises(UsageError, match=f"go on with it by resume={tmp_path}"):
+        create(parse([f"run_dir={tmp_path}"]))
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        create(parse([f"run_dir={tmp_path}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainingError, match="cannot be made"):
+        create(parse([f"run_dir={tmp_path}/file/run"]))
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(InvalidRunError, match=r"has no config.yaml, so it is not the folder of a run"):
+        reopen(str(tmp_path))
+    with pytest.raises(InvalidRunError, match="does not exist"):
+        reopen(str(tmp_path / "nowhere"))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from recollect.memory import peak_memory
+from recollect.train import _measure
+from recollect.train._build import build_model
+from recollect.train._config import parse
+from recollect.train._measure import measure
+
+SETTINGS = parse(["dataset=karate", "model.num_layers=12", "model.hidden_channels=8", "measure.repeats=2"])
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.fixture(scope="module")
+def graph(graph_maker):
+    return graph_maker("multiclass", "accuracy", 3)
+
+
+@pytest.fixture(scope="module")
+def costs(fabric, graph):
+    return measure(fabric, SETTINGS, graph)
+
+
+def test_depth_costs_memory_only_where_everything_is_kept(costs):
+    points = {point["layers"]: point for point in costs.curve}
+    assert sorted(points) == [1, 2, 3, 4, 6, 12]
+    assert points[12]["peak"] <= 1.05 * points[4]["peak"]
+    assert points[12]["peak_plain"] > 2 * points[4]["peak_plain"]
+    assert (costs.peak, costs.peak_plain) == (points[12]["peak"], points[12]["peak_plain"])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_peaks_are_those_of_a_plain_step(costs, graph, plain):
+    model = build_model(replace(SETTINGS.model, disable=plain), graph)
+    optimizer = torch.optim.AdamW(model.parameters())
+    data = graph.data
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        model.loss(model(data.x, data.edge_index)[data.train_mask], data.y[data.train_mask]).backward()
+        optimizer.step()
+
+    step()
+    with peak_memory("cpu") as memory:
+        step()
+    assert (costs.peak_plain if plain else costs.peak) == pytest.approx(memory.peak_bytes, rel=0.05)
+
+
+def test_both_modes_are_timed(costs):
+    assert costs.seconds > 0
+    assert costs.seconds_plain > 0
+
+
+def test_state_is_parameters_gradients_and_two_moments(costs, graph):
+    model = build_model(SETTINGS.model, graph)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    counters = 4 * len(list(model.parameters()))  # AdamW's step, one float32 for each
+    assert costs.state == 4 * parameters + buffers + counters
+
+
+def test_random_numbers_stay_as_they_were(fabric, graph):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    measure(fabric, replace(SETTINGS, model=replace(SETTINGS.model, num_layers=2)), graph)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_would_not_fit_is_not_tried_but_expected(fabric, graph, costs, monkeypatch):
+    between = (costs.curve[3]["peak_plain"] + costs.peak_plain) // 2  # enough for 4 layers, too little for 12
+    monkeypatch.setattr(_measure, "available_bytes", lambda device: round(between / 0.7))
+    small = measure(fabric, SETTINGS, graph)
+    assert small.peak == costs.peak
+    assert small.peak_plain is None
+    assert small.seconds_plain is None
+    assert small.seconds > 0
+    assert small.expected_plain == pytest.approx(costs.peak_plain, rel=0.05)
+
+
+def test_time_that_is_over_ends_the_curve_not_the_measurement(fabric, graph):
+    short = replace(SETTINGS, measure=replace(SETTINGS.measure, seconds=0.0))
+    costs = measure(fabric, short, graph)
+    assert [point["layers"] for point in costs.curve] == [2, 4, 12]
+    assert costs.peak is not None
+    assert costs.seconds is not None
+
+
+def test_depths_can_be_chosen(fabric, graph):
+    chosen = replace(SETTINGS, measure=replace(SETTINGS.measure, depths=[5, 16]))
+    assert [point["layers"] for point in measure(fabric, chosen, graph).curve] == [2, 4, 5, 12, 16]

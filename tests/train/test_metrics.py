@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import f1_score
+
+from recollect.train._errors import TrainingError
+from recollect.train._metrics import score
+
+
+def pairs_in_order(values: list[float], true: list[bool]) -> float:
+    """ROC-AUC by its meaning: the share of (positive, negative) pairs that are in order, ties half."""
+    positive = [v for v, t in zip(values, true, strict=True) if t]
+    negative = [v for v, t in zip(values, true, strict=True) if not t]
+    return sum((p > n) + 0.5 * (p == n) for p in positive for n in negative) / (len(positive) * len(negative))
+
+
+def logits_for(graph, columns: int) -> torch.Tensor:
+    return torch.randn(graph.data.num_nodes, columns, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_accuracy_counts_right_nodes(graph_maker, part):
+    graph = graph_maker("multiclass", "accuracy", 3)
+    logits = logits_for(graph, 3)
+    nodes = graph.data[f"{part}_mask"].nonzero().flatten().tolist()
+    right = [logits[i].tolist().index(max(logits[i].tolist())) == int(graph.data.y[i]) for i in nodes]
+    assert score(graph, logits, part) == sum(right) / len(right)
+
+
+def test_accuracy_of_labels_counts_right_labels(graph_maker):
+    graph = graph_maker("multilabel", "accuracy", 4)
+    logits, mask = logits_for(graph, 4), graph.data.val_mask
+    right = [(a > 0) == (b == 1) for a, b in zip(logits[mask].flatten(), graph.data.y[mask].flatten(), strict=True)]
+    assert score(graph, logits, "val") == sum(map(bool, right)) / len(right)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_micro_f1_is_scikit_learns(graph_maker, task):
+    graph = graph_maker(task, "micro_f1", 3)
+    logits, mask = logits_for(graph, 3), graph.data.test_mask
+    predicted = logits[mask].argmax(-1) if task == "multiclass" else logits[mask] > 0
+    expected = f1_score(graph.data.y[mask], predicted, average="micro")
+    assert score(graph, logits, "test") == pytest.approx(expected, abs=1e-12)
+
+
+def test_micro_f1_of_nothing_is_zero(graph_maker):
+    graph = graph_maker("multilabel", "micro_f1", 3)
+    graph.data.y.zero_()
+    assert score(graph, -torch.ones(12, 3), "val") == 0
+
+
+def test_binary_rocauc_ranks_the_second_class(graph_maker):
+    graph = graph_maker("multiclass", "rocauc", 2)
+    logits, mask = logits_for(graph, 2), graph.data.val_mask
+    values = (logits[mask, 1] - logits[mask, 0]).tolist()
+    expected = pairs_in_order(values, (graph.data.y[mask] == 1).tolist())
+    assert score(graph, logits, "val") == pytest.approx(expected, abs=1e-12)
+    assert score(graph, -logits, "val") == pytest.approx(1 - expected, abs=1e-12)
+
+
+def test_rocauc_of_labels_is_a_mean_over_those_that_are_defined(graph_maker):
+    graph = graph_maker("multilabel", "rocauc", 4)
+    graph.data.y[graph.data.val_mask, 1] = 1.0  # nothing to rank in this label
+    logits, mask = logits_for(graph, 4), graph.data.val_mask
+    y = graph.data.y[mask]
+    defined = [k for k in range(4) if 0 < y[:, k].sum() < len(y)]
+    assert 0 < len(defined) < 4
+    expected = [pairs_in_order(logits[mask, k].tolist(), (y[:, k] == 1).tolist()) for k in defined]
+    assert score(graph, logits, "val") == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+
+
+def test_rocauc_without_a_label_to_rank_is_refused(graph_maker):
+    graph = graph_maker("multilabel", "rocauc", 2)
+    graph.data.y.fill_(1.0)
+    with pytest.raises(TrainingError, match=r"not defined.*val nodes of 'ring'"):
+        score(graph, torch.zeros(12, 2), "val")
+
+
+def test_rocauc_of_three_exclusive_classes_is_refused(graph_maker):
+    with pytest.raises(TrainingError, match="3 exclusive classes"):
+        score(graph_maker("multiclass", "rocauc", 3), torch.zeros(12, 3), "val")

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from recollect.train import train
+from recollect.train._report import report
+from recollect.train._text import bytes_text
+
+# Elements that stand alone in HTML.
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects elements and text, and checks that what is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    summary = train(["dataset=karate", "model.num_layers=8", "epochs=3", "threads=1", f"run_dir={folder}"])
+    return folder, summary
+
+
+def test_the_page_stands_alone(finished):
+    text = (finished[0] / "report.html").read_text()
+    page = Page(text)
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "img")
+        for name in ("src", "href", "xlink:href", "data", "poster"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_the_page_has_the_runs_numbers_and_pictures(finished):
+    folder, summary = finished
+    page = Page((folder / "report.html").read_text())
+    text = " ".join(page.words)
+    for value in (
+        f"{100 * summary['test_accuracy']:.2f} %",
+        bytes_text(summary["peak_bytes"]),
+        bytes_text(summary["peak_bytes_plain"]),
+        "revgnn, 8 layers, on karate",
+        "num_layers: 8",
+    ):
+        assert value in text
+    assert [tag for tag, _ in page.elements].count("svg") == 2
+
+
+def row(epoch: int, **changed: float) -> dict[str, float]:
+    base = {"loss": 1.0, "val_loss": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "drift": 1e-6}
+    return {"epoch": epoch, "learning_rate": 0.1, "seconds": 1.0, **base, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changes", "history", "said"),
+    [
+        ({}, [row(1)], "MiB"),
+        ({}, [row(1, drift=float("nan")), row(2, drift=float("nan"))], "MiB"),
+        ({}, [row(1, loss=0.0, drift=0.0), row(2)], "MiB"),
+        ({"peak_bytes": None, "peak_bytes_plain": None, "memory_against_depth": []}, [row(1)], "test accuracy"),
+        ({"peak_bytes_plain": None, "expected_bytes_plain": 2**34}, [row(1)], "does not fit (about 16.00 GiB)"),
+        ({"largest_drift": None, "model": "<b>&amp;"}, [row(1)], "nothing was reconstructed"),
+    ],
+)
+def test_unusual_runs_have_a_page_too(finished, changes, history, said):
+    summary = {**finished[1], "best_epoch": 1, **changes}
+    if summary["peak_bytes_plain"] is None:
+        summary["seconds_per_epoch_plain"] = None
+        summary["memory_against_depth"] = [{**point, "peak_plain": None} for point in summary["memory_against_depth"]]
+    page = Page(report(summary, history, "seed: 0"))
+    assert said in " ".join(page.words)
+
+
+def test_names_are_not_read_as_html(finished):
+    page = report({**finished[1], "model": "<script>x</script>"}, [row(1)], "a: <script>")
+    assert "<script" not in page
+
+
+def test_the_same_run_has_the_same_page(finished):
+    folder, summary = finished
+    again = json.loads((folder / "summary.json").read_text())
+    assert report(again, [row(1), row(2)], "seed: 0") == report(summary, [row(1), row(2)], "seed: 0")

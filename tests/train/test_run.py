@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from recollect.data import load
+from recollect.train import InvalidRunError, NonFiniteLossError, TrainingError, UsageError, train
+from recollect.train._build import build_model
+from recollect.train._config import read
+from recollect.train._metrics import score
+
+KEYS = {
+    *("dataset", "model", "layers", "parameters", "test_accuracy", "val_accuracy", "epochs", "seconds", "peak_bytes"),
+    *("peak_bytes_plain", "torch", "device", "metric"),
+}
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [line["loss"] for line in csv.DictReader(file)]
+
+
+def test_a_run_leaves_its_files(tiny, tmp_path):
+    folder = tmp_path / "run"
+    summary = train([*tiny, f"run_dir={folder}"])
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml", "checkpoint.ckpt", "metrics.csv", "tensorboard", "summary.json", "report.html",
+    }  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary.keys() >= KEYS
+    assert (summary["dataset"], summary["model"], summary["layers"], summary["epochs"]) == ("karate", "revgnn", 3, 4)
+    assert (summary["device"], summary["torch"], summary["metric"]) == ("cpu", torch.__version__, "accuracy")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["num_layers"] == 3
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert rows[0].keys() >= {"epoch", "loss", "train_accuracy", "val_accuracy", "drift", "seconds"}
+
+
+def test_the_test_score_is_that_of_the_kept_parameters(tiny, tmp_path):
+    summary = train([*tiny, "epochs=8", f"run_dir={tmp_path}"])
+    state = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
+    graph = load("karate")
+    model = build_model(read(tmp_path / "config.yaml").model, graph)
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    model.load_state_dict(state["best_state"])
+    logits = model.eval()(graph.data.x, graph.data.edge_index)
+    assert summary["test_accuracy"] == score(graph, logits, "test")
+    assert summary["val_accuracy"] == score(graph, logits, "val")
+    assert state["best_epoch"] == summary["best_epoch"]
+
+
+def test_the_seed_decides(tiny, tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train([*tiny, f"seed={seed}", "measure.enabled=false", f"run_dir={tmp_path / name}"])
+        runs[name] = losses(tmp_path / name)
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_recollecting_trains_as_keeping_everything_does(tiny, tmp_path):
+    for name in ("false", "true"):
+        train([*tiny, "measure.enabled=false", f"model.disable={name}", f"run_dir={tmp_path / name}"])
+    reversible, plain = ([float(loss) for loss in losses(tmp_path / name)] for name in ("false", "true"))
+    assert reversible == pytest.approx(plain, rel=1e-4)
+
+
+def test_bfloat16_trains(tiny, tmp_path):
+    summary = train([*tiny, "precision=bf16-mixed", "measure.enabled=false", f"run_dir={tmp_path}"])
+    assert summary["precision"] == "bf16-mixed"
+    assert summary["peak_bytes"] is None
+
+
+def test_a_finished_run_says_so(tiny, tmp_path):
+    summary = train([*tiny, "measure.enabled=false", f"run_dir={tmp_path}"])
+    text = io.StringIO()
+    assert train([f"resume={tmp_path}"], Console(file=text, width=200)) == summary
+    assert f"the run {tmp_path} is finished" in text.getvalue()
+    assert "test accuracy" in text.getvalue()
+
+
+def test_the_terminal_shows_loss_accuracy_and_the_table(tiny, tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, force_interactive=True)
+    train([*tiny, f"run_dir={tmp_path}"], console)
+    for part in ("training", "4/4", "loss", "validation accuracy", "left", "everything kept", "report.html"):
+        assert part in text.getvalue()
+
+
+def test_the_end_of_resume_is_as_the_unbroken_run_if_only_the_report_is_missing(tiny, tmp_path):
+    summary = train([*tiny, "measure.enabled=false", f"run_dir={tmp_path}"])
+    before = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "report.html").unlink()
+    assert train([f"resume={tmp_path}"]) == summary
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "metrics.csv").read_text() == before
+
+
+def test_resume_takes_no_other_setting(tmp_path):
+    with pytest.raises(UsageError, match="leave out all others"):
+        train([f"resume={tmp_path}", "seed=3"])
+
+
+def test_resume_of_no_run_is_refused(tmp_path):
+    with pytest.raises(InvalidRunError, match="not the folder of a run"):
+        train([f"resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_summary_is_refused(tiny, tmp_path, text):
+    train([*tiny, "measure.enabled=false", f"run_dir={tmp_path}"])
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(InvalidRunError, match=r"summary.json"):
+        train([f"resume={tmp_path}"])
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match=r"ind.cora"):
+        train(["dataset=cora", f"data.root={tmp_path}"])
+    with pytest.raises(UsageError, match="not divisible"):
+        train(["dataset=karate", "model.hidden_channels=9"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_a_good_checkpoint(tiny, tmp_path):
+    overrides = [*tiny, "optimizer=sgd", "optimizer.lr=9e5", "model.norm=null", "epochs=30", f"run_dir={tmp_path}"]
+    with pytest.raises(NonFiniteLossError, match=r"^epoch \d+: ") as error:
+        train(overrides)
+    assert not (tmp_path / "summary.json").exists()
+    state = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
+    assert len(state["history"]) == error.value.epoch - 1
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_drift_above_the_threshold_is_told_once(tmp_path):
+    text = io.StringIO()
+    overrides = ["dataset=karate", "model.num_layers=60", "model.norm=null", "model.hidden_channels=32", "epochs=3"]
+    overrides += ["threads=1", "measure.enabled=false", "optimizer.lr=1e-6", f"run_dir={tmp_path}"]
+    train(overrides, Console(file=text, width=500))
+    assert text.getvalue().count("anchor_every=s") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(tiny):
+    with pytest.raises(UsageError, match="device=cpu"):
+        train([*tiny, "device=cuda"])
+
+
+def test_half_precision_on_the_cpu_is_refused(tiny):
+    with pytest.raises(UsageError, match="bf16-mixed"):
+        train([*tiny, "device=cpu", "precision=16-mixed"])
+
+
+def test_threads_are_set_for_the_run_alone(tiny, tmp_path):
+    before = torch.get_num_threads()
+    summary = train([*tiny, "threads=3", "measure.enabled=false", f"run_dir={tmp_path}"])
+    assert summary["threads"] == 3
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_gpu_trains_and_is_measured(tiny, tmp_path, precision):
+    summary = train([*tiny, "device=cuda", "model.num_layers=16", f"precision={precision}", f"run_dir={tmp_path}"])
+    assert summary["device"] == "cuda"
+    assert 0 < summary["peak_bytes"] < summary["peak_bytes_plain"]

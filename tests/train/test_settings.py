@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from recollect.train._config import defaults
+from recollect.train._settings import documented
+
+
+def test_every_key_of_the_config_files_is_documented_and_no_other():
+    keys = {key if ".options." not in key else key.rpartition(".")[0] for key in defaults()}
+    assert keys == set(documented())
+
+
+def test_every_meaning_is_a_text():
+    assert all(about["help"] for about in documented().values())

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from recollect.train._build import build_model
+from recollect.train._config import parse
+from recollect.train._errors import InvalidRunError, NonFiniteLossError
+from recollect.train._files import AtomicCheckpointIO
+from recollect.train._metrics import score
+from recollect.train._step import Step
+from recollect.train._trainer import Trainer
+
+BASE = parse(["model.num_layers=3", "model.hidden_channels=8", "epochs=6", "optimizer.lr=0.05"])
+
+
+def make(graph, tmp_path, settings=BASE, seed=0):
+    torch.manual_seed(seed)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[AtomicCheckpointIO()])
+    step = Step(fabric, settings, graph, build_model(settings.model, graph))
+    return Trainer(settings, step, tmp_path / "checkpoint.ckpt")
+
+
+def numbers(trainer):
+    """The history without what a clock says, and without drift, of which each backward takes another random sample."""
+    return [{k: value for k, value in row.items() if k not in ("seconds", "drift")} for row in trainer.history]
+
+
+@pytest.fixture
+def graph(graph_maker):
+    return graph_maker("multiclass", "accuracy", 3)
+
+
+def test_epochs_are_those_of_a_plain_loop(graph, tmp_path):
+    trainer = make(graph, tmp_path)
+    trainer.fit(lambda row: None)
+    torch.manual_seed(0)
+    model = build_model(replace(BASE.model, disable=True), graph)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=1e-4)
+    data, losses = graph.data, []
+    for _ in range(6):
+        model.train()
+        loss = torch.nn.functional.cross_entropy(
+            model(data.x, data.edge_index)[data.train_mask], data.y[data.train_mask]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    logits = model(data.x, data.edge_index)
+    assert [row["loss"] for row in trainer.history] == pytest.approx(losses, rel=1e-4)
+    assert trainer.history[-1]["val_accuracy"] == score(graph, logits, "val")
+    assert trainer.history[-1]["train_accuracy"] == score(graph, logits, "train")
+    assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= row["drift"] < 1e-3 for row in trainer.history)
+
+
+def test_labels_are_trained_by_binary_cross_entropy(graph_maker, tmp_path):
+    graph = graph_maker("multilabel", "micro_f1", 4)
+    trainer = make(graph, tmp_path, replace(BASE, epochs=1))
+    trainer.fit(lambda row: None)
+    torch.manual_seed(0)
+    model = build_model(BASE.model, graph).train()
+    mask = graph.data.train_mask
+    p, y = torch.sigmoid(model(graph.data.x, graph.data.edge_index))[mask], graph.data.y[mask]
+    expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    assert trainer.history[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(graph, tmp_path, stop):
+    whole = make(graph, tmp_path)
+    whole.fit(lambda row: None)
+    whole.checkpoint.unlink()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row):
+        if row["epoch"] == stop:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        make(graph, tmp_path).fit(kill)
+    resumed = make(graph, tmp_path, seed=5)
+    resumed.load()
+    assert resumed.epoch == stop
+    resumed.fit(lambda row: None)
+    assert numbers(resumed) == numbers(whole)
+    assert resumed.best_epoch == whole.best_epoch
+    assert all(torch.equal(resumed.best_state[name], value) for name, value in whole.best_state.items())
+    assert torch.equal(torch.get_rng_state(), resumed.step.fabric.load(resumed.checkpoint)["random"]["cpu"])
+
+
+def test_checkpoints_are_of_every_so_many_epochs_and_the_last(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(BASE, epochs=5, checkpoint_every=2))
+    seen = []
+
+    def look(row):
+        state = torch.load(trainer.checkpoint, weights_only=True) if trainer.checkpoint.exists() else {"history": []}
+        seen.append(len(state["history"]))
+
+    trainer.fit(look)
+    assert seen == [0, 2, 2, 4, 5]
+
+
+def test_the_best_epoch_has_the_best_score_then_the_lowest_loss(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(BASE, epochs=15))
+    states = []
+    trainer.fit(lambda row: states.append({k: v.clone() for k, v in trainer.step.network.state_dict().items()}))
+    best = max(trainer.history, key=lambda row: (row["val_accuracy"], -row["val_loss"], -row["epoch"]))
+    assert trainer.best == best
+    assert best["epoch"] < 15  # otherwise the last parameters would do as well
+    trainer.restore_best()
+    kept = states[trainer.best_epoch - 1]
+    assert all(torch.equal(value, kept[name]) for name, value in trainer.step.network.state_dict().items())
+
+
+def test_training_stops_when_nothing_gets_better(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(BASE, epochs=200, patience=3))
+    trainer.fit(lambda row: None)
+    assert trainer.epoch == trainer.best_epoch + 3 < 200
+    again = make(graph, tmp_path, replace(BASE, epochs=200, patience=3))
+    again.load()
+    assert again.done
+
+
+def test_gradients_are_clipped(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(BASE, clip_norm=1e-3))
+    trainer.step.train()
+    norms = [parameter.grad.norm() for parameter in trainer.step.network.parameters()]
+    assert float(torch.stack(norms).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_names_its_epoch_and_keeps_the_checkpoint_before(graph, tmp_path):
+    trainer = make(graph, tmp_path)
+
+    def ruin(row):
+        if row["epoch"] == 2:
+            with torch.no_grad():
+                trainer.step.network.head.bias.fill_(math.inf)
+
+    with pytest.raises(NonFiniteLossError, match=r"epoch 3: the loss is (nan|inf).*optimizer.lr.*checkpoint.ckpt"):
+        trainer.fit(ruin)
+    again = make(graph, tmp_path)
+    again.load()
+    assert again.epoch == 2
+    assert all(bool(value.isfinite().all()) for value in again.step.network.state_dict().values())
+
+
+def test_a_step_that_ruins_the_parameters_is_not_kept(graph, tmp_path):
+    # In the second step the loss is still finite; the learning rate then throws the parameters out of range.
+    trainer = make(graph, tmp_path)
+
+    def hurl(row):
+        for group in trainer.step.optimizer.param_groups:
+            group["lr"] = 1e37
+
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2: the (validation loss|model's output) is") as error:
+        trainer.fit(hurl)
+    assert error.value.epoch == 2
+    assert len(torch.load(trainer.checkpoint, weights_only=True)["history"]) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other model"])
+def test_a_checkpoint_that_cannot_be_used_is_refused(graph, tmp_path, damage):
+    trainer = make(graph, tmp_path, replace(BASE, epochs=1))
+    trainer.fit(lambda row: None)
+    if damage == "cut":
+        trainer.checkpoint.write_bytes(trainer.checkpoint.read_bytes()[:1000])
+    elif damage == "text":
+        trainer.checkpoint.write_text("no checkpoint")
+    else:
+        trainer = make(graph, tmp_path, replace(BASE, model=replace(BASE.model, hidden_channels=4)))
+    with pytest.raises(InvalidRunError, match=r"checkpoint.ckpt cannot be read \("):
+        trainer.load()
