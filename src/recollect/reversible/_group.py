@@ -41,7 +41,7 @@ class _Grouped(InvertibleModule):
 
     def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
         blocks = self._blocks()
-        self._gauge.last = None
+        self._forget_drift()
         y = couple(
             blocks,
             x,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recollect.frames import DRIFT_THRESHOLD, DriftGauge, frames_apply, run_invertible
@@ -69,7 +70,7 @@ class InvertibleModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define _inverse(*outputs, *args)")
 
     def _run(self, function: Any, inverse: Any, args: tuple[Any, ...]) -> Any:
-        self._gauge.last = None
+        self._forget_drift()
         if self.disable:
             output = function(*args)
         else:
@@ -80,6 +81,11 @@ class InvertibleModule(nn.Module):
             output = output[0]
         self._limit_passes(output)
         return output
+
+    def _forget_drift(self) -> None:
+        """Begin a training step; an evaluation in between leaves the last measurement to be read."""
+        if torch.is_grad_enabled():
+            self._gauge.last = None
 
     def _limit_passes(self, output: Any) -> None:
         """Enforce ``num_bwd_passes`` on the graph of ``output``."""
