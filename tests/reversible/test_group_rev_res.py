@@ -86,20 +86,7 @@ GRAPHS = {"opaque": OpaqueGraph, "edge_index": lambda e: e, "tuple": lambda e: (
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            "opaque",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the search for modules asks the graph for __self__", raises=RuntimeError
-            ),
-        ),
-        "edge_index",
-        "tuple",
-        "csr",
-    ],
-)
+@pytest.mark.parametrize("kind", GRAPHS)
 def test_any_graph(kind, groups, naive, same_training, edge_index, features):
     torch.manual_seed(0)
     graph, x = GRAPHS[kind](edge_index), features(4 * groups)
@@ -127,7 +114,6 @@ def test_any_graph(kind, groups, naive, same_training, edge_index, features):
         torch.testing.assert_close(layers[0].inverse(graph, y, mask), x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="a callable graph's attributes are searched for modules", raises=RuntimeError)
 def test_graph_that_can_be_called(naive, same_training, edge_index, features):
     graph, x = CallableGraph(edge_index), features(8)
     layer = GroupRevRes(Conv(4), 2).double()
