@@ -78,7 +78,10 @@ class Net(nn.Module):
             yield h
 
     def forward(self, x: Tensor, enabled: bool = True, **options: Any) -> Tensor:
-        return list(self.walk(x, enabled, **options))[-1]
+        h = x * 1.0
+        for layer in self.layers:
+            h = self.step(layer, h, enabled, **options)
+        return h
 
     @property
     def blocks(self) -> list[Block]:
