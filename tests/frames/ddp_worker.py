@@ -11,7 +11,6 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-
 # source of the frames, and whether some parameters are unused
 CASES = [("coupling", False), ("coupling", True), ("inverse", False), ("checkpoint", True)]
 
