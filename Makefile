@@ -33,7 +33,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing $(TORCH) ..."
 	@$(BIN)/python -m pip install -q $(TORCH)
 	@# Whichever build of torch that was, nothing that is installed now may replace it.
-	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze | grep '^torch=='; } > $(VENV)/constraints.txt
+	@{ grep -v '^torch==' constraints.txt; \
+	  $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } > $(VENV)/constraints.txt
 	@echo "Installing recollect and what it needs ..."
 	@$(BIN)/python -m pip install -q -e '.[train,dev,ogb]' -c $(VENV)/constraints.txt
 	@touch $@
