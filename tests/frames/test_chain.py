@@ -5,7 +5,6 @@ import torch
 from frames_zoo import WIDTH, Net, assert_same, make, wanted
 from torch import nn
 
-import recollect
 from recollect.frames import couple, uncouple
 from recollect.memory import peak_memory
 
@@ -115,11 +114,6 @@ def test_held_activations_are_taken_rather_than_reconstructed():
     assert_same(grads, expected, 1e-14)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a tensor that lives when it is offered and dies before it is taken is inverted again: quadratic in depth",
-)
 def test_jumping_knowledge_evaluates_each_block_once_more():
     net, x = make("coupling", depth=5, groups=2)
     jumps = [h.sin().sum() for h in net.walk(x)]
@@ -184,11 +178,6 @@ def test_couplings_along_different_dimensions_and_groups():
     assert_same(run(True), run(False))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=recollect.frames.RebuildError,
-    reason="joining the groups promotes the output of one block, which the rebuild then feeds to the next",
-)
 def test_blocks_of_different_precision():
     torch.manual_seed(0)
     x = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)

@@ -10,7 +10,7 @@ from frames_zoo import WIDTH, Block, Net, assert_same, each_source, make, nothin
 from torch import nn
 
 import recollect
-from recollect.frames import GraphFreedError, couple
+from recollect.frames import couple
 from recollect.memory import peak_memory
 
 
@@ -179,17 +179,7 @@ def test_chain_in_checkpoint_in_checkpoint(source, dropout):
     "source",
     [
         "checkpoint",
-        *(
-            pytest.param(
-                source,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    raises=GraphFreedError,
-                    reason="a frame that holds no token of its own takes a first backward for a second one",
-                ),
-            )
-            for source in ("inverse", "coupling")
-        ),
+        *(pytest.param(source) for source in ("inverse", "coupling")),
     ],
 )
 def test_chain_that_goes_on_inside_a_checkpoint(source):

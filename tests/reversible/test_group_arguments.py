@@ -74,11 +74,6 @@ class TestDefault:
     def test_another_split_dim(self, shape, expected):
         assert shapes(torch.zeros(2, 6, 5), torch.zeros(shape), split_dim=1) == [expected]
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="where N equals the channels, a vector over the nodes or edges is cut along the nodes",
-        raises=AssertionError,
-    )
     def test_a_vector_is_never_cut_along_the_nodes(self):
         assert shapes(torch.zeros(8, 8), torch.zeros(8)) == [[8]]
 
@@ -112,22 +107,15 @@ class TestExplicit:
         layer = GroupRevRes(First(), 2, chunk_args=(0,))
         assert layer(None, torch.zeros(7, 8), torch.zeros(7, 8), torch.zeros(7, 8)).shape == (7, 8)
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="a piece may be missing or smaller than the others",
-        raises=(IndexError, pytest.fail.Exception),
-    )
     @pytest.mark.parametrize("width", [1, 3])
     def test_size_not_divisible_is_an_error(self, width):
         with pytest.raises(ValueError, match=rf"got.*{width}"):
             given(torch.zeros(7, 8), torch.zeros(7, width), chunk_args=(0,))
 
-    @pytest.mark.xfail(strict=True, reason="PyTorch's own error passes", raises=RuntimeError)
     def test_a_scalar_cannot_be_split(self):
         with pytest.raises(ValueError, match="split_dim"):
             given(torch.zeros(7, 8), torch.tensor(2.0), chunk_args=(0,))
 
-    @pytest.mark.xfail(strict=True, reason="wrong positions are passed over in silence", raises=pytest.fail.Exception)
     @pytest.mark.parametrize("position", [-1, 1])
     def test_positions_out_of_range_are_an_error(self, position):
         with pytest.raises(ValueError, match="chunk_args"):

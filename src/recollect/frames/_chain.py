@@ -82,8 +82,9 @@ class Slot:
 
     def offer(self, value: Tensor | Parts) -> None:
         """Take the reconstructed value, to hand it out once."""
-        if self._kept is None and self._alive() is None:
-            self._cache = value
+        if self._kept is None:
+            alive = self._alive()  # no memory of its own, and exact
+            self._cache = value if alive is None else alive
 
     @property
     def ready(self) -> bool:
@@ -125,7 +126,7 @@ class Slot:
     def _alive(self) -> Tensor | None:
         """The forward's own tensor, if somebody still holds it unchanged: then nothing need be reconstructed."""
         tensor = self._tensor()
-        if tensor is None or version_of(tensor) != self._version:
+        if tensor is None or version_of(tensor) != self._version or tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()
         return tensor.detach() if storage.nbytes() > 0 or tensor.numel() == 0 else None

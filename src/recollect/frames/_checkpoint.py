@@ -17,7 +17,7 @@ from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
-from recollect.frames._keep import KeptArguments, devices_of
+from recollect.frames._keep import KeptArguments, devices_of, laid_out
 from recollect.frames._modes import enclosing, frames_apply, local
 from recollect.frames._region import Region
 
@@ -74,7 +74,7 @@ def checkpoint(
     if inverse is None:
         region = Region(function, seed)
         return Frame(region, _KeptSource(region, args)).run(args, devices_of(args))
-    return run_invertible(function, inverse, args, seed=seed, keep=keep)
+    return run_invertible(function, inverse, args, seed=seed, keep=keep, gauge=DriftGauge(function))
 
 
 class _KeptSource:
@@ -127,7 +127,7 @@ def run_invertible(
 
 
 def _pack(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -169,6 +169,11 @@ class _InverseStage:
     ) -> None:
         """Decide which inputs are dropped, and take the stage's place in the chain."""
         outputs = _pack(output)
+        if any(isinstance(o, dict) for o in outputs):
+            raise TypeError(
+                f"{self._region.name}: an invertible function returns a tensor, or a tuple whose items its inverse "
+                f"takes as arguments (got {', '.join(type(o).__name__ for o in outputs)})"
+            )
         stay = {_storage(t) for t in (*keep, *outputs) if isinstance(t, Tensor)}
         for i, arg in enumerate(args[: self._leading]):
             if _can_drop(arg) and _storage(arg) not in stay:
@@ -249,11 +254,7 @@ class _InverseStage:
                 f"{found} for argument {i}, which was a tensor of shape {list(shape)}; it must return the function's "
                 "arguments in their order, or keep=(...) must name those that it does not return"
             )
-        with torch.no_grad():
-            tensor = tensor.detach().to(dtype)
-            if tensor.stride() != strides:
-                tensor = torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
-        return tensor
+        return laid_out(tensor.detach(), strides, dtype)
 
     # Backward: the stage of the slots.
 

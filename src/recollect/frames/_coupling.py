@@ -25,7 +25,7 @@ from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release
 from recollect.frames._errors import InPlaceError
 from recollect.frames._frame import Frame
-from recollect.frames._keep import KeptArguments, devices_of
+from recollect.frames._keep import KeptArguments, devices_of, laid_out
 from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
 from recollect.frames._modules import version_of
 from recollect.frames._region import Region
@@ -62,9 +62,13 @@ def couple(
         X'_1 || ... || X'_C, of the shape of ``x``.
 
     Raises:
-        ValueError: a block's output has another shape than its input.
+        ValueError: the groups do not divide the size, or a block's output has another shape than its input.
         InPlaceError: a block changed its input in place.
     """
+    if x.size(dim) % len(blocks):
+        raise ValueError(
+            f"a coupling of {len(blocks)} groups needs a size that they divide in dimension {dim} (got {list(x.shape)})"
+        )
     groups = torch.chunk(x, len(blocks), dim)
     if not enabled or not frames_apply():
         return _forward(blocks, groups, args, dim)
@@ -133,7 +137,7 @@ class _CouplingStage:
         self._lock = threading.RLock()
         self._regions: list[Region] = []
         self._args: list[KeptArguments] = []
-        self._layouts: list[tuple[tuple[int, ...], bool]] = []  # of each block's input: strides, requires_grad
+        self._layouts: list[tuple[tuple[int, ...], torch.dtype, bool]] = []  # of blocks' inputs; requires_grad last
         self._dtypes: list[torch.dtype] = []
         self._input: weakref.ref[Slot] | None = None
         self._output: Slot | None = None
@@ -151,7 +155,7 @@ class _CouplingStage:
         frame = Frame(region, self, len(self._regions), self._lock)
         self._regions.append(region)
         self._args.append(KeptArguments(args))
-        self._layouts.append((z.stride(), z.requires_grad))
+        self._layouts.append((z.stride(), z.dtype, z.requires_grad))
         output: Tensor = frame.run((z, *args), devices_of((z, *args)))
         return output
 
@@ -185,11 +189,10 @@ class _CouplingStage:
         while self._level > index + 1:
             self._invert_one()
         groups = self._groups
-        strides, requires_grad = self._layouts[index]
+        strides, dtype, requires_grad = self._layouts[index]
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-            if z.stride() != strides:
-                z = torch.empty_strided(z.shape, strides, dtype=z.dtype, device=z.device).copy_(z)
+        z = laid_out(z, strides, dtype)
         return (z.detach().requires_grad_(requires_grad), *self._args[index].get(self._regions[index].function))
 
     def evaluated(self, index: int, output: Tensor) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from recollect.frames._describe import describe
 from recollect.frames._errors import DriftWarning
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
@@ -24,23 +26,25 @@ class DriftGauge:
     """The last drift that was measured, and when to warn of it.
 
     Args:
-        name: who is measured, for the warning.
+        owner: who is measured, for the warning: a name, or a function to be named.
         threshold: relative error above which a :class:`~recollect.frames.DriftWarning` is given.
     """
 
-    __slots__ = ("last", "name", "threshold")
+    __slots__ = ("last", "owner", "threshold")
 
-    def __init__(self, name: str, threshold: float = DRIFT_THRESHOLD) -> None:
-        self.name = name
+    def __init__(self, owner: str | Callable[..., Any], threshold: float = DRIFT_THRESHOLD) -> None:
+        self.owner = owner
         self.threshold = threshold
         self.last: float | None = None
 
     def record(self, drift: float) -> None:
-        """Store a measurement; warn if it is above the threshold (or not a number)."""
-        self.last = drift
+        """Store a measurement, if it is the largest since ``last`` was reset; warn if it is above the threshold."""
+        if self.last is None or not drift <= self.last:
+            self.last = drift
         if not drift <= self.threshold:
+            name = self.owner if isinstance(self.owner, str) else describe(self.owner)
             warnings.warn(
-                f"{self.name}: the input that was reconstructed for backward differs from the forward's by a relative "
+                f"{name}: the input that was reconstructed for backward differs from the forward's by a relative "
                 f"error of {drift:.1e} (threshold {self.threshold:.1e}), so gradients are inexact. Remedies: keep "
                 "every s-th activation (anchor_every=s), normalise inside the blocks, use float64, or checkpoint "
                 "instead of inverting",

@@ -83,7 +83,7 @@ class Frame(Scope):
         lock: held in a rebuild; frames of one source share it.
     """
 
-    __slots__ = ("_index", "_live", "_lock", "_metas", "_parent", "_rebuilt", "_region", "_source", "_tokens")
+    __slots__ = ("_index", "_live", "_lock", "_metas", "_parent", "_rebuilt", "_region", "_saved", "_source", "_tokens")
 
     def __init__(
         self, region: Region, source: Source, index: int = 0, lock: AbstractContextManager[Any] | None = None
@@ -96,6 +96,7 @@ class Frame(Scope):
         self._parent = enclosing()
         self._metas: list[Meta] = []
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: a leaf, which is never rebuilt
+        self._saved: list[tuple[weakref.ref[Tensor], int]] = []  # what autograd saved, while it lives, and its version
         self._rebuilt: dict[int, Tensor] = {}
         self._live: tuple[Any, ...] | None = None  # the arguments, while the forward runs
 
@@ -111,7 +112,10 @@ class Frame(Scope):
             output = self._region.first(args, devices, self, saved_tensors_hooks(self._pack, _unpack))
         finally:
             self._live = None
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        # What the region made is its callers' to change: a rebuild makes it anew.
+        self._saved = [(saved, version) for saved, version in self._saved if not any(saved() is o for o in outputs)]
+        for tensor in outputs:
             if isinstance(tensor, Tensor) and not any(tensor is a for a in args):
                 self._guard(tensor)
         return output
@@ -124,9 +128,10 @@ class Frame(Scope):
     def saved(self, index: int) -> Tensor:
         """Return what autograd saved ``index``-th, rebuilding the region if it is not at hand."""
         with self._lock:
-            if index not in self._rebuilt:
-                self._rebuild()
-            return self._rebuilt.pop(index)
+            rebuilt = self._rebuilt
+            if index not in rebuilt:
+                rebuilt = self._rebuild()  # held here: a rebuild in another thread may make this frame forget
+            return rebuilt.pop(index)
 
     def forget(self) -> None:
         """Drop what the last rebuild left over."""
@@ -137,6 +142,7 @@ class Frame(Scope):
         if tensor.requires_grad and tensor.is_leaf and not self._is_released(tensor):
             self._tokens.append(None)
             return _Leaf(self._region, tensor)
+        self._saved.append((weakref.ref(tensor), version_of(tensor)))
         token = _Token(self, len(self._tokens))
         self._tokens.append(weakref.ref(token))
         return token
@@ -151,23 +157,28 @@ class Frame(Scope):
             return
         # The node must not hold the frame: then the frame's tokens would never be known to be freed.
         reference, function = weakref.ref(self), self._region.function
+        passed = False
 
         def refuse_if_freed(_: tuple[Tensor, ...]) -> None:
+            nonlocal passed
             frame = reference()
-            if frame is None or not frame.needed:
+            if passed and (frame is None or not frame.needed):
                 raise GraphFreedError(
                     f"{describe(function)}: backward through this part of the graph a second time, but its saved "
                     "tensors were freed by the first; pass retain_graph=True to the first backward, or run the "
                     "forward pass again"
                 )
+            passed = True
 
         output.grad_fn.register_prehook(refuse_if_freed)
 
-    def _rebuild(self) -> None:
+    def _rebuild(self) -> dict[int, Tensor]:
         running = self._live
         args = self._source.inputs(self._index) if running is None else running
+        self._check_saved()
         self._parent.now_rebuilds(self)
         collected: dict[int, Tensor] = {}
+        versions: dict[int, int] = {}
         count = 0
 
         def collect(tensor: Tensor) -> Tensor:
@@ -180,16 +191,35 @@ class Frame(Scope):
                 token = self._tokens[count]
                 if token is not None and token() is not None:
                     collected[count] = bare
+                    versions[count] = version_of(bare)
             count += 1
             return bare
 
         output = self._region.again(args, self, saved_tensors_hooks(collect, _same))
+        for index, bare in collected.items():
+            if version_of(bare) != versions[index]:
+                raise InPlaceError(
+                    f"{self._region.name}: it changes in place a tensor of shape {list(bare.shape)} that backward "
+                    "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
+                )
         if running is None:
             if count != len(self._metas):
                 raise self._differs(f"it saved {count} tensors, and {len(self._metas)} in the forward pass")
             self._source.evaluated(self._index, output)
         # else: a gradient taken inside the region itself, the rest of which has not run yet
         self._rebuilt = collected
+        return collected
+
+    def _check_saved(self) -> None:
+        """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
+        for reference, version in self._saved:
+            tensor = reference()
+            if tensor is not None and version_of(tensor) != version:
+                raise InPlaceError(
+                    f"{self._region.name}: a tensor of shape {list(tensor.shape)} that it reads was changed in place "
+                    f"between the forward pass (version {version}) and backward (version {version_of(tensor)}); change "
+                    "a copy instead (x = x + 1, not x += 1)"
+                )
 
     def _differs(self, what: str) -> RebuildError:
         return RebuildError(

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from recollect.frames._describe import describe
 from recollect.frames._errors import InPlaceError
 from recollect.frames._modules import version_of
 
-__all__ = ["Kept", "KeptArguments", "devices_of"]
+__all__ = ["Kept", "KeptArguments", "devices_of", "laid_out"]
 
 
 class Kept:
@@ -64,27 +63,74 @@ class Kept:
 class KeptArguments:
     """A region's arguments: tensors (also within lists, tuples and dicts) kept, everything else by reference.
 
+    Arguments that are one tensor are one tensor again when they come back: modules ask (``query is key``).
+
     Args:
         args: positional arguments.
         skip: positions of arguments that another source will bring; ``None`` stands for them.
     """
 
-    __slots__ = ("_leaves", "_spec")
+    __slots__ = ("_args",)
 
     def __init__(self, args: tuple[Any, ...], skip: frozenset[int] = frozenset()) -> None:
-        leaves, self._spec = _flatten(tuple(None if i in skip else a for i, a in enumerate(args)))
-        self._leaves = [Kept(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        kept: dict[int, Kept] = {}
+
+        def keep(tensor: Tensor) -> Kept:
+            if id(tensor) not in kept:
+                kept[id(tensor)] = Kept(tensor)
+            return kept[id(tensor)]
+
+        self._args = [None if i in skip else _map(Tensor, keep, arg) for i, arg in enumerate(args)]
 
     def get(self, function: Callable[..., Any]) -> list[Any]:
         """Return the arguments again; see :meth:`Kept.get`."""
-        leaves = [leaf.get(function, "input") if isinstance(leaf, Kept) else leaf for leaf in self._leaves]
-        return list(tree_unflatten(leaves, self._spec))
+        tensors: dict[int, Tensor] = {}
+
+        def get(kept: Kept) -> Tensor:
+            if id(kept) not in tensors:
+                tensors[id(kept)] = kept.get(function, "input")
+            return tensors[id(kept)]
+
+        return [_map(Kept, get, arg) for arg in self._args]
 
 
-def _flatten(args: tuple[Any, ...]) -> tuple[list[Any], TreeSpec]:
-    return tree_flatten(args)
+def _map(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """Replace every ``kind`` in nested lists, tuples and dicts; containers without one come back as they are.
+
+    Not torch.utils._pytree, whose recursive helpers leave reference cycles for the garbage collector.
+    """
+    if isinstance(value, kind):
+        return change(value)
+    if type(value) is dict:
+        mapped = {key: _map(kind, change, item) for key, item in value.items()}
+        return mapped if any(mapped[key] is not value[key] for key in value) else value
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        items = [_map(kind, change, item) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def devices_of(args: tuple[Any, ...]) -> set[torch.device]:
     """Return the devices of all tensors among the arguments."""
-    return {leaf.device for leaf in _flatten(args)[0] if isinstance(leaf, Tensor)}
+    devices = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        devices.add(tensor.device)
+        return tensor
+
+    _map(Tensor, note, args)
+    return devices
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the values with the forward's strides and dtype, which compiled blocks and autograd go by.
+
+    Expanded layouts (elements that share memory) cannot be written to; they stay dense.
+    """
+    with torch.no_grad():
+        tensor = tensor.to(dtype)
+        if tensor.stride() == strides or 0 in strides:
+            return tensor
+        return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)

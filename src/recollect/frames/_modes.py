@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from recollect.frames._errors import FrameError
 
@@ -135,7 +136,8 @@ def frames_apply() -> bool:
     """Return whether frames can and need to act here.
 
     They step aside, and the function runs plain, where nothing is saved anyway (no grad, inference, dry mode) and
-    where saved-tensor hooks do not exist (torch.func transforms, tracing, a whole model under torch.compile).
+    where saved-tensor hooks do not exist (torch.func transforms, forward-mode
+    differentiation, tracing, a whole model under torch.compile).
     """
     if torch.compiler.is_compiling():
         return False
@@ -145,6 +147,7 @@ def frames_apply() -> bool:
         and local.dry == 0
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and _functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
     )
 

@@ -20,6 +20,9 @@ __all__ = ["ModuleState", "find_modules", "version_of"]
 # A buffer this large is a table, not a statistic: it is not copied on the chance that the region changes it.
 _LARGE = 1 << 20
 
+# A list this long holds data, not modules: it is not searched for them.
+_MANY = 256
+
 
 def version_of(tensor: Tensor) -> int:
     """Return the in-place version of a tensor.
@@ -34,8 +37,8 @@ def version_of(tensor: Tensor) -> int:
 def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[nn.Module]:
     """Return the modules that calling ``function(*args)`` can reach, as far as Python lets one see.
 
-    Looks at the function itself, bound methods, partials, closures, the globals that its code names, callable
-    objects' attributes, and the arguments that are modules. Every module is listed once, with its submodules.
+    Looks at the function itself, bound methods, partials, closures, the globals that its code names, the attributes of
+    plain objects among them, and the arguments that are modules. Every module is listed once, with its submodules.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -58,20 +61,19 @@ def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> li
                 except ValueError:  # a variable that is not bound yet
                     continue
             for name in thing.__code__.co_names:
-                visit(thing.__globals__.get(name), min(depth - 1, 1))
+                visit(thing.__globals__.get(name), depth - 1)
             for default in thing.__defaults__ or ():
                 visit(default, depth - 1)
         elif isinstance(thing, functools.partial):
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 visit(part, depth - 1)
-        elif isinstance(thing, (list, tuple)):
-            for item in thing:
+        elif isinstance(thing, (list, tuple, dict)):
+            if len(thing) <= _MANY:
+                for item in thing.values() if isinstance(thing, dict) else thing:
+                    visit(item, depth - 1)
+        elif not isinstance(thing, (type, types.BuiltinFunctionType, types.ModuleType)) and hasattr(thing, "__dict__"):
+            for item in list(vars(thing).values()):
                 visit(item, depth - 1)
-        elif isinstance(thing, dict):
-            for item in thing.values():
-                visit(item, depth - 1)
-        elif callable(thing) and not isinstance(thing, (type, types.BuiltinFunctionType, types.ModuleType)):
-            visit(vars(thing) if hasattr(thing, "__dict__") else None, depth - 1)
 
     visit(function, 4)
     for argument in args:  # no further: a graph object is nobody's to look into
@@ -88,12 +90,13 @@ class ModuleState:
     :meth:`settle` after it.
     """
 
-    __slots__ = ("_buffers", "_flags", "_parameters", "_updated", "_versions")
+    __slots__ = ("_buffers", "_constant", "_flags", "_parameters", "_updated", "_versions")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._flags = [(module, module.training) for module in modules]
         self._parameters: list[tuple[dict[str, Any], str, Tensor]] = []
         self._versions: list[int] = []
+        self._constant: list[tuple[dict[str, Any], str, Tensor, int]] = []  # buffers that the region did not change
         # (registry, name, the copy that a rebuild starts from; None: the present value serves)
         self._updated: list[tuple[dict[str, Any], str, Tensor | None]] = []
         self._buffers: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] | None = []
@@ -103,7 +106,7 @@ class ModuleState:
                 if parameter is not None:
                     self._parameters.append((registry, name, parameter))
             registry = module._buffers
-            if not registry or not module.training or type(registry) is not dict:
+            if not registry or type(registry) is not dict:
                 continue
             # The kernels of normalisation layers do not count their updates as versions, and their outputs in
             # training do not depend on the running statistics.
@@ -111,7 +114,7 @@ class ModuleState:
             for name, buffer in registry.items():
                 if buffer is None:
                     continue
-                if statistics:
+                if statistics and module.training:
                     self._updated.append((registry, name, None))
                 else:
                     copy = buffer.detach().clone() if buffer.numel() <= _LARGE else None
@@ -123,13 +126,15 @@ class ModuleState:
         for registry, name, buffer, version, copy in self._buffers or ():
             if registry.get(name) is not buffer or version_of(buffer) != version:
                 self._updated.append((registry, name, copy))
+            else:
+                self._constant.append((registry, name, buffer, version))
         self._buffers = None
 
     def _note_versions(self) -> None:
         self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
 
     def check(self, function: Callable[..., Any]) -> None:
-        """Raise an :class:`InPlaceError` if a parameter was changed since the forward pass."""
+        """Raise an :class:`InPlaceError` if a parameter, or a buffer that the region only reads, was changed since."""
         for (_, key, parameter), version in zip(self._parameters, self._versions, strict=False):
             if version_of(parameter) != version:
                 now = version_of(parameter)
@@ -137,6 +142,14 @@ class ModuleState:
                     f"{describe(function)}: parameter {key!r} of shape {list(parameter.shape)} was changed in place "
                     f"between the forward pass (version {version}) and backward (version {now}), most often by an "
                     "optimizer step; call backward before the step, or run the forward pass again"
+                )
+
+        for _, key, buffer, version in self._constant:
+            if version_of(buffer) != version:
+                raise InPlaceError(
+                    f"{describe(function)}: buffer {key!r} of shape {list(buffer.shape)} was changed in place "
+                    f"between the forward pass (version {version}) and backward (version {version_of(buffer)}); "
+                    "change it after backward, or assign a new tensor instead"
                 )
 
     @contextmanager
@@ -151,6 +164,10 @@ class ModuleState:
                 if registry.get(name) is not parameter:
                     tensors.append((registry, name, registry.get(name)))
                     registry[name] = parameter
+            for registry, name, buffer, _ in self._constant:
+                if registry.get(name) is not buffer:
+                    tensors.append((registry, name, registry.get(name)))
+                    registry[name] = buffer
             for registry, name, copy in self._updated:
                 now = registry.get(name)
                 if now is not None:

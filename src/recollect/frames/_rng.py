@@ -18,14 +18,26 @@ class _Generators:
     """Who draws from the default generators.
 
     They belong to the process, so two threads that train side by side would draw from the middle of each other's
-    regions. The forward of a region holds the lock. A rebuild takes it only once a second thread has been seen: a
-    lone thread may go backward inside a region, in autograd's own threads, while it holds the lock itself.
+    regions. The forward of a region and a rebuild hold the lock; a rebuild in one of autograd's own threads only once a
+    second thread has been seen, because a lone thread may go backward inside a region while it holds the lock itself.
+    Nobody waits for ever: a region may in turn be waiting for threads that it started.
     """
+
+    patience = 30.0  # seconds
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.first: weakref.ref[threading.Thread] | None = None
         self.shared = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        taken = self.lock.acquire(timeout=self.patience)
+        try:
+            yield
+        finally:
+            if taken:
+                self.lock.release()
 
     def note_thread(self) -> None:
         thread = threading.current_thread()
@@ -48,13 +60,14 @@ def drawing(alone: bool) -> Iterator[None]:
         yield
         return
     _generators.note_thread()
-    with _generators.lock:
+    with _generators.held():
         yield
 
 
 def replaying() -> AbstractContextManager[Any]:
     """Return a context that does in a rebuild what :func:`drawing` does in a forward."""
-    return _generators.lock if _generators.shared else nullcontext()
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return nullcontext() if foreign and not _generators.shared else _generators.held()
 
 
 def _read(device: torch.device) -> Tensor:

@@ -53,6 +53,11 @@ def make_conv(conv: str | Callable[[int], nn.Module], channels: int, **options: 
         ValueError: the name is unknown, or options are given for a function.
         ImportError: a name is given and torch_geometric is missing.
     """
+    if isinstance(conv, nn.Module):
+        raise ValueError(
+            f"conv is a module ({type(conv).__name__}), but each group of each layer needs its own; give a function "
+            "that makes one from the number of channels, e.g. lambda channels: SAGEConv(channels, channels)"
+        )
     if not isinstance(conv, str):
         if options:
             raise ValueError(f"conv_kwargs {sorted(options)} are for convs by name; give them to your own function")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._parameters import reset_parameters
 from recollect.models._convs import make_conv
 from recollect.reversible import GroupAddRev
 
@@ -28,11 +30,6 @@ def _make_norm(norm: Norm | None, channels: int) -> nn.Module:
     raise ValueError(f"norm={norm!r} is unknown; choose 'layer', 'batch' or None")
 
 
-def _reset(module: Any) -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-
-
 class _Block(nn.Module):
     """Pre-activation block "res+": norm, ReLU, dropout, convolution."""
 
@@ -43,8 +40,8 @@ class _Block(nn.Module):
         self.conv = conv
 
     def reset_parameters(self) -> None:
-        _reset(self.norm)
-        _reset(self.conv)
+        reset_parameters(self.norm)
+        reset_parameters(self.conv)
 
     def forward(self, x: Tensor, edge_index: Any, mask: Tensor | None = None, *args: Any) -> Tensor:
         x = self.norm(x).relu()
@@ -157,12 +154,12 @@ class RevGNN(nn.Module):
     def last_drift(self) -> float | None:
         """The largest relative reconstruction error that the last backward measured, or ``None``."""
         drifts = [layer.last_drift for layer in self._groups() if layer.last_drift is not None]
-        return max(drifts, default=None)
+        return max(drifts, default=None, key=lambda drift: math.inf if math.isnan(drift) else drift)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         for module in (self.project, *self.layers, self.norm, self.head):
-            _reset(module)
+            reset_parameters(module)
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
         """Return the logits.
@@ -172,7 +169,8 @@ class RevGNN(nn.Module):
             edge_index: the graph, in whatever form the convolution takes.
             *args: further arguments of the convolution (edge weights, edge features), given whole to every block.
         """
-        x = self.project(x)
+        # Under autocast the projection is in half precision; the residual stream, which is inverted, must not be.
+        x = self.project(x).to(self.project.weight.dtype)
         mask = self._mask(x)
         for index in range(self.num_layers):
             x = self.layers[0 if self.tied else index](x, edge_index, mask, *args)

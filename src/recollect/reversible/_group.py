@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import DRIFT_THRESHOLD, couple, uncouple
+from recollect._parameters import reset_parameters
+from recollect.frames import DRIFT_THRESHOLD, checkpoint, couple, uncouple
 from recollect.reversible._module import InvertibleModule
 
 __all__ = ["GroupAddRev", "GroupRevRes"]
@@ -28,11 +29,7 @@ class _Grouped(InvertibleModule):
 
     def __init__(self, blocks: nn.ModuleList, split_dim: int, chunk_args: Sequence[int] | None, **options: Any) -> None:
         super().__init__(**options)
-        if len(blocks) < 2:
-            raise ValueError(
-                f"The number of groups should not be smaller than 2 (got {len(blocks)}): a lone group has no other "
-                "group to take its block's input from, and so no inverse"
-            )
+        _check_groups(len(blocks))
         self.split_dim = split_dim
         self.chunk_args = None if chunk_args is None else frozenset(chunk_args)
 
@@ -58,6 +55,14 @@ class _Grouped(InvertibleModule):
         blocks = self._blocks()
         return uncouple(blocks, y, self._arguments(y, graph, args, len(blocks)), dim=self.split_dim)
 
+    def inverse(self, *args: Any) -> Any:
+        """Run :meth:`_inverse`, trainable as :meth:`forward` is.
+
+        Its input is kept: the blocks run in another order than in :meth:`forward`, and what they draw (dropout) could
+        not be replayed through that.
+        """
+        return self._inverse(*args) if self.disable else checkpoint(self._inverse, *args)
+
     def _arguments(self, x: Tensor, graph: Any, args: tuple[Any, ...], groups: int) -> list[tuple[Any, ...]]:
         """Return what each block gets beside its group."""
         if not isinstance(x, Tensor):
@@ -72,6 +77,11 @@ class _Grouped(InvertibleModule):
                 f"{type(self).__name__}: the size of x in dimension {self.split_dim} must be divisible by the number "
                 f"of groups, {groups} (got {channels}); the nearest allowed: {' or '.join(nearest)}"
             )
+        if self.chunk_args is not None and args and not self.chunk_args <= set(range(len(args))):
+            raise ValueError(
+                f"{type(self).__name__}: chunk_args={sorted(self.chunk_args)} names positions that are not among the "
+                f"{len(args)} extra argument(s), counted from 0"
+            )
         split = [
             torch.chunk(arg, groups, self.split_dim) if self._is_chunked(i, arg, x) else (arg,) * groups
             for i, arg in enumerate(args)
@@ -81,9 +91,16 @@ class _Grouped(InvertibleModule):
     def _is_chunked(self, position: int, arg: Any, x: Tensor) -> bool:
         if not isinstance(arg, Tensor):
             return False
+        has_dim = -arg.dim() <= self.split_dim < arg.dim()
         if self.chunk_args is not None:
+            if position in self.chunk_args and (not has_dim or arg.size(self.split_dim) % self.num_groups):
+                raise ValueError(
+                    f"{type(self).__name__}: argument {position} is to be split over {self.num_groups} groups in "
+                    f"split_dim={self.split_dim}, which must exist and be divisible (got shape {list(arg.shape)})"
+                )
             return position in self.chunk_args
-        if arg.dim() == 0 or not -arg.dim() <= self.split_dim < arg.dim():
+        # Along the first dimension of an argument lie its nodes or edges, unless the groups lie there in x too.
+        if not has_dim or (self.split_dim % arg.dim() == 0 and self.split_dim % x.dim() != 0):
             return False
         return arg.size(0) == x.size(0) and arg.size(self.split_dim) == x.size(self.split_dim)
 
@@ -95,20 +112,24 @@ class _Grouped(InvertibleModule):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, in blocks that can."""
         for block in self._blocks():
-            _reset(block.__self__ if isinstance(block, _GraphFirst) else block)
+            reset_parameters(block.__self__ if isinstance(block, _GraphFirst) else block)
 
 
-def _reset(module: Any) -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+def _check_groups(number: int) -> None:
+    if number < 2:
+        raise ValueError(
+            f"The number of groups should not be smaller than 2 (got {number}): a lone group has no other group to "
+            "take its block's input from, and so no inverse"
+        )
 
 
 def _copies(module: nn.Module, number: int) -> nn.ModuleList:
     """Return ``module`` and copies of it with parameters of their own."""
+    _check_groups(number)
     modules = nn.ModuleList([module])
     for _ in range(number - 1):
         duplicate = copy.deepcopy(module)
-        _reset(duplicate)
+        reset_parameters(duplicate)
         modules.append(duplicate)
     return modules
 

@@ -92,12 +92,11 @@ class InvertibleModule(nn.Module):
         allowed = self.num_bwd_passes
         if allowed is None or self.disable or not frames_apply():
             return
-        passes = 0
+        passes: set[int] = set()  # one backward may come through several outputs
 
         def count(_: tuple[Tensor, ...]) -> None:
-            nonlocal passes
-            passes += 1
-            if passes > allowed:
+            passes.add(torch._C._current_graph_task_id())
+            if len(passes) > allowed:
                 raise RuntimeError(
                     f"Trying to perform a backward pass through {type(self).__name__} more than {allowed} time(s); "
                     "raise num_bwd_passes, or set it to None for any number"
@@ -106,4 +105,3 @@ class InvertibleModule(nn.Module):
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(count)
-                break
