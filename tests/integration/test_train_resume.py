@@ -68,7 +68,6 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "while the second checkpoint is written": lambda folder: (
         len(rows(folder)) == 1 and (folder / ".checkpoint.ckpt.partial").exists()
     ),
-    "in the middle": lambda folder: len(rows(folder)) >= 3,
     "when training is over": lambda folder: len(rows(folder)) >= EPOCHS,
 }
 

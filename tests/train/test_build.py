@@ -12,7 +12,7 @@ from recollect.train._errors import TrainingError, UsageError
 
 def test_missing_raw_files_are_named(tmp_path):
     settings = parse(["dataset=cora", f"data.root={tmp_path}"])
-    with pytest.raises(TrainingError, match=r"ind.cora") as error:
+    with pytest.raises(TrainingError, match=r"ind\.cora[\s\S]*dataset\.options\.download=true") as error:
         build_dataset(settings.dataset, settings.data)
     assert error.value.exit_code == 1
 

@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_with_what_is_right(override, message):
 
 
 def test_every_key_is_listed():
-    values = defaults(["optimizer=sgd"])
+    values = defaults("optimizer=sgd")
     assert values["optimizer.options.momentum"] == 0.9
     assert values["model.num_layers"] == 64
     assert "dataset.options.k" in values

@@ -81,9 +81,9 @@ def row(epoch: int, **changed: float) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("changes", "history", "said"),
     [
-        ({}, [row(1)], "MiB"),
-        ({}, [row(1, drift=float("nan")), row(2, drift=float("nan"))], "MiB"),
-        ({}, [row(1, loss=0.0, drift=0.0), row(2)], "MiB"),
+        ({}, [row(1)], "KiB"),
+        ({}, [row(1, drift=float("nan")), row(2, drift=float("nan"))], "KiB"),
+        ({}, [row(1, loss=0.0, drift=0.0), row(2)], "KiB"),
         ({"peak_bytes": None, "peak_bytes_plain": None, "memory_against_depth": []}, [row(1)], "test accuracy"),
         ({"peak_bytes_plain": None, "expected_bytes_plain": 2**34}, [row(1)], "does not fit (about 16.00 GiB)"),
         ({"largest_drift": None, "model": "<b>&amp;"}, [row(1)], "nothing was reconstructed"),

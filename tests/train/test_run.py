@@ -167,6 +167,19 @@ def test_threads_are_set_for_the_run_alone(tiny, tmp_path):
     assert torch.get_num_threads() == before
 
 
+def test_a_small_graph_is_trained_by_one_thread(tmp_path):
+    overrides = ["dataset=karate", "epochs=1", "measure.enabled=false", "model.num_layers=1"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert train([*overrides, f"run_dir={tmp_path / 'small'}"])["threads"] == 1
+        wide = [*overrides, "model.hidden_channels=4096", f"run_dir={tmp_path / 'large'}"]
+        assert train(wide)["threads"] == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_gpu_trains_and_is_measured(tiny, tmp_path, precision):

@@ -7,7 +7,13 @@ from recollect.train._text import bytes_text, seconds_text
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(None, "not measured"), (0, "0.0 MiB"), (3 * 2**20, "3.0 MiB"), (2**30, "1.00 GiB"), (5 * 2**40, "5,120.00 GiB")],
+    [
+        (None, "not measured"),
+        (1536, "1.5 KiB"),
+        (3 * 2**20, "3.0 MiB"),
+        (2**30, "1.00 GiB"),
+        (5 * 2**40, "5,120.00 GiB"),
+    ],
 )
 def test_bytes(number, text):
     assert bytes_text(number) == text

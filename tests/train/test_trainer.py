@@ -15,7 +15,7 @@ from recollect.train._metrics import score
 from recollect.train._step import Step
 from recollect.train._trainer import Trainer
 
-BASE = parse(["model.num_layers=3", "model.hidden_channels=8", "epochs=6", "optimizer.lr=0.05"])
+BASE = parse(["warmup_epochs=0", "model.num_layers=3", "model.hidden_channels=8", "epochs=6", "optimizer.lr=0.05"])
 
 
 def make(graph, tmp_path, settings=BASE, seed=0):

@@ -30,6 +30,9 @@ def build_dataset(dataset: DatasetSettings, files: DataSettings) -> data.GraphDa
     """
     try:
         graph = data.load(dataset.name, files.root or None, seed=files.seed, **dataset.options)
+    except data.MissingRawFilesError as error:
+        here = "On this command line: data.root=FOLDER, dataset.options.download=true."
+        raise TrainingError(f"{error}\n{here}") from error
     except (data.InvalidRawFilesError, OSError, ImportError) as error:
         raise TrainingError(str(error)) from error
     except (TypeError, ValueError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import types
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -35,9 +37,10 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def defaults(choices: Sequence[str] = ()) -> dict[str, Any]:
-    """Key -> value, for every key that can be set once these group options are chosen."""
-    return _leaves(_compose(choices))
+@functools.cache
+def defaults(*choices: str) -> Mapping[str, Any]:
+    """Key -> value, for every key that can be set once these group options (``"dataset=cora"``) are chosen."""
+    return types.MappingProxyType(_leaves(_compose(choices)))
 
 
 def parse(overrides: Sequence[str]) -> Settings:
@@ -56,7 +59,7 @@ def parse(overrides: Sequence[str]) -> Settings:
         if name in options and override.value() not in options[name]:
             raise UsageError(choose_from(name, override.get_value_element_as_str(), options[name]))
     choices = [f"{o.key_or_group}={o.value()}" for o in parsed if o.key_or_group in options]
-    known = _leaves(_compose(choices))
+    known = defaults(*choices)
     texts = []
     for override in parsed:
         if override.key_or_group not in options:
@@ -122,7 +125,7 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
-def _check_option(key: str, value: Any, known: dict[str, Any]) -> None:
+def _check_option(key: str, value: Any, known: Mapping[str, Any]) -> None:
     """Options have no declared type: theirs is that of the value in the config file."""
     if ".options." not in key:
         return
@@ -132,7 +135,7 @@ def _check_option(key: str, value: Any, known: dict[str, Any]) -> None:
         raise UsageError(f"{key}={value}: must be of type {kind.__name__}, as {known[key]} is")
 
 
-def _check_key(key: str, known: dict[str, Any], options: dict[str, list[str]]) -> None:
+def _check_key(key: str, known: Mapping[str, Any], options: dict[str, list[str]]) -> None:
     if key in known or _is_free(key):
         return
     inside = {name.rpartition(".")[0] for name in known}
@@ -145,7 +148,7 @@ def _check_key(key: str, known: dict[str, Any], options: dict[str, list[str]]) -
     raise UsageError(choose_from("key", key, right))
 
 
-def _below(parent: str, known: dict[str, Any]) -> list[str]:
+def _below(parent: str, known: Mapping[str, Any]) -> list[str]:
     return [name for name in known if name.startswith(f"{parent}.")]
 
 

@@ -66,7 +66,8 @@ def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Fig
 
 def memory_against_depth(curve: Sequence[dict[str, Any]]) -> Figure:
     """Peak bytes of a training step against the number of layers, reversible and with everything kept."""
-    unit, size = ("GiB", 2**30) if max(p["peak_plain"] or p["peak"] for p in curve) >= 2**30 else ("MiB", 2**20)
+    largest = max(p["peak_plain"] or p["peak"] for p in curve)
+    unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20) if largest >= 2**20 else ("KiB", 2**10)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         axes = figure.subplots()

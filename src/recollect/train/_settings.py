@@ -107,7 +107,9 @@ class Settings:
     checkpoint_every: int = field(metadata=_about("epochs between checkpoints", low=1))
     device: str = field(metadata=_about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
     precision: str = field(metadata=_about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
-    threads: int | None = field(metadata=_about("CPU threads; null: torch's default", low=1))
+    threads: int | None = field(
+        metadata=_about("CPU threads; null: one for a small graph, else torch's default", low=1)
+    )
     run_dir: str | None = field(metadata=_about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
     resume: str | None = field(metadata=_about("go on with the run in this folder, under its own settings"))
 

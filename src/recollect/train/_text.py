@@ -10,9 +10,11 @@ METRICS = {"accuracy": "accuracy", "rocauc": "ROC-AUC", "micro_f1": "micro-F1"}
 
 
 def bytes_text(number: int | None) -> str:
-    """Bytes as MiB or GiB."""
+    """Bytes as KiB, MiB or GiB."""
     if number is None:
         return "not measured"
+    if number < 2**20:
+        return f"{number / 2**10:,.1f} KiB"
     return f"{number / 2**30:,.2f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 
@@ -44,7 +46,7 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
     kept = f"does not fit (about {bytes_text(expected)})" if plain is None and expected else bytes_text(plain)
     costs = [
         (
-            "peak memory of a training step",
+            "peak memory of a step",
             bytes_text(peak),
             kept,
             f"{plain / peak:.1f}x less" if peak and plain else "",
