@@ -51,8 +51,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# One process for each core, with one thread each: small tensors gain nothing from more threads.
+unit: export OMP_NUM_THREADS := 1
 unit: $(READY)
-	$(BIN)/python -m pytest tests src/recollect --doctest-modules $(ARGS)
+	$(BIN)/python -m pytest tests src/recollect --doctest-modules -n logical --dist loadfile $(ARGS)
 
 # The peers are no part of the locked environment. memcnn asks for torchvision, which it does not need here.
 $(BENCH_READY): $(READY)
