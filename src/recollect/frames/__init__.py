@@ -30,7 +30,9 @@ from recollect.frames._errors import (
     RebuildError,
     ReleasedTensorError,
 )
+from recollect.frames._keep import devices_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
+from recollect.frames._rng import RandomState
 
 __all__ = [
     "DRIFT_THRESHOLD",
@@ -39,11 +41,13 @@ __all__ = [
     "FrameError",
     "GraphFreedError",
     "InPlaceError",
+    "RandomState",
     "RebuildError",
     "ReleasedTensorError",
     "backward_mode",
     "checkpoint",
     "couple",
+    "devices_of",
     "dry_mode",
     "eager_release",
     "frames_apply",

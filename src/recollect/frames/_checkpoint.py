@@ -102,6 +102,7 @@ def run_invertible(
     seed: bool = True,
     keep: Iterable[Tensor] = (),
     inverted: int | None = None,
+    takes: int | None = None,
     gauge: DriftGauge | None = None,
     anchor_every: int | None = None,
 ) -> Any:
@@ -110,17 +111,18 @@ def run_invertible(
     Args:
         function: takes ``args``.
         inverse: takes the outputs of ``function`` and returns ``args`` again.
-        args: positional arguments. Floating-point tensors are dropped unless ``keep`` names them or an output aliases
-            them; everything else is kept.
+        args: positional arguments. Floating-point tensors are dropped unless ``keep`` names them or they are returned
+            as they are; everything else is kept.
         seed: replay random state.
         keep: input tensors to keep.
         inverted: how many leading arguments ``inverse`` brings back; it then takes the outputs followed by the other
             arguments, which are kept. ``None``: all of them, from the outputs alone.
+        takes: ``inverse`` gets ``outputs[:takes]``, and the others are not kept for it.
         gauge: where a chain's drift is recorded.
         anchor_every: keep the chain's every s-th activation.
     """
     region = Region(function, seed)
-    stage = _InverseStage(region, inverse, inverted)
+    stage = _InverseStage(region, inverse, inverted, takes)
     output = Frame(region, stage, lock=stage.lock).run(args, devices_of(args))
     stage.close(args, output, keep, gauge, anchor_every)
     return output
@@ -138,21 +140,23 @@ class _InverseStage:
     """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
 
     __slots__ = (
-        "__weakref__", "_dropped", "_inverse", "_inverted", "_kept", "_layouts", "_leading", "_outputs", "_probe",
-        "_region", "_released", "_scope", "_slots", "lock",
+        "__weakref__", "_dropped", "_inverse", "_inverted", "_kept", "_layouts", "_leading", "_outputs", "_passed",
+        "_probe", "_region", "_released", "_scope", "_slots", "_takes", "lock",
     )  # fmt: skip
 
-    def __init__(self, region: Region, inverse: Callable[..., Any], inverted: int | None) -> None:
+    def __init__(self, region: Region, inverse: Callable[..., Any], inverted: int | None, takes: int | None) -> None:
         self.lock = threading.RLock()
         self._region = region
         self._inverse = inverse
         self._leading = inverted
+        self._takes = takes
         self._scope = enclosing()
         self._dropped: list[int] = []  # positions of the arguments that only the inverse brings back
         self._layouts: list[tuple[torch.Size, tuple[int, ...], torch.dtype, bool]] = []
         self._slots: list[weakref.ref[Slot] | None] = []  # of the dropped arguments
         self._kept: KeptArguments | None = None
         self._outputs: list[Any] = []  # slots of tensors, everything else as it is
+        self._passed: list[Slot] = []
         self._probe: DriftProbe | None = None
         self._inverted: list[Tensor] | None = None
         self._released: list[Released | None] = []
@@ -174,32 +178,42 @@ class _InverseStage:
                 f"{self._region.name}: an invertible function returns a tensor, or a tuple whose items its inverse "
                 f"takes as arguments (got {', '.join(type(o).__name__ for o in outputs)})"
             )
-        stay = {_storage(t) for t in (*keep, *outputs) if isinstance(t, Tensor)}
+        stay = {_storage(t) for t in keep}
+        returned = {id(o) for o in outputs if isinstance(o, Tensor)}
         for i, arg in enumerate(args[: self._leading]):
-            if _can_drop(arg) and _storage(arg) not in stay:
+            if _can_drop(arg) and _storage(arg) not in stay and not (local.eager and id(arg) in returned):
                 self._dropped.append(i)
         self._kept = KeptArguments(args, frozenset(self._dropped))
         if not self._dropped or not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
             return
         position, anchored, heads = 0, False, []
+        passed: dict[int, Slot] = {}  # of arguments that are returned as they are: whoever reads them next is asked
         for i in self._dropped:
             arg = args[i]
             self._layouts.append((arg.shape, arg.stride(), arg.dtype, arg.requires_grad))
             before = slot_of(arg)
+            heads.append(before is None)
+            if id(arg) in returned:
+                passed[id(arg)] = before = before or Slot(arg, 0, self._region.function)
+                self._passed.append(before)
             keep_it = before is not None and anchor_every is not None and before.position % anchor_every == 0
             if before is not None:
-                before.link(self, keep=keep_it)
+                if id(arg) not in returned:
+                    before.link(self, keep=keep_it)
                 position = max(position, before.position)
             self._slots.append(weakref.ref(before) if before is not None else None)
             anchored = anchored or keep_it
-            heads.append(before is None)
         if gauge is not None and (anchored or all(heads)):
             self._probe = DriftProbe([args[i] for i in self._dropped], gauge)
-        for tensor in outputs:
-            if isinstance(tensor, Tensor) and not any(tensor is a for a in args):
-                self._outputs.append(Slot(tensor, position + 1, self._region.function))
+        for tensor in outputs[: self._takes]:
+            if not isinstance(tensor, Tensor):
+                self._outputs.append(tensor)
+            elif id(tensor) in passed:
+                self._outputs.append(passed[id(tensor)])
+            elif any(tensor is a for a in args):
+                self._outputs.append(tensor.detach())
             else:
-                self._outputs.append(tensor.detach() if isinstance(tensor, Tensor) else tensor)
+                self._outputs.append(Slot(tensor, position + 1, self._region.function))
         if local.eager:
             self._released = [release(args[i], self._region.name) for i in self._dropped]
 
@@ -271,7 +285,7 @@ class _InverseStage:
                 self._probe.measure(tensors)
             for reference, tensor in zip(self._slots, tensors, strict=True):
                 slot = reference() if reference is not None else None
-                if slot is not None and slot.maker is self:
+                if slot is not None and (slot.maker is self or slot in self._passed):
                     slot.offer(tensor)
 
 

@@ -1,0 +1,240 @@
+"""Whether a module is invertible as it says: the assertion behind `Module.check` and `recollect.testing`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.frames import RandomState, backward_mode, devices_of, dry_mode
+
+if TYPE_CHECKING:
+    from recollect.invertible._module import Module
+
+__all__ = ["Subject", "check_module", "check_subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked.
+
+    Args:
+        module: whose parameters, buffers and training flags count.
+        function: from the arguments to all outputs, hidden ones too, without frames.
+        inverse: from all outputs to the arguments again.
+        framed: from the arguments to the visible outputs, as in training.
+        plain: the same with plain autograd.
+        seed: whether random numbers are replayed.
+    """
+
+    module: nn.Module
+    function: Callable[..., Any]
+    inverse: Callable[..., Any]
+    framed: Callable[..., Any]
+    plain: Callable[..., Any]
+    seed: bool = True
+
+
+def check_module(module: Module, args: tuple[Any, ...], rtol: float, atol: float) -> bool:
+    """Check an invertible module in its own direction and with its own flags; see :func:`check_subject`."""
+
+    def subject(module: Module) -> Subject:
+        def plain(*args: Any) -> Any:
+            with module.temp_mode(checkpoint=False):
+                return module(*args)
+
+        return Subject(module, module.call_function, module.call_inverse, module, plain, module.seed)
+
+    return check_subject(subject(module), args, rtol, atol, lambda duplicate: subject(duplicate))
+
+
+def check_subject(
+    subject: Subject,
+    args: tuple[Any, ...],
+    rtol: float,
+    atol: float,
+    remake: Callable[[Any], Subject] | None = None,
+) -> bool:
+    """Check that the inverse gives back the inputs, that a second run repeats the first, and the gradients.
+
+    Args:
+        subject: what is checked.
+        args: inputs to try it on.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        remake: makes the subject for a copy of its module, to find out whether precision is the cause of a failure.
+
+    Returns:
+        ``True``.
+
+    Raises:
+        AssertionError: one of the three fails; the message says which, by how much, and what to try.
+    """
+    state = RandomState(devices_of(args))
+    with state.replayed(), _buffers_put_aside(subject.module):
+        failure = _inverse_differs(subject, args, state, rtol, atol)
+        if failure:
+            if remake is not None and _holds_in_double(subject, remake, args, state, rtol, atol):
+                failure += "; in double precision it does: use float64, or a better conditioned inverse"
+            raise AssertionError(failure)
+        failure = _second_differs(subject, args, state, rtol, atol)
+        if failure:
+            if not subject.seed and not _second_differs(replace(subject, seed=True), args, state, rtol, atol):
+                failure += "; with seed=True, which replays random numbers, it does"
+            raise AssertionError(failure)
+        failure = _gradients_differ(subject, args, state, rtol, atol)
+        if failure:
+            if not subject.seed:
+                failure += "; try seed=True, which replays random numbers"
+            raise AssertionError(failure)
+    return True
+
+
+def _inverse_differs(
+    subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
+) -> str | None:
+    name = type(subject.module).__name__
+    with state.replayed(), dry_mode():
+        outputs = _pack(subject.function(*args))
+    with state.replayed(), torch.no_grad(), backward_mode():
+        inputs = _pack(subject.inverse(*outputs))
+    for i, arg in enumerate(args):
+        if not isinstance(arg, Tensor):
+            continue
+        back = inputs[i] if i < len(inputs) else None
+        if not isinstance(back, Tensor):
+            return f"{name}: the inverse returned {len(inputs)} value(s) and no tensor for input {i}"
+        difference = _difference(back, arg, rtol, atol)
+        if difference:
+            return f"{name}: the inverse does not give back input {i}: {difference}"
+    return None
+
+
+def _second_differs(
+    subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
+) -> str | None:
+    name = type(subject.module).__name__
+    with state.replayed(), dry_mode():
+        first = _pack(subject.function(*args))
+        later = RandomState(devices_of(args))
+    with (state if subject.seed else later).replayed(), torch.no_grad(), backward_mode():
+        second = _pack(subject.function(*args))
+    if len(first) != len(second):
+        return f"{name}: a second run of the function returned {len(second)} value(s), and the first {len(first)}"
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        difference = _difference(b, a, rtol, atol) if isinstance(a, Tensor) else None
+        if difference:
+            return f"{name}: a second run of the function does not repeat output {i}: {difference}"
+    return None
+
+
+def _gradients_differ(
+    subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
+) -> str | None:
+    name = type(subject.module).__name__
+    flags = [(module, module.training) for module in subject.module.modules()]
+    try:
+        for mode in dict.fromkeys((subject.module.training, True)):
+            if mode != subject.module.training:
+                subject.module.train(mode)
+            expected, needed = _gradients(subject.plain, subject, args, state)
+            found, made = _gradients(subject.framed, subject, args, state)
+            if needed != made:
+                return f"{name}: the outputs' requires_grad is {made}, and {needed} with plain autograd"
+            for key, gradient in expected.items():
+                difference = _difference(found[key], gradient, rtol, atol)
+                if difference:
+                    return f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
+    finally:
+        for module, training in flags:
+            module.training = training
+    return None
+
+
+def _gradients(
+    run: Callable[..., Any], subject: Subject, args: tuple[Any, ...], state: RandomState
+) -> tuple[dict[str, Tensor | None], list[bool]]:
+    """Return the gradients of a random weighting of the outputs by name, and which outputs require grad."""
+    leaves = {
+        f"input {i}": arg.detach().clone().requires_grad_()
+        for i, arg in enumerate(args)
+        if isinstance(arg, Tensor) and arg.layout is torch.strided and (arg.is_floating_point() or arg.is_complex())
+    }
+    wanted = {**leaves, **{k: p for k, p in subject.module.named_parameters() if p.requires_grad}}
+    # Not the leaves themselves: those are held anyway, and their inverse would not be asked for.
+    given = [leaves[f"input {i}"].clone() if f"input {i}" in leaves else arg for i, arg in enumerate(args)]
+    with torch.enable_grad():
+        with state.replayed():
+            outputs = _pack(run(*given))
+        del given
+        flags = [isinstance(output, Tensor) and output.requires_grad for output in outputs]
+        targets = [output for output, needed in zip(outputs, flags, strict=True) if needed]
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in targets]
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if targets and wanted:
+            gradients = torch.autograd.grad(targets, list(wanted.values()), weights, allow_unused=True)
+    return dict(zip(wanted, gradients, strict=True)), flags
+
+
+def _holds_in_double(
+    subject: Subject,
+    remake: Callable[[Any], Subject],
+    args: tuple[Any, ...],
+    state: RandomState,
+    rtol: float,
+    atol: float,
+) -> bool:
+    try:
+        double = remake(copy.deepcopy(subject.module).double())
+        wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        return _inverse_differs(double, wide, state, rtol, atol) is None
+    except Exception:  # a module that cannot be copied or widened: then nothing is known
+        return False
+
+
+def _difference(found: Any, expected: Any, rtol: float, atol: float) -> str | None:
+    """Return how two tensors differ, or None if they agree within ``atol + rtol * largest value``."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return None if found is expected else f"{_kind(found)} instead of {_kind(expected)}"
+    if found.shape != expected.shape:
+        return f"shape {list(found.shape)} instead of {list(expected.shape)}"
+    if expected.layout is not torch.strided or expected.numel() == 0:
+        return None
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = found.detach().to(wide), expected.detach().to(wide)
+    error, scale = float((a - b).abs().max()), float(b.abs().max())
+    if error <= atol + rtol * scale or torch.equal(a, b):
+        return None
+    return f"largest difference {error:.1e}, of values up to {scale:.1e} (rtol={rtol:g}, atol={atol:g})"
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def _pack(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+@contextmanager
+def _buffers_put_aside(module: nn.Module) -> Iterator[None]:
+    """Let the body work on copies of all buffers."""
+    originals = [
+        (part._buffers, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for registry, name, buffer in originals:
+            registry[name] = buffer.clone()
+        yield
+    finally:
+        for registry, name, buffer in originals:
+            registry[name] = buffer
