@@ -19,7 +19,7 @@ No storage is resized behind a caller's back, except inside :func:`eager_release
 """
 
 from recollect.frames._checkpoint import checkpoint, run_invertible
-from recollect.frames._coupling import couple, uncouple
+from recollect.frames._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
 from recollect.frames._eager import eager_release
 from recollect.frames._errors import (
@@ -33,9 +33,11 @@ from recollect.frames._errors import (
 from recollect.frames._keep import devices_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
 from recollect.frames._rng import RandomState
+from recollect.frames._transform import Add, Transform
 
 __all__ = [
     "DRIFT_THRESHOLD",
+    "Add",
     "DriftGauge",
     "DriftWarning",
     "FrameError",
@@ -44,9 +46,11 @@ __all__ = [
     "RandomState",
     "RebuildError",
     "ReleasedTensorError",
+    "Transform",
     "backward_mode",
     "checkpoint",
     "couple",
+    "couple_by",
     "devices_of",
     "dry_mode",
     "eager_release",
@@ -55,4 +59,5 @@ __all__ = [
     "in_dry_mode",
     "run_invertible",
     "uncouple",
+    "uncouple_by",
 ]

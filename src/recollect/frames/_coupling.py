@@ -1,11 +1,12 @@
-"""The grouped additive coupling: inverse and rebuild in one evaluation of each block.
+"""The grouped coupling: inverse and rebuild in one evaluation of each block.
 
 For groups X_1..X_C (Li et al. 2021, arXiv 2106.07476, equations 3 and 4)::
 
     X'_0 = X_2 + ... + X_C,    X'_i = X_i + f_i(X'_{i-1}),    i = 1..C
 
 Evaluating f_i once more at X'_{i-1}, with autograd watching, gives back both X_i = X'_i - f_i(X'_{i-1}) and
-everything that autograd had saved in f_i.
+everything that autograd had saved in f_i. The same holds for X'_i = T(X_i, f_i(X'_{i-1})) with any T that can be solved
+for its first argument, such as the affine one of RealNVP (Dinh et al. 2017, arXiv 1605.08803, equations 7 and 8).
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release
-from recollect.frames._errors import InPlaceError
+from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of, laid_out
 from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
-from recollect.frames._modules import version_of
 from recollect.frames._region import Region
+from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 
-__all__ = ["couple", "uncouple"]
+__all__ = ["couple", "couple_by", "uncouple", "uncouple_by"]
 
-Block = Callable[..., Tensor]
+Block = Callable[..., Any]
+Layout = tuple[tuple[int, ...], torch.dtype, bool]  # strides, dtype, requires_grad
+Extras = list[tuple[Tensor, ...]]
 
 
 def couple(
@@ -46,7 +49,7 @@ def couple(
     enabled: bool = True,
     seed: bool = True,
 ) -> Tensor:
-    """Apply the coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
+    """Apply the additive coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
 
     Args:
         blocks: f_1..f_C; each is called as ``f_i(z, *args[i])`` and returns a tensor of ``z``'s shape.
@@ -65,30 +68,80 @@ def couple(
         ValueError: the groups do not divide the size, or a block's output has another shape than its input.
         InPlaceError: a block changed its input in place.
     """
+    return couple_by(
+        Add(), blocks, x, args, dim=dim, gauge=gauge, anchor_every=anchor_every, enabled=enabled, seed=seed
+    )[0]
+
+
+def uncouple(blocks: Sequence[Block], y: Tensor, args: Sequence[tuple[Any, ...]], *, dim: int = -1) -> Tensor:
+    """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
+    return uncouple_by(Add(), blocks, y, args, dim=dim)[0]
+
+
+def couple_by(
+    transform: Transform,
+    blocks: Sequence[Block],
+    x: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    dim: int = -1,
+    flip: bool = False,
+    gauge: DriftGauge | None = None,
+    anchor_every: int | None = None,
+    enabled: bool = True,
+    seed: bool = True,
+) -> tuple[Tensor, Extras]:
+    """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
+
+    Args:
+        transform: T.
+        blocks: as in :func:`couple`; their outputs are ``transform.factor`` times as large as their inputs.
+        x: as in :func:`couple`.
+        args: as in :func:`couple`.
+        dim: as in :func:`couple`.
+        flip: count the groups from the other end.
+        gauge: as in :func:`couple`.
+        anchor_every: as in :func:`couple`.
+        enabled: as in :func:`couple`.
+        seed: as in :func:`couple`.
+
+    Returns:
+        X'_1 || ... || X'_C, and for each group what else the transform returned.
+    """
     if x.size(dim) % len(blocks):
         raise ValueError(
             f"a coupling of {len(blocks)} groups needs a size that they divide in dimension {dim} (got {list(x.shape)})"
         )
-    groups = torch.chunk(x, len(blocks), dim)
+    groups = _split(x, len(blocks), dim, flip)
+    regions = [Transformed(block, transform, dim) for block in blocks]
     if not enabled or not frames_apply():
-        return _forward(blocks, groups, args, dim)
-    stage = _CouplingStage(dim, seed)
-    y = _forward([functools.partial(stage.run, block) for block in blocks], groups, args, dim)
+        return _forward(regions, groups, args, dim, flip)
+    stage = _CouplingStage(dim, flip, seed)
+    y, extras = _forward([functools.partial(stage.run, region) for region in regions], groups, args, dim, flip)
     if y.requires_grad:
         stage.close(x, groups, y, gauge, anchor_every)
         del groups  # views of x
         if local.eager:
             stage.released = release(x, describe(blocks[0]))
-    return y
+    return y, extras
 
 
-def uncouple(blocks: Sequence[Block], y: Tensor, args: Sequence[tuple[Any, ...]], *, dim: int = -1) -> Tensor:
-    """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
-    groups = list(torch.chunk(y, len(blocks), dim))
+def uncouple_by(
+    transform: Transform, blocks: Sequence[Block], y: Tensor, args: Sequence[tuple[Any, ...]], *, dim: int = -1
+) -> tuple[Tensor, Extras]:
+    """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned."""
+    groups = _split(y, len(blocks), dim)
+    extras: Extras = []
     for i in reversed(range(len(blocks))):
         z = groups[i - 1] if i > 0 else _sum(groups[1:])
-        groups[i] = groups[i] - blocks[i](z, *args[i])
-    return torch.cat(groups, dim)
+        groups[i], *extra = transform.inverse(groups[i], blocks[i](z, *args[i]))
+        extras.append(tuple(extra))
+    return torch.cat(groups, dim), extras
+
+
+def _split(x: Tensor, number: int, dim: int, flip: bool = False) -> list[Tensor]:
+    groups = torch.chunk(x, number, dim)
+    return list(reversed(groups) if flip else groups)
 
 
 def _sum(groups: Sequence[Tensor]) -> Tensor:
@@ -96,49 +149,42 @@ def _sum(groups: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, groups) if len(groups) > 1 else groups[0].clone()
 
 
-def _forward(blocks: Sequence[Block], groups: Sequence[Tensor], args: Sequence[tuple[Any, ...]], dim: int) -> Tensor:
+def _forward(
+    regions: Sequence[Callable[..., tuple[Tensor, ...]]],
+    groups: Sequence[Tensor],
+    args: Sequence[tuple[Any, ...]],
+    dim: int,
+    flip: bool,
+) -> tuple[Tensor, Extras]:
     z = _sum(groups[1:])
-    outputs = []
-    for block, group, extra in zip(blocks, groups, args, strict=True):
-        version = version_of(z)
-        output = block(z, *extra)
-        if not isinstance(output, Tensor) or output.shape != z.shape:
-            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"{_name(block)}: a block of a coupling must return a tensor of its input's shape "
-                f"{list(z.shape)}, got {found}; give it as many output as input channels"
-            )
-        if version_of(z) != version:
-            raise InPlaceError(
-                f"{_name(block)}: the block changed its own input in place, which is also another group's output; "
-                "use the out-of-place form of its first operation (ReLU(inplace=False), x = x + 1)"
-            )
-        z = group + output
+    outputs: list[Tensor] = []
+    extras: Extras = []
+    for region, group, arguments in zip(regions, groups, args, strict=True):
+        z, *extra = region(z, group, *arguments)
         outputs.append(z)
-    return torch.cat(outputs, dim)
-
-
-def _name(block: Block) -> str:
-    return describe(block.args[0] if isinstance(block, functools.partial) else block)
+        extras.append(tuple(extra))
+    return torch.cat(outputs[::-1] if flip else outputs, dim), extras
 
 
 class _CouplingStage:
     """One coupling of a chain: a region for each block, over common groups. Serves as its frames' source."""
 
     __slots__ = (
-        "__weakref__", "_args", "_dim", "_dtypes", "_groups", "_input", "_layouts", "_level", "_lock", "_output",
-        "_probe", "_regions", "_scope", "_seed", "released",
+        "__weakref__", "_args", "_dim", "_flip", "_groups", "_input", "_kinds", "_layouts", "_level", "_lock", "_new",
+        "_output", "_probe", "_regions", "_scope", "_seed", "_transformed", "released",
     )  # fmt: skip
 
-    def __init__(self, dim: int, seed: bool) -> None:
+    def __init__(self, dim: int, flip: bool, seed: bool) -> None:
         self._dim = dim
+        self._flip = flip
         self._seed = seed
         self._scope = enclosing()
         self._lock = threading.RLock()
-        self._regions: list[Region] = []
+        self._transformed: list[Transformed] = []
+        self._regions: list[Region] = []  # of the transformed blocks
         self._args: list[KeptArguments] = []
-        self._layouts: list[tuple[tuple[int, ...], torch.dtype, bool]] = []  # of blocks' inputs; requires_grad last
-        self._dtypes: list[torch.dtype] = []
+        self._layouts: list[Layout] = []  # of the blocks' inputs
+        self._kinds: list[tuple[torch.dtype, bool]] = []  # of the groups: dtype, requires_grad
         self._input: weakref.ref[Slot] | None = None
         self._output: Slot | None = None
         self._probe: DriftProbe | None = None
@@ -146,18 +192,20 @@ class _CouplingStage:
         # In a rebuild: groups at and above the level are inputs X_i again, those below are still outputs X'_i.
         self._groups: list[Tensor] = []
         self._level = 0
+        self._new: NewGroup | None = None  # the group that the running rebuild solves for
 
     # Forward.
 
-    def run(self, block: Block, z: Tensor, *args: Any) -> Tensor:
-        """Run the next block under a frame."""
-        region = Region(block, self._seed)
+    def run(self, transformed: Transformed, z: Tensor, group: Tensor, *args: Any) -> Any:
+        """Run the next block and its transform under a frame."""
+        region = Region(transformed, self._seed)
         frame = Frame(region, self, len(self._regions), self._lock)
+        self._transformed.append(transformed)
         self._regions.append(region)
-        self._args.append(KeptArguments(args))
         self._layouts.append((z.stride(), z.dtype, z.requires_grad))
-        output: Tensor = frame.run((z, *args), devices_of((z, *args)))
-        return output
+        self._kinds.append((group.dtype, group.requires_grad))
+        self._args.append(KeptArguments(args))
+        return frame.run((z, group, *args), devices_of((z, *args)))
 
     def close(
         self,
@@ -168,7 +216,6 @@ class _CouplingStage:
         anchor_every: int | None,
     ) -> None:
         """Take the stage's place in the chain, when all blocks have run."""
-        self._dtypes = [group.dtype for group in groups]
         before = slot_of(x)
         position = before.position if before is not None else 0
         anchored = before is not None and anchor_every is not None and position % anchor_every == 0
@@ -192,19 +239,22 @@ class _CouplingStage:
         strides, dtype, requires_grad = self._layouts[index]
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-        z = laid_out(z, strides, dtype)
-        return (z.detach().requires_grad_(requires_grad), *self._args[index].get(self._regions[index].function))
+        z = laid_out(z, strides, dtype).detach().requires_grad_(requires_grad)
+        self._new = NewGroup(groups[index], *self._kinds[index])
+        return (z, self._new, *self._args[index].get(self._regions[index].function))
 
-    def evaluated(self, index: int, output: Tensor) -> None:
-        """Subtract what the block gives, and pass the input on when it is complete."""
-        with torch.no_grad():
-            group = self._groups[index] - output.detach()
-            self._groups[index] = group.to(self._dtypes[index])
+    def evaluated(self, index: int, output: Any) -> None:
+        """Take the old group that was found, and pass the input on when it is complete."""
+        new, self._new = self._new, None
+        if new is None or new.old is None:
+            raise RebuildError(f"{self._regions[index].name}: the coupling was not solved for its input")
+        self._groups[index] = new.old
         self._level = index
         if index == 0:
             groups, self._groups = self._groups, []
             if self._probe is not None:
                 self._probe.measure(groups)
+            groups = groups[::-1] if self._flip else groups
             if self.released is not None:
                 self.released.restore(torch.cat(groups, self._dim))
             wanted = self._input() if self._input is not None else None
@@ -218,15 +268,16 @@ class _CouplingStage:
             raise RuntimeError("a coupling was asked for gradients before its forward pass ended")
         value = self._output.take()
         if isinstance(value, Parts) and value.dim == self._dim and len(value.tensors) == len(self._regions):
-            self._groups = value.tensors
+            self._groups = value.tensors[::-1] if self._flip else value.tensors
         else:
             whole = value.whole() if isinstance(value, Parts) else value
-            self._groups = list(torch.chunk(whole, len(self._regions), self._dim))
+            self._groups = _split(whole, len(self._regions), self._dim, self._flip)
         self._level = len(self._groups)
 
     def _invert_one(self) -> None:
         index = self._level - 1
-        self.evaluated(index, self._regions[index].again(self.inputs(index), self._scope, save_nothing()))
+        inputs, invert = self.inputs(index), self._transformed[index].invert
+        self.evaluated(index, self._regions[index].again(inputs, self._scope, save_nothing(), invert))
 
     # Backward: the stage of the slots.
 

@@ -12,8 +12,12 @@ __all__ = ["describe"]
 
 def describe(function: Callable[..., Any]) -> str:
     """Name a function in an error: a module by its ``repr``, anything else by its qualified name."""
-    owner = getattr(function, "__self__", function)
+    owner: Any = function
+    while not isinstance(owner, nn.Module) and hasattr(owner, "__self__"):  # bound methods, and adapters
+        owner = owner.__self__
     if isinstance(owner, nn.Module):
         text = " ".join(repr(owner).split())
         return text if len(text) <= 120 else f"{text[:117]}..."
+    while not hasattr(function, "__qualname__") and hasattr(function, "__self__"):
+        function = function.__self__
     return getattr(function, "__qualname__", None) or repr(function)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recollect.frames import DRIFT_THRESHOLD, DriftGauge, frames_apply, run_invertible
+from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
+from recollect.invertible import Measured, check_count
 
 __all__ = ["InvertibleModule"]
 
 
-class InvertibleModule(nn.Module):
+class InvertibleModule(Measured):
     """A module that trains without keeping its first input: it is recomputed from the output.
 
     Subclasses define ``_forward(x, *args)``, which returns a tensor or a tuple of tensors, and
@@ -38,22 +39,10 @@ class InvertibleModule(nn.Module):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
     ) -> None:
-        super().__init__()
-        for name, value in (("num_bwd_passes", num_bwd_passes), ("anchor_every", anchor_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be None or at least 1 (got {value})")
+        super().__init__(anchor_every=anchor_every, drift_threshold=drift_threshold)
+        check_count("num_bwd_passes", num_bwd_passes)
         self.disable = disable
         self.num_bwd_passes = num_bwd_passes
-        self.anchor_every = anchor_every
-        self._gauge = DriftGauge(type(self).__name__, drift_threshold)
-
-    @property
-    def last_drift(self) -> float | None:
-        """Relative error of the input that the last backward reconstructed, on a random sample of its elements.
-
-        Measured where a chain begins and at its anchors; ``None`` anywhere else and before the first backward.
-        """
-        return self._gauge.last
 
     def forward(self, *args: Any) -> Any:
         """Run :meth:`_forward`; its first argument is not kept for backward."""
@@ -81,11 +70,6 @@ class InvertibleModule(nn.Module):
             output = output[0]
         self._limit_passes(output)
         return output
-
-    def _forget_drift(self) -> None:
-        """Begin a training step; an evaluation in between leaves the last measurement to be read."""
-        if torch.is_grad_enabled():
-            self._gauge.last = None
 
     def _limit_passes(self, output: Any) -> None:
         """Enforce ``num_bwd_passes`` on the graph of ``output``."""
