@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recollect.frames import RandomState, backward_mode, devices_of, dry_mode
 
 if TYPE_CHECKING:
     from recollect.invertible._module import Module
 
-__all__ = ["Subject", "check_module", "check_subject"]
+__all__ = ["Subject", "check_module", "check_subject", "plainly"]
+
+_PLAIN = "recollect compares with plain autograd here, which uses no saved-tensor hooks"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,24 @@ def check_module(module: Module, args: tuple[Any, ...], rtol: float, atol: float
     def subject(module: Module) -> Subject:
         def plain(*args: Any) -> Any:
             with module.temp_mode(checkpoint=False):
-                return module(*args)
+                return plainly(module, *args)
 
         return Subject(module, module.call_function, module.call_inverse, module, plain, module.seed)
 
-    return check_subject(subject(module), args, rtol, atol, lambda duplicate: subject(duplicate))
+    return check_subject(subject(module), args, rtol, atol, subject)
+
+
+def plainly(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function in which all frames, however deep inside, step aside."""
+    state = RandomState(devices_of(args))
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_PLAIN):
+            return function(*args)
+    except RuntimeError as error:
+        if _PLAIN not in str(error):
+            raise
+    with state.replayed():  # hooks that are not ours belong to what is checked
+        return function(*args)
 
 
 def check_subject(
@@ -76,8 +92,13 @@ def check_subject(
         AssertionError: one of the three fails; the message says which, by how much, and what to try.
     """
     state = RandomState(devices_of(args))
-    with state.replayed(), _buffers_put_aside(subject.module):
+    with state.replayed(), _left_as_it_is(subject.module):
         failure = _inverse_differs(subject, args, state, rtol, atol)
+        suspicion = None
+        if failure and _draws(subject, args, state) and _holds_in_evaluation(subject, args, state, rtol, atol):
+            # Modules of modules invert their parts in reverse order, and so does the random state that is replayed;
+            # in training each part has its own. Whether that goes well, the gradients tell.
+            suspicion, failure = f"in training mode {failure}; does it draw random numbers in another order?", None
         if failure:
             if remake is not None and _holds_in_double(subject, remake, args, state, rtol, atol):
                 failure += "; in double precision it does: use float64, or a better conditioned inverse"
@@ -91,6 +112,8 @@ def check_subject(
         if failure:
             if not subject.seed:
                 failure += "; try seed=True, which replays random numbers"
+            if suspicion:
+                failure += f"; {suspicion}"
             raise AssertionError(failure)
     return True
 
@@ -99,15 +122,17 @@ def _inverse_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with state.replayed(), dry_mode():
-        outputs = _pack(subject.function(*args))
-    with state.replayed(), torch.no_grad(), backward_mode():
+    with _as_before(subject.module, state), dry_mode():
+        outputs = _pack(subject.function(*_copies(args)))
+    with _as_before(subject.module, state), torch.no_grad(), backward_mode():
         inputs = _pack(subject.inverse(*outputs))
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor):
             continue
         back = inputs[i] if i < len(inputs) else None
         if not isinstance(back, Tensor):
+            if not _differentiable(arg):  # kept in any case
+                continue
             return f"{name}: the inverse returned {len(inputs)} value(s) and no tensor for input {i}"
         difference = _difference(back, arg, rtol, atol)
         if difference:
@@ -119,11 +144,12 @@ def _second_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with state.replayed(), dry_mode():
-        first = _pack(subject.function(*args))
+    with _as_before(subject.module, state), dry_mode():
+        first = _pack(subject.function(*_copies(args)))
         later = RandomState(devices_of(args))
-    with (state if subject.seed else later).replayed(), torch.no_grad(), backward_mode():
-        second = _pack(subject.function(*args))
+    # With grad enabled as in a rebuild: some of torch's modules compute otherwise without.
+    with _as_before(subject.module, state if subject.seed else later), torch.enable_grad(), backward_mode():
+        second = _pack(subject.function(*_copies(args)))
     if len(first) != len(second):
         return f"{name}: a second run of the function returned {len(second)} value(s), and the first {len(first)}"
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -133,44 +159,61 @@ def _second_differs(
     return None
 
 
+def _draws(subject: Subject, args: tuple[Any, ...], state: RandomState) -> bool:
+    """Whether the function draws random numbers."""
+    with _as_before(subject.module, state), torch.no_grad(), backward_mode():
+        subject.function(*_copies(args))
+        after = RandomState(devices_of(args))
+    return any(not torch.equal(a, b) for (_, a), (_, b) in zip(state.states, after.states, strict=True))
+
+
+def _holds_in_evaluation(subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float) -> bool:
+    with _training(subject.module, False):
+        return _inverse_differs(subject, args, state, rtol, atol) is None
+
+
 def _gradients_differ(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    flags = [(module, module.training) for module in subject.module.modules()]
-    try:
-        for mode in dict.fromkeys((subject.module.training, True)):
-            if mode != subject.module.training:
-                subject.module.train(mode)
-            expected, needed = _gradients(subject.plain, subject, args, state)
-            found, made = _gradients(subject.framed, subject, args, state)
-            if needed != made:
-                return f"{name}: the outputs' requires_grad is {made}, and {needed} with plain autograd"
-            for key, gradient in expected.items():
-                difference = _difference(found[key], gradient, rtol, atol)
-                if difference:
-                    return f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
-    finally:
-        for module, training in flags:
-            module.training = training
+    for mode in dict.fromkeys((subject.module.training, True)):
+        with _training(subject.module, mode):
+            with _as_before(subject.module, state):
+                expected, needed = _gradients(subject.plain, subject, args)
+            with _as_before(subject.module, state):
+                found, made = _gradients(subject.framed, subject, args)
+        if needed != made:
+            return f"{name}: the outputs' requires_grad is {made}, and {needed} with plain autograd"
+        for key, gradient in expected.items():
+            difference = _difference(found[key], gradient, rtol, atol)
+            if difference:
+                return f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
     return None
 
 
+@contextmanager
+def _training(module: nn.Module, mode: bool) -> Iterator[None]:
+    """Set the training flags for the body, unless the module's own is so already."""
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        if module.training != mode:
+            module.train(mode)
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
 def _gradients(
-    run: Callable[..., Any], subject: Subject, args: tuple[Any, ...], state: RandomState
+    run: Callable[..., Any], subject: Subject, args: tuple[Any, ...]
 ) -> tuple[dict[str, Tensor | None], list[bool]]:
     """Return the gradients of a random weighting of the outputs by name, and which outputs require grad."""
-    leaves = {
-        f"input {i}": arg.detach().clone().requires_grad_()
-        for i, arg in enumerate(args)
-        if isinstance(arg, Tensor) and arg.layout is torch.strided and (arg.is_floating_point() or arg.is_complex())
-    }
+    leaves = {f"input {i}": arg.detach().clone().requires_grad_() for i, arg in enumerate(args) if _differentiable(arg)}
     wanted = {**leaves, **{k: p for k, p in subject.module.named_parameters() if p.requires_grad}}
     # Not the leaves themselves: those are held anyway, and their inverse would not be asked for.
     given = [leaves[f"input {i}"].clone() if f"input {i}" in leaves else arg for i, arg in enumerate(args)]
     with torch.enable_grad():
-        with state.replayed():
-            outputs = _pack(run(*given))
+        outputs = _pack(run(*given))
         del given
         flags = [isinstance(output, Tensor) and output.requires_grad for output in outputs]
         targets = [output for output, needed in zip(outputs, flags, strict=True) if needed]
@@ -222,19 +265,42 @@ def _pack(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
+def _differentiable(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and (value.is_floating_point() or value.is_complex())
+    )
+
+
+def _copies(args: tuple[Any, ...]) -> list[Any]:
+    """Return the arguments, tensors as copies: the function may work in place."""
+    return [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
 @contextmanager
-def _buffers_put_aside(module: nn.Module) -> Iterator[None]:
-    """Let the body work on copies of all buffers."""
-    originals = [
-        (part._buffers, name, buffer)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        for registry, name, buffer in originals:
-            registry[name] = buffer.clone()
+def _as_before(module: nn.Module, state: RandomState) -> Iterator[None]:
+    """Run the body from the same buffers and random state as every other, as rebuilds are."""
+    with state.replayed(), _left_as_it_is(module):
         yield
-    finally:
-        for registry, name, buffer in originals:
-            registry[name] = buffer
+
+
+@contextmanager
+def _left_as_it_is(module: nn.Module) -> Iterator[None]:
+    """Let the body work on copies of all buffers, and give parameters their values again."""
+    with ExitStack() as stack:
+        for parameter in module.parameters():
+            if not is_lazy(parameter):
+                stack.callback(_restore, parameter, parameter._version, parameter.detach().clone())
+        copies: dict[int, Tensor] = {}  # a buffer of several modules stays one
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and not is_lazy(buffer):
+                    stack.callback(part._buffers.__setitem__, name, buffer)
+                    part._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+        yield
+
+
+def _restore(parameter: Tensor, version: int, value: Tensor) -> None:
+    if parameter._version != version:
+        parameter.data.copy_(value)

@@ -49,14 +49,25 @@ class Sequential(Module, nn.Sequential):
         self._check(name, module)
         super().add_module(name, module)
 
-    def __setitem__(self, index: Any, module: nn.Module) -> None:
-        self._check(str(index), module)
-        super().__setitem__(index, module)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) or name in self.__dict__.get("_modules", ()):
+            self._check(name, value)
+        super().__setattr__(name, value)
 
     def insert(self, index: int, module: nn.Module) -> Sequential:
-        """Insert a layer; see :class:`torch.nn.Sequential`."""
+        """Insert a layer before the one at ``index``; see :class:`torch.nn.Sequential`."""
         self._check(str(index), module)
-        super().insert(index, module)
+        layers = list(self._layers())
+        if not -len(layers) <= index <= len(layers):
+            raise IndexError(f"index {index} is out of range for {len(layers)} layers")
+        layers.insert(index, module)
+        if self.reversed:  # names count from the end
+            layers.reverse()
+        self._modules.clear()
+        for i, layer in enumerate(layers):
+            self._modules[str(i)] = layer
+        if self.reversed:
+            self._turn()
         return self
 
     @staticmethod
@@ -180,10 +191,15 @@ class Sequential(Module, nn.Sequential):
         before = self.reversed
         super().reverse(mode)
         if self.reversed != before:
-            layers = [layer.reverse() for layer in self._layers()]
-            for name, layer in zip(self._modules, reversed(layers), strict=True):
-                self._modules[name] = layer
+            for layer in dict.fromkeys(self._layers()):  # one that stands in several places is turned once
+                layer.reverse()
+            self._turn()
         return self
+
+    def _turn(self) -> None:
+        """Put the layers into the opposite order; each keeps its name, and its parameters theirs in ``state_dict``."""
+        for name in reversed(list(self._modules)):
+            self._modules[name] = self._modules.pop(name)
 
     @property
     def last_drift(self) -> float | None:

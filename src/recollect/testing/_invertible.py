@@ -1,0 +1,108 @@
+"""Whether a module is invertible as it says, for all kinds of modules that recollect can invert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from recollect import invertible
+from recollect.frames import run_invertible
+from recollect.invertible._check import Subject, check_module, check_subject, plainly
+from recollect.reversible import GroupRevRes, InvertibleModule
+
+__all__ = ["check_invertible"]
+
+
+def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: float = 1e-5) -> bool:
+    """Check that a module's inverse, its repetition and its gradients are right.
+
+    Tried are the module's own mode and, for the gradients, training mode too. The module, its gradients, its buffers
+    and the random state are left as they were.
+
+    Args:
+        module: a :class:`recollect.invertible.Module`; a :class:`recollect.reversible.InvertibleModule`, with its
+            groups; or any module with ``inverse(*outputs)``, which is run as
+            ``recollect.checkpoint(module, *inputs, inverse=module.inverse)``.
+        *inputs: what it is called with. Of a module of ``recollect.reversible`` only the features are given back by
+            the inverse; ``edge_index`` (or the graph) and what follows is passed on to it.
+        rtol: relative tolerance, against the largest value of each tensor.
+        atol: absolute tolerance.
+
+    Returns:
+        ``True``.
+
+    Raises:
+        TypeError: the module is none of these.
+        AssertionError: the inverse does not give back the inputs, or a second run gives other outputs, or the
+            gradients are not those of plain autograd; the message says which, by how much, and what to try.
+
+    Example:
+        >>> import torch
+        >>> from recollect.testing import check_invertible
+        >>> class Shift(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.by = torch.nn.Parameter(torch.ones(3))
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.by
+        ...
+        ...     def inverse(self, y):
+        ...         return y - self.by
+        >>> check_invertible(Shift(), torch.randn(4, 3))
+        True
+    """
+    if isinstance(module, invertible.Module):
+        return check_module(module, inputs, rtol, atol)
+    if isinstance(module, InvertibleModule):
+        make = _features_second if isinstance(module, GroupRevRes) else _features_first
+    elif isinstance(module, nn.Module) and callable(getattr(module, "inverse", None)):
+        make = _ordinary
+    else:
+        raise TypeError(
+            f"check_invertible takes a module with an inverse: one of recollect.invertible, one of "
+            f"recollect.reversible, or any with a method inverse(*outputs) (got {type(module).__name__})"
+        )
+    return check_subject(make(module), inputs, rtol, atol, make)
+
+
+def _ordinary(module: Any) -> Subject:
+    def framed(*args: Any) -> Any:
+        return run_invertible(module, module.inverse, args)
+
+    return Subject(module, module, module.inverse, framed, _plain(module))
+
+
+def _features_first(module: Any) -> Subject:
+    """Of ``forward(x, *others)`` and ``inverse(*outputs, *others)``, which returns x."""
+
+    def function(x: Any, *others: Any) -> Any:
+        return (*_pack(module(x, *others)), others)
+
+    def inverse(*values: Any) -> Any:
+        *outputs, others = values
+        return (*_pack(module.inverse(*outputs, *others)), *others)
+
+    return Subject(module, function, inverse, module, _plain(module))
+
+
+def _features_second(module: Any) -> Subject:
+    """Of ``forward(graph, x, *others)`` and ``inverse(graph, y, *others)``, which returns x."""
+
+    def function(graph: Any, x: Any, *others: Any) -> Any:
+        return graph, module(graph, x, *others), others
+
+    def inverse(graph: Any, y: Any, others: Any) -> Any:
+        return graph, module.inverse(graph, y, *others), *others
+
+    return Subject(module, function, inverse, module, _plain(module))
+
+
+def _plain(module: nn.Module) -> Callable[..., Any]:
+    return lambda *args: plainly(module, *args)
+
+
+def _pack(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
