@@ -6,21 +6,19 @@ y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch_geometric.nn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
 Blocks = Sequence[nn.ModuleList]
-KEEPS_ACTIVATIONS = ("plain", "checkpoint")  # memory that grows with depth
 
 
 class UnavailableError(Exception):
@@ -28,10 +26,15 @@ class UnavailableError(Exception):
 
 
 class System:
-    """A stack of layers, and what can be learned of it after a step."""
+    """A stack of layers, and what can be learned of it after a step.
 
-    def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    Attributes:
+        refills: it empties its input in forward, and in backward fills it with what it reconstructed.
+    """
+
+    def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]], refills: bool = False) -> None:
         self.layers = layers
+        self.refills = refills
 
     def __call__(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -42,37 +45,51 @@ class System:
         """What the system itself says of its drift."""
         return None
 
+    def restored(self, given: Tensor, out: Tensor) -> tuple[Tensor | None, str]:
+        """Return the reconstructed input, where it can be had, and how it was had.
+
+        Args:
+            given: the input of the step, after backward.
+            out: the output of the step.
+        """
+        if self.refills:
+            return given, "the input that was emptied in forward, as backward filled it again"
+        return None, "none: the input of every layer is kept"
+
 
 class Recollect(System):
+    """The caller's input is never touched, so what backward reconstructs is not seen: `inverse` is the same solving."""
+
     def __init__(self, modules: Sequence[GroupAddRev], graph: Tensor) -> None:
         super().__init__([_bind(module, graph) for module in modules])
         self.modules = modules
+        self.graph = graph
 
     def last_drift(self) -> float | None:
-        return max((m.last_drift for m in self.modules if m.last_drift is not None), default=None)
+        drifts = [module.last_drift for module in self.modules if module.last_drift is not None]
+        return max(drifts, default=None, key=lambda drift: math.inf if math.isnan(drift) else drift)
+
+    @torch.no_grad()
+    def restored(self, given: Tensor, out: Tensor) -> tuple[Tensor | None, str]:
+        for module in reversed(self.modules):
+            out = module.inverse(out, self.graph)
+        return out, "the layers' `inverse`, one after the other, of the output"
 
 
-def build_blocks(depth: int, groups: int, channels: int, conv: str, norm: str, dropout: float) -> list[nn.ModuleList]:
-    """The blocks of `RevGNN` ("norm, ReLU, dropout, conv"), or the bare convolutions with norm "bare"."""
-    size = channels // groups
+def build_blocks(
+    depth: int, channels: int, norm: str, *, dropout: float = 0.0, dtype: torch.dtype, device: torch.device
+) -> list[nn.ModuleList]:
+    """The blocks of a RevGNN of SAGE layers in 2 groups: "norm, ReLU, dropout, conv"; bare convolutions with "bare".
+
+    Taken from a RevGNN so that what is measured is what the library trains. Each block draws its own dropout mask.
+    """
     if norm == "bare" and dropout:
         raise ValueError("bare convolutions have no dropout")
-    # Taken from a RevGNN so that what is measured is what the library trains.
-    model = RevGNN(1, channels, 1, depth, groups, conv, dropout, norm=None if norm == "bare" else norm)
+    model = RevGNN(1, channels, 1, depth, 2, "sage", dropout, norm=None if norm == "bare" else norm)
     stacks = [layer.convs for layer in model.layers]
     if norm == "bare":
         stacks = [nn.ModuleList(block.conv for block in stack) for stack in stacks]
-    assert size * groups == channels
-    return stacks
-
-
-def build(name: str, blocks: Blocks, graph: Tensor) -> System:
-    """Make one of `SYSTEMS` over blocks that it shares with the others.
-
-    Raises:
-        UnavailableError: it cannot run here.
-    """
-    return SYSTEMS[name](blocks, graph)
+    return [stack.to(device, dtype) for stack in stacks]
 
 
 def _bind(layer: Callable[..., Tensor], graph: Tensor) -> Callable[[Tensor], Tensor]:
@@ -92,7 +109,7 @@ def _checkpoint(blocks: Blocks, graph: Tensor) -> System:
 
 
 def _pyg(blocks: Blocks, graph: Tensor) -> System:
-    return System([_bind(torch_geometric.nn.GroupAddRev(stack), graph) for stack in blocks])
+    return System([_bind(torch_geometric.nn.GroupAddRev(stack), graph) for stack in blocks], refills=True)
 
 
 class _OnGraph(nn.Module):
@@ -121,7 +138,7 @@ def _memcnn(blocks: Blocks, graph: Tensor) -> System:
         coupling = memcnn.AdditiveCoupling(_OnGraph(stack[0], graph), _OnGraph(stack[1], graph), split_dim=-1)
         return memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
 
-    return System([layer(stack) for stack in blocks])
+    return System([layer(stack) for stack in blocks], refills=True)
 
 
 def _recollect(blocks: Blocks, graph: Tensor) -> System:
@@ -135,50 +152,3 @@ SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
     "memcnn": _memcnn,
     "recollect": _recollect,
 }
-
-
-class Step:
-    """One training step of a system: forward from a fresh copy of the input, loss, backward.
-
-    The copy is because some systems empty their input. They fill it again in backward, so after the step it holds
-    what they reconstructed.
-    """
-
-    def __init__(self, system: System, x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        self.system = system
-        self.x = x  # a leaf that requires grad
-        self.leaves = [x, *parameters]
-
-    def zero_gradients(self) -> None:
-        """Allocate the gradients, or zero them: with them there, a step's peak is what comes beyond them."""
-        for leaf in self.leaves:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-            else:
-                leaf.grad.zero_()
-
-    def __call__(self) -> None:
-        """Run the step as a training loop does, without holding the input: who would keep it pays for it."""
-        self._backward(self.system(self.x.clone()))
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        """Return the input that the system was given, and its output."""
-        given = self.x.clone()
-        out = self.system(given)
-        self._backward(out)
-        return given, out.detach()
-
-    @staticmethod
-    def _backward(out: Tensor) -> None:
-        F.mse_loss(out, torch.zeros((), dtype=out.dtype, device=out.device).expand_as(out)).backward()
-
-    def gradients(self, seed: int) -> dict[str, Any]:
-        """Run a step with its own random draws, and return its gradients, output and reconstructed input."""
-        self.zero_gradients()
-        torch.manual_seed(seed)
-        given, out = self.run()
-        return {
-            "gradients": [leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None],
-            "output": out.clone() if out.untyped_storage().nbytes() else None,
-            "input": given.detach(),
-        }

@@ -1,187 +1,140 @@
 """Depth: what a training step of L grouped reversible layers costs in time and memory, side by side with the peers.
 
-    python -m bench.depth            # L = 4..256 and the targets at L = 16; several minutes
-    python -m bench.depth --quick    # a small graph; well under a minute
-    python -m bench.depth --long     # 1001 layers too
+    python -m bench.depth                    # L = 4..256 on 20,000 nodes, times at L = 16, gradients at 64 layers
+    python -m bench.depth --quick            # a small graph and few layers; well under a minute
+    python -m bench.depth --long             # 1001 layers too, on a smaller graph, with the drift of the inputs
+    python -m bench.depth --tolokers ROOT    # one step of 1001 x 80 on a real graph too; ROOT holds the raw files
 
-Every time is the median of alternating repeats in one run; every peak is of tensor bytes beyond the inputs, the
-parameters and their gradients. "gradient" compares with plain autograd in the same precision and with the same draws.
+Times are medians of repeats in one run, the systems taking turns. Peaks are of tensor bytes beyond the inputs, the
+parameters and their gradients. Gradients are compared with plain autograd's, in the same precision and with the same
+random draws. Each part writes a JSON file into bench/results, with the reason for every number that is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import warnings
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench._harness import (
-    GB,
-    Target,
-    alternating,
-    default_output,
-    machine,
-    median,
-    peak_bytes,
-    ratio,
-    show,
-    table,
-    today,
-    versions,
-    write_json,
-)
-from bench._systems import KEEPS_ACTIVATIONS, SYSTEMS, Step, UnavailableError, build, build_blocks
+from bench import _tolokers
+from bench._exactness import LAYERS, gradient_errors
+from bench._harness import settings
+from bench._measure import Row, Workload, measure, warm_up
+from bench._report import GB, Target, header, results_file, show, write_json
+from bench._tables import depth_tables, gradient_table, progress
+from bench._targets import depth_targets
 
 
-def make_step(name: str, blocks: Sequence[nn.ModuleList], x: torch.Tensor, graph: torch.Tensor) -> Step:
-    parameters = [p for stack in blocks for p in stack.parameters()]
-    return Step(build(name, blocks, graph), x, parameters)
-
-
-def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
-    norm = sum(float(b.double().square().sum()) for b in expected)
-    return (error / norm) ** 0.5
-
-
-def gradient_errors(dtype: torch.dtype, dropout: float, device: torch.device) -> dict[str, float | str]:
-    """Compare each system's gradients with plain autograd's at 64 layers of (norm, ReLU, dropout, SAGE)."""
-    torch.manual_seed(0)
-    graph = torch.randint(200, (2, 1000), device=device)
-    x = torch.randn(200, 32, dtype=dtype, device=device, requires_grad=True)
-    blocks = [b.to(device, dtype) for b in build_blocks(64, 2, 32, "sage", "layer", dropout)]
-    for stack in blocks:
-        for block in stack:
-            block.dropout = dropout  # each block draws its own mask
-    expected = make_step("plain", blocks, x, graph).gradients(seed=1)["gradients"]
-    errors: dict[str, float | str] = {}
-    for name in SYSTEMS:
-        try:
-            found = make_step(name, blocks, x, graph).gradients(seed=1)["gradients"]
-            errors[name] = relative_error(found, expected)
-        except (UnavailableError, RuntimeError) as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:160]
-    return errors
-
-
-def measure(depth: int, names: Sequence[str], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time and peak of a step of each system at one depth."""
-    torch.manual_seed(0)
-    graph = torch.randint(options.nodes, (2, options.edges), device=device)
-    x = torch.randn(options.nodes, options.channels, device=device, requires_grad=True)
-    blocks = build_blocks(depth, 2, options.channels, "sage", "bare", 0.0)
-    for stack in blocks:
-        stack.to(device)
-    row: dict[str, Any] = {"depth": depth, "skipped": {}, "peak_bytes": {}, "seconds": {}, "drift": {}}
-    steps: dict[str, Step] = {}
-    # Saved by a SAGE block for backward: the aggregated and the given features, twice a layer, and the sums.
-    expected = 4.0 * options.nodes * options.channels * 4 * depth
-    for name in names:
-        if name in KEEPS_ACTIVATIONS and expected > options.max_plain_gb * GB:
-            row["skipped"][name] = f"would keep about {expected / GB:.1f} GB, more than --max-plain-gb"
-            continue
-        try:
-            steps[name] = make_step(name, blocks, x, graph)
-            steps[name].zero_gradients()
-            steps[name]()
-        except (UnavailableError, RuntimeError) as error:
-            steps.pop(name, None)
-            row["skipped"][name] = f"{type(error).__name__}: {error}"[:160]
-            continue
-        row["peak_bytes"][name] = peak_bytes(steps[name], device)
-        row["drift"][name] = steps[name].system.last_drift()
-    times = alternating(dict(steps), options.repeats, device) if depth in options.timed else {}
-    row["all_seconds"] = times
-    row["seconds"] = {name: median(values) for name, values in times.items()}
-    return row
-
-
-def targets(rows: Sequence[dict[str, Any]], errors: dict[str, dict[str, float | str]]) -> list[Target]:
-    """Hold what was measured against the numbers that the project set itself."""
-    by_depth = {row["depth"]: row for row in rows}
-    seconds = by_depth.get(16, {}).get("seconds", {})
-    ours = {depth: row["peak_bytes"].get("recollect") for depth, row in by_depth.items()}
-    found = [
-        Target(f"step time at L=16, recollect / {peer}", ratio(seconds.get("recollect"), seconds.get(peer)), limit,
-               why_not_measured="not timed")
-        for peer, limit in (("pyg", 0.70), ("plain", 1.40), ("checkpoint", 1.0))
-    ]  # fmt: skip
-    deepest = 256 if 256 in ours else max(ours)
-    found.append(Target(f"peak at L={deepest} / peak at L=8", ratio(ours[deepest], ours.get(8)), 1.05))
-    against = [ratio(row["peak_bytes"].get("recollect"), row["peak_bytes"].get("pyg")) for row in rows]
-    known = [value for value in against if value is not None]
-    found.append(Target("peak / torch_geometric's, the worst depth", max(known, default=None), 1.0, strict=True))
-    for key, limit in (("float64, dropout", 1e-10), ("float32, dropout", 1e-5)):
-        value = errors[key]["recollect"]
-        found.append(Target(f"gradient error at 64 layers, {key}", value if isinstance(value, float) else None, limit))
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark, print its tables, and write and return its report."""
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--timed", type=int, nargs="+", default=[16], help="depths at which steps are timed")
+    parser.add_argument("--timed", type=int, nargs="*", default=[16], help="depths at which steps are timed")
     parser.add_argument("--nodes", type=int, default=20_000)
     parser.add_argument("--edges", type=int, default=200_000)
     parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--norm", choices=["bare", "layer", "batch"], default="bare", help="bare: convolutions alone")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--max-plain-gb", type=float, default=6.0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-plain-gb", type=float, default=6.0, help="skip a system that would need more")
     parser.add_argument("--quick", action="store_true", help="a small graph and few layers")
-    parser.add_argument("--long", action="store_true", help="1001 layers too")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-table", action="store_true", help="only --long or --tolokers")
+    parser.add_argument("--long", action="store_true", help="1001 layers too, with layer norm, on a smaller graph")
+    parser.add_argument("--long-depths", type=int, nargs="+", default=[8, 16, 1001])
+    parser.add_argument("--long-nodes", type=int, default=2_000)
+    parser.add_argument("--long-edges", type=int, default=20_000)
+    parser.add_argument(
+        "--tolokers",
+        metavar="ROOT",
+        nargs="?",
+        type=Path,
+        const=os.environ.get("RECOLLECT_DATA") or False,
+        help="folder of raw files; without one: the environment variable RECOLLECT_DATA",
+    )
+    parser.add_argument("--tolokers-layers", type=int, default=_tolokers.LAYERS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--output", type=Path, help="folder of the JSON files; default: bench/results")
     options = parser.parse_args(arguments)
+    if options.tolokers is False:
+        parser.error("--tolokers needs a folder: --tolokers ROOT, or set the environment variable RECOLLECT_DATA")
     if options.quick:
         options.nodes, options.edges, options.channels = 500, 2000, 32
         options.depths, options.repeats = [4, 8, 16], 3
-    if options.long:
-        options.depths = [*options.depths, 1001]
-    torch.set_num_threads(options.threads)
+    return options
+
+
+def _rows(
+    work: Workload, depths: Sequence[int], options: argparse.Namespace, device: torch.device, long: bool
+) -> list[Row]:
+    """Measure one depth after the other; in the long part every depth once, and the deepest is compared."""
+    print(f"\n{work}; {device}")
+    rows: list[Row] = []
+    for depth in depths:
+        repeats = 1 if long else options.repeats if depth in options.timed else 0
+        row = measure(work, depth, rows, repeats=repeats, max_gb=options.max_plain_gb, compare=long, device=device)
+        print(progress(row), flush=True)
+        rows.append(row)
+    print(f"\n{depth_tables(rows)}")
+    return rows
+
+
+def run_depths(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[Target]]:
+    """Peaks at every depth, times at some, gradients at 64 layers, and the numbers to reach."""
+    work = Workload(options.nodes, options.edges, options.channels, options.norm)
+    rows = _rows(work, options.depths, options, device, long=False)
+    errors = gradient_errors(device)
+    print(f"\n{gradient_table(errors, LAYERS)}")
+    return {"workload": str(work), "rows": rows, "gradient_errors": errors}, depth_targets(work, rows, errors)
+
+
+def run_long(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[Target]]:
+    """1001 layers on a smaller graph, one repeat: a step there takes seconds, where the main graph takes minutes.
+
+    With layer norm: a thousand bare convolutions overflow float32.
+    """
+    work = Workload(options.long_nodes, options.long_edges, options.channels, "layer")
+    return {"workload": str(work), "rows": _rows(work, options.long_depths, options, device, long=True)}, []
+
+
+def run_tolokers(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[Target]]:
+    """One step on a real graph, in a process of its own."""
+    found = _tolokers.in_own_process(options.tolokers, options.tolokers_layers, device, options.threads)
+    print(f"\n{found['layers']} layers x {found['channels']} channels on tolokers; {device}")
+    for key in ("tensor_bytes", "parameter_bytes", "resident_bytes"):
+        print(f"  {key.replace('_', ' '):<16} {show(found[key], '.3f', GB)} GB")
+    print(f"  {'seconds':<16} {found['seconds']:.1f}\n  {'drift':<16} {show(found['drift'], '.1e')}")
+    return {"step": found}, _tolokers.targets(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Run the parts that were asked for; print, write and return the report of each."""
+    options = _parse(arguments)
     device = torch.device(options.device)
-    warnings.simplefilter("ignore")  # the peers' deprecations; drift is a column here
-    names = list(SYSTEMS)
-
-    rows = []
-    for depth in options.depths:
-        rows.append(measure(depth, names, options, device))
-        print(f"L={depth}: { ({k: round(v / 2**20, 1) for k, v in rows[-1]['peak_bytes'].items()}) } MiB", flush=True)
-    errors = {
-        "float64, dropout": gradient_errors(torch.float64, 0.5, device),
-        "float32, dropout": gradient_errors(torch.float32, 0.5, device),
-        "float32, no dropout": gradient_errors(torch.float32, 0.0, device),
-    }
-    reached = targets(rows, errors)
-
-    print("\npeak tensor bytes of a step, MiB")
-    body = [[str(r["depth"]), *(show(r["peak_bytes"].get(n), ".1f", 2**20) for n in names)] for r in rows]
-    print(table(["layers", *names], body))
-    print("\nseconds of a step, median")
-    body = [[str(r["depth"]), *(show(r["seconds"].get(n), ".3f") for n in names)] for r in rows if r["seconds"]]
-    print(table(["layers", *names], body))
-    print("\nrelative error of the gradient against plain autograd, 64 layers")
-    body = [[k, *(show(e, ".1e") if isinstance(e, float) else "fails" for e in v.values())] for k, v in errors.items()]
-    print(table(["", *names], body))
-    print("\nnumbers to reach")
-    print("\n".join(target.line() for target in reached))
-
-    report = {
-        "what": "grouped additive coupling of SAGE layers, 2 groups",
-        "date": today(),
-        "machine": machine(device),
-        "versions": versions("recollect", "torch_geometric", "memcnn"),
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
-        "rows": rows,
-        "gradient_errors": errors,
-        "targets": [target.as_dict() for target in reached],
-    }
-    write_json(options.output or default_output("depth", device, "-quick" if options.quick else ""), report)
-    return report
+    size = "-quick" if options.quick else ""
+    parts: dict[str, Callable[[argparse.Namespace, torch.device], tuple[dict[str, Any], list[Target]]]] = {}
+    if not options.no_table:
+        parts["depth" + size] = run_depths
+    if options.long:
+        parts["depth-long" + size] = run_long
+    if options.tolokers:
+        parts["tolokers" + ("" if options.tolokers_layers == _tolokers.LAYERS else "-try")] = run_tolokers
+    chosen = {key: value for key, value in vars(options).items() if key not in ("tolokers", "output")}
+    reports = {}
+    with settings(options.threads):
+        warm_up(device)
+        for name, part in parts.items():
+            report = header(device, chosen)  # before the part: the load is then the others', not its own
+            found, targets = part(options, device)
+            report |= {**found, "targets": [target.as_dict() for target in targets]}
+            if targets:
+                print("\nnumbers to reach")
+                print("\n".join(target.line() for target in targets), flush=True)
+            write_json(results_file(name, device, options.output), report)
+            reports[name] = report
+    return reports
 
 
 if __name__ == "__main__":
