@@ -63,16 +63,12 @@ class DriftProbe:
 
     __slots__ = ("_gauge", "_samples")
 
-    # Its own generator: measuring must not move the random numbers of the training.
-    _generator = torch.Generator().manual_seed(0)
-
     def __init__(self, tensors: Sequence[Tensor], gauge: DriftGauge) -> None:
         self._gauge = gauge
         self._samples: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for tensor in tensors:
-                size = min(tensor.numel(), _SAMPLES)
-                index = torch.randint(max(tensor.numel(), 1), (size,), generator=self._generator).to(tensor.device)
+                index = _sample(tensor.numel()).to(tensor.device)
                 self._samples.append((index, torch.take(tensor.detach(), index)))
 
     def measure(self, tensors: Sequence[Tensor]) -> None:
@@ -87,3 +83,9 @@ class DriftProbe:
                 norm += float(value.abs().double().square().sum())
         if norm > 0 or error > 0:
             self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
+
+
+def _sample(size: int) -> Tensor:
+    """Return random positions among ``size``: always the same, and without moving the training's random numbers."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(max(size, 1), (min(size, _SAMPLES),), generator=generator)

@@ -2,8 +2,8 @@
 
 from recollect.invertible._coupling import AdditiveCoupling, AffineCoupling
 from recollect.invertible._identity import Identity
-from recollect.invertible._measured import Measured, check_count
+from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module
 from recollect.invertible._sequential import Sequential
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Identity", "Measured", "Module", "Sequential", "check_count"]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Identity", "Measured", "Module", "Sequential"]

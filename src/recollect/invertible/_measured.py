@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from recollect._arguments import check_count
 from recollect.frames import DRIFT_THRESHOLD, DriftGauge
 
-__all__ = ["Measured", "check_count"]
+__all__ = ["Measured"]
 
 
 class Measured(nn.Module):
@@ -51,9 +52,3 @@ class Measured(nn.Module):
         """Begin a training step; an evaluation in between leaves the last measurement to be read."""
         if torch.is_grad_enabled():
             self._gauge.last = None
-
-
-def check_count(name: str, value: int | None) -> None:
-    """Raise a ValueError unless ``value`` is ``None`` or at least 1."""
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be None or at least 1 (got {value})")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._arguments import check_count
 from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
-from recollect.invertible import Measured, check_count
+from recollect.invertible import Measured
 
 __all__ = ["InvertibleModule"]
 
