@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from recollect.frames import RandomState, backward_mode, devices_of, dry_mode
+from recollect.frames import FrameError, RandomState, backward_mode, devices_of, dry_mode
 
 if TYPE_CHECKING:
     from recollect.invertible._module import Module
@@ -180,8 +180,11 @@ def _gradients_differ(
         with _training(subject.module, mode):
             with _as_before(subject.module, state):
                 expected, needed = _gradients(subject.plain, subject, args)
-            with _as_before(subject.module, state):
-                found, made = _gradients(subject.framed, subject, args)
+            try:
+                with _as_before(subject.module, state):
+                    found, made = _gradients(subject.framed, subject, args)
+            except FrameError as error:
+                return f"{name}: there are no gradients, and there are with plain autograd: {error}"
         if needed != made:
             return f"{name}: the outputs' requires_grad is {made}, and {needed} with plain autograd"
         for key, gradient in expected.items():
@@ -281,17 +284,7 @@ def _copies(args: tuple[Any, ...]) -> list[Any]:
 @contextmanager
 def _as_before(module: nn.Module, state: RandomState) -> Iterator[None]:
     """Run the body from the same buffers and random state as every other, as rebuilds are."""
-    with state.replayed(), _left_as_it_is(module):
-        yield
-
-
-@contextmanager
-def _left_as_it_is(module: nn.Module) -> Iterator[None]:
-    """Let the body work on copies of all buffers, and give parameters their values again."""
-    with ExitStack() as stack:
-        for parameter in module.parameters():
-            if not is_lazy(parameter):
-                stack.callback(_restore, parameter, parameter._version, parameter.detach().clone())
+    with state.replayed(), ExitStack() as stack:
         copies: dict[int, Tensor] = {}  # a buffer of several modules stays one
         for part in module.modules():
             for name, buffer in part._buffers.items():
@@ -301,6 +294,16 @@ def _left_as_it_is(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _restore(parameter: Tensor, version: int, value: Tensor) -> None:
-    if parameter._version != version:
+@contextmanager
+def _left_as_it_is(module: nn.Module) -> Iterator[None]:
+    """Give parameters their values again: some modules initialise theirs when they first run."""
+    with ExitStack() as stack:
+        for parameter in module.parameters():
+            if not is_lazy(parameter):
+                stack.callback(_restore, parameter, parameter.detach().clone())
+        yield
+
+
+def _restore(parameter: Tensor, value: Tensor) -> None:
+    if not torch.equal(parameter.detach(), value):
         parameter.data.copy_(value)
