@@ -1,0 +1,294 @@
+"""Additive and affine couplings against plain autograd, the explicit Jacobian, and counted evaluations."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recollect.frames import InPlaceError
+from recollect.invertible import AdditiveCoupling, AffineCoupling, Sequential
+from recollect.memory import peak_memory
+
+KINDS = {"additive": (AdditiveCoupling, 1), "affine": (AffineCoupling, 2)}
+
+
+class Block(nn.Module):
+    """A small network with dropout that counts its calls."""
+
+    def __init__(self, channels: int, factor: int, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, 2 * channels)
+        self.second = nn.Linear(2 * channels, factor * channels)
+        self.dropout = dropout
+        self.calls = 0
+
+    def forward(self, z, scale=None):
+        self.calls += 1
+        h = F.dropout(self.first(z).tanh(), self.dropout, self.training)
+        return self.second(h if scale is None else h * scale)
+
+
+def make(kind, groups=2, layers=3, channels=4, dropout=0.3, **options):
+    coupling, factor = KINDS[kind]
+    return Sequential(
+        *(coupling(*(Block(channels, factor, dropout) for _ in range(groups)), **options) for _ in range(layers))
+    ).double()
+
+
+def gradients(model, x, *args):
+    """Gradients of a loss on outputs and log-determinant, with the model's random draws fixed."""
+    torch.manual_seed(1)
+    y, log_det = model.forward_and_log_det(x.sin(), *args)
+    loss = y.sin().sum() + log_det.square().sum()
+    del y
+    wanted = [x, *args, *model.parameters()]
+    return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= tolerance * b.norm().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reversed"])
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_with_dropout_and_two_evaluations_of_each_block(kind, groups, direction):
+    model = make(kind, groups).reverse(direction == "reversed")
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    x = torch.randn(7, 4 * groups, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x)
+    assert [block.calls for block in blocks] == [2] * len(blocks)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+    with model.temp_mode(invertible=False):
+        assert_same(gradients(model, x), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_seed_a_block_without_randomness_is_right(kind):
+    model = make(kind, dropout=0.0)
+    for layer in model:
+        layer.seed = False
+    x = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inverse_and_log_determinant(kind, groups):
+    model = make(kind, groups, layers=2).eval()
+    x = torch.randn(3, 4 * groups, dtype=torch.float64)
+    y, log_det = model.forward_and_log_det(x)
+    assert log_det.shape == (3,)
+    for row, value in zip(x, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda r: model(r[None])[0], row)
+        assert torch.allclose(torch.linalg.slogdet(jacobian)[1], value, atol=1e-12)
+    back, inverse_log_det = model.inverse_and_log_det(y)
+    assert torch.allclose(back, x, atol=1e-12)
+    assert torch.allclose(inverse_log_det, -log_det, atol=1e-12)
+    model.reverse()
+    again, reversed_log_det = model.forward_and_log_det(y)
+    assert torch.allclose(again, x, atol=1e-12)
+    assert torch.allclose(reversed_log_det, -log_det, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_of_the_blocks_get_their_gradient(kind):
+    coupling, factor = KINDS[kind]
+    model = coupling(Block(4, factor), Block(4, factor)).double()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(5, 1, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x, scale)
+    model.checkpoint = False
+    assert_same(found, gradients(model, x, scale))
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_dimension(kind, dim):
+    coupling, factor = KINDS[kind]
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(()))
+
+        def forward(self, z):
+            return torch.cat([(self.weight * z).sin()] * factor, dim)
+
+    model = Sequential(*(coupling(Scale(), Scale(), dim=dim) for _ in range(3))).double()
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+    assert torch.allclose(model.inverse(model(x)), x, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_input_without_grad_and_frozen_block(kind):
+    model = make(kind, dropout=0.0)
+    for parameter in model[1].blocks[0].parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(7, 8, dtype=torch.float64)
+
+    def step():
+        model.zero_grad()
+        model(x).sin().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    found = step()
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, step())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivative(kind):
+    model = make(kind, dropout=0.0, layers=2)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        (gradient,) = torch.autograd.grad(model(x.sin()).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *model.parameters()], allow_unused=True)
+
+    found = second()
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, second(), 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_and_repeated_gradients(kind):
+    model = make(kind, layers=2)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    y = model(x.sin())
+    directions = torch.randn(4, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, directions, retain_graph=True, is_grads_batched=True)
+    for direction, found in zip(directions, batched, strict=True):
+        (alone,) = torch.autograd.grad(y, x, direction, retain_graph=True)
+        assert torch.allclose(found, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reversed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_does_not_grow_with_depth(kind, direction):
+    def peak(layers):
+        model = make(kind, layers=layers, channels=16, dropout=0.0).float().reverse(direction == "reversed")
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.data.mul_(0.1)  # well conditioned at any depth
+        x = torch.randn(500, 32)
+
+        def step():
+            y, log_det = model.forward_and_log_det(x.clone().requires_grad_().sin())
+            loss = y.square().mean() - log_det.mean()
+            del y, log_det
+            loss.backward()
+
+        step()
+        with peak_memory() as memory:
+            step()
+        return memory.peak_bytes
+
+    assert peak(24) <= 1.05 * peak(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind, dtype):
+    # A float32 rounding error in what is reconstructed can change a block's bfloat16 result by its last digit.
+    model = make(kind, layers=2, dropout=0.0, drift_threshold=0.05).float()
+    x = torch.randn(9, 8, requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y, log_det = model.forward_and_log_det(x.sin())
+        return torch.autograd.grad(y.square().sum() + log_det.sum(), [x, *model.parameters()])
+
+    found = step()
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, step(), 1e-5 if dtype is torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batch_and_strided_input(kind):
+    model = make(kind, dropout=0.0)
+    y, log_det = model.forward_and_log_det(torch.randn(0, 8, dtype=torch.float64, requires_grad=True))
+    (y.sum() + log_det.sum()).backward()
+    assert y.shape == (0, 8)
+    assert log_det.shape == (0,)
+    x = torch.randn(8, 7, dtype=torch.float64).t().requires_grad_()
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_state(kind):
+    model = make(kind, dropout=0.0)
+    model[1].checkpoint = False
+    x = torch.randn(5, 8, dtype=torch.float64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), make(kind, dropout=0.0)):
+        twin.load_state_dict(model.state_dict())
+        assert not twin[1].checkpoint
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_finds_nothing(kind):
+    assert make(kind).check(torch.randn(4, 8, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_with_batch_norm_and_its_statistics(kind):
+    coupling, factor = KINDS[kind]
+
+    def block():
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4 * factor))
+
+    model = Sequential(*(coupling(block(), block()) for _ in range(2))).double()
+    plain = copy.deepcopy(model)
+    plain.checkpoint = False
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    assert_same(gradients(model, x), gradients(plain, x))
+    for found, expected in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(found, expected)
+
+
+class TestErrors:
+    def test_too_few_blocks(self):
+        with pytest.raises(ValueError, match=r"at least two blocks.*got 1"):
+            AdditiveCoupling(nn.Linear(2, 2))
+
+    def test_a_size_that_the_groups_do_not_divide(self):
+        with pytest.raises(ValueError, match=r"divisible by 2 .got shape \[3, 5\]"):
+            AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))(torch.randn(3, 5))
+
+    def test_no_tensor(self):
+        with pytest.raises(TypeError, match=r"takes a tensor.*got NoneType"):
+            AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))(None)
+
+    @pytest.mark.parametrize("enabled", [True, False])
+    def test_a_block_of_another_shape(self, enabled):
+        model = AffineCoupling(nn.Linear(2, 2), nn.Linear(2, 2))
+        model.checkpoint = enabled
+        with pytest.raises(ValueError, match=r"Linear.*shape \[3, 4\], 2 times .* got \[3, 2\]"):
+            model(torch.randn(3, 4))
+
+    def test_a_block_that_changes_its_input(self):
+        class InPlace(nn.Module):
+            def forward(self, z):
+                return z.mul_(2)
+
+        with pytest.raises(InPlaceError, match=r"InPlace\(\): the block changed its own input in place"):
+            AdditiveCoupling(InPlace(), InPlace())(torch.randn(3, 4))
+
+    def test_a_scale_without_bound(self):
+        with pytest.raises(ValueError, match="max_log_scale must be positive"):
+            AffineCoupling(nn.Linear(2, 4), nn.Linear(2, 4), max_log_scale=0.0)
