@@ -138,6 +138,10 @@ class _SideEffect(_Swap):
         self.calls += 1
         return super().function(*args)
 
+    @property
+    def reversible(self) -> bool:
+        return False  # its inverse counts nothing
+
 
 @_zoo("two dropouts")
 class _Dropouts(Module):
