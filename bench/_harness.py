@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +20,21 @@ from recollect.memory import peak_memory
 
 @contextlib.contextmanager
 def settings(threads: int | None) -> Iterator[None]:
-    """Set the number of threads (None: torch's own), silence warnings, and put both back at the end.
+    """Set the number of threads (None: torch's own), silence warnings, and put all back at the end.
 
-    The peers use what torch has deprecated; drift, of which recollect warns, is a column of the tables.
+    The peers use what torch has deprecated; drift, of which recollect warns, is a column of the tables. What is there
+    already is spared by the collections of garbage, of which every measurement starts with one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    gc.collect()
+    gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
 
 
@@ -84,7 +90,7 @@ def allocator_bytes(function: Callable[[], Any], device: torch.device) -> int | 
     if device.type != "cpu":
         return None
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _silent_errors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     results = record.profiler.kineto_results if record.profiler is not None else None
     if results is None:
@@ -96,3 +102,17 @@ def allocator_bytes(function: Callable[[], Any], device: torch.device) -> int | 
         current += event.nbytes()
         peak = max(peak, current)
     return peak
+
+
+@contextlib.contextmanager
+def _silent_errors() -> Iterator[None]:
+    """Keep out of sight what compiled code writes to stderr: the profiler reports each start and stop there."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

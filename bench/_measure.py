@@ -79,8 +79,9 @@ def measure(
         compare: also compare the gradient with plain's, and the reconstructed input with the original.
 
     Returns:
-        By system: `peak_bytes`, `drift` (what it says itself), `seconds` (median), `all_seconds`, `allocator_bytes`
-        (CPU, where timed), `gradient_error` and `restored_input` (where compared), and `skipped` with reasons.
+        By system: `peak_bytes`; `drift` (what it says itself); `seconds` (median), `all_seconds`; `allocator_bytes`
+        (on the CPU, where timed and not compared); `gradient_error` and `restored_input` (where compared); and
+        `skipped`, with reasons.
     """
     blocks, x, graph = work.make(depth, device)
     row: Row = {"depth": depth, "skipped": {}, "peak_bytes": {}, "drift": {}}
@@ -102,6 +103,7 @@ def measure(
     if repeats:
         row["all_seconds"] = alternating(steps, repeats, device)
         row["seconds"] = {name: median(values) for name, values in row["all_seconds"].items()}
+    if repeats and not compare:  # the record of a very deep step is long
         row["allocator_bytes"] = {name: allocator_bytes(step, device) for name, step in steps.items()}
     if compare:
         row.update(_compare(steps, x))

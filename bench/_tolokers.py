@@ -26,7 +26,7 @@ from recollect.memory import peak_memory, tensor_bytes
 from recollect.models import RevGNN
 
 LAYERS, CHANNELS = 1001, 80
-_FILE = Path("HeterophilousGraphDataset/tolokers/raw/tolokers.npz")
+RAW_FILE = Path("HeterophilousGraphDataset/tolokers/raw/tolokers.npz")
 
 
 def in_own_process(root: Path, layers: int, device: torch.device, threads: int | None) -> dict[str, Any]:
@@ -61,11 +61,11 @@ def targets(found: dict[str, Any]) -> list[Target]:
 
 def read(root: Path) -> GraphDataset:
     """Read the graph from a temporary copy of its raw file: reading writes beside it."""
-    if not (root / _FILE).is_file():
+    if not (root / RAW_FILE).is_file():
         return load("tolokers", root)  # which says what is missing
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / _FILE).parent.mkdir(parents=True)
-        shutil.copyfile(root / _FILE, Path(name) / _FILE)
+        (Path(name) / RAW_FILE).parent.mkdir(parents=True)
+        shutil.copyfile(root / RAW_FILE, Path(name) / RAW_FILE)
         return load("tolokers", name)
 
 

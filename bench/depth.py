@@ -57,12 +57,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--output", type=Path, help="folder of the JSON files; default: bench/results")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(nodes=500, edges=2000, channels=32, depths=[4, 8, 16], repeats=3)
     options = parser.parse_args(arguments)
     if options.tolokers is False:
         parser.error("--tolokers needs a folder: --tolokers ROOT, or set the environment variable RECOLLECT_DATA")
-    if options.quick:
-        options.nodes, options.edges, options.channels = 500, 2000, 32
-        options.depths, options.repeats = [4, 8, 16], 3
+    if options.tolokers and not (options.tolokers / _tolokers.RAW_FILE).is_file():
+        parser.error(f"--tolokers: there is no {_tolokers.RAW_FILE} in {options.tolokers}")
     return options
 
 
@@ -109,24 +110,32 @@ def run_tolokers(options: argparse.Namespace, device: torch.device) -> tuple[dic
     return {"step": found}, _tolokers.targets(found)
 
 
+Part = Callable[[argparse.Namespace, torch.device], tuple[dict[str, Any], list[Target]]]
+_SETTINGS: dict[Part, tuple[str, ...]] = {  # the options that each part looks at; no folders among them
+    run_depths: ("depths", "timed", "nodes", "edges", "channels", "norm", "repeats", "max_plain_gb"),
+    run_long: ("long_depths", "long_nodes", "long_edges", "channels", "max_plain_gb"),
+    run_tolokers: ("tolokers_layers",),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run the parts that were asked for; print, write and return the report of each."""
     options = _parse(arguments)
     device = torch.device(options.device)
     size = "-quick" if options.quick else ""
-    parts: dict[str, Callable[[argparse.Namespace, torch.device], tuple[dict[str, Any], list[Target]]]] = {}
+    parts: dict[str, Part] = {}
     if not options.no_table:
         parts["depth" + size] = run_depths
     if options.long:
         parts["depth-long" + size] = run_long
     if options.tolokers:
         parts["tolokers" + ("" if options.tolokers_layers == _tolokers.LAYERS else "-try")] = run_tolokers
-    chosen = {key: value for key, value in vars(options).items() if key not in ("tolokers", "output")}
     reports = {}
     with settings(options.threads):
         warm_up(device)
         for name, part in parts.items():
-            report = header(device, chosen)  # before the part: the load is then the others', not its own
+            used = {key: getattr(options, key) for key in (*_SETTINGS[part], "device", "threads")}
+            report = header(device, used)  # before the part: the load average is then the others', not its own
             found, targets = part(options, device)
             report |= {**found, "targets": [target.as_dict() for target in targets]}
             if targets:
