@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from recollect.frames import FrameError, RandomState, backward_mode, devices_of, dry_mode
+from recollect.invertible._undone import as_before, left_as_it_is, training_as
 
 if TYPE_CHECKING:
     from recollect.invertible._module import Module
@@ -92,7 +91,7 @@ def check_subject(
         AssertionError: one of the three fails; the message says which, by how much, and what to try.
     """
     state = RandomState(devices_of(args))
-    with state.replayed(), _left_as_it_is(subject.module):
+    with state.replayed(), left_as_it_is(subject.module):
         failure = _inverse_differs(subject, args, state, rtol, atol)
         suspicion = None
         if failure and _draws(subject, args, state) and _holds_in_evaluation(subject, args, state, rtol, atol):
@@ -122,9 +121,9 @@ def _inverse_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with _as_before(subject.module, state), dry_mode():
+    with as_before(subject.module, state), dry_mode():
         outputs = _pack(subject.function(*_copies(args)))
-    with _as_before(subject.module, state), torch.no_grad(), backward_mode():
+    with as_before(subject.module, state), torch.no_grad(), backward_mode():
         inputs = _pack(subject.inverse(*outputs))
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor):
@@ -144,11 +143,11 @@ def _second_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with _as_before(subject.module, state), dry_mode():
+    with as_before(subject.module, state), dry_mode():
         first = _pack(subject.function(*_copies(args)))
         later = RandomState(devices_of(args))
     # With grad enabled as in a rebuild: some of torch's modules compute otherwise without.
-    with _as_before(subject.module, state if subject.seed else later), torch.enable_grad(), backward_mode():
+    with as_before(subject.module, state if subject.seed else later), torch.enable_grad(), backward_mode():
         second = _pack(subject.function(*_copies(args)))
     if len(first) != len(second):
         return f"{name}: a second run of the function returned {len(second)} value(s), and the first {len(first)}"
@@ -161,14 +160,14 @@ def _second_differs(
 
 def _draws(subject: Subject, args: tuple[Any, ...], state: RandomState) -> bool:
     """Whether the function draws random numbers."""
-    with _as_before(subject.module, state), torch.no_grad(), backward_mode():
+    with as_before(subject.module, state), torch.no_grad(), backward_mode():
         subject.function(*_copies(args))
         after = RandomState(devices_of(args))
     return any(not torch.equal(a, b) for (_, a), (_, b) in zip(state.states, after.states, strict=True))
 
 
 def _holds_in_evaluation(subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float) -> bool:
-    with _training(subject.module, False):
+    with training_as(subject.module, False):
         return _inverse_differs(subject, args, state, rtol, atol) is None
 
 
@@ -177,11 +176,11 @@ def _gradients_differ(
 ) -> str | None:
     name = type(subject.module).__name__
     for mode in dict.fromkeys((subject.module.training, True)):
-        with _training(subject.module, mode):
-            with _as_before(subject.module, state):
+        with training_as(subject.module, mode):
+            with as_before(subject.module, state):
                 expected, needed = _gradients(subject.plain, subject, args)
             try:
-                with _as_before(subject.module, state):
+                with as_before(subject.module, state):
                     found, made = _gradients(subject.framed, subject, args)
             except FrameError as error:
                 return f"{name}: there are no gradients, and there are with plain autograd: {error}"
@@ -192,19 +191,6 @@ def _gradients_differ(
             if difference:
                 return f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
     return None
-
-
-@contextmanager
-def _training(module: nn.Module, mode: bool) -> Iterator[None]:
-    """Set the training flags for the body, unless the module's own is so already."""
-    flags = [(part, part.training) for part in module.modules()]
-    try:
-        if module.training != mode:
-            module.train(mode)
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 def _gradients(
@@ -279,31 +265,3 @@ def _differentiable(value: Any) -> bool:
 def _copies(args: tuple[Any, ...]) -> list[Any]:
     """Return the arguments, tensors as copies: the function may work in place."""
     return [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
-
-
-@contextmanager
-def _as_before(module: nn.Module, state: RandomState) -> Iterator[None]:
-    """Run the body from the same buffers and random state as every other, as rebuilds are."""
-    with state.replayed(), ExitStack() as stack:
-        copies: dict[int, Tensor] = {}  # a buffer of several modules stays one
-        for part in module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None and not is_lazy(buffer):
-                    stack.callback(part._buffers.__setitem__, name, buffer)
-                    part._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        yield
-
-
-@contextmanager
-def _left_as_it_is(module: nn.Module) -> Iterator[None]:
-    """Give parameters their values again: some modules initialise theirs when they first run."""
-    with ExitStack() as stack:
-        for parameter in module.parameters():
-            if not is_lazy(parameter):
-                stack.callback(_restore, parameter, parameter.detach().clone())
-        yield
-
-
-def _restore(parameter: Tensor, value: Tensor) -> None:
-    if not torch.equal(parameter.detach(), value):
-        parameter.data.copy_(value)
