@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import recollect
@@ -541,3 +542,42 @@ def test_a_coupling_with_a_reversible_block(kind):
     modules, x = double(*(inn.AdditiveCoupling(Block(), Block(), dim=-1) for _ in range(3))), leaf()
     x = torch.cat([x, leaf(5)], -1)
     compare(lambda: mixed(through(modules, x * 1.0)), modules, list(modules.parameters()))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(AssertionError, recollect.frames.RebuildError),
+    reason="what an outer frame keeps for an inner chain is asked for twice",
+)
+def test_evaluations_of_a_chain_in_a_checkpoint():
+    calls = []
+
+    class Counted(Beside):
+        def function(self, h, a):
+            calls.append("function")
+            return super().function(h, a)
+
+        def inverse(self, e, a):
+            calls.append("inverse")
+            return super().inverse(e, a)
+
+    modules, x = double(*(Counted() for _ in range(3))), leaf()
+    loss = mixed(recollect.checkpoint(lambda a, b: through(modules, a, b), x * 1.0, x * 2.0))
+    calls.clear()
+    loss.backward()
+    assert sorted(calls) == ["function"] * 6 + ["inverse"] * 3  # the region, then each of its stages
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=torch.utils.checkpoint.CheckpointError,
+    reason="torch runs it again on the same input tensors, whose slots of the first run are found then",
+)
+def test_a_module_that_passes_on_in_a_checkpoint_of_torch():
+    modules, x = double(Beside()), leaf()
+
+    def run():
+        outputs = torch.utils.checkpoint.checkpoint(modules[0], x * 1.0, x * 2.0, use_reentrant=False)
+        return mixed(outputs)
+
+    compare(run, modules, [x, *modules.parameters()])
