@@ -27,7 +27,7 @@ from bench._targets import WORKLOAD, depth_targets
 
 CPU = torch.device("cpu")
 QUICK = ["--quick", "--timed", "4", "--repeats", "2"]
-LONG = ["--long", "--long-depths", "4", "24", "--long-nodes", "60", "--long-edges", "200"]
+LONG = ["--long", "--long-depths", "4", "12", "--long-nodes", "60", "--long-edges", "200"]
 
 
 @pytest.fixture(scope="module")
