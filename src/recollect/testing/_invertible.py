@@ -9,7 +9,7 @@ from torch import nn
 
 from recollect import invertible
 from recollect.frames import run_invertible
-from recollect.invertible._check import Subject, check_module, check_subject, plainly
+from recollect.invertible.checks import Subject, check_module, check_subject, plainly
 from recollect.reversible import GroupRevRes, InvertibleModule
 
 __all__ = ["check_invertible"]
