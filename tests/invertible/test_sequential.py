@@ -450,10 +450,6 @@ def test_an_anchored_chain_keeps_every_sth_activation():
     assert kept(3) - kept(None) == 3 * (activation + sample)
 
 
-CIRCLE = "a passed-on input is linked to a consumer whose value depends on the stage that passes it"
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=CIRCLE)
 def test_passed_on_after_it_was_consumed(bounded):
     first, second, third, x = *double(Scale(), Scale(), Beside()), leaf()
 
@@ -465,7 +461,6 @@ def test_passed_on_after_it_was_consumed(bounded):
     compare(run, [first, second, third], [x, first.s, second.s, *third.parameters()])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=CIRCLE)
 def test_passed_on_after_it_was_consumed_in_a_longer_chain(bounded):
     modules, x, z = double(zoo("plain"), Scale(), Beside(), zoo("plain")), leaf(), leaf(3)
 
@@ -496,10 +491,6 @@ class Outer(inn.Module):
         return outputs
 
 
-NESTED = "in the rebuild of the outer region its inputs are leaves without slots, so inner stages keep other tensors"
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=NESTED + ": gradients are wrong without an error")
 @pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 def test_an_invertible_module_in_a_checkpoint():
     first, second, x = *double(Scale(), Scale()), leaf()
@@ -510,7 +501,6 @@ def test_an_invertible_module_in_a_checkpoint():
     )
 
 
-@pytest.mark.xfail(strict=True, raises=(recollect.frames.RebuildError, RecursionError), reason=NESTED)
 @pytest.mark.parametrize("kind", ["plain", "beside"])
 def test_a_chain_that_passes_on_in_a_checkpoint(kind):
     modules, inner, x, z = passing(kind, 2), passing(kind, 2), leaf(), leaf(3)
@@ -522,7 +512,6 @@ def test_a_chain_that_passes_on_in_a_checkpoint(kind):
     compare(run, [*modules, *inner], [x, z, *modules.parameters(), *inner.parameters()])
 
 
-@pytest.mark.xfail(strict=True, raises=(recollect.frames.RebuildError, RecursionError), reason=NESTED)
 @pytest.mark.parametrize("kind", ["plain", "beside"])
 def test_invertible_modules_in_an_invertible_module(kind):
     modules, x, z = double(*(Outer(*passing(kind, 2)) for _ in range(3))), leaf(), leaf(3)
@@ -544,11 +533,6 @@ def test_a_coupling_with_a_reversible_block(kind):
     compare(lambda: mixed(through(modules, x * 1.0)), modules, list(modules.parameters()))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, recollect.frames.RebuildError),
-    reason="what an outer frame keeps for an inner chain is asked for twice",
-)
 def test_evaluations_of_a_chain_in_a_checkpoint():
     calls = []
 

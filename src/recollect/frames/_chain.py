@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from recollect.frames._describe import describe
 from recollect.frames._errors import RebuildError
 from recollect.frames._keep import Kept
+from recollect.frames._modes import local
 from recollect.frames._modules import version_of
 
 __all__ = ["Parts", "Slot", "Stage", "slot_of"]
@@ -61,10 +62,11 @@ class Slot:
         function: the stage's module, for messages.
     """
 
-    __slots__ = ("__weakref__", "_cache", "_function", "_kept", "_tensor", "_version", "maker", "position")
+    __slots__ = ("__weakref__", "_cache", "_function", "_kept", "_scope", "_tensor", "_version", "maker", "position")
 
     def __init__(self, tensor: Tensor, position: int, function: Callable[..., Any]) -> None:
         self.position = position
+        self._scope = None if local.scope is None else weakref.ref(local.scope)
         self._function = function
         self.maker: Stage | None = None
         self._kept: Kept | None = Kept(tensor.detach())
@@ -82,9 +84,14 @@ class Slot:
 
     def offer(self, value: Tensor | Parts) -> None:
         """Take the reconstructed value, to hand it out once."""
-        if self._kept is None:
+        if self._kept is None or self._kept.packed:
             alive = self._alive()  # no memory of its own, and exact
             self._cache = value if alive is None else alive
+
+    @property
+    def here(self) -> bool:
+        """Whether it belongs to the region that this thread is running: another's would not be there in a rebuild."""
+        return (None if self._scope is None else self._scope()) is local.scope
 
     @property
     def ready(self) -> bool:
@@ -136,7 +143,7 @@ _slots: MutableMapping[Tensor, weakref.ref[Slot]] = WeakTensorKeyDictionary()
 
 
 def slot_of(tensor: Tensor) -> Slot | None:
-    """Return the slot of a tensor that a stage made and nobody has changed since."""
+    """Return the slot of a tensor that a stage of the running region made and nobody has changed since."""
     reference = _slots.get(tensor)
     slot = reference() if reference is not None else None
-    return slot if slot is not None and version_of(tensor) == slot._version else None
+    return slot if slot is not None and slot.here and version_of(tensor) == slot._version else None

@@ -193,7 +193,7 @@ class _InverseStage:
             self._layouts.append((arg.shape, arg.stride(), arg.dtype, arg.requires_grad))
             before = slot_of(arg)
             heads.append(before is None)
-            if id(arg) in returned:
+            if id(arg) in returned and (before is None or before.maker is None):
                 passed[id(arg)] = before = before or Slot(arg, 0, self._region.function)
                 self._passed.append(before)
             keep_it = before is not None and anchor_every is not None and before.position % anchor_every == 0
@@ -292,14 +292,15 @@ class _InverseStage:
 def _can_drop(arg: Any) -> bool:
     """Whether keeping an argument would cost memory that its inverse can save.
 
-    A leaf that requires grad stays alive as long as the graph does; integer and sparse tensors describe the problem
+    A leaf that requires grad stays alive as long as the graph does (but in a rebuild of a surrounding region, whose
+    inputs are leaves that were none in the forward); integer and sparse tensors describe the problem
     (indices, graphs) and come back from nowhere.
     """
     return (
         isinstance(arg, Tensor)
         and arg.layout is torch.strided
         and (arg.is_floating_point() or arg.is_complex())
-        and (local.eager or not (arg.is_leaf and arg.requires_grad))
+        and (local.eager or local.scope is not None or not (arg.is_leaf and arg.requires_grad))
     )
 
 

@@ -50,8 +50,12 @@ class Conditions:
         self._modules.check(function)
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Meet the conditions again for the body."""
+    def replayed(self, other: bool = False) -> Iterator[None]:
+        """Meet the conditions again for the body.
+
+        Args:
+            other: the body is another function than the region's own (its inverse).
+        """
         with ExitStack() as stack:
             stack.enter_context(outside_transforms())
             for kind, enabled, dtype in self._autocast:
@@ -61,5 +65,5 @@ class Conditions:
             if self._random is not None:
                 stack.enter_context(replaying())
                 stack.enter_context(self._random.replayed())
-            stack.enter_context(self._modules.replayed())
+            stack.enter_context(self._modules.replayed(other))
             yield

@@ -41,6 +41,11 @@ class Kept:
                 self._packed = hooks[0](bare)
             self._unpack = hooks[1]
 
+    @property
+    def packed(self) -> bool:
+        """Whether hooks hold the tensor, so that each :meth:`get` costs something."""
+        return self._unpack is not None
+
     def get(self, function: Callable[..., Any], role: str) -> Tensor:
         """Return the tensor, without history and with the forward's ``requires_grad``.
 

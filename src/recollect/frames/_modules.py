@@ -153,8 +153,12 @@ class ModuleState:
                 )
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Give the modules the forward's flags, parameters and buffers for the body."""
+    def replayed(self, other: bool = False) -> Iterator[None]:
+        """Give the modules the forward's flags, parameters and buffers for the body.
+
+        Args:
+            other: the body is another function than the forward's, and may update buffers that the forward only read.
+        """
         flags = [(module, module.training) for module, training in self._flags if module.training != training]
         tensors: list[tuple[dict[str, Any], str, Any]] = []
         try:
@@ -165,9 +169,10 @@ class ModuleState:
                     tensors.append((registry, name, registry.get(name)))
                     registry[name] = parameter
             for registry, name, buffer, _ in self._constant:
-                if registry.get(name) is not buffer:
+                aside = other and buffer.numel() <= _LARGE
+                if aside or registry.get(name) is not buffer:
                     tensors.append((registry, name, registry.get(name)))
-                    registry[name] = buffer
+                    registry[name] = buffer.detach().clone() if aside else buffer
             for registry, name, copy in self._updated:
                 now = registry.get(name)
                 if now is not None:

@@ -85,7 +85,7 @@ class Region:
         self._conditions.check(self.function)
         outer, local.scope = local.scope, scope
         try:
-            with backward_mode(), self._conditions.replayed(), torch.enable_grad(), hooks:
+            with backward_mode(), self._conditions.replayed(other=function is not None), torch.enable_grad(), hooks:
                 return (function or self.function)(*args)
         finally:
             local.scope = outer
