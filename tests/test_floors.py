@@ -39,15 +39,16 @@ APPLICATION = "hydra omegaconf yaml lightning_fabric rich matplotlib sklearn ten
 
 # A part that is not here yet has its place all the same; a part without a place fails.
 FLOORS = {
+    "_arguments": floor(),
     "_parameters": floor(),
     "_storages": floor(),
     "_ledger": floor("_storages"),
     "memory": floor("_ledger _storages"),
-    "frames": floor("_parameters"),
+    "frames": floor("_arguments _parameters"),
     "autogram": floor("_parameters"),
     "aggregation": floor(),
-    "invertible": floor("_parameters frames"),
-    "reversible": floor("_parameters frames invertible"),
+    "invertible": floor("_arguments _parameters frames"),
+    "reversible": floor("_arguments _parameters frames invertible"),
     "autoscale": floor("_parameters frames", "torch_geometric pymetis kaminpar"),
     "models": floor("_parameters frames invertible reversible autoscale", "torch_geometric"),
     "data": floor("", "torch_geometric sklearn ogb"),
