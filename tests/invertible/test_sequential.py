@@ -565,3 +565,14 @@ def test_a_module_that_passes_on_in_a_checkpoint_of_torch():
         return mixed(outputs)
 
     compare(run, modules, [x, *modules.parameters()])
+
+
+def test_anchors_and_threshold_are_given_to_the_layers():
+    inner = inn.Sequential(inn.Identity())
+    outer = inn.Sequential(inn.Identity(), inner, anchor_every=3, drift_threshold=0.5)
+    for layer in (outer[0], inner, inner[0]):
+        assert layer.anchor_every == 3
+        assert layer.drift_threshold == 0.5
+    inn.Sequential(outer)
+    assert inner[0].anchor_every == 3
+    assert inner[0].drift_threshold == 0.5

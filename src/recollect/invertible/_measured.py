@@ -48,6 +48,15 @@ class Measured(nn.Module):
         """
         return self._gauge.last
 
+    @property
+    def drift_threshold(self) -> float:
+        """Relative reconstruction error above which a :class:`~recollect.frames.DriftWarning` is given."""
+        return self._gauge.threshold
+
+    @drift_threshold.setter
+    def drift_threshold(self, value: float) -> None:
+        self._gauge.threshold = value
+
     def _forget_drift(self) -> None:
         """Begin a training step; an evaluation in between leaves the last measurement to be read."""
         if torch.is_grad_enabled():

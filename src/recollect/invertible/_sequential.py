@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recollect.frames import frames_apply
+from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module, pack, unpack
 
 __all__ = ["Sequential"]
@@ -27,10 +28,13 @@ class Sequential(Module, nn.Sequential):
     whole is one checkpoint, and with ``checkpoint=False`` everything in it is kept.
 
     :meth:`function` returns the last layer's outputs, then what the layers hide, and last how many those are;
-    :meth:`inverse` takes all of that, or the outputs alone where the layers can be inverted from them.
+    :meth:`inverse` takes all of that, or the outputs alone where the layers can be inverted from them. A reversed
+    Sequential has its layers reversed, in opposite order: its :meth:`inverse` is then the inverse of that.
 
     Args:
         *layers: invertible modules, or one ordered dict of them.
+        anchor_every: given to every layer; ``None`` leaves the layers' own.
+        drift_threshold: the same.
 
     Raises:
         TypeError: a layer that is not invertible; the message says which.
@@ -43,6 +47,14 @@ class Sequential(Module, nn.Sequential):
         >>> torch.allclose(flow.inverse(y), x, atol=1e-5)
         True
     """
+
+    def __init__(self, *layers: Any, anchor_every: int | None = None, drift_threshold: float | None = None) -> None:
+        super().__init__(*layers, anchor_every=anchor_every)
+        for layer in self._layers():
+            for part in layer.modules():
+                if isinstance(part, Measured):
+                    part.anchor_every = anchor_every or part.anchor_every
+                    part.drift_threshold = part.drift_threshold if drift_threshold is None else drift_threshold
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a layer; see :class:`torch.nn.Module`."""
