@@ -131,7 +131,7 @@ class Conv1d(_Conv, nn.Conv1d):
 
     Example:
         >>> import torch
-        >>> from recollect.invertible._conv import Conv1d
+        >>> from recollect.invertible import Conv1d
         >>> Conv1d(2, 8, 4).check(torch.randn(5, 2, 12))
         True
     """
@@ -177,7 +177,7 @@ class Conv2d(_Conv, nn.Conv2d):
 
     Example:
         >>> import torch
-        >>> from recollect.invertible._conv import Conv2d
+        >>> from recollect.invertible import Conv2d
         >>> conv = Conv2d(3, 12, kernel_size=2)
         >>> y = conv(torch.randn(5, 3, 8, 6))
         >>> y.shape, conv.inverse(y).shape
@@ -192,7 +192,7 @@ class Conv3d(_Conv, nn.Conv3d):
 
     Example:
         >>> import torch
-        >>> from recollect.invertible._conv import Conv3d
+        >>> from recollect.invertible import Conv3d
         >>> Conv3d(4, 4, 1, parametrization="lu").check(torch.randn(2, 4, 3, 3, 3))
         True
     """

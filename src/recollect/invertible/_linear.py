@@ -54,7 +54,7 @@ class Linear(MatrixModule, nn.Linear):
 
     Example:
         >>> import torch
-        >>> from recollect.invertible._linear import Linear
+        >>> from recollect.invertible import Linear
         >>> layer = Linear(4, 4, parametrization="lu")
         >>> x = torch.randn(8, 4)
         >>> y, log_det = layer.forward_and_log_det(x)
