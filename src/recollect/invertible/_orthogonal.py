@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -104,7 +107,7 @@ class Cayley(_Orthogonal):
     ) -> None:
         super().__init__(shape, device, dtype, scaled)
         self.skew = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-        self.register_buffer("base", torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("base", torch.zeros(shape, device=device, dtype=wide(dtype)))
 
     def _orthonormal(self) -> Tensor:
         with precisely(self.skew.device):
@@ -112,12 +115,39 @@ class Cayley(_Orthogonal):
             identity = torch.eye(self.shape[2], device=half.device, dtype=half.dtype)
             # I - A has singular values of at least one: nothing to check, which on CUDA would wait for the device.
             inverse: Tensor = torch.linalg.inv_ex(identity - (half - half.mT)).inverse
-            return self.base.to(half.dtype) @ (2 * inverse - identity)  # (I + A)(I - A)⁻¹ = 2(I - A)⁻¹ - I
+            return self.base @ (2 * inverse - identity)  # (I + A)(I - A)⁻¹ = 2(I - A)⁻¹ - I
 
     @torch.no_grad()
     def _take_orthonormal(self, q: Tensor) -> None:
         self.base.copy_(q)
         self.skew.zero_()
+
+    # Rounding to a narrower type and back leaves a base that is not orthogonal to the last digits any more, and then
+    # the transpose of Q is not its inverse.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cayley:
+        before = self.base
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.base
+        if after.dtype != wide(after.dtype):
+            source = after if before.is_meta else before
+            self.base = source.to(device=after.device, dtype=wide(after.dtype))
+        if self.base.dtype != before.dtype:
+            self._mend()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._mend()
+
+    @torch.no_grad()
+    def _mend(self) -> None:
+        if self.base.is_meta:
+            return
+        identity = torch.eye(self.shape[2], device=self.base.device, dtype=self.base.dtype)
+        error = float((self.base.mT @ self.base - identity).abs().max())
+        if error > 32 * torch.finfo(self.base.dtype).eps:
+            self.base = orthonormalise(self.base)
 
 
 class OrthonormalColumns(_Orthogonal):
