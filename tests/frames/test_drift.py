@@ -86,15 +86,25 @@ def test_the_threshold_is_the_callers():
 
 
 def test_a_drift_that_is_not_a_number_warns():
-    gauge = DriftGauge("chain")
-    with pytest.warns(DriftWarning, match="nan"):
-        gauge.record(math.nan)
-    with pytest.warns(DriftWarning, match="inf"):
-        gauge.record(math.inf)
+    for value in ("nan", "inf"):
+        gauge = DriftGauge("chain")
+        with pytest.warns(DriftWarning, match=value):
+            gauge.record(float(value))
     gauge.last = None
     gauge.record(DRIFT_THRESHOLD)
     gauge.record(DRIFT_THRESHOLD / 2)
     assert gauge.last == DRIFT_THRESHOLD
+
+
+def test_a_warning_is_repeated_when_it_has_become_ten_times_worse():
+    gauge = DriftGauge("chain", threshold=1e-3)
+    with pytest.warns(DriftWarning, match=r"2\.0e-03"):
+        gauge.record(2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gauge.record(1.9e-2)
+    with pytest.warns(DriftWarning, match=r"2\.1e-02"):
+        gauge.record(2.1e-2)
 
 
 def test_the_probe_does_not_move_the_random_stream():

@@ -30,18 +30,23 @@ class DriftGauge:
         threshold: relative error above which a :class:`~recollect.frames.DriftWarning` is given.
     """
 
-    __slots__ = ("last", "owner", "threshold")
+    __slots__ = ("_warned", "last", "owner", "threshold")
 
     def __init__(self, owner: str | Callable[..., Any], threshold: float = DRIFT_THRESHOLD) -> None:
         self.owner = owner
         self.threshold = threshold
         self.last: float | None = None
+        self._warned = 0.0  # the drift of the last warning: a training run need not read of the same one at every step
 
     def record(self, drift: float) -> None:
-        """Store a measurement, if it is the largest since ``last`` was reset; warn if it is above the threshold."""
+        """Store a measurement, if it is the largest since ``last`` was reset; warn if it is above the threshold.
+
+        Another warning follows when it has become ten times worse.
+        """
         if self.last is None or not drift <= self.last:
             self.last = drift
-        if not drift <= self.threshold:
+        if not drift <= max(self.threshold, 10 * self._warned):
+            self._warned = drift if math.isfinite(drift) else math.inf
             name = self.owner if isinstance(self.owner, str) else describe(self.owner)
             warnings.warn(
                 f"{name}: the input that was reconstructed for backward differs from the forward's by a relative "
