@@ -30,8 +30,10 @@ class Linear(MatrixModule, nn.Linear):
     rotations and reflections only; ``scaled`` adds a positive scale for each input. The LU form is that of Glow
     (Kingma & Dhariwal 2018, arXiv 1807.03039, equation 10): P and the signs stay what they are at the beginning, all
     else is learned, so that the determinant never becomes zero. As with a free weight and with scales, nothing bounds
-    the condition number, by which each layer multiplies rounding errors: watch ``last_drift`` in deep stacks. Square orthogonal weights are Cayley transforms of a
-    skew-symmetric matrix; with more outputs than inputs, Q is that of a QR decomposition.
+    the condition number, by which each layer multiplies rounding errors: watch ``last_drift`` in deep stacks.
+
+    Square orthogonal weights are Cayley transforms of a skew-symmetric matrix; with more outputs than inputs, Q is
+    that of a QR decomposition.
 
     The weight begins with orthonormal columns. It is computed where it is used, in at least float32, and kept by
     nobody: a training step computes it in the forward pass, in the inverse and in the rebuild.
