@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recollect.invertible._conv import Conv1d, Conv2d, Conv3d
+from recollect.invertible import Conv1d, Conv2d, Conv3d
 
 
 @pytest.mark.parametrize(

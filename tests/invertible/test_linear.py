@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.invertible._linear import Linear
+from recollect.invertible import Linear
 
 
 @pytest.mark.parametrize(("sizes", "found"), [((4, 3), "in_features=4, out_features=3"), ((0, 2), "in_features=0")])

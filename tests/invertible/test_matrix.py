@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.invertible import AdditiveCoupling, Sequential
-from recollect.invertible._conv import Conv1d, Conv2d, Conv3d
-from recollect.invertible._linear import Linear
+from recollect.invertible import Conv1d, Conv2d, Conv3d
+from recollect.invertible import Linear
 from recollect.memory import peak_memory
 
 # name: (class, arguments, keywords, shape of x)
