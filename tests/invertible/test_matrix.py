@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.invertible import AdditiveCoupling, Sequential
-from recollect.invertible import Conv1d, Conv2d, Conv3d
-from recollect.invertible import Linear
+from recollect.invertible import AdditiveCoupling, Conv1d, Conv2d, Conv3d, Linear, Sequential
 from recollect.memory import peak_memory
 
 # name: (class, arguments, keywords, shape of x)

@@ -320,5 +320,5 @@ def unpack(values: tuple[Any, ...]) -> Any:
 
 
 def zero_log_det(x: Tensor) -> Tensor:
-    """Return the log-determinant of what moves values without scaling them: zeros of shape [batch], in at least float32."""
+    """Return the log-determinant of what moves values without scaling them: zeros [batch], at least float32."""
     return torch.zeros(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
