@@ -41,9 +41,10 @@ APPLICATION = "hydra omegaconf yaml lightning_fabric rich matplotlib sklearn ten
 FLOORS = {
     "_arguments": floor(),
     "_parameters": floor(),
+    "_heap": floor(),
     "_storages": floor(),
     "_ledger": floor("_storages"),
-    "memory": floor("_ledger _storages"),
+    "memory": floor("_heap _ledger _storages"),
     "frames": floor("_arguments _parameters"),
     "autogram": floor("_parameters"),
     "aggregation": floor(),

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import UntypedStorage
 
+from recollect._heap import map_large_blocks
 from recollect._ledger import StorageLedger
 from recollect._storages import storages_of, tensors_in
 
-__all__ = ["PeakMemory", "peak_memory", "tensor_bytes"]
+__all__ = ["PeakMemory", "map_large_blocks", "peak_memory", "tensor_bytes"]
 
 
 class _Meter(Protocol):

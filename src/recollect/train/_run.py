@@ -13,6 +13,7 @@ from rich.console import Console
 
 from recollect.data import GraphDataset
 from recollect.frames import DriftWarning
+from recollect.memory import map_large_blocks
 from recollect.train._build import build_dataset, build_model
 from recollect.train._config import parse, write
 from recollect.train._errors import UsageError
@@ -30,6 +31,7 @@ from recollect.train._trainer import Trainer
 
 __all__ = ["train"]
 
+_DEEP = 2**30  # bytes of activations in all layers
 _SMALL = 2**16  # features of one group of a layer, over all nodes
 
 
@@ -64,6 +66,9 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
             return summary
     fabric = _fabric(settings)
     graph = to_device(fabric, build_dataset(settings.dataset, settings.data))
+    activations = settings.model.num_layers * settings.model.hidden_channels * graph.data.num_nodes * 4
+    if fabric.device.type == "cpu" and activations > _DEEP:
+        map_large_blocks()
     with _threads(settings, graph):
         return _execute(fabric, settings, graph, folder, console)
 
