@@ -16,14 +16,14 @@ class Info(ctypes.Structure):  # of mallinfo2
 info = ctypes.CDLL(None).mallinfo2
 info.restype = Info
 
-def mapped():
+def mapped(mebibytes):
     before = info().hblks
-    tensor = torch.empty(8 << 20, dtype=torch.uint8)
+    tensor = torch.empty(mebibytes << 20, dtype=torch.uint8)
     return info().hblks - before
 
 large = torch.empty(16 << 20, dtype=torch.uint8)
 del large  # from here on glibc puts blocks of this size into its heap
-print(mapped(), map_large_blocks(1 << 20), mapped())
+print(mapped(8), map_large_blocks(1 << 20), mapped(15))
 """
 
 
