@@ -6,23 +6,40 @@ input, from the last to the first. Layers whose Jacobian determinant is known gi
 (:meth:`Module.forward_and_log_det`), which makes a chain a normalising flow.
 """
 
+from recollect.invertible._activation import SELU, Asinh, LeakyReLU
+from recollect.invertible._actnorm import ActNorm
 from recollect.invertible._conv import Conv1d, Conv2d, Conv3d
 from recollect.invertible._coupling import AdditiveCoupling, AffineCoupling
 from recollect.invertible._identity import Identity
 from recollect.invertible._linear import Linear
 from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module
+from recollect.invertible._norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from recollect.invertible._sequential import Sequential
+from recollect.invertible._shape import ConstantPad, Flatten, Permute, PixelShuffle, PixelUnshuffle, Unflatten
 
 __all__ = [
+    "SELU",
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "Asinh",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ConstantPad",
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "Flatten",
     "Identity",
+    "LeakyReLU",
     "Linear",
     "Measured",
     "Module",
+    "Permute",
+    "PixelShuffle",
+    "PixelUnshuffle",
     "Sequential",
+    "Unflatten",
 ]

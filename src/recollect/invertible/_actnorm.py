@@ -1,0 +1,129 @@
+"""Scale and shift by channel, initialised by the first batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.frames import in_backward
+from recollect.invertible._module import Module
+
+__all__ = ["ActNorm"]
+
+
+class ActNorm(Module):
+    """y = (x - loc) * exp(log_scale) by channel (Kingma and Dhariwal 2018, arXiv 1807.03039, section 3.1).
+
+    The first batch in training mode sets both so that its outputs have mean 0 and standard deviation 1; from then on
+    they are trained like other parameters. A batch with fewer than two values per channel sets nothing, and a channel
+    that is constant keeps the scale 1. The log-determinant is the sum of log_scale over channels and positions.
+
+    Args:
+        num_features: channels.
+        dim: of the channels.
+        device: of the parameters.
+        dtype: of the parameters.
+        **options: ``anchor_every`` and ``drift_threshold``; see :class:`Module`.
+
+    Shapes:
+        - x: [batch, ...], with ``num_features`` in ``dim``; output: the same; log-determinant: [batch].
+
+    Raises:
+        ValueError: an input of another shape; ``num_features`` below 1, or ``dim`` 0, which is the batch.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> norm = inn.ActNorm(3)
+        >>> y = norm(5 + 2 * torch.randn(1000, 3))
+        >>> torch.allclose(y.std(0), torch.ones(3), atol=1e-5)
+        True
+    """
+
+    initialized: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        dim: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if num_features < 1 or dim == 0:
+            raise ValueError(
+                f"ActNorm needs at least one channel, along another dimension than 0, the batch (got "
+                f"num_features={num_features}, dim={dim})"
+            )
+        self.num_features = num_features
+        self.dim = dim
+        self.loc = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+
+    @property
+    def reversible(self) -> bool:
+        """Always."""
+        return True
+
+    def function(self, x: Tensor) -> Tensor:
+        """Return (x - loc) * exp(log_scale)."""
+        self._check(x)
+        if self.training and not in_backward() and not self.initialized:
+            self._initialize(x)
+        return (x - self._along(self.loc, x)) * self._along(self.log_scale, x).exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return y * exp(-log_scale) + loc."""
+        self._check(y)
+        return y * (-self._along(self.log_scale, y)).exp() + self._along(self.loc, y)
+
+    def function_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output and log|det| of shape [batch]."""
+        return self.function(x), self._log_det(x)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input and the inverse's log|det| of shape [batch]."""
+        return self.inverse(y), -self._log_det(y)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        positions = math.prod(x.shape[1:]) // self.num_features
+        return (self.log_scale.sum() * positions).expand(x.shape[0])
+
+    def _initialize(self, x: Tensor) -> None:
+        values = x.detach().movedim(self.dim, 0).flatten(1)
+        if values.size(1) < 2:
+            return
+        deviation, mean = torch.std_mean(values, 1)
+        deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+        with torch.no_grad():
+            self.loc.copy_(mean)
+            self.log_scale.copy_(-deviation.log())
+            self.initialized.fill_(True)
+
+    def _check(self, x: Tensor) -> None:
+        if not -x.dim() <= self.dim < x.dim() or self.dim % x.dim() == 0 or x.size(self.dim) != self.num_features:
+            raise ValueError(
+                f"ActNorm: an input has {self.num_features} channels in dimension {self.dim}, which is not the first "
+                f"(got shape {list(x.shape)})"
+            )
+
+    def _along(self, values: Tensor, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[self.dim] = self.num_features
+        return values.view(shape)
+
+    def reset_parameters(self) -> None:
+        """Forget; the next batch in training mode initialises anew."""
+        with torch.no_grad():
+            self.loc.zero_()
+            self.log_scale.zero_()
+            self.initialized.fill_(False)
+
+    def extra_repr(self) -> str:
+        """Return the settings and the flags."""
+        return f"{self.num_features}, dim={self.dim}, {super().extra_repr()}"

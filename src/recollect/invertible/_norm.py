@@ -1,0 +1,141 @@
+"""Batch normalisation whose inverse is exact in training too."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import batchnorm
+
+from recollect.invertible._module import Module
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _BatchNorm(Module, batchnorm._BatchNorm):
+    """Torch's batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), with an inverse.
+
+    Outputs, gradients and running statistics are those of torch's layer; the running statistics change once a step.
+    In training :meth:`function` hides the batch's mean and 1 / sqrt(variance + eps), from which the inverse is exact;
+    :meth:`inverse` without them, and in evaluation, goes by the running statistics.
+
+    The log-determinant is the sum of log|weight / sqrt(variance + eps)| over channels and positions. In training it
+    takes the statistics as constants, as RealNVP does (Dinh et al. 2017, arXiv 1605.08803, section 3.7).
+
+    Args:
+        num_features: as torch's, like all that follow.
+        eps: added to the variance.
+        momentum: of the running statistics; ``None``: their average over all batches.
+        affine: whether there are weight and bias.
+        track_running_stats: whether there are running statistics.
+        **options: ``device`` and ``dtype``; ``anchor_every`` and ``drift_threshold`` (see :class:`Module`).
+
+    Shapes:
+        - x: as torch's layer; output: the same; log-determinant: [batch].
+
+    Raises:
+        ValueError: as torch's layer; in the inverse, a weight of zero, or no statistics to go by.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+
+    @property
+    def num_outputs(self) -> int:
+        """One: the statistics are hidden."""
+        return 1
+
+    @property
+    def _by_batch(self) -> bool:
+        return self.training or self.running_mean is None
+
+    def function(self, x: Tensor) -> Any:
+        """Return the normalised values; by the batch's statistics also those, [num_features] each."""
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        if not self._by_batch:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if x.numel() == x.size(1):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        update = self.training and self.track_running_stats
+        y, mean, scale = torch.native_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if update else None,
+            self.running_var if update else None,
+            True,
+            self._factor() if update else 0.0,
+            self.eps,
+        )
+        return y, mean.detach(), scale.detach()
+
+    def _factor(self) -> float:
+        """Count the batch, and return its weight in the running statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+    def inverse(self, y: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Return x for normalised values, by the given statistics or by the running ones."""
+        mean, scale = self._statistics(mean, scale)
+        if self.weight is not None:
+            zero = (self.weight == 0).nonzero().flatten().tolist()
+            if zero:
+                raise ValueError(f"{type(self).__name__}: the weight of channel(s) {zero} is 0, which has no inverse")
+            y, scale = y - self._along(self.bias, y), scale * self.weight
+        return y / self._along(scale, y) + self._along(mean, y)
+
+    def function_and_log_det(self, x: Tensor) -> tuple[Any, ...]:
+        """Return what :meth:`function` does, and last the log-determinant."""
+        outputs = self.function(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*outputs, self._log_det(x, *outputs[1:]))
+
+    def inverse_and_log_det(self, y: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Any:
+        """Return what :meth:`inverse` does, and last the log-determinant of the inverse."""
+        return self.inverse(y, mean, scale), -self._log_det(y, mean, scale)
+
+    def _log_det(self, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        _, scale = self._statistics(mean, scale)
+        slope = scale if self.weight is None else scale * self.weight
+        return (slope.abs().log().sum() * math.prod(x.shape[2:])).expand(x.shape[0])
+
+    def _statistics(self, mean: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return mean and 1 / sqrt(variance + eps)."""
+        if mean is not None and scale is not None:
+            return mean, scale
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError(
+                f"{type(self).__name__} has no running statistics (track_running_stats=False): its inverse needs the "
+                "batch's, which function(x) returns beside the output"
+            )
+        return self.running_mean, (self.running_var + self.eps).rsqrt()
+
+    @staticmethod
+    def _along(values: Tensor, x: Tensor) -> Tensor:
+        return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = _BatchNorm.__doc__
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    __doc__ = _BatchNorm.__doc__
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = _BatchNorm.__doc__
