@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from bench._step import make_step, relative_error
-from bench._systems import SYSTEMS, UnavailableError, build_blocks
+from bench._measure import Work, reason
+from bench._step import UnavailableError, relative_error
 
 LAYERS = 64
 Errors = dict[str, dict[str, float | str]]
+CASES = {
+    "float64, dropout": (torch.float64, True),
+    "float32, dropout": (torch.float32, True),
+    "float64, no dropout": (torch.float64, False),
+    "float32, no dropout": (torch.float32, False),
+}
 
 
-def gradient_errors(
-    device: torch.device, layers: int = LAYERS, nodes: int = 200, edges: int = 1000, channels: int = 32
-) -> Errors:
-    """Relative errors by case and system, of (norm, ReLU, dropout, SAGE) blocks; a string says why there is none."""
-    sizes = (layers, nodes, edges, channels)
+def gradient_errors(work: Work, device: torch.device, layers: int = LAYERS, dropout: float = 0.5) -> Errors:
+    """Relative errors by case and system; a string says why there is none."""
     return {
-        "float64, dropout": _errors(torch.float64, 0.5, sizes, device),
-        "float32, dropout": _errors(torch.float32, 0.5, sizes, device),
-        "float32, no dropout": _errors(torch.float32, 0.0, sizes, device),
+        case: _errors(work, layers, device, dtype, dropout if draws else 0.0) for case, (dtype, draws) in CASES.items()
     }
 
 
-def _errors(dtype: torch.dtype, dropout: float, sizes: Sequence[int], device: torch.device) -> dict[str, float | str]:
-    layers, nodes, edges, channels = sizes
-    torch.manual_seed(0)
-    graph = torch.randint(nodes, (2, edges), device=device)
-    x = torch.randn(nodes, channels, dtype=dtype, device=device, requires_grad=True)
-    blocks = build_blocks(layers, channels, "layer", dropout=dropout, dtype=dtype, device=device)
-    expected = make_step("plain", blocks, x, graph).result(seed=1).gradients
+def _errors(
+    work: Work, layers: int, device: torch.device, dtype: torch.dtype, dropout: float
+) -> dict[str, float | str]:
+    makes = work.steps(layers, device, dtype, dropout)
+    expected = makes.pop("plain")().result(seed=1).gradients
     errors: dict[str, float | str] = {}
-    for name in SYSTEMS:
-        if name == "plain":
-            continue
+    for name, make in makes.items():
         try:
-            found = make_step(name, blocks, x, graph).result(seed=1).gradients
-            errors[name] = relative_error(found, expected)
+            errors[name] = relative_error(make().result(seed=1).gradients, expected)
         except (UnavailableError, RuntimeError) as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:160]
+            errors[name] = reason(error)
     return errors

@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from bench._harness import allocator_bytes, alternating, median, peak_bytes
 from bench._report import GB
-from bench._step import Step, make_step, relative_error
-from bench._systems import SYSTEMS, UnavailableError, build_blocks
+from bench._step import Step, UnavailableError, relative_error
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A random graph with random features, and the blocks to run on it, in float32.
+class Work(Protocol):
+    """Inputs and weights of a given size, and the systems to run on them."""
 
-    Attributes:
-        norm: "bare" for convolutions alone, "layer" or "batch" for (norm, ReLU, conv).
-    """
-
-    nodes: int
-    edges: int
-    channels: int
-    norm: str
-
-    def make(self, depth: int, device: torch.device) -> tuple[list[nn.ModuleList], Tensor, Tensor]:
-        torch.manual_seed(0)
-        graph = torch.randint(self.nodes, (2, self.edges), device=device)
-        x = torch.randn(self.nodes, self.channels, device=device, requires_grad=True)
-        return build_blocks(depth, self.channels, self.norm, dtype=x.dtype, device=device), x, graph
-
-    def __str__(self) -> str:
-        blocks = "bare SAGE" if self.norm == "bare" else f"{self.norm} norm, ReLU, SAGE"
-        return f"{self.nodes:,} nodes, {self.edges:,} edges, {self.channels} channels, 2 groups, {blocks}"
+    def steps(
+        self, depth: int, device: torch.device, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+    ) -> dict[str, Callable[[], Step]]:
+        """How to make a step of each system, "plain" first, all on the same inputs and weights."""
+        ...
 
 
-def warm_up(device: torch.device) -> None:
-    """Let every system run once on a small graph: libraries allocate their own workspaces at their first use."""
-    blocks, x, graph = Workload(64, 128, 16, "layer").make(2, device)
-    for name in SYSTEMS:
+def warm_up(work: Work, device: torch.device) -> None:
+    """Let every system run once at a small size: libraries allocate their own workspaces at their first use."""
+    for make in work.steps(2, device).values():
         try:
-            make_step(name, blocks, x, graph)()
+            make()()
         except (UnavailableError, RuntimeError):
             continue  # measuring says why
+
+
+def reason(error: Exception) -> str:
+    """Why there is no number, in a line."""
+    return f"{type(error).__name__}: {error}"[:160]
 
 
 def expected_bytes(rows: Sequence[Row], name: str, depth: int) -> float | None:
@@ -61,7 +48,7 @@ def expected_bytes(rows: Sequence[Row], name: str, depth: int) -> float | None:
 
 
 def measure(
-    work: Workload,
+    work: Work,
     depth: int,
     earlier: Sequence[Row],
     *,
@@ -83,20 +70,19 @@ def measure(
         (on the CPU, where timed and not compared); `gradient_error` and `restored_input` (where compared); and
         `skipped`, with reasons.
     """
-    blocks, x, graph = work.make(depth, device)
     row: Row = {"depth": depth, "skipped": {}, "peak_bytes": {}, "drift": {}}
     steps: dict[str, Step] = {}
-    for name in SYSTEMS:
+    for name, make in work.steps(depth, device).items():
         foretold = expected_bytes(earlier, name, depth)
         if foretold is not None and foretold > max_gb * GB:
             row["skipped"][name] = f"would need about {foretold / GB:.1f} GB, more than --max-plain-gb {max_gb:g}"
             continue
         try:
-            step = make_step(name, blocks, x, graph)
+            step = make()
             step.zero_gradients()
             row["peak_bytes"][name] = peak_bytes(step, device)
         except (UnavailableError, RuntimeError) as error:
-            row["skipped"][name] = f"{type(error).__name__}: {error}"[:160]
+            row["skipped"][name] = reason(error)
             continue
         row["drift"][name] = step.system.last_drift()
         steps[name] = step
@@ -106,11 +92,11 @@ def measure(
     if repeats and not compare:  # the record of a very deep step is long
         row["allocator_bytes"] = {name: allocator_bytes(step, device) for name, step in steps.items()}
     if compare:
-        row.update(_compare(steps, x))
+        row.update(_compare(steps))
     return row
 
 
-def _compare(steps: dict[str, Step], x: Tensor) -> Row:
+def _compare(steps: dict[str, Step]) -> Row:
     expected = None
     errors: dict[str, float] = {}
     restored: dict[str, dict[str, Any]] = {}
@@ -121,6 +107,6 @@ def _compare(steps: dict[str, Step], x: Tensor) -> Row:
         elif expected is not None:
             errors[name] = relative_error(result.gradients, expected)
         found, how = step.system.restored(result.given, result.out)
-        error = None if found is None else relative_error([found], [x.detach()])
+        error = None if found is None else relative_error([found], [step.x.detach()])
         restored[name] = {"error": error, "how": how}
     return {"gradient_error": errors, "restored_input": restored}

@@ -1,15 +1,52 @@
-"""One training step of a system, for measuring and for comparing."""
+"""A system, which is one way to train a stack of layers, and one training step of it, measured and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench._systems import SYSTEMS, Blocks, System
+
+class UnavailableError(Exception):
+    """A system that cannot run here; the message says why."""
+
+
+class System:
+    """A stack of layers, and what can be learned of it after a step.
+
+    Attributes:
+        refills: it empties its input in forward, and in backward fills it with what it reconstructed.
+    """
+
+    def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]], refills: bool = False) -> None:
+        self.layers = layers
+        self.refills = refills
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def last_drift(self) -> float | None:
+        """What the system itself says of its drift."""
+        return None
+
+    def restored(self, given: Tensor, out: Tensor) -> tuple[Tensor | None, str]:
+        """Return the reconstructed input, where it can be had, and how it was had.
+
+        Args:
+            given: the input of the step, after backward.
+            out: the output of the step.
+        """
+        if self.refills:
+            return given, "the input that was emptied in forward, as backward filled it again"
+        return None, "none: the input of every layer is kept"
 
 
 @dataclass(frozen=True)
@@ -66,13 +103,18 @@ class Step:
         F.mse_loss(out, torch.zeros((), dtype=out.dtype, device=out.device).expand_as(out)).backward()
 
 
-def make_step(name: str, blocks: Blocks, x: Tensor, graph: Tensor) -> Step:
-    """A step of one of `SYSTEMS` over blocks that it shares with the others.
+def imported(name: str) -> ModuleType:
+    """A peer's package.
 
     Raises:
-        UnavailableError: it cannot run here.
+        UnavailableError: it cannot be imported; the others are measured all the same.
     """
-    return Step(SYSTEMS[name](blocks, graph), x, [p for stack in blocks for p in stack.parameters()])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peers decorate with names that torch has deprecated
+            return importlib.import_module(name)
+    except Exception as error:  # whatever it is
+        raise UnavailableError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -6,55 +6,21 @@ y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}).
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch_geometric.nn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bench._step import Step, System, UnavailableError, imported
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
 Blocks = Sequence[nn.ModuleList]
-
-
-class UnavailableError(Exception):
-    """A system that cannot run here; the message says why."""
-
-
-class System:
-    """A stack of layers, and what can be learned of it after a step.
-
-    Attributes:
-        refills: it empties its input in forward, and in backward fills it with what it reconstructed.
-    """
-
-    def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]], refills: bool = False) -> None:
-        self.layers = layers
-        self.refills = refills
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def last_drift(self) -> float | None:
-        """What the system itself says of its drift."""
-        return None
-
-    def restored(self, given: Tensor, out: Tensor) -> tuple[Tensor | None, str]:
-        """Return the reconstructed input, where it can be had, and how it was had.
-
-        Args:
-            given: the input of the step, after backward.
-            out: the output of the step.
-        """
-        if self.refills:
-            return given, "the input that was emptied in forward, as backward filled it again"
-        return None, "none: the input of every layer is kept"
 
 
 class Recollect(System):
@@ -127,12 +93,7 @@ class _OnGraph(nn.Module):
 def _memcnn(blocks: Blocks, graph: Tensor) -> System:
     if any(len(stack) != 2 for stack in blocks):
         raise UnavailableError("memcnn's additive coupling has two groups")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it decorates with names that torch has deprecated
-            import memcnn
-    except Exception as error:  # whatever it is, the others are measured all the same
-        raise UnavailableError(f"memcnn cannot be imported: {type(error).__name__}: {error}") from error
+    memcnn = imported("memcnn")
 
     def layer(stack: nn.ModuleList) -> Callable[[Tensor], Tensor]:
         coupling = memcnn.AdditiveCoupling(_OnGraph(stack[0], graph), _OnGraph(stack[1], graph), split_dim=-1)
@@ -152,3 +113,40 @@ SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
     "memcnn": _memcnn,
     "recollect": _recollect,
 }
+
+
+def make_step(name: str, blocks: Blocks, x: Tensor, graph: Tensor) -> Step:
+    """A step of one of `SYSTEMS` over blocks that it shares with the others.
+
+    Raises:
+        UnavailableError: it cannot run here.
+    """
+    return Step(SYSTEMS[name](blocks, graph), x, [p for stack in blocks for p in stack.parameters()])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A random graph with random features, and the blocks to run on it.
+
+    Attributes:
+        norm: "bare" for convolutions alone, "layer" or "batch" for (norm, ReLU, dropout, conv).
+    """
+
+    nodes: int
+    edges: int
+    channels: int
+    norm: str
+
+    def steps(
+        self, depth: int, device: torch.device, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+    ) -> dict[str, Callable[[], Step]]:
+        """How to make a step of each system, all on the same inputs and weights."""
+        torch.manual_seed(0)
+        graph = torch.randint(self.nodes, (2, self.edges), device=device)
+        x = torch.randn(self.nodes, self.channels, dtype=dtype, device=device, requires_grad=True)
+        blocks = build_blocks(depth, self.channels, self.norm, dropout=dropout, dtype=dtype, device=device)
+        return {name: functools.partial(make_step, name, blocks, x, graph) for name in SYSTEMS}
+
+    def __str__(self) -> str:
+        blocks = "bare SAGE" if self.norm == "bare" else f"{self.norm} norm, ReLU, SAGE"
+        return f"{self.nodes:,} nodes, {self.edges:,} edges, {self.channels} channels, 2 groups, {blocks}"

@@ -23,8 +23,9 @@ import torch
 from bench import _tolokers
 from bench._exactness import LAYERS, gradient_errors
 from bench._harness import settings
-from bench._measure import Row, Workload, measure, warm_up
-from bench._report import GB, Target, header, results_file, show, write_json
+from bench._measure import Row, measure, warm_up
+from bench._report import GB, Target, finish, header, results_file, show
+from bench._systems import SYSTEMS, Workload
 from bench._tables import depth_tables, gradient_table, progress
 from bench._targets import depth_targets
 
@@ -76,9 +77,9 @@ def _rows(
     for depth in depths:
         repeats = 1 if long else options.repeats if depth in options.timed else 0
         row = measure(work, depth, rows, repeats=repeats, max_gb=options.max_plain_gb, compare=long, device=device)
-        print(progress(row), flush=True)
+        print(progress(row, SYSTEMS), flush=True)
         rows.append(row)
-    print(f"\n{depth_tables(rows)}")
+    print(f"\n{depth_tables(rows, SYSTEMS)}")
     return rows
 
 
@@ -86,8 +87,8 @@ def run_depths(options: argparse.Namespace, device: torch.device) -> tuple[dict[
     """Peaks at every depth, times at some, gradients at 64 layers, and the numbers to reach."""
     work = Workload(options.nodes, options.edges, options.channels, options.norm)
     rows = _rows(work, options.depths, options, device, long=False)
-    errors = gradient_errors(device)
-    print(f"\n{gradient_table(errors, LAYERS)}")
+    errors = gradient_errors(Workload(200, 1000, 32, "layer"), device)
+    print(f"\n{gradient_table(errors, f'{LAYERS} layers of (norm, ReLU, dropout, SAGE)', SYSTEMS)}")
     return {"workload": str(work), "rows": rows, "gradient_errors": errors}, depth_targets(work, rows, errors)
 
 
@@ -132,17 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         parts["tolokers" + ("" if options.tolokers_layers == _tolokers.LAYERS else "-try")] = run_tolokers
     reports = {}
     with settings(options.threads):
-        warm_up(device)
+        warm_up(Workload(64, 128, 16, "layer"), device)
         for name, part in parts.items():
             used = {key: getattr(options, key) for key in (*_SETTINGS[part], "device", "threads")}
             report = header(device, used)  # before the part: the load average is then the others', not its own
             found, targets = part(options, device)
-            report |= {**found, "targets": [target.as_dict() for target in targets]}
-            if targets:
-                print("\nnumbers to reach")
-                print("\n".join(target.line() for target in targets), flush=True)
-            write_json(results_file(name, device, options.output), report)
-            reports[name] = report
+            reports[name] = finish(report | found, targets, results_file(name, device, options.output))
     return reports
 
 
