@@ -104,6 +104,16 @@ def header(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def finish(report: Mapping[str, Any], targets: Sequence[Target], file: Path) -> dict[str, Any]:
+    """Print what is reached, add it to the report, write that to a file and return it."""
+    done = {**report, "targets": [target.as_dict() for target in targets]}
+    if targets:
+        print("\nnumbers to reach")
+        print("\n".join(target.line() for target in targets), flush=True)
+    write_json(file, done)
+    return done
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out columns: the first to the left, all others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]

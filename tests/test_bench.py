@@ -19,10 +19,10 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
 from bench import _harness as harness
 from bench import _tolokers
 from bench._exactness import gradient_errors
-from bench._measure import Workload, expected_bytes, measure
+from bench._measure import expected_bytes, measure
 from bench._report import Target, write_json
 from bench._step import relative_error
-from bench._systems import SYSTEMS
+from bench._systems import SYSTEMS, Workload
 from bench._targets import WORKLOAD, depth_targets
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_a_system_that_is_wrong_or_fails_is_seen(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(SYSTEMS, "pyg", lambda blocks, graph: SYSTEMS["plain"](blocks[:-1], graph))
     monkeypatch.setitem(SYSTEMS, "checkpoint", fails)
-    for errors in gradient_errors(CPU, layers=3, nodes=20, edges=40, channels=8).values():
+    for errors in gradient_errors(Workload(20, 40, 8, "layer"), CPU, layers=3).values():
         assert errors["pyg"] > 1e-2
         assert errors["checkpoint"] == "RuntimeError: cannot"
 
