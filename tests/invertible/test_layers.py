@@ -233,6 +233,17 @@ class TestBatchNorm:
             module.weight[1] = 0
         with pytest.raises(ValueError, match=r"channel\(s\) \[1\] is 0"):
             module.inverse(torch.randn(2, 3))
+        with torch.no_grad():
+            module.weight[1], module.bias[1] = 1e-8, 1.0
+        with pytest.raises(ValueError, match="so small beside the bias"):
+            module.inverse(torch.randn(2, 3))
+
+    def test_an_empty_batch_in_training(self):
+        module = inn.BatchNorm1d(3)
+        x = torch.randn(0, 3, requires_grad=True)
+        module(x * 1.0).sum().backward()
+        assert x.grad.shape == (0, 3)
+        assert torch.equal(module.running_mean, torch.zeros(3))
 
     def test_one_value_per_channel(self):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -277,7 +288,7 @@ class TestActNorm:
 
     def test_what_initialises_nothing(self):
         module = inn.ActNorm(3)
-        for x in (torch.randn(1, 3), torch.randn(0, 3)):
+        for x in (torch.randn(1, 3), torch.randn(0, 3), torch.full((4, 3), math.nan)):
             module(x)
             assert not module.initialized
         module.eval()(torch.randn(9, 3))
@@ -333,12 +344,27 @@ class TestShapes:
         with pytest.raises(ValueError, match=r"that it divides .got shape \[1, 3, 2, 5\]"):
             inn.PixelUnshuffle(2)(torch.randn(1, 3, 2, 5))
 
+    @pytest.mark.parametrize("module", [inn.Flatten(0), inn.Unflatten(0, (2, 2))], ids=["Flatten", "Unflatten"])
+    def test_joining_the_batch_has_no_log_determinant(self, module):
+        assert module.check(torch.randn(4, 3))
+        with pytest.raises(NotImplementedError, match="moves the batch"):
+            module.forward_and_log_det(torch.randn(4, 3))
+
+    def test_other_sizes_than_were_given(self):
+        with pytest.raises(ValueError, match=r"dims=\(3, 3\)\) joins .*got \(4, 5\)"):
+            inn.Flatten(dims=(3, 3))(torch.randn(2, 4, 5))
+
+    @pytest.mark.parametrize("kind", [inn.PixelShuffle, inn.PixelUnshuffle])
+    def test_a_factor_of_zero(self, kind):
+        with pytest.raises(ValueError, match="at least 1"):
+            kind(0)
+
     @pytest.mark.parametrize("dims", [(0, 0), (0, 2), (1,)])
     def test_not_a_permutation(self, dims):
         with pytest.raises(ValueError, match="named once"):
             inn.Permute(*dims)
 
-    @pytest.mark.parametrize("padding", [(1,), (1, -1)])
+    @pytest.mark.parametrize("padding", [(1,), (1, -1), 2])
     def test_padding_that_crops(self, padding):
         with pytest.raises(ValueError, match="two numbers, 0 or more"):
             inn.ConstantPad(padding)
@@ -366,6 +392,14 @@ class TestActivations:
     def test_stability_in_float32(self, module, bound):
         x = torch.cat([s * torch.logspace(-6, 30, 2000) for s in (-1, 1)])
         assert ((module.inverse(module(x)) - x).abs() <= bound * x.abs()).all()
+
+    @pytest.mark.parametrize("module", [inn.LeakyReLU(), inn.SELU(), inn.Asinh(), inn.ActNorm(5000)], ids=str)
+    def test_log_determinants_of_low_precision_are_summed_in_float32(self, module):
+        x = torch.randn(3, 5000).bfloat16()
+        _, found = module.eval().forward_and_log_det(x)
+        _, expected = module.forward_and_log_det(x.float())
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected, rtol=1e-3)
 
     @pytest.mark.parametrize("kind", [inn.LeakyReLU, inn.SELU])
     def test_bad_arguments(self, kind):

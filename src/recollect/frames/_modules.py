@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -25,13 +24,11 @@ _MANY = 256
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return the in-place version of a tensor.
-
-    Inference tensors have none, and torch.compile sees none: both count as unchanged.
-    """
-    if torch.compiler.is_compiling():
+    """Return the in-place version of a tensor; inference tensors have none, and count as unchanged."""
+    try:
+        return tensor._version
+    except RuntimeError:
         return 0
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[nn.Module]:

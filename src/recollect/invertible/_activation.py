@@ -28,16 +28,16 @@ class _Elementwise(Module):
 
     def function_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output and log|det| of shape [batch]."""
-        return self.function(x), _sum(self._log_slope(x))
+        return self.function(x), self._log_det(x)
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input and the inverse's log|det| of shape [batch]."""
         x: Tensor = self.inverse(y)
-        return x, -_sum(self._log_slope(x))
+        return x, -self._log_det(x)
 
-
-def _sum(values: Tensor) -> Tensor:
-    return values.flatten(1).sum(1) if values.dim() > 1 else values
+    def _log_det(self, x: Tensor) -> Tensor:
+        values = self._log_slope(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return values.flatten(1).sum(1) if x.dim() > 1 else values
 
 
 def _refuse_in_place(name: str, inplace: bool) -> None:
@@ -61,8 +61,11 @@ class LeakyReLU(_Elementwise):
     def __init__(self, negative_slope: float = 0.2, inplace: bool = False, **options: Any) -> None:
         super().__init__(**options)
         _refuse_in_place("LeakyReLU", inplace)
-        if not 0 < negative_slope < math.inf:
-            raise ValueError(f"LeakyReLU needs a positive negative_slope to be invertible (got {negative_slope})")
+        if not 1e-30 < negative_slope < 1e30:
+            raise ValueError(
+                "LeakyReLU needs a positive negative_slope, between 1e-30 and 1e30, to be invertible (got "
+                f"{negative_slope})"
+            )
         self.negative_slope = negative_slope
 
     def function(self, x: Tensor) -> Tensor:
@@ -103,8 +106,8 @@ class SELU(_Elementwise):
     def __init__(self, tail: float = 2.0, inplace: bool = False, **options: Any) -> None:
         super().__init__(**options)
         _refuse_in_place("SELU", inplace)
-        if not 0 < tail < math.inf:
-            raise ValueError(f"SELU needs a positive tail to be invertible (got {tail})")
+        if not 0 < tail < 50:
+            raise ValueError(f"SELU needs a positive tail, below 50, to be invertible (got {tail})")
         self.tail = tail
 
     @property

@@ -18,8 +18,9 @@ class ActNorm(Module):
     """y = (x - loc) * exp(log_scale) by channel (Kingma and Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
     The first batch in training mode sets both so that its outputs have mean 0 and standard deviation 1; from then on
-    they are trained like other parameters. A batch with fewer than two values per channel sets nothing, and a channel
-    that is constant keeps the scale 1. The log-determinant is the sum of log_scale over channels and positions.
+    they are trained like other parameters. A batch with fewer than two values per channel, or with values that are not
+    finite, sets nothing; a channel that is constant keeps the scale 1. The log-determinant is the sum of log_scale over
+    channels and positions.
 
     Args:
         num_features: channels.
@@ -92,13 +93,16 @@ class ActNorm(Module):
 
     def _log_det(self, x: Tensor) -> Tensor:
         positions = math.prod(x.shape[1:]) // self.num_features
-        return (self.log_scale.sum() * positions).expand(x.shape[0])
+        dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
+        return (self.log_scale.sum(dtype=dtype) * positions).expand(x.shape[0])
 
     def _initialize(self, x: Tensor) -> None:
         values = x.detach().movedim(self.dim, 0).flatten(1)
         if values.size(1) < 2:
             return
         deviation, mean = torch.std_mean(values, 1)
+        if not torch.isfinite(deviation + mean).all():
+            return
         deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
         with torch.no_grad():
             self.loc.copy_(mean)

@@ -37,7 +37,7 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         - x: as torch's layer; output: the same; log-determinant: [batch].
 
     Raises:
-        ValueError: as torch's layer; in the inverse, a weight of zero, or no statistics to go by.
+        ValueError: as torch's layer; in the inverse, a weight of zero (or none beside its bias), or no statistics.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if x.numel() == x.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if x.numel() == 0:  # which native_batch_norm refuses
+            y = F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            return y, x.new_zeros(self.num_features), x.new_ones(self.num_features)
         update = self.training and self.track_running_stats
         y, mean, scale = torch.native_batch_norm(
             x,
@@ -92,9 +95,14 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         """Return x for normalised values, by the given statistics or by the running ones."""
         mean, scale = self._statistics(mean, scale)
         if self.weight is not None:
-            zero = (self.weight == 0).nonzero().flatten().tolist()
-            if zero:
-                raise ValueError(f"{type(self).__name__}: the weight of channel(s) {zero} is 0, which has no inverse")
+            limits = torch.finfo(self.weight.dtype)
+            lost = self.weight.abs() <= (limits.eps * self.bias.abs()).clamp_min(limits.tiny)
+            if lost.any():
+                raise ValueError(
+                    f"{type(self).__name__}: the weight of channel(s) {lost.nonzero().flatten().tolist()} is 0, or so "
+                    "small beside the bias that the output has lost the input; keep it away from 0, or set "
+                    "invertible=False"
+                )
             y, scale = y - self._along(self.bias, y), scale * self.weight
         return y / self._along(scale, y) + self._along(mean, y)
 
@@ -111,6 +119,7 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
     def _log_det(self, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         _, scale = self._statistics(mean, scale)
         slope = scale if self.weight is None else scale * self.weight
+        slope = slope.to(torch.promote_types(slope.dtype, torch.float32))
         return (slope.abs().log().sum() * math.prod(x.shape[2:])).expand(x.shape[0])
 
     def _statistics(self, mean: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:

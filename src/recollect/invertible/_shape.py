@@ -8,13 +8,17 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect._arguments import check_count
 from recollect.invertible._module import Module, pack, zero_log_det
 
 __all__ = ["ConstantPad", "Flatten", "Permute", "PixelShuffle", "PixelUnshuffle", "Unflatten"]
 
 
 class _Moves(Module):
-    """A bijection with determinant one."""
+    """A bijection with determinant one, as long as the batch, dimension 0, stays what it is."""
+
+    def _moves_batch(self) -> bool:
+        return False
 
     @property
     def reversible(self) -> bool:
@@ -23,11 +27,17 @@ class _Moves(Module):
 
     def function_and_log_det(self, *args: Any) -> tuple[Any, ...]:
         """Return the outputs and zeros of shape [batch]."""
+        self._check_batch()
         return (*pack(self.function(*args)), zero_log_det(args[0]))
 
     def inverse_and_log_det(self, *args: Any) -> tuple[Any, ...]:
         """Return the inputs and zeros of shape [batch]."""
+        self._check_batch()
         return (*pack(self.inverse(*args)), zero_log_det(args[0]))
+
+    def _check_batch(self) -> None:
+        if self._moves_batch():
+            raise NotImplementedError(f"{self} moves the batch, and has no log-determinant for each element")
 
 
 class Flatten(_Moves):
@@ -68,9 +78,15 @@ class Flatten(_Moves):
         """One."""
         return 1
 
+    def _moves_batch(self) -> bool:
+        return self.start_dim == 0
+
     def function(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return x with the dimensions joined, and their sizes."""
-        dims = tuple(x.shape[self.start_dim % x.dim() : self.end_dim % x.dim() + 1])
+        number = max(x.dim(), 1)
+        dims = tuple(x.shape[self.start_dim % number : self.end_dim % number + 1])
+        if self.dims is not None and dims != self.dims:
+            raise ValueError(f"Flatten(dims={self.dims}) joins dimensions of those sizes (got {dims})")
         return x.flatten(self.start_dim, self.end_dim), dims
 
     def inverse(self, y: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -99,6 +115,9 @@ class Unflatten(_Moves):
         super().__init__(**options)
         self.dim = dim
         self.sizes = tuple(sizes)
+
+    def _moves_batch(self) -> bool:
+        return self.dim == 0
 
     def function(self, x: Tensor) -> Tensor:
         """Return x with the dimension split."""
@@ -143,21 +162,8 @@ class Permute(_Moves):
         """Return y with its dimensions in the old order."""
         return y.permute([self.dims.index(dim) for dim in range(len(self.dims))])
 
-    def function_and_log_det(self, *args: Any) -> tuple[Any, ...]:
-        """Return the outputs and zeros of shape [batch]."""
-        self._check_batch()
-        return super().function_and_log_det(*args)
-
-    def inverse_and_log_det(self, *args: Any) -> tuple[Any, ...]:
-        """Return the inputs and zeros of shape [batch]."""
-        self._check_batch()
-        return super().inverse_and_log_det(*args)
-
-    def _check_batch(self) -> None:
-        if self.dims[:1] != (0,):
-            raise NotImplementedError(
-                f"Permute{self.dims} moves the batch, and has no log-determinant by batch element"
-            )
+    def _moves_batch(self) -> bool:
+        return self.dims[:1] != (0,)
 
     def extra_repr(self) -> str:
         """Return the settings and the flags."""
@@ -178,7 +184,7 @@ class ConstantPad(Module):
 
     def __init__(self, padding: Sequence[int], value: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        self.padding = tuple(padding)
+        self.padding = tuple(padding) if isinstance(padding, Sequence) else (padding,)
         self.value = value
         if len(self.padding) % 2 or any(number < 0 for number in self.padding):
             raise ValueError(
@@ -235,6 +241,7 @@ class PixelShuffle(_Moves):
 
     def __init__(self, upscale_factor: int, **options: Any) -> None:
         super().__init__(**options)
+        check_count("upscale_factor", upscale_factor)
         self.upscale_factor = upscale_factor
 
     def function(self, x: Tensor) -> Tensor:
@@ -260,6 +267,7 @@ class PixelUnshuffle(_Moves):
 
     def __init__(self, downscale_factor: int, **options: Any) -> None:
         super().__init__(**options)
+        check_count("downscale_factor", downscale_factor)
         self.downscale_factor = downscale_factor
 
     def function(self, x: Tensor) -> Tensor:
