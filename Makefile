@@ -1,6 +1,6 @@
 # make train   train a deep reversible network on a small graph; ARGS="model.num_layers=112 seed=3" for options
 # make test    every check: lint, formatting, types, tests, the examples in README and docstrings
-# make bench   side-by-side benchmarks against the peers; ARGS as well
+# make bench   side-by-side benchmarks against the peers; ARGS as well, such as --quick
 # make format  format the code and sort its imports
 # make clean   remove the environment and all caches
 #
@@ -65,6 +65,7 @@ $(BENCH_READY): $(READY)
 
 bench: $(BENCH_READY)
 	$(BIN)/python -m bench.depth $(ARGS)
+	$(BIN)/python -m bench.invertible $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
