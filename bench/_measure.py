@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,12 +26,14 @@ class Work(Protocol):
 
 
 def warm_up(work: Work, device: torch.device) -> None:
-    """Let every system run once at a small size: libraries allocate their own workspaces at their first use."""
+    """Let every system run once, inside `settings`: libraries allocate their own workspaces at their first use."""
     for make in work.steps(2, device).values():
         try:
             make()()
         except (UnavailableError, RuntimeError):
             continue  # measuring says why
+    gc.collect()
+    gc.freeze()  # what the peers loaded too is spared by the collections; `settings` undoes it
 
 
 def reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from bench._invertible_systems import SYSTEMS, Stack
 from bench._invertible_targets import RIGHT, WORKLOADS, ratios, targets, verdicts
 
 CPU = torch.device("cpu")
-TINY = ["--quick", "--depths", "3", "9", "--timed", "9", "--repeats", "2", "--exact-depth", "6"]
+TINY = ["--quick", "--depths", "3", "9", "--timed", "9", "--repeats", "2", "--exact-depth", "4"]
 SMALL = ["--batch", "64", "--channels", "16", "--conv-batch", "2", "--conv-channels", "8"]
 ALWAYS = {"plain", "checkpoint", "recollect"}  # those that need no peer
 
