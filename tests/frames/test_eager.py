@@ -1,6 +1,7 @@
 """``eager_release``: what is freed, what is left alone, and what reading a freed tensor does."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -71,6 +72,55 @@ def test_reading_a_freed_tensor_names_the_module() -> None:
         with pytest.raises(ReleasedTensorError, match=r"Affine.*released its memory.*keep="):
             read()
     assert y.shape == (10, 5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: torch.cat([x, x]),
+        lambda x: torch.relu(input=x),
+        lambda x: torch._foreach_add([x], 1),
+        lambda x: torch.add(torch.ones(10, 3), 1, out=x),
+    ],
+    ids=["cat", "keyword", "foreach", "out"],
+)
+def test_the_module_is_named_wherever_the_tensor_is(read) -> None:
+    x = torch.randn(10, 3, dtype=torch.double)
+    with recollect.eager_release():
+        y = Affine()(x)
+    with pytest.raises(ReleasedTensorError, match="input of Affine"):
+        read(x)
+    assert y.shape == (10, 5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: torch.tensor(x),
+        lambda x: torch.as_tensor(x, dtype=torch.float32).sum(),
+        lambda x: torch.asarray(x, copy=True).sum(),
+        lambda x: torch.DoubleTensor(x).sum(),
+        lambda x: torch.ones(3, dtype=torch.double).new_tensor(x).sum(),
+        lambda x: x.as_subclass(Tensor).sum(),
+        lambda x: torch.func.vmap(lambda row: row.sum())(x),
+        lambda x: torch.func.grad(lambda t: t.sum())(x),
+        lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)).sum(),
+        lambda x: setattr(torch.ones(3, dtype=torch.double), "data", x),
+        lambda x: (torch.ones(10, 3, dtype=torch.double, requires_grad=True) * 2).backward(x),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # copies of tensors are advised against
+def test_what_does_not_ask_python_finds_no_elements(read) -> None:
+    """Reading an empty storage behind a full shape would end the process."""
+    x = torch.randn(10, 3, dtype=torch.double)
+    values = x.clone()
+    with recollect.eager_release():
+        y = Affine()(x)
+    with suppress(RuntimeError, ValueError):
+        found = read(x)
+        assert not isinstance(found, Tensor) or found.numel() == 0 or not found.any()
+    y.sum().backward()
+    torch.testing.assert_close(x, values)
 
 
 def test_by_default_nothing_is_freed() -> None:

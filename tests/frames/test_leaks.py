@@ -134,9 +134,6 @@ def test_a_thousand_steps_without_growth(source, without_gc):
 
 
 @each_source
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="each tree_flatten of arguments leaves a cycle of functions and cells"
-)
 def test_a_step_makes_no_garbage(source, without_gc):
     net, x = make(source, dropout=0.2)
     for _ in range(2):
@@ -151,7 +148,6 @@ def test_parameters_die_with_their_module(without_gc):
     loss = net(x).sum()
     loss.backward()
     del net, loss
-    gc.collect()  # modules themselves may be cyclic
     assert reference() is None
 
 

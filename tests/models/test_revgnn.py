@@ -206,17 +206,7 @@ class TestDepth:
         ("conv", "dtype", "tolerance"),
         [
             *((conv, torch.float64, 1e-10) for conv in CONVS),
-            *((conv, torch.float32, 1e-5) for conv in CONVS if conv != "gen"),
-            pytest.param(
-                "gen",
-                torch.float32,
-                1e-5,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="softmax aggregation amplifies the rounding of the reconstruction to about 5e-5",
-                    raises=AssertionError,
-                ),
-            ),
+            *((conv, torch.float32, 1e-5) for conv in CONVS),
         ],
     )
     def test_gradients(self, dtype, tolerance, conv, shared, x, edge_index):
@@ -512,3 +502,9 @@ class TestErrors:
         model = make(conv=lambda c: pyg.SAGEConv(c, c + 1))
         with pytest.raises(ValueError, match=r"shape \[24, 8\], got \[24, 9\]"):
             model(x, edge_index)
+
+
+@pytest.mark.parametrize(("conv", "found"), [(None, "NoneType"), (lambda channels: 5, "int")])
+def test_a_conv_that_is_no_module(conv, found):
+    with pytest.raises(TypeError, match=f"function that makes a module.*got {found}"):
+        RevGNN(4, 8, 2, 2, conv=conv)

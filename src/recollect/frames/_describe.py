@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,4 +21,6 @@ def describe(function: Callable[..., Any]) -> str:
         return text if len(text) <= 120 else f"{text[:117]}..."
     while not hasattr(function, "__qualname__") and hasattr(function, "__self__"):
         function = function.__self__
+    if isinstance(function, types.BuiltinFunctionType):
+        return f"{function.__module__ or 'torch'}.{function.__name__}"
     return getattr(function, "__qualname__", None) or repr(function)

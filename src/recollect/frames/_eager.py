@@ -25,8 +25,9 @@ def eager_release(enabled: bool = True) -> Iterator[None]:
     its inverse restores; backward puts the values back. Left alone are inputs named in ``keep``, views, tensors that
     share their storage with others (outputs included) and tensors that other operations saved for backward.
 
-    Reading a released tensor through Python raises a :class:`~recollect.frames.ReleasedTensorError`; its metadata
-    (shape, dtype, storage size) can be read.
+    Reading a released tensor raises a :class:`~recollect.frames.ReleasedTensorError` that names the module; its
+    metadata (shape, dtype, storage size) can be read. What does not ask Python first (``torch.tensor(x)``,
+    ``torch.func``, a gradient) finds a tensor without elements.
 
     Args:
         enabled: with ``False``, the normal behaviour.
@@ -38,7 +39,7 @@ def eager_release(enabled: bool = True) -> Iterator[None]:
         local.eager = before
 
 
-# What may be asked of a tensor that has no values.
+# What may be asked of a tensor that has no values, and what is answered from the layout that it had.
 _METADATA = frozenset(
     [
         "_backward_hooks",
@@ -48,13 +49,11 @@ _METADATA = frozenset(
         "_use_count",
         "_version",
         "device",
-        "dim",
         "dtype",
         "element_size",
         "grad",
         "grad_fn",
         "is_complex",
-        "is_contiguous",
         "is_cpu",
         "is_cuda",
         "is_floating_point",
@@ -64,28 +63,41 @@ _METADATA = frozenset(
         "itemsize",
         "layout",
         "names",
-        "nbytes",
-        "ndim",
-        "ndimension",
-        "nelement",
-        "numel",
         "output_nr",
         "register_hook",
         "requires_grad",
         "retain_grad",
         "retains_grad",
+        "storage",
+        "untyped_storage",
+    ]
+)
+_LAYOUT = frozenset(
+    [
+        "dim",
+        "is_contiguous",
+        "nbytes",
+        "ndim",
+        "ndimension",
+        "nelement",
+        "numel",
         "shape",
         "size",
-        "storage",
         "storage_offset",
         "stride",
-        "untyped_storage",
     ]
 )
 
 
 class _ReleasedTensor(Tensor):
-    """What a tensor becomes while its storage is empty."""
+    """What a tensor becomes while its memory is given up.
+
+    It is empty underneath, not only its storage: where reading does not ask Python (constructors in C, functorch, the
+    autograd engine), it finds no elements, and no address to read from.
+    """
+
+    _like: Tensor  # without memory, of the layout that the tensor had
+    _released_by: str
 
     @classmethod
     def __torch_function__(
@@ -94,47 +106,57 @@ class _ReleasedTensor(Tensor):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
+        if name in _LAYOUT:
+            return func(args[0]._like, *args[1:], **(kwargs or {}))
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        owner = next((a._released_by for a in args if isinstance(a, cls)), "an invertible function")
+        owner = next(_owners((args, kwargs)), "an invertible function")
         raise ReleasedTensorError(
             f"{name or func}: this tensor is an input of {owner}, which released its memory inside "
             "recollect.eager_release(); it is restored by backward. Name it in keep=(...), read it before, or leave "
             "eager_release, which is not needed to save memory"
         )
 
-    _released_by: str
+
+def _owners(value: Any) -> Iterator[str]:
+    """Yield who released the tensors among a call's arguments."""
+    if isinstance(value, _ReleasedTensor):
+        yield value._released_by
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _owners(item)
 
 
 class Released:
-    """A tensor whose storage was emptied, and the way back.
+    """A tensor whose memory was given up, and the way back.
 
     Args:
         tensor: the tensor; it is not kept alive.
         name: who released it, for messages.
     """
 
-    __slots__ = ("_bytes", "_tensor")
+    __slots__ = ("_tensor",)
 
     def __init__(self, tensor: Tensor, name: str) -> None:
-        storage = tensor.untyped_storage()
-        self._bytes = storage.nbytes()
         self._tensor = weakref.ref(tensor)
-        storage.resize_(0)
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        # Through .data: the tensor is what it was, so its version stays.
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         tensor.__class__ = _ReleasedTensor
-        tensor.__dict__["_released_by"] = name
+        tensor.__dict__.update(_like=like, _released_by=name)
 
     def restore(self, value: Tensor) -> None:
-        """Put the values back, if the tensor is still there and still empty."""
+        """Put the values back, if the tensor is still there and still without."""
         tensor = self._tensor()
         if not isinstance(tensor, _ReleasedTensor):
             return
-        del tensor._released_by
+        like = tensor._like
+        del tensor._released_by, tensor._like
         tensor.__class__ = Tensor  # type: ignore[assignment]
-        tensor.untyped_storage().resize_(self._bytes)
         with torch.no_grad():
-            tensor.data.copy_(value)  # through .data: the tensor is what it was, so its version stays
+            whole = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=value.device)
+            tensor.data = whole.copy_(value)
 
 
 def release(tensor: Tensor, name: str) -> Released | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,45 +38,49 @@ def find_modules(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> li
     plain objects among them, and the arguments that are modules. Every module is listed once, with its submodules.
     """
     found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-
-    def visit(thing: Any, depth: int) -> None:
+    # A list of what is to be seen and not a recursive closure, which would keep what it found until the garbage
+    # collector comes.
+    waiting: list[tuple[Any, int]] = [(argument, 1) for argument in args if isinstance(argument, nn.Module)]
+    waiting.append((function, 4))
+    seen: dict[int, Any] = {}  # held, so that no other object takes its place
+    while waiting:
+        thing, depth = waiting.pop()
         if isinstance(thing, nn.Module):
             if id(thing) not in found:
                 found.update((id(module), module) for module in thing.modules())
-            return
-        if depth == 0 or thing is None or id(thing) in seen or isinstance(thing, (Tensor, str, int, float)):
-            return
-        seen.add(id(thing))
-        visit(getattr(thing, "__self__", None), depth)  # of bound methods, and of adapters that name it so
-        if isinstance(thing, types.MethodType):
-            visit(thing.__func__, depth)
-        elif isinstance(thing, types.FunctionType):
-            for cell in thing.__closure__ or ():
-                try:
-                    visit(cell.cell_contents, depth - 1)
-                except ValueError:  # a variable that is not bound yet
-                    continue
-            for name in thing.__code__.co_names:
-                visit(thing.__globals__.get(name), depth - 1)
-            for default in thing.__defaults__ or ():
-                visit(default, depth - 1)
-        elif isinstance(thing, functools.partial):
-            for part in (thing.func, *thing.args, *thing.keywords.values()):
-                visit(part, depth - 1)
-        elif isinstance(thing, (list, tuple, dict)):
-            if len(thing) <= _MANY:
-                for item in thing.values() if isinstance(thing, dict) else thing:
-                    visit(item, depth - 1)
-        elif not isinstance(thing, (type, types.BuiltinFunctionType, types.ModuleType)) and hasattr(thing, "__dict__"):
-            for item in list(vars(thing).values()):
-                visit(item, depth - 1)
-
-    visit(function, 4)
-    for argument in args:  # no further: a graph object is nobody's to look into
-        if isinstance(argument, nn.Module):
-            visit(argument, 1)
+        elif depth > 0 and id(thing) not in seen and not isinstance(thing, _PLAIN):
+            seen[id(thing)] = thing
+            waiting.extend(_reachable(thing, depth))
     return list(found.values())
+
+
+# What holds no modules.
+_PLAIN = (type(None), Tensor, str, int, float)
+
+
+def _reachable(thing: Any, depth: int) -> Iterator[tuple[Any, int]]:
+    """Yield what one sees from an object that is no module, with how many steps may still follow."""
+    yield getattr(thing, "__self__", None), depth  # of bound methods, and of adapters that name it so
+    if isinstance(thing, types.MethodType):
+        yield thing.__func__, depth
+    elif isinstance(thing, types.FunctionType):
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # a variable that is not bound yet
+                yield cell.cell_contents, depth - 1
+        for name in thing.__code__.co_names:
+            yield thing.__globals__.get(name), depth - 1
+        for default in thing.__defaults__ or ():
+            yield default, depth - 1
+    elif isinstance(thing, functools.partial):
+        for part in (thing.func, *thing.args, *thing.keywords.values()):
+            yield part, depth - 1
+    elif isinstance(thing, (list, tuple, dict)):
+        if len(thing) <= _MANY:
+            for item in thing.values() if isinstance(thing, dict) else thing:
+                yield item, depth - 1
+    elif not isinstance(thing, (type, types.BuiltinFunctionType, types.ModuleType)) and hasattr(thing, "__dict__"):
+        for item in list(vars(thing).values()):
+            yield item, depth - 1
 
 
 class ModuleState:

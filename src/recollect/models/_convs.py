@@ -51,6 +51,7 @@ def make_conv(conv: str | Callable[[int], nn.Module], channels: int, **options: 
 
     Raises:
         ValueError: the name is unknown, or options are given for a function.
+        TypeError: neither a name nor a function, or the function makes no module.
         ImportError: a name is given and torch_geometric is missing.
     """
     if isinstance(conv, nn.Module):
@@ -61,7 +62,13 @@ def make_conv(conv: str | Callable[[int], nn.Module], channels: int, **options: 
     if not isinstance(conv, str):
         if options:
             raise ValueError(f"conv_kwargs {sorted(options)} are for convs by name; give them to your own function")
-        return conv(channels)
+        layer = conv(channels) if callable(conv) else conv
+        if not isinstance(layer, nn.Module):
+            raise TypeError(
+                f"conv must be one of {', '.join(sorted(CONVS))}, or a function that makes a module from the number of "
+                f"channels, e.g. lambda channels: SAGEConv(channels, channels) (got {type(layer).__name__})"
+            )
+        return layer
     if conv not in CONVS:
         raise ValueError(f"conv={conv!r} is unknown; choose from {', '.join(sorted(CONVS))}, or give a function")
     try:

@@ -16,6 +16,10 @@ from recollect.reversible import GroupAddRev
 
 __all__ = ["RevGNN"]
 
+# Named convolutions that amplify rounding: at 64 layers in float32 the gradient was wrong by up to 2e-2 without
+# anchors, and by 6e-6 with them.
+_ANCHORS = {"gen": 8}
+
 Norm = Literal["layer", "batch"]
 Task = Literal["multiclass", "multilabel"]
 
@@ -70,7 +74,8 @@ class RevGNN(nn.Module):
         tied: all layers share one set of parameters (the paper's WT-RevGNN).
         task: ``"multiclass"`` (one class per node) or ``"multilabel"`` (independent labels); decides :meth:`loss` and
             :meth:`predict`.
-        anchor_every: keep every s-th activation; bounds the drift of the reconstruction.
+        anchor_every: keep every s-th activation; bounds the drift of the reconstruction. ``None``: none are kept, but
+            for ``"gen"``, whose softmax amplifies rounding, every 8th.
         disable: run plain, keeping everything.
         conv_kwargs: options of a conv that is given by name.
 
@@ -100,6 +105,8 @@ class RevGNN(nn.Module):
         conv_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if anchor_every is None and isinstance(conv, str):
+            anchor_every = _ANCHORS.get(conv)
         for name, value in (
             ("in_channels", in_channels),
             ("hidden_channels", hidden_channels),

@@ -183,6 +183,8 @@ class GroupAddRev(_Grouped):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
     ) -> None:
+        if not isinstance(conv, nn.Module):
+            raise TypeError(f"conv must be a module, or a ModuleList of one for each group (got {type(conv).__name__})")
         if isinstance(conv, nn.ModuleList):
             if num_groups is not None and num_groups != len(conv):
                 raise ValueError(f"num_groups={num_groups}, but the ModuleList has {len(conv)} blocks; leave one out")

@@ -30,6 +30,6 @@ def command(arguments: Sequence[str]) -> int:
             sys.stderr.write("All groups, options and keys: recollect train --help\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; go on with: recollect train resume=RUN_DIR\n")
+        sys.stderr.write("\ninterrupted; go on with: recollect train resume=RUN_DIR (the folder that is named above)\n")
         return 130
     return 0
