@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ from torch.autograd import forward_ad
 
 from recollect.frames._errors import FrameError
 
-if TYPE_CHECKING:
-    from recollect.frames._frame import Frame
-
 __all__ = [
     "Scope", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
     "outside_transforms", "save_nothing",
 ]  # fmt: skip
+
+
+class _Rebuilt(Protocol):
+    """A frame, as far as its scope knows it."""
+
+    def forget(self) -> None:
+        """Drop what the last rebuild left over."""
 
 
 class Scope:
@@ -39,9 +43,9 @@ class Scope:
     __slots__ = ("__weakref__", "_last")
 
     def __init__(self) -> None:
-        self._last: weakref.ref[Frame] | None = None
+        self._last: weakref.ref[_Rebuilt] | None = None
 
-    def now_rebuilds(self, frame: Frame) -> None:
+    def now_rebuilds(self, frame: _Rebuilt) -> None:
         """Drop the leftovers of the frame that was rebuilt before ``frame``."""
         last = self._last() if self._last is not None else None
         if last is not None and last is not frame:

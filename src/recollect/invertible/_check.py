@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from recollect.frames import FrameError, RandomState, backward_mode, devices_of, dry_mode
 from recollect.invertible._undone import as_before, left_as_it_is, training_as
 
-if TYPE_CHECKING:
-    from recollect.invertible._module import Module
-
-__all__ = ["Subject", "check_module", "check_subject", "plainly"]
+__all__ = ["Subject", "check_subject", "plainly"]
 
 _PLAIN = "recollect compares with plain autograd here, which uses no saved-tensor hooks"
 
@@ -40,19 +37,6 @@ class Subject:
     framed: Callable[..., Any]
     plain: Callable[..., Any]
     seed: bool = True
-
-
-def check_module(module: Module, args: tuple[Any, ...], rtol: float, atol: float) -> bool:
-    """Check an invertible module in its own direction and with its own flags; see :func:`check_subject`."""
-
-    def subject(module: Module) -> Subject:
-        def plain(*args: Any) -> Any:
-            with module.temp_mode(checkpoint=False):
-                return plainly(module, *args)
-
-        return Subject(module, module.call_function, module.call_inverse, module, plain, module.seed)
-
-    return check_subject(subject(module), args, rtol, atol, subject)
 
 
 def plainly(function: Callable[..., Any], *args: Any) -> Any:

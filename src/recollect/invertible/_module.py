@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames import checkpoint, frames_apply, run_invertible
-from recollect.invertible._check import check_module
+from recollect.invertible._check import Subject, check_subject, plainly
 from recollect.invertible._measured import Measured
 
 __all__ = ["Module", "pack", "unpack", "zero_log_det"]
@@ -146,7 +146,16 @@ class Module(Measured):
             AssertionError: the inverse does not give back the inputs, or a second run gives other outputs, or the
                 gradients are not those of plain autograd; the message says which, and by how much.
         """
-        return check_module(self, args, rtol, atol)
+        return check_subject(self._subject(), args, rtol, atol, lambda duplicate: duplicate._subject())
+
+    def _subject(self) -> Subject:
+        """What is checked: the module in its present direction, with its present flags."""
+
+        def plain(*args: Any) -> Any:
+            with self.temp_mode(checkpoint=False):
+                return plainly(self, *args)
+
+        return Subject(self, self.call_function, self.call_inverse, self, plain, self.seed)
 
     def _run(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from recollect import invertible
 from recollect.frames import run_invertible
-from recollect.invertible.checks import Subject, check_module, check_subject, plainly
+from recollect.invertible.checks import Subject, check_subject, plainly
 from recollect.reversible import GroupRevRes, InvertibleModule
 
 __all__ = ["check_invertible"]
@@ -55,7 +55,7 @@ def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: 
         True
     """
     if isinstance(module, invertible.Module):
-        return check_module(module, inputs, rtol, atol)
+        return module.check(*inputs, rtol=rtol, atol=atol)
     if isinstance(module, InvertibleModule):
         make = _features_second if isinstance(module, GroupRevRes) else _features_first
     elif isinstance(module, nn.Module) and callable(getattr(module, "inverse", None)):
