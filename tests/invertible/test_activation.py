@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from recollect.invertible import Sequential
-from recollect.invertible._activation import SELU, Asinh, LeakyReLU
+from recollect.invertible import SELU, Asinh, LeakyReLU, Sequential
 
 SCALE, ALPHA = 1.0507009873554805, 1.6732632423543772
 

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from recollect.invertible import Linear, Sequential
-from recollect.invertible._actnorm import ActNorm
+from recollect.invertible import ActNorm, Linear, Sequential
 
 
 @pytest.mark.parametrize(

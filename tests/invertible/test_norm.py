@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.invertible import Identity, Linear, Sequential
-from recollect.invertible._norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from recollect.invertible import BatchNorm1d, BatchNorm2d, BatchNorm3d, Identity, Linear, Sequential
 
 
 def pair(kind, channels, dtype=torch.float64, **options):

@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.invertible import Linear, Sequential
-from recollect.invertible._shape import ConstantPad, Flatten, Permute, PixelShuffle, PixelUnshuffle, Unflatten
+from recollect.invertible import (
+    ConstantPad,
+    Flatten,
+    Linear,
+    Permute,
+    PixelShuffle,
+    PixelUnshuffle,
+    Sequential,
+    Unflatten,
+)
 
 # module, shape of an input whose dimension 0 it takes apart, joins, or moves
 MOVE_THE_BATCH = {

@@ -15,8 +15,10 @@ from recollect.invertible._linear import Linear
 from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module
 from recollect.invertible._norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from recollect.invertible._pad import ConstantPad
+from recollect.invertible._pixel import PixelShuffle, PixelUnshuffle
 from recollect.invertible._sequential import Sequential
-from recollect.invertible._shape import ConstantPad, Flatten, Permute, PixelShuffle, PixelUnshuffle, Unflatten
+from recollect.invertible._shape import Flatten, Permute, Unflatten
 
 __all__ = [
     "SELU",

@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from recollect.invertible._moves import Moves
-from recollect.invertible._pad import ConstantPad
-from recollect.invertible._pixel import PixelShuffle, PixelUnshuffle
 
-__all__ = ["ConstantPad", "Flatten", "Permute", "PixelShuffle", "PixelUnshuffle", "Unflatten"]
+__all__ = ["Flatten", "Permute", "Unflatten"]
 
 
 class Flatten(Moves):
