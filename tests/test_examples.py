@@ -19,14 +19,6 @@ def load(name):
     return module
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_flow_on_two_moons():
     flow = load("flow")
     result = flow.train(steps=6, iterations=400)

@@ -54,7 +54,7 @@ FLOORS = {
     "models": floor("_parameters frames invertible reversible autoscale", "torch_geometric"),
     "data": floor("", "torch_geometric sklearn ogb"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
-    "testing": floor("_parameters frames invertible reversible"),
+    "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),
     "train": floor("__init__ memory frames invertible reversible autoscale models data plan", APPLICATION),
     "cli": floor("__init__ train"),

@@ -97,20 +97,3 @@ def test_the_log_determinant_counts_positions():
         layer.matrices.log_scale.copy_(torch.tensor([[0.1, 0.2], [0.3, -1.0]]))
     log_det = layer.forward_and_log_det(torch.randn(2, 4, 3, 5, dtype=torch.float64))[1]
     torch.testing.assert_close(log_det, torch.full((2,), 15 * -0.4, dtype=torch.float64))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("parametrization", ["orthogonal", "lu", None])
-def test_cuda(parametrization):
-    torch.manual_seed(0)
-    layer = Conv2d(8, 32, 2, groups=2, parametrization=parametrization, dtype=torch.float64)
-    x = torch.randn(4, 8, 6, 4, dtype=torch.float64)
-    expected = layer(x).detach()
-    layer.to("cuda")
-    x = x.cuda().requires_grad_()
-    torch.testing.assert_close(layer(x).cpu(), expected, rtol=1e-10, atol=1e-10)
-    found = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
-    with layer.temp_mode(checkpoint=False):
-        plain = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
-    for f, e in zip(found, plain, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-10)

@@ -216,6 +216,23 @@ def test_autocast(kind, dtype):
         assert_same(found, step(), 1e-5 if dtype is torch.float32 else 2e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda(kind):
+    model = make(kind).cuda()
+    x = torch.randn(7, 8, dtype=torch.float64, device="cuda", requires_grad=True)
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+
+
+def test_the_log_determinant_of_low_precision_is_summed_in_float32():
+    model = AffineCoupling(nn.Linear(2000, 4000), nn.Linear(2000, 4000), drift_threshold=1.0).bfloat16()
+    x = torch.randn(3, 4000).bfloat16()
+    _, log_det = model.forward_and_log_det(x)
+    assert log_det.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch_and_strided_input(kind):
     model = make(kind, dropout=0.0)

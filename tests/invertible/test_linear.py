@@ -117,20 +117,3 @@ def test_a_singular_free_weight_says_so():
         layer.weight.fill_(1.0)
     with pytest.raises(RuntimeError, match="singular"):
         layer.inverse(torch.ones(1, 2))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("parametrization", ["orthogonal", "lu", None])
-def test_cuda(parametrization):
-    torch.manual_seed(0)
-    layer = Linear(64, 64, parametrization=parametrization, dtype=torch.float64)
-    x = torch.randn(16, 64, dtype=torch.float64)
-    expected = layer(x).detach()
-    layer.to("cuda")
-    x = x.cuda().requires_grad_()
-    torch.testing.assert_close(layer(x).cpu(), expected, rtol=1e-10, atol=1e-10)
-    found = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
-    with layer.temp_mode(checkpoint=False):
-        plain = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
-    for f, e in zip(found, plain, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-10)

@@ -641,3 +641,18 @@ def test_lu_needs_a_square_weight():
         Linear(2, 3, parametrization="lu")
     with pytest.raises(ValueError, match=r"needs a square weight \(got 8 x 4\)"):
         Conv2d(2, 16, 2, groups=2, parametrization="lu")
+
+
+@every
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(name):
+    layer, x = make(name)
+    expected = layer(x).detach()
+    layer.to("cuda")
+    x = x.detach().cuda().requires_grad_()
+    torch.testing.assert_close(layer(x).cpu(), expected, rtol=1e-10, atol=1e-10)
+    found = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
+    with layer.temp_mode(checkpoint=False):
+        plain = torch.autograd.grad(layer(x * 1).sin().sum(), [x, *layer.parameters()])
+    for f, e in zip(found, plain, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-10)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._arguments import pack
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
@@ -128,10 +129,6 @@ def run_invertible(
     return output
 
 
-def _pack(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
@@ -172,7 +169,7 @@ class _InverseStage:
         anchor_every: int | None,
     ) -> None:
         """Decide which inputs are dropped, and take the stage's place in the chain."""
-        outputs = _pack(output)
+        outputs = pack(output)
         if any(isinstance(o, dict) for o in outputs):
             raise TypeError(
                 f"{self._region.name}: an invertible function returns a tensor, or a tuple whose items its inverse "
@@ -241,7 +238,7 @@ class _InverseStage:
             if self._leading is not None:
                 outputs += tuple(args[self._leading :])
             inverse = torch.no_grad()(self._inverse)
-            returned = _pack(self._region.again(outputs, self._scope, nullcontext(), inverse))
+            returned = pack(self._region.again(outputs, self._scope, nullcontext(), inverse))
             self._inverted = [
                 self._fit(i, returned, *layout) for i, layout in zip(self._dropped, self._layouts, strict=True)
             ]

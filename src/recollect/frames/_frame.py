@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from recollect._arguments import pack
 from recollect.frames._describe import describe
 from recollect.frames._errors import GraphFreedError, InPlaceError, RebuildError
 from recollect.frames._modes import Scope, enclosing, local
@@ -112,7 +113,7 @@ class Frame(Scope):
             output = self._region.first(args, devices, self, saved_tensors_hooks(self._pack, _unpack))
         finally:
             self._live = None
-        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        outputs = pack(output)
         # What the region made is its callers' to change: a rebuild makes it anew.
         self._saved = [(saved, version) for saved, version in self._saved if not any(saved() is o for o in outputs)]
         for tensor in outputs:

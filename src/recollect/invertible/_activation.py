@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect.invertible._algebra import wide
+from recollect.invertible._log_det import values_log_det
 from recollect.invertible._module import Module
 
 __all__ = ["SELU", "Asinh", "LeakyReLU"]
@@ -36,8 +38,7 @@ class _Elementwise(Module):
         return x, -self._log_det(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        values = self._log_slope(x.to(torch.promote_types(x.dtype, torch.float32)))
-        return values.flatten(1).sum(1) if x.dim() > 1 else values
+        return values_log_det(self._log_slope(x.to(wide(x.dtype))))
 
 
 def _refuse_in_place(name: str, inplace: bool) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recollect.frames import in_backward
+from recollect.invertible._algebra import wide
+from recollect.invertible._log_det import channels_log_det
 from recollect.invertible._module import Module
 
 __all__ = ["ActNorm"]
@@ -98,8 +100,7 @@ class ActNorm(Module):
 
     def _log_det(self, x: Tensor) -> Tensor:
         positions = math.prod(x.shape[1:]) // self.num_features
-        dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
-        return (self.log_scale.sum(dtype=dtype) * positions).expand(x.shape[0])
+        return channels_log_det(self.log_scale, positions, x.shape[0])
 
     def _initialize(self, x: Tensor) -> None:
         """Let the first batch decide, in the direction that training runs in."""
@@ -108,7 +109,7 @@ class ActNorm(Module):
         values = x.detach().movedim(self.dim, 0).flatten(1)
         if values.size(1) < 2:
             return
-        deviation, mean = torch.std_mean(values.to(torch.promote_types(values.dtype, torch.float32)), 1)
+        deviation, mean = torch.std_mean(values.to(wide(values.dtype)), 1)
         if not torch.isfinite(deviation + mean).all():
             return
         # What rounding leaves of a constant channel, and what has no inverse in the parameters' type, is no scale.

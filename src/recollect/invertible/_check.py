@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._arguments import pack
 from recollect.frames import FrameError, RandomState, backward_mode, devices_of, dry_mode
 from recollect.invertible._undone import as_before, left_as_it_is, training_as
 
@@ -106,9 +107,9 @@ def _inverse_differs(
 ) -> str | None:
     name = type(subject.module).__name__
     with as_before(subject.module, state), dry_mode():
-        outputs = _pack(subject.function(*_copies(args)))
+        outputs = pack(subject.function(*_copies(args)))
     with as_before(subject.module, state), torch.no_grad(), backward_mode():
-        inputs = _pack(subject.inverse(*outputs))
+        inputs = pack(subject.inverse(*outputs))
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor):
             continue
@@ -128,11 +129,11 @@ def _second_differs(
 ) -> str | None:
     name = type(subject.module).__name__
     with as_before(subject.module, state), dry_mode():
-        first = _pack(subject.function(*_copies(args)))
+        first = pack(subject.function(*_copies(args)))
         later = RandomState(devices_of(args))
     # With grad enabled as in a rebuild: some of torch's modules compute otherwise without.
     with as_before(subject.module, state if subject.seed else later), torch.enable_grad(), backward_mode():
-        second = _pack(subject.function(*_copies(args)))
+        second = pack(subject.function(*_copies(args)))
     if len(first) != len(second):
         return f"{name}: a second run of the function returned {len(second)} value(s), and the first {len(first)}"
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -186,7 +187,7 @@ def _gradients(
     # Not the leaves themselves: those are held anyway, and their inverse would not be asked for.
     given = [leaves[f"input {i}"].clone() if f"input {i}" in leaves else arg for i, arg in enumerate(args)]
     with torch.enable_grad():
-        outputs = _pack(run(*given))
+        outputs = pack(run(*given))
         del given
         flags = [isinstance(output, Tensor) and output.requires_grad for output in outputs]
         targets = [output for output, needed in zip(outputs, flags, strict=True) if needed]
@@ -232,10 +233,6 @@ def _difference(found: Any, expected: Any, rtol: float, atol: float) -> str | No
 
 def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else repr(value)
-
-
-def _pack(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _differentiable(value: Any) -> bool:

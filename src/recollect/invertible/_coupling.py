@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recollect.frames import Add, Transform, checkpoint, couple_by, frames_apply, uncouple_by
-from recollect.invertible._module import Module, zero_log_det
+from recollect.invertible._log_det import values_log_det, zero_log_det
+from recollect.invertible._module import Module
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -261,4 +262,4 @@ class _Affine:
         return self._limit * torch.tanh(raw / self._limit), shift
 
     def _sums(self, log_scale: Tensor) -> tuple[Tensor, ...]:
-        return (log_scale.flatten(1).sum(1),) if self._log_det else ()
+        return (values_log_det(log_scale),) if self._log_det else ()

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from recollect.invertible._module import Module, pack, unpack, zero_log_det
+from recollect._arguments import pack, unpack
+from recollect.invertible._log_det import zero_log_det
+from recollect.invertible._module import Module
 
 __all__ = ["Identity"]
 

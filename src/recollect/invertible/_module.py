@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from recollect._arguments import pack, unpack
 from recollect.frames import checkpoint, frames_apply, run_invertible
 from recollect.invertible._check import Subject, check_subject, plainly
 from recollect.invertible._measured import Measured
 
-__all__ = ["Module", "pack", "unpack", "zero_log_det"]
+__all__ = ["Module"]
 
 _FLAGS = ("seed", "checkpoint", "invertible", "reversed")
 
@@ -316,18 +316,3 @@ class Module(Measured):
             flags += f", invertible={self.invertible}, seed={self.seed}"
         own = super().extra_repr()
         return f"{own}, {flags}" if own else flags
-
-
-def pack(value: Any) -> tuple[Any, ...]:
-    """Return a function's outputs as a tuple."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def unpack(values: tuple[Any, ...]) -> Any:
-    """Return a lone value as it is, and several as a tuple."""
-    return values[0] if len(values) == 1 else values
-
-
-def zero_log_det(x: Tensor) -> Tensor:
-    """Return the log-determinant of what moves values without scaling them: zeros [batch], at least float32."""
-    return torch.zeros(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 
+from recollect.invertible._algebra import wide
+from recollect.invertible._log_det import channels_log_det
 from recollect.invertible._module import Module
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -140,8 +142,8 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
     def _log_det(self, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         _, scale = self._statistics(mean, scale)
         slope = scale if self.weight is None else scale * self.weight
-        slope = slope.to(torch.promote_types(slope.dtype, torch.float32))
-        return (slope.abs().log().sum() * math.prod(x.shape[2:])).expand(x.shape[0])
+        log_slope = slope.to(wide(slope.dtype)).abs().log()
+        return channels_log_det(log_slope, math.prod(x.shape[2:]), x.shape[0])
 
     def _statistics(self, mean: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return mean and 1 / sqrt(variance + eps)."""

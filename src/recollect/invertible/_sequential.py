@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recollect._arguments import pack, unpack
 from recollect.frames import frames_apply
 from recollect.invertible._measured import Measured
-from recollect.invertible._module import Module, pack, unpack
+from recollect.invertible._module import Module
 
 __all__ = ["Sequential"]
 

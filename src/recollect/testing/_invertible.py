@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from recollect import invertible
+from recollect._arguments import pack
 from recollect.frames import run_invertible
 from recollect.invertible.checks import Subject, check_subject, plainly
 from recollect.reversible import GroupRevRes, InvertibleModule
@@ -79,11 +80,11 @@ def _features_first(module: Any) -> Subject:
     """Of ``forward(x, *others)`` and ``inverse(*outputs, *others)``, which returns x."""
 
     def function(x: Any, *others: Any) -> Any:
-        return (*_pack(module(x, *others)), others)
+        return (*pack(module(x, *others)), others)
 
     def inverse(*values: Any) -> Any:
         *outputs, others = values
-        return (*_pack(module.inverse(*outputs, *others)), *others)
+        return (*pack(module.inverse(*outputs, *others)), *others)
 
     return Subject(module, function, inverse, module, _plain(module))
 
@@ -102,7 +103,3 @@ def _features_second(module: Any) -> Subject:
 
 def _plain(module: nn.Module) -> Callable[..., Any]:
     return lambda *args: plainly(module, *args)
-
-
-def _pack(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -1,4 +1,4 @@
-"""Runs the tests of this folder on one thread: for tensors as small as theirs a second one costs time."""
+"""Runs all tests on one thread: for tensors as small as theirs a second one costs time."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
