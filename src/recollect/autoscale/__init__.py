@@ -1,0 +1,7 @@
+"""Histories, so that the graph may outgrow memory.
+
+A mini-batch is a few parts of a partitioned graph. Its nodes' neighbours outside of it, the halo, are not computed:
+their embeddings come from a history, a table that every node was written into when it was last in a batch. A step then
+costs one mini-batch and its 1-hop halo, however large the graph and however many layers ("GNNAutoScale: Scalable and
+Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
+"""
