@@ -23,6 +23,13 @@ import scipy.sparse as sp
 
 REAL = os.environ.get("RECOLLECT_DATA")  # read before the fixture below hides it
 
+PITFALLS = {
+    "Amazon/Computers": "amazon_electronics_computers.npz",
+    "Amazon/Photo": "amazon_electronics_photo.npz",
+    "Coauthor/CS": "ms_academic_cs.npz",
+    "Coauthor/Physics": "ms_academic_phy.npz",
+}
+
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -108,6 +115,53 @@ def write_heterophilous(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
         return arrays
 
     return write
+
+
+@pytest.fixture
+def write_pitfalls(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """One npz file: sparse counts as features, each edge in one direction, and a self-loop, to be removed."""
+
+    def write(file: str) -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+        raw = tmp_path / "root" / file / "raw"
+        raw.mkdir(parents=True)
+        y = rng.permutation(np.repeat(np.arange(3), (70, 52, 40)))
+        n = len(y)
+        edges, counts = random_graph(n, 300, seed=6), sp.csr_matrix(rng.integers(0, 3, (n, 4)).astype(np.float32))
+        both = np.concatenate([edges, [[5, 5]]])
+        adj = sp.csr_matrix((np.ones(len(both), dtype=np.float32), (both[:, 0], both[:, 1])), shape=(n, n))
+        arrays = {"labels": y}
+        for name, matrix in (("attr", counts), ("adj", adj)):
+            arrays |= {
+                f"{name}_{part}": getattr(matrix, part) for part in ("data", "indices", "indptr", "shape")
+            }  # fmt: skip
+        np.savez(raw / PITFALLS[file], **arrays)
+        return {"x": (counts.toarray() > 0).astype(np.float32), "y": y, "edges": edges}
+
+    return write
+
+
+@pytest.fixture
+def write_wikics(tmp_path: Path) -> dict[str, Any]:
+    """One JSON file: links in one direction, and twenty masks each for training, stopping and validation."""
+    rng = np.random.default_rng(0)
+    raw = tmp_path / "root" / "WikiCS" / "raw"
+    raw.mkdir(parents=True)
+    n, edges = 24, random_graph(24, 40, seed=7)
+    part = np.stack([rng.permutation(np.arange(n - 6) % 3) for _ in range(20)])
+    rest = np.zeros((20, 6), dtype=bool)
+    written = {
+        "features": rng.normal(size=(n, 3)).tolist(),
+        "labels": (np.arange(n) % 4).tolist(),
+        "links": [edges[edges[:, 0] == i, 1].tolist() for i in range(n)],
+        **{
+            f"{name}_masks": np.concatenate([part == k, rest], axis=1).tolist()
+            for k, name in enumerate(("train", "stopping", "val"))
+        },
+        "test_mask": (np.arange(n) >= n - 6).tolist(),
+    }
+    (raw / "data.json").write_text(json.dumps(written))
+    return {**written, "edges": edges}
 
 
 @pytest.fixture

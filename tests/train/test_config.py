@@ -59,7 +59,7 @@ def test_options_of_a_convolution_are_free():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: amazon-ratings, .*yelp"),
+        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: amazon-computers, .*yelp"),
         ("model=[a]", "choose from: revgnn, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
         ("model.num_layer=3", r"did you mean 'model.num_layers'\?\); choose from: model.name, model.num_layers"),

@@ -4,7 +4,8 @@
 
 * embedded or generated, so that they need no file and no network: ``digits``, ``karate``, ``sbm``;
 * read by torch_geometric's own dataset classes: the citation graphs ``cora``, ``citeseer`` and ``pubmed``,
-  the heterophilous graphs, ``reddit``, ``flickr``, ``yelp`` and ``ppi``;
+  ``amazon-computers`` and ``amazon-photo``, ``coauthor-cs`` and ``coauthor-physics``, ``wikics``, the heterophilous
+  graphs, ``reddit``, ``flickr``, ``yelp`` and ``ppi``;
 * read by ogb: ``ogbn-arxiv``, ``ogbn-products`` and ``ogbn-proteins``.
 
 Raw files lie under ``root`` in the folders where torch_geometric and ogb put them. Nothing is fetched unless

@@ -31,6 +31,8 @@ class GraphDataset:
         num_classes: Classes, or labels if multilabel.
         metric: What the graph's literature reports. ``"rocauc"`` on a multiclass graph means that it has two
             classes, and that class 1 is the positive one.
+        num_splits: How many splits the graph's literature averages over; the option ``split`` chooses one by its
+            number, if there are several.
     """
 
     name: str
@@ -38,6 +40,7 @@ class GraphDataset:
     task: Task
     num_classes: int
     metric: Metric
+    num_splits: int = 1
 
 
 def assemble(
@@ -51,6 +54,7 @@ def assemble(
     task: Task = "multiclass",
     metric: Metric = "accuracy",
     edge_attr: Tensor | None = None,
+    num_splits: int = 1,
 ) -> GraphDataset:
     """Bring a source's tensors into the dtypes and shapes that `GraphDataset` promises.
 
@@ -64,6 +68,7 @@ def assemble(
         task: See `GraphDataset`.
         metric: See `GraphDataset`.
         edge_attr: [E, D] or None.
+        num_splits: See `GraphDataset`.
     """
     data_module = require("torch_geometric.data", extra="graph")
     y = y.to(torch.float32) if task == "multilabel" else y.reshape(-1).to(torch.int64)
@@ -78,4 +83,4 @@ def assemble(
     )
     if edge_attr is not None:
         data.edge_attr = edge_attr.to(torch.float32).contiguous()
-    return GraphDataset(name, data, task, num_classes, metric)
+    return GraphDataset(name, data, task, num_classes, metric, num_splits)

@@ -8,6 +8,7 @@ from typing import Any
 from recollect.data._dataset import GraphDataset, assemble
 from recollect.data._foreign import require
 from recollect.data._raw import RawSource, read
+from recollect.data._splits import check_split
 
 # The paper reports ROC AUC for the graphs with two classes.
 _BINARY = ("minesweeper", "questions", "tolokers")
@@ -46,8 +47,7 @@ def heterophilous(name: str, root: Path, seed: int, *, split: int = 0, download:
 
     data, num_classes = read(source, root, open_view, download=download)
     num_splits = data.train_mask.size(1)
-    if split not in range(num_splits):
-        raise ValueError(f"{name}: split is {split!r}, but must be between 0 and {num_splits - 1}")
+    check_split(name, split, num_splits)
     return assemble(
         name,
         x=data.x,
@@ -56,4 +56,5 @@ def heterophilous(name: str, root: Path, seed: int, *, split: int = 0, download:
         masks=(data.train_mask[:, split], data.val_mask[:, split], data.test_mask[:, split]),
         num_classes=num_classes,
         metric="rocauc" if name in _BINARY else "accuracy",
+        num_splits=num_splits,
     )

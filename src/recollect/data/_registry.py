@@ -16,13 +16,19 @@ from recollect.data._heterophilous import heterophilous
 from recollect.data._inductive import ppi, reddit, saint
 from recollect.data._karate import karate
 from recollect.data._ogb import ogbn
+from recollect.data._pitfalls import pitfalls
 from recollect.data._planetoid import planetoid
 from recollect.data._sbm import sbm
+from recollect.data._wikics import wikics
 
 # A loader takes root and seed; its keyword-only parameters are the dataset's options.
 _LOADERS: dict[str, Callable[..., GraphDataset]] = {
+    "amazon-computers": partial(pitfalls, "amazon-computers"),
+    "amazon-photo": partial(pitfalls, "amazon-photo"),
     "amazon-ratings": partial(heterophilous, "amazon-ratings"),
     "citeseer": partial(planetoid, "citeseer"),
+    "coauthor-cs": partial(pitfalls, "coauthor-cs"),
+    "coauthor-physics": partial(pitfalls, "coauthor-physics"),
     "cora": partial(planetoid, "cora"),
     "digits": digits,
     "flickr": partial(saint, "flickr"),
@@ -38,6 +44,7 @@ _LOADERS: dict[str, Callable[..., GraphDataset]] = {
     "roman-empire": partial(heterophilous, "roman-empire"),
     "sbm": sbm,
     "tolokers": partial(heterophilous, "tolokers"),
+    "wikics": wikics,
     "yelp": partial(saint, "yelp"),
 }
 
@@ -60,6 +67,9 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
       validation and test are for training;
     * the heterophilous graphs (``amazon-ratings``, ``minesweeper``, ``questions``, ``roman-empire``,
       ``tolokers``): ``split=0``, which of the ten published splits;
+    * ``wikics``: ``split=0``, which of the twenty published splits;
+    * ``amazon-computers``, ``amazon-photo``, ``coauthor-cs``, ``coauthor-physics``: ``split=0``, which of twenty random
+      draws of 20 training and 30 validation nodes of each class;
     * ``ogbn-arxiv``: ``undirected=True``, whether citations are joined in both directions.
 
     Args:
