@@ -5,3 +5,16 @@ their embeddings come from a history, a table that every node was written into w
 costs one mini-batch and its 1-hop halo, however large the graph and however many layers ("GNNAutoScale: Scalable and
 Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 """
+
+from recollect.autoscale._adj_t import to_adj_t
+from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
+from recollect.autoscale._permute import permute
+from recollect.autoscale._sub_data import SubData
+
+__all__ = [
+    "EvalSubgraphLoader",
+    "SubData",
+    "SubgraphLoader",
+    "permute",
+    "to_adj_t",
+]

@@ -1,0 +1,101 @@
+"""The transposed adjacency, the one form in which the graph is cut, permuted and partitioned."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._kinds import Kind, kinds_of
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
+
+
+def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse CSR tensor without a check of its parts, which are known to fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(rowptr, col, value, size, check_invariants=False)
+
+
+def rows_of(adj_t: Tensor) -> Tensor:
+    """The row of each entry of a sparse CSR tensor, [E] int64."""
+    rowptr = adj_t.crow_indices()
+    rows = torch.arange(adj_t.size(0), device=rowptr.device)
+    return torch.repeat_interleave(rows, rowptr.diff(), output_size=adj_t.col_indices().numel())
+
+
+def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Sort edges by target, then source; equal edges stay apart, in their order.
+
+    Returns:
+        ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
+        edge ``order[k]``.
+    """
+    order = torch.argsort(target * num_nodes + source, stable=True)
+    rowptr = source.new_zeros(num_nodes + 1)
+    torch.cumsum(torch.bincount(target, minlength=num_nodes), 0, out=rowptr[1:])
+    value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
+    return sparse_csr(rowptr, source[order], value, (num_nodes, num_nodes)), order
+
+
+def check_square(adj_t: Tensor) -> None:
+    """Refuse what is not the adjacency of one set of nodes in sparse CSR form."""
+    if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
+        found = f"a tensor of layout {adj_t.layout}" if isinstance(adj_t, Tensor) else f"a {type(adj_t).__name__}"
+        raise TypeError(f"adj_t is {found}, but must be a torch.sparse_csr tensor; to_adj_t(data) makes one")
+    if adj_t.dim() != 2 or adj_t.size(0) != adj_t.size(1):
+        raise ValueError(f"adj_t has shape {tuple(adj_t.shape)}, but must be [N, N]")
+
+
+def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
+    """Put ``adj_t`` in the place of ``edge_index``.
+
+    ``adj_t[i, j]`` is the edge from node ``j`` to node ``i``: rows are targets, sorted by source. Its values are
+    ``edge_weight``, which it replaces, or ones. All other edge-level tensors follow the edges into their new order.
+    Self-loops and repeated edges stay.
+
+    Args:
+        data: With ``edge_index`` [2, E] (row 0: sources, row 1: targets), a tensor or an ``EdgeIndex``; or with
+            ``adj_t``, which is then kept as it is.
+        kinds: What each tensor belongs to, where names and sizes do not say; see `permute`.
+
+    Returns:
+        A shallow copy of ``data`` with ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
+
+    Raises:
+        ValueError: ``data`` has no edges, both forms of them, a tensor of the wrong size, or one of which it is
+            unclear whether it belongs to nodes or to edges.
+    """
+    num_nodes, _, found = kinds_of(data, kinds)
+    result = copy.copy(data)
+    if "adj_t" in data:
+        check_square(data.adj_t)
+        return result
+    source, target = data.edge_index.as_subclass(Tensor)
+    _check_range(source, num_nodes)
+    _check_range(target, num_nodes)
+    weight: Tensor | None = data.edge_weight if "edge_weight" in data else None
+    result.adj_t, order = make_adj_t(source, target, weight, num_nodes)
+    del result.edge_index
+    for key, kind in found.items():
+        if key == "edge_weight":
+            del result.edge_weight
+        elif kind == "edge":
+            result[key] = data[key][order]
+    return result
+
+
+def _check_range(nodes: Tensor, num_nodes: int) -> None:
+    if nodes.numel() and (int(nodes.min()) < 0 or int(nodes.max()) >= num_nodes):
+        raise ValueError(
+            f"edge_index has entries from {int(nodes.min())} to {int(nodes.max())}, "
+            f"but the graph's {num_nodes} nodes are 0 to {num_nodes - 1}"
+        )

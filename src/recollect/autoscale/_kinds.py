@@ -1,0 +1,90 @@
+"""Which of a graph's tensors belong to nodes, which to edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["Kind", "kinds_of"]
+
+Kind = Literal["node", "edge", "index", "graph"]
+"""A row for each node; a row for each edge; entries that are nodes; or neither of them."""
+
+_KINDS = ("node", "edge", "index", "graph")
+_STRUCTURE = ("adj_t", "edge_index")
+_NODE_NAMES = frozenset({"x", "y", "pos", "train_mask", "val_mask", "test_mask", "node_order"})
+_EDGE_NAMES = frozenset({"edge_attr", "edge_weight"})
+
+
+def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, int, dict[str, Kind]]:
+    """Count nodes and edges and sort all other tensors of ``data`` by what they belong to.
+
+    The customary names decide (``x``, ``y``, ``pos``, masks; ``edge_attr``, ``edge_weight``), and must have the size
+    that goes with them. A name with ``index`` in it holds nodes, as torch_geometric takes it. Of all others the size
+    decides, or, where there are as many nodes as edges, ``node``, ``edge`` or ``mask`` in the name.
+
+    Returns:
+        N, E, and the kind of each dense tensor but ``edge_index`` and ``adj_t``.
+
+    Raises:
+        ValueError: There are no edges, or both forms of them; a size does not fit; a kind cannot be decided.
+    """
+    attributes: dict[str, Any] = data.to_dict()
+    num_edges = _num_edges(attributes)
+    num_nodes = int(data.num_nodes)
+    given = dict(kinds or {})
+    for key, kind in given.items():
+        if kind not in _KINDS or key not in attributes or key in _STRUCTURE:
+            raise ValueError(
+                f"kinds[{key!r}] is {kind!r}, but kinds must say one of {', '.join(_KINDS)} for attributes of data; "
+                f"it has {', '.join(sorted(set(attributes) - set(_STRUCTURE)))}"
+            )
+    found: dict[str, Kind] = {}
+    for key, value in attributes.items():
+        if isinstance(value, Tensor) and key not in _STRUCTURE:
+            found[key] = kind = given.get(key) or _kind(key, value, num_nodes, num_edges)
+            expected = {"node": num_nodes, "edge": num_edges}.get(kind)
+            if expected is not None and (value.dim() == 0 or value.size(0) != expected):
+                raise ValueError(
+                    f"data.{key} has shape {tuple(value.shape)}, but a row is expected for each of the {expected} "
+                    f"{kind}s; kinds={{{key!r}: ...}} can say that it belongs to something else"
+                )
+    return num_nodes, num_edges, found
+
+
+def _num_edges(attributes: Mapping[str, Any]) -> int:
+    present = [key for key in _STRUCTURE if attributes.get(key) is not None]
+    if len(present) != 1:
+        found = "neither" if not present else "both"
+        raise ValueError(f"data has {found} of edge_index and adj_t, but must have exactly one of them")
+    structure = attributes[present[0]]
+    return int(structure.size(1)) if present[0] == "edge_index" else int(structure.values().size(0))
+
+
+def _kind(key: str, value: Tensor, num_nodes: int, num_edges: int) -> Kind:
+    if key in _NODE_NAMES:
+        return "node"
+    if key in _EDGE_NAMES:
+        return "edge"
+    if "index" in key:
+        return "index"
+    size = value.size(0) if value.dim() else -1
+    if size == num_nodes == num_edges:
+        return _kind_by_name(key, size)
+    return "node" if size == num_nodes else "edge" if size == num_edges else "graph"
+
+
+def _kind_by_name(key: str, size: int) -> Kind:
+    if "edge" in key:
+        return "edge"
+    if "node" in key or "mask" in key:
+        return "node"
+    raise ValueError(
+        f"data.{key} has {size} rows, and the graph {size} nodes and {size} edges: "
+        f"say which it belongs to with kinds={{{key!r}: 'node'}} or kinds={{{key!r}: 'edge'}}"
+    )

@@ -1,0 +1,90 @@
+"""Bringing a graph's nodes into the order of its parts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._adj_t import check_square, make_adj_t, rows_of
+from recollect.autoscale._kinds import Kind, kinds_of
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["permute"]
+
+_logger = logging.getLogger(__name__)
+
+
+def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind] | None = None) -> Data:
+    """Renumber the nodes of a graph: node ``k`` of the result is node ``perm[k]`` of ``data``.
+
+    Node-level tensors are put into the new order; ``edge_index`` or ``adj_t`` get the new numbers, and so do other
+    tensors that hold nodes. Edge-level tensors follow the edges: with ``adj_t`` their order changes, with
+    ``edge_index`` it does not. The result has ``node_order`` [N] int64, the numbers that its nodes had at first,
+    also after several permutations: ``at_first[result.node_order] = out`` takes an output back.
+
+    What a tensor belongs to is told by its name (``x``, ``y``, ``pos``, ``train_mask``, ``val_mask``, ``test_mask``;
+    ``edge_attr``, ``edge_weight``; ``index`` in the name: entries are nodes), else by its size. Where these do not
+    say, or say wrong, ``kinds`` does.
+
+    Args:
+        data: The graph. It is not changed.
+        perm: [N] int64, every node once.
+        log: Log the time taken, at level INFO.
+        kinds: ``"node"``, ``"edge"``, ``"index"`` or ``"graph"`` (not permuted) by the names of tensors.
+
+    Raises:
+        ValueError: ``perm`` is no permutation of the nodes; a tensor has the wrong size, or belongs to nodes or
+            edges and nothing says to which.
+    """
+    start = time.perf_counter()
+    num_nodes, _, found = kinds_of(data, kinds)
+    inverse = _inverse(perm, num_nodes)
+    result = copy.copy(data)
+    if "adj_t" in data:
+        check_square(data.adj_t)
+        order = _permute_adj_t(result, inverse)
+    else:
+        result.edge_index = inverse[data.edge_index.as_subclass(Tensor)]
+        order = None
+    for key, kind in found.items():
+        if kind == "node":
+            result[key] = data[key][perm]
+        elif kind == "index":
+            result[key] = inverse[data[key]]
+        elif kind == "edge" and order is not None:
+            result[key] = data[key][order]
+    if "node_order" not in data:
+        result.node_order = perm.clone()
+    if log:
+        _logger.info("permuted %d nodes in %.2f s", num_nodes, time.perf_counter() - start)
+    return result
+
+
+def _inverse(perm: Tensor, num_nodes: int) -> Tensor:
+    if perm.dtype != torch.int64 or perm.shape != (num_nodes,):
+        raise ValueError(
+            f"perm has dtype {perm.dtype} and shape {tuple(perm.shape)}, "
+            f"but must be int64 with an entry for each of the {num_nodes} nodes"
+        )
+    if num_nodes and (int(perm.min()) < 0 or int(perm.max()) >= num_nodes):
+        raise ValueError(f"perm has entries from {int(perm.min())} to {int(perm.max())}, but nodes are 0 to N - 1")
+    inverse = torch.full_like(perm, -1)
+    inverse[perm] = torch.arange(num_nodes, device=perm.device)
+    if bool((inverse < 0).any()):
+        raise ValueError(f"perm leaves out node {int((inverse < 0).nonzero()[0])}, but must name every node once")
+    return inverse
+
+
+def _permute_adj_t(result: Data, inverse: Tensor) -> Tensor:
+    adj_t: Tensor = result.adj_t
+    source, target = inverse[adj_t.col_indices()], inverse[rows_of(adj_t)]
+    result.adj_t, order = make_adj_t(source, target, adj_t.values(), adj_t.size(0))
+    return order

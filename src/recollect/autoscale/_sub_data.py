@@ -1,0 +1,36 @@
+"""What a loader yields."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["SubData"]
+
+
+class SubData(NamedTuple):
+    """A mini-batch: the nodes of some parts, then the nodes outside that they have edges from (the 1-hop halo).
+
+    Attributes:
+        data: The graph of these nodes: node-level tensors have ``len(n_id)`` rows; ``adj_t`` holds all edges into
+            nodes of the parts, and no others; edge-level tensors follow these edges.
+        batch_size: Number of nodes in the parts: B. They are the first B rows.
+        n_id: [B + halo] int64: the nodes' numbers in the whole graph. Those of the halo ascend.
+        offset: [parts] int64 on the CPU: the number of each part's first node.
+        count: [parts] int64 on the CPU: the nodes in each part; ``n_id[:B]`` are the ranges
+            ``offset[k]`` to ``offset[k] + count[k]``.
+    """
+
+    data: Data
+    batch_size: int
+    n_id: Tensor
+    offset: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count
+
+    def to(self, *args: Any, **kwargs: Any) -> SubData:
+        """Move ``data`` as ``Tensor.to`` would; the numbers stay where the histories are addressed from."""
+        return self._replace(data=self.data.to(*args, **kwargs))
