@@ -1,0 +1,97 @@
+"""Which rule belongs to which layer: one explicit table, that users can add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from recollect.autogram._factors import Factor
+
+__all__ = ["Entry", "Registry", "Rule", "Sharing"]
+
+Rule = Callable[[Any, tuple[Any, ...], tuple[Tensor | None, ...]], Mapping[str, Factor] | None]
+"""What a layer's Jacobian is: ``rule(layer, inputs, grads) -> {parameter's name: Factor}``, a pure function.
+
+Row i is the layer applied to row i of the inputs, with row i of the gradients as its cotangent.
+
+``inputs`` are the layer's arguments in the order of its forward, keywords put in their places (trailing ones that were
+not given are missing). Each tensor among them has one axis more than the layer was called with, in front: [r, *shape],
+where r is m, or 1 where all objectives share it. With ``batch_dim``, row i is element i alone, as a batch of one.
+
+``grads`` are the gradients of the output's tensors, flattened: each is [m, *shape], or None where there is none.
+
+A rule that does not cover how the layer was called returns None for it (the exact fallback takes the call), and never
+guesses. Names of parameters that need no gradient may be left out.
+"""
+
+Sharing = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
+"""Which inputs have the batch in them: ``sharing(layer, inputs)`` returns one entry for each argument.
+
+An entry is the index of the output tensor (flattened) whose batch axis the argument's tensor has too, or None where the
+tensor has no batch axis: every row shares it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A layer's rule.
+
+    Attributes:
+        rule: see :data:`Rule`.
+        sharing: see :data:`Sharing`; None: every tensor among the inputs has the batch where the first output has it.
+    """
+
+    rule: Rule
+    sharing: Sharing | None = None
+
+
+class Registry:
+    """The table of rules.
+
+    Args:
+        table: from a layer's type to its entry. A type of another library, which is not imported for this, is given by
+            its full name ("package.module.Class").
+    """
+
+    def __init__(self, table: Mapping[type[nn.Module] | str, Entry]) -> None:
+        self._table = dict(table)
+        self._found: dict[type, Entry | None] = {}
+
+    def register(self, layer_type: type[nn.Module] | str, entry: Entry) -> None:
+        """Add the rule of one more type of layer.
+
+        Raises:
+            ValueError: the type has a rule.
+        """
+        name = _name(layer_type)
+        if any(_name(known) == name for known in self._table):
+            raise ValueError(
+                f"{name} has a rule already; a type has one rule: write a subclass with a forward of its own and "
+                "register that"
+            )
+        self._table[layer_type] = entry
+        self._found.clear()
+
+    def find(self, layer_type: type) -> Entry | None:
+        """Return the entry of a type of layer, or None.
+
+        A subclass has its base's rule only as long as its ``forward`` is the base's own.
+        """
+        if layer_type not in self._found:
+            self._found[layer_type] = self._look_up(layer_type)
+        return self._found[layer_type]
+
+    def _look_up(self, layer_type: type) -> Entry | None:
+        for base in layer_type.__mro__:
+            entry = self._table.get(base) or self._table.get(_name(base))
+            if entry is not None:
+                same = getattr(layer_type, "forward", None) is getattr(base, "forward", None)
+                return entry if same else None
+        return None
+
+
+def _name(layer_type: type | str) -> str:
+    return layer_type if isinstance(layer_type, str) else f"{layer_type.__module__}.{layer_type.__qualname__}"
