@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Factor", "Outer", "Picked", "Rows"]
+__all__ = ["Blocks", "Factor", "NotCovered", "Outer", "Picked", "Rows"]
+
+
+class NotCovered(Exception):  # noqa: N818  (raised to hand a call on, as StopIteration is; nobody sees it)
+    """A rule does not cover how its layer was called; the exact fallback takes the call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

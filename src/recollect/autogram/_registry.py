@@ -12,7 +12,7 @@ from recollect.autogram._factors import Factor
 
 __all__ = ["Entry", "Registry", "Rule", "Sharing"]
 
-Rule = Callable[[Any, tuple[Any, ...], tuple[Tensor | None, ...]], Mapping[str, Factor] | None]
+Rule = Callable[[Any, tuple[Any, ...], tuple[Tensor | None, ...]], Mapping[str, Factor]]
 """What a layer's Jacobian is: ``rule(layer, inputs, grads) -> {parameter's name: Factor}``, a pure function.
 
 Row i is the layer applied to row i of the inputs, with row i of the gradients as its cotangent.
@@ -23,8 +23,8 @@ where r is m, or 1 where all objectives share it. With ``batch_dim``, row i is e
 
 ``grads`` are the gradients of the output's tensors, flattened: each is [m, *shape], or None where there is none.
 
-A rule that does not cover how the layer was called returns None for it (the exact fallback takes the call), and never
-guesses. Names of parameters that need no gradient may be left out.
+A rule that does not cover how the layer was called raises :class:`recollect.autogram._factors.NotCovered` (the exact
+fallback takes the call), and never guesses. Names of parameters that need no gradient may be left out.
 """
 
 Sharing = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]

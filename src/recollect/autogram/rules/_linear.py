@@ -11,7 +11,7 @@ from recollect.autogram._factors import Factor, Outer, Rows
 __all__ = ["linear"]
 
 
-def linear(layer: nn.Linear, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor] | None:
+def linear(layer: nn.Linear, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor]:
     """``torch.nn.Linear``: y[i, t] = W x[i, t] + b, hence dW[i] = sum_t g[i, t] x[i, t]ᵀ and db[i] = sum_t g[i, t].
 
     Args:
