@@ -1,10 +1,9 @@
 import pytest
 import torch
+from graph_zoo import edges_of, edges_of_adj_t, every_graph, ptr_of, ring
 from torch_geometric.utils import k_hop_subgraph
 
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, permute, to_adj_t
-
-from graph_zoo import edges_of, edges_of_adj_t, every_graph, ptr_of, ring
 
 
 def permuted(data, seed=0):

@@ -1,8 +1,7 @@
 import torch
+from graph_zoo import edges_of, edges_of_adj_t, every_graph
 
 from recollect.autoscale import permute, to_adj_t
-
-from graph_zoo import edges_of, edges_of_adj_t, every_graph
 
 
 @every_graph

@@ -8,13 +8,19 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 
 from recollect.autoscale._adj_t import to_adj_t
 from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
+from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
 from recollect.autoscale._sub_data import SubData
 
 __all__ = [
     "EvalSubgraphLoader",
+    "Partition",
+    "PartitionQuality",
     "SubData",
     "SubgraphLoader",
+    "metis",
+    "partition",
+    "partition_quality",
     "permute",
     "to_adj_t",
 ]

@@ -1,0 +1,78 @@
+"""KaMinPar, by its Python package, which reads graphs from files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._require import require
+from recollect.autoscale._undirected import Undirected, undirected
+
+__all__ = ["kaminpar_clusters", "write_parhip"]
+
+_NO_EDGE_WEIGHTS, _NO_NODE_WEIGHTS = 1, 2  # bits of the first number in a file
+
+
+def kaminpar_clusters(
+    adj_t: Tensor,
+    num_parts: int,
+    *,
+    seed: int = 0,
+    weighted: bool = False,
+    imbalance: float = 0.03,
+    preset: str = "default",
+    threads: int | None = None,
+) -> Tensor:
+    """The part of each node, [N] int64, as KaMinPar finds it.
+
+    Args:
+        adj_t: The graph, ``torch.sparse_csr`` [N, N].
+        num_parts: At least 1.
+        seed: Of KaMinPar's random numbers.
+        weighted: The values of ``adj_t`` are edge weights.
+        imbalance: How far the largest part may exceed the mean, as a share of it; positive.
+        preset: One of ``kaminpar.context_names()``.
+        threads: At least 1; default: torch's number.
+
+    Raises:
+        ImportError: kaminpar is not installed.
+        ValueError: An argument is out of its range.
+    """
+    kaminpar = require("kaminpar", 'method="kaminpar"')
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1 or not imbalance > 0:
+        raise ValueError(f"threads is {threads} and imbalance {imbalance}, but must be at least 1, and positive")
+    if preset not in kaminpar.context_names():
+        raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(sorted(kaminpar.context_names()))}")
+    graph = undirected(adj_t, weighted)
+    if num_parts == 1 or num_parts >= adj_t.size(0):  # nothing to decide
+        return torch.arange(adj_t.size(0)).clamp_(max=num_parts - 1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "graph.parhip")
+        write_parhip(graph, file)
+        loaded = kaminpar.load_graph(str(file), kaminpar.GraphFileFormat.PARHIP)
+    seed_before = kaminpar.seed()
+    kaminpar.reseed(seed)
+    try:
+        solver = kaminpar.KaMinPar(threads, kaminpar.context_by_name(preset))
+        return torch.tensor(solver.compute_partition(loaded, num_parts, imbalance), dtype=torch.int64)
+    finally:
+        kaminpar.reseed(seed_before)
+
+
+def write_parhip(graph: Undirected, file: Path) -> None:
+    """Write a graph in ParHiP's binary form, all of 64-bit numbers.
+
+    First which weights are missing, the numbers of nodes and of directed edges; then N + 1 numbers, the positions in
+    the file, in bytes, where each node's neighbours begin; then the neighbours, then the weights of these edges.
+    """
+    flags = _NO_NODE_WEIGHTS | (_NO_EDGE_WEIGHTS if graph.weight is None else 0)
+    header = torch.tensor([flags, graph.rowptr.numel() - 1, graph.col.numel()])
+    first_edge = 8 * (header.numel() + graph.rowptr.numel())
+    with file.open("wb") as stream:
+        for numbers in (header, graph.rowptr * 8 + first_edge, graph.col, graph.weight):
+            if numbers is not None:
+                numbers.numpy().tofile(stream)

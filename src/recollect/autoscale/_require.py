@@ -1,0 +1,17 @@
+"""Packages that only some functions need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["require"]
+
+
+def require(package: str, user: str) -> Any:
+    """Import a package, or raise an ImportError that says how to install it and who needs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0].replace("_", "-")
+        raise ImportError(f"{user} needs the package {name}: pip install {name}") from error

@@ -1,0 +1,215 @@
+import itertools
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+from graph_zoo import directed, every_graph, graph, ring
+
+from recollect.autoscale import metis, partition, partition_quality, permute, to_adj_t
+
+every_method = pytest.mark.parametrize("method", ["metis", "kaminpar", "random", "contiguous"])
+
+
+def adj_t_of(data):
+    return to_adj_t(data).adj_t
+
+
+def cliques(count, size, bridge=1.0, inside=1.0):
+    """Cliques in a row, each joined to the next by one edge; nodes are numbered across them."""
+    edges, weights = [], []
+    for c in range(count):
+        nodes = [c + count * k for k in range(size)]
+        edges += [(i, j) for i in nodes for j in nodes if i != j]
+        weights += [inside] * (size * (size - 1))
+        if c + 1 < count:
+            edges += [(nodes[-1], nodes[-1] + 1), (nodes[-1] + 1, nodes[-1])]
+            weights += [bridge] * 2
+    data = graph(count * size, edges)
+    data.edge_weight = torch.tensor(weights, dtype=torch.float64)
+    return data
+
+
+def one_direction(data):
+    keep = data.edge_index[0] < data.edge_index[1]
+    for key in ("edge_index", "edge_weight", "edge_attr"):
+        data[key] = data[key][..., keep] if key == "edge_index" else data[key][keep]
+    return data
+
+
+def csr(dense):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return dense.to_sparse_csr()
+
+
+def parts_of(perm, ptr):
+    return [set(perm[a:b].tolist()) for a, b in itertools.pairwise(ptr)]
+
+
+@every_graph
+@every_method
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 50])
+def test_every_node_is_in_one_part(make, method, num_parts):
+    data = make()
+    perm, ptr = partition(adj_t_of(data), num_parts, method)
+    assert perm.dtype == ptr.dtype == torch.int64
+    assert ptr.shape == (num_parts + 1,)
+    assert ptr[0] == 0
+    assert ptr[-1] == data.num_nodes
+    assert (ptr.diff() >= 0).all()
+    assert sorted(perm.tolist()) == list(range(data.num_nodes))
+    permute(data, perm)
+
+
+@every_method
+def test_more_parts_than_nodes_leave_parts_empty(method):
+    _, ptr = partition(adj_t_of(ring()), 11, method)
+    assert sorted(ptr.diff().tolist()) == [0] * 3 + [1] * 8
+
+
+@every_method
+def test_a_graph_without_nodes(method):
+    perm, ptr = partition(adj_t_of(graph(0, [])), 3, method)
+    assert perm.tolist() == []
+    assert ptr.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["metis", "kaminpar"])
+@pytest.mark.parametrize("one_way", [False, True], ids=["undirected", "directed"])
+@pytest.mark.parametrize("loops", [False, True], ids=["without loops", "with loops"])
+def test_cliques_are_found(method, one_way, loops):
+    data = cliques(4, 6)
+    if one_way:
+        data = one_direction(data)
+    if loops:
+        data.edge_index = torch.cat([data.edge_index, torch.arange(24).repeat(2, 1)], dim=1)
+        data.edge_weight = torch.ones(data.edge_index.size(1))
+        del data.edge_attr
+    adj_t = adj_t_of(data)
+    perm, ptr = partition(adj_t, 4, method)
+    assert sorted(map(sorted, parts_of(perm, ptr))) == [[c + 4 * k for k in range(6)] for c in range(4)]
+    quality = partition_quality(adj_t, perm, ptr)
+    assert quality.edge_cut == (3 if one_way else 6)
+    assert quality.balance == 1
+
+
+@pytest.mark.parametrize("method", ["metis", "kaminpar"])
+@pytest.mark.parametrize("scale", [1, 0.001], ids=["whole weights", "fractions"])
+def test_heavy_edges_stay_whole(method, scale):
+    """A ring of pairs: unweighted, every cut into halves of adjacent nodes is as good; weights forbid half of them."""
+    heavy, light = 50.0 * scale, 1.0 * scale
+    data = graph(8, [(i, (i + d) % 8) for i in range(8) for d in (1, 7)])
+    pair = lambda i, j: heavy if {i, j} in ({1, 2}, {3, 4}, {5, 6}, {7, 0}) else light  # noqa: E731
+    data.edge_weight = torch.tensor([pair(int(i), int(j)) for i, j in data.edge_index.t()], dtype=torch.float64)
+    for seed in range(5):
+        for part in parts_of(*partition(adj_t_of(data), 2, method, weighted=True, seed=seed)):
+            assert all(len(part & together) != 1 for together in ({1, 2}, {3, 4}, {5, 6}, {7, 0}))
+
+
+@every_graph
+@every_method
+def test_quality_counts_what_loops_count(make, method):
+    adj_t = adj_t_of(make())
+    perm, ptr = partition(adj_t, 3, method)
+    quality = partition_quality(adj_t, perm, ptr)
+    part_of = {node: p for p, part in enumerate(parts_of(perm, ptr)) for node in part}
+    rowptr, cols = adj_t.crow_indices().tolist(), adj_t.col_indices().tolist()
+    pairs = [(r, c) for r in range(len(rowptr) - 1) for c in cols[rowptr[r] : rowptr[r + 1]]]
+    assert quality.edge_cut == sum(part_of[r] != part_of[c] for r, c in pairs)
+    assert quality.num_edges == len(pairs)
+    assert quality.largest == max(map(len, parts_of(perm, ptr)))
+    assert quality.balance == pytest.approx(quality.largest / (perm.numel() / 3))
+    assert quality.cut_share == pytest.approx(quality.edge_cut / max(len(pairs), 1))
+
+
+@pytest.mark.parametrize("method", ["metis", "kaminpar", "random"])
+def test_the_seed_decides(method):
+    generator = torch.Generator().manual_seed(0)
+    adj_t = adj_t_of(graph(200, torch.randint(200, (800, 2), generator=generator).tolist()))
+    options = {"threads": 1} if method == "kaminpar" else {}
+    results = [partition(adj_t, 5, method, seed=seed, **options).perm.tolist() for seed in (0, 1, 0)]
+    assert results[0] == results[2] != results[1]
+
+
+def test_random_numbers_of_others_are_not_drawn():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    partition(adj_t_of(ring()), 2, "random")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_kaminpar_gets_its_seed_back():
+    kaminpar = pytest.importorskip("kaminpar")
+    kaminpar.reseed(17)
+    partition(adj_t_of(ring()), 2, "kaminpar", seed=3)
+    assert kaminpar.seed() == 17
+
+
+def test_metis_under_its_own_name():
+    adj_t = adj_t_of(cliques(4, 6))
+    for recursive in (False, True):
+        one = metis(adj_t, 4, recursive, log=False)
+        other = partition(adj_t, 4, "metis", recursive=recursive)
+        assert torch.equal(one.perm, other.perm)
+        assert torch.equal(one.ptr, other.ptr)
+
+
+def test_contiguous_keeps_the_order():
+    perm, ptr = partition(adj_t_of(directed()), 2, "contiguous")
+    assert perm.tolist() == list(range(9))
+    assert ptr.tolist() == [0, 5, 9]
+
+
+def test_figures_are_logged_and_nothing_is_printed(caplog, capfd):
+    adj_t = adj_t_of(cliques(4, 6))
+    with caplog.at_level(logging.INFO, logger="recollect"):
+        partition(adj_t, 4, "metis", log=False)
+        assert caplog.messages == []
+        partition(adj_t, 4, "kaminpar")
+    assert "6 of 126 edges cut (4.8 %), largest part 6 nodes, 1.000 of the mean" in caplog.messages[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_cache_saves_the_work(tmp_path, monkeypatch):
+    adj_t = adj_t_of(ring())
+    first = partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+    (file,) = (tmp_path / "parts").iterdir()
+    monkeypatch.setitem(sys.modules, "pymetis", None)  # METIS itself is out of reach now
+    second = partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+    assert torch.equal(first.perm, second.perm)
+    for other in ({"num_parts": 3}, {"num_parts": 2, "seed": 1}, {"num_parts": 2, "recursive": True}):
+        with pytest.raises(ImportError):
+            partition(adj_t, method="metis", cache=tmp_path / "parts", **other)
+    with pytest.raises(ImportError):
+        partition(adj_t_of(directed()), 2, "metis", cache=tmp_path / "parts")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot be read as a partition .* delete it"):
+        partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("method", "package"), [("metis", "pymetis"), ("kaminpar", "kaminpar")])
+def test_a_missing_package_is_named(method, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f'method="{method}" needs the package {package}: pip install {package}'):
+        partition(adj_t_of(ring()), 2, method)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_parts": 0}, ValueError, "num_parts is 0, but must be at least 1"),
+        ({"method": "louvain"}, ValueError, "method is 'louvain', but must be one of metis, kaminpar, random"),
+        ({"method": "random", "recursive": True}, ValueError, "random takes no recursive"),
+        ({"method": "kaminpar", "preset": "none"}, ValueError, "preset is 'none', but must be one of .*default"),
+        ({"method": "kaminpar", "threads": 0}, ValueError, "threads is 0"),
+        ({"method": "kaminpar", "imbalance": 0.0}, ValueError, "imbalance 0.0"),
+        ({"adj_t": torch.eye(3)}, TypeError, "layout torch.strided, but must be a torch.sparse_csr tensor"),
+        ({"adj_t": csr(torch.ones(2, 3))}, ValueError, r"shape \(2, 3\), but must be \[N, N\]"),
+        ({"weighted": True, "adj_t": csr(-torch.eye(3))}, ValueError, "finite and not negative"),
+    ],
+)  # fmt: skip
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        partition(**{"adj_t": adj_t_of(ring()), "num_parts": 2, **arguments})
