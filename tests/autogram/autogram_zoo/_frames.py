@@ -52,6 +52,8 @@ class InCheckpoint(Framed):
 class InTorchCheckpoint(Framed):
     """Layers inside torch's own checkpoint, which runs them again."""
 
+    reruns = True
+
     def frame(self, layer: nn.Module, x: Tensor) -> Tensor:
         return torch_checkpoint.checkpoint(layer, x, use_reentrant=False)
 

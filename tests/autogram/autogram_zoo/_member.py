@@ -19,13 +19,16 @@ class Member(nn.Module):
         batch_dims: those that it allows: the dimension of all its inputs and outputs over whose elements it is
             independent; None asks for no independence.
         batches: the sizes of a batch that it is tried with.
-        refused: what the error for a batch dimension that it does not allow must name; None: not tried.
+        refused: what the error for a batch dimension that it does not allow must name, "" where no module is to
+            blame; None: not tried.
+        reruns: it calls its modules again in backward, by other means than a frame.
         dtype: of parameters and inputs.
     """
 
     batch_dims: ClassVar[tuple[int | None, ...]] = (0, 1, None)
     batches: ClassVar[tuple[int, ...]] = BATCHES
     refused: ClassVar[str | None] = None
+    reruns: ClassVar[bool] = False
     dtype = torch.float64
 
     def inputs(self, batch: int, batch_dim: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,7 +104,7 @@ def explicit_jacobian(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Ten
 def as_generalised(gramian: Tensor, shape: Sequence[int]) -> Tensor:
     """Lay a Gramian [m, m] out as [m1..mk, mk..m1]."""
     k = len(shape)
-    return gramian.reshape(*shape, *shape).permute([*range(k), *reversed(range(k, 2 * k))])
+    return gramian.reshape([*shape, *shape]).permute([*range(k), *reversed(range(k, 2 * k))])
 
 
 def explicit_gramian(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
