@@ -1,0 +1,133 @@
+"""A history's file: made in one go, checked when it is opened, owned by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from recollect.autoscale._codec import codec_for
+from recollect.autoscale._rows import STAMP
+
+__all__ = ["HEADER_BYTES", "FileLayout", "HistoryFileError", "open_file"]
+
+HEADER_BYTES = 4096
+_MAGIC = b"RCLHIST\0"
+_VERSION = 1
+_FIELDS = struct.Struct("<8sI16sQQ")  # magic, version, dtype, rows, channels
+
+
+class HistoryFileError(RuntimeError):
+    """A file cannot serve this history: name another file, or delete it."""
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """What a file of these rows looks like: header, stamps, and records from the next page on."""
+
+    num_embeddings: int
+    embedding_dim: int
+    dtype: torch.dtype
+
+    @property
+    def header(self) -> bytes:
+        """The first bytes of the file."""
+        name = str(self.dtype).removeprefix("torch.").encode()
+        return _FIELDS.pack(_MAGIC, _VERSION, name, self.num_embeddings, self.embedding_dim)
+
+    @property
+    def records_at(self) -> int:
+        """Position of the first record."""
+        end = HEADER_BYTES + self.num_embeddings * STAMP.itemsize
+        return -(-end // HEADER_BYTES) * HEADER_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        codec = codec_for(self.dtype, self.embedding_dim)
+        return self.records_at + self.num_embeddings * codec.record_width * codec.record_dtype.itemsize
+
+
+def open_file(path: Path, layout: FileLayout) -> int:
+    """Open a history's file, or make one of zeros if there is none.
+
+    Returns:
+        The descriptor, for reading and writing, locked until it and its copies are closed.
+
+    Raises:
+        HistoryFileError: the file is something else, was cut, is in use, or there is no room for it.
+        OSError: it cannot be opened or made, for another reason.
+    """
+    if os.name != "posix":
+        raise HistoryFileError(f"{path}: histories in files need a POSIX system (got {os.name!r}); leave path=None")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        made = False
+    else:
+        made = True
+    try:
+        _lock(path, descriptor)
+        _fill(path, descriptor, layout) if made else _check(path, descriptor, layout)
+    except BaseException:
+        os.close(descriptor)
+        if made:
+            path.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    import fcntl  # there is none on Windows
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise HistoryFileError(
+            f"{path} is in use by another history, of this process or of another: two would overwrite each other's "
+            "rows; delete the other one first, or give each its own file"
+        ) from error
+
+
+def _fill(path: Path, descriptor: int, layout: FileLayout) -> None:
+    """Take the room at once: writing to a mapped file for which there is none would end the process."""
+    free = shutil.disk_usage(path.parent).free
+    if layout.file_bytes > free:
+        raise HistoryFileError(f"{path}: the history needs {layout.file_bytes} bytes (got {free} bytes of free space)")
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, layout.file_bytes)
+    else:
+        os.ftruncate(descriptor, layout.file_bytes)
+    os.pwrite(descriptor, layout.header, 0)  # last: what has a header is whole
+
+
+def _check(path: Path, descriptor: int, layout: FileLayout) -> None:
+    size = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, _FIELDS.size, 0)
+    if len(head) == _FIELDS.size and head == layout.header:
+        if size != layout.file_bytes:
+            _refuse(path, f"a history file of {layout.file_bytes} bytes", f"{size} bytes: it was cut or extended")
+        return
+    if len(head) < _FIELDS.size:
+        _refuse(path, f"a history file with a header of {HEADER_BYTES} bytes", f"a file of {size} bytes")
+    magic, version, name, rows, channels = _FIELDS.unpack(head)
+    if magic == bytes(len(_MAGIC)):
+        _refuse(path, f"a file that begins with {_MAGIC!r}", "zeros: making it was interrupted")
+    if magic != _MAGIC:
+        _refuse(path, f"a file that begins with {_MAGIC!r}", f"{magic!r}: it is no history")
+    if version != _VERSION:
+        _refuse(path, f"version {_VERSION} of the format", f"version {version}")
+    expected = f"{layout.num_embeddings} rows of {layout.embedding_dim} channels in {layout.dtype}"
+    found = name.rstrip(b"\0").decode(errors="replace")
+    _refuse(path, expected, f"{rows} rows of {channels} channels in torch.{found}")
+
+
+def _refuse(path: Path, expected: str, found: str) -> NoReturn:
+    raise HistoryFileError(f"{path}: expected {expected} (got {found}); name another file, or delete this one")

@@ -1,0 +1,148 @@
+"""Tensors to and from a file at a position, and gathers from a mapped file in bounded resident memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._selection import Selection
+
+__all__ = ["FileRows"]
+
+_REGION_BYTES = 2 << 20
+"""What one touched byte may make resident: the kernel maps a whole folio of its page cache at a fault."""
+
+_RESIDENT_BYTES = 32 << 20
+"""What a gather may leave mapped at a time."""
+
+_COPY_BYTES = 8 << 20
+"""What is converted to the file's type at a time."""
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor; they live as long as the tensor does."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _write(descriptor: int, tensor: Tensor, position: int) -> None:
+    """Write all bytes; one call may write fewer."""
+    left = _memory(tensor) if tensor.nbytes else memoryview(b"")
+    while left:
+        done = os.pwrite(descriptor, left, position)
+        left, position = left[done:], position + done
+
+
+def _read(descriptor: int, tensor: Tensor, position: int) -> None:
+    """Fill a contiguous tensor."""
+    left = _memory(tensor) if tensor.nbytes else memoryview(b"")
+    while left:
+        done = os.preadv(descriptor, [left], position)
+        if not done:
+            raise OSError(f"the history's file ends {len(left)} bytes before its last row: it was cut while in use")
+        left, position = left[done:], position + done
+
+
+def _bounded(rows: Tensor, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted row numbers into pieces that touch few enough regions of the file each."""
+    if rows.numel() == 0:
+        return pairwise([])
+    regions = rows * row_bytes // _REGION_BYTES
+    rank = torch.cat([regions.new_zeros(1), (regions.diff() != 0).cumsum(0)])
+    piece = rank // max(1, _RESIDENT_BYTES // (_REGION_BYTES + row_bytes))
+    cuts = [0, *(piece.diff().nonzero().squeeze(1) + 1).tolist(), rows.numel()]
+    return pairwise(cuts)
+
+
+class FileRows:
+    """Equal rows within a file.
+
+    Ranges of rows go through the file handle, so that they never are part of this process's resident memory. Rows by
+    number go through a memory map, as one call per row would be slow; its pages are given back (``MADV_DONTNEED``)
+    after every 32 MiB that were touched. Both see the same page cache of the operating system, which keeps what is
+    used often as long as there is memory to spare, and survives this process.
+
+    Args:
+        descriptor: of the file, open for reading and writing.
+        mapped: the whole file.
+        position: of row 0, in bytes.
+        shape: rows and entries per row.
+        dtype: of the entries.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, descriptor: int, mapped: mmap.mmap, position: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        self._descriptor = descriptor
+        self._mapped = mapped
+        self._position = position
+        self.shape = shape
+        self.dtype = dtype
+        with torch.inference_mode(False):
+            flat = torch.frombuffer(mapped, dtype=dtype, count=shape[0] * shape[1], offset=position)
+            self._view = flat.view(shape)
+        self._row_bytes = shape[1] * dtype.itemsize
+
+    def write(self, values: Tensor, where: Selection) -> None:
+        """See ``Rows``."""
+        if isinstance(where, Tensor):
+            order = where.argsort()
+            values = values.to("cpu", self.dtype)
+            for first, last in _bounded(where[order], self._row_bytes):
+                chosen = order[first:last]
+                self._view.index_copy_(0, where[chosen], values[chosen])
+                self._give_back()
+            return
+        step = max(1, _COPY_BYTES // self._row_bytes)
+        done = 0
+        for start, stop in where:
+            for row in range(start, stop, step):
+                piece = values[done : done + min(step, stop - row)]
+                _write(self._descriptor, piece.to("cpu", self.dtype).contiguous(), self._at(row))
+                done += piece.size(0)
+
+    def read(self, where: Selection, out: Tensor) -> None:
+        """See ``Rows``."""
+        if isinstance(where, Tensor):
+            self._gather(where, out)
+            return
+        done = 0
+        for start, stop in where:
+            _read(self._descriptor, out[done : done + stop - start], self._at(start))
+            done += stop - start
+
+    def whole(self) -> Tensor:
+        """Return the map; reading it makes it resident."""
+        return self._view
+
+    def zero_(self) -> None:
+        """Write zeros."""
+        rows, width = self.shape
+        zeros = torch.zeros(min(rows, max(1, _COPY_BYTES // self._row_bytes)), width, dtype=self.dtype)
+        for row in range(0, rows, zeros.size(0)):
+            _write(self._descriptor, zeros[: rows - row], self._at(row))
+
+    def _gather(self, where: Tensor, out: Tensor) -> None:
+        if bool((where[1:] >= where[:-1]).all()):
+            for first, last in _bounded(where, self._row_bytes):
+                torch.index_select(self._view, 0, where[first:last], out=out[first:last])
+                self._give_back()
+            return
+        order = where.argsort()
+        for first, last in _bounded(where[order], self._row_bytes):
+            chosen = order[first:last]
+            out.index_copy_(0, chosen, self._view.index_select(0, where[chosen]))
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _at(self, row: int) -> int:
+        return self._position + row * self._row_bytes

@@ -1,0 +1,190 @@
+"""Historical embeddings of one layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._codec import codec_for
+from recollect.autoscale._file_table import FileTable
+from recollect.autoscale._memory_rows import memory_table
+from recollect.autoscale._rows import STAMP
+from recollect.autoscale._selection import check_values, length, select_all, select_batch, select_rows
+from recollect.autoscale._table import Table
+from recollect.autoscale._table_module import TableModule
+from recollect.frames import in_backward
+
+__all__ = ["History", "history_bytes"]
+
+
+def history_bytes(num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes that a history will take, without allocating them.
+
+    Each row has its channels, 4 bytes for the number of its last push and, in int8, 4 for its scale. A file has up to
+    8,192 bytes more: a header, and a gap to the next page.
+
+    Args:
+        num_embeddings: rows, one per node.
+        embedding_dim: channels.
+        dtype: as in :class:`History`.
+
+    Raises:
+        ValueError: a type in which no history is kept, or fewer than one row or channel.
+    """
+    codec = codec_for(dtype, embedding_dim)
+    if num_embeddings < 1:
+        raise ValueError(f"num_embeddings must be at least 1 (got {num_embeddings})")
+    return num_embeddings * (codec.record_width * codec.record_dtype.itemsize + STAMP.itemsize)
+
+
+class History(TableModule):
+    """A table with the last known embedding of every node, in one layer.
+
+    Nodes in a mini-batch push what was computed for them; later batches, in whose halo they are, pull it ("historical
+    embeddings", arXiv 2106.05609, section 2). No gradient passes through a history.
+
+    The table stays where it was made, in host memory (pinned if there is CUDA), on a device, or in a file. Moving the
+    module moves what :meth:`pull` returns: its device, and its type, which is float32 at first (float64 for float64).
+
+    A file is made if there is none, and otherwise opened with the rows and ages that it has, also after the process
+    that wrote it was killed. (A power failure is another matter: call :meth:`flush` before what must survive one.) One
+    history at a time has it open. Its rows are never part of the resident memory of the process, apart from 32 MiB
+    during a pull: the operating system's page cache holds what is used often, as far as there is memory to spare.
+
+    Pushes are side effects of a forward pass: in a rebuild (:func:`recollect.in_backward`) they do nothing. In dry mode
+    they are done, since a frame's first call is its forward pass.
+
+    Args:
+        num_embeddings: rows, one per node.
+        embedding_dim: channels.
+        device: of the table; ``None`` is host memory.
+        dtype: of the table: float32, float16, bfloat16, float64, or int8 with one float32 scale per row, which is
+            the row's largest magnitude / 127.
+        path: of the file, if the table shall lie in one; folders on the way are made.
+        save_histories: whether ``state_dict`` holds the table and its ages. Loading takes them if they are there. A
+            history in a file refuses it, as the file is what is kept.
+
+    Attributes:
+        table: what holds the rows.
+
+    Shapes:
+        - x: [rows, embedding_dim]; n_id: [rows] int64 or int32; offset and count: [parts] integers.
+
+    Raises:
+        ValueError: fewer than one row or channel, another dtype, or a device or ``save_histories`` with a path.
+        HistoryFileError: the file is no history, has other rows, was cut, is in use, or there is no room for it.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import History
+        >>> history = History(num_embeddings=6, embedding_dim=2)
+        >>> history.push(torch.ones(3, 2), offset=torch.tensor([0, 4]), count=torch.tensor([1, 2]))
+        >>> history.pull(torch.tensor([5, 1]))
+        tensor([[1., 1.],
+                [0., 0.]])
+        >>> history.push(torch.ones(1, 2), n_id=torch.tensor([3]))
+        >>> history.age()
+        tensor([1, 2, 2, 0, 1, 1])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        save_histories: bool = False,
+    ) -> None:
+        history_bytes(num_embeddings, embedding_dim, dtype)  # checks them
+        codec = codec_for(dtype, embedding_dim)
+        if path is not None and (device is not None or save_histories):
+            found = f"device={device!r}" if device is not None else "save_histories=True"
+            raise ValueError(
+                f"a history with a path lies in its file, which is also what is kept of it (got {found}); leave it out"
+            )
+        table: Table
+        if path is None:
+            table = memory_table(codec, num_embeddings, torch.device("cpu" if device is None else device))
+        else:
+            table = FileTable(Path(path), num_embeddings, embedding_dim, dtype, codec)
+        super().__init__(table, torch.float64 if dtype == torch.float64 else torch.float32, save_histories)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def push(
+        self,
+        x: Tensor,
+        n_id: Tensor | None = None,
+        offset: Tensor | Sequence[int] | None = None,
+        count: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """Write rows.
+
+        With ``offset`` and ``count`` the first rows of ``x`` go to the ranges ``offset[k] : offset[k] + count[k]``, as
+        copies in one piece; ``n_id``, if given too, must begin with these rows. With ``n_id`` alone, ``x`` goes to
+        these rows; with none of them, to all rows.
+
+        Raises:
+            TypeError: ``x`` is no float tensor, or ``n_id`` holds no integers.
+            ValueError: sizes that disagree, parts that overlap, rows named twice, or ``n_id`` not in the parts' order.
+            IndexError: rows that the history does not have. Nothing is written after any of these.
+        """
+        if in_backward():
+            return
+        where = select_batch(n_id, offset, count, self.num_embeddings)
+        x = check_values(x, length(where), self.embedding_dim, exact=offset is None)
+        self.settle()
+        self.table.write(x, where)
+
+    @torch.no_grad()
+    def pull(self, n_id: Tensor | None = None) -> Tensor:
+        """Return a copy of the rows ``n_id`` (all rows without it), [rows, embedding_dim].
+
+        Rows that were never pushed are 0. See :attr:`out_dtype` and :attr:`out_device`.
+
+        Raises:
+            TypeError: ``n_id`` holds no integers.
+            ValueError: ``n_id`` is not 1-D.
+            IndexError: rows that the history does not have.
+        """
+        where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
+        self.settle()
+        out = self._result.new_empty(length(where), self.embedding_dim)
+        self.table.read(where, out)
+        return out
+
+    def age(self, n_id: Tensor | None = None) -> Tensor:
+        """Return the pushes to this history since the rows ``n_id`` (all without it) were pushed last, [rows] int64.
+
+        A row that was never pushed is as old as the history.
+
+        Raises:
+            TypeError, ValueError, IndexError: as for :meth:`pull`.
+        """
+        where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
+        self.settle()
+        return self.table.ages(where).to(self.out_device)
+
+    def reset_parameters(self) -> None:
+        """Set all rows to 0, never pushed."""
+        self.settle()
+        self.table.reset()
+
+    def flush(self) -> None:
+        """Wait until all that was pushed is in the file, and the file on the disk. Without a file: only the first."""
+        self.settle()
+        if isinstance(self.table, FileTable):
+            self.table.flush()
+
+    def extra_repr(self) -> str:
+        """Return size, type and place."""
+        place = f"path={str(self.table.path)!r}" if isinstance(self.table, FileTable) else self.table.records.device
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, {place}"

@@ -1,0 +1,86 @@
+"""Rows in host memory or on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._codec import Codec
+from recollect.autoscale._rows import STAMP
+from recollect.autoscale._selection import Selection
+from recollect.autoscale._table import Table
+
+__all__ = ["MemoryClock", "MemoryRows", "memory_table"]
+
+
+class MemoryRows:
+    """Rows in a tensor [rows, width] on any device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.shape = (tensor.size(0), tensor.size(1))
+
+    def write(self, values: Tensor, where: Selection) -> None:
+        """See :class:`Rows`."""
+        if isinstance(where, Tensor):
+            self.tensor.index_copy_(0, where.to(self.device), values.to(self.device, self.dtype))
+            return
+        if values.device != self.device:  # in the table's type, so that fewer bytes travel
+            values = values.to(self.dtype)
+        done = 0
+        for start, stop in where:
+            self.tensor[start:stop].copy_(values[done : done + stop - start])
+            done += stop - start
+
+    def read(self, where: Selection, out: Tensor) -> None:
+        """See :class:`Rows`."""
+        if isinstance(where, Tensor):
+            torch.index_select(self.tensor, 0, where.to(self.device), out=out)
+            return
+        done = 0
+        for start, stop in where:
+            out[done : done + stop - start].copy_(self.tensor[start:stop])
+            done += stop - start
+
+    def whole(self) -> Tensor:
+        """See :class:`Rows`."""
+        return self.tensor
+
+    def zero_(self) -> None:
+        """See :class:`Rows`."""
+        self.tensor.zero_()
+
+
+class MemoryClock:
+    """The number of pushes, in the process alone."""
+
+    def __init__(self) -> None:
+        self.pushes = 0
+
+    @contextmanager
+    def push(self) -> Iterator[int]:
+        """See :class:`Clock`."""
+        self.pushes += 1
+        yield self.pushes
+
+    def reset(self, pushes: int = 0) -> None:
+        """See :class:`Clock`."""
+        self.pushes = pushes
+
+
+def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Table:
+    """Allocate a table of zeros on a device; host memory is pinned where there is CUDA to copy to.
+
+    The stamps are always in host memory: the rows to stamp are known there.
+    """
+    with torch.inference_mode(False):  # a table made in inference mode could not be written outside of it
+        pinned = device.type == "cpu" and torch.cuda.is_available()
+        shape = num_embeddings, codec.record_width
+        records = torch.zeros(shape, dtype=codec.record_dtype, device=device, pin_memory=pinned)
+        stamps = torch.zeros(num_embeddings, 1, dtype=STAMP, device="cpu")
+    return Table(codec, MemoryRows(records), MemoryRows(stamps), MemoryClock())

@@ -1,0 +1,90 @@
+"""The rows of a history, each with the time of its last push, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._codec import Codec
+from recollect.autoscale._rows import STAMP, Clock, Rows
+from recollect.autoscale._selection import Selection, length, select_all
+
+__all__ = ["STATE", "Table"]
+
+STATE = ("table", "stamps", "pushes")
+"""What a table's state consists of."""
+
+
+class Table:
+    """Rows of floats: records, their stamps and their clock. It trusts its arguments.
+
+    Args:
+        codec: between floats and records.
+        records: [rows, codec.record_width].
+        stamps: [rows, 1], numbers of pushes.
+        clock: of the pushes.
+    """
+
+    def __init__(self, codec: Codec, records: Rows, stamps: Rows, clock: Clock) -> None:
+        self.codec = codec
+        self.records = records
+        self.stamps = stamps
+        self.clock = clock
+
+    def write(self, x: Tensor, where: Selection) -> None:
+        """Write ``x`` [rows, channels] to the selected rows, as one more push."""
+        records = self.codec.encode(x)
+        with self.clock.push() as number:
+            # Stamps first: what was being written when the process died is known by its number.
+            self.stamps.write(torch.full((x.size(0), 1), number, dtype=STAMP), where)
+            self.records.write(records, where)
+
+    def read(self, where: Selection, out: Tensor) -> None:
+        """Read the selected rows into ``out`` [rows, channels], contiguous, of any float type, on any device."""
+        if self.codec.decodes_to(out.dtype) and out.device == self.records.device:
+            self.records.read(where, out)
+            return
+        records = torch.empty(
+            length(where), self.codec.record_width, dtype=self.codec.record_dtype, device=self.records.device
+        )
+        self.records.read(where, records)
+        self.codec.decode(records, out)
+
+    def ages(self, where: Selection) -> Tensor:
+        """Return the pushes since the selected rows were written, [rows] int64 on the CPU."""
+        stamps = torch.empty(length(where), 1, dtype=STAMP)
+        self.stamps.read(where, stamps)
+        return self.clock.pushes - stamps.squeeze(1).to(torch.int64)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what ``state_dict`` holds: the tensors themselves, as it does of parameters."""
+        return {
+            "table": self.records.whole(),
+            "stamps": self.stamps.whole(),
+            "pushes": torch.tensor(self.clock.pushes),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> str | None:
+        """Take over a state; of another shape or type it is left alone, and what is wrong is returned."""
+        for name, rows in (("table", self.records), ("stamps", self.stamps)):
+            found = state[name]
+            if found.shape != rows.shape or found.dtype != rows.dtype:
+                return (
+                    f"{name}: a history of {list(rows.shape)} records in {rows.dtype} cannot load "
+                    f"{list(found.shape)} in {found.dtype}"
+                )
+        everything = select_all(self.records.shape[0])
+        self.records.write(state["table"], everything)
+        self.stamps.write(state["stamps"], everything)
+        self.clock.reset(int(state["pushes"]))
+        return None
+
+    def reset(self) -> None:
+        """Set all rows to 0, never pushed."""
+        if self.clock.pushes == 0:  # they are; a large file is made in no time, but not written in none
+            return
+        self.stamps.zero_()
+        self.records.zero_()
+        self.clock.reset()
