@@ -1,0 +1,46 @@
+"""Weightings for losses of any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from recollect.aggregation._gramian import checked, flattened
+
+__all__ = ["Flattening"]
+
+
+class Flattening(nn.Module):
+    """Weigh losses of any shape ``[m1, .., mk]`` as if they were one list of them.
+
+    Args:
+        weighting: from a Gramian ``[m, m]`` to weights ``[m]``, with m the product of all mi.
+
+    Shapes:
+        - generalised Gramian: [m1, .., mk, mk, .., m1], its second half mirroring the first; [] for a lone loss.
+        - weights: [m1, .., mk].
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import Flattening, MeanWeighting
+        >>> Flattening(MeanWeighting())(torch.eye(6).reshape(2, 3, 2, 3).movedim((2, 3), (3, 2))).shape
+        torch.Size([2, 3])
+    """
+
+    __call__: Callable[[Tensor], Tensor]
+
+    def __init__(self, weighting: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weighting = weighting
+
+    @torch.no_grad()
+    def forward(self, gramian: Tensor) -> Tensor:
+        """Return the weights.
+
+        Raises:
+            ValueError: another shape, or what :class:`Weighting` refuses; objectives are named by their place.
+        """
+        matrix, shape = flattened(gramian)
+        return self.weighting(checked(matrix, shape)).reshape(shape)

@@ -1,0 +1,116 @@
+"""What a Gramian must be, and the forms of it that the methods compute with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["checked", "correlations", "flattened", "normalized"]
+
+_NAMED = 8  # so many objectives are named in an error; of the rest there is a count
+
+
+def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a Gramian as a symmetric matrix, or raise a ValueError that says what is wrong with it.
+
+    Args:
+        gramian: ``[m, m]``.
+        shape: how the m objectives are laid out, for the names in errors; by default they are counted.
+
+    Raises:
+        ValueError: it is not square, empty, of another type than floating point, not finite, not symmetric, or its
+            diagonal, which holds squared norms, has a negative entry.
+    """
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.is_floating_point():
+        raise ValueError(
+            f"a Gramian is a square matrix of floating-point numbers, [m, m]; found {list(gramian.shape)} of "
+            f"{gramian.dtype}. Wrap the weighting in Flattening for losses of another shape than [m]"
+        )
+    if gramian.shape[0] == 0:
+        raise ValueError("the Gramian is empty, [0, 0]: there must be at least one objective")
+    exact = gramian.double()
+    diagonal = exact.diagonal()
+    norms = diagonal.clamp(min=0).sqrt()
+    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms.
+    allowed = max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
+    faults = torch.stack([~exact.isfinite(), (exact - exact.T).abs() > allowed, (diagonal < 0).diag()])
+    if bool(faults.any()):
+        _refuse(exact, faults, shape or [gramian.shape[0]])
+    return (gramian + gramian.T) / 2
+
+
+def _refuse(gramian: Tensor, faults: Tensor, shape: Sequence[int]) -> None:
+    infinite, crooked, negative = faults.unbind()
+    if bool(infinite.any()):
+        # A gradient that is not finite spoils its row and its column; its square on the diagonal tells which it is.
+        rows = infinite.diagonal() if bool(infinite.diagonal().any()) else infinite.any(1)
+        raise ValueError(
+            f"the Gramian is not finite: look at the losses and gradients of {_names(rows, shape)} "
+            "(NaN or infinity; a float32 Gramian overflows where a gradient's norm exceeds 1e19)"
+        )
+    if bool(negative.any()):
+        raise ValueError(
+            f"the diagonal of a Gramian holds squared norms; it is negative at {_names(negative.any(1), shape)}"
+        )
+    i, j = divmod(int(crooked.flatten().double().argmax()), len(crooked))
+    raise ValueError(
+        f"a Gramian is symmetric; found {gramian[i, j].item():g} at [{i}, {j}] and {gramian[j, i].item():g} at "
+        f"[{j}, {i}]. Give J Jᵀ, not the Jacobian J"
+    )
+
+
+def _names(rows: Tensor, shape: Sequence[int]) -> str:
+    """Say which objectives: "objective 3", "objectives (0, 1), (2, 1)"."""
+    places = torch.unravel_index(rows.nonzero()[:, 0], tuple(shape))
+    names = [", ".join(map(str, place)) for place in zip(*(axis.tolist() for axis in places), strict=True)]
+    if len(shape) > 1:
+        names = [f"({name})" for name in names]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"objective{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
+
+
+def flattened(gramian: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return a generalised Gramian ``[m1..mk, mk..m1]`` as a matrix ``[m, m]``, and ``(m1, .., mk)``.
+
+    The second half of its axes mirrors the first. A 0-D Gramian, a squared norm, becomes ``[1, 1]``.
+
+    Raises:
+        ValueError: the second half of the shape is not the first one mirrored.
+    """
+    half = gramian.ndim // 2
+    shape = tuple(gramian.shape[:half])
+    if gramian.ndim % 2 or tuple(gramian.shape[half:]) != shape[::-1]:
+        raise ValueError(
+            f"a generalised Gramian has the shape [m1, .., mk, mk, .., m1], its second half mirroring the first; "
+            f"found {list(gramian.shape)}"
+        )
+    count = math.prod(shape)
+    order = (*range(half), *range(gramian.ndim - 1, half - 1, -1))
+    return gramian.permute(order).reshape(count, count), shape
+
+
+def normalized(gramian: Tensor) -> Tensor:
+    """Return the Gramian in float64, divided by its trace: that of the Jacobian divided by its Frobenius norm.
+
+    Zeros stay zeros. Dividing by the largest entry first, numbers near the ends of float64's range pass too.
+    """
+    exact = gramian.double()
+    largest = exact.abs().amax()
+    exact = exact / torch.where(largest > 0, largest, 1.0)
+    trace = exact.diagonal().sum()
+    return exact / torch.where(trace > 0, trace, 1.0)
+
+
+def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines between all gradients, ``[m, m]``, and the gradients' norms, ``[m]``, both in float64.
+
+    Rows and columns of gradients that are zero are zero.
+    """
+    exact = gramian.double()
+    norms = exact.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    cosines = exact * inverse[:, None] * inverse
+    return cosines.clamp(-1, 1), norms

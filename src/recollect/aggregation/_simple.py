@@ -1,0 +1,71 @@
+"""Weights that do not look at the gradients: mean, sum, constant, random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recollect.aggregation._weighting import Weighting
+
+__all__ = ["ConstantWeighting", "MeanWeighting", "RandomWeighting", "SumWeighting"]
+
+
+class MeanWeighting(Weighting):
+    """1 / m for each objective: what training on the mean loss does."""
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        """Return the weights ``[m]``."""
+        return torch.full_like(gramian[0], 1 / len(gramian))
+
+
+class SumWeighting(Weighting):
+    """1 for each objective: what training on the sum of the losses does."""
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        """Return the weights ``[m]``."""
+        return torch.ones_like(gramian[0])
+
+
+class ConstantWeighting(Weighting):
+    """Weights that were chosen beforehand (scalarisation).
+
+    Args:
+        weights: ``[m]``, finite.
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite; at the call, a Gramian of another size.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        if weights.ndim != 1 or not bool(weights.isfinite().all()):
+            raise ValueError(f"weights must be finite, one for each objective, [m]; found {weights.tolist()}")
+        self.register_buffer("weights", weights, persistent=False)
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        """Return the weights ``[m]``."""
+        if len(self.weights) != len(gramian):
+            raise ValueError(f"weights are for {len(self.weights)} objectives; the Gramian has {len(gramian)}")
+        return self.weights
+
+
+class RandomWeighting(Weighting):
+    """Other positive weights at each call, which sum to one: the softmax of normal numbers.
+
+    Random gradient weighting, algorithm 2 of "Reasonable Effectiveness of Random Weighting" (Lin et al. 2022, arXiv
+    2111.10603).
+
+    Args:
+        generator: where the numbers come from, and the device on which they are drawn; None: torch's own.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        """Return the weights ``[m]``."""
+        device = gramian.device if self.generator is None else self.generator.device
+        return torch.randn(len(gramian), generator=self.generator, device=device, dtype=gramian.dtype).softmax(0)
