@@ -48,7 +48,7 @@ class Outer:
     """Sums over positions of outer products: J[i] = sum_t left[i, t, g, :] right[i, t, g, :]ᵀ, of shape [G, a, b].
 
     A linear layer's weight [out, in] has its output's gradient on the left, its input on the right, and one group.
-    Either side, or both, may have one row, which all objectives share.
+    One of the sides may have a single row, which all objectives share.
 
     Attributes:
         left: [m or 1, T, G, a].

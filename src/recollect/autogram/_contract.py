@@ -1,0 +1,167 @@
+"""From a parameter's factors to their Gramian, by whichever way takes the fewest operations.
+
+The rows of J are formed a piece at a time and squared while they are in the cache, J Jᵀ += J_k J_kᵀ; or, where
+positions are few, they are never formed: for outer products of left g and right a,
+(J Jᵀ)[i, j] = sum over positions t, s of (g[i, t]·g[j, s]) (a[i, t]·a[j, s]), as in Goodfellow, arXiv 1510.01799, for
+norms, and in section 3.1 of Novak et al., arXiv 2206.08720.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._factors import Factor, Outer, Picked
+from recollect.autogram._merge import merge
+from recollect.autogram._rows import form_rows, row_elements
+from recollect.autogram._square import SquareSum, wide
+
+__all__ = ["add_gramian", "gramian"]
+
+# How many bytes of rows are formed at once: in the cache of a CPU core's share, a launch's worth on a GPU.
+_PIECE = {"cpu": 2**21, "cuda": 2**26}
+# How many bytes of rows are held at once where they have to be formed whole.
+_WHOLE = 2**27
+# A product of two scalars that waits for memory costs as much as so many in a matrix product.
+_ELEMENT = 24
+
+
+def gramian(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> Tensor:
+    """Return the Gramian [m, m] of one parameter's Jacobian, which is the sum of the factors.
+
+    Args:
+        factors: one for each use of the parameter, all with m rows.
+        dtype: of the result; None: the factors', at least float32.
+    """
+    values = _values(factors[0])
+    total = SquareSum(factors[0].num_rows, wide(values.dtype) if dtype is None else dtype, values.device)
+    add_gramian(total, factors)
+    return total.total()
+
+
+def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
+    """Add the Gramian of one parameter's Jacobian to those of others; see :func:`gramian`."""
+    factors = merge(factors)
+    only = factors[0] if len(factors) == 1 else None
+    if isinstance(only, Outer):
+        _add_outer(total, only)
+    elif isinstance(only, Picked):
+        _add_picked(total, only)
+    else:
+        _add_formed(total, factors)
+
+
+def _values(factor: Factor) -> Tensor:
+    if isinstance(factor, Outer):
+        return factor.left
+    if isinstance(factor, Picked):
+        return factor.grad
+    return form_rows([factor], slice(0, 1))
+
+
+def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
+    """Form whole rows, all of them if they fit and else a block for each pair of blocks."""
+    m = factors[0].num_rows
+    size = total.dtype.itemsize
+    step = max(1, _WHOLE // (2 * size * row_elements(factors)))
+    if m * factors[0].shape.numel() * size <= _WHOLE:
+        blocks = [form_rows(factors, slice(start, min(start + step, m))) for start in range(0, m, step)]
+        total.add_product(blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+        return
+    for i in range(0, m, step):
+        rows = slice(i, min(i + step, m))
+        first = form_rows(factors, rows).to(total.dtype)
+        total.add_block(first @ first.mT, rows, rows)
+        for j in range(rows.stop, m, step):
+            columns = slice(j, min(j + step, m))
+            total.add_block(first @ form_rows(factors, columns).to(total.dtype).mT, rows, columns)
+
+
+def _add_outer(total: SquareSum, factor: Outer) -> None:
+    m = factor.num_rows
+    _, T, G, a = factor.left.shape
+    b = factor.right.shape[3]
+    formed = m * T * a * b + m * m * a * b // 2
+    paired = m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2)
+    if paired < formed:
+        _add_pairs(total, factor)
+    elif G == 1:
+        _add_slabs(total, factor)
+    else:
+        _add_groups(total, factor)
+
+
+def _add_pairs(total: SquareSum, factor: Outer) -> None:
+    """(g gᵀ) ∘ (a aᵀ), summed over positions, without any row of J."""
+    m = factor.num_rows
+    T, G = factor.left.shape[1:3]
+    dtype = total.dtype
+    left, right = (side.permute(2, 0, 1, 3).to(dtype) for side in (factor.left, factor.right))  # [G, m, T, a]
+    step = max(1, int((_piece(left) * 4 / (dtype.itemsize * T * T * G)) ** 0.5))
+    for i in range(0, m, step):
+        rows = slice(i, min(i + step, m))
+        for j in range(i, m, step):
+            columns = slice(j, min(j + step, m))
+            product = _pair(left, rows, columns) * _pair(right, rows, columns)
+            total.add_block(product.sum((0, 2, 4)), rows, columns)
+
+
+def _pair(side: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Return the products [G, n, T, n', T] of what stands at each position with what stands at each other."""
+    G, m, T, _ = side.shape
+    first, second = (side, side) if m == 1 else (side[:, rows], side[:, columns])
+    product = first.flatten(1, 2) @ second.flatten(1, 2).mT
+    return product.view(G, first.shape[1], T, second.shape[1], T)
+
+
+def _add_slabs(total: SquareSum, factor: Outer) -> None:
+    """Form J for some of the left side's elements at a time, for all objectives."""
+    m, dtype = factor.num_rows, total.dtype
+    left, right = factor.left.squeeze(2), factor.right.squeeze(2).to(dtype)
+    a, b = left.shape[2], right.shape[2]
+    step = min(a, max(1, _piece(left) // (m * b * dtype.itemsize)))
+    slab = left.new_empty(m * step * b, dtype=dtype)
+    for start in range(0, a, step):
+        part = left[:, :, start : start + step].to(dtype).mT  # [m or 1, step, T]
+        out = slab[: m * part.shape[1] * b]
+        if part.shape[0] == right.shape[0] == m:
+            torch.bmm(part, right, out=out.view(m, part.shape[1], b))
+        else:
+            torch.matmul(part, right[0] if right.shape[0] == 1 else right, out=out.view(m, part.shape[1], b))
+        total.add_product(out.view(m, -1))
+
+
+def _add_groups(total: SquareSum, factor: Outer) -> None:
+    """Form J for some of the groups at a time, for all objectives."""
+    m = factor.num_rows
+    G, a = factor.left.shape[2:]
+    b = factor.right.shape[3]
+    step = max(1, _piece(factor.left) // (m * a * b * total.dtype.itemsize))
+    for start in range(0, G, step):
+        left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
+        shape = torch.Size((left.shape[2], a, b))
+        total.add_product(form_rows([Outer(left, right, shape)], slice(0, m)))
+
+
+def _add_picked(total: SquareSum, factor: Picked) -> None:
+    """Form J for some of the entries that were looked up at a time, for all objectives."""
+    m, T, d = factor.grad.shape
+    entries, places = torch.unique(factor.index, return_inverse=True)
+    order = places.expand(m, T).flatten().argsort(stable=True)
+    sorted_places = places.expand(m, T).flatten()[order]
+    grads = factor.grad.reshape(m * T, d)
+    step = max(1, _piece(grads) // (m * d * total.dtype.itemsize))
+    starts = torch.arange(0, len(entries) + step, step, device=places.device)
+    bounds = torch.searchsorted(sorted_places, starts).tolist()
+    for k, (low, high) in enumerate(itertools.pairwise(bounds)):
+        chosen = order[low:high]
+        slab = grads.new_zeros(m * step, d, dtype=total.dtype)
+        slab.index_add_(0, chosen // T * step + sorted_places[low:high] - k * step, grads[chosen].to(total.dtype))
+        total.add_product(slab.view(m, -1))
+
+
+def _piece(like: Tensor) -> int:
+    return _PIECE["cpu" if like.device.type == "cpu" else "cuda"]

@@ -1,0 +1,157 @@
+"""The Gramian of factors against the Jacobian written out."""
+
+import pytest
+import torch
+
+from recollect.autogram import _contract
+from recollect.autogram._contract import gramian
+from recollect.autogram._factors import Blocks, Outer, Picked, Rows
+from recollect.autogram._merge import join, merge
+from recollect.autogram._square import SquareSum
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def written_out(factor):
+    """The Jacobian [m, n], by loops."""
+    m, n = factor.num_rows, factor.shape.numel()
+    if isinstance(factor, Rows):
+        return factor.values.reshape(m, n).double()
+    if isinstance(factor, Blocks):
+        return factor.form(slice(0, m)).reshape(m, n).double()
+    rows = torch.zeros(m, n, dtype=torch.float64)
+    for i in range(m):
+        if isinstance(factor, Picked):
+            table = rows[i].view(factor.shape)
+            index = factor.index[i if len(factor.index) > 1 else 0]
+            for t, entry in enumerate(index.tolist()):
+                table[entry] += factor.grad[i, t].double()
+        else:
+            left = factor.left[i if len(factor.left) > 1 else 0].double()
+            right = factor.right[i if len(factor.right) > 1 else 0].double()
+            rows[i] = sum(torch.einsum("ga,gb->gab", left[t], right[t]) for t in range(len(left))).flatten()
+    return rows
+
+
+def outer(m, T, G, a, b, shared="", dtype=torch.float64):
+    left = draw(1 if shared == "left" else m, T, G, a, dtype=dtype)
+    return Outer(left, draw(1 if shared == "right" else m, T, G, b, dtype=dtype), torch.Size((G, a, b)))
+
+
+def picked(m, T, d, entries, shared=False):
+    index = torch.randint(entries, (1 if shared else m, T), generator=torch.Generator().manual_seed(m))
+    return Picked(draw(m, T, d), index, entries)
+
+
+def blocks(m, *shape):
+    values = draw(m, *shape)
+    return Blocks(m, torch.Size(shape), lambda rows: values[rows], 2 * torch.Size(shape).numel())
+
+
+FACTORS = {
+    "rows": Rows(draw(5, 3, 4)),
+    "rows of a scalar": Rows(draw(5)),
+    "few positions": outer(5, 1, 1, 20, 30),
+    "two positions": outer(4, 2, 1, 40, 50),
+    "many positions": outer(5, 40, 1, 3, 4),
+    "many rows": outer(150, 9, 1, 3, 4),
+    "groups, few positions": outer(3, 1, 4, 9, 9),
+    "groups, many positions": outer(3, 30, 4, 2, 3),
+    "shared right, few positions": outer(5, 2, 1, 30, 40, "right"),
+    "shared right, many positions": outer(5, 40, 1, 3, 4, "right"),
+    "shared left, few positions": outer(5, 2, 1, 30, 40, "left"),
+    "shared left, many positions": outer(5, 40, 1, 3, 4, "left"),
+    "shared right, groups": outer(3, 30, 4, 2, 3, "right"),
+    "picked": picked(5, 7, 3, 11),
+    "picked, with one index for all": picked(5, 7, 3, 11, shared=True),
+    "picked from a large table": picked(3, 4, 2, 10_000),
+    "blocks": blocks(7, 3, 4),
+    "one row": outer(1, 3, 1, 4, 5),
+}
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_gramian_of_a_factor(name, small, monkeypatch):
+    if small:
+        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        monkeypatch.setattr(_contract, "_WHOLE", 400)
+    factor = FACTORS[name]
+    rows = written_out(factor)
+    torch.testing.assert_close(gramian([factor]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+SUMS = {
+    "outer products": [outer(4, 2, 1, 6, 5), outer(4, 3, 1, 6, 5), outer(4, 1, 1, 6, 5, "right")],
+    "outer products of other layouts": [outer(4, 2, 1, 6, 5), outer(4, 2, 5, 3, 2)],
+    "rows": [Rows(draw(4, 6)), Rows(draw(4, 6) + 1)],
+    "lookups": [picked(4, 3, 5, 6), picked(4, 2, 5, 6, shared=True)],
+    "a lookup and an outer product": [picked(4, 3, 5, 6), outer(4, 2, 1, 6, 5)],
+    "all kinds": [picked(4, 3, 5, 6), outer(4, 2, 1, 6, 5), Rows(draw(4, 6, 5)), blocks(4, 6, 5)],
+}
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("name", SUMS)
+def test_several_uses_of_a_parameter(name, small, monkeypatch):
+    if small:
+        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        monkeypatch.setattr(_contract, "_WHOLE", 400)
+    rows = sum(written_out(factor) for factor in SUMS[name])
+    torch.testing.assert_close(gramian(SUMS[name]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+def test_merging_leaves_one_factor_of_a_kind():
+    assert len(merge(SUMS["outer products"])) == 1
+    assert len(merge(SUMS["all kinds"])) == 4
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_joining_objectives(name):
+    factor = FACTORS[name]
+    joined = join([factor, factor])
+    if isinstance(factor, Blocks):
+        assert joined is None
+    else:
+        rows = torch.cat([written_out(factor)] * 2)
+        torch.testing.assert_close(gramian([joined]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+def test_joining_does_not_repeat_what_is_shared():
+    one = outer(1, 8, 1, 3, 4)
+    joined = join([one, Outer(one.left * 2, one.right, one.shape)])
+    assert joined.left.shape[0] == 2
+    assert joined.right.shape[0] == 1
+    assert join([FACTORS["rows"], FACTORS["picked"]]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [outer(3, 300, 1, 2, 3), outer(3, 1, 1, 300, 300), outer(3, 9, 2, 2, 2)])
+def test_half_precision_is_summed_in_float32(factor, dtype):
+    half = Outer(factor.left.to(dtype), factor.right.to(dtype), factor.shape)
+    found = gramian([half])
+    assert found.dtype == torch.float32
+    rows = written_out(half)
+    torch.testing.assert_close(found.double(), rows @ rows.T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 130, 257])
+def test_only_upper_blocks(num_rows):
+    rows = draw(num_rows, 8)
+    total = SquareSum(num_rows, torch.float64, rows.device)
+    total.add_product(rows)
+    total.add_block(torch.ones(1, 1), slice(0, 1), slice(num_rows - 1, num_rows))
+    expected = rows @ rows.T
+    expected[0, -1] += 1
+    expected[-1, 0] = expected[0, -1]
+    torch.testing.assert_close(total.total(), expected)
+
+
+def test_a_square_does_less_than_a_product():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        SquareSum(256, torch.float64, torch.device("cpu")).add_product(draw(256, 8))
+    assert counter.get_total_flops() <= 0.63 * 2 * 256 * 256 * 8
