@@ -8,11 +8,34 @@ from __future__ import annotations
 from torch import nn
 
 from recollect.autogram._registry import Entry
+from recollect.autogram.rules._conv import conv
+from recollect.autogram.rules._embedding import embedding, embedding_bag, embedding_bag_sharing
 from recollect.autogram.rules._linear import linear
+from recollect.autogram.rules._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from recollect.autogram.rules._scale import prelu
 
 __all__ = ["RULES"]
 
 RULES: dict[type[nn.Module] | str, Entry] = {
     nn.Linear: Entry(linear),
     "torch_geometric.nn.dense.linear.Linear": Entry(linear),
+    nn.Conv1d: Entry(conv),
+    nn.Conv2d: Entry(conv),
+    nn.Conv3d: Entry(conv),
+    nn.ConvTranspose1d: Entry(conv),
+    nn.ConvTranspose2d: Entry(conv),
+    nn.ConvTranspose3d: Entry(conv),
+    nn.LayerNorm: Entry(layer_norm),
+    nn.RMSNorm: Entry(rms_norm),
+    nn.GroupNorm: Entry(group_norm),
+    nn.InstanceNorm1d: Entry(instance_norm(1)),
+    nn.InstanceNorm2d: Entry(instance_norm(2)),
+    nn.InstanceNorm3d: Entry(instance_norm(3)),
+    nn.BatchNorm1d: Entry(batch_norm),
+    nn.BatchNorm2d: Entry(batch_norm),
+    nn.BatchNorm3d: Entry(batch_norm),
+    nn.SyncBatchNorm: Entry(batch_norm),
+    nn.PReLU: Entry(prelu),
+    nn.Embedding: Entry(embedding),
+    nn.EmbeddingBag: Entry(embedding_bag, embedding_bag_sharing),
 }

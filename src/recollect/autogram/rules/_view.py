@@ -1,0 +1,52 @@
+"""What the rules share: how tensors are seen, summed and widened.
+
+Letters: m objectives, r rows of inputs (m, or 1 where all objectives share them), * the dimensions of one call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autogram._factors import Factor, Rows
+from recollect.autogram._registry import Rule
+
+__all__ = ["bias_rows", "needs", "one_input", "sum_to", "wide"]
+
+
+def one_input(formula: Callable[[Any, Tensor, Tensor], Mapping[str, Factor]]) -> Rule:
+    """Return the rule of a layer with one input and one output from its ``formula(layer, x, grad)``."""
+
+    @functools.wraps(formula)
+    def rule(layer: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
+        (grad,) = grads
+        return {} if grad is None else formula(layer, inputs[0], grad)
+
+    return rule
+
+
+def needs(layer: nn.Module, name: str) -> bool:
+    """Whether the layer has a parameter of this name, and it wants a gradient."""
+    parameter = getattr(layer, name, None)
+    return parameter is not None and parameter.requires_grad
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 if it has less precision than that, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def sum_to(tensor: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """Sum over all dimensions but the first and those ``kept``, in at least float32."""
+    kept = tuple(dim % tensor.ndim for dim in kept)
+    summed = [dim for dim in range(1, tensor.ndim) if dim not in kept]
+    return wide(tensor).sum(summed) if summed else wide(tensor)  # an empty list would mean all dimensions
+
+
+def bias_rows(layer: nn.Module, grad: Tensor, *kept: int) -> dict[str, Factor]:
+    """Return the factor of ``bias``, if the layer needs one: gradients [m, *] summed to the dimensions ``kept``."""
+    return {"bias": Rows(sum_to(grad, kept))} if needs(layer, "bias") else {}

@@ -1,0 +1,106 @@
+"""What a rule says, against the Jacobian that autograd finds row by row from the layer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# GRAM
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
+from recollect.autogram._registry import Registry
+from recollect.autogram.rules import RULES
+
+OBJECTIVES = 5
+REGISTRY = Registry(RULES)
+
+
+def dense(factor: Factor) -> Tensor:
+    """The Jacobian that a factor stands for, [m, *shape]."""
+    match factor:
+        case Rows():
+            return factor.values
+        case Outer():
+            left = factor.left.expand(factor.num_rows, -1, -1, -1)
+            right = factor.right.expand(factor.num_rows, -1, -1, -1)
+            return torch.einsum("mtga,mtgb->mgab", left, right).reshape(factor.num_rows, *factor.shape)
+        case Picked():
+            jacobian = factor.grad.new_zeros(factor.num_rows, *factor.shape)
+            for row, index, grad in zip(jacobian, factor.index.expand(factor.num_rows, -1), factor.grad, strict=True):
+                row.index_add_(0, index, grad)
+            return jacobian
+        case Blocks():
+            return torch.cat([factor.form(slice(i, i + 1)) for i in range(factor.num_rows)])
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def explicit(layer: nn.Module, outputs: list[Tensor], cotangents: list[list[Tensor]]) -> dict[str, Tensor]:
+    """One vector-Jacobian product for each objective: cotangents[i] has one tensor for each output."""
+    names, parameters = zip(*((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True)
+    used = [k for k, output in enumerate(outputs) if output.requires_grad]
+    rows = [
+        torch.autograd.grad(
+            [outputs[k] for k in used], parameters, [one[k] for k in used], retain_graph=True, materialize_grads=True
+        )
+        for one in cotangents
+    ]
+    return {name: torch.stack([row[k].to_dense() for row in rows]) for k, name in enumerate(names)}
+
+
+def rows_form(layer: nn.Module, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], tuple[Any, ...], list[Tensor]]:
+    """Objectives that are weighted sums of all outputs; inputs [1, *], gradients [m, *]."""
+    outputs = tensors(layer(*inputs))
+    grads = [torch.randn(OBJECTIVES, *output.shape, dtype=output.dtype) for output in outputs]
+    jacobian = explicit(layer, outputs, [[grad[i] for grad in grads] for i in range(OBJECTIVES)])
+    return jacobian, pytree.tree_map_only(Tensor, lambda x: x.detach().unsqueeze(0), tuple(inputs)), grads
+
+
+def split(tensor: Tensor, axis: int) -> Tensor:
+    """Every element of the batch as a batch of one, [m, *]."""
+    return tensor.detach().movedim(axis, 0).unsqueeze(1 + axis)
+
+
+def batch_form(
+    layer: nn.Module, inputs: Sequence[Any], axes: Sequence[int]
+) -> tuple[dict[str, Tensor], tuple[Any, ...], list[Tensor]]:
+    """One objective for each element of the batch, which stands along ``axes[k]`` of output k; inputs [m, *]."""
+    outputs = tensors(layer(*inputs))
+    grads = [torch.randn_like(output) for output in outputs]
+    count = outputs[0].shape[axes[0]]
+
+    def only(grad: Tensor, axis: int, i: int) -> Tensor:
+        return torch.zeros_like(grad).index_copy(axis, torch.tensor([i]), grad.narrow(axis, i, 1))
+
+    cotangents = [[only(grad, axis, i) for grad, axis in zip(grads, axes, strict=True)] for i in range(count)]
+    sharing = REGISTRY.find(type(layer)).sharing
+    sources = (0,) * len(inputs) if sharing is None else sharing(layer, tuple(inputs))
+
+    def view(value: Any, source: int | None) -> Any:
+        change = (lambda x: x.detach().unsqueeze(0)) if source is None else (lambda x: split(x, axes[source]))
+        return pytree.tree_map_only(Tensor, change, value)
+
+    rows = tuple(view(value, source) for value, source in zip(inputs, sources, strict=True))
+    return explicit(layer, outputs, cotangents), rows, [split(g, a) for g, a in zip(grads, axes, strict=True)]
+
+
+def apply(layer: nn.Module, inputs: tuple[Any, ...], grads: list[Tensor]) -> dict[str, Factor]:
+    return REGISTRY.find(type(layer)).rule(layer, inputs, tuple(grads))
+
+
+def check(layer: nn.Module, *inputs: Any, axes: Sequence[int] | None = None, tolerance: float = 1e-10) -> None:
+    """Assert that the rule's Jacobian and Gramian are those of autograd; rows share the inputs if ``axes`` is None."""
+    jacobian, views, grads = rows_form(layer, inputs) if axes is None else batch_form(layer, inputs, axes)
+    factors = apply(layer, views, grads)
+    assert set(factors) == set(jacobian)
+    for name, rows in jacobian.items():
+        found = dense(factors[name])
+        assert found.shape == rows.shape, name
+        scale = max(rows.abs().max().item() if rows.numel() else 0.0, 1e-30)
+        assert (found - rows).abs().max() <= tolerance * scale if rows.numel() else True, name

@@ -1,0 +1,146 @@
+"""Convolutions over their grid of options, formed in rows and unfolded."""
+
+import pytest
+import torch
+from rule_oracle import apply, batch_form, check, dense, rows_form
+from torch import nn
+
+from recollect.autogram._factors import Blocks, Outer
+from recollect.autogram.rules import _conv
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+CONVS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (3, 4, 7)),
+    "1d stride": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2), (3, 4, 8)),  # the last element is not seen
+    "1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2), (3, 4, 7)),
+    "1d same, uneven": (lambda: nn.Conv1d(4, 6, 4, padding="same", groups=2), (3, 4, 7)),
+    "1d valid": (lambda: nn.Conv1d(4, 6, 4, padding="valid"), (3, 4, 7)),
+    "2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 3, 5, 6)),
+    "2d uneven": (lambda: nn.Conv2d(3, 4, (3, 2), (2, 1), (0, 1), (1, 2)), (3, 3, 6, 5)),
+    "2d one by one": (lambda: nn.Conv2d(3, 4, 1, bias=False), (3, 3, 4, 2)),
+    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
+    "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (3, 4, 5, 5)),
+    "2d reflect": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (3, 3, 5, 5)),
+    "2d circular": (lambda: nn.Conv2d(3, 4, 3, padding=(0, 2), padding_mode="circular"), (3, 3, 5, 5)),
+    "2d replicate, same": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same", padding_mode="replicate"), (3, 3, 5, 5)),
+    "3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(1, 0, 1), groups=2), (3, 2, 2, 3, 4)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (3, 4, 5)),
+    "transposed 1d stride": (lambda: nn.ConvTranspose1d(4, 6, 3, 3, 1, output_padding=2), (3, 4, 5)),
+    "transposed 1d dilation": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, output_padding=2, dilation=3), (3, 4, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (0, 1), groups=2), (3, 4, 4, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, dilation=(1, 2, 1), bias=False), (3, 2, 2, 3, 2)),
+}
+
+
+def drawn(name):
+    make, shape = CONVS[name]
+    return make().double(), torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=["rows", "unfolded"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(_conv._Call, "few_positions", lambda call: request.param == "unfolded")
+    return request.param
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("name", CONVS)
+def test_against_autograd(name, axes, way):
+    layer, x = drawn(name)
+    check(layer, x, axes=axes)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_without_an_axis_for_the_batch(name, way):
+    layer, x = drawn(name)
+    check(layer, x[0])
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("name", ["2d uneven", "2d groups", "transposed 2d"])
+def test_strides_of_memory_do_not_matter(name, axes, way):
+    layer, x = drawn(name)
+    layer.to(memory_format=torch.channels_last)
+    check(layer, x.to(memory_format=torch.channels_last), axes=axes)
+    check(layer, x.repeat_interleave(2, -1)[..., ::2], axes=axes)
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("name", ["1d", "2d", "transposed 2d"])
+def test_one_element(name, axes, way):
+    layer, x = drawn(name)
+    check(layer, x[:1], axes=axes)
+
+
+def test_no_elements(way):
+    layer, x = drawn("2d")
+    check(layer, x[:0])
+
+
+def test_output_size_of_a_transposed_convolution(way):
+    layer, x = drawn("transposed 2d")
+    check(layer, x, (10, 4), axes=(0,))
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_single_precision(name, way):
+    layer, x = drawn(name)
+    check(layer.float(), x.float(), axes=(0,), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["1d same", "2d groups", "transposed 2d"])
+def test_half_precision_is_summed_in_single(name, dtype, way):
+    layer, x = drawn(name)
+    _, views, grads = batch_form(layer, (x,), (0,))
+    layer.to(dtype)
+    views, grads = (views[0].to(dtype),), [grads[0].to(dtype)]
+    found = apply(layer, views, grads)
+    wider = apply(layer.double(), (views[0].double(),), [grads[0].double()])
+    for key, factor in found.items():
+        rows = dense(factor)
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.double(), dense(wider[key]), rtol=1e-5, atol=1e-5)
+
+
+def test_input_and_gradient_of_different_precision(way):
+    layer, x = drawn("2d")
+    layer, x = layer.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, views, grads = batch_form(layer, (x,), (0,))
+    assert grads[0].dtype == torch.bfloat16
+    rows = dense(apply(layer, views, grads)["weight"])
+    exact = dense(apply(layer, views, [grads[0].float()])["weight"])
+    torch.testing.assert_close(rows, exact, rtol=1e-5, atol=1e-5)
+
+
+def weight_factor(layer, x, axes):
+    _, views, grads = rows_form(layer, (x,)) if axes is None else batch_form(layer, (x,), axes)
+    return apply(layer, views, grads)["weight"]
+
+
+def test_few_positions_of_a_large_kernel_are_unfolded():
+    assert isinstance(weight_factor(nn.Conv2d(64, 64, 3, padding=1), torch.randn(8, 64, 2, 2), (0,)), Outer)
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
+def test_many_positions_of_a_small_kernel_are_not(axes):
+    factor = weight_factor(nn.Conv2d(3, 8, 3, padding=1), torch.randn(4, 3, 16, 16), axes)
+    assert isinstance(factor, Blocks)
+    assert factor.row_elements >= 8 * 3 * 9
+
+
+def test_blocks_of_rows_are_the_rows():
+    factor = weight_factor(nn.Conv2d(3, 8, 3, padding=1).double(), torch.randn(5, 3, 16, 16, dtype=torch.float64), (0,))
+    whole = factor.form(slice(0, 5))
+    torch.testing.assert_close(
+        torch.cat([factor.form(slice(0, 3)), factor.form(slice(3, 5))]), whole, rtol=1e-12, atol=0
+    )
+
+
+def test_frozen_weight_and_no_gradient():
+    layer, x = drawn("2d")
+    layer.weight.requires_grad_(False)
+    check(layer, x, axes=(0,))
+    assert apply(layer, (x.unsqueeze(0),), [None]) == {}
