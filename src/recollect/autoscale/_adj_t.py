@@ -26,10 +26,11 @@ def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]
 
 
 def rows_of(adj_t: Tensor) -> Tensor:
-    """The row of each entry of a sparse CSR tensor, [E] int64."""
-    rowptr = adj_t.crow_indices()
-    rows = torch.arange(adj_t.size(0), device=rowptr.device)
-    return torch.repeat_interleave(rows, rowptr.diff(), output_size=adj_t.col_indices().numel())
+    """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it."""
+    end = adj_t.crow_indices()[1:]
+    ends = torch.zeros(adj_t.col_indices().numel() + 1, dtype=torch.int64, device=end.device)
+    ends.index_add_(0, end, torch.ones_like(end, dtype=torch.int64))
+    return ends[:-1].cumsum_(0)
 
 
 def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, 
         N, E, and the kind of each dense tensor but ``edge_index`` and ``adj_t``.
 
     Raises:
+        TypeError: Rows of nodes or edges are not in a dense tensor.
         ValueError: There are no edges, or both forms of them; a size does not fit; a kind cannot be decided.
     """
     attributes: dict[str, Any] = data.to_dict()
@@ -46,15 +48,37 @@ def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, 
             )
     found: dict[str, Kind] = {}
     for key, value in attributes.items():
-        if isinstance(value, Tensor) and key not in _STRUCTURE:
-            found[key] = kind = given.get(key) or _kind(key, value, num_nodes, num_edges)
-            expected = {"node": num_nodes, "edge": num_edges}.get(kind)
-            if expected is not None and (value.dim() == 0 or value.size(0) != expected):
-                raise ValueError(
-                    f"data.{key} has shape {tuple(value.shape)}, but a row is expected for each of the {expected} "
-                    f"{kind}s; kinds={{{key!r}: ...}} can say that it belongs to something else"
-                )
+        if key in _STRUCTURE or given.get(key) == "graph":
+            continue
+        if not isinstance(value, Tensor):
+            _check_not_rows(key, value, num_nodes, num_edges)
+            continue
+        found[key] = kind = given.get(key) or _kind(key, value, num_nodes, num_edges)
+        _check_rows(key, value, kind, {"node": num_nodes, "edge": num_edges}.get(kind))
     return num_nodes, num_edges, found
+
+
+def _check_rows(key: str, value: Tensor, kind: Kind, expected: int | None) -> None:
+    if expected is None:
+        return
+    if value.dim() == 0 or value.size(0) != expected:
+        raise ValueError(
+            f"data.{key} has shape {tuple(value.shape)}, but a row is expected for each of the {expected} "
+            f"{kind}s; if it belongs to something else, say so with kinds={{{key!r}: 'graph'}} or another kind"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"data.{key} has layout {value.layout}, but must be dense: its rows are taken one by one")
+
+
+def _check_not_rows(key: str, value: Any, num_nodes: int, num_edges: int) -> None:
+    """Rows of anything but tensors would stay in their old order without a word."""
+    rows = None if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") else len(value)
+    if rows is not None and rows > 1 and rows in (num_nodes, num_edges):
+        raise TypeError(
+            f"data.{key} is a {type(value).__name__} of {rows} entries, as many as there are "
+            f"{'nodes' if rows == num_nodes else 'edges'}: make it a tensor, delete it, or, if it belongs to the graph "
+            f"as a whole, say so with kinds={{{key!r}: 'graph'}}"
+        )
 
 
 def _num_edges(attributes: Mapping[str, Any]) -> int:
