@@ -10,8 +10,11 @@ from recollect.autoscale._adj_t import to_adj_t
 from recollect.autoscale._file import HistoryFileError
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
+from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize, with_weights
 from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
+from recollect.autoscale._propagate import propagate
+from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._sub_data import SubData
 
 __all__ = [
@@ -20,12 +23,18 @@ __all__ = [
     "HistoryFileError",
     "Partition",
     "PartitionQuality",
+    "ScalableGNN",
     "SubData",
     "SubgraphLoader",
+    "add_self_loops",
+    "edge_index_of",
     "history_bytes",
     "metis",
+    "normalize",
     "partition",
     "partition_quality",
     "permute",
+    "propagate",
     "to_adj_t",
+    "with_weights",
 ]

@@ -1,0 +1,118 @@
+"""What models do with an adjacency: a sparse CSR tensor whose row i lists the edges j -> i."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._adj_t import check_square, make_adj_t, rows_of, sparse_csr
+
+__all__ = ["add_self_loops", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
+
+
+def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
+    """Return an adjacency as a sparse CSR tensor [targets, sources].
+
+    Args:
+        adj_t: a sparse CSR tensor, or a ``torch_geometric.EdgeIndex`` sorted by column (rows are sources, columns are
+            targets).
+        edge_weight: of the edges of an ``EdgeIndex`` [num_edges]; default: ones.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: weights beside a sparse tensor, which has its own; or an ``EdgeIndex`` in another order, or without
+            its size.
+    """
+    if isinstance(adj_t, Tensor) and adj_t.layout == torch.sparse_csr:
+        if edge_weight is not None:
+            raise ValueError("edge_weight goes with an EdgeIndex; the weights of a sparse adj_t are its values")
+        return adj_t
+    if type(adj_t).__name__ != "EdgeIndex":
+        found = f"a tensor of layout {adj_t.layout}" if isinstance(adj_t, Tensor) else f"a {type(adj_t).__name__}"
+        raise TypeError(
+            f"adj_t is {found}, but must be a torch.sparse_csr tensor [targets, sources] or a "
+            "torch_geometric.EdgeIndex; to_adj_t(data) makes one of edge_index"
+        )
+    num_src, num_dst = adj_t.sparse_size()
+    if num_src is None or num_dst is None or not adj_t.is_sorted_by_col:
+        raise ValueError(
+            f"this EdgeIndex has sparse_size {(num_src, num_dst)} and sort_order {adj_t.sort_order!r}; it must know "
+            "its size, and be sorted by column (target) as its edges' attributes are: "
+            "EdgeIndex(edge_index, sparse_size=(sources, targets)).sort_by('col')"
+        )
+    source, target = adj_t.as_tensor()
+    rowptr = torch._convert_indices_from_coo_to_csr(target.contiguous(), num_dst)
+    value = torch.ones(source.numel(), device=source.device) if edge_weight is None else edge_weight
+    return sparse_csr(rowptr, source, value, (num_dst, num_src))
+
+
+def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:
+    """Return the rows of the first targets: the others, of a square mini-batch's halo, have no edges."""
+    if adj_t.size(0) == num_rows:
+        return adj_t
+    rowptr = adj_t.crow_indices()[: num_rows + 1]
+    edges = int(rowptr[-1])
+    return sparse_csr(rowptr, adj_t.col_indices()[:edges], adj_t.values()[:edges], (num_rows, adj_t.size(1)))
+
+
+def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
+    """Return an adjacency of the same edges with other weights [num_edges]."""
+    return sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), weights, (adj_t.size(0), adj_t.size(1)))
+
+
+def edge_index_of(adj_t: Tensor) -> Tensor:
+    """Return the edges as source and target [2, num_edges], in the adjacency's order."""
+    return torch.stack([adj_t.col_indices(), rows_of(adj_t)])
+
+
+def add_self_loops(adj_t: Tensor, fill_value: float = 1.0) -> Tensor:
+    """Give every node that has none an edge to itself, as GAT wants it.
+
+    Args:
+        adj_t: sparse CSR adjacency of the whole graph [num_nodes, num_nodes]. Self-loops that are there keep their
+            weight.
+        fill_value: weight of the new edges.
+
+    Returns:
+        A sparse CSR adjacency; each row's columns ascend.
+
+    Raises:
+        TypeError: it is no sparse CSR tensor.
+        ValueError: it is not square: add self-loops to the whole graph, before it is cut into mini-batches.
+    """
+    check_square(adj_t)
+    row, col, value = rows_of(adj_t), adj_t.col_indices(), adj_t.values()
+    missing = torch.ones(adj_t.size(0), dtype=torch.bool, device=row.device)
+    missing[row[row == col]] = False
+    new = missing.nonzero().view(-1)
+    value = torch.cat([value, value.new_full((new.numel(),), fill_value)])
+    return make_adj_t(torch.cat([col, new]), torch.cat([row, new]), value, adj_t.size(0))[0]
+
+
+def normalize(adj_t: Tensor, self_loops: bool = True) -> Tensor:
+    """Normalise an adjacency symmetrically, D^-1/2 (A + I) D^-1/2, as GCN, GCNII and APPNP want it.
+
+    D holds the weighted in-degrees (Kipf & Welling, "Semi-Supervised Classification with Graph Convolutional Networks",
+    arXiv 1609.02907). Call it once on the whole graph, before making a loader: a mini-batch does not know the degrees
+    of its halo.
+
+    Args:
+        adj_t: sparse CSR adjacency of the whole graph [num_nodes, num_nodes].
+        self_loops: add them first, see :func:`add_self_loops`.
+
+    Returns:
+        A sparse CSR adjacency. Edges of nodes without in-degree have weight 0.
+
+    Raises:
+        TypeError: it is no sparse CSR tensor.
+        ValueError: it is not square.
+    """
+    check_square(adj_t)
+    if self_loops:
+        adj_t = add_self_loops(adj_t)
+    row, col, value = rows_of(adj_t), adj_t.col_indices(), adj_t.values()
+    degree = value.new_zeros(adj_t.size(0)).index_add_(0, row, value)
+    scale = degree.rsqrt().masked_fill_(degree <= 0, 0.0)
+    return with_weights(adj_t, scale[row] * value * scale[col])

@@ -1,0 +1,85 @@
+"""GAT with histories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recollect.autoscale import edge_index_of
+from recollect.models._stack import ConvStack, State
+
+__all__ = ["GAT"]
+
+
+class GAT(ConvStack):
+    """Graph attention network (Veličković et al., arXiv 1710.10903).
+
+    Self-loops are added once, up front: ``data.adj_t = add_self_loops(data.adj_t)``. The weights of edges are not used.
+    It needs torch_geometric.
+
+    Args:
+        num_nodes: of the whole graph, N.
+        in_channels: of the features.
+        hidden_channels: of each head of the layers but the last.
+        out_channels: classes, or labels.
+        num_layers: convolutions, L.
+        hidden_heads: of the layers but the last; their outputs are concatenated.
+        out_heads: of the last layer; their outputs are averaged.
+        dropout: probability in [0, 1), of each layer's input and of the attention.
+        batch_norm: normalise each convolution's output, but not the logits.
+        residual: add a layer's input to the convolution's output, where they are of the same width.
+        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
+            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+
+    Raises:
+        ValueError: a number is out of its range.
+        ImportError: torch_geometric is missing.
+    """
+
+    def __init__(
+        self,
+        num_nodes: int,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int,
+        hidden_heads: int = 8,
+        out_heads: int = 1,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        residual: bool = False,
+        **options: Any,
+    ) -> None:
+        try:
+            from torch_geometric.nn import GATConv
+        except ImportError as error:
+            raise ImportError("GAT needs torch_geometric: pip install 'recollect[graph]'") from error
+
+        def make_conv(layer: int, channels_in: int, channels_out: int) -> nn.Module:
+            last = layer == num_layers - 1
+            heads = out_heads if last else hidden_heads
+            each = channels_out if last else channels_out // heads
+            conv: nn.Module = GATConv(channels_in, each, heads, concat=not last, dropout=dropout, add_self_loops=False)
+            return conv
+
+        super().__init__(
+            num_nodes,
+            in_channels,
+            hidden_channels * hidden_heads,
+            out_channels,
+            num_layers,
+            make_conv=make_conv,
+            dropout=dropout,
+            batch_norm=batch_norm,
+            residual=residual,
+            activation=F.elu,
+            **options,
+        )
+
+    def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """Attend from the targets to the sources."""
+        targets = x[: adj_t.size(0)]
+        out: Tensor = self.convs[layer]((x, targets), edge_index_of(adj_t), size=(x.size(0), targets.size(0)))
+        return out

@@ -1,0 +1,127 @@
+"""PNA with histories, and with jumping knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.models._pna_layer import PNALayer
+from recollect.models._stack import ConvStack, State
+
+__all__ = ["PNA", "PNA_JK"]
+
+
+class PNA(ConvStack):
+    """Principal neighbourhood aggregation (Corso et al., arXiv 2004.05718); see :class:`PNALayer` for the formula.
+
+    Args:
+        num_nodes: of the whole graph, N.
+        in_channels: of the features.
+        hidden_channels: of the layers; also a number for each layer but the last.
+        out_channels: classes, or labels.
+        num_layers: convolutions, L.
+        aggregators: of ``max``, ``mean``, ``min``, ``std``, ``sum``, ``var``.
+        scalers: of ``identity``, ``amplification``, ``attenuation``, ``linear``, ``inverse_linear``.
+        deg: the in-degree of every node of the training graph [num_nodes], for the scalers' means:
+            ``adj_t.crow_indices().diff()``. (Not a histogram.)
+        dropout: probability in [0, 1), before each layer.
+        drop_input: apply dropout to the features too.
+        batch_norm: normalise each convolution's output, but not the logits.
+        residual: add a layer's input to the convolution's output, where they are of the same width.
+        edge_dim: features of each edge. Calls then take ``edge_attr=`` [num_edges, edge_dim], in the adjacency's order.
+        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
+            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+
+    Raises:
+        ValueError: a number is out of its range, or a name unknown.
+    """
+
+    _head = False
+
+    def __init__(
+        self,
+        num_nodes: int,
+        in_channels: int,
+        hidden_channels: int | Sequence[int],
+        out_channels: int,
+        num_layers: int,
+        aggregators: Sequence[str],
+        scalers: Sequence[str],
+        deg: Tensor,
+        dropout: float = 0.0,
+        drop_input: bool = True,
+        batch_norm: bool = False,
+        residual: bool = False,
+        edge_dim: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_nodes,
+            in_channels,
+            hidden_channels,
+            out_channels,
+            num_layers,
+            make_conv=lambda _, channels_in, channels_out: PNALayer(
+                channels_in, channels_out, aggregators, scalers, deg, edge_dim
+            ),
+            dropout=dropout,
+            drop_input=drop_input,
+            batch_norm=batch_norm,
+            residual=residual,
+            head=self._head,
+            **options,
+        )
+        self.inputs = () if edge_dim is None else ("edge_attr",)
+
+    @property
+    def reg_modules(self) -> nn.ModuleList:
+        """What the paper's code regularises by weight decay: convolutions and norms."""
+        return nn.ModuleList([*self.convs, *self.bns])
+
+    @property
+    def nonreg_modules(self) -> nn.ModuleList:
+        """The linear maps, if there are any."""
+        return nn.ModuleList(self.lins)
+
+    def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :class:`PNALayer`."""
+        out: Tensor = self.convs[layer](x, adj_t, state.get("edge_attr"))
+        return out
+
+
+class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
+    """PNA between two linear maps, the last of which sees all layers (jumping knowledge, Xu et al., arXiv 1806.03536).
+
+    Args:
+        *args: as of :class:`PNA`; ``hidden_channels`` is one number.
+        **kwargs: as of :class:`PNA`.
+    """
+
+    _head = True
+
+    def make_head(self, in_channels: int, hidden_channels: int, out_channels: int) -> list[nn.Module]:
+        """Return a map to the first layer, and one from the first layer's input and all outputs."""
+        return [
+            nn.Linear(in_channels, hidden_channels),
+            nn.Linear((self.num_layers + 1) * hidden_channels, out_channels),
+        ]
+
+    def enter(self, x: Tensor, num_targets: int, state: State) -> Tensor:
+        """Return the first linear map, bare."""
+        out: Tensor = self.lins[0](self.drop(x) if self.drop_input else x)
+        state["layers"] = (out[:num_targets],)
+        return out
+
+    def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :class:`~recollect.autoscale.ScalableGNN`."""
+        out = super().forward_layer(layer, x, adj_t, state)
+        state["layers"] = (*state["layers"], out)
+        return out
+
+    def leave(self, x: Tensor, state: State) -> Tensor:
+        """Return the logits, of all layers."""
+        out: Tensor = self.lins[1](self.drop(torch.cat([*state["layers"], x], dim=-1)))
+        return out

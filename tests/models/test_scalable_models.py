@@ -1,0 +1,102 @@
+"""Every model with histories, with every option: mini-batches against the whole graph, layer by layer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("torch_geometric.data")
+
+from scalable_zoo import NODES, OUT, PTR, data_for, every_model, given, make
+
+from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader
+
+
+def embeddings(model: ScalableGNN, data: Any) -> list[Tensor]:
+    """The input of every layer, and the output of the last, of the whole graph."""
+    x, state = data.x, given(model, data)
+    found = [x]
+    for layer in range(model.num_layers):
+        x = model.forward_layer(layer, x, data.adj_t, state)
+        found.append(x)
+    return found
+
+
+def gradients(model: ScalableGNN, out: Tensor, target: Tensor) -> list[Tensor]:
+    leaves = list(model.parameters())
+    found = torch.autograd.grad(F.cross_entropy(out, target), leaves, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+
+
+def oracle(model: ScalableGNN, data: Any, rows: Tensor, true: list[Tensor]) -> Tensor:
+    """The rows' outputs by plain autograd on the whole graph, all other rows of every layer's input being constants."""
+    x, state = data.x, given(model, data)
+    for layer in range(model.num_layers):
+        out = model.forward_layer(layer, x, data.adj_t, state)
+        x = true[layer + 1].detach().clone()
+        x[rows] = out[rows]
+    return x[rows]
+
+
+@every_model
+def test_one_part_gives_exactly_the_gradients_of_the_whole_graph(name):
+    model = make(name, dropout=0.0 if name == "appnp" else 0.5)
+    data = data_for(model)
+    (batch,) = SubgraphLoader(data, torch.tensor([0, NODES]))
+    torch.manual_seed(1)
+    whole = model(data.x, data.adj_t, **given(model, data))
+    expected = gradients(model, whole, data.y)
+    torch.manual_seed(1)
+    out = model(batch.data.x, batch.data.adj_t, *batch[1:], **given(model, batch.data))
+    assert torch.equal(out, whole)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, out, data.y), expected, strict=True))
+    assert max(float(g.abs().max()) for g in expected) > 1e-4
+
+
+@every_model
+@pytest.mark.parametrize("bipartite", [True, False], ids=["bipartite", "square"])
+def test_with_true_histories_batches_give_the_whole_graphs_rows_and_the_gradients_of_constant_halos(name, bipartite):
+    model = make(name).eval()
+    data = data_for(model)
+    true = embeddings(model, data)
+    for parts in itertools.chain(itertools.combinations(range(5), 1), itertools.combinations(range(5), 3)):
+        if parts == (2,):
+            continue  # the empty part
+        (batch,) = SubgraphLoader(data, PTR, len(parts), bipartite, sampler=_sampler(parts))
+        for history, rows in zip(model.histories, true[1:-1], strict=True):
+            history.push(rows)
+        rows = batch.n_id[: batch.batch_size]
+        out = model(batch.data.x, batch.data.adj_t, *batch[1:], **given(model, batch.data))
+        torch.testing.assert_close(out, true[-1][rows], rtol=1e-11, atol=1e-11)
+        expected = gradients(model, oracle(model, data, rows, true), data.y[rows])
+        found = gradients(model, out, batch.data.y[: batch.batch_size])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def _sampler(parts: tuple[int, ...]) -> list[int]:
+    """The loader leaves out the empty part, and numbers the others on."""
+    return [part for part in parts if part != 2]
+
+
+@every_model
+def test_layer_wise_inference_is_the_whole_graphs(name):
+    model = make(name, dropout=0.0 if name == "appnp" else 0.5)  # in training mode
+    data = data_for(model)
+    loader = EvalSubgraphLoader(data, PTR, batch_size=2)
+    out = model(loader=loader)
+    assert model.training
+    assert not out.requires_grad
+    model.eval()
+    true = embeddings(model, data)
+    assert out.shape == (NODES, OUT)
+    torch.testing.assert_close(out, true[-1], rtol=1e-11, atol=1e-11)
+    for history, rows in zip(model.histories, true[1:-1], strict=True):
+        torch.testing.assert_close(history.pull(), rows, rtol=1e-11, atol=1e-11)
+        assert float(rows.detach().abs().max()) > 0.01
+        assert int(history.age().max()) == len(loader) - 1
