@@ -31,7 +31,8 @@ def written_out(factor):
         else:
             left = factor.left[i if len(factor.left) > 1 else 0].double()
             right = factor.right[i if len(factor.right) > 1 else 0].double()
-            rows[i] = sum(torch.einsum("ga,gb->gab", left[t], right[t]) for t in range(len(left))).flatten()
+            for at_left, at_right in zip(left, right, strict=True):
+                rows[i] += torch.einsum("ga,gb->gab", at_left, at_right).flatten()
     return rows
 
 
