@@ -16,6 +16,7 @@ from recollect.autoscale._permute import permute
 from recollect.autoscale._propagate import propagate
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._sub_data import SubData
+from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 
 __all__ = [
     "EvalSubgraphLoader",
@@ -27,7 +28,10 @@ __all__ = [
     "SubData",
     "SubgraphLoader",
     "add_self_loops",
+    "compute_micro_f1",
+    "dropout",
     "edge_index_of",
+    "gen_masks",
     "history_bytes",
     "metis",
     "normalize",

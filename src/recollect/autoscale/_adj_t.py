@@ -15,7 +15,7 @@ from recollect.autoscale._kinds import Kind, kinds_of
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
+__all__ = ["check_csr", "check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
 
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,11 +47,16 @@ def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: 
     return sparse_csr(rowptr, source[order], value, (num_nodes, num_nodes)), order
 
 
-def check_square(adj_t: Tensor) -> None:
-    """Refuse what is not the adjacency of one set of nodes in sparse CSR form."""
+def check_csr(adj_t: Tensor) -> None:
+    """Refuse what is not in sparse CSR form."""
     if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
         found = f"a tensor of layout {adj_t.layout}" if isinstance(adj_t, Tensor) else f"a {type(adj_t).__name__}"
         raise TypeError(f"adj_t is {found}, but must be a torch.sparse_csr tensor; to_adj_t(data) makes one")
+
+
+def check_square(adj_t: Tensor) -> None:
+    """Refuse what is not the adjacency of one set of nodes in sparse CSR form."""
+    check_csr(adj_t)
     if adj_t.dim() != 2 or adj_t.size(0) != adj_t.size(1):
         raise ValueError(f"adj_t has shape {tuple(adj_t.shape)}, but must be [N, N]")
 
