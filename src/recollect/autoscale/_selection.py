@@ -15,9 +15,12 @@ __all__ = [
     "length",
     "select_all",
     "select_batch",
+    "select_parts",
     "select_rows",
     "select_slices",
 ]
+
+Integers = Tensor | Sequence[int]
 
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of rows, [start, stop) each, in the order of what is copied to or from them."""
@@ -72,7 +75,7 @@ def select_rows(n_id: Tensor, num_embeddings: int, *, unique: bool = False) -> T
     return rows
 
 
-def _numbers(name: str, values: Tensor | Sequence[int]) -> list[int]:
+def _numbers(name: str, values: Integers) -> list[int]:
     if isinstance(values, Tensor):
         if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
@@ -82,7 +85,7 @@ def _numbers(name: str, values: Tensor | Sequence[int]) -> list[int]:
     return [int(value) for value in values]
 
 
-def select_slices(offset: Tensor | Sequence[int], count: Tensor | Sequence[int], num_embeddings: int) -> Slices:
+def select_slices(offset: Integers, count: Integers, num_embeddings: int) -> Slices:
     """Select ``offset[k] : offset[k] + count[k]`` for every part k of a batch; neighbouring parts become one range.
 
     Args:
@@ -119,10 +122,7 @@ def select_slices(offset: Tensor | Sequence[int], count: Tensor | Sequence[int],
 
 
 def select_batch(
-    n_id: Tensor | None,
-    offset: Tensor | Sequence[int] | None,
-    count: Tensor | Sequence[int] | None,
-    num_embeddings: int,
+    n_id: Tensor | None, offset: Integers | None, count: Integers | None, num_embeddings: int
 ) -> Selection:
     """Select the rows of a push: the parts if there are any, else ``n_id``, else all.
 
@@ -132,14 +132,37 @@ def select_batch(
         TypeError: see :func:`select_rows`.
         IndexError: see :func:`select_rows` and :func:`select_slices`.
     """
-    if (offset is None) != (count is None):
-        raise ValueError(f"offset and count come together (got {'count' if offset is None else 'offset'} alone)")
-    if offset is None or count is None:
+    slices = _parts_of(offset, count, num_embeddings)
+    if slices is None:
         return select_all(num_embeddings) if n_id is None else select_rows(n_id, num_embeddings, unique=True)
-    slices = select_slices(offset, count, num_embeddings)
     if n_id is not None:
         _check_order(select_rows(n_id, num_embeddings), slices)
     return slices
+
+
+def select_parts(
+    n_id: Tensor | None, offset: Integers | None, count: Integers | None, num_embeddings: int
+) -> list[Selection]:
+    """Select the rows of a pull: those of the parts, then ``n_id`` (copied); all if there is neither.
+
+    Raises:
+        TypeError: see :func:`select_rows`.
+        ValueError: see :func:`select_rows` and :func:`select_slices`; one of ``offset`` and ``count`` is missing.
+        IndexError: see :func:`select_rows` and :func:`select_slices`.
+    """
+    parts: list[Selection] = []
+    slices = _parts_of(offset, count, num_embeddings)
+    if slices is not None:
+        parts.append(slices)
+    if n_id is not None:
+        parts.append(select_rows(n_id, num_embeddings).clone())  # the caller may change it before it is read
+    return parts or [select_all(num_embeddings)]
+
+
+def _parts_of(offset: Integers | None, count: Integers | None, num_embeddings: int) -> Slices | None:
+    if (offset is None) != (count is None):
+        raise ValueError(f"offset and count come together (got {'count' if offset is None else 'offset'} alone)")
+    return None if offset is None or count is None else select_slices(offset, count, num_embeddings)
 
 
 def _check_order(n_id: Tensor, slices: Slices) -> None:
