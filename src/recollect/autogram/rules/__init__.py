@@ -8,10 +8,12 @@ from __future__ import annotations
 from torch import nn
 
 from recollect.autogram._registry import Entry
+from recollect.autogram.rules._bilinear import bilinear
 from recollect.autogram.rules._conv import conv
 from recollect.autogram.rules._embedding import embedding, embedding_bag, embedding_bag_sharing
 from recollect.autogram.rules._linear import linear
 from recollect.autogram.rules._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from recollect.autogram.rules._recurrent import recurrent, recurrent_cell, recurrent_sharing
 from recollect.autogram.rules._scale import prelu
 
 __all__ = ["RULES"]
@@ -19,6 +21,7 @@ __all__ = ["RULES"]
 RULES: dict[type[nn.Module] | str, Entry] = {
     nn.Linear: Entry(linear),
     "torch_geometric.nn.dense.linear.Linear": Entry(linear),
+    nn.Bilinear: Entry(bilinear),
     nn.Conv1d: Entry(conv),
     nn.Conv2d: Entry(conv),
     nn.Conv3d: Entry(conv),
@@ -38,4 +41,10 @@ RULES: dict[type[nn.Module] | str, Entry] = {
     nn.PReLU: Entry(prelu),
     nn.Embedding: Entry(embedding),
     nn.EmbeddingBag: Entry(embedding_bag, embedding_bag_sharing),
+    nn.RNN: Entry(recurrent, recurrent_sharing),
+    nn.LSTM: Entry(recurrent, recurrent_sharing),
+    nn.GRU: Entry(recurrent, recurrent_sharing),
+    nn.RNNCell: Entry(recurrent_cell),
+    nn.LSTMCell: Entry(recurrent_cell),
+    nn.GRUCell: Entry(recurrent_cell),
 }

@@ -30,8 +30,8 @@ def one_input(formula: Callable[[Any, Tensor, Tensor], Mapping[str, Factor]]) ->
 
 
 def needs(layer: nn.Module, name: str) -> bool:
-    """Whether the layer has a parameter of this name, and it wants a gradient."""
-    parameter = getattr(layer, name, None)
+    """Whether the layer has a parameter of this name, no parametrization of it, and it wants a gradient."""
+    parameter = layer._parameters.get(name)
     return parameter is not None and parameter.requires_grad
 
 

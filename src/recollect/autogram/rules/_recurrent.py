@@ -1,0 +1,136 @@
+"""Recurrent layers: at each step linear layers, whose inputs and gradients are computed again.
+
+The layer's own graph does not show what happened inside it. The rule runs the steps once more, forward for the hidden
+states, and backward for the gates' gradients; no randomness may be in it, so dropout between layers is not covered.
+
+Letters: m objectives, r rows of inputs (m, or 1 where all objectives share them), T steps, N elements of one call, L
+layers, D directions, H hidden elements, I elements of an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autogram._factors import Factor, NotCovered
+from recollect.autogram.rules._steps import Direction
+from recollect.autogram.rules._view import wide
+
+__all__ = ["recurrent", "recurrent_cell", "recurrent_sharing"]
+
+Factors = dict[str, Factor]
+
+
+def recurrent_sharing(layer: nn.RNNBase, inputs: tuple[Any, ...]) -> tuple[int | None, ...]:
+    """The first state's axes are those of the last state, which is the second output."""
+    return (0, 1)[: len(inputs)]
+
+
+@torch.no_grad()
+def recurrent(layer: nn.RNNBase, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> Factors:
+    """``torch.nn.RNN``, ``GRU`` and ``LSTM``, that with projections too, of several layers and both directions.
+
+    Args:
+        layer: the layer.
+        inputs: x [r, T, N, I] (or [r, N, T, I] or [r, T, I]) and, perhaps, the first state, h [r, L D, N, H] or (h, c).
+        grads: of the output, [m, T, N, D H], and of the last state.
+
+    Raises:
+        NotCovered: dropout between layers is active.
+    """
+    if layer.dropout > 0 and layer.training and layer.num_layers > 1:
+        raise NotCovered("dropout between recurrent layers")
+    x, given = (*inputs, None)[:2]
+    batched = x.ndim == 4
+
+    def steps_first(tensor: Tensor) -> Tensor:
+        tensor = wide(tensor)
+        if not batched:
+            tensor = tensor.unsqueeze(2)
+        elif layer.batch_first:
+            tensor = tensor.transpose(1, 2)
+        return tensor.transpose(0, 1)
+
+    def layers_first(tensor: Tensor) -> Tensor:
+        return wide(tensor if batched else tensor.unsqueeze(2)).transpose(0, 1)
+
+    turns = ("", "_reverse") if layer.bidirectional else ("",)
+    names = [[f"_l{k}{turn}" for turn in turns] for k in range(layer.num_layers)]
+    stack = [[Direction(layer, layer.mode, name, name.endswith("_reverse")) for name in of_one] for of_one in names]
+    states = [layers_first(h) for h in _state(given)]
+    output, *ends = grads
+    return _run(stack, steps_first(x), states, _of(steps_first, output), [_of(layers_first, end) for end in ends])
+
+
+@torch.no_grad()
+def recurrent_cell(layer: nn.RNNCellBase, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> Factors:
+    """``torch.nn.RNNCell``, ``GRUCell`` and ``LSTMCell``: one step of one layer.
+
+    Args:
+        layer: the layer.
+        inputs: x [r, N, I] or [r, I] and, perhaps, the state before, h [r, N, H] or (h, c).
+        grads: of the state after, [m, N, H].
+    """
+    x, given = (*inputs, None)[:2]
+
+    def one_layer(tensor: Tensor) -> Tensor:
+        return wide(tensor if x.ndim == 3 else tensor.unsqueeze(1)).unsqueeze(0)
+
+    steps = Direction(layer, _mode(layer), "", False)
+    return _run(
+        [[steps]], one_layer(x), [one_layer(h) for h in _state(given)], None, [_of(one_layer, g) for g in grads]
+    )
+
+
+def _mode(cell: nn.RNNCellBase) -> str:
+    if isinstance(cell, nn.RNNCell):
+        return f"RNN_{cell.nonlinearity.upper()}"
+    return "GRU" if isinstance(cell, nn.GRUCell) else "LSTM"
+
+
+def _of(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else change(tensor)
+
+
+def _state(given: Any) -> tuple[Tensor, ...]:
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def _run(
+    stack: Sequence[Sequence[Direction]],
+    x: Tensor,
+    states: Sequence[Tensor],
+    output: Tensor | None,
+    ends: Sequence[Tensor | None],
+) -> Factors:
+    """Go through the layers and back.
+
+    Args:
+        stack: for each layer, its directions.
+        x: [T, r, N, I].
+        states: the first states of all directions of all layers, [L D, r, N, H]; empty for zeros.
+        output: the output's gradient, [T, m, N, D H]; None for zeros.
+        ends: the gradients of the last states, [L D, m, N, H]; None for zeros.
+    """
+    known = [grad for grad in (output, *ends) if grad is not None]
+    if not known:
+        return {}
+    m, width = known[0].shape[1], len(stack[0])
+    for k, directions in enumerate(stack):
+        after = [one.ahead(x, tuple(h[k * width + j] for h in states)) for j, one in enumerate(directions)]
+        x = torch.cat(after, -1)
+    factors: Factors = {}
+    for k, directions in reversed(list(enumerate(stack))):
+        parts = [None] * width if output is None else output.chunk(width, -1)
+        befores = []
+        for j, (one, part) in enumerate(zip(directions, parts, strict=True)):
+            last = [None if end is None else end[k * width + j] for end in ends]
+            befores.append(one.back(m, part, last))
+            factors |= one.factors()
+        output = sum(befores[1:], befores[0])
+    return factors
