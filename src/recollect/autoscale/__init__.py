@@ -13,9 +13,10 @@ from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
 from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize, with_weights
 from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
-from recollect.autoscale._propagate import propagate
 from recollect.autoscale._pool import AsyncIOPool
+from recollect.autoscale._propagate import propagate
 from recollect.autoscale._scalable import ScalableGNN
+from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._sub_data import SubData
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 
@@ -35,6 +36,7 @@ __all__ = [
     "edge_index_of",
     "gen_masks",
     "history_bytes",
+    "history_errors",
     "metis",
     "normalize",
     "partition",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._history import History
-from recollect.frames import in_backward
-
-if TYPE_CHECKING:
-    from recollect.autoscale._pool import AsyncIOPool
+from recollect.autoscale._pool import AsyncIOPool
+from recollect.frames import InPlaceError, in_backward, in_dry_mode
 
 __all__ = ["Exchange"]
 
@@ -29,42 +27,97 @@ class Exchange:
     def __init__(self, pool: AsyncIOPool | None = None) -> None:
         self.pool = pool
         self._ahead: deque[History] = deque()  # whose pulls were started and not yet used, in this order
+        # By n_id and history: the last push before the rows of a frame's forward were pulled.
+        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[Exchange], tuple[AsyncIOPool | None]]:
+        return Exchange, (self.pool,)
 
     def start(self, histories: Iterable[History], halo: Tensor) -> None:
         """Start the pulls of all layers of a mini-batch."""
         if self.pool is None or in_backward():
             return
-        self.finish()
-        self.synchronize()  # what the last mini-batch pushed may be this one's halo
         for history in histories:
-            self.pool.async_pull(history, None, None, halo)
+            self.pool.async_pull(history, n_id=halo)
             self._ahead.append(history)
 
     def finish(self) -> None:
-        """Discard the pulls that no layer has used."""
+        """Give up the pulls that no layer has used."""
         while self._ahead and self.pool is not None:
             self._ahead.popleft()
-            self.pool.synchronize_pull()
             self.pool.free_pull()
 
-    def synchronize(self) -> None:
-        """Wait until all that was pushed stands in the histories."""
-        if self.pool is not None:
-            self.pool.synchronize_push()
-
-    def __call__(self, history: History, x: Tensor, batch: Batch) -> Tensor:
-        """Push the batch's rows and return them, with those of its halo below.
+    def swap(self, history: History, x: Tensor, batch: Batch) -> Tensor:
+        """Push the batch's rows, the first ones of ``x``; return them with those of its halo below.
 
         Pulling comes first: what is wrong with ``n_id`` is found before a row is written.
         """
         own = x[: batch.size]
         if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
-            self.synchronize()
-            out = torch.cat([own, history.pull(batch.halo).to(own)])
-            history.push(own.detach(), batch.n_id, batch.offset, batch.count)
+            out = torch.cat([own, self._pulled(history, batch).to(own)])
+            history.push(own, batch.n_id, batch.offset, batch.count)
             return out
         self._ahead.popleft()
-        out = torch.cat([own, self.pool.synchronize_pull().to(own)])
-        self.pool.free_pull()
-        self.pool.async_push(history, own.detach(), batch.offset, batch.count)
+        try:
+            out = torch.cat([own, self.pool.synchronize_pull().to(own)])
+        finally:
+            self.pool.free_pull()
+        self._note(history, batch)
+        self.pool.async_push(history, own, batch.offset, batch.count, batch.n_id)
         return out
+
+    def read(self, history: History, batch: Batch) -> Callable[[], Tensor]:
+        """Start to read all rows of a batch; the result waits for them and returns them [B + halo, channels]."""
+        pool = self.pool
+        if pool is None or batch.n_id.numel() > pool.buffer_size:
+            return lambda: history.pull(batch.n_id)
+        pool.async_pull(history, batch.offset, batch.count, batch.halo)
+
+        def take() -> Tensor:
+            try:
+                return pool.synchronize_pull().clone()
+            finally:
+                pool.free_pull()
+
+        return take
+
+    def write(self, history: History, x: Tensor, batch: Batch) -> None:
+        """Push the batch's rows."""
+        if self.pool is None:
+            history.push(x, batch.n_id, batch.offset, batch.count)
+        else:
+            self.pool.async_push(history, x, batch.offset, batch.count, batch.n_id)
+
+    def clear(self) -> None:
+        """Give up all pulls and wait for all pushes, so that nothing is left of a pass that failed."""
+        self._ahead.clear()
+        if self.pool is not None:
+            self.pool.clear()
+
+    def _pulled(self, history: History, batch: Batch) -> Tensor:
+        """Pull the halo; in a rebuild make sure that it is what it was in the forward pass."""
+        if in_backward():
+            self._check(history, batch)
+        else:
+            self._note(history, batch)
+        return history.pull(batch.halo)
+
+    def _note(self, history: History, batch: Batch) -> None:
+        if in_dry_mode():  # the first call of a frame, whose rebuild will pull again
+            history.settle()
+            if batch.n_id not in self._seen:
+                self._seen[batch.n_id] = {}
+            self._seen[batch.n_id][id(history)] = history.table.clock.pushes
+
+    def _check(self, history: History, batch: Batch) -> None:
+        before = self._seen[batch.n_id].get(id(history)) if batch.n_id in self._seen else None
+        if before is None:
+            return
+        ages = history.age(batch.halo)
+        late = int((ages < history.table.clock.pushes - before).sum())
+        if late:
+            raise InPlaceError(
+                f"{late} of the {ages.numel()} halo rows that a mini-batch pulled in its forward pass were pushed "
+                "again before its backward pass pulled them anew, as another mini-batch's forward pass does; call "
+                "backward before the next forward pass, or run these layers without a frame"
+            )

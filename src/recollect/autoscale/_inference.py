@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
-from recollect.autoscale._operators import as_csr, first_rows
+from recollect.autoscale._operators import adjacency_of, first_rows
 from recollect.autoscale._sub_data import SubData
 
 if TYPE_CHECKING:
     from recollect.autoscale._scalable import ScalableGNN
 
 __all__ = ["LayerWise", "evaluating"]
+
+Take = Callable[[], Tensor] | None
 
 
 @contextmanager
@@ -42,10 +47,14 @@ class LayerWise:
         model: gives the layers.
         loader: yields every node once in each of its passes, in the same mini-batches.
         histories: what each layer but the last writes, and the next one reads.
+        exchange: reads and writes them.
     """
 
-    def __init__(self, model: ScalableGNN, loader: Iterable[SubData], histories: Sequence[History]) -> None:
+    def __init__(
+        self, model: ScalableGNN, loader: Iterable[SubData], histories: Sequence[History], exchange: Exchange
+    ) -> None:
         self._model = model
+        self._exchange = exchange
         self._loader = loader
         self._histories = histories
         self._device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -65,42 +74,46 @@ class LayerWise:
         Raises:
             ValueError: the loader leaves out nodes, or yields other mini-batches in a later pass.
         """
-        for layer, history in enumerate(self._histories):
-            self._pass(layer, lambda batch, out, to=history: to.push(out, batch.n_id, batch.offset, batch.count))  # type: ignore[misc]
-            finished(layer)
-        rows: list[Tensor] = []  # of the last layer: one tensor for all nodes, made when its width is known
+        try:
+            for layer, history in enumerate(self._histories):
+                self._pass(layer, partial(self._exchange.write, history))
+                finished(layer)
+            result = _Result(self._model.num_nodes, device)
+            self._pass(self._model.num_layers - 1, result.write)
+        except BaseException:
+            self._exchange.clear()
+            raise
+        return result.rows
 
-        def write(batch: Batch, out: Tensor) -> None:
-            if not rows:
-                rows.append(torch.empty(self._model.num_nodes, out.size(-1), dtype=out.dtype, device=device))
-            rows[0].index_copy_(0, batch.n_id[: batch.size].to(device), out.to(device))
-
-        self._pass(self._model.num_layers - 1, write)
-        return rows[0]
-
-    def _pass(self, layer: int, use: Callable[[Batch, Tensor], None]) -> None:
+    def _pass(self, layer: int, write: Callable[[Tensor, Batch], None]) -> None:
         """Evaluate one layer for all mini-batches."""
-        seen = 0
+        parts: list[Tensor] = []
+        for sub, batch, take in self._loaded(layer):
+            write(self._evaluate(layer, sub, batch, take), batch)
+            parts.append(torch.stack([batch.offset, batch.count]))
+        _check_cover(parts, self._model.num_nodes)
+
+    def _loaded(self, layer: int) -> Iterator[tuple[SubData, Batch, Take]]:
+        """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""
+        waiting: deque[tuple[SubData, Batch, Take]] = deque()
         for sub in self._loader:
             batch = Batch.of(sub.batch_size, sub.n_id, sub.offset, sub.count)
             if batch is None:
                 raise TypeError("the loader yields no mini-batches of a SubgraphLoader")
-            use(batch, self._evaluate(layer, sub, batch))
-            seen += batch.size
-        if seen != self._model.num_nodes:
-            raise ValueError(
-                f"the loader yielded {seen} nodes in a pass, but the model has {self._model.num_nodes}: layer-wise "
-                "inference needs every node once; use EvalSubgraphLoader(data, ptr)"
-            )
+            take = self._exchange.read(self._histories[layer - 1], batch) if layer else None
+            waiting.append((sub, batch, take))
+            if len(waiting) > (self._exchange.pool is not None):
+                yield waiting.popleft()
+        yield from waiting
 
-    def _evaluate(self, layer: int, sub: SubData, batch: Batch) -> Tensor:
+    def _evaluate(self, layer: int, sub: SubData, batch: Batch, take: Take) -> Tensor:
         data = sub.data.to(self._device)
-        adj_t = as_csr(data.adj_t) if "adj_t" in data else as_csr(data.edge_index, data.edge_weight)
+        adj_t = adjacency_of(data)
         batch.check_inputs(data.x, adj_t)
-        x = data.x if layer == 0 else self._histories[layer - 1].pull(batch.n_id).to(self._device, self._dtype)
-        given = {name: data[name] for name in self._model.inputs if data.get(name) is not None}
+        given = {name: data[name] for name in self._model.inputs}
         state = given | self._take_state(layer, batch)
-        out = self._model.evaluate(layer, x, first_rows(adj_t, batch.size), state)
+        x = data.x if take is None else take().to(self._device, self._dtype)
+        out = self._model.run_layer(layer, x, first_rows(adj_t, batch.size), state)
         self._dtype = out.dtype
         if layer < self._model.num_layers - 1:
             kept = {name: value for name, value in state.items() if name not in given}
@@ -119,6 +132,33 @@ class LayerWise:
                 "for the layer before: layer-wise inference needs the same mini-batches in every pass; use "
                 "EvalSubgraphLoader(data, ptr)"
             ) from None
+
+
+class _Result:
+    """The last layer's output for all nodes, made when its width is known."""
+
+    def __init__(self, num_nodes: int, device: torch.device) -> None:
+        self._num_nodes = num_nodes
+        self._device = device
+        self.rows = torch.empty(0)
+
+    def write(self, out: Tensor, batch: Batch) -> None:
+        if not self.rows.numel():
+            self.rows = out.new_empty(self._num_nodes, out.size(-1), device=self._device)
+        self.rows.index_copy_(0, batch.n_id[: batch.size].to(self._device), out.to(self._device))
+
+
+def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
+    """Raise a ValueError unless the parts (offset, count) are all nodes, each once."""
+    offset, count = torch.cat(parts, dim=1) if parts else torch.zeros(2, 0, dtype=torch.int64)
+    offset, count = offset[count > 0], count[count > 0]
+    order = offset.argsort()
+    end = count[order].cumsum(0)
+    if int(count.sum()) != num_nodes or not torch.equal(offset[order], end - count[order]):
+        raise ValueError(
+            f"in one pass the loader yielded parts of {int(count.sum())} nodes together, but layer-wise inference "
+            f"needs each of the {num_nodes} nodes once; use EvalSubgraphLoader(data, ptr)"
+        )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.autoscale._adj_t import check_square, make_adj_t, rows_of, sparse_csr
 
-__all__ = ["add_self_loops", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
+__all__ = ["add_self_loops", "adjacency_of", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
 
 
 def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
@@ -46,6 +46,11 @@ def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
     rowptr = torch._convert_indices_from_coo_to_csr(target.contiguous(), num_dst)
     value = torch.ones(source.numel(), device=source.device) if edge_weight is None else edge_weight
     return sparse_csr(rowptr, source, value, (num_dst, num_src))
+
+
+def adjacency_of(data: Any) -> Tensor:
+    """Return the adjacency of a graph or mini-batch, in whichever of the two forms it has one; see :func:`as_csr`."""
+    return as_csr(data.adj_t) if "adj_t" in data else as_csr(data.edge_index, data.get("edge_weight"))
 
 
 def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ from torch import Tensor, nn
 from recollect._parameters import reset_parameters
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._history import History, history_bytes
+from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
+from recollect.autoscale._layered import Between, LayeredGNN
+from recollect.autoscale._making import make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
+from recollect.autoscale._staleness import mean_ages
 from recollect.autoscale._sub_data import SubData
-from recollect.frames import checkpoint, in_backward
+from recollect.frames import in_backward
 
 __all__ = ["ScalableGNN"]
 
-_logger = logging.getLogger(__name__)
-Between = Callable[[int, Tensor], Tensor]
 
-
-class ScalableGNN(nn.Module):
+class ScalableGNN(LayeredGNN):
     """A network that trains on mini-batches of a graph's parts, with histories for their halo.
 
     Write each layer once, in :meth:`forward_layer`. From it derive:
@@ -46,9 +45,11 @@ class ScalableGNN(nn.Module):
         num_nodes: of the whole graph, N.
         hidden_channels: width of every layer's output but the last, or one number for each.
         num_layers: L, at least 1; there are L - 1 histories.
-        pool_size: mini-batches' rows that an :class:`~recollect.autoscale.AsyncIOPool` holds; with it and
-            ``buffer_size`` rows are moved beside the computation. ``None``: they are moved when they are needed.
-        buffer_size: rows of each of the pool's buffers: at least the largest halo.
+        pool_size: buffers of an :class:`~recollect.autoscale.AsyncIOPool`, which moves rows beside the computation:
+            the pulls of all layers start before the first one is computed. Results are the same, bit for bit.
+            ``None``: rows are moved when they are needed.
+        buffer_size: rows of each buffer, at least those of the largest halo; comes with ``pool_size``. For layer-wise
+            inference to use the pool too, at least those of the largest mini-batch and its halo.
         device: of the histories; ``None``: host memory.
         history_dtype: in which histories are kept.
         history_path: a folder; histories are then files in it, ``0.history`` and so on.
@@ -79,44 +80,22 @@ class ScalableGNN(nn.Module):
         save_histories: bool = False,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        widths = _widths(num_nodes, hidden_channels, num_layers)
+        super().__init__(num_layers, recompute)
+        if num_nodes < 1:
+            raise ValueError(f"num_nodes must be at least 1 (got {num_nodes})")
+        widths = widths_of(hidden_channels, num_layers)
         self.num_nodes = num_nodes
         self.hidden_channels = hidden_channels
-        self.num_layers = num_layers
-        self.recompute = recompute
-        size = sum(history_bytes(num_nodes, width, history_dtype) for width in widths)
-        place = device if history_path is None else history_path
-        _logger.info("%d histories take %.3f GiB in %s", len(widths), size / 2**30, place or "host memory")
-        self.histories = nn.ModuleList(
-            History(num_nodes, width, device, history_dtype, _file(history_path, layer), save_histories=save_histories)
-            for layer, width in enumerate(widths)
-        )
+        self.pool = make_pool(pool_size, buffer_size, widths)
+        self.histories = make_histories(num_nodes, widths, device, history_dtype, history_path, save_histories)
+        self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
-        self._exchange = Exchange()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
         for child in self.children():
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 reset_parameters(module)
-
-    def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
-        """Return the layer's output for the targets of the adjacency. To be written by each network.
-
-        Args:
-            layer: its number, from 0 to ``num_layers - 1``.
-            x: its input for all sources [num_sources, in_channels]; the targets come first among them.
-            adj_t: sparse CSR adjacency [num_targets, num_sources]; of the whole graph, both are all its nodes.
-            state: see the class.
-
-        Returns:
-            [num_targets, out_channels].
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no forward_layer(layer, x, adj_t, state): training on mini-batches and "
-            "layer-wise inference both derive from it"
-        )
 
     def __call__(
         self,
@@ -145,9 +124,9 @@ class ScalableGNN(nn.Module):
         if loader is not None:
             return self.mini_inference(loader)
         batch = Batch.of(batch_size, n_id, offset, count)
-        if batch is not None:
-            self._exchange.start(self._tables, batch.halo)
         try:
+            if batch is not None:
+                self._exchange.start(self.tables, batch.halo)
             out: Tensor = super().__call__(x, adj_t, batch_size, n_id, offset, count, **inputs)
             return out
         finally:
@@ -188,13 +167,13 @@ class ScalableGNN(nn.Module):
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
         batch = Batch.of(batch_size, n_id, offset, count)
         if batch is None:
-            return self._run(x, adj_t, inputs, self._between_full(x))
+            return self.run_layers(x, adj_t, inputs, self._between_full(x))
         batch.check_inputs(x, adj_t)
-        return self._run(
+        return self.run_layers(
             x,
             first_rows(adj_t, batch.size),
             inputs,
-            lambda layer, rows: self.push_and_pull(self._tables[layer], rows, *batch.arguments),
+            lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
         )
 
     def push_and_pull(
@@ -231,7 +210,7 @@ class ScalableGNN(nn.Module):
             if x.size(0) == history.num_embeddings and not in_backward():
                 history.push(x.detach())
             return x
-        return self._exchange(history, x, batch)
+        return self._exchange.swap(history, x, batch)
 
     def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
         """Evaluate the whole graph layer by layer, in mini-batches, and fill the histories on the way.
@@ -250,79 +229,22 @@ class ScalableGNN(nn.Module):
         Raises:
             ValueError: the loader leaves out nodes, or changes its mini-batches.
         """
-        self.synchronize()
         with evaluating(self):
-            return LayerWise(self, loader, self._tables).run(self._device)
+            return LayerWise(self, loader, self.tables, self._exchange).run(self._device)
 
-    def synchronize(self) -> None:
-        """Wait until all that was pushed stands in the histories."""
-        self._exchange.synchronize()
+    def staleness(self) -> list[float]:
+        """Return the mean age of each history's rows: how often the history was pushed to since a row was.
 
-    def evaluate(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
-        """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
-        out = self.forward_layer(layer, x, adj_t, state)
-        if out.size(0) < adj_t.size(0):
-            raise ValueError(
-                f"{type(self).__name__}.forward_layer({layer}, ...) returned {out.size(0)} rows, but its adjacency "
-                f"has {adj_t.size(0)} targets: one for each is expected"
-            )
-        return out[: adj_t.size(0)]
-
-    def conclude(self, state: dict[str, Any]) -> None:
-        """Take notice of what the layers left in their state, at the end of a pass over the whole graph or a batch.
-
-        Args:
-            state: see the class.
+        See :func:`~recollect.autoscale.history_errors` for how wrong they are.
         """
+        return mean_ages(self.tables)
 
     @property
-    def _tables(self) -> list[History]:
+    def tables(self) -> list[History]:
         """The histories, as what they are."""
         return [history for history in self.histories if isinstance(history, History)]
-
-    def _run(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any], between: Between) -> Tensor:
-        """Evaluate all layers; ``between`` is applied to each output but the last."""
-        state = dict(inputs)
-        for layer in range(self.num_layers):
-            if self.recompute:
-                x, state = checkpoint(self._stage(layer, adj_t, state, between), x)
-            else:
-                x, state = self._stage(layer, adj_t, state, between)(x)
-        self.conclude(state)
-        return x
-
-    def _stage(
-        self, layer: int, adj_t: Tensor, state: dict[str, Any], between: Between
-    ) -> Callable[[Tensor], tuple[Tensor, dict[str, Any]]]:
-        """Return a layer as a function of the output before it, which leaves ``state`` as it is."""
-
-        def stage(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            after = dict(state)
-            if layer:
-                x = between(layer - 1, x)
-            return self.evaluate(layer, x, adj_t, after), after
-
-        return stage
 
     def _between_full(self, x: Tensor) -> Between:
         if self.training or x.size(0) != self.num_nodes:
             return lambda layer, rows: rows
-        return lambda layer, rows: self.push_and_pull(self._tables[layer], rows)
-
-
-def _widths(num_nodes: int, hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:
-    for name, value in (("num_nodes", num_nodes), ("num_layers", num_layers)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1 (got {value})")
-    if isinstance(hidden_channels, int):
-        return [hidden_channels] * (num_layers - 1)
-    if len(hidden_channels) != num_layers - 1:
-        raise ValueError(
-            f"hidden_channels has {len(hidden_channels)} numbers, but between {num_layers} layers there are "
-            f"{num_layers - 1} outputs: one number for each is expected"
-        )
-    return list(hidden_channels)
-
-
-def _file(folder: str | Path | None, layer: int) -> Path | None:
-    return None if folder is None else Path(folder) / f"{layer}.history"
+        return lambda layer, rows: self.push_and_pull(self.tables[layer], rows)

@@ -1,0 +1,105 @@
+"""Networks that are written layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from recollect.frames import checkpoint, in_backward
+
+__all__ = ["Between", "LayeredGNN"]
+
+Between = Callable[[int, Tensor], Tensor]
+
+
+class LayeredGNN(nn.Module):
+    """A network that is one function of the layer's number, so that its layers can be run in more than one order.
+
+    A layer's ``state`` is a dict that lives as long as one pass over the layers. A layer may leave tensors in it for
+    the layers after it: it assigns new ones, and does not change what is there in place.
+
+    Args:
+        num_layers: L, at least 1.
+        recompute: run every layer in a frame, which keeps its input alone and runs it again in backward.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(self, num_layers: int, recompute: bool = False) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1 (got {num_layers})")
+        self.num_layers = num_layers
+        self.recompute = recompute
+
+    def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
+        """Return the layer's output for the targets of the adjacency. To be written by each network.
+
+        Args:
+            layer: its number, from 0 to ``num_layers - 1``.
+            x: its input for all sources [num_sources, in_channels]; the targets come first among them.
+            adj_t: sparse CSR adjacency [num_targets, num_sources]; of the whole graph, both are all its nodes.
+            state: see the class.
+
+        Returns:
+            [num_targets, out_channels].
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward_layer(layer, x, adj_t, state): training on mini-batches and "
+            "layer-wise inference both derive from it"
+        )
+
+    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
+        """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
+        out = self.forward_layer(layer, x, adj_t, state)
+        if out.size(0) < adj_t.size(0):
+            raise ValueError(
+                f"{type(self).__name__}.forward_layer({layer}, ...) returned {out.size(0)} rows, but its adjacency "
+                f"has {adj_t.size(0)} targets: one for each is expected"
+            )
+        return out[: adj_t.size(0)]
+
+    def conclude(self, state: dict[str, Any]) -> None:
+        """Take notice of what the layers left in their state, at the end of a pass over the whole graph or a batch.
+
+        Args:
+            state: see the class.
+        """
+
+    def run_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any], between: Between) -> Tensor:
+        """Evaluate all layers.
+
+        Args:
+            x: features of all sources [num_sources, in_channels].
+            adj_t: sparse CSR adjacency [num_targets, num_sources].
+            inputs: what the state begins with.
+            between: from the number of a layer but the last and its output, to the next layer's input.
+
+        Returns:
+            The last layer's output [num_targets, out_channels].
+        """
+        state = dict(inputs)
+        for layer in range(self.num_layers):
+            if self.recompute:
+                x, state = checkpoint(self._stage(layer, adj_t, state, between), x)
+            else:
+                x, state = self._stage(layer, adj_t, state, between)(x)
+        if not in_backward():
+            self.conclude(state)
+        return x
+
+    def _stage(
+        self, layer: int, adj_t: Tensor, state: dict[str, Any], between: Between
+    ) -> Callable[[Tensor], tuple[Tensor, dict[str, Any]]]:
+        """Return a layer as a function of the output before it, which leaves ``state`` as it is."""
+
+        def stage(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            after = dict(state)
+            if layer:
+                x = between(layer - 1, x)
+            return self.run_layer(layer, x, adj_t, after), after
+
+        return stage

@@ -1,0 +1,68 @@
+"""The histories and the pool that a model is made with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from recollect.autoscale._history import History, history_bytes
+from recollect.autoscale._pool import AsyncIOPool
+
+__all__ = ["make_histories", "make_pool", "widths_of"]
+
+_logger = logging.getLogger(__name__)
+
+
+def make_histories(
+    num_nodes: int,
+    widths: Sequence[int],
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+    folder: str | Path | None,
+    save_histories: bool,
+) -> nn.ModuleList:
+    """Make a history for each width; what they will take is logged before it is allocated."""
+    size = sum(history_bytes(num_nodes, width, dtype) for width in widths)
+    place = device or "host memory" if folder is None else folder
+    _logger.info("%d histories of %d nodes take %.3f GiB in %s", len(widths), num_nodes, size / 2**30, place)
+    return nn.ModuleList(
+        History(num_nodes, width, device, dtype, _file(folder, layer), save_histories=save_histories)
+        for layer, width in enumerate(widths)
+    )
+
+
+def widths_of(hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:
+    """Return the widths of all layers' outputs but the last.
+
+    Raises:
+        ValueError: there is not one for each.
+    """
+    if isinstance(hidden_channels, int):
+        return [hidden_channels] * (num_layers - 1)
+    if len(hidden_channels) != num_layers - 1:
+        raise ValueError(
+            f"hidden_channels has {len(hidden_channels)} numbers, but between {num_layers} layers there are "
+            f"{num_layers - 1} outputs: one number for each is expected"
+        )
+    return list(hidden_channels)
+
+
+def make_pool(pool_size: int | None, buffer_size: int | None, widths: Sequence[int]) -> AsyncIOPool | None:
+    """Make a pool for histories of these widths, if there shall be one.
+
+    Raises:
+        ValueError: one of its numbers is missing.
+    """
+    if pool_size is None or buffer_size is None:
+        if pool_size is buffer_size:
+            return None
+        raise ValueError(f"pool_size and buffer_size come together (got {pool_size} and {buffer_size})")
+    return AsyncIOPool(pool_size, buffer_size, max(widths, default=1))
+
+
+def _file(folder: str | Path | None, layer: int) -> Path | None:
+    return None if folder is None else Path(folder) / f"{layer}.history"
