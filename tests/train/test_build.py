@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recollect.train._build import build_dataset, build_model, build_optimizer, graph_inputs, warmup
+from recollect.train._build import build_dataset, build_optimizer, warmup
 from recollect.train._config import parse
 from recollect.train._errors import TrainingError, UsageError
+from recollect.train._network import build_model, graph_inputs
 
 
 def test_missing_raw_files_are_named(tmp_path):

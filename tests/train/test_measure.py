@@ -8,9 +8,11 @@ from lightning_fabric import Fabric
 
 from recollect.memory import peak_memory
 from recollect.train import _measure
-from recollect.train._build import build_model
 from recollect.train._config import parse
+from recollect.train._graph import prepare
 from recollect.train._measure import measure
+from recollect.train._network import build_model
+from recollect.train._step import Step
 
 SETTINGS = parse(["dataset=karate", "model.num_layers=12", "model.hidden_channels=8", "measure.repeats=2"])
 
@@ -25,9 +27,13 @@ def graph(graph_maker):
     return graph_maker("multiclass", "accuracy", 3)
 
 
+def costs_of(fabric, graph, settings=SETTINGS):
+    return measure(settings, Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph)))
+
+
 @pytest.fixture(scope="module")
 def costs(fabric, graph):
-    return measure(fabric, SETTINGS, graph)
+    return costs_of(fabric, graph)
 
 
 def test_depth_costs_memory_only_where_everything_is_kept(costs):
@@ -69,17 +75,19 @@ def test_state_is_parameters_gradients_and_two_moments(costs, graph):
 
 
 def test_random_numbers_stay_as_they_were(fabric, graph):
+    settings = replace(SETTINGS, model=replace(SETTINGS.model, num_layers=2))
+    step = Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph))
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    measure(fabric, replace(SETTINGS, model=replace(SETTINGS.model, num_layers=2)), graph)
+    measure(settings, step)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_would_not_fit_is_not_tried_but_expected(fabric, graph, costs, monkeypatch):
     between = (costs.curve[3]["peak_plain"] + costs.peak_plain) // 2  # enough for 4 layers, too little for 12
     monkeypatch.setattr(_measure, "available_bytes", lambda device: round(between / 0.7))
-    small = measure(fabric, SETTINGS, graph)
+    small = costs_of(fabric, graph)
     assert small.peak == costs.peak
     assert small.peak_plain is None
     assert small.seconds_plain is None
@@ -89,7 +97,7 @@ def test_what_would_not_fit_is_not_tried_but_expected(fabric, graph, costs, monk
 
 def test_time_that_is_over_ends_the_curve_not_the_measurement(fabric, graph):
     short = replace(SETTINGS, measure=replace(SETTINGS.measure, seconds=0.0))
-    costs = measure(fabric, short, graph)
+    costs = costs_of(fabric, graph, short)
     assert [point["layers"] for point in costs.curve] == [2, 4, 12]
     assert costs.peak is not None
     assert costs.seconds is not None
@@ -97,4 +105,4 @@ def test_time_that_is_over_ends_the_curve_not_the_measurement(fabric, graph):
 
 def test_depths_can_be_chosen(fabric, graph):
     chosen = replace(SETTINGS, measure=replace(SETTINGS.measure, depths=[5, 16]))
-    assert [point["layers"] for point in measure(fabric, chosen, graph).curve] == [2, 4, 5, 12, 16]
+    assert [point["layers"] for point in costs_of(fabric, graph, chosen).curve] == [2, 4, 5, 12, 16]

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from recollect.data import load
 from recollect.train import InvalidRunError, NonFiniteLossError, TrainingError, UsageError, train
-from recollect.train._build import build_model
 from recollect.train._config import read
 from recollect.train._metrics import score
+from recollect.train._network import build_model
 
 KEYS = {
     *("dataset", "model", "layers", "parameters", "test_accuracy", "val_accuracy", "epochs", "seconds", "peak_bytes"),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from recollect.train._build import build_model
 from recollect.train._config import parse
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
 from recollect.train._files import AtomicCheckpointIO
+from recollect.train._graph import prepare
 from recollect.train._metrics import score
+from recollect.train._network import build_model
 from recollect.train._step import Step
 from recollect.train._trainer import Trainer
 
@@ -21,7 +22,7 @@ BASE = parse(["warmup_epochs=0", "model.num_layers=3", "model.hidden_channels=8"
 def make(graph, tmp_path, settings=BASE, seed=0):
     torch.manual_seed(seed)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[AtomicCheckpointIO()])
-    step = Step(fabric, settings, graph, build_model(settings.model, graph))
+    step = Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph))
     return Trainer(settings, step, tmp_path / "checkpoint.ckpt")
 
 

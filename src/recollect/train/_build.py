@@ -1,23 +1,20 @@
-"""The graph, the network and the optimizer that the settings ask for."""
+"""The graph and the optimizer that the settings ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from recollect import data
-from recollect.models import RevGNN
 from recollect.train._errors import TrainingError, UsageError, choose_from
-from recollect.train._settings import DatasetSettings, DataSettings, ModelSettings, OptimizerSettings
+from recollect.train._settings import DatasetSettings, DataSettings, OptimizerSettings
 
-__all__ = ["build_dataset", "build_model", "build_optimizer", "graph_inputs", "warmup"]
+__all__ = ["build_dataset", "build_optimizer", "warmup"]
 
-_EDGE_CONVS = ("gat", "gen")
 _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
 
@@ -43,52 +40,6 @@ def build_dataset(dataset: DatasetSettings, files: DataSettings) -> data.GraphDa
     return graph
 
 
-def build_model(settings: ModelSettings, graph: data.GraphDataset, num_layers: int | None = None) -> RevGNN:
-    """Make the network, with parameters drawn from torch's generator.
-
-    Args:
-        settings: of the network.
-        graph: gives it its channels, and its task.
-        num_layers: instead of the settings' number.
-
-    Raises:
-        UsageError: the settings do not go together.
-        TrainingError: torch_geometric is missing.
-    """
-    if num_layers is not None:
-        settings = replace(settings, num_layers=num_layers)
-    options = dict(settings.conv_kwargs)
-    if _has_edge_features(settings, graph):
-        options.setdefault("edge_dim", graph.data.edge_attr.size(-1))
-    try:
-        return RevGNN(
-            graph.data.x.size(-1),
-            settings.hidden_channels,
-            graph.num_classes,
-            settings.num_layers,
-            settings.num_groups,
-            settings.conv,
-            settings.dropout,
-            norm=settings.norm,  # type: ignore[arg-type]  # its values were checked with the settings
-            shared_dropout=settings.shared_dropout,
-            tied=settings.tied,
-            task=graph.task,
-            anchor_every=settings.anchor_every,
-            disable=settings.disable,
-            conv_kwargs=options,
-        )
-    except ImportError as error:
-        raise TrainingError(str(error)) from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the model cannot be built: {error}") from error
-
-
-def graph_inputs(settings: ModelSettings, graph: data.GraphDataset) -> tuple[Tensor, ...]:
-    """What the network is called with: features, edges and, where they are wanted and there, edge features."""
-    inputs = (graph.data.x, graph.data.edge_index)
-    return (*inputs, graph.data.edge_attr) if _has_edge_features(settings, graph) else inputs
-
-
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
     """Make the optimizer of the model's parameters.
 
@@ -102,21 +53,25 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
         options["betas"] = tuple(options["betas"])
     try:
         return _OPTIMIZERS[settings.name](
-            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **options
+            _groups(settings, model), lr=settings.lr, weight_decay=settings.weight_decay, **options
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"the optimizer cannot be built: {error}") from error
 
 
-def _has_edge_features(settings: ModelSettings, graph: data.GraphDataset) -> bool:
-    if not settings.edge_features or graph.data.get("edge_attr") is None:
-        return False
-    if settings.conv not in _EDGE_CONVS:
+def _groups(settings: OptimizerSettings, model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, or those in ``reg_modules`` and ``nonreg_modules`` with a weight decay for each."""
+    other = settings.other_weight_decay
+    if other is None:
+        return [{"params": list(model.parameters())}]
+    modules = [getattr(model, name, None) for name in ("reg_modules", "nonreg_modules")]
+    if not all(isinstance(module, nn.Module) for module in modules):
         raise UsageError(
-            f"model.edge_features=true needs a convolution that takes edge features ({', '.join(_EDGE_CONVS)}), "
-            f"and model.conv is {settings.conv}"
+            f"optimizer.other_weight_decay={other}: {type(model).__name__} does not say which of its modules are "
+            f"regularised; leave it at null"
         )
-    return True
+    regularised, rest = (list(cast(nn.Module, module).parameters()) for module in modules)
+    return [{"params": regularised}, {"params": rest, "weight_decay": other}]
 
 
 def warmup(optimizer: Optimizer, epochs: int) -> torch.optim.lr_scheduler.LinearLR:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recollect.train._errors import InvalidRunError, UsageError, choose_from
-from recollect.train._settings import FREE_KEYS, PATH_KEYS, Settings, check
+from recollect.train._settings import FREE_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings, check
 
 __all__ = ["defaults", "groups", "parse", "read", "write"]
 
@@ -33,7 +33,8 @@ def groups() -> dict[str, list[str]]:
     for folder in sorted(resources.files(_MODULE).iterdir(), key=lambda entry: entry.name):
         if folder.is_dir() and not folder.name.startswith("_"):
             names = (entry.name for entry in folder.iterdir())
-            found[folder.name] = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+            options = (name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+            found[folder.name] = sorted(option for option in options if not option.startswith("_"))
     return found
 
 
@@ -59,10 +60,10 @@ def parse(overrides: Sequence[str]) -> Settings:
         if name in options and override.value() not in options[name]:
             raise UsageError(choose_from(name, override.get_value_element_as_str(), options[name]))
     choices = [f"{o.key_or_group}={o.value()}" for o in parsed if o.key_or_group in options]
-    known = defaults(*choices)
     texts = []
     for override in parsed:
         if override.key_or_group not in options:
+            known = defaults(*choices)
             _check_key(override.key_or_group, known, options)
             _check_option(override.key_or_group, override.value(), known)
         # Hydra lets keys be added below a dictionary only where the override says so.
@@ -169,9 +170,12 @@ def _leaves(config: DictConfig) -> dict[str, Any]:
 def _to_settings(config: DictConfig) -> Settings:
     try:
         schema = OmegaConf.structured(Settings)
-        for node in (schema, *(schema._get_node(name) for name in schema)):
+        OmegaConf.set_readonly(schema, False)  # OmegaConf takes frozen dataclasses for read-only nodes
+        kind = OmegaConf.select(config, "model.kind")
+        schema.model = OmegaConf.structured(RevGNNSettings if kind == "revgnn" else ScalableSettings)
+        for node in (schema._get_node(name) for name in schema):
             if OmegaConf.is_config(node):
-                OmegaConf.set_readonly(node, False)  # OmegaConf takes frozen dataclasses for read-only nodes
+                OmegaConf.set_readonly(node, False)
         settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"

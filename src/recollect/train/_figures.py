@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -12,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from recollect.train._text import METRICS, bytes_text
+from recollect.train._text import METRICS, bytes_text, per_layer
 from recollect.train._trainer import Row
 
 __all__ = ["learning_curves", "memory_against_depth", "to_svg"]
 
 _INK, _SOFT, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _BLUE, _ORANGE, _GREEN = "#2563eb", "#d9480f", "#2f9e44"
+_COLORS = (_BLUE, _ORANGE, _GREEN, "#862e9c")
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -40,28 +41,68 @@ _STYLE: dict[Any, Any] = {
 
 
 def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Figure:
-    """Loss, score and drift against epochs, with the epoch whose parameters were kept."""
-    epochs = [row["epoch"] for row in history]
+    """Loss, score, drift, ages and errors of histories against epochs, with the epoch whose parameters were kept."""
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _losses(axes, history),
+        lambda axes: _scores(axes, history, metric),
+    ]
+    if "drift" in history[0]:
+        panels.append(lambda axes: _drift(axes, history))
+    for name, title in (("age", "Mean age of the histories (steps)"), ("error", "Relative error of the histories")):
+        if per_layer(history[0], name):
+            panels.append(lambda axes, name=name, title=title: _layers(axes, history, name, title))  # type: ignore[misc]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 3.4), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        left.set_title("Loss")
-        left.semilogy(epochs, [row["loss"] for row in history], color=_BLUE, label="training (with dropout)")
-        left.plot(epochs, [row["val_loss"] for row in history], color=_ORANGE, label="validation")
-        middle.set_title(METRICS[metric][0].upper() + METRICS[metric][1:] + " (%)")
-        middle.plot(epochs, [100 * row["train_accuracy"] for row in history], color=_BLUE, label="training")
-        middle.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_ORANGE, label="validation")
-        right.set_title("Drift of the reconstruction")
-        drift = [(row["epoch"], row["drift"]) for row in history if row["drift"] > 0]
-        if drift:
-            right.semilogy(*zip(*drift, strict=True), color=_GREEN, label="largest relative error")
-        else:
-            right.text(0.5, 0.5, "nothing was reconstructed", ha="center", transform=right.transAxes, color=_SOFT)
-        for axes in (left, right):
+        rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+        figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
+        for axes, draw in zip(figure.subplots(rows, columns).flat, panels, strict=True):
+            draw(axes)
             _decades(axes)
-        for axes in (left, middle, right):
             _epoch_axis(axes, best_epoch, len(history))
         return figure
+
+
+def _losses(axes: Axes, history: Sequence[Row]) -> None:
+    epochs = [row["epoch"] for row in history]
+    axes.set_title("Loss")
+    axes.semilogy(epochs, [row["loss"] for row in history], color=_BLUE, label="training (with dropout)")
+    axes.plot(epochs, [row["val_loss"] for row in history], color=_ORANGE, label="validation")
+
+
+def _scores(axes: Axes, history: Sequence[Row], metric: str) -> None:
+    epochs = [row["epoch"] for row in history]
+    axes.set_title(METRICS[metric][0].upper() + METRICS[metric][1:] + " (%)")
+    axes.plot(epochs, [100 * row["train_accuracy"] for row in history], color=_BLUE, label="training")
+    axes.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_ORANGE, label="validation")
+
+
+def _drift(axes: Axes, history: Sequence[Row]) -> None:
+    axes.set_title("Drift of the reconstruction")
+    drift = [(row["epoch"], row["drift"]) for row in history if row["drift"] > 0]
+    if drift:
+        axes.semilogy(*zip(*drift, strict=True), color=_GREEN, label="largest relative error")
+    else:
+        axes.text(0.5, 0.5, "nothing was reconstructed", ha="center", transform=axes.transAxes, color=_SOFT)
+
+
+def _layers(axes: Axes, history: Sequence[Row], name: str, title: str) -> None:
+    """A line for each layer, or the band that many are in."""
+    axes.set_title(title)
+    known = [(row["epoch"], per_layer(row, name)) for row in history]
+    known = [(epoch, values) for epoch, values in known if math.isfinite(values[0])]
+    if not known:
+        axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes, color=_SOFT)
+        return
+    epochs = [epoch for epoch, _ in known]
+    layers = list(zip(*(values for _, values in known), strict=True))
+    if len(layers) <= len(_COLORS):
+        for number, (values, color) in enumerate(zip(layers, _COLORS, strict=False), 1):
+            axes.plot(epochs, values, color=color, marker=".", label=f"layer {number}")
+        return
+    low, high = ([choose(values) for _, values in known] for choose in (min, max))
+    axes.fill_between(
+        epochs, low, high, color=_BLUE, alpha=0.3, label=f"from least to greatest of {len(layers)} layers"
+    )
+    axes.plot(epochs, [sum(values) / len(values) for _, values in known], color=_BLUE, label="mean of the layers")
 
 
 def memory_against_depth(curve: Sequence[dict[str, Any]]) -> Figure:

@@ -1,4 +1,4 @@
-"""What a training step costs, reversible and with everything kept: measured, side by side."""
+"""What a training step costs, and what it would without recollecting: measured, side by side."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
-from recollect.data import GraphDataset
 from recollect.frames import DriftWarning
 from recollect.memory import peak_memory, tensor_bytes
-from recollect.train._build import build_model
 from recollect.train._memory import available_bytes
+from recollect.train._network import build_model
 from recollect.train._settings import Settings
 from recollect.train._step import Step
 
 __all__ = ["Costs", "measure"]
 
-_MARGIN = 0.7  # share of the free memory that a step with everything kept may be expected to need
+_MARGIN = 0.7  # share of the free memory that a step in the second mode may be expected to need
+
+Peaks = dict[str, int | None]
 
 
 @dataclass
 class Costs:
     """Peaks in bytes above parameters, gradients, the optimizer's state and the graph; ``None`` is not measured.
 
+    "Plain" is the second mode of `Step.modes`: every activation is kept, or a step is on the whole graph.
+
     Attributes:
         peak: of a training step.
-        peak_plain: of a step with every activation kept.
-        expected_plain: extrapolated from smaller depths, where ``peak_plain`` was too much for this machine.
-        seconds: per epoch (a step and an evaluation), median.
-        seconds_plain: the same with every activation kept.
+        peak_plain: of a plain step.
+        expected_plain: extrapolated, where ``peak_plain`` was too much for this machine.
+        seconds: per epoch (its steps and an evaluation), median.
+        seconds_plain: the same in plain steps.
         state: bytes of parameters, gradients and the optimizer's state.
         curve: ``{"layers", "peak", "peak_plain"}`` for several depths, shallow first.
     """
@@ -53,73 +55,76 @@ class Costs:
         return asdict(self)
 
 
-def measure(
-    fabric: Fabric, settings: Settings, graph: GraphDataset, tell: Callable[[str], None] = lambda text: None
-) -> Costs:
-    """Measure steps of freshly made models; random state and warnings about drift stay as they were.
+def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda text: None) -> Costs:
+    """Measure steps in both of their modes; random state and warnings about drift stay as they were.
+
+    Reversible models are made anew, in several depths: from two shallow ones, which tell what the full depth will need,
+    to the full depth, then between, until ``measure.seconds`` are over. All other models are measured as they are,
+    which changes their parameters.
 
     Args:
-        fabric: gives device and precision.
-        settings: of the run. Depths are measured from two shallow ones, which tell what the full depth will need, to
-            the full depth, then between, until ``measure.seconds`` are over.
-        graph: on the device.
+        settings: of the run.
+        step: of the run.
         tell: gets a line of text before each depth.
     """
     start, layers = time.perf_counter(), settings.model.num_layers
-    shallow = [depth for depth in (2, 4) if depth < layers]  # quick, whatever the depth
-    chosen = settings.measure.depths or (layers // 8, layers // 4, layers // 2)
-    between = sorted({depth for depth in chosen if depth >= 1} - {*shallow, layers})
-    costs = Costs()
+    deadline, costs = start + settings.measure.seconds, Costs()
     with _undisturbed():
-        for depth in shallow:
-            tell(f"{depth} layers")
-            _add(costs, depth, _Probe(fabric, settings, graph, depth))
-        tell(f"{layers} layers")
-        probe = _Probe(fabric, settings, graph, layers)
-        _add(costs, layers, probe)
-        whole = costs.curve[-1]
-        costs.peak, costs.peak_plain = whole["peak"], whole["peak_plain"]
-        if costs.peak_plain is None:
-            costs.expected_plain = _extrapolate(costs.curve, layers)
-        costs.state = tensor_bytes(probe.step.network, probe.step.optimizer.optimizer, gradients=True)
-        deadline = start + settings.measure.seconds
-        modes = [False] if costs.peak_plain is None else [False, True]
-        costs.seconds, costs.seconds_plain = probe.seconds(modes, settings.measure.repeats, deadline)
-        del probe
-        for depth in between:
-            if time.perf_counter() > deadline:
+        if step.modes[0] != "reversible":
+            tell(f"{layers} layers")
+            probe, training = _Probe(step), settings.training
+            # The rows of a step, and with them its bytes, are in the same proportion, apart from the halo.
+            guess = probe.peak() * training.num_parts // training.parts_per_batch
+            _whole(costs, probe, settings, deadline, guess, probe.peaks(guess))
+            return costs
+        shallow = [depth for depth in (2, 4) if depth < layers]  # quick, whatever the depth
+        chosen = settings.measure.depths or (layers // 8, layers // 4, layers // 2)
+        between = sorted({depth for depth in chosen if depth >= 1} - {*shallow, layers})
+        for depth in (*shallow, layers, *between):
+            if depth in between and time.perf_counter() > deadline:
                 break
             tell(f"{depth} layers")
-            _add(costs, depth, _Probe(fabric, settings, graph, depth))
+            network = build_model(settings.model, step.graph, num_layers=depth)
+            probe = _Probe(Step(step.fabric, settings, step.graph, network))
+            expected = _extrapolate(costs.curve, depth)
+            if not costs.curve:
+                probe.step.train()  # the first step on a GPU also allocates the workspaces of its libraries
+            costs.curve.append({"layers": depth, **(peaks := probe.peaks(expected))})
+            if depth == layers:
+                _whole(costs, probe, settings, deadline, expected, peaks)
     costs.curve.sort(key=lambda point: point["layers"] or 0)
     return costs
 
 
 class _Probe:
-    """A model of some depth, whose gradients and optimizer state are there before anything is measured."""
+    """A step whose gradients and optimizer state are there before anything is measured."""
 
-    def __init__(self, fabric: Fabric, settings: Settings, graph: GraphDataset, layers: int) -> None:
-        self.step = Step(fabric, settings, graph, build_model(settings.model, graph, layers))
-        for parameter in self.step.network.parameters():
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        for parameter in step.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.step.optimizer.optimizer.step()
-        self.device = fabric.device
+        step.optimizer.optimizer.step()
+        self.device = step.fabric.device
 
-    def peak(self, plain: bool) -> int:
-        """Bytes of one step at its peak."""
-        self.step.network.disable = plain
-        with peak_memory(self.device) as memory:
-            self.step.train()
-        return memory.peak_bytes
+    def peaks(self, expected: int | None) -> Peaks:
+        """Peaks of a step in both modes; the second is not tried where too little is free for the bytes expected."""
+        peak, plain = self.peak(), None
+        free = available_bytes(self.device)
+        if len(self.step.modes) == 2 and (expected is None or free is None or expected < _MARGIN * free):
+            try:
+                plain = self.peak(second=True)
+            except torch.OutOfMemoryError:
+                self.step.optimizer.zero_grad(set_to_none=False)
+        return {"peak": peak, "peak_plain": plain}
 
     def seconds(self, modes: list[bool], repeats: int, deadline: float) -> tuple[float | None, float | None]:
-        """Median seconds of an epoch, reversible and plain, taken by turns."""
+        """Median seconds of an epoch in the first and in the second mode, taken by turns."""
         times: dict[bool, list[float]] = {mode: [] for mode in modes}
         for turn in range(repeats):
             if turn and time.perf_counter() > deadline:
                 break
             for mode in modes:
-                self.step.network.disable = mode
+                self.step.switch(second=mode)
                 start = time.perf_counter()
                 self.step.train()
                 self.step.evaluate()
@@ -128,23 +133,28 @@ class _Probe:
         plain = statistics.median(times[True]) if True in times else None
         return statistics.median(times[False]), plain
 
+    def peak(self, second: bool = False) -> int:
+        """Bytes of a step at its peak."""
+        self.step.switch(second=second)
+        with peak_memory(self.device) as memory:
+            self.step.train()
+        return memory.peak_bytes
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def _add(costs: Costs, layers: int, probe: _Probe) -> None:
-    if not costs.curve:
-        probe.step.train()  # the first step on a GPU also allocates the workspaces of its libraries
-    peak = probe.peak(plain=False)
-    expected, free = _extrapolate(costs.curve, layers), available_bytes(probe.device)
-    plain: int | None = None
-    if expected is None or free is None or expected < _MARGIN * free:
-        try:
-            plain = probe.peak(plain=True)
-        except torch.OutOfMemoryError:
-            probe.step.optimizer.zero_grad(set_to_none=False)
-    costs.curve.append({"layers": layers, "peak": peak, "peak_plain": plain})
+def _whole(
+    costs: Costs, probe: _Probe, settings: Settings, deadline: float, expected: int | None, peaks: Peaks
+) -> None:
+    """Fill in what is of the run's own model."""
+    costs.peak, costs.peak_plain = peaks["peak"], peaks["peak_plain"]
+    if costs.peak_plain is None and len(probe.step.modes) == 2:
+        costs.expected_plain = expected
+    costs.state = tensor_bytes(probe.step.network, probe.step.optimizer.optimizer, gradients=True)
+    modes = [False] if costs.peak_plain is None else [False, True]
+    costs.seconds, costs.seconds_plain = probe.seconds(modes, settings.measure.repeats, deadline)
 
 
 def _extrapolate(curve: list[dict[str, int | None]], layers: int) -> int | None:

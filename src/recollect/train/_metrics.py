@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
-__all__ = ["score"]
+__all__ = ["loss", "score"]
+
+
+def loss(task: str, logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross entropy, or binary cross entropy of labels, a scalar.
+
+    Args:
+        task: ``"multiclass"`` or ``"multilabel"``.
+        logits: [num_nodes, num_classes].
+        target: classes [num_nodes] int64, or labels [num_nodes, num_classes] in {0, 1}.
+    """
+    if task == "multiclass":
+        return F.cross_entropy(logits, target)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
 
 def score(graph: GraphDataset, logits: Tensor, part: str) -> float:

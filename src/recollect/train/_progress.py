@@ -12,17 +12,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from recollect.train._text import METRICS, table
+from recollect.train._text import METRICS, per_layer, range_text, table
 from recollect.train._trainer import Row
 
 __all__ = ["Bar", "show_summary", "training_bar"]
 
 
 class Bar:
-    """A progress bar of epochs; where the output is no terminal, a line for every tenth of them."""
+    """A progress bar of epochs; where the output is no terminal, a line for every tenth of them unless it is brief."""
 
-    def __init__(self, console: Console, progress: Progress, epochs: int, done: int, metric: str) -> None:
+    def __init__(self, console: Console, progress: Progress, epochs: int, done: int, metric: str, brief: bool) -> None:
         self._console = console
+        self._lines = not console.is_terminal and not brief
         self._progress = progress
         self._metric = METRICS[metric]
         self._epochs = epochs
@@ -31,9 +32,9 @@ class Bar:
     def advance(self, row: Row) -> None:
         """Show an epoch that is done."""
         epoch = int(row["epoch"])
-        note = f"loss {row['loss']:.4f}  validation {self._metric} {100 * row['val_accuracy']:.2f} %"
+        note = f"loss {row['loss']:.4f}  validation {self._metric} {100 * row['val_accuracy']:.2f} %{_staleness(row)}"
         self._progress.update(self._task, completed=epoch, note=note)
-        if not self._console.is_terminal and (epoch % max(self._epochs // 10, 1) == 0 or epoch == self._epochs):
+        if self._lines and (epoch % max(self._epochs // 10, 1) == 0 or epoch == self._epochs):
             self._console.print(f"epoch {epoch}/{self._epochs}  {note}", highlight=False)
 
     def stop(self, epoch: int) -> None:
@@ -41,8 +42,14 @@ class Bar:
         self._progress.update(self._task, total=epoch, completed=epoch)
 
 
+def _staleness(row: Row) -> str:
+    """Mean age of the histories, layer by layer, and their errors where they were measured."""
+    age, error = range_text(per_layer(row, "age")), range_text(per_layer(row, "error"), ".1e")
+    return (f"  age {age}" if age else "") + (f"  error {error}" if error else "")
+
+
 @contextmanager
-def training_bar(console: Console, epochs: int, done: int, metric: str) -> Iterator[Bar]:
+def training_bar(console: Console, epochs: int, done: int, metric: str, brief: bool = False) -> Iterator[Bar]:
     """Show a bar while the block runs."""
     columns = (
         TextColumn("{task.description}"),
@@ -54,7 +61,7 @@ def training_bar(console: Console, epochs: int, done: int, metric: str) -> Itera
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
-        yield Bar(console, progress, epochs, done, metric)
+        yield Bar(console, progress, epochs, done, metric, brief)
 
 
 def show_summary(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
@@ -66,9 +73,10 @@ def show_summary(console: Console, summary: dict[str, Any], run_dir: Path) -> No
     console.print(grid)
     if summary["peak_bytes"] is not None:
         comparison = Table(title_justify="left")
-        for heading in ("measured", "reversible", "everything kept", ""):
+        modes = summary["modes"]
+        for heading in ("measured", *modes, "")[: 2 * len(modes)]:
             comparison.add_column(heading)
         for row in costs:
-            comparison.add_row(*map(escape, row))
+            comparison.add_row(*map(escape, row[: 2 * len(modes)]))
         console.print(comparison)
     console.print(f"report: {run_dir / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from recollect.train._figures import learning_curves, memory_against_depth, to_svg
-from recollect.train._text import METRICS, table
+from recollect.train._text import METRICS, percent_text, table
 from recollect.train._trainer import Row
 
 __all__ = ["report"]
@@ -44,9 +44,8 @@ _PAGE = string.Template("""\
 <p class="lead">$lead</p>
 <div class="tiles">$tiles</div>
 $costs
-<h2>Learning curves</h2>
-$curves
-<h2>The run</h2>
+$body
+<h2>$about</h2>
 <table>$facts</table>
 <details><summary>Settings</summary><pre>$settings</pre></details>
 </body>
@@ -54,10 +53,11 @@ $curves
 """)
 
 _COSTS = string.Template("""\
-<h2>What depth costs</h2>
-<table><tr><th>measured</th><th>reversible</th><th>everything kept</th><th></th></tr>$rows</table>
+<h2>What it costs</h2>
+<table><tr><th>measured</th>$modes<th></th></tr>$rows</table>
 <p>Memory is the measured peak of one training step above what is there before and after it: parameters, gradients, the
-optimizer's state and the graph. Seconds are medians of epochs (a step and an evaluation) that were run by turns.</p>
+optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation) that were run
+by turns.</p>
 $figure""")
 
 
@@ -66,37 +66,64 @@ def report(summary: dict[str, Any], history: Sequence[Row], settings: str) -> st
 
     Args:
         summary: see `recollect.train._summary.summarize`.
-        history: the epochs.
+        history: the epochs; of several runs none.
         settings: as YAML.
 
     Returns:
         HTML that needs no other file and no network.
     """
     facts, costs = table(summary)
+    runs = summary.get("results", [])
+    title = f"{summary['model']}, {summary['layers']} layers, on {summary['dataset']}"
+    curves = "" if runs else to_svg(learning_curves(history, summary["best_epoch"], summary["metric"]))
     return _PAGE.substitute(
-        title=escape(f"{summary['model']}, {summary['layers']} layers, on {summary['dataset']}"),
+        title=escape(f"{title}, {len(runs)} runs" if runs else title),
         lead=escape(f"recollect {summary['recollect']}, torch {summary['torch']}, {facts[-1][1]}"),
         tiles="".join(
             f'<div class="tile"><b>{escape(v)}</b><span>{escape(n)}</span></div>' for n, v in _tiles(summary)
         ),
         costs=_costs(summary, costs),
-        curves=to_svg(learning_curves(history, summary["best_epoch"], summary["metric"])),
+        body=_runs(runs, METRICS[summary["metric"]]) if runs else f"<h2>Learning curves</h2>\n{curves}",
+        about="The runs; what differs between them is the first's" if runs else "The run",
         facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts),
         settings=escape(settings),
     )
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    tiles = [(f"test {METRICS[summary['metric']]}", f"{100 * summary['test_accuracy']:.2f} %")]
-    _, (memory, seconds) = table(summary)
+    tiles = [(f"test {METRICS[summary['metric']]}", percent_text(summary, "test_accuracy"))]
+    _, costs = table(summary)
     if summary["peak_bytes"] is not None:
-        tiles.append((f"{memory[0]} (everything kept: {memory[2]})", memory[1]))
-        tiles.append((f"{seconds[0]} (everything kept: {seconds[2]})", seconds[1]))
+        compared = f" ({summary['modes'][1]}: {{}})" if len(summary["modes"]) == 2 else ""
+        tiles += [(name + compared.format(second), first) for name, first, second, _ in costs]
     return tiles
+
+
+def _runs(runs: Sequence[dict[str, Any]], metric: str) -> str:
+    """A row for each run; the split, where there are several."""
+    columns = {"seed": "seed", "split": "split", "best_epoch": "best epoch", "epochs": "epochs"}
+    if runs[0]["split"] == runs[-1]["split"]:
+        del columns["split"]
+    names = [*columns.values(), f"test {metric}", f"validation {metric}"]
+    rows = [
+        [*(str(run[key]) for key in columns), percent_text(run, "test_accuracy"), percent_text(run, "val_accuracy")]
+        for run in runs
+    ]
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return f"<h2>Each run</h2>\n<table><tr>{head}</tr>{body}</table>"
 
 
 def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> str:
     if summary["peak_bytes"] is None:
         return ""
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in costs)
-    return _COSTS.substitute(rows=rows, figure=to_svg(memory_against_depth(summary["memory_against_depth"])))
+    modes = summary["modes"]
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[: 2 * len(modes)]) + "</tr>" for row in costs
+    )
+    curve = summary["memory_against_depth"]
+    return _COSTS.substitute(
+        modes="".join(f"<th>{escape(mode)}</th>" for mode in modes),
+        rows=rows,
+        figure=to_svg(memory_against_depth(curve)) if curve else "",
+    )

@@ -10,10 +10,24 @@ from typing import Any
 
 from recollect.train._errors import UsageError, choose_from
 
-__all__ = ["FREE_KEYS", "PATH_KEYS", "Settings", "check", "documented"]
+__all__ = [
+    "FREE_KEYS",
+    "PATH_KEYS",
+    "DataSettings",
+    "DatasetSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "RevGNNSettings",
+    "ScalableSettings",
+    "Settings",
+    "TrainingSettings",
+    "check",
+    "documented",
+]
 
 FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
-PATH_KEYS = ("data.root", "run_dir", "resume")  # values that are taken as they stand, whatever characters they have
+# Values that are taken as they stand, whatever characters they have.
+PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
 
 
 def _about(
@@ -33,23 +47,50 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which network; see `recollect.models.RevGNN`."""
+    """Which network: what those of every kind have."""
 
     name: str = field(metadata=_about("label of the model in the run's files"))
-    num_layers: int = field(metadata=_about("reversible layers", low=1))
-    hidden_channels: int = field(metadata=_about("channels of the layers, divisible by num_groups", low=1))
-    num_groups: int = field(metadata=_about("groups of a reversible layer", low=2))
+    num_layers: int = field(metadata=_about("layers", low=1))
+    hidden_channels: int = field(metadata=_about("channels of the layers", low=1))
+    dropout: float = field(metadata=_about("dropout probability", low=0, below=1))
+    kind: str = field(
+        metadata=_about(
+            "network of recollect.models",
+            choices=("revgnn", "gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin"),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class RevGNNSettings(ModelSettings):
+    """A deep reversible network; see `recollect.models.RevGNN`."""
+
+    num_groups: int = field(
+        metadata=_about("groups of a reversible layer; hidden_channels is divisible by them", low=2)
+    )
     conv: str = field(metadata=_about("convolution: gat, gcn, gen, gin, graphconv or sage"))
     conv_kwargs: dict[str, Any] = field(metadata=_about("options of the convolution, as in model.conv_kwargs.aggr=max"))
     edge_features: bool = field(
         metadata=_about("give the graph's edge features, if it has any, to a gat or gen convolution")
     )
-    dropout: float = field(metadata=_about("dropout probability", low=0, below=1))
     shared_dropout: bool = field(metadata=_about("one dropout mask for all layers, as in the paper"))
     norm: str | None = field(metadata=_about("normalisation in the layers", choices=("layer", "batch")))
     tied: bool = field(metadata=_about("all layers share one set of parameters"))
     anchor_every: int | None = field(metadata=_about("keep every s-th activation, to bound drift; null: none", low=1))
     disable: bool = field(metadata=_about("keep every activation: train without recollecting"))
+
+
+@dataclass(frozen=True)
+class ScalableSettings(ModelSettings):
+    """A network whose layers can take their neighbours from histories; see `recollect.autoscale.ScalableGNN`."""
+
+    adjacency: str = field(
+        metadata=_about(
+            "edges; with self-loops; and by the roots of degrees",
+            choices=("plain", "loops", "symmetric"),
+        )
+    )
+    options: dict[str, Any] = field(metadata=_about("further options of this network"))
 
 
 @dataclass(frozen=True)
@@ -59,6 +100,9 @@ class OptimizerSettings:
     name: str = field(metadata=_about("optimizer", choices=("adam", "adamw", "sgd")))
     lr: float = field(metadata=_about("learning rate", low=0, below=1e6))
     weight_decay: float = field(metadata=_about("weight decay", low=0))
+    other_weight_decay: float | None = field(
+        metadata=_about("weight decay of what is in the model's nonreg_modules; null: as weight_decay", low=0)
+    )
     options: dict[str, Any] = field(metadata=_about("further options of the optimizer"))
 
 
@@ -70,6 +114,44 @@ class DataSettings:
         metadata=_about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data")
     )
     seed: int = field(metadata=_about("seed of generated graphs (sbm)"))
+    features: str | None = field(
+        metadata=_about(
+            "rows: each sums to 1; columns: mean 0, deviation 1; null: as is",
+            choices=("rows", "columns"),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The whole graph in each step, or a few of its parts and histories for what is around them."""
+
+    name: str = field(
+        metadata=_about("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
+    )
+    num_parts: int = field(metadata=_about("parts that the graph is cut into", low=1))
+    parts_per_batch: int = field(metadata=_about("parts in each step, drawn anew in each epoch", low=1))
+    partition: str = field(
+        metadata=_about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"))
+    )
+    partition_cache: str | None = field(metadata=_about("folder in which the parts of a graph are kept; null: none"))
+    history_device: str | None = field(
+        metadata=_about("where histories are; null: on the model's device", choices=("cpu", "cuda"))
+    )
+    history_dtype: str = field(
+        metadata=_about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"))
+    )
+    history_path: str | None = field(metadata=_about("folder for histories on disk; null: in memory"))
+    pool_size: int | None = field(
+        metadata=_about("transfers of history rows beside the computation, at a time; null: none", low=1)
+    )
+    buffer_size: int | None = field(metadata=_about("rows of each of them at most; null: all nodes", low=1))
+    edge_dropout: float = field(metadata=_about("share of the edges that each step leaves out", low=0, below=1))
+    lipschitz: float = field(metadata=_about("weight of lipschitz_loss (gin with model.options.noise)", low=0))
+    layerwise: bool = field(metadata=_about("evaluate layer by layer on parts; false: on the whole graph"))
+    errors_every: int | None = field(
+        metadata=_about("epochs between measurements of the histories' true errors; null: none", low=1)
+    )
 
 
 @dataclass(frozen=True)
@@ -93,9 +175,14 @@ class Settings:
     dataset: DatasetSettings
     model: ModelSettings
     optimizer: OptimizerSettings
+    training: TrainingSettings
     data: DataSettings
     measure: MeasureSettings
+    preset: str | None = field(metadata=_about("published row that the other settings are of; null: none"))
     seed: int = field(metadata=_about("seed of parameters and dropout", low=0))
+    runs: int = field(
+        metadata=_about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
+    )
     epochs: int = field(metadata=_about("epochs, at most", low=1))
     patience: int | None = field(
         metadata=_about("stop after this many epochs without a better validation score; null: never", low=1)
@@ -139,16 +226,43 @@ def check(settings: Settings) -> None:
     depths = settings.measure.depths
     if depths is not None and (not depths or min(depths) < 1):
         raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
+    _check_training(settings)
+
+
+def _check_training(settings: Settings) -> None:
+    training = settings.training
+    if training.edge_dropout and settings.model.kind in _UNWEIGHTED:
+        raise UsageError(
+            f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "
+            f"weights, which edge dropout changes; set it to 0"
+        )
+    if training.name == "full":
+        return
+    if settings.model.kind == "revgnn":
+        raise UsageError(
+            f"training=autoscale needs a model with histories, and model={settings.model.name} has none: choose gcn, "
+            f"gat, gcn2, appnp, pna, pna_jk or gin, or training=full"
+        )
+    if training.parts_per_batch > training.num_parts:
+        raise UsageError(
+            f"training.parts_per_batch={training.parts_per_batch}: must be at most training.num_parts="
+            f"{training.num_parts}"
+        )
+
+
+_UNWEIGHTED = ("revgnn", "gat", "pna", "pna_jk")
+_MODELS = (RevGNNSettings, ScalableSettings)
 
 
 def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each leaf's key, value (``None`` without an instance) and metadata."""
     groups = {
-        f"{c.__name__}": c for c in (DatasetSettings, ModelSettings, OptimizerSettings, DataSettings, MeasureSettings)
-    }
+        c.__name__: (c,) for c in (DatasetSettings, OptimizerSettings, TrainingSettings, DataSettings, MeasureSettings)
+    } | {ModelSettings.__name__: _MODELS}
     for item in dataclasses.fields(cls):
         value = None if instance is None else getattr(instance, item.name)
-        if str(item.type) in groups:
-            yield from _walk(groups[str(item.type)], value, f"{prefix}{item.name}.")
-        else:
+        if str(item.type) not in groups:
             yield prefix + item.name, value, item.metadata
+            continue
+        for group in groups[str(item.type)] if value is None else (type(value),):
+            yield from _walk(group, value, f"{prefix}{item.name}.")

@@ -1,23 +1,30 @@
-"""summary.json: what came out of a run."""
+"""summary.json: what came out of a run, or of several."""
 
 from __future__ import annotations
 
 import json
 import platform
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import recollect
+from recollect.autoscale import ScalableGNN
 from recollect.train._errors import InvalidRunError
 from recollect.train._files import write_text
+from recollect.train._histories import histories_of
 from recollect.train._measure import Costs
+from recollect.train._text import per_layer
 from recollect.train._trainer import Trainer
 
-__all__ = ["read_summary", "summarize", "write_summary"]
+__all__ = ["Summary", "combine", "read_summary", "summarize", "write_summary"]
 
 Summary = dict[str, Any]
+
+_EACH = ("seed", "split", "test_accuracy", "val_accuracy", "best_epoch", "epochs", "seconds")
 
 
 def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
@@ -25,13 +32,18 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
 
     ``test_accuracy`` and ``val_accuracy`` are by the graph's ``metric``, at the best validation epoch; ``seconds`` are
     those of all epochs; ``peak_bytes`` is the measured peak of a training step above ``state_bytes`` (parameters,
-    gradients, optimizer) and the graph, ``peak_bytes_plain`` the same with every activation kept.
+    gradients, optimizer), the histories and the graph, ``peak_bytes_plain`` the same in the second of ``modes``: with
+    every activation kept, or on the whole graph.
     """
     step, settings = trainer.step, trainer.settings
     device = step.fabric.device
+    drifts = [row["drift"] for row in trainer.history if "drift" in row and row["drift"] == row["drift"]]
     return {
         "dataset": settings.dataset.name,
+        "split": settings.dataset.options.get("split"),
         "model": settings.model.name,
+        "preset": settings.preset,
+        "training": settings.training.name,
         "layers": settings.model.num_layers,
         "parameters": sum(parameter.numel() for parameter in step.network.parameters()),
         "metric": step.graph.metric,
@@ -40,7 +52,9 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "best_epoch": trainer.best_epoch,
         "epochs": trainer.epoch,
         "seconds": sum(row["seconds"] for row in trainer.history),
-        "largest_drift": max((row["drift"] for row in trainer.history if row["drift"] == row["drift"]), default=None),
+        "largest_drift": max(drifts, default=None),
+        "histories": _histories(trainer),
+        "modes": step.modes,
         "peak_bytes": costs.peak,
         "peak_bytes_plain": costs.peak_plain,
         "expected_bytes_plain": costs.expected_plain,
@@ -49,7 +63,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "seconds_per_epoch_plain": costs.seconds_plain,
         "memory_against_depth": costs.curve,
         "nodes": step.graph.data.num_nodes,
-        "edges": step.graph.data.num_edges,
+        "edges": step.graph.num_edges,
         "seed": settings.seed,
         "precision": settings.precision,
         "device": device.type,
@@ -57,6 +71,24 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "recollect": recollect.__version__,
+    }
+
+
+def combine(summaries: Sequence[Summary]) -> Summary:
+    """Make one summary of several runs' that differ in seed and split.
+
+    Scores are means, with sample standard deviations beside them; ``seconds`` and ``epochs`` are those of all runs;
+    ``results`` has each run's own. All else is the first run's.
+    """
+    scores: Summary = {}
+    for key in ("test_accuracy", "val_accuracy"):
+        values = [summary[key] for summary in summaries]
+        scores |= {key: statistics.fmean(values), f"{key}_std": statistics.stdev(values)}
+    return {
+        **summaries[0],
+        **scores,
+        **{key: sum(summary[key] for summary in summaries) for key in ("epochs", "seconds")},
+        "results": [{key: summary[key] for key in _EACH} for summary in summaries],
     }
 
 
@@ -78,3 +110,16 @@ def read_summary(path: Path) -> Summary:
     if not isinstance(summary, dict):
         raise InvalidRunError(f"{path} is not the summary of a run")
     return summary
+
+
+def _histories(trainer: Trainer) -> Summary | None:
+    """Size of the histories; mean ages after the last epoch, and their errors where they were last measured."""
+    step, training = trainer.step, trainer.settings.training
+    if not isinstance(step.network, ScalableGNN) or not step.in_parts:
+        return None
+    errors = [found for row in trainer.history if (found := per_layer(row, "error")) and found[0] == found[0]]
+    return {
+        **histories_of(step.network, training, step.fabric.device),
+        "ages": per_layer(trainer.history[-1], "age"),
+        "errors": errors[-1] if errors else [],
+    }

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["METRICS", "bytes_text", "seconds_text", "table"]
+__all__ = [
+    "METRICS",
+    "bytes_text",
+    "histories_text",
+    "per_layer",
+    "percent_text",
+    "range_text",
+    "seconds_text",
+    "table",
+]
 
 METRICS = {"accuracy": "accuracy", "rocauc": "ROC-AUC", "micro_f1": "micro-F1"}
 
@@ -23,28 +34,76 @@ def seconds_text(number: float | None) -> str:
     return "not measured" if number is None else f"{number:.3g} s" if number < 100 else f"{number:,.0f} s"
 
 
+def percent_text(summary: Mapping[str, Any], key: str) -> str:
+    """A score in percent; of several runs their mean and standard deviation."""
+    deviation = summary.get(f"{key}_std")
+    return f"{100 * summary[key]:.2f} %" if deviation is None else f"{100 * summary[key]:.2f} ± {100 * deviation:.2f} %"
+
+
+def per_layer(row: Mapping[str, float], name: str) -> list[float]:
+    """The values ``name_1``, ``name_2``, ... of an epoch."""
+    return [value for key, value in row.items() if key.rpartition("_")[0] == name and key[len(name) + 1 :].isdigit()]
+
+
+def range_text(values: Sequence[float], digits: str = ".2f") -> str:
+    """A value for each layer, or the least and the greatest of many; "" if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    texts = [format(value, digits) for value in known]
+    if len(set(texts)) <= 1:
+        return "".join(texts[:1])
+    if len(texts) <= 4:
+        return "/".join(texts)
+    return f"{format(min(known), digits)} to {format(max(known), digits)}"
+
+
+def histories_text(histories: Mapping[str, Any]) -> str:
+    """Number, rows, type, bytes and place."""
+    size = f"{histories['layers']} x {histories['rows']:,} rows, {histories['dtype']}: {bytes_text(histories['bytes'])}"
+    return f"{size} ({histories['place']})"
+
+
 def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str]]]:
     """What to show of a summary.
 
     Returns:
-        Facts (name, value), and costs (name, reversible, everything kept, how they compare).
+        Facts (name, value), and costs (name, in the first and in the second of ``modes``, how they compare).
     """
     metric = METRICS[summary["metric"]]
-    drift = summary["largest_drift"]
+    runs = summary.get("results", [])
+    best = f"{len(runs)} runs" if runs else f"epoch {summary['best_epoch']}"
     facts = [
-        (f"test {metric}", f"{100 * summary['test_accuracy']:.2f} %"),
-        (f"validation {metric}", f"{100 * summary['val_accuracy']:.2f} % (epoch {summary['best_epoch']})"),
+        (f"test {metric}", percent_text(summary, "test_accuracy")),
+        (f"validation {metric}", f"{percent_text(summary, 'val_accuracy')} ({best})"),
         ("epochs", f"{summary['epochs']} in {seconds_text(summary['seconds'])}"),
         ("graph", f"{summary['dataset']}: {summary['nodes']:,} nodes, {summary['edges']:,} edges"),
         ("model", f"{summary['model']}: {summary['layers']} layers, {summary['parameters']:,} parameters"),
         ("parameters, gradients, optimizer", bytes_text(summary["state_bytes"])),
-        ("largest drift", "nothing was reconstructed" if drift is None else f"{drift:.1e}"),
+        *_seen(summary),
         ("device", f"{summary['device']} ({summary['device_name']}), {summary['precision']}"),
     ]
+    return facts, _costs(summary)
+
+
+def _seen(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What reconstruction or histories left to be seen."""
+    histories = summary["histories"]
+    if histories is None:
+        if summary["modes"][0] != "reversible":
+            return []
+        drift = summary["largest_drift"]
+        return [("largest drift", "nothing was reconstructed" if drift is None else f"{drift:.1e}")]
+    found = [
+        ("histories", histories_text(histories)),
+        ("their mean age", f"{range_text(histories['ages'])} steps" if histories["ages"] else "there are none"),
+    ]
+    return [*found, ("their relative error", range_text(histories["errors"], ".1e"))] if histories["errors"] else found
+
+
+def _costs(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     peak, plain, expected = summary["peak_bytes"], summary["peak_bytes_plain"], summary["expected_bytes_plain"]
     seconds, seconds_plain = summary["seconds_per_epoch"], summary["seconds_per_epoch_plain"]
     kept = f"does not fit (about {bytes_text(expected)})" if plain is None and expected else bytes_text(plain)
-    costs = [
+    return [
         (
             "peak memory of a step",
             bytes_text(peak),
@@ -58,4 +117,3 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
             f"{seconds / seconds_plain:.2f}x the time" if seconds and seconds_plain else "",
         ),
     ]
-    return facts, costs

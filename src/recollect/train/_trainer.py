@@ -20,7 +20,8 @@ from recollect.train._step import Step
 __all__ = ["Row", "Trainer"]
 
 Row = dict[str, float]
-"""An epoch: epoch (from 1), loss, train_accuracy, val_accuracy, val_loss, drift, learning_rate, seconds."""
+"""An epoch: epoch (from 1), loss, train_accuracy, val_accuracy, val_loss, learning_rate, seconds, and what
+`Step.observe` returns."""
 
 
 class Trainer:
@@ -67,6 +68,8 @@ class Trainer:
         Raises:
             NonFiniteLossError: a loss is NaN or infinite; the last checkpoint is of an epoch before it.
         """
+        if not self.done:
+            self.step.fill()
         while not self.done:
             row = self._epoch()
             if self.done or self.epoch % self.settings.checkpoint_every == 0:
@@ -76,8 +79,10 @@ class Trainer:
     def _epoch(self) -> Row:
         start, epoch = time.perf_counter(), self.epoch + 1
         learning_rate = self.scheduler.get_last_lr()[0]
-        loss, drift = self.step.train()
+        loss = self.step.train()
         self._check(loss, "loss", epoch)
+        every = self.settings.training.errors_every
+        seen = self.step.observe(errors=every is not None and epoch % every == 0)
         self.scheduler.step()
         logits = self.step.evaluate()
         val_loss = float(self.step.loss(logits, "val"))
@@ -90,9 +95,9 @@ class Trainer:
             "train_accuracy": score(self.step.graph, logits, "train"),
             "val_accuracy": score(self.step.graph, logits, "val"),
             "val_loss": val_loss,
-            "drift": drift,
             "learning_rate": float(learning_rate),
             "seconds": time.perf_counter() - start,
+            **seen,
         }
         self.history.append(row)
         if self.best_epoch == 0 or self._rank(row) > self._rank(self.best):

@@ -1,0 +1,97 @@
+"""What a training step is taken on: the whole graph, or some of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, dropout
+from recollect.train._graph import TrainingGraph
+from recollect.train._settings import TrainingSettings
+
+__all__ = ["Batch", "Batches", "FullBatch", "PartBatches", "evaluation_loader"]
+
+
+class Batch(NamedTuple):
+    """One step.
+
+    Attributes:
+        inputs: what the network is called with.
+        target: labels of its output's rows.
+        mask: which rows the loss is of [rows] bool.
+    """
+
+    inputs: tuple[Any, ...]
+    target: Tensor
+    mask: Tensor
+
+
+class Batches(Protocol):
+    """The steps of an epoch."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield them."""
+        ...
+
+
+class FullBatch:
+    """One step, on the whole graph.
+
+    Args:
+        graph: on the network's device.
+        inputs: what the network is called with.
+        edge_dropout: share of the edges that each step leaves out; with it, ``inputs`` are features and adjacency.
+    """
+
+    def __init__(self, graph: TrainingGraph, inputs: tuple[Any, ...], edge_dropout: float = 0.0) -> None:
+        self._graph = graph
+        self._inputs = inputs
+        self._edge_dropout = edge_dropout
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield it."""
+        inputs = self._inputs
+        if self._edge_dropout:
+            inputs = (inputs[0], dropout(inputs[1], self._edge_dropout))
+        yield Batch(inputs, self._graph.data.y, self._graph.data.train_mask)
+
+
+class PartBatches:
+    """Steps on parts of the graph with their halo, in another order in each epoch.
+
+    Parts are drawn with torch's generator. Mini-batches without a training node are left out.
+
+    Args:
+        graph: cut into parts.
+        training: how many parts make a step, and the share of the edges that each leaves out.
+        device: of the network.
+    """
+
+    def __init__(self, graph: TrainingGraph, training: TrainingSettings, device: torch.device) -> None:
+        self._loader = SubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, shuffle=True)
+        self._edge_dropout = training.edge_dropout
+        self._device = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield them."""
+        for sub in self._loader:
+            mask = sub.data.train_mask[: sub.batch_size]
+            if not bool(mask.any()):
+                continue
+            data, size, *where = sub.to(self._device)
+            adj_t = dropout(data.adj_t, self._edge_dropout)
+            yield Batch((data.x, adj_t, size, *where), data.y[:size], mask.to(self._device))
+
+
+def evaluation_loader(graph: TrainingGraph, training: TrainingSettings) -> EvalSubgraphLoader:
+    """Mini-batches that have every node once, for layer-wise inference."""
+    return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch)
+
+
+def _bounds(graph: TrainingGraph) -> Tensor:
+    if graph.ptr is None:
+        raise ValueError("the graph is not cut into parts: prepare it for training=autoscale")
+    return graph.ptr
