@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recollect.autoscale._checks import check_nodes, check_square
 from recollect.autoscale._kinds import Kind, kinds_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["check_csr", "check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
+__all__ = ["check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
 
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,20 +48,6 @@ def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: 
     return sparse_csr(rowptr, source[order], value, (num_nodes, num_nodes)), order
 
 
-def check_csr(adj_t: Tensor) -> None:
-    """Refuse what is not in sparse CSR form."""
-    if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
-        found = f"a tensor of layout {adj_t.layout}" if isinstance(adj_t, Tensor) else f"a {type(adj_t).__name__}"
-        raise TypeError(f"adj_t is {found}, but must be a torch.sparse_csr tensor; to_adj_t(data) makes one")
-
-
-def check_square(adj_t: Tensor) -> None:
-    """Refuse what is not the adjacency of one set of nodes in sparse CSR form."""
-    check_csr(adj_t)
-    if adj_t.dim() != 2 or adj_t.size(0) != adj_t.size(1):
-        raise ValueError(f"adj_t has shape {tuple(adj_t.shape)}, but must be [N, N]")
-
-
 def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
     """Put ``adj_t`` in the place of ``edge_index``.
 
@@ -83,11 +70,9 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
     num_nodes, _, found = kinds_of(data, kinds)
     result = copy.copy(data)
     if "adj_t" in data:
-        check_square(data.adj_t)
         return result
     source, target = data.edge_index.as_subclass(Tensor)
-    _check_range(source, num_nodes)
-    _check_range(target, num_nodes)
+    check_nodes("edge_index", data.edge_index, num_nodes)
     weight: Tensor | None = data.edge_weight if "edge_weight" in data else None
     result.adj_t, order = make_adj_t(source, target, weight, num_nodes)
     del result.edge_index
@@ -97,11 +82,3 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
         elif kind == "edge":
             result[key] = data[key][order]
     return result
-
-
-def _check_range(nodes: Tensor, num_nodes: int) -> None:
-    if nodes.numel() and (int(nodes.min()) < 0 or int(nodes.max()) >= num_nodes):
-        raise ValueError(
-            f"edge_index has entries from {int(nodes.min())} to {int(nodes.max())}, "
-            f"but the graph's {num_nodes} nodes are 0 to {num_nodes - 1}"
-        )

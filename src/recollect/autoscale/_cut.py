@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from recollect.autoscale._adj_t import rows_of, sparse_csr, to_adj_t
+from recollect.autoscale._adj_t import rows_of, sparse_csr
 from recollect.autoscale._kinds import Kind, kinds_of
 from recollect.autoscale._ranges import Ranges
 from recollect.autoscale._require import require
@@ -18,7 +19,7 @@ from recollect.autoscale._subgraph import OneHop
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["Adjacency", "Cut", "checked_ptr"]
+__all__ = ["Adjacency", "Cut", "check_permuted", "checked_ptr"]
 
 Adjacency = Literal["csr", "edge_index"]
 
@@ -27,8 +28,8 @@ class Cut:
     """Cuts mini-batches out of a permuted graph; a loader's workers get a copy of it.
 
     Args:
-        data: A graph in the order of the parts.
-        ptr: [num_parts + 1] int64.
+        data: A graph in the order of the parts, with ``adj_t``.
+        ptr: [num_parts + 1] int64 on the CPU.
         bipartite: ``adj_t`` has no rows for the halo.
         adjacency: The form of the edges.
         kinds: What each tensor belongs to, where names and sizes do not say.
@@ -39,58 +40,65 @@ class Cut:
     ) -> None:
         if adjacency not in get_args(Adjacency):
             raise ValueError(f"adjacency is {adjacency!r}, but must be one of {', '.join(get_args(Adjacency))}")
-        if "node_order" not in data:
-            raise ValueError(
-                "data is not in the order of the parts: call permute(data, perm) first; if its nodes are in that "
-                "order already, say so with data.node_order = torch.arange(data.num_nodes)"
-            )
-        self.data = to_adj_t(data, kinds)
-        self.ptr = checked_ptr(ptr, int(data.num_nodes))
-        self.bipartite = bipartite
-        self.adjacency = adjacency
-        left = {key: kind for key, kind in (kinds or {}).items() if key in self.data}
-        _, _, self._kinds = kinds_of(self.data, left)
-        if adjacency == "edge_index" and "edge_weight" in self.data:
+        if adjacency == "edge_index" and "edge_weight" in data:
             raise ValueError("data has edge_weight beside adj_t, whose values are weights already: delete one of them")
-        rowptr, col = self.data.adj_t.crow_indices().long(), self.data.adj_t.col_indices().long()
+        left = {key: kind for key, kind in (kinds or {}).items() if key in data}
+        _, _, self._kinds = kinds_of(data, left)
+        attributes = {key: value for key, value in data.to_dict().items() if key not in ("adj_t", "node_order")}
+        self._rest = data.__class__.from_dict(attributes)
+        rowptr, col, self._value = (
+            data.adj_t.crow_indices().long(),
+            data.adj_t.col_indices().long(),
+            data.adj_t.values(),
+        )
         self._one_hop = OneHop(rowptr, col)
-        self._edge_ptr = rowptr[self.ptr.to(rowptr.device)].cpu()
+        self._ptr = ptr
+        self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
+        self._bipartite = bipartite
+        self._adjacency = adjacency
 
     def __call__(self, parts: Sequence[int]) -> SubData:
         """The mini-batch of these parts, in this order; each may be there once."""
         if len(set(parts)) < len(parts):
             raise ValueError(f"a mini-batch may have each part once, but its sampler chose {list(parts)}")
         chosen = torch.tensor(parts, dtype=torch.int64)
-        chosen = chosen[self.ptr[chosen] < self.ptr[chosen + 1]]
-        offset, end = self.ptr[chosen], self.ptr[chosen + 1]
-        device = self.data.adj_t.device
-        nodes = Ranges(offset, end, device)
-        edges = Ranges(self._edge_ptr[chosen], self._edge_ptr[chosen + 1], device)
+        chosen = chosen[self._ptr[chosen] < self._ptr[chosen + 1]]
+        offset, end = self._ptr[chosen], self._ptr[chosen + 1]
+        nodes = Ranges(offset, end, self._value.device)
+        edges = Ranges(self._edge_ptr[chosen], self._edge_ptr[chosen + 1], self._value.device)
         n_id, rowptr, col = self._one_hop(nodes, edges)
         num_rows = nodes.total
-        if not self.bipartite:
+        if not self._bipartite:
             num_rows = n_id.numel()
             rowptr = torch.cat([rowptr, rowptr[-1:].expand(num_rows - nodes.total)])
-        adj_t = sparse_csr(rowptr, col, edges.take(self.data.adj_t.values()), (num_rows, n_id.numel()))
-        return SubData(self._sub_graph(n_id, edges, adj_t), nodes.total, n_id, offset, end - offset)
-
-    def _sub_graph(self, n_id: Tensor, edges: Ranges, adj_t: Tensor) -> Data:
-        data = self.data.__class__()
-        for key, value in self.data.to_dict().items():
-            kind = self._kinds.get(key, "graph")
-            if kind == "node":
-                value = value.index_select(0, n_id)
-            elif kind == "edge":
-                value = edges.take(value)
-            elif key == "num_nodes":
-                value = n_id.numel()
-            if key not in ("adj_t", "node_order"):
-                data[key] = value
-        if self.adjacency == "csr":
+        adj_t = sparse_csr(rowptr, col, edges.take(self._value), (num_rows, n_id.numel()))
+        data = self._attributes(n_id, edges)
+        if self._adjacency == "csr":
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
+        return SubData(data, nodes.total, n_id, offset, end - offset)
+
+    def _attributes(self, n_id: Tensor, edges: Ranges) -> Data:
+        """All but the edges, for these nodes."""
+        data = copy.copy(self._rest)
+        for key, kind in self._kinds.items():
+            if kind == "node" and key != "node_order":
+                data[key] = self._rest[key].index_select(0, n_id)
+            elif kind == "edge":
+                data[key] = edges.take(self._rest[key])
+        if "num_nodes" in self._rest:
+            data.num_nodes = n_id.numel()
         return data
+
+
+def check_permuted(data: Data) -> None:
+    """Refuse a graph of which nobody has said that its nodes are in the order of the parts."""
+    if "node_order" not in data:
+        raise ValueError(
+            "data is not in the order of the parts: call permute(data, perm) first; if its nodes are in that order "
+            "already, say so with data.node_order = torch.arange(data.num_nodes)"
+        )
 
 
 def checked_ptr(ptr: Tensor, num_nodes: int) -> Tensor:

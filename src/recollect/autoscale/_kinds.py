@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from recollect.autoscale._checks import check_square
+
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
@@ -33,7 +35,7 @@ def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, 
         N, E, and the kind of each dense tensor but ``edge_index`` and ``adj_t``.
 
     Raises:
-        TypeError: Rows of nodes or edges are not in a dense tensor.
+        TypeError: Rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse CSR form.
         ValueError: There are no edges, or both forms of them; a size does not fit; a kind cannot be decided.
     """
     attributes: dict[str, Any] = data.to_dict()
@@ -87,7 +89,10 @@ def _num_edges(attributes: Mapping[str, Any]) -> int:
         found = "neither" if not present else "both"
         raise ValueError(f"data has {found} of edge_index and adj_t, but must have exactly one of them")
     structure = attributes[present[0]]
-    return int(structure.size(1)) if present[0] == "edge_index" else int(structure.values().size(0))
+    if present[0] == "edge_index":
+        return int(structure.size(1))
+    check_square(structure)
+    return int(structure.values().size(0))
 
 
 def _kind(key: str, value: Tensor, num_nodes: int, num_edges: int) -> Kind:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from recollect.autoscale._cut import Adjacency, Cut, checked_ptr
+from recollect.autoscale._adj_t import to_adj_t
+from recollect.autoscale._cut import Adjacency, Cut, check_permuted, checked_ptr
 from recollect.autoscale._kinds import Kind
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class SubgraphLoader(DataLoader[int]):
     ) -> None:
         start = time.perf_counter()
         _check_batch_size(batch_size)
-        cut = Cut(data, ptr, bipartite, adjacency, kinds)
-        self.data, self.ptr, self.bipartite = cut.data, cut.ptr, bipartite
+        check_permuted(data)
+        self.data, self.ptr, self.bipartite = to_adj_t(data, kinds), checked_ptr(ptr, int(data.num_nodes)), bipartite
+        cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
         parts: Any = range(self.ptr.numel() - 1)
         if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
             parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recollect.autoscale._adj_t import check_square, make_adj_t, rows_of
+from recollect.autoscale._adj_t import make_adj_t, rows_of
+from recollect.autoscale._checks import check_nodes
 from recollect.autoscale._kinds import Kind, kinds_of
 
 if TYPE_CHECKING:
@@ -41,19 +42,22 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind
         kinds: ``"node"``, ``"edge"``, ``"index"`` or ``"graph"`` (not permuted) by the names of tensors.
 
     Raises:
+        TypeError: Rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse CSR form.
         ValueError: ``perm`` is no permutation of the nodes; a tensor has the wrong size, or belongs to nodes or
             edges and nothing says to which.
     """
     start = time.perf_counter()
     num_nodes, _, found = kinds_of(data, kinds)
     inverse = _inverse(perm, num_nodes)
+    for key in ("edge_index", *(key for key, kind in found.items() if kind == "index")):
+        if key in data:
+            check_nodes(key, data[key], num_nodes)
     result = copy.copy(data)
+    order = None
     if "adj_t" in data:
-        check_square(data.adj_t)
         order = _permute_adj_t(result, inverse)
     else:
         result.edge_index = inverse[data.edge_index.as_subclass(Tensor)]
-        order = None
     for key, kind in found.items():
         if kind == "node":
             result[key] = data[key][perm]

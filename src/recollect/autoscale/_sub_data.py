@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from recollect.autoscale._adj_t import sparse_csr
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -34,3 +38,17 @@ class SubData(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> SubData:
         """Move ``data`` as ``Tensor.to`` would; the numbers stay where the histories are addressed from."""
         return self._replace(data=self.data.to(*args, **kwargs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send ``adj_t`` in parts: torch's own way from a worker warns of checks that it does not make."""
+        if "adj_t" not in self.data or self.data.adj_t.layout != torch.sparse_csr:
+            return SubData, tuple(self)
+        data, adj_t = copy.copy(self.data), self.data.adj_t
+        del data.adj_t
+        parts = (adj_t.crow_indices(), adj_t.col_indices(), adj_t.values(), tuple(adj_t.shape))
+        return _rebuild, (parts, data, *self[1:])
+
+
+def _rebuild(parts: tuple[Tensor, Tensor, Tensor, tuple[int, int]], data: Data, *rest: Any) -> SubData:
+    data.adj_t = sparse_csr(*parts)
+    return SubData(data, *rest)
