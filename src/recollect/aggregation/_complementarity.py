@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,14 @@ from recollect.aggregation._subsets import solve_on
 
 __all__ = ["solve"]
 
+_NOTABLE = 1e-6  # residuals above this are told
 _TOLERANCE = 1e-11  # a sign, or an equation, counts as wrong beyond this, beside a row's largest entry
 _PATIENCE = 3  # rounds without progress before a row is given up
+_LEAST_SHIFT = 1e-2
 _MORE_STEPS = (400, 4000)  # of the guess, for rows that were given up
 
 
-def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
     """Find ``z >= 0`` with ``y = H z + q >= 0`` and ``zᵀ y = 0`` for every row q.
 
     These are the optimality conditions of min ½ zᵀ H z + qᵀ z over z >= 0. A few steps of :func:`modulus`, in float32,
@@ -28,15 +32,16 @@ def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         offset: q, one problem a row, ``[r, m]``, best with entries of at most about one.
 
     Returns:
-        z ``[r, m]``, and each row's residual ``[r]``: the largest ``|min(z, y)|``, relative to ``1 + max(z)``.
+        z ``[r, m]``, and the residual: the worst row's largest ``|min(z, y)|``, relative to ``1 + max(z)``. Above
+        1e-6 there is a RuntimeWarning.
     """
     if not bool((offset < 0).any()):
-        return torch.zeros_like(offset), torch.zeros_like(offset[:, 0])
+        return torch.zeros_like(offset), 0.0
     factor = torch.linalg.cholesky_ex(matrix)[0]
-    shift = factor.diagonal().log().mean().mul(2).exp()  # det(H)^(1/m)
-    inverse = torch.cholesky_inverse(factor)
-    # In float32 the shifted matrix must be positive definite all the same.
-    guess = modulus(matrix.float(), offset.float(), shift.float().clamp(min=1e-6 * len(matrix)))
+    # det(H)^(1/m), the geometric mean of the eigenvalues; where most are tiny, what the others ask for.
+    shift = factor.diagonal().log().mean().mul(2).exp().clamp(min=_LEAST_SHIFT)
+    inverse = _accurate_inverse(matrix, factor)
+    guess = modulus(matrix.float(), offset.float(), shift.float())
     found, left = _pivot(matrix, inverse, offset, guess > 0)
     for steps in _MORE_STEPS:
         if not len(left):
@@ -47,7 +52,23 @@ def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         found[left] = again
         left = left[still]
     found = found.clamp(min=0)
-    return found, _residual(matrix, offset, found)
+    residual = float(_residual(matrix, offset, found).amax())
+    if not residual <= _NOTABLE:
+        warnings.warn(
+            f"the weights are optimal only up to {residual:.1e}, where rounding leaves 1e-12: the Gramian is nearly "
+            "singular, or not positive semi-definite. A larger reg_eps helps, where the weighting has one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found, residual
+
+
+def _accurate_inverse(matrix: Tensor, factor: Tensor) -> Tensor | None:
+    """Invert the matrix from its Cholesky factor; None where rounding would show in the answers."""
+    inverse = torch.cholesky_inverse(factor)
+    product = matrix @ inverse
+    product.diagonal().sub_(1)
+    return inverse if bool(product.abs().amax() < _TOLERANCE) else None
 
 
 def _residual(matrix: Tensor, offset: Tensor, z: Tensor) -> Tensor:
@@ -61,7 +82,7 @@ def _better(matrix: Tensor, offset: Tensor, *answers: Tensor) -> Tensor:
     return z[residuals.argmin(0), torch.arange(len(offset), device=z.device)]
 
 
-def _pivot(matrix: Tensor, inverse: Tensor, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Block principal pivoting, all rows at once; return z and the rows that are not done.
 
     Kim and Park 2011, "Fast nonnegative matrix factorization: an active-set-like method and comparisons", algorithm 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 from recollect.aggregation._complementarity import solve
 from recollect.aggregation._gramian import normalized
 
-__all__ = ["Projection", "project"]
+__all__ = ["Projection", "equilibrated", "project"]
 
-_NOTABLE = 1e-6  # residuals above this are told
 _LEAST = 1e-12  # always added to the diagonal, so that rounding cannot make the matrix singular
 
 
@@ -23,7 +21,7 @@ class Projection:
 
     Attributes:
         weights: V ``[r, m]`` in float64; Jᵀ V[k] is the projection of Jᵀ u[k].
-        residual: how far the worst row is from optimal: the largest ``|min(v - u, H v)|`` in units in which every
+        residual: how far the worst row is from optimal: the largest ``|min(v - u, G v)|`` in units in which every
             gradient has norm 1, relative to the row's largest entry. Rounding leaves about 1e-12.
     """
 
@@ -50,31 +48,25 @@ def project(gramian: Tensor, vectors: Tensor, reg_eps: float) -> Projection:
     Returns:
         The weights v, and how well they solve the programs.
     """
-    matrix = _regularized(normalized(gramian), reg_eps)
-    # With v = d p, p solves the same program for a matrix whose diagonal is all ones and for u / d.
-    scale = matrix.diagonal().rsqrt()
-    matrix = matrix * scale[:, None] * scale
+    matrix, scale = equilibrated(gramian, reg_eps)
     lower = vectors / scale
     largest = lower.amax(1, keepdim=True)
     lower = lower / torch.where(largest > 0, largest, 1.0)
-    above, residuals = solve(matrix, lower @ matrix)
-    residual = float(residuals.amax())
-    if residual > _NOTABLE:
-        warnings.warn(
-            f"the projection onto the dual cone is optimal only up to {residual:.1e} (rounding leaves 1e-12): the "
-            f"Gramian is nearly singular; a reg_eps larger than {reg_eps:g} helps",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    above, residual = solve(matrix, lower @ matrix)
     return Projection((lower + above) * largest * scale, residual)
 
 
-def _regularized(gramian: Tensor, reg_eps: float) -> Tensor:
-    """Add ``reg_eps`` to the diagonal; a Gramian that rounding has left indefinite is mended first."""
+def equilibrated(gramian: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
+    """Normalise and regularise a Gramian, and scale it to a diagonal of ones.
+
+    Returns:
+        M ``[m, m]`` and d ``[m]``: G / trace(G) + reg_eps I = diag(1 / d) M diag(1 / d). For v = d p, vᵀ G v is pᵀ M p.
+    """
     added = max(reg_eps, _LEAST)
+    gramian = normalized(gramian)
     matrix = gramian + added * torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
-    if not bool(torch.linalg.cholesky_ex(matrix)[1]):
-        return matrix
-    values, vectors = torch.linalg.eigh(gramian)
-    mended: Tensor = (vectors * (values.clamp(min=0) + added)) @ vectors.T
-    return mended
+    if bool(torch.linalg.cholesky_ex(matrix)[1]):  # rounding has left it indefinite
+        values, vectors = torch.linalg.eigh(gramian)
+        matrix = (vectors * (values.clamp(min=0) + added)) @ vectors.T
+    scale = matrix.diagonal().rsqrt()
+    return matrix * scale[:, None] * scale, scale

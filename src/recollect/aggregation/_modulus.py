@@ -10,7 +10,7 @@ __all__ = ["modulus"]
 _BETWEEN = 5  # steps between two looks at what has changed: a look waits for the device
 
 
-def modulus(matrix: Tensor, offset: Tensor, shift: Tensor, most: int = 40, unsettled: float = 0.1) -> Tensor:
+def modulus(matrix: Tensor, offset: Tensor, shift: Tensor, most: int = 40, unsettled: float = 0.05) -> Tensor:
     """Iterate towards ``z >= 0, y = H z + q >= 0, zᵀ y = 0`` for every row q, and return ``t`` with ``z = max(t, 0)``.
 
     With z = (|t| + t) / 2 and y = ρ (|t| - t) / 2 the conditions become (H + ρ) t = (ρ - H) |t| - 2 q, which is

@@ -13,7 +13,7 @@ _CHUNK = {"cpu": 2**17}  # numbers in one chunk: a mebibyte stays in a CPU's cac
 _CHUNK_ELSEWHERE = 2**24
 
 
-def solve_on(matrix: Tensor, inverse: Tensor, members: Tensor, target: Tensor) -> Tensor:
+def solve_on(matrix: Tensor, inverse: Tensor | None, members: Tensor, target: Tensor) -> Tensor:
     """Solve ``H[A, A] x[A] = b[A]`` with ``x = 0`` outside A, for every row's own set A.
 
     A row whose set holds more than half of the indices is solved on the other side: with K = H⁻¹ and F the indices
@@ -21,7 +21,7 @@ def solve_on(matrix: Tensor, inverse: Tensor, members: Tensor, target: Tensor) -
 
     Args:
         matrix: H ``[m, m]``, symmetric positive definite.
-        inverse: K ``[m, m]``.
+        inverse: K ``[m, m]``; None: there is no accurate one, and all is solved with H.
         members: the sets, ``[r, m]`` of bool.
         target: b ``[r, m]``.
 
@@ -32,6 +32,8 @@ def solve_on(matrix: Tensor, inverse: Tensor, members: Tensor, target: Tensor) -
     target = torch.where(members, target, 0.0)
     if count * size * size <= _SMALL:
         return _masked(matrix, members, target)
+    if inverse is None:
+        return _picked(matrix, members, target)
     many = members.sum(1) > size // 2
     few_rows, many_rows = (~many).nonzero()[:, 0], many.nonzero()[:, 0]
     if not len(many_rows):
@@ -60,17 +62,19 @@ def _picked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:
     # Index `size` stands for nothing: a row and column of zeros, with ones set on the diagonal below.
     index = torch.full((count, largest[0]), size, device=matrix.device)
     index[row, members.cumsum(1)[row, column] - 1] = column
-    matrix, target = F.pad(matrix, (0, 1, 0, 1)), F.pad(target, (0, 1))
+    entries, target = F.pad(matrix, (0, 1, 0, 1)).flatten(), F.pad(target, (0, 1))
     found = torch.zeros_like(target)
     start, room = 0, _CHUNK.get(matrix.device.type, _CHUNK_ELSEWHERE)
+    space = matrix.new_empty(min(count, max(1, room // largest[0] ** 2)) * largest[0] ** 2)
     while start < count and (width := largest[start]):
-        rows = order[start : start + max(1, room // (width * (size + 1)))]
+        rows = order[start : start + len(space) // width**2]
         picks = index[rows, :width]
-        lines = matrix.index_select(0, picks.flatten()).view(*picks.shape, -1)
-        submatrices = lines.gather(2, picks[:, None, :].expand(-1, width, -1))
+        short = picks.int()  # half the bytes to fetch by
+        places = (short * (size + 1))[:, :, None] + short[:, None, :]
+        flat = space[: places.numel()]
+        submatrices = torch.index_select(entries, 0, places.flatten(), out=flat).view(places.shape)
         submatrices.diagonal(dim1=1, dim2=2).add_(picks == size)
-        solution = _solve(submatrices, target[rows].gather(1, picks))
-        found[rows] = found[rows].scatter(1, picks, solution)
+        found[rows] = found[rows].scatter(1, picks, _solve(submatrices, target[rows].gather(1, picks)))
         start += len(rows)
     return found[:, :size]
 

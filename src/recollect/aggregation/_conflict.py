@@ -1,0 +1,62 @@
+"""How much objectives conflict, as numbers for a training report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recollect.aggregation._gramian import checked, correlations, flattened
+
+__all__ = ["Conflict", "conflict"]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Measures of conflict between objectives.
+
+    Attributes:
+        negative_share: of all pairs of objectives, how many have gradients with a negative product; 0 to 1.
+        cosines: between the update Jᵀ w and each gradient, in the shape of the weights, float64; 0 where one of them
+            is zero. Where it is negative, a small step makes the objective worse.
+        min_cosine: the smallest cosine with a gradient that is not zero; 0 if there is none.
+    """
+
+    negative_share: float
+    cosines: Tensor
+    min_cosine: float
+
+
+@torch.no_grad()
+def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
+    """Measure conflict from the Gramian alone.
+
+    Args:
+        gramian: ``[m1, .., mk, mk, .., m1]``; with one axis of objectives that is ``[m, m]``.
+        weights: of the update, ``[m1, .., mk]``; None: equal ones, the update of the mean loss.
+
+    Returns:
+        The share of conflicting pairs, the cosines between the update and each gradient, and the smallest of these.
+
+    Raises:
+        ValueError: what weightings refuse, or weights of another shape or not finite.
+    """
+    matrix, shape = flattened(gramian)
+    matrix = checked(matrix, shape)
+    if weights is None:
+        weights = matrix.new_ones(shape)
+    if tuple(weights.shape) != shape or not bool(weights.isfinite().all()):
+        raise ValueError(f"weights must be finite and of the shape {list(shape)}; found {list(weights.shape)}")
+    between, norms = correlations(matrix)
+    count = len(matrix)
+    # Beside rounding, what is orthogonal is in no conflict.
+    negative = (between < -4 * torch.finfo(gramian.dtype).eps).sum() / max(count * (count - 1), 1)
+    there = norms > 0
+    parts = weights.to(between).flatten() * (norms / norms.amax())
+    parts = torch.where(there, parts / torch.where(parts.abs().amax() > 0, parts.abs().amax(), 1.0), 0.0)
+    products = between @ parts
+    length = (parts @ products).clamp(min=0).sqrt()
+    cosines = torch.where(length > 0, products / length, 0.0).clamp(-1, 1)
+    smallest = torch.where(there, cosines, torch.inf).amin()
+    return Conflict(float(negative), cosines.reshape(shape), float(torch.where(there.any(), smallest, 0.0)))
