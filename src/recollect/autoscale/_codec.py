@@ -71,7 +71,7 @@ class Int8Codec:
         scale = x.abs().amax(1, keepdim=True) / _STEPS
         scale = torch.where(scale.isfinite(), scale, torch.nan)
         steps = (x / scale).round_().clamp_(-_STEPS, _STEPS)
-        steps = torch.where(scale > 0, steps, 0.0)
+        steps = torch.where(scale > 0, steps, 0.0)  # converting NaN to integers is undefined
         return torch.cat([scale.view(torch.int8), steps.to(torch.int8)], 1)
 
     def decode(self, records: Tensor, out: Tensor) -> None:

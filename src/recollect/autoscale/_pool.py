@@ -93,11 +93,12 @@ class AsyncIOPool:
     def synchronize_pull(self) -> Tensor:
         """Return the rows of the oldest pull, [rows, embedding_dim of its history], on the history's ``out_device``.
 
-        On the CPU they lie in a buffer: copy what is needed after :meth:`free_pull`.
+        On the CPU they lie in a buffer: copy what is needed after :meth:`free_pull`, which is to follow, also after an
+        error.
 
         Raises:
             RuntimeError: there is no pull.
-            Exception: what went wrong in reading these rows, which are given up, or in an earlier push.
+            Exception: what went wrong in reading these rows, or in an earlier push.
         """
         self._check_pulls()
         rows = self._pulls.oldest()

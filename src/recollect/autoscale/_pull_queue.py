@@ -64,13 +64,9 @@ class PullQueue:
         self.start()
 
     def oldest(self) -> Tensor:
-        """Wait for the oldest request and return its rows; if they cannot be read, it is given up."""
+        """Wait for the oldest request and return its rows."""
         pull = self._pulls[0]
-        try:
-            result = (pull.future or self._start(pull)).result()
-        except Exception:
-            self.free()
-            raise
+        result = (pull.future or self._start(pull)).result()
         streams = streams_of(pull.device)
         if streams is None or pull.buffer is None or pull.buffer.in_use is None:
             return result.to(pull.device)
