@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._adj_t import rows_of
-from recollect.autoscale._checks import check_square
 from recollect.autoscale._cache import cached
+from recollect.autoscale._checks import check_square
 from recollect.autoscale._kaminpar import kaminpar_clusters
 from recollect.autoscale._metis import metis_clusters
 
