@@ -1,10 +1,12 @@
 """The Gramian of factors against the Jacobian written out."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from recollect.autogram import _contract
-from recollect.autogram._contract import gramian
+from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Outer, Picked, Rows
 from recollect.autogram._merge import join, merge
 from recollect.autogram._square import SquareSum
@@ -20,7 +22,7 @@ def written_out(factor):
     if isinstance(factor, Rows):
         return factor.values.reshape(m, n).double()
     if isinstance(factor, Blocks):
-        return factor.form(slice(0, m)).reshape(m, n).double()
+        return factor.form(slice(0, m), slice(0, factor.shape[0])).reshape(m, n).double()
     rows = torch.zeros(m, n, dtype=torch.float64)
     for i in range(m):
         if isinstance(factor, Picked):
@@ -46,9 +48,15 @@ def picked(m, T, d, entries, shared=False):
     return Picked(draw(m, T, d), index, entries)
 
 
-def blocks(m, *shape):
+def blocks(m, *shape, grain=1):
     values = draw(m, *shape)
-    return Blocks(m, torch.Size(shape), lambda rows: values[rows], 2 * torch.Size(shape).numel())
+
+    def form(rows, part):
+        assert part.start % grain == 0
+        assert part.stop % grain == 0
+        return values[rows, part]
+
+    return Blocks(m, torch.Size(shape), form, 2 * torch.Size(shape).numel(), grain)
 
 
 FACTORS = {
@@ -70,6 +78,7 @@ FACTORS = {
     "picked, with one index for all": picked(5, 7, 3, 11, shared=True),
     "picked from a large table": picked(3, 4, 2, 10_000),
     "blocks": blocks(7, 3, 4),
+    "blocks in groups": blocks(7, 6, 4, grain=3),
     "one row": outer(1, 3, 1, 4, 5),
 }
 
@@ -103,6 +112,21 @@ def test_several_uses_of_a_parameter(name, small, monkeypatch):
         monkeypatch.setattr(_contract, "_WHOLE", 400)
     rows = sum(written_out(factor) for factor in SUMS[name])
     torch.testing.assert_close(gramian(SUMS[name]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
+    monkeypatch.setattr(_contract, "_WHOLE", 1200)
+    factor, formed = blocks(5, 8, 6, grain=2), []
+
+    def form(rows, part):
+        formed.append((rows.stop - rows.start) * (part.stop - part.start) * 6)
+        return factor.form(rows, part)
+
+    gramian_of_this = SquareSum(5, torch.float64, torch.device("cpu"))
+    add_gramian(gramian_of_this, [dataclasses.replace(factor, form=form)])
+    assert sum(formed) == 5 * 8 * 6
+    assert len(formed) > 2
+    assert max(formed) * 8 <= 1200
 
 
 def test_merging_leaves_one_factor_of_a_kind():

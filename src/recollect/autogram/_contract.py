@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Factor, Outer, Picked
+from recollect.autogram._factors import Blocks, Factor, Outer, Picked
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
 from recollect.autogram._square import SquareSum, wide
@@ -50,6 +50,8 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
         _add_outer(total, only)
     elif isinstance(only, Picked):
         _add_picked(total, only)
+    elif isinstance(only, Blocks):
+        _add_blocks(total, only)
     else:
         _add_formed(total, factors)
 
@@ -78,6 +80,18 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
         for j in range(rows.stop, m, step):
             columns = slice(j, min(j + step, m))
             total.add_block(first @ form_rows(factors, columns).to(total.dtype).mT, rows, columns)
+
+
+def _add_blocks(total: SquareSum, factor: Blocks) -> None:
+    """Form J for some of the parameter's first axis at a time, for all objectives."""
+    m, size = factor.num_rows, total.dtype.itemsize
+    entries, grain = factor.shape[0], factor.grain
+    step = _WHOLE // (m * size * (factor.shape.numel() // entries)) // grain * grain
+    count = max(1, _WHOLE // (size * factor.row_elements))
+    for start in range(0, entries, max(step, grain)):
+        part = slice(start, min(start + max(step, grain), entries))
+        formed = [factor.form(slice(i, min(i + count, m)), part) for i in range(0, m, count)]
+        total.add_product((formed[0] if len(formed) == 1 else torch.cat(formed)).flatten(1))
 
 
 def _add_outer(total: SquareSum, factor: Outer) -> None:

@@ -94,20 +94,24 @@ class Picked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """A Jacobian whose rows are formed a few at a time, for where the whole, or what leads to it, is too much to hold.
+    """A Jacobian that is formed a piece at a time, for where the whole, or what leads to it, is too much to hold.
 
     Attributes:
         num_rows: the number of objectives, m.
         shape: the parameter's shape.
-        form: takes a slice of the objectives (start and stop are given, the step is None) and returns these rows,
-            [stop - start, *shape]. It may be called several times with the same slice.
-        row_elements: how many elements forming one row takes, its result included: bounds how many are formed at once.
+        form: takes a slice of the objectives and one of the parameter's first axis (both with a start and a stop, and
+            no step) and returns these rows for this part, [rows, part, *shape[1:]]. It may be called several times with
+            the same slices.
+        row_elements: how many elements forming one whole row takes, its result included: bounds how many are formed at
+            once.
+        grain: parts start and stop at multiples of this.
     """
 
     num_rows: int
     shape: torch.Size
-    form: Callable[[slice], Tensor]
+    form: Callable[[slice, slice], Tensor]
     row_elements: int
+    grain: int = 1
 
 
 Factor = Rows | Outer | Picked | Blocks

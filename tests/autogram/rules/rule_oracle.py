@@ -33,7 +33,7 @@ def dense(factor: Factor) -> Tensor:
                 row.index_add_(0, index, grad)
             return jacobian
         case Blocks():
-            return torch.cat([factor.form(slice(i, i + 1)) for i in range(factor.num_rows)])
+            return torch.cat([factor.form(slice(i, i + 1), slice(0, factor.shape[0])) for i in range(factor.num_rows)])
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -131,12 +131,17 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
     assert factor.row_elements >= 8 * 3 * 9
 
 
-def test_blocks_of_rows_are_the_rows():
-    factor = weight_factor(nn.Conv2d(3, 8, 3, padding=1).double(), torch.randn(5, 3, 16, 16, dtype=torch.float64), (0,))
-    whole = factor.form(slice(0, 5))
-    torch.testing.assert_close(
-        torch.cat([factor.form(slice(0, 3)), factor.form(slice(3, 5))]), whole, rtol=1e-12, atol=0
-    )
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 1d", "transposed 2d"])
+def test_parts_make_the_whole(name, axes, monkeypatch):
+    monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
+    factor = weight_factor(*drawn(name), axes)
+    m, entries = factor.num_rows, factor.shape[0]
+    whole = factor.form(slice(0, m), slice(0, entries))
+    cut = entries // factor.grain // 2 * factor.grain
+    for rows in (slice(0, 2), slice(2, m)):
+        for part in (slice(0, cut), slice(cut, entries)):
+            torch.testing.assert_close(factor.form(rows, part), whole[rows, part], rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_weight_and_no_gradient():

@@ -111,24 +111,39 @@ class _Call:
     def blocks(self) -> Blocks:
         """Return the Jacobian as rows that are formed when they are wanted."""
         shape = self.layer.weight.shape
-        return Blocks(len(self.grad), shape, self._form, shape.numel() + self.x[0].numel() + self.grad[0].numel())
+        row = shape.numel() + self.x[0].numel() + self.grad[0].numel()
+        return Blocks(len(self.grad), shape, self._form, row, self._grain)
 
-    def _form(self, rows: slice) -> Tensor:
-        x, grad = wide(self.x if len(self.x) == 1 else self.x[rows]), wide(self.grad[rows])
-        if x.shape[1] == 1 and len(x) == len(grad):  # one element in each row: the rows are groups of one convolution
-            x, grad = x.flatten(0, 2).unsqueeze(0), grad.flatten(0, 2).unsqueeze(0)
-            return self._gradient(x, grad, rows.stop - rows.start)
-        return torch.cat([self._gradient(x[i % len(x)], one, 1) for i, one in enumerate(grad)])
+    @property
+    def _grain(self) -> int:
+        """Of how many of the weight's first axis the second side needs the same channels."""
+        return 1 if self.layer.groups == 1 else self.layer.weight.shape[0] // self.layer.groups
 
-    def _gradient(self, x: Tensor, grad: Tensor, copies: int) -> Tensor:
+    def _form(self, rows: slice, part: slice) -> Tensor:
+        near, far = (wide(side if len(side) == 1 else side[rows]) for side in (self.near, self.far))
+        groups = self.layer.groups
+        if groups > 1:
+            each = far.shape[2] // groups
+            far = far[:, :, part.start // self._grain * each : part.stop // self._grain * each]
+            groups = (part.stop - part.start) // self._grain
+        near = near[:, :, part]
+        if near.shape[1] == 1 and len(near) == len(far):  # one element in each row: rows are groups of one convolution
+            near, far = (side.flatten(0, 2).unsqueeze(0) for side in (near, far))
+            return self._gradient(near, far, rows.stop - rows.start, groups)
+        each = (
+            self._gradient(near[i % len(near)], far[i % len(far)], 1, groups) for i in range(max(len(near), len(far)))
+        )
+        return torch.cat(list(each))
+
+    def _gradient(self, near: Tensor, far: Tensor, copies: int, groups: int) -> Tensor:
         """Return the weights' gradients of ``copies`` convolutions side by side, [copies, *weight.shape]."""
-        layer, shape = self.layer, self.layer.weight.shape
-        weight = x.new_empty(1).expand(copies * shape[0], *shape[1:])  # only its shape is looked at
+        layer, shape = self.layer, self.layer.weight.shape[1:]
+        grad, x = (far, near) if layer.transposed else (near, far)
+        weight = x.new_empty(1).expand(near.shape[1], *shape)  # only its shape is looked at
         extra = [self._beyond(dim) if layer.transposed else 0 for dim in range(len(self.padding))]
-        mask = [False, True, False]
-        settings = (layer.stride, self.padding, layer.dilation, layer.transposed, extra, copies * layer.groups, mask)
-        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings)[1]
-        return found.reshape(copies, *shape)
+        settings = (layer.stride, self.padding, layer.dilation, layer.transposed, extra, copies * groups)
+        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings, [False, True, False])[1]
+        return found.reshape(copies, -1, *shape)
 
     def _beyond(self, dim: int) -> int:
         """Return how much longer a transposed convolution's output is than its input makes necessary."""
