@@ -12,8 +12,8 @@ the worst-off objective; :class:`PCGradWeighting` lets gradients give way one by
 mean, the sum, constant and random weights do not look at them. Quadratic programs are solved in torch, all rows of one
 matrix together, on the Gramian's device and to rounding, and how well is checked at each call.
 
-No method depends on the gradients' unit: only their lengths relative to each other count, from zero to as far apart as
-the number type reaches. A Gramian that is none, or that is not finite, is refused; the error names the objectives.
+No method asks for gradients of a certain size: numbers are made relative first, from zero to as far apart as their type
+reaches. A Gramian that is none, or that is not finite, is refused; the error names the objectives.
 
 :class:`Flattening` is for losses of any shape, and :func:`conflict` measures for a report how much objectives oppose
 each other and the update.

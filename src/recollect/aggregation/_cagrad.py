@@ -26,8 +26,8 @@ class CAGradWeighting(Weighting):
 
     Args:
         c: the radius of the ball as a share of the average gradient's norm; the paper takes it from [0, 1).
-        norm_eps: where a convex combination of the gradients is shorter than this, as a share of all their norms
-            together, there is no direction to be found, and the weights are zero.
+        norm_eps: where the convex combination that the algorithm finds is shorter than this, with the Jacobian's
+            Frobenius norm as one, the point counts as Pareto-stationary, and the weights are zero.
 
     Raises:
         ValueError: ``c`` or ``norm_eps`` is negative.

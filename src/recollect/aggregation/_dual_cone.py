@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._complementarity import solve
-from recollect.aggregation._gramian import normalized
+from recollect.aggregation._gramian import normalized, regularized
 
 __all__ = ["Projection", "equilibrated", "project"]
 
@@ -62,11 +62,6 @@ def equilibrated(gramian: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
     Returns:
         M ``[m, m]`` and d ``[m]``: G / trace(G) + reg_eps I = diag(1 / d) M diag(1 / d). For v = d p, vᵀ G v is pᵀ M p.
     """
-    added = max(reg_eps, _LEAST)
-    gramian = normalized(gramian)
-    matrix = gramian + added * torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
-    if bool(torch.linalg.cholesky_ex(matrix)[1]):  # rounding has left it indefinite
-        values, vectors = torch.linalg.eigh(gramian)
-        matrix = (vectors * (values.clamp(min=0) + added)) @ vectors.T
+    matrix = regularized(normalized(gramian), max(reg_eps, _LEAST))
     scale = matrix.diagonal().rsqrt()
     return matrix * scale[:, None] * scale, scale

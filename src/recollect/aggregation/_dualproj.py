@@ -17,7 +17,8 @@ class DualProjWeighting(ProjectingWeighting):
 
     Args:
         pref_vector: p ``[m]``, finite and not negative; None: 1 / m each.
-        reg_eps: added to the diagonal of G / trace(G), so that the program has one solution.
+        reg_eps: added to the diagonal of G / trace(G), so that the program has one solution; see
+            :class:`UPGradWeighting`.
 
     Attributes:
         last_residual: how far from optimal the last call's program was, relative; rounding leaves about 1e-12. Above

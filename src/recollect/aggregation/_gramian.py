@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "correlations", "flattened", "normalized"]
+__all__ = ["checked", "correlations", "flattened", "normalized", "regularized"]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
 
@@ -114,3 +114,14 @@ def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     cosines = exact * inverse[:, None] * inverse
     return cosines.clamp(-1, 1), norms
+
+
+def regularized(matrix: Tensor, added: float) -> Tensor:
+    """Add a positive number to the diagonal; eigenvalues that rounding has made negative are set to zero before."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    enough = matrix + added * identity
+    if not bool(torch.linalg.cholesky_ex(enough)[1]):
+        return enough
+    values, vectors = torch.linalg.eigh(matrix)
+    mended: Tensor = (vectors * values.clamp(min=0)) @ vectors.T
+    return mended + added * identity

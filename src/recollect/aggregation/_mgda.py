@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from recollect.aggregation._complementarity import solve
-from recollect.aggregation._gramian import correlations
+from recollect.aggregation._gramian import correlations, regularized
 from recollect.aggregation._weighting import Weighting
 
 __all__ = ["MGDAWeighting"]
@@ -31,6 +31,5 @@ class MGDAWeighting(Weighting):
             return zero.double() / zero.sum()
         # In units of each gradient's norm the matrix has ones on its diagonal, however different the norms are.
         scale = norms.amin() / norms
-        cosines.diagonal().add_(_RIDGE)
-        found = solve(cosines, -scale[None])[0][0] * scale
+        found = solve(regularized(cosines, _RIDGE), -scale[None])[0][0] * scale
         return found / found.sum()

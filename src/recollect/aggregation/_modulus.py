@@ -28,7 +28,7 @@ def modulus(matrix: Tensor, offset: Tensor, shift: Tensor, most: int = 40, unset
     Returns:
         t ``[r, m]``.
     """
-    identity = torch.eye(len(matrix)).to(matrix)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix + shift * identity)[0])
     step = 2 * shift * inverse - identity
     constant = -2 * offset @ inverse

@@ -50,7 +50,7 @@ def solve_on(matrix: Tensor, inverse: Tensor | None, members: Tensor, target: Te
 def _masked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:
     """Solve with whole matrices, the identity outside the sets."""
     inside = members[:, :, None] & members[:, None, :]
-    return _solve(torch.where(inside, matrix, torch.eye(len(matrix)).to(matrix)), target)
+    return _solve(torch.where(inside, matrix, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)), target)
 
 
 def _picked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:

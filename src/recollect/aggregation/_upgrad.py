@@ -23,7 +23,9 @@ class UPGradWeighting(ProjectingWeighting):
 
     Args:
         pref_vector: p ``[m]``, finite and not negative; None: 1 / m each.
-        reg_eps: added to the diagonal of G / trace(G), so that the programs have one solution each.
+        reg_eps: added to the diagonal of G / trace(G), so that the programs have one solution each. The directions are
+            free of conflict up to this: an objective whose squared gradient norm is less than this share of all is
+            hardly protected. At least 1e-12 is added in any case.
 
     Attributes:
         last_residual: how far from optimal the last call's worst program was, relative; rounding leaves about 1e-12.
