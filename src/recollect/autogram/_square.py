@@ -38,6 +38,10 @@ class SquareSum:
         """What is summed in."""
         return self._upper.dtype
 
+    def new_rows(self, columns: int) -> Tensor:
+        """Return zeros [m, columns], to be filled and added."""
+        return self._upper.new_zeros(self._upper.shape[0], columns)
+
     def add_product(self, rows: Tensor) -> None:
         """Add J Jᵀ of J [m, n]."""
         _add_upper(self._upper, rows.to(self.dtype))

@@ -1,0 +1,173 @@
+"""What the forward pass leaves behind for the Gramian: a node in the graph behind each layer that has a rule.
+
+The node keeps the layer's inputs the way autograd keeps them, so what hooks on saved tensors do to the graph, a frame
+above all, they do to these too. It leads to a leaf of the engine's own: differentiating with respect to that leaf makes
+autograd visit all these nodes, and compute gradients of inputs on the way, and none of weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from recollect.autogram._registry import Entry, Registry
+
+__all__ = ["Call", "Capture", "Hook", "Recorder"]
+
+Visit = Callable[[Any, tuple[Tensor | None, ...]], None]
+
+_TENSOR = object()  # stands where a tensor was
+
+
+class Call:
+    """One call of a layer, without its tensors.
+
+    Attributes:
+        layer: the layer.
+        entry: its rule.
+        sources: the graph's nodes that the inputs come from; the layer's own part of the graph ends there.
+        elements: of inputs and outputs together.
+    """
+
+    __slots__ = ("_constants", "_spec", "elements", "entry", "layer", "sources")
+
+    def __init__(self, layer: nn.Module, entry: Entry, inputs: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        self.layer = layer
+        self.entry = entry
+        self.sources = tuple(t.grad_fn for t in tensors if t.grad_fn is not None)
+        self.elements = sum(t.numel() for t in tensors)
+        self._constants: list[Any] | None = None
+        self._spec: TreeSpec | None = None
+        if not (len(inputs) == 1 and isinstance(inputs[0], Tensor)):
+            leaves, self._spec = tree_flatten(inputs)
+            self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Return the layer's arguments, with these tensors in their places."""
+        if self._constants is None or self._spec is None:
+            return tensors
+        waiting = iter(tensors)
+        leaves = [next(waiting) if constant is _TENSOR else constant for constant in self._constants]
+        arguments: tuple[Any, ...] = tree_unflatten(leaves, self._spec)
+        return arguments
+
+
+class Capture(torch.autograd.Function):
+    """Hands a layer's outputs on, and in a Gramian's backward pass shows their gradients to the engine."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor, recorder: Recorder, call: Call, inputs: list[Tensor], *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Keep the inputs and return the outputs."""
+        ctx.recorder = recorder
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[tensor.detach() for tensor in inputs])
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Show the gradients to whoever looks for them, and hand them on."""
+        visit = ctx.recorder.visit
+        if visit is not None:
+            visit(ctx, grads)
+        return None, None, None, None, *grads
+
+
+class Recorder:
+    """Puts a :class:`Capture` behind the outputs of each layer that is called.
+
+    Args:
+        registry: the rules.
+
+    Attributes:
+        leaf: what all captures lead to.
+        visit: called with each capture's node and its outputs' gradients while a Gramian is computed.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.leaf = torch.zeros((), requires_grad=True)
+        self.visit: Visit | None = None
+        self._registry = registry
+
+    def record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output as it is to go on, or None where it may stay as it is: where no rule takes the call."""
+        entry = self._registry.find(type(layer))
+        if entry is None or "forward" in layer.__dict__ or not _is_first(layer):
+            return None
+        parameters = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
+        inputs = _positional(layer, args, kwargs) if kwargs else args
+        tensors = _tensors(inputs)
+        if not parameters or tensors is None or any(t is p for t in tensors for p in parameters):
+            return None  # a use as input: the graph cannot tell it from the layer's own
+        call = Call(layer, entry, inputs, tensors)
+        if type(output) is Tensor:
+            if not output.requires_grad or output.is_nested:
+                return None
+            call.elements += output.numel()
+            return Capture.apply(self.leaf, self, call, tensors, output)[0]  # type: ignore[no-untyped-call]
+        return self._record_several(call, tensors, output)
+
+    def _record_several(self, call: Call, tensors: list[Tensor], output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        places = [k for k, leaf in enumerate(leaves) if leaf is not None]
+        outputs = [leaves[k] for k in places]
+        if not outputs or not all(type(leaf) is Tensor and leaf.requires_grad for leaf in outputs):
+            return None
+        call.elements += sum(leaf.numel() for leaf in outputs)
+        captured = Capture.apply(self.leaf, self, call, tensors, *outputs)  # type: ignore[no-untyped-call]
+        for k, tensor in zip(places, captured, strict=True):
+            leaves[k] = tensor
+        return tree_unflatten(leaves, spec)
+
+
+class Hook:
+    """What stands on a layer: it holds the recorder weakly, and copies and pickles of it do nothing."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = weakref.ref(recorder)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None
+        recorder = self._recorder()
+        return None if recorder is None else recorder.record(layer, args, kwargs, output)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")  # of the standard library, takes anything and does nothing
+
+
+def _is_first(layer: nn.Module) -> bool:
+    """Whether no hook of somebody else's comes before an engine's, which may change what the layer returned."""
+    if _global_forward_hooks:
+        return False
+    for hook in layer._forward_hooks.values():
+        if isinstance(hook, Hook):
+            return True
+        if not isinstance(getattr(hook, "__self__", None), nullcontext):  # what a copy of one is
+            return False
+    return True
+
+
+def _positional(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
+
+
+def _tensors(inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """Return the tensors among the arguments, or None if one is of a kind that no rule knows."""
+    leaves = inputs if len(inputs) == 1 else tree_flatten(inputs)[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(type(leaf) not in (Tensor, nn.Parameter) or leaf.is_nested for leaf in tensors):
+        return None
+    return None if len(inputs) == 1 and not tensors else tensors

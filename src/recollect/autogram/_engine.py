@@ -1,0 +1,250 @@
+"""The engine: from losses to the Gramian of their Jacobian."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autogram._capture import Hook, Recorder
+from recollect.autogram._gather import Gather
+from recollect.autogram._independence import Independence
+from recollect.autogram._plan import plan_batch, plan_rows
+from recollect.autogram._probe import Layouts, probe
+from recollect.autogram._registry import Entry, Registry, Rule, Sharing
+from recollect.autogram._square import SquareSum, wide
+from recollect.autogram._sweep import DeclinedError, Sweep
+from recollect.autogram._walk import Graph, walk
+from recollect.autogram.rules import RULES
+
+__all__ = ["Engine", "register_rule"]
+
+_REGISTRY = Registry(RULES)
+
+# How many forms of graphs an engine remembers; one that has more looks again where the batch is.
+_FORMS = 64
+
+
+def register_rule(layer_type: type[nn.Module] | str, rule: Rule, sharing: Sharing | None = None) -> None:
+    """Teach all engines a type of layer, in place of the exact but slower fallback.
+
+    Args:
+        layer_type: the type, or its full name ("package.module.Class").
+        rule: ``rule(layer, inputs, grads) -> {parameter's name: factor}``.
+        sharing: which inputs have a batch; None: all those of the first output's size in its batch dimension.
+
+    Raises:
+        ValueError: the type has a rule already.
+    """
+    _REGISTRY.register(layer_type, Entry(rule, sharing))
+
+
+class Engine:
+    """The Gramian G = J Jᵀ of the Jacobian of losses with respect to the parameters of modules, and never J itself.
+
+    After Algorithm 3 of "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232), for any graph. Make the
+    engine before the forward pass, once.
+
+    Args:
+        *modules: the modules whose parameters count, those that require a gradient when the Gramian is computed. None
+            may contain another.
+        batch_dim: the dimension of the losses in which they belong to the elements of a batch that the modules treat
+            independently. One backward pass then gives all rows. This is checked in the first call, and again when the
+            graph takes another form. None asks for no independence; every loss costs a backward pass.
+
+    Raises:
+        TypeError: something is no module.
+        ValueError: there is no module, or one contains another.
+    """
+
+    def __init__(self, *modules: nn.Module, batch_dim: int | None = None) -> None:
+        _check_modules(modules)
+        self._modules = modules
+        self._batch_dim = batch_dim
+        self._recorder = Recorder(_REGISTRY)
+        self._known: dict[Any, _Known] = {}
+        hook = Hook(self._recorder)
+        layers = dict.fromkeys(layer for module in modules for layer in module.modules() if layer._parameters)
+        handles = [layer.register_forward_hook(hook, prepend=True, with_kwargs=True) for layer in layers]
+        weakref.finalize(self, _remove, handles)
+
+    def compute_gramian(self, output: Tensor) -> Tensor:
+        """Return the Gramian of the losses' gradients.
+
+        The graph stays as it is for the backward pass that follows.
+
+        Args:
+            output: losses of any shape [m1, ..., mk], floating point.
+
+        Returns:
+            [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
+            gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient.
+
+        Raises:
+            TypeError: the output is no tensor of floating point.
+            ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
+        """
+        batch_dim = self._check_output(output)
+        parameters = {id(p): p for module in self._modules for p in module.parameters() if p.requires_grad}
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if output.numel() == 0:
+                return output.new_zeros(*output.shape, *reversed(output.shape))
+            graph = walk(output, self._recorder, parameters)
+            if batch_dim is None or output.shape[batch_dim] == 1:
+                square = self._by_rows(output, graph, parameters)
+                return _generalise(square, output, None)
+            square = self._by_batch(output, graph, parameters, batch_dim)
+            return _generalise(square, output, batch_dim)
+
+    def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
+        """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
+
+        Args:
+            losses: of any shape.
+            weighting: from the Gramian to weights of the losses' shape.
+
+        Returns:
+            The weights.
+
+        Raises:
+            ValueError: the weights have another shape than the losses.
+        """
+        weights = weighting(self.compute_gramian(losses))
+        if weights.shape != losses.shape:
+            raise ValueError(
+                f"the weighting returned weights of shape {list(weights.shape)} for losses of shape "
+                f"{list(losses.shape)}; it must return one weight for each loss"
+            )
+        torch.autograd.backward(losses, weights.to(losses))
+        return weights
+
+    def _check_output(self, output: Tensor) -> int | None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"output must be a tensor of a floating-point type, and is {found}")
+        if not output.requires_grad:
+            raise ValueError(
+                "output has no graph: nothing that it was computed from requires a gradient, or it was computed under "
+                "no_grad or detached"
+            )
+        if self._batch_dim is None:
+            return None
+        if not -output.dim() <= self._batch_dim < output.dim():
+            raise ValueError(
+                f"batch_dim is {self._batch_dim}, and output has the shape {list(output.shape)}; compute the Gramian "
+                "of losses that have the batch dimension (reduction='none'), or give batch_dim=None"
+            )
+        return self._batch_dim % output.dim()
+
+    def _by_rows(self, output: Tensor, graph: Graph, parameters: Mapping[int, Tensor]) -> Tensor:
+        """Return the Gramian [m, m], a backward pass for each loss."""
+        m = output.numel()
+        known = self._recall(output, graph, None)
+        while True:
+            plan = plan_rows(graph, parameters, known.declined)
+            total = SquareSum(m, _sum_dtype(output, parameters), output.device)
+            gather = Gather(total, parameters, plan.events(), m, 1)
+            sweep = Sweep(graph, plan, parameters, gather, None, 1)
+            dense = [total.new_rows(parameters[k].numel()) for k in plan.dense]
+            cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
+            try:
+                for i in range(m):
+                    cotangent.view(-1)[i] = 1
+                    grads = sweep.run(output, self._recorder, cotangent)
+                    cotangent.view(-1)[i] = 0
+                    for rows, grad in zip(dense, grads, strict=True):
+                        if grad is not None:
+                            rows[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
+            except DeclinedError as declined:
+                known.declined.update(declined.pairs)
+                continue
+            while dense:
+                total.add_product(dense.pop())
+            gather.finish()
+            return total.total()
+
+    def _by_batch(self, output: Tensor, graph: Graph, parameters: Mapping[int, Tensor], batch_dim: int) -> Tensor:
+        """Return the Gramian [K B, K B] of K losses for each element, a backward pass for each of K."""
+        batch = output.shape[batch_dim]
+        known = self._recall(output, graph, batch_dim)
+        if known.layouts is None or not known.layouts.fit(graph, batch):
+            leaves = [self._recorder.leaf, *(parameters[k] for k in graph.uses)]
+            known.layouts = probe(output, graph, leaves, batch_dim)
+        independence = Independence(self._modules, batch_dim, batch)
+        while True:
+            plan = plan_batch(graph, parameters, known.declined, known.layouts, independence)
+            tasks = output.numel() // batch
+            total = SquareSum(tasks * batch, _sum_dtype(output, parameters), output.device)
+            gather = Gather(total, parameters, plan.events(), tasks, batch)
+            sweep = Sweep(graph, plan, parameters, gather, known.layouts, batch)
+            try:
+                for task in range(tasks):
+                    cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
+                    cotangent.movedim(batch_dim, -1).view(tasks, batch)[task] = 1
+                    sweep.run(output, self._recorder, cotangent)
+            except DeclinedError as declined:
+                known.declined.update(declined.pairs)
+                continue
+            gather.finish()
+            if not known.layouts.certain:
+                known.layouts = None
+            return total.total()
+
+    def _recall(self, output: Tensor, graph: Graph, batch_dim: int | None) -> _Known:
+        form = (graph.form, batch_dim)
+        known = self._known.get(form)
+        if known is None:
+            if len(self._known) >= _FORMS:
+                self._known.clear()
+            known = self._known[form] = _Known()
+        return known
+
+
+class _Known:
+    """What was found out about graphs of one form."""
+
+    __slots__ = ("declined", "layouts")
+
+    def __init__(self) -> None:
+        self.declined: set[tuple[int, str]] = set()
+        self.layouts: Layouts | None = None
+
+
+def _check_modules(modules: tuple[nn.Module, ...]) -> None:
+    if not modules:
+        raise ValueError("Engine was given no module; give the modules whose parameters count")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Engine takes modules, and was given {type(module).__name__}")
+    inside = {id(child): module for module in modules for child in module.modules() if child is not module}
+    for k, module in enumerate(modules):
+        if id(module) in inside or any(module is other for other in modules[:k]):
+            outer = type(inside.get(id(module), module)).__name__
+            raise ValueError(
+                f"{type(module).__name__} is given to the engine and is part of {outer}, which is given too; give the "
+                "outer module alone: the parameters of all its submodules count"
+            )
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _sum_dtype(output: Tensor, parameters: Mapping[int, Tensor]) -> torch.dtype:
+    return wide(output.dtype, *(p.dtype for p in parameters.values() if p.is_floating_point()))
+
+
+def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor:
+    """Lay [m, m] out as [m1..mk, mk..m1]; with a batch, the rows come with its dimension last."""
+    k = output.dim()
+    order = list(range(k))
+    if batch_dim is not None:
+        order = [*(d for d in order if d != batch_dim), batch_dim]
+    shape = [output.shape[d] for d in order]
+    back = [order.index(d) for d in range(k)]
+    laid = square.view(*shape, *shape).permute(*back, *reversed([k + d for d in back]))
+    return laid.to(output.dtype).contiguous()

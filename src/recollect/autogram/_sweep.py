@@ -1,0 +1,199 @@
+"""Backward passes in which each layer's Jacobian is taken where its output's gradient comes by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from recollect.autogram._capture import Call, Recorder
+from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
+from recollect.autogram._gather import Gather
+from recollect.autogram._layout import Layout
+from recollect.autogram._plan import Plan, Target
+from recollect.autogram._probe import Layouts
+from recollect.autogram._rows import form_rows
+from recollect.autogram._sites import rows_at
+from recollect.autogram._walk import Graph
+
+__all__ = ["DeclinedError", "Sweep"]
+
+
+class DeclinedError(Exception):
+    """A rule gave nothing for some of its parameters: who accounts for them is to be planned anew."""
+
+    def __init__(self, capture: int, names: Sequence[str]) -> None:
+        super().__init__(f"capture {capture}: {names}")
+        self.pairs = [(capture, name) for name in names]
+
+
+class Sweep:
+    """One backward pass, or several.
+
+    Args:
+        graph: the output's.
+        plan: who accounts for which parameter.
+        parameters: by id.
+        gather: takes the factors.
+        layouts: where the batch is; None: each pass has one row, which is everything.
+        batch: B, or 1.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        parameters: Mapping[int, Tensor],
+        gather: Gather,
+        layouts: Layouts | None,
+        batch: int,
+    ) -> None:
+        self._graph = graph
+        self._plan = plan
+        self._parameters = parameters
+        self._gather = gather
+        self._layouts = layouts
+        self._batch = batch
+        self._numbers = {graph.nodes[capture]: capture for capture in plan.rules}
+        self._beyond: dict[tuple[int, int], tuple[Target, Tensor]] = {}
+
+    def run(self, output: Tensor, recorder: Recorder, cotangent: Tensor) -> list[Tensor | None]:
+        """Run one pass, and return the gradients of the parameters whose rows autograd computes."""
+        at_sites = {parameter for targets in self._plan.sites.values() for t in targets for parameter in t.parameters}
+        inputs = [recorder.leaf, *(self._parameters[k] for k in (*self._plan.dense, *at_sites))]
+        with self._watching(recorder):
+            grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+        self._go_beyond()
+        self._gather.end_pass()
+        return list(grads[1 : 1 + len(self._plan.dense)])
+
+    @contextmanager
+    def _watching(self, recorder: Recorder) -> Iterator[None]:
+        handles = []
+        try:
+            for node, targets in self._plan.sites.items():
+                handles.append(self._graph.nodes[node].register_prehook(self._at_site(node, targets)))
+            recorder.visit = self._visit
+            yield
+        finally:
+            recorder.visit = None
+            for handle in handles:
+                handle.remove()
+
+    def _visit(self, node: Any, grads: tuple[Tensor | None, ...]) -> None:
+        capture = self._numbers.get(node)
+        if capture is None:
+            return
+        names = self._plan.rules[capture]
+        if all(grad is None for grad in grads):
+            for parameter in names.values():
+                self._gather.add(parameter, None)
+            return
+        factors = self._factors(capture, node, grads)
+        missing = [name for name in names if name not in factors]
+        if missing:
+            raise DeclinedError(capture, missing)
+        for name, parameter in names.items():
+            self._gather.add(parameter, factors[name])
+
+    def _factors(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
+        call = node.call
+        inputs = call.inputs(node.saved_tensors)
+        if self._layouts is None:
+            rows = _map_tensors(inputs, lambda tensor: tensor.unsqueeze(0))
+            grads = tuple(None if grad is None else grad.unsqueeze(0) for grad in grads)
+        else:
+            layouts = self._layouts.found[capture]
+            rows = self._share(capture, call, inputs, layouts)
+            grads = tuple(
+                None if grad is None or layout is None else layout.rows(grad, self._batch)
+                for grad, layout in zip(grads, layouts, strict=True)
+            )
+        try:
+            factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
+        except NotCovered:
+            return {}
+        return factors
+
+    def _share(
+        self, capture: int, call: Call, inputs: tuple[Any, ...], layouts: Sequence[Layout | None]
+    ) -> tuple[Any, ...]:
+        """Give each input tensor the axis of rows: the batch's where it has one, and else one row for all."""
+        sharing = call.entry.sharing
+        first = next(k for k, layout in enumerate(layouts) if layout is not None)
+        owners = (first,) * len(inputs) if sharing is None else sharing(call.layer, inputs)
+        rows = []
+        for value, owner in zip(inputs, owners, strict=True):
+            layout = None if owner is None else layouts[owner]
+            like = None if layout is None else self._graph.shape(capture, owner)
+            rows.append(_map_tensors(value, functools.partial(self._rows, layout=layout, like=like)))
+        return tuple(rows)
+
+    def _rows(self, tensor: Tensor, layout: Layout | None, like: torch.Size | None) -> Tensor:
+        if layout is None or like is None or tensor.dim() <= layout.dim or tensor.shape[layout.dim] != like[layout.dim]:
+            return tensor.unsqueeze(0)
+        return layout.rows(tensor, self._batch)
+
+    def _at_site(self, node: int, targets: Sequence[Target]) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def note(grads: tuple[Tensor | None, ...]) -> None:
+            if self._layouts is None:
+                return
+            wanted = [(target.position, target.shape) for target in targets]
+            found = rows_at(self._graph.nodes[node], grads, self._layouts.found[node], self._batch, wanted)
+            for target, factor in zip(targets, found, strict=True):
+                self._take(target, factor)
+
+        return note
+
+    def _take(self, target: Target, factor: Factor | None) -> None:
+        if factor is None:
+            for parameter in target.parameters:
+                self._gather.add(parameter, None)
+        elif target.direct:
+            self._gather.add(target.parameters[0], factor)
+        elif target.transposed:
+            self._gather.add(target.parameters[0], _transposed(factor))
+        else:
+            rows = _dense(factor, self._batch)
+            place = (target.child, target.index)
+            known = self._beyond.get(place)
+            self._beyond[place] = (target, rows if known is None else known[1] + rows)
+
+    def _go_beyond(self) -> None:
+        """Take rows that stopped at something computed from parameters alone down to the parameters."""
+        while self._beyond:
+            (child, index), (target, rows) = self._beyond.popitem()
+            edge = GradientEdge(self._graph.nodes[child], index)
+            leaves = [self._parameters[parameter] for parameter in target.parameters]
+            found = [torch.autograd.grad([edge], leaves, [row], retain_graph=True, allow_unused=True) for row in rows]
+            for k, parameter in enumerate(target.parameters):
+                zero = torch.zeros_like(leaves[k])
+                self._gather.add(parameter, Rows(torch.stack([zero if g[k] is None else g[k] for g in found])))
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def _transposed(factor: Factor) -> Factor:
+    if isinstance(factor, Outer):
+        return Outer(factor.right, factor.left, torch.Size(reversed(factor.shape)))
+    if isinstance(factor, Rows):
+        return Rows(factor.values.mT)
+    raise TypeError(f"rows of a node come as Outer or Rows, not as {type(factor).__name__}")
+
+
+def _dense(factor: Factor, batch: int) -> Tensor:
+    return form_rows([factor], slice(0, batch)).view(batch, *factor.shape)

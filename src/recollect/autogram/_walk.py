@@ -1,0 +1,165 @@
+"""The graph behind an output: which captures are in it, and who uses which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._capture import Recorder
+
+__all__ = ["Graph", "Use", "root_of", "walk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """An edge of the graph that ends in a parameter.
+
+    Attributes:
+        node: the number of the node that it leaves.
+        position: which of that node's edges it is.
+        capture: the number of the capture in whose layer this happens; None: in no layer that has a rule.
+    """
+
+    node: int
+    position: int
+    capture: int | None
+
+
+@dataclass(slots=True)
+class Graph:
+    """What autograd recorded, its nodes numbered in an order that depends on nothing but the graph's form.
+
+    Attributes:
+        nodes: autograd's nodes.
+        edges: for each node, the numbers of the nodes behind its edges; -1 where there is none.
+        captures: the numbers of an engine's captures, outermost first.
+        uses: for each parameter (by id) that is reached, all edges that end there.
+        names: the kinds of the nodes.
+        leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
+            its uses): the parameter's id by the number of the node.
+    """
+
+    nodes: list[Any] = field(default_factory=list)
+    edges: list[tuple[int, ...]] = field(default_factory=list)
+    captures: list[int] = field(default_factory=list)
+    uses: dict[int, list[Use]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    leaves: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What two graphs of the same form have in common, hashable."""
+        return tuple(self.names), tuple(self.edges)
+
+    def shape(self, node: int, output: int) -> torch.Size:
+        """Return the shape of a node's output, which is that of its gradient."""
+        found = self.nodes[node]
+        return torch.Size(found.variable.shape if hasattr(found, "variable") else found._input_metadata[output].shape)
+
+    def parents(self) -> list[list[int]]:
+        """Return for each node the nodes with an edge to it."""
+        parents: list[list[int]] = [[] for _ in self.nodes]
+        for node, children in enumerate(self.edges):
+            for child in children:
+                if child >= 0:
+                    parents[child].append(node)
+        return parents
+
+
+def root_of(output: Tensor) -> Any:
+    """Return the node that a tensor came from; a leaf's own accumulator."""
+    return torch.autograd.graph.get_gradient_edge(output).node
+
+
+def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -> Graph:
+    """Return the graph behind a tensor.
+
+    Args:
+        output: requires a gradient.
+        recorder: whose captures are looked for.
+        parameters: those that count, by id.
+    """
+    graph = Graph()
+    numbers = _number(root_of(output), graph)
+    _find_leaves(graph, parameters)
+    owners: dict[int, int] = {}
+    leaky: set[int] = set()
+    captures = [k for k in graph.captures if graph.nodes[k].recorder is recorder]
+    graph.captures = []
+    for capture in captures:
+        if capture not in owners:  # else: a layer inside a layer that has a rule
+            _claim(graph, capture, numbers, owners, leaky)
+            graph.captures.append(capture)
+    _find_leaks(graph, owners, leaky)
+    graph.captures = [capture for capture in graph.captures if capture not in leaky]
+    for node, children in enumerate(graph.edges):
+        for position, child in enumerate(children):
+            if child in graph.leaves and node not in graph.leaves:
+                owner = owners.get(node)
+                use = Use(node, position, None if owner in leaky else owner)
+                graph.uses.setdefault(graph.leaves[child], []).append(use)
+    return graph
+
+
+def _number(root: Any, graph: Graph) -> dict[Any, int]:
+    """Number all nodes, parents before what only they lead to."""
+    numbers = {root: 0}
+    graph.nodes.append(root)
+    k = 0
+    while k < len(graph.nodes):
+        node = graph.nodes[k]
+        children = []
+        for child, _ in node.next_functions:
+            if child is None:
+                children.append(-1)
+                continue
+            number = numbers.get(child)
+            if number is None:
+                number = numbers[child] = len(graph.nodes)
+                graph.nodes.append(child)
+            children.append(number)
+        graph.edges.append(tuple(children))
+        name = type(node).__name__
+        graph.names.append(name)
+        if name == "CaptureBackward":
+            graph.captures.append(k)
+        k += 1
+    return numbers
+
+
+def _find_leaves(graph: Graph, parameters: Mapping[int, Tensor]) -> None:
+    for number, name in enumerate(graph.names):
+        if name == "AccumulateGrad" and id(graph.nodes[number].variable) in parameters:
+            graph.leaves[number] = id(graph.nodes[number].variable)
+    for number, name in enumerate(graph.names):
+        if name == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
+            graph.leaves[number] = graph.leaves[graph.edges[number][0]]
+
+
+def _claim(graph: Graph, capture: int, numbers: Mapping[Any, int], owners: dict[int, int], leaky: set[int]) -> None:
+    """Find the nodes of a capture's layer: from its outputs to where its inputs come from."""
+    ends = {numbers[source] for source in graph.nodes[capture].call.sources if source in numbers}
+    waiting = list(graph.edges[capture][1:])  # the first leads to the engine's leaf
+    while waiting:
+        node = waiting.pop()
+        if node < 0 or node in ends or graph.names[node] == "AccumulateGrad" or node in graph.leaves:
+            continue
+        if node not in owners:
+            owners[node] = capture
+            waiting.extend(graph.edges[node])
+        elif owners[node] != capture:
+            leaky |= {owners[node], capture}
+
+
+def _find_leaks(graph: Graph, owners: Mapping[int, int], leaky: set[int]) -> None:
+    """A layer whose inside is used by others is not what its captured outputs say: nothing is claimed of it."""
+    for node, children in enumerate(graph.edges):
+        own = owners.get(node, node)
+        for child in children:
+            owner = owners.get(child)
+            if owner is not None and owner != own:
+                leaky.add(owner)
