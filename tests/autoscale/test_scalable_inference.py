@@ -1,0 +1,144 @@
+"""Layer-wise inference in mini-batches is the whole graph's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scalable_zoo import IN, NODES, OUT, PTR, Mean, batches, make_graph, tables
+from torch import nn
+
+from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader, propagate
+
+
+def exact(model, data):
+    """Outputs of all layers of the whole graph, in evaluation mode."""
+    training, found, x, state = model.training, [], data.x, {}
+    model.eval()
+    with torch.no_grad():
+        for layer in range(model.num_layers):
+            x = model.forward_layer(layer, x, data.adj_t, state)
+            found.append(x)
+    model.train(training)
+    return found
+
+
+class Normed(ScalableGNN):
+    """Batch norm and dropout in each layer."""
+
+    def __init__(self) -> None:
+        super().__init__(NODES, 5, 3, history_dtype=torch.float64)
+        self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in ((IN, 5), (5, 5), (5, OUT)))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in (5, 5, OUT))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward_layer(self, layer, x, adj_t, state):
+        return self.dropout(self.norms[layer](self.lins[layer](propagate(adj_t, x))))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"bipartite": False}, {"adjacency": "edge_index"}], ids=str)
+def test_outputs_and_histories(options):
+    model, data = Mean(), make_graph()
+    loader = EvalSubgraphLoader(data, PTR, **options)
+    *hidden, out = exact(model, data)
+    torch.testing.assert_close(model(loader=loader), out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tables(model), hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.mini_inference(loader), out, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_in_training_mode_is_evaluated_in_evaluation_mode_and_given_back():
+    torch.manual_seed(0)
+    model, data = Normed().double(), make_graph()
+    for _ in range(3):
+        model(data.x, data.adj_t)  # statistics that differ from the batches'
+    expected = exact(model, data)[-1]
+    model.norms[1].eval()  # a user froze this one
+    modes = [module.training for module in model.modules()]
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    out = model(loader=EvalSubgraphLoader(data, PTR))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))
+    assert not out.requires_grad
+
+
+def test_modes_are_given_back_after_an_error():
+    model = Mean()
+    with pytest.raises(ZeroDivisionError):
+        model(loader=(1 // 0 for _ in range(1)))
+    assert model.training
+
+
+class TestLoaders:
+    @pytest.mark.parametrize(
+        "loader",
+        [
+            lambda data: batches(data)[1:],
+            lambda data: [*batches(data)[1:], batches(data)[1]],  # as many nodes as there should be, or more
+            lambda data: [],
+        ],
+        ids=["some are missing", "one is there twice", "none"],
+    )
+    def test_nodes_that_are_missing_or_there_twice(self, loader):
+        with pytest.raises(ValueError, match=r"needs each of the 20 nodes once; use EvalSubgraphLoader"):
+            Mean()(loader=loader(make_graph()))
+
+    def test_the_order_of_mini_batches_does_not_matter(self):
+        model, data = Mean(), make_graph()
+        loader = SubgraphLoader(data, PTR, shuffle=True, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(model(loader=loader), exact(model, data)[-1], rtol=1e-12, atol=1e-12)
+
+    def test_other_mini_batches_in_each_pass(self):
+        loader = SubgraphLoader(make_graph(), PTR, 2, shuffle=True, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(ValueError, match="the same mini-batches in every pass"):
+            Mean()(loader=loader)
+
+    def test_a_list_of_mini_batches_and_workers(self):
+        model, data = Mean(), make_graph()
+        out = exact(model, data)[-1]
+        torch.testing.assert_close(model(loader=batches(data)), out, rtol=1e-12, atol=1e-12)
+
+
+def test_features_that_are_no_floats():
+    class Embedded(Mean):
+        def forward_layer(self, layer, x, adj_t, state):
+            if layer == 0:
+                x = torch.eye(IN, dtype=torch.float64)[x]
+            return super().forward_layer(layer, x, adj_t, state)
+
+    model, data = Embedded(), make_graph()
+    data.x = torch.arange(NODES) % IN
+    torch.testing.assert_close(
+        model(loader=EvalSubgraphLoader(data, PTR)), exact(model, data)[-1], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_what_layers_leave_in_their_state_and_what_the_data_gives_them():
+    class Stateful(ScalableGNN):
+        """Its state has tensors, a tuple, a number; it needs `extra` of the data."""
+
+        inputs = ("extra",)
+
+        def forward_layer(self, layer, x, adj_t, state):
+            own = x[: adj_t.size(0)]
+            if layer == 0:
+                state |= {"seen": (own, {"twice": 2 * own}), "calls": 0}
+            state["calls"] += 1
+            extra = state["extra"][: adj_t.size(0)]
+            return propagate(adj_t, x) + state["seen"][0] * state["calls"] + state["seen"][1]["twice"] * extra
+
+    data = make_graph()
+    data.extra = torch.rand(NODES, 1, dtype=torch.float64)
+    model = Stateful(NODES, IN, 3, history_dtype=torch.float64)
+    x = data.x
+    for calls in (1, 2, 3):
+        x = data.adj_t @ x + data.x * calls + 2 * data.x * data.extra
+    torch.testing.assert_close(model(loader=EvalSubgraphLoader(data, PTR)), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(data.x, data.adj_t, extra=data.extra), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_lossy_histories_are_as_exact_as_they_are(dtype):
+    model, data = Mean(history_dtype=dtype), make_graph()
+    out = model(loader=EvalSubgraphLoader(data, PTR))
+    error = (out - exact(model, data)[-1]).norm() / exact(model, data)[-1].norm()
+    assert 0 < error < 0.05
