@@ -19,8 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recollect.train._check import check
 from recollect.train._errors import InvalidRunError, UsageError, choose_from
-from recollect.train._settings import FREE_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings, check
+from recollect.train._settings import FREE_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings
 
 __all__ = ["defaults", "groups", "parse", "read", "write"]
 

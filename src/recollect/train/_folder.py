@@ -55,10 +55,14 @@ def create(settings: Settings) -> RunFolder:
     """
     try:
         folder = RunFolder(_make(settings))
-        root = settings.data.root
         # The run may be gone on with from another working directory.
-        data = replace(settings.data, root=str(Path(root).expanduser().resolve()) if root else None)
-        write_text(folder.config, write(replace(settings, data=data, run_dir=None, resume=None)))
+        data = replace(settings.data, root=_absolute(settings.data.root))
+        training = replace(
+            settings.training,
+            history_path=_absolute(settings.training.history_path),
+            partition_cache=_absolute(settings.training.partition_cache),
+        )
+        write_text(folder.config, write(replace(settings, data=data, training=training, run_dir=None, resume=None)))
     except OSError as error:
         raise TrainingError(f"the run's folder cannot be made: {error}") from error
     return folder
@@ -75,6 +79,10 @@ def reopen(path: str) -> tuple[RunFolder, Settings]:
         what = "has no config.yaml, so it is not the folder of a run" if folder.path.is_dir() else "does not exist"
         raise InvalidRunError(f"resume={path}: {folder.path} {what}; give a folder that recollect train has made")
     return folder, read(folder.config)
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().resolve()) if path else None
 
 
 def _make(settings: Settings) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,8 +66,9 @@ _ADJACENCY = {"plain": lambda adj_t: adj_t, "loops": add_self_loops, "symmetric"
 def _partition(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
     if training.num_parts > adj_t.size(0):
         raise UsageError(f"training.num_parts={training.num_parts}: the graph has only {adj_t.size(0)} nodes")
+    cache = Path(training.partition_cache).expanduser() if training.partition_cache else None
     try:
-        return partition(adj_t, training.num_parts, training.partition, cache=training.partition_cache)  # type: ignore[arg-type]  # its values were checked with the settings
+        return partition(adj_t, training.num_parts, training.partition, cache=cache)  # type: ignore[arg-type]  # its values were checked with the settings
     except ImportError as error:
         raise TrainingError(f"{error}; or choose training.partition=random") from error
 

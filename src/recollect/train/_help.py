@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from recollect.train._check import documented
 from recollect.train._config import defaults, groups
-from recollect.train._settings import FREE_KEYS, documented
+from recollect.train._settings import FREE_KEYS
 
 __all__ = ["help_text"]
 

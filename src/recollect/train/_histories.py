@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from recollect.autoscale import ScalableGNN, history_bytes
-from recollect.train._errors import TrainingError
+from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph
 from recollect.train._memory import available_bytes
 from recollect.train._network import build_scalable
@@ -28,11 +28,14 @@ def expect_histories(
         training: on parts.
         device: of the network.
     """
-    with torch.device("meta"):
-        dtype = getattr(torch, training.history_dtype)
-        network = build_scalable(
-            settings, graph, num_nodes=graph.data.num_nodes, device=torch.device("meta"), history_dtype=dtype
-        )
+    dtype = getattr(torch, training.history_dtype)
+    try:
+        with torch.device("meta"):
+            network = build_scalable(
+                settings, graph, num_nodes=graph.data.num_nodes, device=torch.device("meta"), history_dtype=dtype
+            )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model cannot be built: {error}") from error
     return histories_of(network, training, device)
 
 

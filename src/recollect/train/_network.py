@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.autoscale import ScalableGNN
+from recollect.autoscale import HistoryFileError, ScalableGNN
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import ModelSettings, RevGNNSettings, ScalableSettings, TrainingSettings
@@ -57,7 +57,7 @@ def build_model(
             return _reversible(settings, graph)
         if isinstance(settings, ScalableSettings):
             return build_scalable(settings, graph, **_history_options(training, graph, device))
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, HistoryFileError) as error:
         raise TrainingError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"the model cannot be built: {error}") from error

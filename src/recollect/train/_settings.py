@@ -1,28 +1,22 @@
-"""Every setting of a run: its key, type, meaning and range."""
+"""Every setting of a run: its key, type, meaning and range. What is checked of them stands in `_check`."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-from recollect.train._errors import UsageError, choose_from
 
 __all__ = [
     "FREE_KEYS",
     "PATH_KEYS",
     "DataSettings",
     "DatasetSettings",
+    "MeasureSettings",
     "ModelSettings",
     "OptimizerSettings",
     "RevGNNSettings",
     "ScalableSettings",
     "Settings",
     "TrainingSettings",
-    "check",
-    "documented",
 ]
 
 FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
@@ -199,70 +193,3 @@ class Settings:
     )
     run_dir: str | None = field(metadata=_about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
     resume: str | None = field(metadata=_about("go on with the run in this folder, under its own settings"))
-
-
-def documented() -> dict[str, dict[str, Any]]:
-    """Key -> its meaning ("help") and what it allows ("low", "below", "choices"), in the order of the classes."""
-    return {key: dict(metadata) for key, _, metadata in _walk(Settings, None)}
-
-
-def check(settings: Settings) -> None:
-    """Refuse values outside of their range.
-
-    Raises:
-        UsageError: a value is out of range; the message says which are allowed.
-    """
-    for key, value, metadata in _walk(Settings, settings):
-        if value is None or isinstance(value, (dict, list)):
-            continue
-        if metadata["choices"] and value not in metadata["choices"]:
-            raise UsageError(f"{key}: " + choose_from("value", value, metadata["choices"]))
-        low, below = metadata["low"], metadata["below"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{key}={value}: must be a finite number")
-        if (low is not None and value < low) or (below is not None and value >= below):
-            upper = f" and below {below}" if below is not None else ""
-            raise UsageError(f"{key}={value}: must be at least {low}{upper}")
-    depths = settings.measure.depths
-    if depths is not None and (not depths or min(depths) < 1):
-        raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
-    _check_training(settings)
-
-
-def _check_training(settings: Settings) -> None:
-    training = settings.training
-    if training.edge_dropout and settings.model.kind in _UNWEIGHTED:
-        raise UsageError(
-            f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "
-            f"weights, which edge dropout changes; set it to 0"
-        )
-    if training.name == "full":
-        return
-    if settings.model.kind == "revgnn":
-        raise UsageError(
-            f"training=autoscale needs a model with histories, and model={settings.model.name} has none: choose gcn, "
-            f"gat, gcn2, appnp, pna, pna_jk or gin, or training=full"
-        )
-    if training.parts_per_batch > training.num_parts:
-        raise UsageError(
-            f"training.parts_per_batch={training.parts_per_batch}: must be at most training.num_parts="
-            f"{training.num_parts}"
-        )
-
-
-_UNWEIGHTED = ("revgnn", "gat", "pna", "pna_jk")
-_MODELS = (RevGNNSettings, ScalableSettings)
-
-
-def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each leaf's key, value (``None`` without an instance) and metadata."""
-    groups = {
-        c.__name__: (c,) for c in (DatasetSettings, OptimizerSettings, TrainingSettings, DataSettings, MeasureSettings)
-    } | {ModelSettings.__name__: _MODELS}
-    for item in dataclasses.fields(cls):
-        value = None if instance is None else getattr(instance, item.name)
-        if str(item.type) not in groups:
-            yield prefix + item.name, value, item.metadata
-            continue
-        for group in groups[str(item.type)] if value is None else (type(value),):
-            yield from _walk(group, value, f"{prefix}{item.name}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,6 +44,7 @@ def several(settings: Settings, console: Console, folder: RunFolder | None = Non
         else:
             known = child if child.config.exists() else create(replace(own, run_dir=str(child.path)))
             summary = single(own, console, known, prepared, brief=True)
+            gc.collect()  # Fabric's models stand in circles of references, and with them histories and their files
         summaries.append(summary)
         metric = METRICS[summary["metric"]]
         scores = [percent_text(summary, key) for key in ("test_accuracy", "val_accuracy")]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from recollect.train._check import documented
 from recollect.train._config import defaults
-from recollect.train._settings import documented
 
 
 def test_every_key_of_the_config_files_is_documented_and_no_other():
