@@ -1,0 +1,111 @@
+"""`propagate` is the product with the dense adjacency, also in every kind of backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graph_zoo import every_graph
+
+import recollect
+from recollect.autoscale import propagate, to_adj_t
+from recollect.memory import peak_memory
+
+
+@pytest.fixture
+def adj_t():
+    """Rectangular, with an empty row and a column without edges."""
+    dense = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0]]
+    )
+    return dense.to_sparse_csr()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@every_graph
+def test_on_hazardous_graphs(make):
+    data = to_adj_t(make())
+    x = data.x.clone().requires_grad_()
+    dense = torch.zeros(data.num_nodes, data.num_nodes, dtype=torch.float64)
+    for (source, target), weight in zip(make().edge_index.t().tolist(), make().edge_weight.tolist(), strict=True):
+        dense[target, source] += weight
+    out = propagate(data.adj_t, x)
+    torch.testing.assert_close(out, dense @ x, rtol=1e-13, atol=1e-13)
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(found, dense.t() @ grad, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_of_first_and_second_order(adj_t, x):
+    assert torch.autograd.gradcheck(lambda x: propagate(adj_t, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: propagate(adj_t, x).sin(), (x,))
+
+
+def test_batched_gradients_and_transforms(adj_t, x):
+    out = propagate(adj_t, x)
+    grads = torch.randn(5, *out.shape, dtype=torch.float64)
+    expected = torch.einsum("ij,bic->bjc", adj_t.to_dense(), grads)
+    (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    rows = torch.stack([x.detach(), 2 * x.detach()], 1)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda x: propagate(adj_t, x), in_dims=1)(rows), torch.stack([out, 2 * out]).detach()
+    )
+    jacobian = torch.func.jacrev(lambda x: propagate(adj_t, x))(x.detach())
+    torch.testing.assert_close(jacobian, torch.einsum("ij,cd->icjd", adj_t.to_dense(), torch.eye(3).double()))
+
+
+def test_in_a_frame(adj_t, x):
+    out = recollect.checkpoint(lambda x: propagate(adj_t, x.sin()).cos(), x)
+    expected = (adj_t.to_dense() @ x.sin()).cos()
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_has_the_type_of_x_and_at_least_the_precision_of_float32(dtype, adj_t, x):
+    x = x.detach().to(dtype).requires_grad_()
+    out = propagate(adj_t.to(torch.float32), x)
+    assert out.dtype == dtype
+    exact = adj_t.to(torch.float32).to_dense().double() @ x.double()
+    torch.testing.assert_close(out, exact.to(dtype))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad.dtype == dtype
+
+
+def test_under_autocast(adj_t, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = propagate(adj_t, x)
+        assert out.dtype == torch.float64
+        torch.autograd.grad(out.sum(), x)
+
+
+def test_weights_that_require_grad(adj_t, x):
+    weights = adj_t.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(propagate(weights, x).sum(), weights)
+    dense = adj_t.to_dense().requires_grad_()
+    (expected,) = torch.autograd.grad((dense @ x).sum(), dense)
+    torch.testing.assert_close(grad.to_dense(), expected)  # torch gives one for edges that are not there too
+
+
+def test_the_transpose_is_made_once(adj_t, x, monkeypatch):
+    made = []
+    argsort = torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", lambda *args, **kw: made.append(1) or argsort(*args, **kw))
+    for _ in range(3):
+        propagate(adj_t, x).sum().backward()
+    propagate(adj_t.clone(), x).sum().backward()
+    assert len(made) == 2
+
+
+def test_nothing_of_the_size_of_the_edges_and_channels_is_made():
+    nodes, edges, channels = 100, 5_000, 64
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.zeros(nodes, nodes)
+    dense.view(-1)[torch.randperm(nodes * nodes, generator=generator)[:edges]] = 1.0
+    adj_t, x = dense.to_sparse_csr(), torch.randn(nodes, channels, requires_grad=True)
+    with peak_memory("cpu") as peak:
+        propagate(adj_t, x).sum().backward()
+    assert peak.peak_bytes < edges * channels * 4 / 2
