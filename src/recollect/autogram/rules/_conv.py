@@ -1,9 +1,9 @@
 """Convolutions and transposed convolutions in any number of dimensions.
 
-A convolution is a linear layer at each of its T output positions, whose input is what the kernel sees there: the rule
-could be the linear layer's after unfolding. That holds an input many times over, so it is done only where positions
-are few and kernels large. Elsewhere rows are formed a few at a time, by the convolution's own weight gradient.
-In a transposed convolution, the input and the output's gradient change places.
+A convolution is a linear layer at each output position, whose input is what the kernel sees there. What it sees holds
+the input many times over, so it is unfolded for a few rows at a time, while their Jacobian is formed. Only where
+positions are few and kernels large, it is held whole, and no row is formed at all. In a transposed convolution, the
+input and the output's gradient change places.
 
 Letters: m objectives, r rows of inputs (m, or 1 where all objectives share them), N elements of one call, C channels,
 O output channels, G groups, K elements of a kernel, S and S' the spatial sizes of input and output.
@@ -11,7 +11,7 @@ O output channels, G groups, K elements of a kernel, S and S' the spatial sizes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from recollect.autogram.rules._view import bias_rows, needs, wide
 __all__ = ["conv"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+# How many bytes are unfolded at once: in the cache of a CPU's core, a launch's worth on a GPU.
+_UNFOLDED = {"cpu": 2**20, "cuda": 2**26}
 
 
 def conv(layer: Conv, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor]:
@@ -41,113 +44,110 @@ def conv(layer: Conv, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...])
     factors = bias_rows(layer, grad, -spatial - 1)
     if needs(layer, "weight"):
         x, grad = (t if t.ndim == spatial + 3 else t.unsqueeze(1) for t in (inputs[0], grad))
-        call = _Call(layer, *_padded(layer, x), grad)
+        near, far = (x, grad) if layer.transposed else (grad, x)
+        call = _Call(layer, near, far, layer.groups)
         factors["weight"] = call.outer() if call.few_positions() else call.blocks()
     return factors
 
 
-def _padded(layer: Conv, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return x [r, N, C, *S] padded with all that equal zeros on both sides are not, and how many such zeros remain."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A convolution, or some of its groups and channels, as it was called.
+
+    Attributes:
+        layer: the layer.
+        near: of the input and the output's gradient, the one whose elements meet a whole kernel each,
+            [m or 1, N, A, *], where A is the weight's first axis.
+        far: the one that is seen through the kernel.
+        groups: how many.
+    """
+
+    layer: Conv
+    near: Tensor
+    far: Tensor
+    groups: int
+
+    @property
+    def num_rows(self) -> int:
+        """The number of objectives, m."""
+        return max(len(self.near), len(self.far))
+
+    @property
+    def grain(self) -> int:
+        """How many elements of the weight's first axis see the same channels; all of them where there is one group."""
+        return self.layer.weight.shape[0] // self.layer.groups
+
+    def few_positions(self) -> bool:
+        """Whether products of positions take fewer operations than forming rows and multiplying these."""
+        m, shape = self.num_rows, self.layer.weight.shape
+        positions = self.near[0, :, 0].numel()
+        products = m * m * positions**2 * (shape[0] + shape[1:].numel() * self.groups)
+        return products < (2 * m * positions + m * m) * shape.numel()
+
+    def outer(self) -> Outer:
+        """Return the Jacobian as that of the linear layer which it is after unfolding."""
+        left, right = self._left(slice(0, len(self.near))), self._right(slice(0, len(self.far)))
+        return Outer(left.permute(0, 3, 1, 2), right.permute(0, 3, 1, 2), self.layer.weight.shape)
+
+    def blocks(self) -> Blocks:
+        """Return the Jacobian as pieces that are formed when they are wanted."""
+        shape = self.layer.weight.shape
+        grain = 1 if self.groups == 1 else self.grain
+        return Blocks(self.num_rows, shape, self._form, shape.numel() + self._unfolded(), grain)
+
+    def _unfolded(self) -> int:
+        """Return how many elements one row has when it is unfolded."""
+        return self.layer.weight.shape[1:].numel() * self.groups * self.near[0, :, 0].numel()
+
+    def _form(self, rows: slice, part: slice) -> Tensor:
+        some = self._cut(part)
+        shape = self.layer.weight.shape[1:]
+        size = (some.groups, (part.stop - part.start) // some.groups, shape.numel())
+        formed = wide(self.far[:0]).new_empty(rows.stop - rows.start, *size)
+        bound = _UNFOLDED["cpu" if self.far.device.type == "cpu" else "cuda"]
+        step = max(1, bound // max(1, some._unfolded() * formed.itemsize))
+        for start in range(0, len(formed), step):
+            out = formed[start : start + step]
+            chosen = slice(rows.start + start, rows.start + start + len(out))
+            left, right = (side.expand(len(out), -1, -1, -1) for side in (some._left(chosen), some._right(chosen)))
+            torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=out.flatten(0, 1))
+        return formed.view(len(formed), part.stop - part.start, *shape)
+
+    def _cut(self, part: slice) -> _Call:
+        """Return what this part of the weight's first axis, whole groups if there are several, has to do with."""
+        if self.groups == 1:
+            return replace(self, near=self.near[:, :, part])
+        first, last = part.start // self.grain, part.stop // self.grain
+        channels = self.far.shape[2] // self.groups
+        far = self.far[:, :, first * channels : last * channels]
+        return replace(self, near=self.near[:, :, part], far=far, groups=last - first)
+
+    def _left(self, rows: slice) -> Tensor:
+        """Return what stands at each position, [rows, G, A/G, positions]."""
+        near = wide(self.near if len(self.near) == 1 else self.near[rows]).transpose(1, 2)
+        return near.reshape(len(near), self.groups, near.shape[1] // self.groups, near[0, 0].numel())
+
+    def _right(self, rows: slice) -> Tensor:
+        """Return what the kernel sees at each position, [rows, G, channels of a group · K, positions]."""
+        layer, spatial = self.layer, len(self.layer.kernel_size)
+        far = wide(self.far if len(self.far) == 1 else self.far[rows])
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(far.flatten(0, 1), _paddings(layer), mode=mode)
+        windows = padded.view(*far.shape[:2], *padded.shape[1:])
+        for k, (size, stride, step) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+            windows = windows.unfold(3 + k, step * (size - 1) + 1, stride)[..., ::step]
+            windows = windows.narrow(3 + k, 0, self.near.shape[3 + k])  # an output may go on behind what is reached
+        positions, kernel = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
+        windows = windows.permute(0, 2, *kernel, 1, *positions)
+        return windows.reshape(len(far), self.groups, layer.weight.shape[1:].numel(), self.near[0, :, 0].numel())
+
+
+def _paddings(layer: Conv) -> list[int]:
+    """Return what is padded before and after each spatial dimension, the last one first."""
     if isinstance(layer.padding, str):
         same = layer.padding == "same"
         whole = [step * (size - 1) * same for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
         sides = [(total // 2, total - total // 2) for total in whole]
     else:
         sides = [(size, size) for size in layer.padding]
-    if layer.padding_mode == "zeros" and all(before == after for before, after in sides):
-        return x, tuple(before for before, _ in sides)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    flat = F.pad(x.flatten(0, 1), [size for side in reversed(sides) for size in side], mode=mode)
-    return flat.view(*x.shape[:2], *flat.shape[1:]), (0,) * len(sides)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A convolution as it was called.
-
-    Attributes:
-        layer: the layer.
-        x: [r, N, C, *S], padded as far as zeros on both sides alike do not do it.
-        grad: [m, N, O, *S'].
-        padding: the zeros that are still to be added on both sides of each spatial dimension.
-    """
-
-    layer: Conv
-    x: Tensor
-    padding: tuple[int, ...]
-    grad: Tensor
-
-    @property
-    def near(self) -> Tensor:
-        """Of the two, the one whose elements each meet a whole kernel."""
-        return self.x if self.layer.transposed else self.grad
-
-    @property
-    def far(self) -> Tensor:
-        """Of the two, the one that is seen through the kernel."""
-        return self.grad if self.layer.transposed else self.x
-
-    def few_positions(self) -> bool:
-        """Whether products of positions take fewer operations than forming rows and multiplying these."""
-        m, shape, groups = len(self.grad), self.layer.weight.shape, self.layer.groups
-        positions, weights = self.near[0, :, 0].numel(), shape.numel()
-        products = m * m * positions**2 * (shape[0] + shape[1:].numel() * groups)
-        return products < (2 * m * positions + m * m) * weights
-
-    def outer(self) -> Outer:
-        """Return the Jacobian as that of the linear layer which it is after unfolding."""
-        spatial, groups = len(self.padding), self.layer.groups
-        left = wide(self.near).movedim(2, -1)
-        left = left.reshape(len(left), -1, groups, left.shape[-1] // groups)
-        windows = F.pad(wide(self.far), [size for size in reversed(self.padding) for _ in range(2)])
-        steps = zip(self.layer.kernel_size, self.layer.stride, self.layer.dilation, strict=True)
-        for dim, (size, stride, step) in enumerate(steps, 3):
-            windows = windows.unfold(dim, step * (size - 1) + 1, stride)[..., ::step]
-            windows = windows.narrow(dim, 0, self.near.shape[dim])  # an output may have more at its end than is reached
-        windows = windows.movedim(2, 2 + spatial)  # [r, N, *S', C, *K]
-        right = windows.reshape(len(windows), left.shape[1], groups, self.layer.weight.shape[1:].numel())
-        return Outer(left, right, self.layer.weight.shape)
-
-    def blocks(self) -> Blocks:
-        """Return the Jacobian as rows that are formed when they are wanted."""
-        shape = self.layer.weight.shape
-        row = shape.numel() + self.x[0].numel() + self.grad[0].numel()
-        return Blocks(len(self.grad), shape, self._form, row, self._grain)
-
-    @property
-    def _grain(self) -> int:
-        """Of how many of the weight's first axis the second side needs the same channels."""
-        return 1 if self.layer.groups == 1 else self.layer.weight.shape[0] // self.layer.groups
-
-    def _form(self, rows: slice, part: slice) -> Tensor:
-        near, far = (wide(side if len(side) == 1 else side[rows]) for side in (self.near, self.far))
-        groups = self.layer.groups
-        if groups > 1:
-            each = far.shape[2] // groups
-            far = far[:, :, part.start // self._grain * each : part.stop // self._grain * each]
-            groups = (part.stop - part.start) // self._grain
-        near = near[:, :, part]
-        if near.shape[1] == 1 and len(near) == len(far):  # one element in each row: rows are groups of one convolution
-            near, far = (side.flatten(0, 2).unsqueeze(0) for side in (near, far))
-            return self._gradient(near, far, rows.stop - rows.start, groups)
-        each = (
-            self._gradient(near[i % len(near)], far[i % len(far)], 1, groups) for i in range(max(len(near), len(far)))
-        )
-        return torch.cat(list(each))
-
-    def _gradient(self, near: Tensor, far: Tensor, copies: int, groups: int) -> Tensor:
-        """Return the weights' gradients of ``copies`` convolutions side by side, [copies, *weight.shape]."""
-        layer, shape = self.layer, self.layer.weight.shape[1:]
-        grad, x = (far, near) if layer.transposed else (near, far)
-        weight = x.new_empty(1).expand(near.shape[1], *shape)  # only its shape is looked at
-        extra = [self._beyond(dim) if layer.transposed else 0 for dim in range(len(self.padding))]
-        settings = (layer.stride, self.padding, layer.dilation, layer.transposed, extra, copies * groups)
-        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings, [False, True, False])[1]
-        return found.reshape(copies, -1, *shape)
-
-    def _beyond(self, dim: int) -> int:
-        """Return how much longer a transposed convolution's output is than its input makes necessary."""
-        layer = self.layer
-        reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1
-        least = (self.x.shape[3 + dim] - 1) * layer.stride[dim] - 2 * self.padding[dim] + reach
-        return self.grad.shape[3 + dim] - least
+    return [size for side in reversed(sides) for size in side]
