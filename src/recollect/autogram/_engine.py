@@ -173,7 +173,7 @@ class Engine:
         if known.layouts is None or not known.layouts.fit(graph, batch):
             leaves = [self._recorder.leaf, *(parameters[k] for k in graph.uses)]
             known.layouts = probe(output, graph, leaves, batch_dim)
-        independence = Independence(self._modules, batch_dim, batch)
+        independence = Independence(self._modules, batch_dim)
         while True:
             plan = plan_batch(graph, parameters, known.declined, known.layouts, independence)
             tasks = output.numel() // batch

@@ -7,63 +7,83 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from recollect.autogram._probe import Layouts
-from recollect.autogram._walk import Graph
+from recollect.autogram._walk import Graph, Use
 
 __all__ = ["Independence"]
 
 
+# Edges to weights, in which a batch's size is a coincidence.
+_RIGHT_SIDES = {("AddmmBackward0", 2), ("MmBackward0", 1), ("ConvolutionBackward0", 1)}
+
+
 class Independence:
-    """Tells what has no batch, as the embedding of positions, from what mixes the batch.
+    """Tells what mixes the batch from what has none, as the embedding of positions.
 
     Args:
         modules: the engine's.
         batch_dim: the engine's.
-        batch: B.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], batch_dim: int, batch: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], batch_dim: int) -> None:
         self._modules = modules
         self._batch_dim = batch_dim
-        self._batch = batch
 
-    def check(self, graph: Graph, node: int, layouts: Layouts) -> None:
-        """Raise if a node, whose gradient for one element's loss reaches others, has something to do with data.
+    def check(self, graph: Graph, use: Use, node: int, position: int, layouts: Layouts) -> None:
+        """Raise if what a node takes in has the batch in the same axis, though its gradient mixes the batch.
+
+        What has no batch is broadcast, or is the other side of a product.
+
+        Args:
+            graph: the output's.
+            use: the use of a parameter that is looked at.
+            node: the number of the nearest node towards the output whose gradient does not.
+            position: the edge of that node that leads towards that use.
+            layouts: where the batch is.
 
         Raises:
             ValueError: it is so; the message names modules.
         """
-        shapes = [graph.shape(node, k) for k in range(len(layouts.found[node]))]
-        if any(self._may_have_batch(shape) for shape in shapes) and _touches_data(graph, node):
-            raise ValueError(self._message(graph, node, layouts))
+        child, index = graph.edges[node][position], graph.nodes[node].next_functions[position][1]
+        if (graph.names[node], position) in _RIGHT_SIDES or not graph.touches_data(child):
+            return
+        taken = graph.shape(child, index)
+        for k, layout in enumerate(layouts.found[node]):
+            if layout is None:
+                continue
+            shape = graph.shape(node, k)
+            dim = layout.dim - len(shape) + len(taken)
+            if dim >= 0 and taken[dim] == shape[layout.dim]:
+                raise ValueError(self._message(graph, use, node))
 
-    def _may_have_batch(self, shape: Sequence[int]) -> bool:
-        dim, batch = self._batch_dim, self._batch
-        return len(shape) > 0 and (shape[0] % batch == 0 or (len(shape) > dim and shape[dim] == batch))
-
-    def _message(self, graph: Graph, node: int, layouts: Layouts) -> str:
-        below = self._users(graph, [node]) or ["the model's first layers"]
-        above = self._users(graph, _next_confined(graph, node, layouts))
-        after = f"; what mixes them comes after that: {', '.join(above)}" if above else ""
+    def _message(self, graph: Graph, use: Use, node: int) -> str:
+        below = self._users(graph, [use.node if use.capture is None else use.capture])
+        above = self._users(graph, [node])
+        place = f"after {', '.join(below)}" + (f", in or before {', '.join(above)}" if above else "")
         return (
             f"batch_dim={self._batch_dim} is for modules that treat the elements of a batch independently, but the "
-            f"loss of one element has a gradient in other elements' rows of what {', '.join(below)} returns{after}. "
-            "Put something that does not mix the batch in its place (GroupNorm for BatchNorm, or BatchNorm in eval "
-            "mode), or give batch_dim=None, which asks for no independence"
+            f"loss of one element depends on other elements; they are mixed {place}. Put something that does not mix "
+            "the batch in its place (GroupNorm for BatchNorm, or BatchNorm in eval mode), or give batch_dim=None, "
+            "which asks for no independence"
         )
 
-    def _users(self, graph: Graph, nodes: Sequence[int]) -> list[str]:
-        """Return the names of the modules to which these nodes belong, as far as one sees from parameters."""
-        names = _names(self._modules)
-        found: dict[str, None] = {}
-        for node in nodes:
-            if node in graph.captures:
-                found[names.get(id(graph.nodes[node].call.layer), "a layer")] = None
-            for child in graph.edges[node]:
-                if child in graph.leaves:
-                    found[names.get(graph.leaves[child], "a module")] = None
-                elif child >= 0 and graph.names[child] == "TBackward0" and graph.edges[child][0] in graph.leaves:
-                    found[names.get(graph.leaves[graph.edges[child][0]], "a module")] = None
-        return list(found)
+    def _users(self, graph: Graph, nodes: list[int]) -> list[str]:
+        """Return the names of the modules that these nodes belong to, or else the next ones towards the output."""
+        names, parents = _names(self._modules), graph.parents()
+        seen = set(nodes)
+        while nodes:
+            found: dict[str, None] = {}
+            for node in nodes:
+                if node in graph.captures:
+                    found[names.get(id(graph.nodes[node].call.layer), "a layer")] = None
+                for child in graph.edges[node]:
+                    for leaf in (child, *(graph.edges[child] if child >= 0 else ())):
+                        if leaf in graph.leaves:
+                            found[names.get(graph.leaves[leaf], "a module")] = None
+            if found:
+                return list(found)
+            nodes = [parent for parent in {p for node in nodes for p in parents[node]} if parent not in seen]
+            seen.update(nodes)
+        return []
 
 
 def _names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
@@ -77,30 +97,3 @@ def _names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
                 if isinstance(parameter, Tensor):
                     names.setdefault(id(parameter), shown)
     return names
-
-
-def _touches_data(graph: Graph, node: int) -> bool:
-    """Whether anything that needs no gradient comes in behind a node, as data does."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for child in graph.edges[waiting.pop()]:
-            if child < 0:
-                return True
-            if child not in seen:
-                seen.add(child)
-                waiting.append(child)
-    return False
-
-
-def _next_confined(graph: Graph, node: int, layouts: Layouts) -> list[int]:
-    """Return the nearest nodes towards the output whose gradients do not mix the batch."""
-    parents = graph.parents()
-    waiting, seen = [node], {node}
-    found: list[int] = []
-    while waiting:
-        for parent in parents[waiting.pop()]:
-            if parent in seen:
-                continue
-            seen.add(parent)
-            (waiting if parent in layouts.free else found).append(parent)
-    return found

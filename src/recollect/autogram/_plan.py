@@ -93,18 +93,14 @@ def plan_batch(
     """
     plan = Plan()
     names = {capture: _names(graph, capture, declined) for capture in graph.captures}
-    waiting: list[int] = []
-    at: set[tuple[int, int]] = set()
+    mixing = _mixing(graph, layouts)
     for parameter, uses in graph.uses.items():
         for use in uses:
             capture = use.capture
             if capture is not None and capture not in layouts.found:
                 continue  # its outputs are not used
-            if capture is None or capture in layouts.free or parameter not in names[capture].values():
-                if (use.node, use.position) not in at:
-                    at.add((use.node, use.position))
-                    waiting.append(use.node)
-                    _climb(plan, graph, use, layouts, independence)
+            if capture is None or capture in mixing or parameter not in names[capture].values():
+                _climb(plan, graph, use, layouts, independence)
             else:
                 _ask(plan, {capture}, parameter, names)
     return plan
@@ -123,21 +119,37 @@ def _names(graph: Graph, capture: int, declined: Declined) -> dict[str, int]:
     return {name: id(p) for name, p in pairs if p is not None and (capture, name) not in declined}
 
 
+def _mixing(graph: Graph, layouts: Layouts) -> set[int]:
+    """Return the captures of layers that mix the batch or have none: no rule may take rows of theirs for elements.
+
+    Inside a layer only what is made of its parameters may have a gradient that mixes the batch.
+    """
+    mixing = {capture for capture in graph.captures if capture in layouts.free}
+    for node in layouts.free:
+        owner = graph.owners.get(node)
+        if owner is not None and owner not in mixing and graph.touches_data(node):
+            mixing.add(owner)
+    return mixing
+
+
 def _climb(plan: Plan, graph: Graph, use: Use, layouts: Layouts, independence: Independence) -> None:
     """Go from a use towards the output as long as nodes have no batch, and note where one does."""
-    edges = [(use.node, use.position)]
+    parents = graph.parents()
+    start = (use.node, use.position)
+    edges = [start]
     seen = set(edges)
     while edges:
         node, position = edges.pop()
         if node not in layouts.found:
             continue  # nothing comes this way
         if node not in layouts.free:
+            if (node, position) != start:
+                independence.check(graph, use, node, position, layouts)
             targets = plan.sites.setdefault(node, [])
             if all(target.position != position for target in targets):
                 targets.append(_target(graph, node, position))
             continue
-        independence.check(graph, node, layouts)
-        for parent in graph.parents()[node]:
+        for parent in parents[node]:
             for k, child in enumerate(graph.edges[parent]):
                 if child == node and (parent, k) not in seen:
                     seen.add((parent, k))

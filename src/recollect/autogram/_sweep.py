@@ -102,6 +102,12 @@ class Sweep:
             self._gather.add(parameter, factors[name])
 
     def _factors(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
+        try:
+            return self._apply(capture, node, grads)
+        except NotCovered:
+            return {}
+
+    def _apply(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
         call = node.call
         inputs = call.inputs(node.saved_tensors)
         if self._layouts is None:
@@ -114,10 +120,7 @@ class Sweep:
                 None if grad is None or layout is None else layout.rows(grad, self._batch)
                 for grad, layout in zip(grads, layouts, strict=True)
             )
-        try:
-            factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
-        except NotCovered:
-            return {}
+        factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
         return factors
 
     def _share(
@@ -125,14 +128,21 @@ class Sweep:
     ) -> tuple[Any, ...]:
         """Give each input tensor the axis of rows: the batch's where it has one, and else one row for all."""
         sharing = call.entry.sharing
-        first = next(k for k, layout in enumerate(layouts) if layout is not None)
-        owners = (first,) * len(inputs) if sharing is None else sharing(call.layer, inputs)
+        owners = (0,) * len(inputs) if sharing is None else sharing(call.layer, inputs)
         rows = []
         for value, owner in zip(inputs, owners, strict=True):
-            layout = None if owner is None else layouts[owner]
+            layout = None if owner is None else layouts[owner] or self._only_layout(capture, owner)
             like = None if layout is None else self._graph.shape(capture, owner)
             rows.append(_map_tensors(value, functools.partial(self._rows, layout=layout, like=like)))
         return tuple(rows)
+
+    def _only_layout(self, capture: int, output: int) -> Layout:
+        """Return where an output that had no gradient must have the batch."""
+        shape = self._graph.shape(capture, output)
+        dims = [dim for dim, n in enumerate(shape) if n % self._batch == 0]
+        if len(dims) != 1 or shape[dims[0]] != self._batch:
+            raise NotCovered("an output without a gradient, that may have the batch in several places")
+        return Layout(dims[0])
 
     def _rows(self, tensor: Tensor, layout: Layout | None, like: torch.Size | None) -> Tensor:
         if layout is None or like is None or tensor.dim() <= layout.dim or tensor.shape[layout.dim] != like[layout.dim]:

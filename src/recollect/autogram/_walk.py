@@ -38,6 +38,7 @@ class Graph:
         edges: for each node, the numbers of the nodes behind its edges; -1 where there is none.
         captures: the numbers of an engine's captures, outermost first.
         uses: for each parameter (by id) that is reached, all edges that end there.
+        owners: for each node inside a layer that has a rule, the number of its capture.
         names: the kinds of the nodes.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
@@ -47,6 +48,7 @@ class Graph:
     edges: list[tuple[int, ...]] = field(default_factory=list)
     captures: list[int] = field(default_factory=list)
     uses: dict[int, list[Use]] = field(default_factory=dict)
+    owners: dict[int, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     leaves: dict[int, int] = field(default_factory=dict)
 
@@ -54,6 +56,18 @@ class Graph:
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
         return tuple(self.names), tuple(self.edges)
+
+    def touches_data(self, node: int) -> bool:
+        """Whether anything that needs no gradient comes in behind a node, as data does."""
+        waiting, seen = [node], {node}
+        while waiting:
+            for child in self.edges[waiting.pop()]:
+                if child < 0:
+                    return True
+                if child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+        return False
 
     def shape(self, node: int, output: int) -> torch.Size:
         """Return the shape of a node's output, which is that of its gradient."""
@@ -86,7 +100,7 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
     graph = Graph()
     numbers = _number(root_of(output), graph)
     _find_leaves(graph, parameters)
-    owners: dict[int, int] = {}
+    owners = graph.owners
     leaky: set[int] = set()
     captures = [k for k in graph.captures if graph.nodes[k].recorder is recorder]
     graph.captures = []
@@ -96,11 +110,11 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
             graph.captures.append(capture)
     _find_leaks(graph, owners, leaky)
     graph.captures = [capture for capture in graph.captures if capture not in leaky]
+    graph.owners = {node: owner for node, owner in owners.items() if owner not in leaky}
     for node, children in enumerate(graph.edges):
         for position, child in enumerate(children):
             if child in graph.leaves and node not in graph.leaves:
-                owner = owners.get(node)
-                use = Use(node, position, None if owner in leaky else owner)
+                use = Use(node, position, graph.owners.get(node))
                 graph.uses.setdefault(graph.leaves[child], []).append(use)
     return graph
 
