@@ -50,20 +50,21 @@ def graphs_and_ranges(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(graphs_and_ranges(), st.sampled_from([1, 512]))
-def test_numbers_are_those_of_sets(graph_and_pairs, slice_from):
+@given(graphs_and_ranges(), st.booleans())
+def test_numbers_are_those_of_sets(graph_and_pairs, sliced):
     (rowptr, col), pairs = graph_and_pairs
     one_hop = OneHop(rowptr, col)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recollect.autoscale._ranges._ROWS_OF_ONE_SLICE", slice_from)
+        patch.setattr("recollect.autoscale._ranges._FEW", 32 if sliced else 0)
         for _ in range(2):  # the second finds the table that the first left
             found = cut(one_hop, rowptr, pairs)
             assert tuple(part.tolist() for part in found) == by_sets(rowptr, col, pairs)
 
 
-@pytest.mark.parametrize("slice_from", [1, 512])
-def test_ranges_take_rows_one_after_the_other(slice_from, monkeypatch):
-    monkeypatch.setattr("recollect.autoscale._ranges._ROWS_OF_ONE_SLICE", slice_from)
+@pytest.mark.parametrize("limits", [(32, 512), (0, 512), (0, 1)], ids=["few", "many short", "many long"])
+def test_ranges_take_rows_one_after_the_other(limits, monkeypatch):
+    monkeypatch.setattr("recollect.autoscale._ranges._FEW", limits[0])
+    monkeypatch.setattr("recollect.autoscale._ranges._LONG", limits[1])
     pairs = [(3, 6), (6, 6), (0, 1), (9, 9), (8, 10)]
     ranges = Ranges(*torch.tensor(pairs).unbind(1), CPU)
     rows = torch.randn(10, 2)

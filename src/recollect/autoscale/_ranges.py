@@ -9,11 +9,14 @@ from torch import Tensor
 
 __all__ = ["Ranges"]
 
-_ROWS_OF_ONE_SLICE = 512  # ranges shorter than this on average are gathered rather than sliced
+_FEW, _LONG = 32, 512  # ranges; rows of the mean range
 
 
 class Ranges:
     """The rows from ``start[k]`` to ``stop[k]``, for one ``k`` after the other.
+
+    Few or long ranges are taken as slices, of which nothing is looked up; many short ones by the numbers of their rows,
+    so that no step is made for each.
 
     Args:
         start: [K] int64 on the CPU.
@@ -22,25 +25,39 @@ class Ranges:
     """
 
     def __init__(self, start: Tensor, stop: Tensor, device: torch.device) -> None:
-        nonempty = stop > start
-        self._start, self._stop = start[nonempty], stop[nonempty]
+        self._start, self._stop = start, stop
         self._device = device
         self.total = int((stop - start).sum())
+        self._sliced = start.numel() <= _FEW or self.total >= _LONG * start.numel()
+
+    def take(self, value: Tensor) -> Tensor:
+        """The rows of ``value``."""
+        if not self.total:
+            return value[:0]
+        if self._sliced:
+            return torch.cat([value[start:stop] for start, stop in self._pairs])
+        return value.index_select(0, self.positions)
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self._start.tolist(), self._stop.tolist(), strict=True))
 
     @cached_property
     def positions(self) -> Tensor:
-        """The numbers of the rows, [total] int64: sums of steps of one, but for the jumps between ranges."""
-        steps = torch.ones(self.total, dtype=torch.int64, device=self._device)
-        if self.total:
-            count = self._stop - self._start
-            jumps = self._start.clone()
-            jumps[1:] -= self._stop[:-1] - 1
-            steps[(count.cumsum(0) - count).to(self._device)] = jumps.to(self._device)
-        return steps.cumsum_(0)
+        """The numbers of the rows, [total] int64."""
+        if not self.total:
+            return torch.zeros(0, dtype=torch.int64, device=self._device)
+        if self._sliced:
+            return torch.cat([torch.arange(start, stop, device=self._device) for start, stop in self._pairs])
+        return self._sums_of_steps()
 
-    def take(self, value: Tensor) -> Tensor:
-        """The rows of ``value``: slices where ranges are few and long, as then nothing is looked up."""
-        if self.total < _ROWS_OF_ONE_SLICE * self._start.numel() or not self.total:
-            return value.index_select(0, self.positions)
-        pairs = zip(self._start.tolist(), self._stop.tolist(), strict=True)
-        return torch.cat([value[start:stop] for start, stop in pairs])
+    def _sums_of_steps(self) -> Tensor:
+        """Steps of one, but for the jumps from one range to the next."""
+        nonempty = self._stop > self._start
+        start, stop = self._start[nonempty], self._stop[nonempty]
+        count = stop - start
+        jumps = start.clone()
+        jumps[1:] -= stop[:-1] - 1
+        steps = torch.ones(self.total, dtype=torch.int64, device=self._device)
+        steps[(count.cumsum(0) - count).to(self._device)] = jumps.to(self._device)
+        return steps.cumsum_(0)

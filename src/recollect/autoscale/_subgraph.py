@@ -12,6 +12,7 @@ from recollect.autoscale._ranges import Ranges
 __all__ = ["OneHop", "Subgraph"]
 
 _TABLE = torch.int32  # numbers within one mini-batch
+_MANY = 4
 
 
 class Subgraph(NamedTuple):
@@ -76,13 +77,14 @@ def _number(table: Tensor, inside: Tensor, source: Tensor) -> tuple[Tensor, Tens
 
 
 def _distinct(table: Tensor, nodes: Tensor) -> Tensor:
-    """Each of ``nodes`` once, ascending: of equal ones, that one stays whose mark was not overwritten."""
-    mark = _up_to(nodes.numel(), table)
-    table.scatter_(0, nodes, mark)
-    found = nodes.masked_select(table.index_select(0, nodes) == mark)
+    """Each of ``nodes`` once, ascending."""
+    if nodes.numel() * _MANY > table.numel():  # then there are many equal ones, and marks are cheaper than sorting
+        mark = _up_to(nodes.numel(), table)
+        table.scatter_(0, nodes, mark)
+        nodes = nodes.masked_select(table.index_select(0, nodes) == mark)  # whose mark was not overwritten
     if table.numel() <= torch.iinfo(torch.int32).max:
-        found = found.to(torch.int32)  # half the work of sorting
-    return found.sort().values.to(torch.int64)
+        nodes = nodes.to(torch.int32)  # half the work of sorting
+    return torch.unique_consecutive(nodes.sort().values).to(torch.int64)
 
 
 def _up_to(count: int, table: Tensor) -> Tensor:
