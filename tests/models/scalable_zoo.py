@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from recollect.autoscale import ScalableGNN, add_self_loops, normalize, permute, to_adj_t
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK
+
+Data = pytest.importorskip("torch_geometric.data").Data
 
 IN, OUT, NODES = 5, 3, 24
 AGGREGATORS = ["max", "mean", "min", "std", "sum", "var"]

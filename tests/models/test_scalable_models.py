@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from scalable_zoo import NODES, OUT, PTR, data_for, every_model, given, make
 from torch import Tensor
 from torch.nn import functional as F
-
-pytest.importorskip("torch_geometric.data")
-
-from scalable_zoo import NODES, OUT, PTR, data_for, every_model, given, make
 
 from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader
 

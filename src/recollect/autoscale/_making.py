@@ -41,6 +41,8 @@ def widths_of(hidden_channels: int | Sequence[int], num_layers: int) -> list[int
     Raises:
         ValueError: there is not one for each.
     """
+    if min([hidden_channels] if isinstance(hidden_channels, int) else hidden_channels, default=1) < 1:
+        raise ValueError(f"hidden_channels must be at least 1 (got {hidden_channels})")
     if isinstance(hidden_channels, int):
         return [hidden_channels] * (num_layers - 1)
     if len(hidden_channels) != num_layers - 1:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autoscale import ScalableGNN, propagate
-from recollect.models._stack import State, check_dropout
+from recollect.models._stack import State, check_alpha, check_dropout
 
 __all__ = ["APPNP"]
 
@@ -47,6 +47,7 @@ class APPNP(ScalableGNN):
     ) -> None:
         super().__init__(num_nodes, out_channels, num_layers, **options)
         check_dropout(dropout)
+        check_alpha(alpha)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.alpha = alpha

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from recollect.models._layers import GCN2Layer
-from recollect.models._stack import ConvStack, State
+from recollect.models._stack import ConvStack, State, check_alpha
 
 __all__ = ["GCN2"]
 
@@ -53,6 +53,9 @@ class GCN2(ConvStack):
         residual: bool = False,
         **options: Any,
     ) -> None:
+        check_alpha(alpha)
+        if theta <= 0:
+            raise ValueError(f"theta must be above 0 (got {theta})")
         super().__init__(
             num_nodes,
             in_channels,

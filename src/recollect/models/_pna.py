@@ -58,6 +58,11 @@ class PNA(ConvStack):
         edge_dim: int | None = None,
         **options: Any,
     ) -> None:
+        if deg.dim() != 1 or deg.numel() != num_nodes:
+            raise ValueError(
+                f"deg has {deg.numel()} numbers, but there are {num_nodes} nodes: the in-degree of each is expected, "
+                "adj_t.crow_indices().diff()"
+            )
         super().__init__(
             num_nodes,
             in_channels,

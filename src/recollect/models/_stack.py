@@ -137,3 +137,9 @@ def check_dropout(dropout: float) -> None:
     """Raise a ValueError unless it is a probability below 1."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1) (got {dropout})")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise a ValueError unless it is a share."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] (got {alpha})")
