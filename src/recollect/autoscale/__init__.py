@@ -8,6 +8,7 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 
 from recollect.autoscale._adj_t import to_adj_t
 from recollect.autoscale._file import HistoryFileError
+from recollect.autoscale._get_data import GraphData, get_data
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
 from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize, with_weights
@@ -23,6 +24,7 @@ from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 __all__ = [
     "AsyncIOPool",
     "EvalSubgraphLoader",
+    "GraphData",
     "History",
     "HistoryFileError",
     "Partition",
@@ -35,6 +37,7 @@ __all__ = [
     "dropout",
     "edge_index_of",
     "gen_masks",
+    "get_data",
     "history_bytes",
     "history_errors",
     "metis",

@@ -1,0 +1,43 @@
+"""A graph by name, in the form that is partitioned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from recollect.autoscale._adj_t import to_adj_t
+from recollect.data import load
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["GraphData", "get_data"]
+
+
+class GraphData(NamedTuple):
+    """A graph and the widths of a network for it.
+
+    Attributes:
+        data: with ``x`` [N, in_channels], ``y``, masks and ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
+        in_channels: features of a node.
+        out_channels: classes, or labels.
+    """
+
+    data: Data
+    in_channels: int
+    out_channels: int
+
+
+def get_data(root: str | Path | None, name: str, **options: object) -> GraphData:
+    """Load a graph by name, with ``adj_t`` in the place of ``edge_index``.
+
+    Args:
+        root: folder of the raw files; see :func:`recollect.data.load`.
+        name: one of :func:`recollect.data.names`.
+        **options: of the dataset; see :func:`recollect.data.load`.
+
+    Raises:
+        UnknownDatasetError, MissingRawFilesError and others: as :func:`recollect.data.load`.
+    """
+    graph = load(name, root, **options)  # type: ignore[arg-type]
+    return GraphData(to_adj_t(graph.data), int(graph.data.x.size(1)), graph.num_classes)
