@@ -5,12 +5,16 @@
 
 from . import (  # noqa: F401  (each puts its members into the zoo)
     _behaviour,
+    _embeddings,
     _frames,
     _layers,
+    _outputs,
     _parameters,
     _real,
     _refused,
     _sequences,
+    _sharing,
+    _unused,
     _wiring,
 )
 from ._member import (

@@ -107,10 +107,7 @@ class InCouplings(Member):
 
 @member
 class Compiled(Member):
-    """A compiled block between two that are not.
-
-    Compiled code gives buffers away in backward, and torch refuses it a second backward pass unless told not to.
-    """
+    """A compiled block between two that are not."""
 
     batches = (3,)
 
@@ -123,6 +120,6 @@ class Compiled(Member):
             self.block.compile(backend="aot_eager")
 
     def forward(self, x: Tensor) -> Tensor:
-        with warnings.catch_warnings(), torch._functorch.config.patch(donated_buffer=False):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.last(self.block(self.first(x)).sin())
