@@ -13,6 +13,7 @@ from recollect.autogram._contract import gramian
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._registry import Registry
 from recollect.autogram.rules import RULES
+from recollect.autogram.rules._view import wide
 
 OBJECTIVES = 5
 REGISTRY = Registry(RULES)
@@ -24,8 +25,7 @@ def dense(factor: Factor) -> Tensor:
         case Rows():
             return factor.values
         case Outer():
-            left = factor.left.expand(factor.num_rows, -1, -1, -1)
-            right = factor.right.expand(factor.num_rows, -1, -1, -1)
+            left, right = (wide(side).expand(factor.num_rows, -1, -1, -1) for side in (factor.left, factor.right))
             return torch.einsum("mtga,mtgb->mgab", left, right).reshape(factor.num_rows, *factor.shape)
         case Picked():
             jacobian = factor.grad.new_zeros(factor.num_rows, *factor.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, NotCovered, Picked
-from recollect.autogram.rules._view import one_input, wide
+from recollect.autogram.rules._view import needs, one_input, wide
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_sharing"]
 
@@ -24,6 +24,8 @@ def embedding(layer: nn.Embedding, index: Tensor, grad: Tensor) -> dict[str, Fac
     Raises:
         NotCovered: frequencies in a whole batch scale the gradient of one element of it.
     """
+    if not needs(layer, "weight"):
+        return {}
     index, grad = index.reshape(len(index), -1), wide(grad).reshape(len(grad), -1, layer.embedding_dim)
     if layer.padding_idx is not None:
         grad = grad * _present(layer, index).unsqueeze(-1)
@@ -49,7 +51,7 @@ def embedding_bag(
         NotCovered: frequencies scale the gradient, which PyTorch counts differently by device.
     """
     (index, offsets, scales), grad = (*inputs, None, None)[:3], grads[0]
-    if grad is None:
+    if grad is None or not needs(layer, "weight"):
         return {}
     if layer.scale_grad_by_freq:
         raise NotCovered("scale_grad_by_freq, by frequencies in bags")

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from recollect.autogram._factors import Factor, Outer, Rows
+from recollect.autogram._factors import Factor, Outer
+from recollect.autogram.rules._view import bias_rows, needs, one_input
 
 __all__ = ["linear"]
 
 
-def linear(layer: nn.Linear, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor]:
+@one_input
+def linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> dict[str, Factor]:
     """``torch.nn.Linear``: y[i, t] = W x[i, t] + b, hence dW[i] = sum_t g[i, t] x[i, t]ᵀ and db[i] = sum_t g[i, t].
 
     Args:
         layer: the layer.
-        inputs: x [r, ..., in].
-        grads: g [m, ..., out].
+        x: [r, *, in].
+        grad: g [m, *, out].
     """
-    (g,) = grads
-    if g is None:
-        return {}
-    g = g.flatten(1, -2) if g.dim() > 2 else g.unsqueeze(1)  # [m, T, out]
-    factors: dict[str, Factor] = {}
-    if layer.weight.requires_grad:
-        x = inputs[0]
-        x = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        factors["weight"] = Outer(g.unsqueeze(2), x.unsqueeze(2), layer.weight.shape)
-    if layer.bias is not None and layer.bias.requires_grad:
-        factors["bias"] = Rows(g.sum(1))
+    factors = bias_rows(layer, grad, -1)
+    if needs(layer, "weight"):
+        factors["weight"] = Outer(_positions(grad), _positions(x), layer.weight.shape)
     return factors
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Return [r, *, d] as [r, positions, one group, d]."""
+    return (tensor.flatten(1, -2) if tensor.dim() > 2 else tensor.unsqueeze(1)).unsqueeze(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, Rows
-from recollect.autogram.rules._view import one_input, sum_to, wide
+from recollect.autogram.rules._view import needs, one_input, sum_to, wide
 
 __all__ = ["prelu"]
 
@@ -13,5 +13,7 @@ __all__ = ["prelu"]
 @one_input
 def prelu(layer: nn.PReLU, x: Tensor, grad: Tensor) -> dict[str, Factor]:
     """PReLU (arXiv 1502.01852): y = max(x, 0) + weight · min(x, 0), with one weight, or one for each channel."""
+    if not needs(layer, "weight"):
+        return {}
     rows = sum_to(wide(grad) * wide(x).clamp(max=0), (2,) if layer.num_parameters > 1 else ())
     return {"weight": Rows(rows.view(-1, layer.num_parameters))}
