@@ -250,5 +250,5 @@ def test_the_resident_part_does_not_grow_with_the_file(path):
     )
     after, most, everything = map(int, result.stdout.split())
     assert after < 2**20
-    assert most < 40 * 2**20
+    assert most < 16 * 2**20
     assert everything < 8 * 2**20

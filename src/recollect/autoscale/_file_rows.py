@@ -18,7 +18,7 @@ __all__ = ["FileRows"]
 _REGION_BYTES = 2 << 20
 """What one touched byte may make resident: the kernel maps a whole folio of its page cache at a fault."""
 
-_RESIDENT_BYTES = 32 << 20
+_RESIDENT_BYTES = 12 << 20
 """What a gather may leave mapped at a time."""
 
 _COPY_BYTES = 8 << 20
@@ -48,23 +48,12 @@ def _read(descriptor: int, tensor: Tensor, position: int) -> None:
         left, position = left[done:], position + done
 
 
-def _bounded(rows: Tensor, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted row numbers into pieces that touch few enough regions of the file each."""
-    if rows.numel() == 0:
-        return pairwise([])
-    regions = rows * row_bytes // _REGION_BYTES
-    rank = torch.cat([regions.new_zeros(1), (regions.diff() != 0).cumsum(0)])
-    piece = rank // max(1, _RESIDENT_BYTES // (_REGION_BYTES + row_bytes))
-    cuts = [0, *(piece.diff().nonzero().squeeze(1) + 1).tolist(), rows.numel()]
-    return pairwise(cuts)
-
-
 class FileRows:
     """Equal rows within a file.
 
     Ranges of rows go through the file handle, so that they never are part of this process's resident memory. Rows by
     number go through a memory map, as one call per row would be slow; its pages are given back (``MADV_DONTNEED``)
-    after every 32 MiB that were touched. Both see the same page cache of the operating system, which keeps what is
+    after every 12 MiB that were touched. Both see the same page cache of the operating system, which keeps what is
     used often as long as there is memory to spare, and survives this process.
 
     Args:
@@ -95,7 +84,7 @@ class FileRows:
         if isinstance(where, Tensor):
             order = where.argsort()
             values = values.to("cpu", self.dtype)
-            for first, last in _bounded(where[order], self._row_bytes):
+            for first, last in self._bounded(where[order]):
                 chosen = order[first:last]
                 self._view.index_copy_(0, where[chosen], values[chosen])
                 self._give_back()
@@ -131,15 +120,25 @@ class FileRows:
 
     def _gather(self, where: Tensor, out: Tensor) -> None:
         if bool((where[1:] >= where[:-1]).all()):
-            for first, last in _bounded(where, self._row_bytes):
+            for first, last in self._bounded(where):
                 torch.index_select(self._view, 0, where[first:last], out=out[first:last])
                 self._give_back()
             return
         order = where.argsort()
-        for first, last in _bounded(where[order], self._row_bytes):
+        for first, last in self._bounded(where[order]):
             chosen = order[first:last]
             out.index_copy_(0, chosen, self._view.index_select(0, where[chosen]))
             self._give_back()
+
+    def _bounded(self, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """Cut sorted row numbers into pieces that touch few enough regions of the file each."""
+        if rows.numel() == 0:
+            return pairwise([])
+        regions = (self._position + rows * self._row_bytes) // _REGION_BYTES
+        rank = torch.cat([regions.new_zeros(1), (regions.diff() != 0).cumsum(0)])
+        piece = rank // max(1, _RESIDENT_BYTES // (_REGION_BYTES + self._row_bytes))
+        cuts = [0, *(piece.diff().nonzero().squeeze(1) + 1).tolist(), rows.numel()]
+        return pairwise(cuts)
 
     def _give_back(self) -> None:
         self._mapped.madvise(mmap.MADV_DONTNEED)

@@ -52,7 +52,7 @@ class History(TableModule):
 
     A file is made if there is none, and otherwise opened with the rows and ages that it has, also after the process
     that wrote it was killed. (A power failure is another matter: call :meth:`flush` before what must survive one.) One
-    history at a time has it open. Its rows are never part of the resident memory of the process, apart from 32 MiB
+    history at a time has it open. Its rows are never part of the resident memory of the process, apart from 12 MiB
     during a pull: the operating system's page cache holds what is used often, as far as there is memory to spare.
 
     Pushes are side effects of a forward pass: in a rebuild (:func:`recollect.in_backward`) they do nothing. In dry mode

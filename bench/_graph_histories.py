@@ -1,0 +1,168 @@
+"""A training step with the histories in memory, in files, with a pool, on a device."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from bench._harness import alternating, median, settings
+from bench._report import Target, ratio, show, table
+from recollect.autoscale import SubData, SubgraphLoader, normalize, partition, permute, to_adj_t
+from recollect.data import load
+from recollect.models import GCN
+
+Row = dict[str, Any]
+FEATURES, CLASSES = 64, 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """A GCN on a generated graph, in mini-batches of parts.
+
+    METIS finds little to cut in such a graph: a halo is several times its batch, and much is pulled.
+    """
+
+    nodes: int = 100_000
+    degree: float = 10.0
+    layers: int = 4
+    channels: int = 256
+    parts: int = 100
+    parts_in_batch: int = 2
+    method: str = "metis"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers x {self.channels} channels, {self.nodes:,} nodes of degree {self.degree:g}, "
+            f"{self.parts_in_batch} of {self.parts} parts ({self.method})"
+        )
+
+    def batches(self, number: int, device: torch.device) -> list[SubData]:
+        """Mini-batches of different parts, the same at each call."""
+        data = load("sbm", "", num_nodes=self.nodes, average_degree=self.degree, num_features=FEATURES).data
+        data = to_adj_t(data)
+        data.adj_t = normalize(data.adj_t)
+        perm, ptr = partition(data.adj_t, self.parts, self.method, log=False)[:2]
+        loader = SubgraphLoader(
+            permute(data, perm),
+            ptr,
+            self.parts_in_batch,
+            log=False,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return [batch.to(device) for batch, _ in zip(loader, range(number), strict=False)]
+
+
+def places(device: torch.device, folder: Path, buffer_size: int, layers: int) -> dict[str, dict[str, Any]]:
+    """Options of the model for each place; the first is what the others are held against."""
+    pool = {"pool_size": layers - 1, "buffer_size": buffer_size}
+    found: dict[str, dict[str, Any]] = {
+        "memory": {},
+        "memory, pool": pool,
+        "file": {"history_path": folder / "plain"},
+        "file, pool": {"history_path": folder / "pool", **pool},
+    }
+    return found if device.type == "cpu" else {"device": {"device": device}, **found}
+
+
+class Pass:
+    """A few training steps of one system, one after the other; every call begins from where the last one ended."""
+
+    def __init__(self, work: Work, batches: Sequence[SubData], device: torch.device, options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.batches = batches
+        self.model = GCN(
+            work.nodes, FEATURES, work.channels, CLASSES, work.layers, linear=True, **options
+        ).to(device)  # fmt: skip
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.losses: list[float] = []
+
+    def __call__(self) -> None:
+        for batch in self.batches:
+            self.optimizer.zero_grad()
+            data = batch.data
+            out = self.model(data.x, data.adj_t, batch.batch_size, batch.n_id, batch.offset, batch.count)
+            loss = F.cross_entropy(out, data.y[: batch.batch_size])
+            loss.backward()
+            self.optimizer.step()
+            self.losses.append(float(loss.detach()))
+
+
+def measure_steps(work: Work, device: torch.device, *, repeats: int = 7, steps: int = 4) -> Row:
+    """Time a training step with the histories in each place, taking turns; also whether all have the same losses."""
+    batches = work.batches(steps, device)
+    halos = [batch.n_id.numel() - batch.batch_size for batch in batches]
+    with tempfile.TemporaryDirectory() as name:
+        systems: dict[str, Callable[[], None]] = {
+            place: Pass(work, batches, device, options)
+            for place, options in places(device, Path(name), max(halos), work.layers).items()
+        }
+        for system in systems.values():
+            system()
+        times = alternating(systems, repeats, device)
+        losses = [system.losses for system in systems.values() if isinstance(system, Pass)]
+        systems.clear()
+    seconds = {place: [value / steps for value in values] for place, values in times.items()}
+    base = next(iter(seconds))
+    return {
+        "work": asdict(work),
+        "batch_nodes": [batch.batch_size for batch in batches],
+        "halo_nodes": halos,
+        "all_seconds": seconds,
+        "seconds": {place: median(values) for place, values in seconds.items()},
+        "ratio": {place: ratio(median(values), median(seconds[base])) for place, values in seconds.items()},
+        "same_losses": all(found == losses[0] for found in losses),
+    }
+
+
+def steps_table(row: Row) -> str:
+    """Milliseconds of a step, and how often it lasts the first one's time."""
+    rows = [
+        [place, show(row["seconds"][place], ".1f", 1e-3), show(row["ratio"][place], ".3f")] for place in row["ratio"]
+    ]
+    return table(["histories", "step, ms", "ratio"], rows)
+
+
+def steps_targets(row: Row) -> list[Target]:
+    """Hold the steps against the numbers to reach."""
+    on_card = "device" in row["ratio"]
+    return [
+        Target(
+            "step with histories in files and a pool / in memory",
+            None if on_card else row["ratio"]["file, pool"],
+            1.2,
+            why_not_measured="set for the CPU",
+        ),
+        Target(
+            "step with histories in host memory and a pool / on the device",
+            row["ratio"]["memory, pool"] if on_card else None,
+            1.15,
+            why_not_measured="no CUDA device",
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=Work.nodes)
+    parser.add_argument("--channels", type=int, default=Work.channels)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(arguments)
+    with settings(options.threads):
+        work = Work(options.nodes, channels=options.channels)
+        row = measure_steps(work, torch.device(options.device), repeats=options.repeats)
+    print(f"{work}\n{steps_table(row)}\nthe same losses: {row['same_losses']}\n")
+    print("\n".join(target.line() for target in steps_targets(row)))
+
+
+if __name__ == "__main__":
+    main()
