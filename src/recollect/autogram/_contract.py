@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked
+from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
 from recollect.autogram._square import SquareSum, wide
@@ -66,13 +66,19 @@ def _values(factor: Factor) -> Tensor:
 
 def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
     """Form whole rows, all of them if they fit and else a block for each pair of blocks."""
-    m = factors[0].num_rows
-    size = total.dtype.itemsize
-    step = max(1, _WHOLE // (2 * size * row_elements(factors)))
-    if m * factors[0].shape.numel() * size <= _WHOLE:
-        blocks = [form_rows(factors, slice(start, min(start + step, m))) for start in range(0, m, step)]
-        total.add_product(blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+    m, size = factors[0].num_rows, total.dtype.itemsize
+    elements = factors[0].shape.numel()
+    if len(factors) == 1 and isinstance(factors[0], Rows):
+        total.add_product(form_rows(factors, slice(0, m)))
         return
+    step = _rows_at_once(total, factors)
+    if m * elements * size <= _WHOLE:
+        formed = total.new_rows(elements)
+        for i in range(0, m, step):
+            formed[i : i + step] = form_rows(factors, slice(i, min(i + step, m)))
+        total.add_product(formed)
+        return
+    step = max(step, _WHOLE // (2 * size * elements))  # every block is formed again for each that comes before it
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         first = form_rows(factors, rows).to(total.dtype)
@@ -85,13 +91,14 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
 def _add_blocks(total: SquareSum, factor: Blocks) -> None:
     """Form J for some of the parameter's first axis at a time, for all objectives."""
     m, size = factor.num_rows, total.dtype.itemsize
-    entries, grain = factor.shape[0], factor.grain
-    step = _WHOLE // (m * size * (factor.shape.numel() // entries)) // grain * grain
+    entries, columns = factor.shape[0], factor.shape[1:].numel()
+    step = max(1, _WHOLE // (m * size * columns * factor.grain)) * factor.grain
     count = max(1, _WHOLE // (size * factor.row_elements))
-    for start in range(0, entries, max(step, grain)):
-        part = slice(start, min(start + max(step, grain), entries))
-        formed = [factor.form(slice(i, min(i + count, m)), part) for i in range(0, m, count)]
-        total.add_product((formed[0] if len(formed) == 1 else torch.cat(formed)).flatten(1))
+    for start in range(0, entries, step):
+        part = slice(start, min(start + step, entries))
+        formed = [factor.form(slice(i, min(i + count, m)), part).flatten(1) for i in range(0, m, count)]
+        total.add_product(formed[0] if len(formed) == 1 else torch.cat(formed))
+        del formed
 
 
 def _add_outer(total: SquareSum, factor: Outer) -> None:
@@ -116,7 +123,7 @@ def _add_pairs(total: SquareSum, factor: Outer) -> None:
     T, G = factor.left.shape[1:3]
     dtype = total.dtype
     left, right = (side.permute(2, 0, 1, 3).to(dtype) for side in (factor.left, factor.right))  # [G, m, T, a]
-    step = max(1, int((_piece(left) * 4 / (dtype.itemsize * T * T * G)) ** 0.5))
+    step = max(1, int((_piece(left.device) * 4 / (dtype.itemsize * T * T * G)) ** 0.5))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         for j in range(i, m, step):
@@ -138,7 +145,7 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     m, dtype = factor.num_rows, total.dtype
     left, right = factor.left.squeeze(2), factor.right.squeeze(2).to(dtype)
     a, b = left.shape[2], right.shape[2]
-    step = min(a, max(1, _piece(left) // (m * b * dtype.itemsize)))
+    step = min(a, max(1, _piece(left.device) // (m * b * dtype.itemsize)))
     slab = left.new_empty(m * step * b, dtype=dtype)
     for start in range(0, a, step):
         part = left[:, :, start : start + step].to(dtype).mT  # [m or 1, step, T]
@@ -155,7 +162,7 @@ def _add_groups(total: SquareSum, factor: Outer) -> None:
     m = factor.num_rows
     G, a = factor.left.shape[2:]
     b = factor.right.shape[3]
-    step = max(1, _piece(factor.left) // (m * a * b * total.dtype.itemsize))
+    step = max(1, _piece(factor.left.device) // (m * a * b * total.dtype.itemsize))
     for start in range(0, G, step):
         left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
         shape = torch.Size((left.shape[2], a, b))
@@ -169,7 +176,7 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
     order = places.expand(m, T).flatten().argsort(stable=True)
     sorted_places = places.expand(m, T).flatten()[order]
     grads = factor.grad.reshape(m * T, d)
-    step = max(1, _piece(grads) // (m * d * total.dtype.itemsize))
+    step = max(1, _piece(grads.device) // (m * d * total.dtype.itemsize))
     starts = torch.arange(0, len(entries) + step, step, device=places.device)
     bounds = torch.searchsorted(sorted_places, starts).tolist()
     for k, (low, high) in enumerate(itertools.pairwise(bounds)):
@@ -179,5 +186,9 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
         total.add_product(slab.view(m, -1))
 
 
-def _piece(like: Tensor) -> int:
-    return _PIECE["cpu" if like.device.type == "cpu" else "cuda"]
+def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:
+    return min(factors[0].num_rows, max(1, 4 * _piece(total.device) // (total.dtype.itemsize * row_elements(factors))))
+
+
+def _piece(device: torch.device) -> int:
+    return _PIECE["cpu" if device.type == "cpu" else "cuda"]

@@ -38,6 +38,11 @@ class SquareSum:
         """What is summed in."""
         return self._upper.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is summed."""
+        return self._upper.device
+
     def new_rows(self, columns: int) -> Tensor:
         """Return zeros [m, columns], to be filled and added."""
         return self._upper.new_zeros(self._upper.shape[0], columns)
