@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scalable_zoo import NODES, PTR, data_for, make
+from model_zoo import NODES, PTR, data_for, make
 
 from recollect.autoscale import SubgraphLoader
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from scalable_zoo import AGGREGATORS, IN, NODES, OUT, SCALERS, data_for, make, make_graph
+from model_zoo import AGGREGATORS, IN, NODES, OUT, SCALERS, data_for, make, make_graph
 from torch.nn import functional as F
 
 from recollect.autoscale import edge_index_of, with_weights

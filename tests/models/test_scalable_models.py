@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scalable_zoo import NODES, OUT, PTR, data_for, every_model, given, make
+from model_zoo import NODES, OUT, PTR, data_for, every_model, given, make
 from torch import Tensor
 from torch.nn import functional as F
 
