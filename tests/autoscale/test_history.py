@@ -30,7 +30,7 @@ def kept(x, dtype):
         return x.to(dtype).double()
     rows = []
     for row in x.float():
-        scale = row.abs().max() / 127
+        scale = row.abs().max() * (1 / 127)
         rows.append((torch.round(row / scale) * scale if scale > 0 else row * 0).double())
     return torch.stack(rows) if rows else x
 

@@ -68,7 +68,7 @@ class Int8Codec:
     def encode(self, x: Tensor) -> Tensor:
         """Quantise row by row."""
         x = x.to(torch.float32)
-        scale = x.abs().amax(1, keepdim=True) / _STEPS
+        scale = x.abs().amax(1, keepdim=True) * (1 / _STEPS)  # a division by a number is rounded otherwise on CUDA
         scale = torch.where(scale.isfinite(), scale, torch.nan)
         steps = (x / scale).round_().clamp_(-_STEPS, _STEPS)
         steps = torch.where(scale > 0, steps, 0.0)  # converting NaN to integers is undefined
