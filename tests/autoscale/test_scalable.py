@@ -215,7 +215,7 @@ class TestArguments:
         [
             ((0, 3, 2), "num_nodes must be at least 1"),
             ((3, 3, 0), "num_layers must be at least 1"),
-            ((3, 0, 2), "embedding_dim must be at least 1"),
+            ((3, 0, 2), "hidden_channels must be at least 1"),
             ((3, [3, 3], 2), "hidden_channels has 2 numbers, but between 2 layers there are 1"),
             ((3, 3, 2, 4), "pool_size and buffer_size come together"),
             ((3, 3, 2, None, 4), "pool_size and buffer_size come together"),
