@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rule_layers import CONVS, drawn_conv
 from rule_oracle import apply, batch_form, check, dense, rows_form
 from torch import nn
 
@@ -9,33 +10,6 @@ from recollect.autogram._factors import Blocks, Outer
 from recollect.autogram.rules import _conv
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-
-CONVS = {
-    "1d": (lambda: nn.Conv1d(4, 6, 3), (3, 4, 7)),
-    "1d stride": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2), (3, 4, 8)),  # the last element is not seen
-    "1d same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2), (3, 4, 7)),
-    "1d same, uneven": (lambda: nn.Conv1d(4, 6, 4, padding="same", groups=2), (3, 4, 7)),
-    "1d valid": (lambda: nn.Conv1d(4, 6, 4, padding="valid"), (3, 4, 7)),
-    "2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 3, 5, 6)),
-    "2d uneven": (lambda: nn.Conv2d(3, 4, (3, 2), (2, 1), (0, 1), (1, 2)), (3, 3, 6, 5)),
-    "2d one by one": (lambda: nn.Conv2d(3, 4, 1, bias=False), (3, 3, 4, 2)),
-    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
-    "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (3, 4, 5, 5)),
-    "2d reflect": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (3, 3, 5, 5)),
-    "2d circular": (lambda: nn.Conv2d(3, 4, 3, padding=(0, 2), padding_mode="circular"), (3, 3, 5, 5)),
-    "2d replicate, same": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same", padding_mode="replicate"), (3, 3, 5, 5)),
-    "3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(1, 0, 1), groups=2), (3, 2, 2, 3, 4)),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (3, 4, 5)),
-    "transposed 1d stride": (lambda: nn.ConvTranspose1d(4, 6, 3, 3, 1, output_padding=2), (3, 4, 5)),
-    "transposed 1d dilation": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, output_padding=2, dilation=3), (3, 4, 5)),
-    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (0, 1), groups=2), (3, 4, 4, 5)),
-    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, dilation=(1, 2, 1), bias=False), (3, 2, 2, 3, 2)),
-}
-
-
-def drawn(name):
-    make, shape = CONVS[name]
-    return make().double(), torch.randn(shape, dtype=torch.float64)
 
 
 @pytest.fixture(params=["rows", "unfolded"])
@@ -47,20 +21,20 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("name", CONVS)
 def test_against_autograd(name, axes, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     check(layer, x, axes=axes)
 
 
 @pytest.mark.parametrize("name", CONVS)
 def test_without_an_axis_for_the_batch(name, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     check(layer, x[0])
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("name", ["2d uneven", "2d groups", "transposed 2d"])
 def test_strides_of_memory_do_not_matter(name, axes, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     layer.to(memory_format=torch.channels_last)
     check(layer, x.to(memory_format=torch.channels_last), axes=axes)
     check(layer, x.repeat_interleave(2, -1)[..., ::2], axes=axes)
@@ -69,30 +43,30 @@ def test_strides_of_memory_do_not_matter(name, axes, way):
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("name", ["1d", "2d", "transposed 2d"])
 def test_one_element(name, axes, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     check(layer, x[:1], axes=axes)
 
 
 def test_no_elements(way):
-    layer, x = drawn("2d")
+    layer, x = drawn_conv("2d")
     check(layer, x[:0])
 
 
 def test_output_size_of_a_transposed_convolution(way):
-    layer, x = drawn("transposed 2d")
+    layer, x = drawn_conv("transposed 2d")
     check(layer, x, (10, 4), axes=(0,))
 
 
 @pytest.mark.parametrize("name", CONVS)
 def test_single_precision(name, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     check(layer.float(), x.float(), axes=(0,), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["1d same", "2d groups", "transposed 2d"])
 def test_half_precision_is_summed_in_single(name, dtype, way):
-    layer, x = drawn(name)
+    layer, x = drawn_conv(name)
     _, views, grads = batch_form(layer, (x,), (0,))
     layer.to(dtype)
     views, grads = (views[0].to(dtype),), [grads[0].to(dtype)]
@@ -105,7 +79,7 @@ def test_half_precision_is_summed_in_single(name, dtype, way):
 
 
 def test_input_and_gradient_of_different_precision(way):
-    layer, x = drawn("2d")
+    layer, x = drawn_conv("2d")
     layer, x = layer.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
         _, views, grads = batch_form(layer, (x,), (0,))
@@ -135,7 +109,7 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
 @pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 1d", "transposed 2d"])
 def test_parts_make_the_whole(name, axes, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
-    factor = weight_factor(*drawn(name), axes)
+    factor = weight_factor(*drawn_conv(name), axes)
     m, entries = factor.num_rows, factor.shape[0]
     whole = factor.form(slice(0, m), slice(0, entries))
     cut = entries // factor.grain // 2 * factor.grain
@@ -145,7 +119,7 @@ def test_parts_make_the_whole(name, axes, monkeypatch):
 
 
 def test_frozen_weight_and_no_gradient():
-    layer, x = drawn("2d")
+    layer, x = drawn_conv("2d")
     layer.weight.requires_grad_(False)
     check(layer, x, axes=(0,))
     assert apply(layer, (x.unsqueeze(0),), [None]) == {}

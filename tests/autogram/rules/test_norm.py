@@ -2,58 +2,23 @@
 
 import pytest
 import torch
+from rule_layers import NORMS, drawn_norm, tracked
 from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
 
 from recollect.autogram._factors import NotCovered
 
-DRAWN = {
-    "layer": (lambda: nn.LayerNorm(4), (3, 2, 4)),
-    "layer over two": (lambda: nn.LayerNorm((2, 4)), (3, 2, 4)),
-    "layer without bias": (lambda: nn.LayerNorm(4, bias=False), (3, 4)),
-    "rms": (lambda: nn.RMSNorm(4), (3, 2, 4)),
-    "rms over two": (lambda: nn.RMSNorm((2, 4), eps=0.1), (3, 2, 4)),
-    "group": (lambda: nn.GroupNorm(2, 4), (3, 4, 5, 2)),
-    "group of one channel": (lambda: nn.GroupNorm(4, 4, eps=0.1), (3, 4, 5)),
-    "group without positions": (lambda: nn.GroupNorm(2, 4), (3, 4)),
-    "instance 1d": (lambda: nn.InstanceNorm1d(4, affine=True), (3, 4, 5)),
-    "instance 2d": (lambda: nn.InstanceNorm2d(4, affine=True, eps=0.1), (3, 4, 5, 2)),
-    "instance 3d": (lambda: nn.InstanceNorm3d(2, affine=True), (3, 2, 2, 3, 2)),
-    "instance that tracks": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (3, 4, 5)),
-    "instance by running statistics": (lambda: tracked(nn.InstanceNorm1d(4, 0.1, 0.1, True, True)), (3, 4, 5)),
-    "batch 1d": (lambda: tracked(nn.BatchNorm1d(4)), (3, 4)),
-    "batch 1d of sequences": (lambda: tracked(nn.BatchNorm1d(4, eps=0.1)), (3, 4, 5)),
-    "batch 2d": (lambda: tracked(nn.BatchNorm2d(4)), (3, 4, 5, 2)),
-    "batch 3d": (lambda: tracked(nn.BatchNorm3d(2)), (3, 2, 2, 3, 2)),
-}  # fmt: skip
-
-
-def tracked(layer):
-    """The layer in evaluation, with running statistics of its own."""
-    layer.running_mean.normal_()
-    layer.running_var.uniform_(0.5, 2)
-    return layer.eval()
-
-
-def drawn(name):
-    make, shape = DRAWN[name]
-    layer = make().double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-    return layer, torch.randn(shape, dtype=torch.float64) * 2 + 1
-
 
 @pytest.mark.parametrize("axes", [None, (0,)])
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", NORMS)
 def test_against_autograd(name, axes):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     check(layer, x, axes=axes)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", NORMS)
 def test_strides_do_not_matter(name):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     check(layer, x.mT.contiguous().mT, axes=(0,))
     check(layer, x.repeat_interleave(2, 0)[::2], axes=None)
 
@@ -61,36 +26,36 @@ def test_strides_do_not_matter(name):
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("name", ["layer", "group", "instance 2d", "batch 2d"])
 def test_one_element(name, axes):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     check(layer, x[:1], axes=axes)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5)])
 def test_instance_norm_with_and_without_a_batch(shape):
-    layer, _ = drawn("instance 1d")
+    layer, _ = drawn_norm("instance 1d")
     check(layer, torch.randn(shape, dtype=torch.float64))
 
 
 def test_batch_axis_that_is_not_the_first():
-    layer, x = drawn("layer")
+    layer, x = drawn_norm("layer")
     check(layer, x, axes=(1,))
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "batch 2d"])  # autograd's own is not a number for the others
 def test_no_positions(name):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     check(layer, x[..., :0, :], axes=(0,))
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", NORMS)
 def test_single_precision(name):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     check(layer.float(), x.float(), axes=(0,), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["layer", "rms over two", "group", "instance 2d", "batch 2d"])
 def test_half_precision_is_summed_in_single(name):
-    layer, x = drawn(name)
+    layer, x = drawn_norm(name)
     layer, x = layer.bfloat16(), x.bfloat16()
     _, views, grads = batch_form(layer, (x,), (0,))
     found = apply(layer, views, grads)
@@ -126,11 +91,11 @@ def test_batch_norm_over_devices_only_in_evaluation():
 
 
 def test_frozen_parameters_have_no_factor():
-    layer, x = drawn("layer")
+    layer, x = drawn_norm("layer")
     layer.weight.requires_grad_(False)
     check(layer, x)
 
 
 def test_without_a_gradient_there_is_no_factor():
-    layer, x = drawn("layer")
+    layer, x = drawn_norm("layer")
     assert apply(layer, (x.unsqueeze(0),), [None]) == {}
