@@ -8,7 +8,6 @@ import torch
 from recollect.train._build import build_dataset, build_optimizer, warmup
 from recollect.train._config import parse
 from recollect.train._errors import TrainingError, UsageError
-from recollect.train._network import build_model, graph_inputs
 
 
 def test_missing_raw_files_are_named(tmp_path):
@@ -42,45 +41,6 @@ def test_the_seed_of_generated_graphs_is_its_own():
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.hidden_channels=7", "hidden_channels=7 is not divisible"),
-        ("model.conv=conv", "choose from gat, gcn"),
-        ("model.conv_kwargs.colour=red", "the model cannot be built: .*colour"),
-    ],
-)
-def test_a_wrong_model_is_wrong_usage(graph_maker, override, message):
-    with pytest.raises(UsageError, match=message):
-        build_model(parse([override]).model, graph_maker("multiclass", "accuracy", 3))
-
-
-def test_a_model_can_have_another_depth(graph_maker):
-    settings = parse(["model.num_layers=3"]).model
-    assert build_model(settings, graph_maker("multiclass", "accuracy", 3), num_layers=5).num_layers == 5
-
-
-@pytest.mark.parametrize("conv", ["gat", "gen"])
-def test_edge_features_reach_the_output(graph_maker, conv):
-    settings = parse(["model=revgnn_deep", f"model.conv={conv}", "model.num_layers=2", "model.hidden_channels=8"]).model
-    settings = replace(settings, conv_kwargs={})
-    graph = graph_maker("multilabel", "rocauc", 3, edge_attr=True)
-    model = build_model(settings, graph).eval()
-    x, edge_index, edge_attr = graph_inputs(settings, graph)
-    assert not torch.allclose(model(x, edge_index, edge_attr), model(x, edge_index, 2 * edge_attr))
-
-
-def test_a_graph_without_edge_features_needs_none(graph_maker):
-    graph = graph_maker("multiclass", "accuracy", 3)
-    assert len(graph_inputs(parse(["model=revgnn_deep"]).model, graph)) == 2
-
-
-def test_edge_features_need_a_convolution_that_takes_them(graph_maker):
-    settings = parse(["model.edge_features=true"]).model
-    with pytest.raises(UsageError, match="gat, gen"):
-        build_model(settings, graph_maker("multiclass", "accuracy", 3, edge_attr=True))
-
-
-@pytest.mark.parametrize(
     ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
 def test_optimizers_get_their_settings(name, kind):
@@ -94,6 +54,35 @@ def test_optimizers_get_their_settings(name, kind):
 def test_a_wrong_option_of_the_optimizer_is_wrong_usage():
     settings = parse(["optimizer.options.betas=[2.0,0.9]"]).optimizer
     with pytest.raises(UsageError, match="the optimizer cannot be built: Invalid beta"):
+        build_optimizer(settings, torch.nn.Linear(2, 2))
+
+
+class Two(torch.nn.Module):
+    """Says which of its modules are regularised."""
+
+    def __init__(self):
+        super().__init__()
+        self.reg_modules = torch.nn.ModuleList([torch.nn.Linear(2, 3)])
+        self.nonreg_modules = torch.nn.ModuleList([torch.nn.Linear(3, 1), torch.nn.Linear(1, 1)])
+
+
+def test_two_groups_have_two_weight_decays():
+    settings = parse(["optimizer=adam", "optimizer.weight_decay=0.5", "optimizer.other_weight_decay=0.25"]).optimizer
+    model = Two()
+    first, second = build_optimizer(settings, model).param_groups
+    assert (first["weight_decay"], second["weight_decay"]) == (0.5, 0.25)
+    assert [p.numel() for p in first["params"]] == [6, 3]
+    assert [p.numel() for p in second["params"]] == [3, 1, 1, 1]
+
+
+def test_one_weight_decay_is_for_all_parameters():
+    (group,) = build_optimizer(parse(["optimizer.weight_decay=0.5"]).optimizer, Two()).param_groups
+    assert (group["weight_decay"], len(group["params"])) == (0.5, 6)
+
+
+def test_a_model_that_does_not_say_what_is_regularised_has_one_weight_decay():
+    settings = parse(["optimizer.other_weight_decay=0.0"]).optimizer
+    with pytest.raises(UsageError, match=r"other_weight_decay=0.0: Linear does not say"):
         build_optimizer(settings, torch.nn.Linear(2, 2))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from recollect import data
@@ -38,6 +40,78 @@ def test_published_networks_have_the_published_numbers(model, layers, channels, 
     settings = parse([f"model={model}"]).model
     assert (settings.num_layers, settings.hidden_channels, settings.dropout) == (layers, channels, dropout)
     assert (settings.num_groups, settings.shared_dropout, settings.conv_kwargs) == (2, True, {"aggr": "max"})
+
+
+# Layers, channels, dropout, parts, parts of a step, rate, two weight decays, clipping, epochs: arXiv 2106.05609.
+PUBLISHED = {
+    "cora_gcn": (2, 16, 0.5, 40, 10, 0.01, 5e-4, 0, 1.0, 200, 20),
+    "citeseer_gcn": (2, 16, 0.5, 24, 8, 0.01, 5e-4, 0, None, 200, 20),
+    "cora_gat": (2, 8, 0.6, 40, 10, 0.005, 5e-4, 0, 1.0, 400, 20),
+    "citeseer_gat": (2, 8, 0.6, 24, 8, 0.005, 5e-4, 0, None, 400, 20),
+    "cora_appnp": (10, 64, 0.5, 4, 2, 0.01, 0.005, 0, None, 600, 20),
+    "citeseer_appnp": (10, 64, 0.5, 24, 6, 0.01, 0.005, 0, 1.0, 600, 20),
+    "cora_gcn2": (64, 64, 0.6, 2, 1, 0.01, 0.01, 5e-4, None, 1000, 10),
+    "citeseer_gcn2": (32, 256, 0.7, 40, 20, 0.01, 0.01, 5e-4, 1.0, 1000, 10),
+}
+LARGE = {
+    "ogbn-arxiv_gcn": (3, 256, 80, 40, 0.01, 300, 0.0),
+    "reddit_gcn": (2, 256, 200, 100, 0.01, 400, 0.0),
+    "ogbn-products_gcn": (3, 256, 7, 1, 0.005, 300, 0.0),
+    "ogbn-products_gcn2": (5, 128, 150, 1, 0.001, 240, 0.8),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_of_the_small_benchmark_have_the_published_numbers(preset):
+    s = parse([f"preset={preset}"])
+    found = (s.model.num_layers, s.model.hidden_channels, s.model.dropout)
+    found += (s.training.num_parts, s.training.parts_per_batch, s.optimizer.lr)
+    found += (s.optimizer.weight_decay, s.optimizer.other_weight_decay, s.clip_norm, s.epochs, s.runs)
+    assert found == PUBLISHED[preset]
+    assert (s.training.name, s.training.partition, s.optimizer.name) == ("autoscale", "metis", "adam")
+    assert (s.patience, s.warmup_epochs, s.data.features) == (None, 0, "rows")
+
+
+@pytest.mark.parametrize("preset", LARGE)
+def test_presets_of_the_large_benchmark_have_the_published_numbers(preset):
+    s = parse([f"preset={preset}"])
+    found = (s.model.num_layers, s.model.hidden_channels, s.training.num_parts, s.training.parts_per_batch)
+    assert (*found, s.optimizer.lr, s.epochs, s.training.edge_dropout) == LARGE[preset]
+
+
+def test_heads_and_strengths_are_the_published_ones():
+    assert parse(["preset=cora_gat"]).model.options == {"hidden_heads": 8, "out_heads": 1}
+    assert parse(["preset=citeseer_appnp"]).model.options == {"alpha": 0.1}
+    thetas = [parse([f"preset={name}_gcn2"]).model.options["theta"] for name in ("cora", "citeseer")]
+    assert thetas == [0.5, 0.6]
+
+
+def test_there_is_a_preset_for_each_graph_and_network_of_both_benchmarks():
+    small = (
+        "cora",
+        "citeseer",
+        "pubmed",
+        "coauthor-cs",
+        "coauthor-physics",
+        "amazon-computers",
+        "amazon-photo",
+        "wikics",
+    )
+    large = ("reddit", "ppi", "flickr", "yelp", "ogbn-arxiv", "ogbn-products")
+    expected = {f"{graph}_{model}" for graph in small for model in ("gcn", "gat", "appnp", "gcn2")}
+    expected |= {f"{graph}_{model}" for graph in large for model in ("gcn", "gcn2", "pna", "pna_jk")}
+    assert set(groups()["preset"]) == expected
+
+
+def test_one_switch_changes_how_a_preset_trains_and_nothing_else():
+    full, parts = (parse(["preset=cora_gcn", f"training={name}"]) for name in ("full", "autoscale"))
+    assert replace(full, training=replace(full.training, name="autoscale")) == parts
+
+
+def test_what_is_said_goes_before_the_preset():
+    settings = parse(["preset=cora_gcn", "runs=2", "model.dropout=0.25", "training.num_parts=12", "optimizer=sgd"])
+    assert (settings.runs, settings.model.dropout, settings.training.num_parts) == (2, 0.25, 12)
+    assert (settings.optimizer.name, settings.model.num_layers) == ("sgd", 2)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +158,11 @@ def test_options_of_a_convolution_are_free():
         ("model.dropout=nan", "must be a finite number"),
         ("optimizer.lr=inf", "must be a finite number"),
         ("epochs=0", "epochs=0: must be at least 1"),
+        ("training=autoscale", "model=revgnn has none: choose gcn, "),
+        ("model.options.alpha=1", "there is no key 'model.options.alpha'"),
+        ("preset=cora", r"there is no preset 'cora' \(did you mean 'cora_"),
+        ("training.history_dtype=int4", "choose from: float32, float16, bfloat16, int8"),
+        ("training.edge_dropout=0.5", "model=revgnn takes no notice of the edges' weights"),
         ("seed=${foo}", "Interpolation key 'foo' not found"),
         ("seed=1,2", "has several values"),
         ("seed", "write key=value"),
@@ -97,6 +176,11 @@ def test_options_of_a_convolution_are_free():
 def test_what_is_wrong_is_said_with_what_is_right(override, message):
     with pytest.raises(UsageError, match=message):
         parse([override])
+
+
+def test_a_step_has_no_more_parts_than_there_are():
+    with pytest.raises(UsageError, match=r"training.parts_per_batch=8: must be at most training.num_parts=4"):
+        parse(["model=gcn", "training=autoscale", "training.num_parts=4"])
 
 
 def test_every_key_is_listed():

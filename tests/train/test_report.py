@@ -40,6 +40,50 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+PARTS = ["model=gcn", "training=autoscale", "training.num_parts=4", "training.parts_per_batch=1"]
+
+
+def test_a_run_with_histories_shows_them(tmp_path):
+    overrides = ["dataset=karate", *PARTS, "epochs=3", "threads=1", "training.errors_every=1", "model.num_layers=3"]
+    summary = train([*overrides, f"run_dir={tmp_path / 'run'}"])
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    text = " ".join(page.words)
+    ages, errors = summary["histories"]["ages"], summary["histories"]["errors"]
+    assert len(ages) == len(errors) == 2
+    for part in (
+        "whole graph",
+        f"2 x 34 rows, float32: {bytes_text(2 * 34 * 4 * (16 + 1))} (cpu)",
+        f"{ages[0]:.2f}",
+        f"{errors[0]:.1e}",
+        bytes_text(summary["peak_bytes_plain"]),
+    ):
+        assert part in text
+    assert "drift" not in text
+    assert [tag for tag, _ in page.elements].count("svg") == 1  # no picture of memory against depth
+
+
+def test_a_run_on_the_whole_graph_has_one_column_of_costs(tmp_path):
+    train(["dataset=karate", "model=gcn", "epochs=2", "threads=1", f"run_dir={tmp_path / 'run'}"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<th>measured</th><th>whole graph</th><th></th></tr><tr><td>peak memory of a step</td>" in page
+    assert "histories</th>" not in page
+
+
+@pytest.mark.parametrize("layers", [1, 4, 9])
+@pytest.mark.parametrize("errors", [True, False])
+def test_histories_of_any_depth_have_their_curves(finished, layers, errors):
+    history = []
+    for epoch in (1, 2, 3):
+        seen = {f"age_{layer}": 1.5 for layer in range(1, layers + 1)}
+        if errors:
+            error = 0.1 if epoch == 2 else float("nan")
+            seen |= {f"error_{layer}": error for layer in range(1, layers + 1)}
+        known = row(epoch, **seen)
+        del known["drift"]
+        history.append(known)
+    Page(report({**finished[1], "best_epoch": 1}, history, "seed: 0"))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"

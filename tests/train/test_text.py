@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recollect.train._text import bytes_text, seconds_text
+from recollect.train._text import bytes_text, per_layer, percent_text, range_text, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,31 @@ def test_bytes(number, text):
 @pytest.mark.parametrize(("number", "text"), [(None, "not measured"), (0.01234, "0.0123 s"), (1234.5, "1,234 s")])
 def test_seconds(number, text):
     assert seconds_text(number) == text
+
+
+def test_scores_of_several_runs_have_a_deviation():
+    summary = {"test_accuracy": 0.81234, "val_accuracy": 0.5, "val_accuracy_std": 0.0123}
+    assert percent_text(summary, "test_accuracy") == "81.23 %"
+    assert percent_text(summary, "val_accuracy") == "50.00 ± 1.23 %"
+
+
+def test_layers_are_found_by_their_names():
+    row = {"age_1": 1.0, "age_2": 2.0, "age_10": 3.0, "val_loss": 4.0, "error_1": 5.0}
+    assert per_layer(row, "age") == [1.0, 2.0, 3.0]
+    assert per_layer(row, "val") == []
+    assert per_layer(row, "drift") == []
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([], ""),
+        ([float("nan")] * 3, ""),
+        ([1.5], "1.50"),
+        ([1.5, 1.501, 1.499], "1.50"),
+        ([1.5, 2.0], "1.50/2.00"),
+        ([1.0, 2.0, 3.0, 4.0, 0.5], "0.50 to 4.00"),
+    ],
+)
+def test_a_few_layers_are_listed_and_many_have_a_range(values, text):
+    assert range_text(values) == text

@@ -19,16 +19,33 @@ from recollect.train._trainer import Trainer
 BASE = parse(["warmup_epochs=0", "model.num_layers=3", "model.hidden_channels=8", "epochs=6", "optimizer.lr=0.05"])
 
 
+PARTS = parse(
+    [
+        *("model=gcn", "model.num_layers=3", "epochs=6", "optimizer.lr=0.05", "warmup_epochs=0", "training=autoscale"),
+        *("training.num_parts=4", "training.parts_per_batch=1", "training.errors_every=2"),
+    ]
+)
+LAYERWISE = replace(PARTS, training=replace(PARTS.training, layerwise=True, history_dtype="int8"))
+
+
 def make(graph, tmp_path, settings=BASE, seed=0):
     torch.manual_seed(seed)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[AtomicCheckpointIO()])
-    step = Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph))
+    prepared = prepare(settings, graph)
+    step = Step(fabric, settings, prepared, build_model(settings.model, prepared, settings.training))
     return Trainer(settings, step, tmp_path / "checkpoint.ckpt")
 
 
 def numbers(trainer):
     """The history without what a clock says, and without drift, of which each backward takes another random sample."""
-    return [{k: value for k, value in row.items() if k not in ("seconds", "drift")} for row in trainer.history]
+    return [
+        {
+            key: value if math.isfinite(value) else str(value)
+            for key, value in row.items()
+            if key not in ("seconds", "drift")
+        }
+        for row in trainer.history
+    ]
 
 
 @pytest.fixture
@@ -74,8 +91,9 @@ def test_labels_are_trained_by_binary_cross_entropy(graph_maker, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(graph, tmp_path, stop):
-    whole = make(graph, tmp_path)
+@pytest.mark.parametrize("settings", [BASE, PARTS, LAYERWISE], ids=["reversible", "parts", "parts-layerwise"])
+def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(graph, tmp_path, settings, stop):
+    whole = make(graph, tmp_path, settings)
     whole.fit(lambda row: None)
     whole.checkpoint.unlink()
 
@@ -87,8 +105,8 @@ def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(graph, t
             raise KilledError
 
     with pytest.raises(KilledError):
-        make(graph, tmp_path).fit(kill)
-    resumed = make(graph, tmp_path, seed=5)
+        make(graph, tmp_path, settings).fit(kill)
+    resumed = make(graph, tmp_path, settings, seed=5)
     resumed.load()
     assert resumed.epoch == stop
     resumed.fit(lambda row: None)
@@ -180,3 +198,25 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(graph, tmp_path, damage):
         trainer = make(graph, tmp_path, replace(BASE, model=replace(BASE.model, hidden_channels=4)))
     with pytest.raises(InvalidRunError, match=r"checkpoint.ckpt cannot be read \("):
         trainer.load()
+
+
+def test_histories_are_filled_before_the_first_step(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(PARTS, epochs=1, optimizer=replace(PARTS.optimizer, lr=0.0)))
+    trainer.settings = replace(trainer.settings, training=replace(PARTS.training, errors_every=1))
+    trainer.step.network.dropout = 0.0
+    trainer.fit(lambda row: None)  # with a rate of 0 the histories stay those of the parameters
+    assert [trainer.history[0][name] for name in ("error_1", "error_2")] == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_errors_of_histories_are_measured_every_so_many_epochs(graph, tmp_path):
+    trainer = make(graph, tmp_path, PARTS)
+    trainer.fit(lambda row: None)
+    known = [row["epoch"] for row in trainer.history if math.isfinite(row["error_1"])]
+    assert known == [2, 4, 6]
+    assert all(row["age_2"] > 0 for row in trainer.history)
+
+
+def test_the_best_parameters_hold_no_histories(graph, tmp_path):
+    trainer = make(graph, tmp_path, replace(PARTS, epochs=1))
+    trainer.fit(lambda row: None)
+    assert trainer.best_state.keys() == dict(trainer.step.network.named_parameters()).keys()

@@ -56,7 +56,9 @@ def build_model(
         if isinstance(settings, RevGNNSettings):
             return _reversible(settings, graph)
         if isinstance(settings, ScalableSettings):
-            return build_scalable(settings, graph, **_history_options(training, graph, device))
+            if training is None or training.name == "full":
+                return _without_histories(settings, graph)
+            return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
     except (ImportError, OSError, HistoryFileError) as error:
         raise TrainingError(str(error)) from error
     except (TypeError, ValueError) as error:
@@ -65,14 +67,12 @@ def build_model(
 
 
 def build_scalable(settings: ScalableSettings, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
-    """Make a network with histories; their options are those of `recollect.autoscale.ScalableGNN`.
-
-    With ``num_nodes=1`` the histories have one row each: training on the whole graph needs none.
-    """
+    """Make a network with histories; their options are those of `recollect.autoscale.ScalableGNN`."""
     options = dict(settings.options)
     if settings.kind in ("pna", "pna_jk"):
         options["deg"] = graph.data.adj_t.crow_indices().diff()
     return _SCALABLE[settings.kind](
+        num_nodes=graph.data.num_nodes,
         in_channels=graph.data.x.size(-1),
         hidden_channels=settings.hidden_channels,
         out_channels=graph.num_classes,
@@ -113,15 +113,16 @@ def _reversible(settings: RevGNNSettings, graph: TrainingGraph) -> models.RevGNN
     )
 
 
-def _history_options(
-    training: TrainingSettings | None, graph: TrainingGraph, device: torch.device | None
-) -> dict[str, Any]:
-    if training is None or training.name == "full":
-        return {"num_nodes": 1}
-    num_nodes = graph.data.num_nodes
+def _without_histories(settings: ScalableSettings, graph: TrainingGraph) -> ScalableGNN:
+    """Training on the whole graph reads no history: those tables have a size, but no memory."""
+    network = build_scalable(settings, graph, device=torch.device("meta"))
+    network.histories.to_empty(device="cpu")  # all but the tables, so that the network can be moved
+    return network
+
+
+def _history_options(training: TrainingSettings, num_nodes: int, device: torch.device | None) -> dict[str, Any]:
     path = training.history_path
     return {
-        "num_nodes": num_nodes,
         "pool_size": training.pool_size,
         "buffer_size": (training.buffer_size or num_nodes) if training.pool_size else None,
         "device": None if path else training.history_device or device,

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from recollect.train._config import parse
+from recollect.train._graph import prepare
+from recollect.train._network import build_model
+from recollect.train._step import Step
+
+# Without dropout and clipping all that is random is the order of the parts.
+BASE = ["optimizer=adam", "optimizer.lr=0.05", "model.dropout=0", "model.num_layers=3", "model.hidden_channels=8"]
+PARTS = ["training=autoscale", "training.num_parts=4", "training.parts_per_batch=1", "training.partition=contiguous"]
+
+
+def make(graph, overrides, model="gcn"):
+    settings = parse([f"model={model}", *BASE, *overrides])
+    prepared = prepare(settings, graph)
+    torch.manual_seed(0)
+    network = build_model(settings.model, prepared, settings.training, torch.device("cpu"))
+    return Step(Fabric(accelerator="cpu", devices=1), settings, prepared, network)
+
+
+@pytest.fixture
+def graph(graph_maker):
+    return graph_maker("multiclass", "accuracy", 3)
+
+
+@pytest.mark.parametrize("model", ["gcn", "gat", "gcn2", "appnp"])
+def test_all_parts_in_one_batch_train_as_the_whole_graph_does(graph, model):
+    whole, parts = make(graph, [], model), make(graph, [*PARTS, "training.parts_per_batch=4"], model)
+    parts.fill()
+    for _ in range(3):
+        assert parts.train() == pytest.approx(whole.train(), rel=1e-5)
+    for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_an_epochs_loss_is_the_mean_over_training_nodes(graph):
+    graph.data.train_mask = torch.arange(12) < 7  # 3, 3, 1 and 0 in the parts
+    step = make(graph, [*PARTS, "optimizer.lr=0"])
+    step.fill()  # the histories then stay exact
+    logits = step.evaluate()
+    assert step.train() == pytest.approx(float(step.loss(logits, "train")), rel=1e-5)
+
+
+def test_histories_are_exact_when_they_are_filled_and_stale_after_training(graph):
+    step = make(graph, [*PARTS, "training.errors_every=1"])
+    step.fill()
+    seen = step.observe(errors=True)
+    assert list(seen) == ["age_1", "age_2", "error_1", "error_2"]
+    assert [seen[name] for name in seen] == pytest.approx([0.0] * 4, abs=1e-6)
+    step.train()
+    seen = step.observe(errors=True)
+    # Four pushes to each history, of three nodes each: these are 0, 1, 2 and 3 pushes old.
+    assert (seen["age_1"], seen["age_2"]) == (1.5, 1.5)
+    assert min(seen["error_1"], seen["error_2"]) > 1e-3
+    assert all(math.isnan(value) for name, value in step.observe(errors=False).items() if name.startswith("error"))
+
+
+def test_errors_are_those_that_the_formula_gives(graph):
+    step = make(graph, [*PARTS, "training.errors_every=1", "model.num_layers=2"])
+    step.fill()
+    step.train()
+    held, x, adj_t = step.network.histories[0].pull(), step.graph.data.x, step.graph.data.adj_t
+    step.network.eval()
+    with torch.no_grad():
+        fresh = step.network.forward_layer(0, x, adj_t, {})
+    expected = float((held - fresh).norm() / fresh.norm())
+    assert step.observe(errors=True)["error_1"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_parts_there_is_no_history_to_see(graph):
+    step = make(graph, ["training.errors_every=1"])
+    step.train()
+    assert step.observe(errors=True) == {}
+    assert step.modes == ["whole graph"]
+
+
+@pytest.mark.parametrize("model", ["gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin"])
+def test_evaluation_by_parts_is_that_of_the_whole_graph(graph, model):
+    whole, parts = make(graph, PARTS, model), make(graph, [*PARTS, "training.layerwise=true"], model)
+    assert torch.allclose(whole.evaluate(), parts.evaluate(), atol=1e-5)
+    parts.train()
+    assert parts.evaluate().shape == (12, 3)
+
+
+def test_the_second_mode_is_the_whole_graph(graph):
+    step = make(graph, [*PARTS, "training.layerwise=true"])
+    assert step.modes == ["histories", "whole graph"]
+    step.switch(second=True)
+    assert [inputs[0].size(0) for inputs, _, _ in step.batches] == [12]
+    step.switch(second=False)
+    assert len(list(step.batches)) > 1
+
+
+def test_the_lipschitz_regularisation_is_part_of_the_loss(graph):
+    plain, regularised = (
+        make(graph, [*PARTS, "model.options.noise=0.5", f"training.lipschitz={weight}", "optimizer.lr=0"], "gin")
+        for weight in (0.0, 10.0)
+    )
+    losses = []
+    for step in (plain, regularised):
+        step.fill()
+        torch.manual_seed(1)
+        losses.append(step.train())
+    assert losses[1] > losses[0] + 1e-3
+
+
+def test_gradients_of_each_step_are_clipped(graph):
+    step = make(graph, [*PARTS, "clip_norm=1e-3"])
+    step.train()
+    norms = [parameter.grad.norm() for parameter in step.network.parameters()]
+    assert float(torch.stack(norms).norm()) <= 1.001e-3
