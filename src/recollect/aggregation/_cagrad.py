@@ -7,11 +7,12 @@ from torch import Tensor
 
 from recollect.aggregation._complementarity import solve
 from recollect.aggregation._dual_cone import equilibrated
+from recollect.aggregation._subsets import solve_on
 from recollect.aggregation._weighting import Weighting
 
 __all__ = ["CAGradWeighting"]
 
-_RIDGE = 1e-10  # added to the diagonal of G / trace(G)
+_RIDGE = 1e-12  # added to the diagonal of G / trace(G)
 _ACCURACY = 1e-12
 _EVALUATIONS = 100
 
@@ -53,24 +54,22 @@ class CAGradWeighting(Weighting):
 
 
 def _reach(matrix: Tensor, scale: Tensor, products: Tensor, radius: Tensor) -> Tensor:
-    """Return the x >= 0 for the smallest product at which Jᵀ x has the norm ``radius``, by regula falsi.
+    """Return the x >= 0 for the smallest product μ at which Jᵀ x has the norm ``radius``, by Newton's method.
 
-    Below the lower end of the bracket x is zero; above the upper one even a lone objective could not gain as much.
+    While the same entries are positive, x moves along a line with μ, and the norm's square is a quadratic function of
+    it: so each step solves for μ as if they stayed. Below the lower end of the bracket x is zero; above the upper one
+    even a lone objective could not gain as much.
     """
     low, high = (products / scale).amin(), ((products + radius) / scale).amin()
-    below, beyond = -radius, torch.full_like(radius, torch.nan)
-    x, side = torch.zeros_like(scale), 0
+    product, x = high, torch.zeros_like(scale)
     for _ in range(_EVALUATIONS):
-        middle = high if bool(beyond.isnan()) else (low * beyond - high * below) / (beyond - below)
-        x = solve(matrix, (products - middle * scale)[None])[0][0]
-        excess = (x @ matrix @ x).sqrt() - radius
-        if bool((excess.abs() <= _ACCURACY * radius) | (high - low <= _ACCURACY * high.abs())):
+        x = solve(matrix, (products - product * scale)[None])[0][0]
+        excess = x @ matrix @ x - radius**2
+        if bool((excess.abs() <= _ACCURACY * radius**2) | (high - low <= _ACCURACY * high.abs())):
             break
-        # Illinois: an end that stays twice counts half, else it would stay for ever.
-        if bool(excess > 0):
-            high, beyond, below = middle, excess, below / 2 if side == 1 else below
-            side = 1
-        else:
-            low, below, beyond = middle, excess, beyond / 2 if side == -1 else beyond
-            side = -1
+        low, high = torch.where(excess < 0, product, low), torch.where(excess < 0, high, product)
+        along = solve_on(matrix, None, (x > 0)[None], scale[None])[0]
+        slope, bend = x @ scale, along @ scale
+        product = product + ((slope**2 - bend * excess).sqrt() - slope) / bend
+        product = torch.where((low < product) & (product < high), product, (low + high) / 2)
     return x

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from recollect.aggregation._active_set import descend
 from recollect.aggregation._modulus import modulus
 from recollect.aggregation._subsets import solve_on
 
@@ -16,7 +17,6 @@ _NOTABLE = 1e-6  # residuals above this are told
 _TOLERANCE = 1e-11  # a sign, or an equation, counts as wrong beyond this, beside a row's largest entry
 _PATIENCE = 3  # rounds without progress before a row is given up
 _LEAST_SHIFT = 1e-2
-_MORE_STEPS = (400, 4000)  # of the guess, for rows that were given up
 
 
 def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
@@ -24,8 +24,7 @@ def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
 
     These are the optimality conditions of min ½ zᵀ H z + qᵀ z over z >= 0. A few steps of :func:`modulus`, in float32,
     guess which entries are positive; :func:`_pivot` solves exactly on that guess and mends it where signs are wrong.
-    Rows on which that does not end begin again with a better guess: modulus steps converge, if slowly. What is not
-    done even then takes the better of both answers, and its residual tells.
+    Rows on which that does not end are left to :func:`descend`, which is slower and sure.
 
     Args:
         matrix: H ``[m, m]`` in float64, symmetric positive definite, best with a diagonal of ones.
@@ -43,14 +42,9 @@ def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
     inverse = _accurate_inverse(matrix, factor)
     guess = modulus(matrix.float(), offset.float(), shift.float())
     found, left = _pivot(matrix, inverse, offset, guess > 0)
-    for steps in _MORE_STEPS:
-        if not len(left):
-            break
-        guess = modulus(matrix, offset[left], shift, steps, unsettled=-1.0)
-        again, still = _pivot(matrix, inverse, offset[left], guess > 0)
-        again[still] = _better(matrix, offset[left[still]], again[still], guess[still])
-        found[left] = again
-        left = left[still]
+    if len(left):
+        begin = guess[left].clamp(min=0).nan_to_num(0.0).to(offset)
+        found[left] = descend(matrix, inverse, offset[left], begin, _TOLERANCE)
     found = found.clamp(min=0)
     residual = float(_residual(matrix, offset, found).amax())
     if not residual <= _NOTABLE:
@@ -73,13 +67,6 @@ def _accurate_inverse(matrix: Tensor, factor: Tensor) -> Tensor | None:
 
 def _residual(matrix: Tensor, offset: Tensor, z: Tensor) -> Tensor:
     return torch.minimum(z, torch.addmm(offset, z, matrix)).abs().amax(1) / (1 + z.amax(1))
-
-
-def _better(matrix: Tensor, offset: Tensor, *answers: Tensor) -> Tensor:
-    """Choose, row by row, the answer with the smaller residual."""
-    z = torch.stack([answer.nan_to_num(0.0, 0.0, 0.0).clamp(min=0) for answer in answers])
-    residuals = torch.stack([_residual(matrix, offset, answer) for answer in z])
-    return z[residuals.argmin(0), torch.arange(len(offset), device=z.device)]
 
 
 def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
     between, norms = correlations(matrix)
     count = len(matrix)
     # Beside rounding, what is orthogonal is in no conflict.
-    negative = (between < -4 * torch.finfo(gramian.dtype).eps).sum() / max(count * (count - 1), 1)
+    negative = int((between < -4 * torch.finfo(gramian.dtype).eps).sum())
     there = norms > 0
     parts = weights.to(between).flatten() * (norms / norms.amax())
     parts = torch.where(there, parts / torch.where(parts.abs().amax() > 0, parts.abs().amax(), 1.0), 0.0)
@@ -59,4 +59,5 @@ def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
     length = (parts @ products).clamp(min=0).sqrt()
     cosines = torch.where(length > 0, products / length, 0.0).clamp(-1, 1)
     smallest = torch.where(there, cosines, torch.inf).amin()
-    return Conflict(float(negative), cosines.reshape(shape), float(torch.where(there.any(), smallest, 0.0)))
+    share = negative / max(count * (count - 1), 1)
+    return Conflict(share, cosines.reshape(shape), float(torch.where(there.any(), smallest, 0.0)))

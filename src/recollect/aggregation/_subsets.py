@@ -59,6 +59,8 @@ def _picked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:
     sizes, order = members.sum(1).sort(descending=True)
     largest = sizes.tolist()
     row, column = members.nonzero(as_tuple=True)
+    if not len(row):
+        return torch.zeros_like(target)
     # Index `size` stands for nothing: a row and column of zeros, with ones set on the diagonal below.
     index = torch.full((count, largest[0]), size, device=matrix.device)
     index[row, members.cumsum(1)[row, column] - 1] = column

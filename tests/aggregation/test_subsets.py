@@ -1,0 +1,75 @@
+"""Many systems at once equal one system after the other."""
+
+import pytest
+import torch
+from weight_inputs import gram, normal, wide
+
+from recollect.aggregation import _subsets
+from recollect.aggregation._subsets import solve_on
+
+
+def one_by_one(matrix, members, target):
+    found = torch.zeros_like(target)
+    for x, chosen, b in zip(found, members, target, strict=True):
+        places = chosen.nonzero()[:, 0]
+        x[places] = torch.linalg.solve(matrix[places][:, places], b[places])
+    return found
+
+
+SETS = {
+    "none": lambda r, m: torch.zeros(r, m, dtype=torch.bool),
+    "all": lambda r, m: torch.ones(r, m, dtype=torch.bool),
+    "few": lambda r, m: normal(r, m) > 1.0,
+    "many": lambda r, m: normal(r, m) > -1.0,
+    "some rows none, some rows all": lambda r, m: (torch.arange(r) % 2 == 0)[:, None].expand(r, m),
+    "of every size": lambda r, m: torch.arange(m) < torch.arange(r)[:, None] % (m + 1),
+}
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 3), (40, 30), (1, 40)])
+@pytest.mark.parametrize("other_side", [True, False])
+def test_equals_one_system_after_the_other(kind, rows, size, other_side):
+    matrix = gram(wide(size))
+    members, target = SETS[kind](rows, size), normal(rows, size, seed=3)
+    inverse = torch.linalg.inv(matrix) if other_side else None
+    expected = one_by_one(matrix, members, target)
+    torch.testing.assert_close(solve_on(matrix, inverse, members, target), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_chunks_of_any_size_give_the_same(monkeypatch):
+    matrix, members, target = gram(wide(30)), normal(30, 30) > 0, normal(30, 30, seed=1)
+    expected = solve_on(matrix, None, members, target)
+    monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 1})
+    torch.testing.assert_close(solve_on(matrix, None, members, target), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_no_system_is_larger_than_half_the_matrix(monkeypatch):
+    sizes = []
+    solve = _subsets._solve
+    monkeypatch.setattr(_subsets, "_solve", lambda a, b: sizes.append(a.shape[-1]) or solve(a, b))
+    matrix = gram(wide(30))
+    members = torch.arange(30) < torch.arange(30)[:, None]
+    solve_on(matrix, torch.linalg.inv(matrix), members, normal(30, 30))
+    assert max(sizes) == 15
+
+
+def test_a_chunk_is_bounded(monkeypatch):
+    shapes = []
+    solve = _subsets._solve
+    monkeypatch.setattr(_subsets, "_solve", lambda a, b: shapes.append(a.shape) or solve(a, b))
+    monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 2000})
+    solve_on(gram(wide(30)), None, normal(30, 30) > 0, normal(30, 30))
+    assert len(shapes) > 3
+    assert all(shape.numel() <= 2000 for shape in shapes)
+
+
+@pytest.mark.parametrize("size", [2, 30])
+def test_a_matrix_that_is_not_positive_gives_no_numbers(size):
+    matrix = torch.eye(size).double()
+    matrix[0, 0] = -1
+    members = torch.ones(size, size, dtype=torch.bool)
+    members[0, 0] = False
+    found = solve_on(matrix, None, members, torch.ones(size, size).double())
+    assert found[0].isfinite().all()
+    assert not found[1:].isfinite().any(1).any()
