@@ -13,12 +13,15 @@ from recollect.cli import main
 from recollect.train._config import parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/depth.md", "docs/graph.md", "docs/objectives.md"]
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = [(page, code) for page in PAGES for code in blocks("python", (ROOT / page).read_text())]
 
 
 def commands(program: str) -> list[str]:
@@ -39,10 +42,10 @@ def test_it_opens_with_the_two_commands():
     assert README.index("```sh") < 30
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_code_runs(number, tmp_path):
     program = tmp_path / "example.py"
-    program.write_text(f"import torch; torch.manual_seed(0); torch.set_num_threads(1)\n{blocks('python')[number]}")
+    program.write_text(f"import torch; torch.manual_seed(0); torch.set_num_threads(1)\n{EXAMPLES[number][1]}")
     # torch_geometric scripts functions when it is imported, which torch calls deprecated.
     strict = ["-W", "error", "-W", "ignore::DeprecationWarning"]
     result = subprocess.run(
@@ -52,9 +55,10 @@ def test_code_runs(number, tmp_path):
 
 
 def test_there_are_examples():
-    text = "".join(blocks("python"))
-    assert len(blocks("python")) >= 3
-    assert all(name in text for name in ("GroupAddRev", "RevGNN", "recollect.checkpoint"))
+    assert {page for page, _ in EXAMPLES} == {"README.md", *(page for page in PAGES if page.startswith("docs/"))}
+    text = "".join(code for _, code in EXAMPLES)
+    names = ("GroupAddRev", "RevGNN", "recollect.checkpoint", "recollect.invertible", "ScalableGNN", "Engine")
+    assert [name for name in names if name not in text] == []
 
 
 def test_make_has_the_targets():
@@ -89,9 +93,12 @@ def test_extras_exist():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_exist(page):
     text = (ROOT / page).read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("https://")]
+    folder = (ROOT / page).parent
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if not link.startswith("https://")]
     paths = re.findall(r"`((?:src|tests|bench)/[\w./-]*|constraints\.txt|pyproject\.toml|CHANGELOG\.md)`", text)
-    assert [path for path in (*links, *paths) if not (ROOT / path).exists()] == []
+    assert [link for link in links if not (folder / link).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
