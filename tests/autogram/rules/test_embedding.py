@@ -51,7 +51,7 @@ def test_bags_of_one_length(mode, padding_idx, axes):
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])
-@pytest.mark.parametrize("offsets", [[0, 3, 4], [0, 0, 8], [0, 8, 8], [0]])
+@pytest.mark.parametrize("offsets", [[0, 3, 4], [0, 0, 8], [0, 8, 8], [0], [0] * 11 + [5]])
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_at_offsets(mode, padding_idx, offsets, axes):

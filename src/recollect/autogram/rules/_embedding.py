@@ -57,13 +57,15 @@ def embedding_bag(
         raise NotCovered("scale_grad_by_freq, by frequencies in bags")
     grad = wide(grad)
     if offsets is None:
+        count = index.shape[1]
         bag = torch.arange(index.shape[1], device=index.device).repeat_interleave(index.shape[2])
     else:
         starts = offsets[0, :-1] if layer.include_last_offset else offsets[0]
+        count = len(starts)
         bag = torch.searchsorted(starts, torch.arange(index.shape[1], device=index.device), right=True) - 1
     index = index.flatten(1)
-    weights = _weights(layer, index, bag, scales)
-    if offsets is not None and grad.shape[1] < len(starts):  # every row has a bag of its own
+    weights = _weights(layer, index, bag, count, scales)
+    if offsets is not None and grad.shape[1] < count:  # every row has a bag of its own
         index, weights = _split(index[0], bag, starts), _split(weights[0], bag, starts)
         bag = torch.zeros_like(index[0])
     return {"weight": Picked(grad[:, bag] * weights, index, layer.num_embeddings)}
@@ -75,27 +77,27 @@ def _present(layer: nn.Embedding | nn.EmbeddingBag, index: Tensor) -> Tensor:
     return (index != padding).to(wide(layer.weight).dtype)
 
 
-def _weights(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, scales: Tensor | None) -> Tensor:
-    """Return by how much each look-up counts in its bag, [r, T, 1 or d]."""
+def _weights(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, count: int, scales: Tensor | None) -> Tensor:
+    """Return by how much each look-up counts in its bag, one of ``count``, [r, T, 1 or d]."""
     weights = _present(layer, index)
     if scales is not None:
         weights = weights * wide(scales).flatten(1)
     if layer.mode == "mean":
-        sizes = torch.zeros_like(weights).index_add(1, bag, _present(layer, index))
+        sizes = weights.new_zeros(len(index), count).index_add(1, bag, _present(layer, index))
         weights = weights / sizes[:, bag].clamp(min=1)
     weights = weights.unsqueeze(-1)
-    return weights * _is_first_largest(layer, index, bag) if layer.mode == "max" else weights
+    return weights * _is_first_largest(layer, index, bag, count) if layer.mode == "max" else weights
 
 
-def _is_first_largest(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor) -> Tensor:
+def _is_first_largest(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, count: int) -> Tensor:
     """Return which look-up of a bag has the largest element of all, and is the first to have it, [r, T, d]."""
     values = wide(layer.weight.detach())[index].masked_fill((_present(layer, index) == 0).unsqueeze(-1), -torch.inf)
     places = torch.arange(len(bag), device=bag.device).view(1, -1, 1).expand_as(values)
     into = bag.view(1, -1, 1).expand_as(values)
-    largest = torch.full_like(values, -torch.inf).scatter_reduce(1, into, values, "amax").gather(1, into)
+    shape = (len(index), count, layer.embedding_dim)
+    largest = values.new_full(shape, -torch.inf).scatter_reduce(1, into, values, "amax").gather(1, into)
     places = places.where(values == largest, len(bag))
-    first = torch.full_like(places, len(bag)).scatter_reduce(1, into, places, "amin").gather(1, into)
-    return places == first
+    return places == places.new_full(shape, len(bag)).scatter_reduce(1, into, places, "amin").gather(1, into)
 
 
 def _split(values: Tensor, bag: Tensor, starts: Tensor) -> Tensor:
