@@ -110,6 +110,22 @@ def test_rows_that_were_pushed_again_before_backward_are_refused(pool):
     backward(model, out)
 
 
+@pools
+def test_the_whole_network_in_a_frame(pool):
+    data = make_graph()
+    plain, framed = Dropping(**pool), Dropping(**pool)
+    for batch in 2 * batches(data, 2):
+        results = []
+        for model in (plain, framed):
+            torch.manual_seed(5)
+            inputs = (batch.data.x, batch.data.adj_t, *batch[1:])
+            out = model(*inputs) if model is plain else recollect.checkpoint(model, *inputs)
+            before = pushes(model)
+            results.append([out, *backward(model, out), *tables(model)])
+            assert pushes(model) == before
+        assert_same(results[1], results[0])
+
+
 def test_without_frames_two_forwards_may_come_before_two_backwards():
     model, data = Mean(), make_graph()
     first, second, *_ = batches(data)

@@ -48,17 +48,14 @@ class Exchange:
             self.pool.free_pull()
 
     def swap(self, history: History, x: Tensor, batch: Batch) -> Tensor:
-        """Push the batch's rows, the first ones of ``x``; return them with those of its halo below.
-
-        Pulling comes first: what is wrong with ``n_id`` is found before a row is written.
-        """
+        """Push the batch's rows, the first ones of ``x``; return them with those of its halo below."""
         own = x[: batch.size]
         if own.shape != (batch.size, history.embedding_dim):
             raise ValueError(
                 f"x is {list(x.shape)}, but for a mini-batch of {batch.size} nodes and a history of "
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
-        if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
+        if self.pool is None or not self._ahead or self._ahead[0] is not history:
             out = torch.cat([own, self._pulled(history, batch).to(own)])
             history.push(own, batch.n_id, batch.offset, batch.count)
             return out
