@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recollect.autogram._independence import Independence
 from recollect.autogram._probe import Layouts
+from recollect.autogram._sites import is_passed_on, is_product
 from recollect.autogram._walk import Graph, Use
 
 __all__ = ["Declined", "Plan", "Target", "plan_batch", "plan_rows"]
@@ -30,6 +31,7 @@ class Target:
         parameters: the ids of all parameters that are reached from there.
         transposed: whether it leads to the one parameter transposed, and no further.
         direct: whether it leads to the one parameter itself.
+        called: whether the node itself has to be asked for the gradient.
     """
 
     position: int
@@ -39,6 +41,7 @@ class Target:
     parameters: tuple[int, ...]
     direct: bool
     transposed: bool
+    called: bool
 
 
 @dataclass(slots=True)
@@ -54,6 +57,18 @@ class Plan:
     rules: dict[int, dict[str, int]] = field(default_factory=dict)
     dense: list[int] = field(default_factory=list)
     sites: dict[int, list[Target]] = field(default_factory=dict)
+
+    def targets(self, graph: Graph) -> list[int]:
+        """Return the ids of parameters that a backward pass must go down to, so that it comes by all sites.
+
+        Gradients of other parameters are not computed.
+        """
+        wanted = dict.fromkeys(self.dense)
+        for node, targets in self.sites.items():
+            if any(target.called for target in targets) or node not in graph.towards_captures:
+                for target in targets:
+                    wanted.update(dict.fromkeys(target.parameters))
+        return list(wanted)
 
     def events(self) -> dict[int, int]:
         """Return how often each parameter is heard of in one backward pass, at the most."""
@@ -147,7 +162,7 @@ def _climb(plan: Plan, graph: Graph, use: Use, layouts: Layouts, independence: I
                 independence.check(graph, use, node, position, layouts)
             targets = plan.sites.setdefault(node, [])
             if all(target.position != position for target in targets):
-                targets.append(_target(graph, node, position))
+                targets.append(_target(graph, node, position, layouts))
             continue
         for parent in parents[node]:
             for k, child in enumerate(graph.edges[parent]):
@@ -156,12 +171,16 @@ def _climb(plan: Plan, graph: Graph, use: Use, layouts: Layouts, independence: I
                     edges.append((parent, k))
 
 
-def _target(graph: Graph, node: int, position: int) -> Target:
+def _target(graph: Graph, node: int, position: int, layouts: Layouts) -> Target:
     index = graph.nodes[node].next_functions[position][1]
     number = graph.edges[node][position]
     direct = number in graph.leaves
     transposed = graph.names[number] == "TBackward0" and graph.edges[number][0] in graph.leaves
-    return Target(position, number, index, graph.shape(number, index), _reached(graph, number), direct, transposed)
+    at = graph.nodes[node]
+    called = not (is_passed_on(at, position) or is_product(at, position, layouts.found[node]))
+    return Target(
+        position, number, index, graph.shape(number, index), _reached(graph, number), direct, transposed, called
+    )
 
 
 def _reached(graph: Graph, start: int) -> tuple[int, ...]:

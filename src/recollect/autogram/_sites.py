@@ -15,15 +15,28 @@ from torch import Tensor
 from recollect.autogram._factors import Factor, Outer, Rows
 from recollect.autogram._layout import Layout
 
-__all__ = ["call_node", "rows_at"]
+__all__ = ["is_passed_on", "is_product", "rows_at"]
 
-# Nodes that sum over what was expanded themselves, so that their incoming gradient serves as the unsummed one.
-_EXPANDING = ("ExpandBackward0",)
-# The positions of matrix products' right sides; their left sides are saved under this name.
-_PRODUCTS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
+# Edges along which the incoming gradient goes on, summed over what was broadcast; and the name of its factor, if any.
+_PASSED_ON = {("ExpandBackward0", 0): "", ("AddBackward0", 0): "", ("AddmmBackward0", 0): "_saved_beta"}
+# Edges to the right sides of matrix products, and the names of the left side and of its factor, if any.
+_PRODUCTS = {("AddmmBackward0", 2): ("_saved_mat1", "_saved_alpha"), ("MmBackward0", 1): ("_saved_self", "")}
 
 
-def call_node(node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def is_passed_on(node: Any, position: int) -> bool:
+    """Whether an edge's gradient is the node's own, summed over what was broadcast."""
+    factor = _PASSED_ON.get((type(node).__name__, position))
+    return factor is not None and getattr(node, factor, 1) == 1
+
+
+def is_product(node: Any, position: int, layouts: tuple[Layout | None, ...]) -> bool:
+    """Whether an edge leads to the right side of a matrix product whose left side has the batch in its rows."""
+    names = _PRODUCTS.get((type(node).__name__, position))
+    layout = layouts[0]
+    return names is not None and getattr(node, names[1], 1) == 1 and layout is not None and layout.dim == 0
+
+
+def _call(node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the gradients that a node gives for these gradients of its outputs."""
     # A node that is written in Python is called by its method.
     result = (node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node)(*grads)
@@ -48,23 +61,24 @@ def rows_at(
     """
     found: list[Factor | None] = [None] * len(targets)
     left: list[int] = []
-    name = type(node).__name__
-    summed: tuple[Tensor | None, ...] | None = None
+    called: tuple[Tensor | None, ...] | None = None
     for k, (position, shape) in enumerate(targets):
-        product = _product(node, name, grads, layouts, batch, position, shape)
-        if product is not None:
-            found[k] = product
+        if is_product(node, position, layouts):
+            found[k] = _product(node, position, grads[0], layouts[0], batch, shape)
             continue
-        if summed is None:
-            summed = grads if name in _EXPANDING else call_node(node, grads)
-        if summed[position] is None:
+        if is_passed_on(node, position):
+            full = grads[0]
+        else:
+            called = _call(node, grads) if called is None else called
+            full = called[position]
+        if full is None:
             continue
-        rows = _unsummed(summed[position], grads, layouts, batch, shape)
+        rows = _unsummed(full, grads, layouts, batch, shape)
         if rows is None:
             left.append(k)
         else:
             found[k] = Rows(rows)
-    del summed
+    del called
     if left:
         masked = _one_by_one(node, grads, layouts, batch, [targets[k] for k in left])
         for k, rows in zip(left, masked, strict=True):
@@ -73,7 +87,7 @@ def rows_at(
 
 
 def _unsummed(
-    full: Tensor | None,
+    full: Tensor,
     grads: tuple[Tensor | None, ...],
     layouts: tuple[Layout | None, ...],
     batch: int,
@@ -81,7 +95,7 @@ def _unsummed(
 ) -> Tensor | None:
     """Sum what a node that works element by element gives, and autograd would sum for what was broadcast."""
     grad, layout = grads[0], layouts[0]
-    if len(grads) != 1 or grad is None or layout is None or full is None or full.shape != grad.shape:
+    if len(grads) != 1 or grad is None or layout is None or full.shape != grad.shape:
         return None
     natural = list(grad.shape)
     natural[layout.dim] //= batch
@@ -98,20 +112,11 @@ def _unsummed(
 
 
 def _product(
-    node: Any,
-    name: str,
-    grads: tuple[Tensor | None, ...],
-    layouts: tuple[Layout | None, ...],
-    batch: int,
-    position: int,
-    shape: torch.Size,
+    node: Any, position: int, grad: Tensor | None, layout: Layout | None, batch: int, shape: torch.Size
 ) -> Outer | None:
-    """Of a matrix product with a left side that has the batch, and a right side that has none."""
-    right, saved = _PRODUCTS.get(name, (-1, ""))
-    grad, layout = grads[0], layouts[0]
-    if position != right or grad is None or layout is None or layout.dim != 0 or getattr(node, "_saved_alpha", 1) != 1:
+    if grad is None or layout is None:
         return None
-    left = getattr(node, saved)
+    left = getattr(node, _PRODUCTS[type(node).__name__, position][0])
     return Outer(layout.rows(left, batch).unsqueeze(2), layout.rows(grad, batch).unsqueeze(2), shape)
 
 
@@ -128,7 +133,7 @@ def _one_by_one(
             None if grad is None or layout is None else layout.mask(grad, batch, row)
             for grad, layout in zip(grads, layouts, strict=True)
         ]
-        gradients = call_node(node, masked)
+        gradients = _call(node, masked)
         for k, (position, shape) in enumerate(targets):
             gradient = gradients[position]
             rows[k].append(_fit(gradient, shape, grads) if gradient is not None else _zeros(grads, shape))

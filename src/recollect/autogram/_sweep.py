@@ -64,8 +64,7 @@ class Sweep:
 
     def run(self, output: Tensor, recorder: Recorder, cotangent: Tensor) -> list[Tensor | None]:
         """Run one pass, and return the gradients of the parameters whose rows autograd computes."""
-        at_sites = {parameter for targets in self._plan.sites.values() for t in targets for parameter in t.parameters}
-        inputs = [recorder.leaf, *(self._parameters[k] for k in (*self._plan.dense, *at_sites))]
+        inputs = [recorder.leaf, *(self._parameters[k] for k in self._plan.targets(self._graph))]
         with self._watching(recorder):
             grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
         self._go_beyond()

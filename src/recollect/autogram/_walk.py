@@ -42,6 +42,7 @@ class Graph:
         names: the kinds of the nodes.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
+        towards_captures: the nodes that a backward pass down to all captures comes by.
     """
 
     nodes: list[Any] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Graph:
     owners: dict[int, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     leaves: dict[int, int] = field(default_factory=dict)
+    towards_captures: set[int] = field(default_factory=set)
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -116,7 +118,19 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
             if child in graph.leaves and node not in graph.leaves:
                 use = Use(node, position, graph.owners.get(node))
                 graph.uses.setdefault(graph.leaves[child], []).append(use)
+    graph.towards_captures = _above(graph, graph.captures)
     return graph
+
+
+def _above(graph: Graph, nodes: list[int]) -> set[int]:
+    """Return these nodes and all that lead to them."""
+    parents, waiting, found = graph.parents(), list(nodes), set(nodes)
+    while waiting:
+        for parent in parents[waiting.pop()]:
+            if parent not in found:
+                found.add(parent)
+                waiting.append(parent)
+    return found
 
 
 def _number(root: Any, graph: Graph) -> dict[Any, int]:
