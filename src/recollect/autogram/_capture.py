@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
 
 __all__ = ["Call", "Capture", "Hook", "Recorder"]
@@ -37,13 +38,14 @@ class Call:
         elements: of inputs and outputs together.
     """
 
-    __slots__ = ("_constants", "_spec", "elements", "entry", "layer", "sources")
+    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "sources")
 
     def __init__(self, layer: nn.Module, entry: Entry, inputs: tuple[Any, ...], tensors: list[Tensor]) -> None:
         self.layer = layer
         self.entry = entry
         self.sources = tuple(t.grad_fn for t in tensors if t.grad_fn is not None)
         self.elements = sum(t.numel() for t in tensors)
+        self._condition = _condition(layer)
         self._constants: list[Any] | None = None
         self._spec: TreeSpec | None = None
         if not (len(inputs) == 1 and isinstance(inputs[0], Tensor)):
@@ -51,7 +53,13 @@ class Call:
             self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Return the layer's arguments, with these tensors in their places."""
+        """Return the layer's arguments, with these tensors in their places.
+
+        Raises:
+            NotCovered: the layer is not what it was when it was called, so its rule would speak of another one.
+        """
+        if _condition(self.layer) != self._condition:
+            raise NotCovered(f"{type(self.layer).__name__} has changed since it was called")
         if self._constants is None or self._spec is None:
             return tensors
         waiting = iter(tensors)
@@ -144,6 +152,12 @@ class Hook:
 
     def __reduce__(self) -> Any:
         return getattr, (nullcontext(), "__exit__")  # of the standard library, takes anything and does nothing
+
+
+def _condition(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what changes when a layer is set to training or evaluation, or one of its tensors is written to."""
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    return (layer.training, *(None if tensor is None else tensor._version for tensor in tensors))
 
 
 def _is_first(layer: nn.Module) -> bool:
