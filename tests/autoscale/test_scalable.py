@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import logging
 
 import pytest
@@ -30,6 +31,12 @@ both = pytest.mark.parametrize("kind", [Mean, Handwritten])
 def step(model, batch):
     out = run(model, batch)
     return [out, *backward(model, out)]
+
+
+def test_the_example_of_its_documentation():
+    examples = doctest.DocTestFinder().find(ScalableGNN, "ScalableGNN", globs={}, module=False)
+    (example,) = [found for found in examples if found.examples]
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 class TestMiniBatch:

@@ -62,6 +62,30 @@ class ScalableGNN(LayeredGNN):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> from recollect.autoscale import ScalableGNN, SubgraphLoader, partition, permute, propagate, to_adj_t
+        >>> class Sum(ScalableGNN):
+        ...     def __init__(self, num_nodes, channels, num_layers):
+        ...         super().__init__(num_nodes, channels, num_layers)
+        ...         self.lins = torch.nn.ModuleList(torch.nn.Linear(channels, channels) for _ in range(num_layers))
+        ...
+        ...     def forward_layer(self, layer, x, adj_t, state):
+        ...         return self.lins[layer](x[: adj_t.size(0)] + propagate(adj_t, x)).relu()
+        >>> ring = torch.arange(8)
+        >>> data = to_adj_t(Data(x=torch.randn(8, 4), edge_index=torch.stack([ring, ring.roll(1)])))
+        >>> perm, ptr, *_ = partition(data.adj_t, num_parts=2, method="contiguous", log=False)
+        >>> data = permute(data, perm, log=False)
+        >>> model = Sum(num_nodes=8, channels=4, num_layers=3)
+        >>> for batch in SubgraphLoader(data, ptr, log=False):  # a step of training: optimizer and loss as ever
+        ...     out = model(batch.data.x, batch.data.adj_t, *batch[1:])
+        ...     out.sum().backward()
+        >>> out.shape
+        torch.Size([4, 4])
+        >>> model(loader=SubgraphLoader(data, ptr, log=False)).shape  # all nodes, exactly, in mini-batches
+        torch.Size([8, 4])
     """
 
     inputs: tuple[str, ...] = ()
