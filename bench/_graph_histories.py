@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bench._harness import alternating, median, settings
+from bench._harness import alternating, median
 from bench._report import Target, ratio, show, table
 from recollect.autoscale import SubData, SubgraphLoader, normalize, partition, permute, to_adj_t
 from recollect.data import load
@@ -58,6 +57,9 @@ class Work:
             generator=torch.Generator().manual_seed(0),
         )
         return [batch.to(device) for batch, _ in zip(loader, range(number), strict=False)]
+
+
+QUICK = Work(2_000, channels=32, parts=20)
 
 
 def places(device: torch.device, folder: Path, buffer_size: int, layers: int) -> dict[str, dict[str, Any]]:
@@ -147,22 +149,3 @@ def steps_targets(row: Row) -> list[Target]:
             why_not_measured="no CUDA device",
         ),
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=Work.nodes)
-    parser.add_argument("--channels", type=int, default=Work.channels)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    options = parser.parse_args(arguments)
-    with settings(options.threads):
-        work = Work(options.nodes, channels=options.channels)
-        row = measure_steps(work, torch.device(options.device), repeats=options.repeats)
-    print(f"{work}\n{steps_table(row)}\nthe same losses: {row['same_losses']}\n")
-    print("\n".join(target.line() for target in steps_targets(row)))
-
-
-if __name__ == "__main__":
-    main()
