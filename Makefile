@@ -66,6 +66,8 @@ $(BENCH_READY): $(READY)
 bench: $(BENCH_READY)
 	$(BIN)/python -m bench.depth $(ARGS)
 	$(BIN)/python -m bench.invertible $(ARGS)
+	$(BIN)/python -m bench.graph $(ARGS)
+	$(BIN)/python -m bench.objectives $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

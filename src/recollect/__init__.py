@@ -1,4 +1,4 @@
-"""Train networks whose depth has outgrown memory: what backward needs is kept, or recollected when asked for."""
+"""Train networks whose depth, graph or objectives have outgrown memory: what backward needs is kept or recollected."""
 
 from recollect.frames import backward_mode, checkpoint, dry_mode, eager_release, in_backward, in_dry_mode
 
