@@ -2,7 +2,7 @@
 
     python -m bench.graph                         # loader, step, memory, partition: about a quarter of an hour
     python -m bench.graph --quick                 # small graphs; well under a minute
-    python -m bench.graph --only accuracy --root ROOT --runs 20    # Cora; ROOT holds the raw files
+    python -m bench.graph --only accuracy --root ROOT    # Cora, hours; ROOT holds the raw files
     python -m bench.graph --only epoch            # one epoch of 1,000,000 nodes
 
 Times are medians of repeats in one run, the systems taking turns; partitions and epochs are timed once. Peaks are of
@@ -131,7 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             used = {key: value for key, value in vars(options).items() if key not in ("only", "output", "root")}
             report = header(device, used)
             found, targets = PARTS[part](options, device)
-            file = results_file(f"graph-{part}{'-quick' if options.quick else ''}", device, options.output)
+            words = ["graph", part]
+            if part == "accuracy" and len(options.models) < len(accuracy.PUBLISHED):
+                words += options.models
+            words += ["quick"] if options.quick else []
+            file = results_file("-".join(words), device, options.output)
             reports[part] = finish(report | found, targets, file)
     return reports
 
