@@ -87,8 +87,12 @@ class PartBatches:
 
 
 def evaluation_loader(graph: TrainingGraph, training: TrainingSettings) -> EvalSubgraphLoader:
-    """Mini-batches that have every node once, for layer-wise inference."""
-    return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch)
+    """Mini-batches that have every node once, for layer-wise inference.
+
+    Their loader has a generator of its own: every pass of a loader draws a number, and evaluation shall leave torch's
+    generator as it is, so that a run goes on from a checkpoint with the same numbers.
+    """
+    return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, generator=torch.Generator())
 
 
 def _bounds(graph: TrainingGraph) -> Tensor:
