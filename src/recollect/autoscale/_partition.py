@@ -16,6 +16,7 @@ from recollect.autoscale._cache import cached
 from recollect.autoscale._checks import check_square
 from recollect.autoscale._kaminpar import kaminpar_clusters
 from recollect.autoscale._metis import metis_clusters
+from recollect.autoscale._operators import as_csr
 
 __all__ = ["Method", "Partition", "PartitionQuality", "metis", "partition", "partition_quality"]
 
@@ -76,11 +77,11 @@ def partition(
     repeated edges do not count.
 
     Args:
-        adj_t: The graph, ``torch.sparse_csr`` [N, N]; `to_adj_t` makes it.
+        adj_t: The graph, ``torch.sparse_csr`` [N, N], as `to_adj_t` makes it; or an ``EdgeIndex`` that is sorted by
+            column and knows its size.
         num_parts: Number of parts, at least 1. With N or more, each node is a part and the rest have none.
         method: ``"metis"`` (Karypis & Kumar, 1998; needs pymetis), ``"kaminpar"`` (Gottesbüren et al., 2021; needs
-            kaminpar, much faster on large graphs and for many parts), ``"random"``, or ``"contiguous"``: the order
-            that the nodes have.
+            kaminpar, uses several threads), ``"random"``, or ``"contiguous"``: the order that the nodes have.
         seed: Of all but ``"contiguous"``. The same seed gives the same parts on the same machine, with
             ``"kaminpar"`` if ``threads=1``.
         log: Log time, edge cut and balance, at level INFO.
@@ -96,6 +97,7 @@ def partition(
     """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(get_args(Method))}")
+    adj_t = as_csr(adj_t)
     check_square(adj_t)
     if num_parts < 1:
         raise ValueError(f"num_parts is {num_parts}, but must be at least 1")
@@ -123,6 +125,7 @@ def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor) -> PartitionQual
         perm: [N] int64, as `partition` returns it.
         ptr: [num_parts + 1] int64, as `partition` returns it.
     """
+    adj_t = as_csr(adj_t)
     check_square(adj_t)
     counts = ptr.diff()
     clusters = torch.empty_like(perm)

@@ -48,7 +48,8 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind
     """
     start = time.perf_counter()
     num_nodes, _, found = kinds_of(data, kinds)
-    inverse = _inverse(perm, num_nodes)
+    structure = data.adj_t if "adj_t" in data else data.edge_index
+    inverse = _inverse(perm.to(structure.device), num_nodes)
     for key in ("edge_index", *(key for key, kind in found.items() if kind == "index")):
         if key in data:
             check_nodes(key, data[key], num_nodes)
@@ -60,11 +61,11 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind
         result.edge_index = inverse[data.edge_index.as_subclass(Tensor)]
     for key, kind in found.items():
         if kind == "node":
-            result[key] = data[key][perm]
+            result[key] = data[key][perm.to(data[key].device)]
         elif kind == "index":
-            result[key] = inverse[data[key]]
+            result[key] = inverse.to(data[key].device)[data[key]]
         elif kind == "edge" and order is not None:
-            result[key] = data[key][order]
+            result[key] = data[key][order.to(data[key].device)]
     if "node_order" not in data:
         result.node_order = perm.clone()
     if log:
