@@ -79,8 +79,15 @@ class TestLoaders:
         ids=["some are missing", "one is there twice", "none"],
     )
     def test_nodes_that_are_missing_or_there_twice(self, loader):
-        with pytest.raises(ValueError, match=r"needs each of the 20 nodes once; use EvalSubgraphLoader"):
+        with pytest.raises(ValueError, match=r"needs each of the 20 nodes of the histories once; use EvalSubgraph"):
             Mean()(loader=loader(make_graph()))
+
+    def test_a_loader_of_another_graph_is_refused_before_anything_is_written(self):
+        model = Mean()
+        data = make_graph().subgraph(torch.arange(9))
+        with pytest.raises(ValueError, match="mini-batches have 9 nodes together"):
+            model(loader=EvalSubgraphLoader(data, torch.tensor([0, 4, 9])))
+        assert model.staleness() == [0, 0, 0]
 
     def test_the_order_of_mini_batches_does_not_matter(self):
         model, data = Mean(), make_graph()

@@ -57,7 +57,7 @@ class Batch:
                 f"{', '.join(missing)}); for the whole graph give none of them"
             )
         total = int(count.sum())
-        if total != batch_size or not 0 < batch_size <= n_id.numel():
+        if total != batch_size or not 0 <= batch_size <= n_id.numel():
             raise ValueError(
                 f"batch_size={batch_size}, but count adds up to {total} nodes and n_id has {n_id.numel()}: "
                 "batch_size must be the sum of count, and n_id these nodes and then their halo"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
+from recollect.autoscale._loader import SubgraphLoader
 from recollect.autoscale._operators import adjacency_of, first_rows
 from recollect.autoscale._sub_data import SubData
 
@@ -72,8 +73,10 @@ class LayerWise:
             The last layer's output [num_nodes, out_channels].
 
         Raises:
-            ValueError: the loader leaves out nodes, or yields other mini-batches in a later pass.
+            ValueError: the loader is of another graph, leaves out nodes, or yields other mini-batches in a later pass.
         """
+        if isinstance(self._loader, SubgraphLoader):  # of others it is known after a pass, from what they yielded
+            _check_cover([torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])], self._model.num_nodes)
         try:
             for layer, history in enumerate(self._histories):
                 self._pass(layer, partial(self._exchange.write, history))
@@ -156,8 +159,8 @@ def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
     end = count[order].cumsum(0)
     if int(count.sum()) != num_nodes or not torch.equal(offset[order], end - count[order]):
         raise ValueError(
-            f"in one pass the loader yielded parts of {int(count.sum())} nodes together, but layer-wise inference "
-            f"needs each of the {num_nodes} nodes once; use EvalSubgraphLoader(data, ptr)"
+            f"the loader's mini-batches have {int(count.sum())} nodes together, but layer-wise inference needs each of "
+            f"the {num_nodes} nodes of the histories once; use EvalSubgraphLoader(data, ptr)"
         )
 
 
