@@ -32,6 +32,15 @@ POOL = {"pool_size": 2, "buffer_size": NODES}
 pools = pytest.mark.parametrize("pool", [{}, POOL], ids=["plain", "pool"])
 
 
+class Accumulating(Mean):
+    """What a layer finds in its state is what it leaves there and something more."""
+
+    def forward_layer(self, layer, x, adj_t, state):
+        out = super().forward_layer(layer, x, adj_t, state)
+        state["total"] = state.get("total", 0.5) + out.mean(-1, keepdim=True).exp()
+        return out * state["total"]
+
+
 def pushes(model: ScalableGNN) -> list[int]:
     model.staleness()  # waits for a pool
     return [history.table.clock.pushes for history in model.histories]
@@ -58,7 +67,7 @@ class Dropping(Mean):
 
 
 @pools
-@pytest.mark.parametrize("kind", [Mean, Dropping, Framed])
+@pytest.mark.parametrize("kind", [Mean, Dropping, Accumulating, Framed])
 def test_recomputed_layers_give_the_same_and_push_once(kind, pool):
     data = make_graph()
     plain, framed = kind(**pool), kind(recompute=True, **pool)
