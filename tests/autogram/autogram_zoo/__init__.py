@@ -4,9 +4,11 @@
 """
 
 from . import (  # noqa: F401  (each puts its members into the zoo)
+    _alignment,
     _behaviour,
     _embeddings,
     _frames,
+    _functional,
     _layers,
     _outputs,
     _parameters,

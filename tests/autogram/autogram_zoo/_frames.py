@@ -15,6 +15,8 @@ from recollect.reversible import GroupAddRev
 
 from ._member import WIDTH, Member, member
 
+SMALL = (1, 3, 8)  # the oracle rebuilds every frame for every row
+
 
 def block(width: int, out: int | None = None) -> nn.Sequential:
     """A norm, a layer, dropout and a layer."""
@@ -25,6 +27,8 @@ def block(width: int, out: int | None = None) -> nn.Sequential:
 
 class Framed(Member):
     """Three blocks, each inside a frame."""
+
+    batches = SMALL
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +77,8 @@ class OnGraph(nn.Module):
 class InGroupAddRev(Member):
     """A chain of reversible layers in two groups: only the last output is kept."""
 
+    batches = SMALL
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(GroupAddRev(OnGraph(WIDTH // 2), num_groups=2) for _ in range(3))
@@ -90,6 +96,7 @@ class InCouplings(Member):
     """Additive and affine couplings in an invertible sequence with invertible layers that have weights."""
 
     batch_dims = (0, None)
+    batches = SMALL
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +116,7 @@ class InCouplings(Member):
 class Compiled(Member):
     """A compiled block between two that are not."""
 
+    batch_dims = (0, None)
     batches = (3,)
 
     def __init__(self) -> None:
