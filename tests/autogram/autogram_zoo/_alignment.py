@@ -192,7 +192,7 @@ class AllSizesEqual(Positions):
         return (self.draw(batch, WIDTH, WIDTH, WIDTH),), {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.conv(x).transpose(0, 3).tanh()).transpose(0, 3)
+        return self.linear(self.conv(x).transpose(0, 2).tanh()).transpose(0, 2)
 
 
 @member
