@@ -12,6 +12,7 @@ from torch_geometric.utils import bipartite_subgraph, k_hop_subgraph
 
 from recollect.autoscale import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
 from recollect.autoscale._cut import Cut
+from recollect.memory import peak_memory
 
 both_forms = pytest.mark.parametrize("adjacency", ["csr", "edge_index"])
 
@@ -240,6 +241,28 @@ def test_workers_get_no_more_than_the_graph():
     before = len(pickle.dumps(loader.collate_fn))
     list(loader)
     assert len(pickle.dumps(loader.collate_fn)) == before
+
+
+def test_the_number_of_nodes_is_that_of_the_mini_batch():
+    data = permuted(graph(6, [(0, 1), (4, 5)]))
+    for key in ("x", "y", "train_mask"):
+        del data[key]
+    data.num_nodes = 6
+    for batch in SubgraphLoader(data, ptr_of(2, 4)):
+        assert batch.data.num_nodes == batch.n_id.numel()
+
+
+def test_memory_does_not_grow_with_mini_batches():
+    data = permuted(scattered())
+    loader = SubgraphLoader(data, ptr_of(*[4] * 10), batch_size=2, shuffle=True)
+    with peak_memory("cpu") as memory:
+        live = []
+        for _ in range(5):
+            for batch in loader:
+                assert batch.batch_size == 8
+            del batch
+            live.append(memory.current_bytes)
+    assert live[1:] == live[:1] * 4
 
 
 def test_the_graph_is_not_changed():
