@@ -54,16 +54,18 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def alternating(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+    functions: Mapping[str, Callable[[], Any]], repeats: int | Mapping[str, int], device: torch.device
 ) -> dict[str, list[float]]:
     """Time each function `repeats` times, taking turns, so that a slow spell of the machine hits all of them.
 
-    The order is turned by one from round to round: nobody always runs after the same other.
+    The order is turned by one from round to round: nobody always runs after the same other. With repeats by name,
+    who is through with its own is left out from then on.
     """
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
-        shift = turn % len(names) if names else 0
+    wanted = dict.fromkeys(functions, repeats) if isinstance(repeats, int) else repeats
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(max(wanted.values(), default=0)):
+        names = [name for name in functions if turn < wanted[name]]
+        shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(seconds(functions[name], device))
     return times

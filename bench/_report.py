@@ -99,7 +99,7 @@ def header(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(device),
-        "versions": versions("recollect", "torch_geometric", "invtorch", "memcnn"),
+        "versions": versions("recollect", "torch_geometric", "invtorch", "memcnn", "torchjd"),
         "settings": dict(settings),
     }
 
