@@ -45,3 +45,31 @@ def test_an_invertible_network_on_digits():
     deeper = cnn.train(couplings=12, epochs=0)
     assert deeper.peak <= 1.05 * result.peak
     assert deeper.peak_plain > 2.5 * result.peak_plain
+
+
+def test_instance_wise_risk_minimisation_on_digits():
+    iwrm = load("iwrm")
+    result = iwrm.train(iwrm.upgrad())
+    assert result.accuracy > 0.9
+    assert result.conflicts > 0.3  # so that there was something to do
+    assert result.hurt < 0.03
+    mean = iwrm.train(iwrm.MeanWeighting())
+    assert mean.accuracy < result.accuracy - 0.2  # after as many steps, with the same learning rate
+    assert mean.hurt > 0.2  # an ordinary step does hurt
+
+
+def test_several_tasks_for_each_image():
+    result = load("multitask").train(epochs=4)
+    assert result.digits > 0.9
+    assert result.even > 0.9
+    assert result.ink > 0.95
+    assert result.weights.dim() == 2
+    assert result.weights.shape[1] == 3
+
+
+def test_polyaks_step_from_the_squared_norm_of_a_gradient():
+    result = load("gradient_norm").train(epochs=5)
+    assert result.difference < 1e-5
+    assert result.accuracy > 0.93
+    assert sum(result.losses[-5:]) / 5 < 0.1 * result.losses[0]
+    assert min(result.steps) < 0.5 * max(result.steps)  # the slope decides
