@@ -60,7 +60,7 @@ def test_a_ball_that_reaches_a_stationary_point_gives_no_update(kind):
 def test_few_programs_are_solved(kind, monkeypatch):
     programs = []
     solve = _cagrad.solve
-    monkeypatch.setattr(_cagrad, "solve", lambda h, q: programs.append(len(q)) or solve(h, q))
+    monkeypatch.setattr(_cagrad, "solve", lambda h, f, q: programs.append(len(q)) or solve(h, f, q))
     CAGradWeighting(0.5)(gram(kind(20)))
     assert len(programs) <= (12 if kind is centred else 6)
 

@@ -8,8 +8,12 @@ from weight_oracles import complementary
 
 from recollect.aggregation import _complementarity
 from recollect.aggregation._active_set import descend
-from recollect.aggregation._complementarity import solve
+from recollect.aggregation._complementarity import solve as solve_factored
 from recollect.aggregation._modulus import modulus
+
+
+def solve(matrix, offset):
+    return solve_factored(matrix, torch.linalg.cholesky(matrix), offset)
 
 
 def problem(kind, m, ridge=1e-4):

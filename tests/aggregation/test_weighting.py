@@ -30,6 +30,14 @@ def test_weights_have_the_gramians_type_and_no_history(name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    gramian = gram(square(20)).float()
+    expected = weightings(20)[name](gramian)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert weightings(20)[name](gramian).equal(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gramian_is_left_as_it_is(name):
     gramian = gram(square(5))
     before = gramian.clone()

@@ -43,17 +43,17 @@ class CAGradWeighting(Weighting):
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
-        matrix, scale = equilibrated(gramian, _RIDGE)
+        matrix, factor, scale = equilibrated(gramian, _RIDGE)
         average = 1 / (len(matrix) * scale)
         products = average @ matrix
         radius = self.c * (products @ average).sqrt()
-        above = _reach(matrix, scale, products, radius) * scale if bool(radius > 0) else torch.zeros_like(scale)
+        above = _reach(matrix, factor, scale, products, radius) * scale if bool(radius > 0) else torch.zeros_like(scale)
         # Jᵀ w for the convex combination w = x / sum(x) of algorithm 1 has the norm radius / sum(x).
         stuck = radius < self.norm_eps * above.sum()
         return torch.where(stuck, 0.0, 1 / len(matrix) + above)
 
 
-def _reach(matrix: Tensor, scale: Tensor, products: Tensor, radius: Tensor) -> Tensor:
+def _reach(matrix: Tensor, factor: Tensor, scale: Tensor, products: Tensor, radius: Tensor) -> Tensor:
     """Return the x >= 0 for the smallest product μ at which Jᵀ x has the norm ``radius``, by Newton's method.
 
     While the same entries are positive, x moves along a line with μ, and the norm's square is a quadratic function of
@@ -63,7 +63,7 @@ def _reach(matrix: Tensor, scale: Tensor, products: Tensor, radius: Tensor) -> T
     low, high = (products / scale).amin(), ((products + radius) / scale).amin()
     product, x = high, torch.zeros_like(scale)
     for _ in range(_EVALUATIONS):
-        x = solve(matrix, (products - product * scale)[None])[0][0]
+        x = solve(matrix, factor, (products - product * scale)[None])[0][0]
         excess = x @ matrix @ x - radius**2
         if bool((excess.abs() <= _ACCURACY * radius**2) | (high - low <= _ACCURACY * high.abs())):
             break

@@ -17,9 +17,10 @@ _NOTABLE = 1e-6  # residuals above this are told
 _TOLERANCE = 1e-11  # a sign, or an equation, counts as wrong beyond this, beside a row's largest entry
 _PATIENCE = 3  # rounds without progress before a row is given up
 _LEAST_SHIFT = 1e-2
+_FEW = 4  # so few objectives are pivoted at once: a guess would take as long
 
 
-def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
+def solve(matrix: Tensor, factor: Tensor, offset: Tensor) -> tuple[Tensor, float]:
     """Find ``z >= 0`` with ``y = H z + q >= 0`` and ``zᵀ y = 0`` for every row q.
 
     These are the optimality conditions of min ½ zᵀ H z + qᵀ z over z >= 0. A few steps of :func:`modulus`, in float32,
@@ -28,23 +29,26 @@ def solve(matrix: Tensor, offset: Tensor) -> tuple[Tensor, float]:
 
     Args:
         matrix: H ``[m, m]`` in float64, symmetric positive definite, best with a diagonal of ones.
+        factor: its lower Cholesky factor.
         offset: q, one problem a row, ``[r, m]``, best with entries of at most about one.
 
     Returns:
         z ``[r, m]``, and the residual: the worst row's largest ``|min(z, y)|``, relative to ``1 + max(z)``. Above
         1e-6 there is a RuntimeWarning.
     """
-    if not bool((offset < 0).any()):
+    if bool((offset >= 0).all()):
         return torch.zeros_like(offset), 0.0
-    factor = torch.linalg.cholesky_ex(matrix)[0]
-    # det(H)^(1/m), the geometric mean of the eigenvalues; where most are tiny, what the others ask for.
-    shift = factor.diagonal().log().mean().mul(2).exp().clamp(min=_LEAST_SHIFT)
-    inverse = _accurate_inverse(matrix, factor)
-    guess = modulus(matrix.float(), offset.float(), shift.float())
+    guess, inverse = -offset, None
+    if len(matrix) > _FEW:
+        # det(H)^(1/m), the geometric mean of the eigenvalues; where most are tiny, what the others ask for.
+        shift = factor.diagonal().log().mean().mul(2).exp().clamp(min=_LEAST_SHIFT)
+        guess = modulus(matrix.float(), offset.float(), shift.float())
+        inverse = _accurate_inverse(matrix, factor)
     found, left = _pivot(matrix, inverse, offset, guess > 0)
     if len(left):
-        begin = guess[left].clamp(min=0).nan_to_num(0.0).to(offset)
-        found[left] = descend(matrix, inverse, offset[left], begin, _TOLERANCE)
+        found[left] = descend(
+            matrix, inverse, offset[left], guess[left].clamp(min=0).nan_to_num(0.0).to(offset), _TOLERANCE
+        )
     found = found.clamp(min=0)
     residual = float(_residual(matrix, offset, found).amax())
     if not residual <= _NOTABLE:
@@ -77,28 +81,32 @@ def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Ten
     other side, repeat. Rows leave when they are done, and also when the count of their wrong signs has not fallen for
     some rounds. A round reads from the device which rows remain and how large their sets are, nothing else.
     """
-    found = torch.empty_like(offset)
-    rows = torch.arange(len(offset), device=matrix.device)
+    found, good, wrong = _attempt(matrix, inverse, offset, positive)
+    left = rows = (~good).nonzero()[:, 0]
     given_up = [rows[:0]]
     fewest = torch.full_like(rows, len(matrix) + 1)
     patience = torch.full_like(rows, _PATIENCE)
-    while True:
-        z = solve_on(matrix, inverse, positive, -offset)
-        y = torch.addmm(offset, z, matrix)
-        allowed = _TOLERANCE * (1 + z.abs().amax(1, keepdim=True))
-        wrong = torch.where(positive, z, y) < -allowed
+    while len(rows):
+        offset, positive, wrong = offset[left], positive[left], wrong[left]
         count = wrong.sum(1)
-        found[rows] = z
-        good = (count == 0) & ~((y.abs() > allowed) & positive).any(1) & z.isfinite().all(1)
-        left = (~good).nonzero()[:, 0]
-        if not len(left):
-            return found, torch.cat(given_up)
-        patience = torch.where(count < fewest, _PATIENCE, patience - 1)[left]
-        fewest = torch.minimum(fewest, count)[left]
-        going = (patience > 0) & (count[left] > 0)
-        given_up.append(rows[left[~going]])
-        left = left[going]
-        rows, offset, positive = rows[left], offset[left], (positive ^ wrong)[left]
-        fewest, patience = fewest[going], patience[going]
+        patience = torch.where(count < fewest, _PATIENCE, patience - 1)
+        fewest = torch.minimum(fewest, count)
+        going = (patience > 0) & (count > 0)
+        given_up.append(rows[~going])
+        positive = positive ^ wrong
+        rows, offset, positive, fewest, patience = (x[going] for x in (rows, offset, positive, fewest, patience))
         if not len(rows):
-            return found, torch.cat(given_up)
+            break
+        found[rows], good, wrong = _attempt(matrix, inverse, offset, positive)
+        left = (~good).nonzero()[:, 0]
+        rows, fewest, patience = rows[left], fewest[left], patience[left]
+    return found, torch.cat(given_up)
+
+
+def _attempt(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve on the sets of entries taken as positive; return z, which rows are done, and which signs are wrong."""
+    z = solve_on(matrix, inverse, positive, -offset)
+    y = torch.addmm(offset, z, matrix)
+    least = (1 + z.amax(1, keepdim=True)) * -_TOLERANCE
+    good = (torch.where(positive, torch.minimum(z, -y.abs()), y) >= least).all(1)
+    return z, good, torch.where(positive, z, y) < least

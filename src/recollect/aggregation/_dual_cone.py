@@ -48,20 +48,22 @@ def project(gramian: Tensor, vectors: Tensor, reg_eps: float) -> Projection:
     Returns:
         The weights v, and how well they solve the programs.
     """
-    matrix, scale = equilibrated(gramian, reg_eps)
+    matrix, factor, scale = equilibrated(gramian, reg_eps)
     lower = vectors / scale
     largest = lower.amax(1, keepdim=True)
     lower = lower / torch.where(largest > 0, largest, 1.0)
-    above, residual = solve(matrix, lower @ matrix)
+    above, residual = solve(matrix, factor, lower @ matrix)
     return Projection((lower + above) * largest * scale, residual)
 
 
-def equilibrated(gramian: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
+def equilibrated(gramian: Tensor, reg_eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise and regularise a Gramian, and scale it to a diagonal of ones.
 
     Returns:
-        M ``[m, m]`` and d ``[m]``: G / trace(G) + reg_eps I = diag(1 / d) M diag(1 / d). For v = d p, vᵀ G v is pᵀ M p.
+        M ``[m, m]``, its Cholesky factor, and d ``[m]``: G / trace(G) + reg_eps I = diag(1 / d) M diag(1 / d). For
+        v = d p, vᵀ G v is pᵀ M p.
     """
-    matrix = regularized(normalized(gramian), max(reg_eps, _LEAST))
+    matrix, factor = regularized(normalized(gramian), max(reg_eps, _LEAST))
     scale = matrix.diagonal().rsqrt()
-    return matrix * scale[:, None] * scale, scale
+    across = scale[:, None]
+    return matrix * across * scale, factor * across, scale

@@ -32,18 +32,17 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     if gramian.shape[0] == 0:
         raise ValueError("the Gramian is empty, [0, 0]: there must be at least one objective")
     exact = gramian.double()
-    diagonal = exact.diagonal()
-    norms = diagonal.clamp(min=0).sqrt()
-    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms.
-    allowed = max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
-    faults = torch.stack([~exact.isfinite(), (exact - exact.T).abs() > allowed, (diagonal < 0).diag()])
-    if bool(faults.any()):
-        _refuse(exact, faults, shape or [gramian.shape[0]])
+    norms = exact.diagonal().sqrt()
+    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms. What is not finite, and the root of
+    # what is negative, fails this comparison too.
+    apart = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
+    if not bool(apart.all()):
+        _refuse(exact, ~apart, shape or [gramian.shape[0]])
     return (gramian + gramian.T) / 2
 
 
-def _refuse(gramian: Tensor, faults: Tensor, shape: Sequence[int]) -> None:
-    infinite, crooked, negative = faults.unbind()
+def _refuse(gramian: Tensor, crooked: Tensor, shape: Sequence[int]) -> None:
+    infinite, negative = ~gramian.isfinite(), gramian.diagonal() < 0
     if bool(infinite.any()):
         # A gradient that is not finite spoils its row and its column; its square on the diagonal tells which it is.
         rows = infinite.diagonal() if bool(infinite.diagonal().any()) else infinite.any(1)
@@ -52,9 +51,7 @@ def _refuse(gramian: Tensor, faults: Tensor, shape: Sequence[int]) -> None:
             "(NaN or infinity; a float32 Gramian overflows where a gradient's norm exceeds 1e19)"
         )
     if bool(negative.any()):
-        raise ValueError(
-            f"the diagonal of a Gramian holds squared norms; it is negative at {_names(negative.any(1), shape)}"
-        )
+        raise ValueError(f"the diagonal of a Gramian holds squared norms; it is negative at {_names(negative, shape)}")
     i, j = divmod(int(crooked.flatten().double().argmax()), len(crooked))
     raise ValueError(
         f"a Gramian is symmetric; found {gramian[i, j].item():g} at [{i}, {j}] and {gramian[j, i].item():g} at "
@@ -95,11 +92,9 @@ def flattened(gramian: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def normalized(gramian: Tensor) -> Tensor:
     """Return the Gramian in float64, divided by its trace: that of the Jacobian divided by its Frobenius norm.
 
-    Zeros stay zeros. Dividing by the largest entry first, numbers near the ends of float64's range pass too.
+    Zeros stay zeros.
     """
     exact = gramian.double()
-    largest = exact.abs().amax()
-    exact = exact / torch.where(largest > 0, largest, 1.0)
     trace = exact.diagonal().sum()
     return exact / torch.where(trace > 0, trace, 1.0)
 
@@ -116,12 +111,17 @@ def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return cosines.clamp(-1, 1), norms
 
 
-def regularized(matrix: Tensor, added: float) -> Tensor:
-    """Add a positive number to the diagonal; eigenvalues that rounding has made negative are set to zero before."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    enough = matrix + added * identity
-    if not bool(torch.linalg.cholesky_ex(enough)[1]):
-        return enough
-    values, vectors = torch.linalg.eigh(matrix)
-    mended: Tensor = (vectors * values.clamp(min=0)) @ vectors.T
-    return mended + added * identity
+def regularized(matrix: Tensor, added: float) -> tuple[Tensor, Tensor]:
+    """Add a positive number to the diagonal; eigenvalues that rounding has made negative are set to zero before.
+
+    Returns:
+        The positive definite matrix and its Cholesky factor.
+    """
+    diagonal = torch.full_like(matrix[0], added).diag()
+    enough = matrix + diagonal
+    factor, failed = torch.linalg.cholesky_ex(enough)
+    if bool(failed):
+        values, vectors = torch.linalg.eigh(matrix)
+        enough = (vectors * values.clamp(min=0)) @ vectors.T + diagonal
+        factor = torch.linalg.cholesky_ex(enough)[0]
+    return enough, factor

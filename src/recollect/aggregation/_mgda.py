@@ -31,5 +31,5 @@ class MGDAWeighting(Weighting):
             return zero.double() / zero.sum()
         # In units of each gradient's norm the matrix has ones on its diagonal, however different the norms are.
         scale = norms.amin() / norms
-        found = solve(regularized(cosines, _RIDGE), -scale[None])[0][0] * scale
+        found = solve(*regularized(cosines, _RIDGE), -scale[None])[0][0] * scale
         return found / found.sum()

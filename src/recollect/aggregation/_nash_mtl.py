@@ -42,7 +42,7 @@ class NashMTLWeighting(Weighting):
         if not bool(there.any()):
             return torch.zeros_like(norms)
         # In units of each gradient's norm the equation is the same, for the cosines.
-        shares = torch.where(there, _bargain(regularized(cosines + torch.diag(~there).to(cosines), _RIDGE)), 0.0)
+        shares = torch.where(there, _bargain(regularized(cosines + torch.diag(~there).to(cosines), _RIDGE)[0]), 0.0)
         weights = torch.where(there, shares / norms, 0.0)
         length = (shares @ cosines @ shares).clamp(min=0).sqrt()  # of Jᵀ w; the root of m, unless gradients cancel
         return weights * (self.max_norm / length).clamp(max=1) if self.max_norm else weights

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 __all__ = ["solve_on"]
 
-_SMALL = 2**13  # so many numbers in all the rows' matrices: not worth the picking
+_SMALL = 2**15  # so many numbers in all the rows' matrices: not worth the picking
 _CHUNK = {"cpu": 2**17}  # numbers in one chunk: a mebibyte stays in a CPU's cache
 _CHUNK_ELSEWHERE = 2**24
 
@@ -49,8 +49,10 @@ def solve_on(matrix: Tensor, inverse: Tensor | None, members: Tensor, target: Te
 
 def _masked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:
     """Solve with whole matrices, the identity outside the sets."""
-    inside = members[:, :, None] & members[:, None, :]
-    return _solve(torch.where(inside, matrix, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)), target)
+    inside = members.to(matrix)
+    matrices = matrix * inside[:, :, None] * inside[:, None, :]
+    matrices.diagonal(dim1=1, dim2=2).add_(1 - inside)
+    return _solve(matrices, target)
 
 
 def _picked(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Weighting(nn.Module, ABC):
             ValueError: it is no Gramian (not square, empty, not symmetric, a negative diagonal) or not finite; the
                 error names the objectives at fault.
         """
-        return self.weigh(checked(gramian)).to(gramian)
+        with torch.autocast(gramian.device.type, enabled=False):
+            return self.weigh(checked(gramian)).to(gramian)
 
     @abstractmethod
     def weigh(self, gramian: Tensor) -> Tensor:
