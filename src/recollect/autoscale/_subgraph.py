@@ -84,7 +84,8 @@ def _distinct(table: Tensor, nodes: Tensor) -> Tensor:
         nodes = nodes.masked_select(table.index_select(0, nodes) == mark)  # whose mark was not overwritten
     if table.numel() <= torch.iinfo(torch.int32).max:
         nodes = nodes.to(torch.int32)  # half the work of sorting
-    return torch.unique_consecutive(nodes.sort().values).to(torch.int64)
+    found: Tensor = torch.unique_consecutive(nodes.sort().values)
+    return found.to(torch.int64)
 
 
 def _up_to(count: int, table: Tensor) -> Tensor:
