@@ -73,6 +73,8 @@ def test_the_result_has_the_type_of_x_and_at_least_the_precision_of_float32(dtyp
     torch.testing.assert_close(out, exact.to(dtype))
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert grad.dtype == dtype
+    both = propagate(adj_t.to(dtype), x)
+    torch.testing.assert_close(both, (adj_t.to(dtype).to_dense().double() @ x.double()).to(dtype))
 
 
 def test_under_autocast(adj_t, x):

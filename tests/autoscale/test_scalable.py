@@ -212,6 +212,17 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"Short.forward_layer\(0, ...\) returned 2 rows"):
             run(Short(), batch)
 
+    def test_layers_that_return_more_rows_than_they_were_asked_for(self):
+        class Long(Mean):
+            def forward_layer(self, layer, x, adj_t, state):
+                out = super().forward_layer(layer, x, adj_t, state)
+                return torch.cat([out, out])
+
+        plain, other, data = Mean(), Long(), make_graph()
+        assert_same([other(data.x, data.adj_t)], [plain(data.x, data.adj_t)])
+        for batch in batches(data):
+            assert_same(step(other, batch), step(plain, batch))
+
     def test_a_network_without_layers(self):
         batch = batches(make_graph())[0]
         with pytest.raises(NotImplementedError, match="ScalableGNN has no forward_layer"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_zoo import NODES, PTR, data_for, make
 
+import recollect
 from recollect.autoscale import SubgraphLoader
 
 
@@ -35,6 +36,24 @@ def test_it_is_the_mean_distance_that_noise_moves_the_layers_outputs(whole, reco
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     leaves = [p for conv in model.convs[1:] for p in conv.parameters()]
     torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_a_whole_network_in_a_frame_leaves_it_once():
+    model = make("gin", noise=0.2)
+    data = data_for(model)
+    torch.manual_seed(1)
+    out = recollect.checkpoint(model, data.x, data.adj_t)
+    loss = out.sum() + model.lipschitz_loss()
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    torch.manual_seed(1)
+    expected = model(data.x, data.adj_t).sum() + model.lipschitz_loss()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, list(model.parameters())))
+    torch.manual_seed(1)
+    out = recollect.checkpoint(model, data.x, data.adj_t)
+    model.lipschitz_loss()
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        model.lipschitz_loss()
 
 
 def test_minimising_it_makes_the_layers_smoother():

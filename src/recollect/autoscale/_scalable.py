@@ -14,12 +14,11 @@ from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
-from recollect.autoscale._layered import Between, LayeredGNN
+from recollect.autoscale._layered import LayeredGNN
 from recollect.autoscale._making import make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
 from recollect.autoscale._staleness import mean_ages
 from recollect.autoscale._sub_data import SubData
-from recollect.frames import in_backward
 
 __all__ = ["ScalableGNN"]
 
@@ -191,7 +190,7 @@ class ScalableGNN(LayeredGNN):
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
         batch = Batch.of(batch_size, n_id, offset, count)
         if batch is None:
-            return self.run_layers(x, adj_t, inputs, self._between_full(x))
+            return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         return self.run_layers(
             x,
@@ -231,7 +230,7 @@ class ScalableGNN(LayeredGNN):
         """
         batch = Batch.of(batch_size, n_id, offset, count)
         if batch is None:
-            if x.size(0) == history.num_embeddings and not in_backward():
+            if x.size(0) == history.num_embeddings:
                 history.push(x.detach())
             return x
         return self._exchange.swap(history, x, batch)
@@ -268,7 +267,9 @@ class ScalableGNN(LayeredGNN):
         """The histories, as what they are."""
         return [history for history in self.histories if isinstance(history, History)]
 
-    def _between_full(self, x: Tensor) -> Between:
-        if self.training or x.size(0) != self.num_nodes:
-            return lambda layer, rows: rows
-        return lambda layer, rows: self.push_and_pull(self.tables[layer], rows)
+    def _fill(self, layer: int, rows: Tensor) -> Tensor:
+        return self.push_and_pull(self.tables[layer], rows)
+
+
+def _unchanged(layer: int, rows: Tensor) -> Tensor:
+    return rows
