@@ -22,7 +22,7 @@ from recollect.autogram._square import SquareSum, wide
 __all__ = ["add_gramian", "gramian"]
 
 # How many bytes of rows are formed at once: in the cache of a CPU core's share, a launch's worth on a GPU.
-_PIECE = {"cpu": 2**21, "cuda": 2**26}
+_PIECE = {"cpu": 2**23, "cuda": 2**26}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
 # A product of two scalars that waits for memory costs as much as so many in a matrix product.
@@ -84,8 +84,8 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
         first = form_rows(factors, rows).to(total.dtype)
         total.add_block(first @ first.mT, rows, rows)
         for j in range(rows.stop, m, step):
-            columns = slice(j, min(j + step, m))
-            total.add_block(first @ form_rows(factors, columns).to(total.dtype).mT, rows, columns)
+            below = slice(j, min(j + step, m))
+            total.add_block(form_rows(factors, below).to(total.dtype) @ first.mT, below, rows)
 
 
 def _add_blocks(total: SquareSum, factor: Blocks) -> None:
@@ -123,10 +123,10 @@ def _add_pairs(total: SquareSum, factor: Outer) -> None:
     T, G = factor.left.shape[1:3]
     dtype = total.dtype
     left, right = (side.permute(2, 0, 1, 3).to(dtype) for side in (factor.left, factor.right))  # [G, m, T, a]
-    step = max(1, int((_piece(left.device) * 4 / (dtype.itemsize * T * T * G)) ** 0.5))
+    step = max(1, int((_piece(left.device) / (dtype.itemsize * T * T * G)) ** 0.5))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
-        for j in range(i, m, step):
+        for j in range(0, i + 1, step):
             columns = slice(j, min(j + step, m))
             product = _pair(left, rows, columns) * _pair(right, rows, columns)
             total.add_block(product.sum((0, 2, 4)), rows, columns)
@@ -141,9 +141,12 @@ def _pair(side: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def _add_slabs(total: SquareSum, factor: Outer) -> None:
-    """Form J for some of the left side's elements at a time, for all objectives."""
+    """Form J for some of one side's elements at a time, for all objectives."""
     m, dtype = factor.num_rows, total.dtype
-    left, right = factor.left.squeeze(2), factor.right.squeeze(2).to(dtype)
+    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
+    if left.shape[2] < right.shape[2]:
+        left, right = right, left  # the parameter transposed has the same Gramian, and this takes larger steps
+    right = right.to(dtype)
     a, b = left.shape[2], right.shape[2]
     step = min(a, max(1, _piece(left.device) // (m * b * dtype.itemsize)))
     slab = left.new_empty(m * step * b, dtype=dtype)
@@ -187,7 +190,7 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
 
 
 def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:
-    return min(factors[0].num_rows, max(1, 4 * _piece(total.device) // (total.dtype.itemsize * row_elements(factors))))
+    return min(factors[0].num_rows, max(1, _piece(total.device) // (total.dtype.itemsize * row_elements(factors))))
 
 
 def _piece(device: torch.device) -> int:
