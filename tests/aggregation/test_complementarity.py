@@ -80,7 +80,7 @@ def test_rows_that_are_given_up_go_downhill(monkeypatch):
     expected, _ = solve(matrix, offset)
     rows = []
     monkeypatch.setattr(
-        _complementarity, "descend", lambda h, k, q, z, tolerance: rows.append(len(q)) or descend(h, k, q, z, tolerance)
+        _complementarity, "descend", lambda h, k, q, z, **limits: rows.append(len(q)) or descend(h, k, q, z, **limits)
     )
     monkeypatch.setattr(_complementarity, "_PATIENCE", 0)
     torch.testing.assert_close(solve(matrix, offset)[0], expected, rtol=1e-8, atol=1e-10)
@@ -90,7 +90,7 @@ def test_rows_that_are_given_up_go_downhill(monkeypatch):
 def test_what_is_not_solved_is_told(monkeypatch):
     matrix, offset = problem(tall, 40)
     monkeypatch.setattr(_complementarity, "_pivot", lambda h, k, q, guess: (0 * q, torch.arange(len(q))))
-    monkeypatch.setattr(_complementarity, "descend", lambda h, k, q, z, tolerance: 0.9 * z)
+    monkeypatch.setattr(_complementarity, "descend", lambda h, k, q, z, **_: 0.9 * z)
     with pytest.warns(RuntimeWarning, match="optimal only up to .*reg_eps"):
         found, residual = solve(matrix, offset)
     assert (found >= 0).all()

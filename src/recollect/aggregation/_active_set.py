@@ -11,7 +11,7 @@ __all__ = ["descend"]
 
 
 def descend(
-    matrix: Tensor, inverse: Tensor | None, offset: Tensor, z: Tensor, tolerance: float, most: int = 10_000
+    matrix: Tensor, inverse: Tensor | None, offset: Tensor, z: Tensor, *, tolerance: float, most: int
 ) -> Tensor:
     """Minimise ½ zᵀ H z + qᵀ z over z >= 0 for every row q, from the z that is given.
 
@@ -36,6 +36,8 @@ def descend(
     positive, useless = z > 0, torch.zeros_like(z, dtype=torch.bool)
     for _ in range(most):
         goal = solve_on(matrix, inverse, positive, -offset)
+        lost = ~goal.isfinite().all(1, keepdim=True)  # rounding has made a submatrix singular: stay
+        goal = torch.where(lost, z, goal)
         blocking = positive & ~(goal > 0)
         reach = torch.where(blocking, z / (z - goal), torch.inf)
         part = reach.amin(1, keepdim=True).clamp(max=1)
@@ -49,7 +51,7 @@ def descend(
         arrived = ~blocking.any(1, keepdim=True)
         wanting = steepest < -tolerance * (1 + z.amax(1, keepdim=True))
         found[rows] = z
-        going = (~arrived | wanting)[:, 0].nonzero()[:, 0]
+        going = ((~arrived | wanting) & ~lost)[:, 0].nonzero()[:, 0]
         positive = positive | (arrived & wanting & (slope == steepest))
         rows, offset, z, positive, useless = (x[going] for x in (rows, offset, z, positive, useless))
         if not len(rows):

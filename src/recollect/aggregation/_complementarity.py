@@ -17,6 +17,7 @@ _NOTABLE = 1e-6  # residuals above this are told
 _TOLERANCE = 1e-11  # a sign, or an equation, counts as wrong beyond this, beside a row's largest entry
 _PATIENCE = 3  # rounds without progress before a row is given up
 _LEAST_SHIFT = 1e-2
+_ROUNDS_EACH = 10  # downhill, for each objective; from the guess, fewer than one are needed
 _FEW = 4  # so few objectives are pivoted at once: a guess would take as long
 
 
@@ -46,9 +47,9 @@ def solve(matrix: Tensor, factor: Tensor, offset: Tensor) -> tuple[Tensor, float
         inverse = _accurate_inverse(matrix, factor)
     found, left = _pivot(matrix, inverse, offset, guess > 0)
     if len(left):
-        found[left] = descend(
-            matrix, inverse, offset[left], guess[left].clamp(min=0).nan_to_num(0.0).to(offset), _TOLERANCE
-        )
+        begin = guess[left].clamp(min=0).nan_to_num(0.0).to(offset)
+        most = _ROUNDS_EACH * len(matrix)
+        found[left] = descend(matrix, inverse, offset[left], begin, tolerance=_TOLERANCE, most=most)
     found = found.clamp(min=0)
     residual = float(_residual(matrix, offset, found).amax())
     if not residual <= _NOTABLE:
