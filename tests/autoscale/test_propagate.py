@@ -8,6 +8,7 @@ from graph_zoo import every_graph
 
 import recollect
 from recollect.autoscale import propagate, to_adj_t
+from recollect.autoscale._propagate import _TRANSPOSES
 from recollect.memory import peak_memory
 
 
@@ -111,3 +112,12 @@ def test_nothing_of_the_size_of_the_edges_and_channels_is_made():
     with peak_memory("cpu") as peak:
         propagate(adj_t, x).sum().backward()
     assert peak.peak_bytes < edges * channels * 4 / 2
+
+
+def test_the_transpose_goes_with_the_adjacency(adj_t, x):
+    before = len(_TRANSPOSES)
+    other = adj_t.clone()
+    propagate(other, x).sum().backward()
+    assert len(_TRANSPOSES) == before + 1
+    del other
+    assert len(_TRANSPOSES) == before

@@ -58,3 +58,36 @@ def test_factories_work_and_names_say_what_to_install():
     first, second = result.stdout.splitlines()
     assert first == "conv='sage' needs torch_geometric: pip install 'recollect[graph]'"
     assert second.startswith("conv='sagge' is unknown; choose from gat, gcn")
+
+
+def test_networks_on_histories_but_gat_need_none():
+    result = run(
+        """
+        import torch
+        from recollect.autoscale import History, ScalableGNN
+        from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA
+
+        dense = torch.eye(4)[[1, 2, 3, 0]]
+        with torch.sparse.check_sparse_tensor_invariants():
+            import warnings
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch: sparse CSR is in beta
+                adj_t, part = dense.to_sparse_csr(), dense[:2, [0, 1, 2]].to_sparse_csr()
+        x = torch.randn(4, 3)
+        batch = 2, torch.tensor([0, 1, 2]), torch.tensor([0]), torch.tensor([2])
+        for model in (
+            APPNP(4, 3, 5, 2, 3), GCN(4, 3, 5, 2, 3), GCN2(4, 3, 5, 2, 3), GIN(4, 3, 5, 2, 3),
+            PNA(4, 3, 5, 2, 3, ["max", "mean"], ["identity"], torch.ones(4)),
+        ):
+            model.eval()
+            whole = model(x, adj_t)
+            torch.testing.assert_close(model(x[:3], part, *batch), whole[:2])
+        assert not any(name.startswith("torch_geometric") for name in sys.modules)
+        try:
+            GAT(4, 3, 5, 2, 3)
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["GAT needs torch_geometric: pip install 'recollect[graph]'"]

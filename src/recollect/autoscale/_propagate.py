@@ -6,18 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect.autoscale._adj_t import rows_of, sparse_csr
 
 __all__ = ["propagate"]
 
+# While an adjacency lives, its transpose does.
+_TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
 
 def propagate(adj_t: Tensor, x: Tensor) -> Tensor:
     """Return the weighted sum over each target's edges, ``adj_t @ x``.
 
-    Faster in backward than the operator: the transpose is made once for an adjacency and kept with it, so an adjacency
-    must not be changed in place between passes. Computed in at least float32, also under autocast. An adjacency that
-    requires grad goes through the operator.
+    Faster in backward than the operator: the transpose is made once for an adjacency and kept as long as that lives, so
+    an adjacency must not be changed in place between passes. Computed in at least float32, also under autocast. An
+    adjacency that requires grad goes through the operator.
 
     Args:
         adj_t: sparse CSR [num_targets, num_sources].
@@ -66,11 +70,11 @@ class _Propagate(torch.autograd.Function):
 
 def _transposed(adj_t: Tensor) -> Tensor:
     """Return the transpose [num_sources, num_targets] in CSR form, made at the first call."""
-    known: Tensor | None = getattr(adj_t, "_transposed", None)
+    known: Tensor | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
     if known is None:
         col = adj_t.col_indices()
         order = col.argsort(stable=True)
         rowptr = torch._convert_indices_from_coo_to_csr(col[order], adj_t.size(1))
         known = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
-        adj_t._transposed = known  # type: ignore[attr-defined]
+        _TRANSPOSES[adj_t] = known
     return known
