@@ -9,8 +9,9 @@ import torch
 from model_zoo import AGGREGATORS, IN, NODES, OUT, SCALERS, data_for, make, make_graph
 from torch.nn import functional as F
 
-from recollect.autoscale import edge_index_of, with_weights
+from recollect.autoscale import edge_index_of, propagate, with_weights
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK
+from recollect.models._layers import GCNLayer
 
 geometric = pytest.importorskip("torch_geometric.nn")
 
@@ -30,6 +31,17 @@ def test_gcn():
         x = peer(x, edges, data.adj_t.values())
         x = x.relu() if layer < 2 else x
     check(model(data.x, data.adj_t), x)
+
+
+@pytest.mark.parametrize("widths", [(3, 7), (7, 3)])
+def test_gcn_propagates_whichever_side_has_fewer_channels(widths, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "recollect.models._layers.propagate", lambda adj_t, x: seen.append(x.size(1)) or propagate(adj_t, x)
+    )
+    out = GCNLayer(*widths)(torch.randn(NODES, widths[0]), make_graph().adj_t.to(torch.float32))
+    assert out.shape == (NODES, widths[1])
+    assert seen == [3]
 
 
 def test_gcn_with_everything():
