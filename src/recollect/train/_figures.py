@@ -92,6 +92,7 @@ def _layers(axes: Axes, history: Sequence[Row], name: str, title: str) -> None:
     if not known:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes, color=_SOFT)
         return
+    axes.set_ylim(bottom=0, top=1.1 * max(max(values) for _, values in known) or None)
     epochs = [epoch for epoch, _ in known]
     layers = list(zip(*(values for _, values in known), strict=True))
     if len(layers) <= len(_COLORS):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from recollect.train._about import about
+from recollect.train._model_settings import ModelSettings, RevGNNSettings, ScalableSettings
+
 __all__ = [
     "FREE_KEYS",
     "PATH_KEYS",
@@ -24,92 +27,35 @@ FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, n
 PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
 
 
-def _about(
-    text: str, *, low: float | None = None, below: float | None = None, choices: tuple[str, ...] | None = None
-) -> dict[str, Any]:
-    """A setting's meaning, its least value, its (excluded) upper bound, and the values it can have."""
-    return {"help": text, "low": low, "below": below, "choices": choices}
-
-
 @dataclass(frozen=True)
 class DatasetSettings:
     """Which graph."""
 
-    name: str = field(metadata=_about("graph, by its name in recollect.data"))
-    options: dict[str, Any] = field(metadata=_about("options of recollect.data.load for this graph"))
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which network: what those of every kind have."""
-
-    name: str = field(metadata=_about("label of the model in the run's files"))
-    num_layers: int = field(metadata=_about("layers", low=1))
-    hidden_channels: int = field(metadata=_about("channels of the layers", low=1))
-    dropout: float = field(metadata=_about("dropout probability", low=0, below=1))
-    kind: str = field(
-        metadata=_about(
-            "network of recollect.models",
-            choices=("revgnn", "gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin"),
-        )
-    )
-
-
-@dataclass(frozen=True)
-class RevGNNSettings(ModelSettings):
-    """A deep reversible network; see `recollect.models.RevGNN`."""
-
-    num_groups: int = field(
-        metadata=_about("groups of a reversible layer; hidden_channels is divisible by them", low=2)
-    )
-    conv: str = field(metadata=_about("convolution: gat, gcn, gen, gin, graphconv or sage"))
-    conv_kwargs: dict[str, Any] = field(metadata=_about("options of the convolution, as in model.conv_kwargs.aggr=max"))
-    edge_features: bool = field(
-        metadata=_about("give the graph's edge features, if it has any, to a gat or gen convolution")
-    )
-    shared_dropout: bool = field(metadata=_about("one dropout mask for all layers, as in the paper"))
-    norm: str | None = field(metadata=_about("normalisation in the layers", choices=("layer", "batch")))
-    tied: bool = field(metadata=_about("all layers share one set of parameters"))
-    anchor_every: int | None = field(metadata=_about("keep every s-th activation, to bound drift; null: none", low=1))
-    disable: bool = field(metadata=_about("keep every activation: train without recollecting"))
-
-
-@dataclass(frozen=True)
-class ScalableSettings(ModelSettings):
-    """A network whose layers can take their neighbours from histories; see `recollect.autoscale.ScalableGNN`."""
-
-    adjacency: str = field(
-        metadata=_about(
-            "edges; with self-loops; and by the roots of degrees",
-            choices=("plain", "loops", "symmetric"),
-        )
-    )
-    options: dict[str, Any] = field(metadata=_about("further options of this network"))
+    name: str = field(metadata=about("graph, by its name in recollect.data"))
+    options: dict[str, Any] = field(metadata=about("options of recollect.data.load for this graph"))
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Which optimizer of torch.optim."""
 
-    name: str = field(metadata=_about("optimizer", choices=("adam", "adamw", "sgd")))
-    lr: float = field(metadata=_about("learning rate", low=0, below=1e6))
-    weight_decay: float = field(metadata=_about("weight decay", low=0))
+    name: str = field(metadata=about("optimizer", choices=("adam", "adamw", "sgd")))
+    lr: float = field(metadata=about("learning rate", low=0, below=1e6))
+    weight_decay: float = field(metadata=about("weight decay", low=0))
     other_weight_decay: float | None = field(
-        metadata=_about("weight decay of what is in the model's nonreg_modules; null: as weight_decay", low=0)
+        metadata=about("weight decay of what is in the model's nonreg_modules; null: as weight_decay", low=0)
     )
-    options: dict[str, Any] = field(metadata=_about("further options of the optimizer"))
+    options: dict[str, Any] = field(metadata=about("further options of the optimizer"))
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Where raw files are."""
 
-    root: str | None = field(
-        metadata=_about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data")
-    )
-    seed: int = field(metadata=_about("seed of generated graphs (sbm)"))
+    root: str | None = field(metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data"))
+    seed: int = field(metadata=about("seed of generated graphs (sbm)"))
     features: str | None = field(
-        metadata=_about(
+        metadata=about(
             "rows: each sums to 1; columns: mean 0, deviation 1; null: as is",
             choices=("rows", "columns"),
         )
@@ -121,30 +67,30 @@ class TrainingSettings:
     """The whole graph in each step, or a few of its parts and histories for what is around them."""
 
     name: str = field(
-        metadata=_about("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
+        metadata=about("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
     )
-    num_parts: int = field(metadata=_about("parts that the graph is cut into", low=1))
-    parts_per_batch: int = field(metadata=_about("parts in each step, drawn anew in each epoch", low=1))
+    num_parts: int = field(metadata=about("parts that the graph is cut into", low=1))
+    parts_per_batch: int = field(metadata=about("parts in each step, drawn anew in each epoch", low=1))
     partition: str = field(
-        metadata=_about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"))
+        metadata=about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"))
     )
-    partition_cache: str | None = field(metadata=_about("folder in which the parts of a graph are kept; null: none"))
+    partition_cache: str | None = field(metadata=about("folder in which the parts of a graph are kept; null: none"))
     history_device: str | None = field(
-        metadata=_about("where histories are; null: on the model's device", choices=("cpu", "cuda"))
+        metadata=about("where histories are; null: on the model's device", choices=("cpu", "cuda"))
     )
     history_dtype: str = field(
-        metadata=_about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"))
+        metadata=about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"))
     )
-    history_path: str | None = field(metadata=_about("folder for histories on disk; null: in memory"))
+    history_path: str | None = field(metadata=about("folder for histories on disk; null: in memory"))
     pool_size: int | None = field(
-        metadata=_about("transfers of history rows beside the computation, at a time; null: none", low=1)
+        metadata=about("transfers of history rows beside the computation, at a time; null: none", low=1)
     )
-    buffer_size: int | None = field(metadata=_about("rows of each of them at most; null: all nodes", low=1))
-    edge_dropout: float = field(metadata=_about("share of the edges that each step leaves out", low=0, below=1))
-    lipschitz: float = field(metadata=_about("weight of lipschitz_loss (gin with model.options.noise)", low=0))
-    layerwise: bool = field(metadata=_about("evaluate layer by layer on parts; false: on the whole graph"))
+    buffer_size: int | None = field(metadata=about("rows of each of them at most; null: all nodes", low=1))
+    edge_dropout: float = field(metadata=about("share of the edges that each step leaves out", low=0, below=1))
+    lipschitz: float = field(metadata=about("weight of lipschitz_loss (gin with model.options.noise)", low=0))
+    layerwise: bool = field(metadata=about("evaluate layer by layer on parts; false: on the whole graph"))
     errors_every: int | None = field(
-        metadata=_about("epochs between measurements of the histories' true errors; null: none", low=1)
+        metadata=about("epochs between measurements of the histories' true errors; null: none", low=1)
     )
 
 
@@ -153,13 +99,13 @@ class MeasureSettings:
     """What is measured after training."""
 
     enabled: bool = field(
-        metadata=_about("measure memory and time of training steps, reversible and with everything kept")
+        metadata=about("measure memory and time of training steps, reversible and with everything kept")
     )
     depths: list[int] | None = field(
-        metadata=_about("depths of the curve memory against depth; null: up to num_layers by doubling")
+        metadata=about("depths of the curve memory against depth; null: up to num_layers by doubling")
     )
-    repeats: int = field(metadata=_about("timed epochs of each mode; the median counts", low=1))
-    seconds: float = field(metadata=_about("stop measuring further depths after this time", low=0))
+    repeats: int = field(metadata=about("timed epochs of each mode; the median counts", low=1))
+    seconds: float = field(metadata=about("stop measuring further depths after this time", low=0))
 
 
 @dataclass(frozen=True)
@@ -172,24 +118,20 @@ class Settings:
     training: TrainingSettings
     data: DataSettings
     measure: MeasureSettings
-    preset: str | None = field(metadata=_about("published row that the other settings are of; null: none"))
-    seed: int = field(metadata=_about("seed of parameters and dropout", low=0))
+    preset: str | None = field(metadata=about("published row that the other settings are of; null: none"))
+    seed: int = field(metadata=about("seed of parameters and dropout", low=0))
     runs: int = field(
-        metadata=_about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
+        metadata=about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
     )
-    epochs: int = field(metadata=_about("epochs, at most", low=1))
+    epochs: int = field(metadata=about("epochs, at most", low=1))
     patience: int | None = field(
-        metadata=_about("stop after this many epochs without a better validation score; null: never", low=1)
+        metadata=about("stop after this many epochs without a better validation score; null: never", low=1)
     )
-    warmup_epochs: int = field(
-        metadata=_about("epochs over which the learning rate rises linearly to its value", low=0)
-    )
-    clip_norm: float | None = field(metadata=_about("largest norm of the gradient; null: any", low=0))
-    checkpoint_every: int = field(metadata=_about("epochs between checkpoints", low=1))
-    device: str = field(metadata=_about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
-    precision: str = field(metadata=_about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
-    threads: int | None = field(
-        metadata=_about("CPU threads; null: one for a small graph, else torch's default", low=1)
-    )
-    run_dir: str | None = field(metadata=_about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
-    resume: str | None = field(metadata=_about("go on with the run in this folder, under its own settings"))
+    warmup_epochs: int = field(metadata=about("epochs over which the learning rate rises linearly to its value", low=0))
+    clip_norm: float | None = field(metadata=about("largest norm of the gradient; null: any", low=0))
+    checkpoint_every: int = field(metadata=about("epochs between checkpoints", low=1))
+    device: str = field(metadata=about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
+    precision: str = field(metadata=about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
+    threads: int | None = field(metadata=about("CPU threads; null: one for a small graph, else torch's default", low=1))
+    run_dir: str | None = field(metadata=about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
+    resume: str | None = field(metadata=about("go on with the run in this folder, under its own settings"))
