@@ -9,8 +9,9 @@ Evaluation is always that of the whole graph, and the test score that of the bes
 A run's folder is known by ``config.yaml``, which is there first, and finished by ``summary.json``, which is there last.
 Between them a checkpoint is replaced in one step after each epoch, and holds everything that the following epochs
 depend on; so a run that was killed goes on from its last epoch and, on the CPU, ends with the numbers of an unbroken
-one. ``metrics.csv`` and TensorBoard's files are written anew from the checkpoint when a run goes on. Several runs, ``runs=20``, have
-a folder each in one folder, ``seed_0`` and so on, and their mean and standard deviation in its summary and report.
+one. ``metrics.csv`` and TensorBoard's files are written anew from the checkpoint when a run goes on. Several runs,
+``runs=20``, have a folder each in one folder, ``seed_0`` and so on, and their mean and standard deviation in its
+summary and report.
 
 This package needs the ``[train]`` extra; nothing else in recollect imports it.
 """
