@@ -56,7 +56,9 @@ FLOORS = {
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),
-    "train": floor("__init__ memory frames invertible reversible autoscale models data plan", APPLICATION),
+    "train": floor(
+        "__init__ memory frames autogram aggregation invertible reversible autoscale models data plan", APPLICATION
+    ),
     "cli": floor("__init__ train"),
 }
 PARTS = sorted({path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in SOURCE.rglob("*.py")})

@@ -93,3 +93,20 @@ def _nearest_mean_accuracy(x: Tensor, data: object) -> float:
 def test_impossible_options_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load("sbm", **options)
+
+
+def test_labels_are_on_half_of_the_blocks():
+    classes = load("sbm", num_nodes=300, num_classes=7, seed=3)
+    graph = load("sbm", num_nodes=300, num_classes=7, num_labels=4, seed=3)
+    assert (graph.task, graph.num_classes) == ("multilabel", 4)
+    assert torch.equal(graph.data.x, classes.data.x)
+    assert torch.equal(graph.data.edge_index, classes.data.edge_index)
+    for label in graph.data.y.T:
+        on = [set(label[classes.data.y == block].tolist()) for block in range(7)]
+        assert sorted(on, key=sum) == [{0.0}] * 4 + [{1.0}] * 3
+
+
+@pytest.mark.parametrize("options", [{"num_labels": -1}, {"num_labels": 2, "num_classes": 1}])
+def test_labels_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match="num_labels is"):
+        load("sbm", num_nodes=50, **options)

@@ -137,7 +137,7 @@ def test_options_of_a_convolution_are_free():
         ("model=[a]", "choose from: appnp, gat, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
         ("model.num_layer=3", r"did you mean 'model.num_layers'\?\); choose from: model.name, model.num_layers"),
-        ("models=x", r"no key 'models' \(did you mean 'model'\?\); choose from: dataset, model, optimizer"),
+        ("models=x", r"no key 'models' \(did you mean 'model'\?\); choose from: dataset, model, objective, optimizer"),
         ("hydra.run.dir=x", "choose from: dataset, "),
         ("optimizer.options.foo=3", "choose from: optimizer.options.betas, optimizer.options.eps"),
         ("measure=false", "is a group of keys; set one of them: measure.enabled"),

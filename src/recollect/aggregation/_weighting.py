@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ class Weighting(nn.Module, ABC):
     No gradients flow through the weights.
     """
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:  # a module's own takes and returns anything
+
+        def __call__(self, gramian: Tensor) -> Tensor: ...
 
     @torch.no_grad()
     def forward(self, gramian: Tensor) -> Tensor:

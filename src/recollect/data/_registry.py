@@ -61,7 +61,7 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
 
     * ``digits``: ``k=10``, neighbours that each image chooses;
     * ``sbm``: ``num_nodes=10_000``, ``num_classes=10``, ``average_degree=10.0``, ``homophily=0.8``,
-      ``num_features=64``, ``noise=1.0``;
+      ``num_features=64``, ``noise=1.0``, ``num_labels=0``;
     * every graph that is read from raw files: ``download=False``, whether to fetch them if they are missing;
     * ``cora``, ``citeseer``, ``pubmed``: ``split="public"``, or ``"full"``, where all nodes outside of
       validation and test are for training;

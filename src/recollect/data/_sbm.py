@@ -24,6 +24,7 @@ def sbm(
     homophily: float = 0.8,
     num_features: int = 64,
     noise: float = 1.0,
+    num_labels: int = 0,
 ) -> GraphDataset:
     """A stochastic block model (Holland et al. 1983): blocks are labels, features noisy signs of them.
 
@@ -45,26 +46,37 @@ def sbm(
         homophily: Share of the edges that join nodes of the same class, from 0 to 1.
         num_features: F, at least 1.
         noise: Standard deviation of each feature, not negative.
+        num_labels: K. If it is not 0, nodes have K labels in place of a class: each label is on every node of some
+            blocks, half of them at random, and on no other.
 
     Raises:
         ValueError: An argument is out of its range, or the graph has no room for so many edges.
         MissingDependencyError: torch_geometric is not installed.
     """
-    _check(num_nodes, num_classes, average_degree, homophily, num_features, noise)
+    _check(num_nodes, num_classes, average_degree, homophily, num_features, noise, num_labels)
     generator = torch.Generator().manual_seed(seed)
     y = torch.randperm(num_nodes, generator=generator) % num_classes
+    x = _features(y, num_classes, num_features, noise, generator)
+    edge_index = _edges(y, num_classes, average_degree, homophily, generator)
     return assemble(
         "sbm",
-        x=_features(y, num_classes, num_features, noise, generator),
-        edge_index=_edges(y, num_classes, average_degree, homophily, generator),
-        y=y,
+        x=x,
+        edge_index=edge_index,
+        y=_labels(y, num_classes, num_labels, generator) if num_labels else y,
         masks=stratified_masks(y, train=0.6, val=0.2, seed=seed),
-        num_classes=num_classes,
+        num_classes=num_labels or num_classes,
+        task="multilabel" if num_labels else "multiclass",
     )
 
 
 def _check(
-    num_nodes: int, num_classes: int, average_degree: float, homophily: float, num_features: int, noise: float
+    num_nodes: int,
+    num_classes: int,
+    average_degree: float,
+    homophily: float,
+    num_features: int,
+    noise: float,
+    num_labels: int,
 ) -> None:
     if num_classes < 1:
         raise ValueError(f"sbm: num_classes is {num_classes}, but must be at least 1")
@@ -81,6 +93,16 @@ def _check(
         raise ValueError(f"sbm: num_features is {num_features}, but must be at least 1")
     if not noise >= 0:
         raise ValueError(f"sbm: noise is {noise}, but must not be negative")
+    if num_labels < 0 or (num_labels and num_classes < 2):
+        raise ValueError(
+            f"sbm: num_labels is {num_labels}, of {num_classes} blocks, but must be 0, or at least 1 with 2 blocks or "
+            f"more, so that each label both occurs and is missing"
+        )
+
+
+def _labels(y: Tensor, num_classes: int, num_labels: int, generator: Generator) -> Tensor:
+    order = torch.rand(num_classes, num_labels, generator=generator).argsort(0)
+    return (order < num_classes // 2)[y]
 
 
 def _features(y: Tensor, num_classes: int, num_features: int, noise: float, generator: Generator) -> Tensor:

@@ -13,6 +13,7 @@ from recollect.train._settings import (
     DataSettings,
     MeasureSettings,
     ModelSettings,
+    ObjectiveSettings,
     OptimizerSettings,
     RevGNNSettings,
     ScalableSettings,
@@ -49,6 +50,11 @@ def check(settings: Settings) -> None:
     if depths is not None and (not depths or min(depths) < 1):
         raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
     _check_training(settings)
+    if settings.objective.name != "mean" and settings.precision == "16-mixed":
+        raise UsageError(
+            f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
+            f"they are; choose 32-true or bf16-mixed"
+        )
 
 
 def _check_training(settings: Settings) -> None:
@@ -79,7 +85,15 @@ _MODELS = (RevGNNSettings, ScalableSettings)
 def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each leaf's key, value (``None`` without an instance) and metadata."""
     groups = {
-        c.__name__: (c,) for c in (DatasetSettings, OptimizerSettings, TrainingSettings, DataSettings, MeasureSettings)
+        c.__name__: (c,)
+        for c in (
+            DatasetSettings,
+            OptimizerSettings,
+            TrainingSettings,
+            ObjectiveSettings,
+            DataSettings,
+            MeasureSettings,
+        )
     } | {ModelSettings.__name__: _MODELS}
     for item in dataclasses.fields(cls):
         value = None if instance is None else getattr(instance, item.name)

@@ -51,10 +51,15 @@ def learning_curves(history: Sequence[Row], best_epoch: int, metric: str) -> Fig
     for name, title in (("age", "Mean age of the histories (steps)"), ("error", "Relative error of the histories")):
         if per_layer(history[0], name):
             panels.append(lambda axes, name=name, title=title: _layers(axes, history, name, title))  # type: ignore[misc]
+    if "conflict" in history[0]:
+        panels.append(lambda axes: _conflict(axes, history))
     with matplotlib.rc_context(_STYLE):
-        rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+        rows, columns = (1, len(panels)) if len(panels) <= 3 else (2, -(-len(panels) // 2))
         figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
-        for axes, draw in zip(figure.subplots(rows, columns).flat, panels, strict=True):
+        places = figure.subplots(rows, columns).flat
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
+        for axes, draw in zip(places, panels, strict=False):
             draw(axes)
             _decades(axes)
             _epoch_axis(axes, best_epoch, len(history))
@@ -82,6 +87,13 @@ def _drift(axes: Axes, history: Sequence[Row]) -> None:
         axes.semilogy(*zip(*drift, strict=True), color=_GREEN, label="largest relative error")
     else:
         axes.text(0.5, 0.5, "nothing was reconstructed", ha="center", transform=axes.transAxes, color=_SOFT)
+
+
+def _conflict(axes: Axes, history: Sequence[Row]) -> None:
+    axes.set_title("Conflict of the objectives")
+    epochs = [row["epoch"] for row in history]
+    axes.plot(epochs, [row["conflict"] for row in history], color=_ORANGE, label="share of opposed pairs")
+    axes.plot(epochs, [row["cosine"] for row in history], color=_BLUE, label="least cosine with the update")
 
 
 def _layers(axes: Axes, history: Sequence[Row], name: str, title: str) -> None:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
-__all__ = ["loss", "score"]
+__all__ = ["losses", "score"]
 
 
-def loss(task: str, logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross entropy, or binary cross entropy of labels, a scalar.
+def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of each node [num_nodes], or the binary one of each label [num_nodes, num_classes].
 
     Args:
         task: ``"multiclass"`` or ``"multilabel"``.
@@ -21,8 +21,8 @@ def loss(task: str, logits: Tensor, target: Tensor) -> Tensor:
         target: classes [num_nodes] int64, or labels [num_nodes, num_classes] in {0, 1}.
     """
     if task == "multiclass":
-        return F.cross_entropy(logits, target)
-    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+        return F.cross_entropy(logits, target, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
 
 
 def score(graph: GraphDataset, logits: Tensor, part: str) -> float:

@@ -32,7 +32,8 @@ class Bar:
     def advance(self, row: Row) -> None:
         """Show an epoch that is done."""
         epoch = int(row["epoch"])
-        note = f"loss {row['loss']:.4f}  validation {self._metric} {100 * row['val_accuracy']:.2f} %{_staleness(row)}"
+        note = f"loss {row['loss']:.4f}  validation {self._metric} {100 * row['val_accuracy']:.2f} %"
+        note += _staleness(row) + _conflict(row)
         self._progress.update(self._task, completed=epoch, note=note)
         if self._lines and (epoch % max(self._epochs // 10, 1) == 0 or epoch == self._epochs):
             self._console.print(f"epoch {epoch}/{self._epochs}  {note}", highlight=False)
@@ -46,6 +47,11 @@ def _staleness(row: Row) -> str:
     """Mean age of the histories, layer by layer, and their errors where they were measured."""
     age, error = range_text(per_layer(row, "age")), range_text(per_layer(row, "error"), ".1e")
     return (f"  age {age}" if age else "") + (f"  error {error}" if error else "")
+
+
+def _conflict(row: Row) -> str:
+    """Share of pairs of objectives whose gradients are opposed."""
+    return f"  conflict {100 * row['conflict']:.1f} %" if "conflict" in row else ""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ __all__ = [
     "DatasetSettings",
     "MeasureSettings",
     "ModelSettings",
+    "ObjectiveSettings",
     "OptimizerSettings",
     "RevGNNSettings",
     "ScalableSettings",
@@ -95,6 +96,27 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class ObjectiveSettings:
+    """One loss, or many whose gradients' Gramian gives their weights; see `recollect.autogram`."""
+
+    name: str = field(
+        metadata=about(
+            "mean: the mean loss; iwrm: an objective for each node; multitask: one for each label",
+            choices=("mean", "iwrm", "multitask"),
+        )
+    )
+    weighting: str = field(
+        metadata=about(
+            "weights from the Gramian, by recollect.aggregation",
+            choices=("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "cagrad", "alignedmtl", "nashmtl", "mean"),
+        )
+    )
+    samples: int = field(
+        metadata=about("iwrm: training nodes of a step, drawn anew; each costs a backward pass", low=1)
+    )
+
+
+@dataclass(frozen=True)
 class MeasureSettings:
     """What is measured after training."""
 
@@ -116,6 +138,7 @@ class Settings:
     model: ModelSettings
     optimizer: OptimizerSettings
     training: TrainingSettings
+    objective: ObjectiveSettings
     data: DataSettings
     measure: MeasureSettings
     preset: str | None = field(metadata=about("published row that the other settings are of; null: none"))

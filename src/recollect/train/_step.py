@@ -13,8 +13,9 @@ from recollect.models import RevGNN
 from recollect.train._batches import Batches, FullBatch, PartBatches, evaluation_loader
 from recollect.train._build import build_optimizer
 from recollect.train._graph import TrainingGraph, to_device
-from recollect.train._metrics import loss
+from recollect.train._metrics import losses
 from recollect.train._network import graph_inputs
+from recollect.train._objective import make_objective
 from recollect.train._settings import Settings
 
 __all__ = ["Step"]
@@ -44,6 +45,7 @@ class Step:
         self.edge_dropout = training.edge_dropout
         self.own: Batches = PartBatches(graph, training, fabric.device) if self.in_parts else self._whole()
         self.batches: Batches = self.own
+        self.objective = make_objective(settings.objective, graph, network)
         self.model, self.optimizer = fabric.setup(network, build_optimizer(settings.optimizer, network))
 
     @property
@@ -67,10 +69,11 @@ class Step:
         for inputs, target, mask in self.batches:
             # In place: gradients then belong to what is always there, as in the measurements.
             self.optimizer.zero_grad(set_to_none=False)
-            value = loss(self.graph.task, self.model(*inputs)[mask], target[mask])
+            value, update = self.objective(losses(self.graph.task, self.model(*inputs)[mask], target[mask]))
             if self.lipschitz:
-                value = value + self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
-            self.fabric.backward(value)
+                extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
+                value, update = value + extra, update + extra
+            self.fabric.backward(update)
             if self.clip_norm is not None:
                 # A gradient that is not finite shows in the evaluation, which names the epoch.
                 self.fabric.clip_gradients(
@@ -102,8 +105,12 @@ class Step:
 
         Of a reversible model: ``drift``, the largest relative reconstruction error (NaN if nothing was reconstructed).
         Of one with histories: ``age_1``, ``age_2``, ... for each layer, see :meth:`ScalableGNN.staleness`, and, if
-        they are asked for, ``error_1``, ... (else NaN), see `recollect.autoscale.history_errors`.
+        they are asked for, ``error_1``, ... (else NaN), see `recollect.autoscale.history_errors`. With many objectives
+        also what `Objective.observe` returns.
         """
+        return {**self._observe_network(errors), **self.objective.observe()}
+
+    def _observe_network(self, errors: bool) -> dict[str, float]:
         if isinstance(self.network, RevGNN):
             drift = self.network.last_drift
             return {"drift": float("nan") if drift is None else drift}
@@ -122,7 +129,7 @@ class Step:
     def loss(self, logits: Tensor, part: str) -> Tensor:
         """The loss, a scalar, on the nodes of a part of the split."""
         mask = self.graph.data[f"{part}_mask"]
-        return loss(self.graph.task, logits[mask], self.graph.data.y[mask])
+        return losses(self.graph.task, logits[mask], self.graph.data.y[mask]).mean()
 
     def _whole(self) -> FullBatch:
         inputs = tuple(tensor.to(self.fabric.device) for tensor in self.inputs)

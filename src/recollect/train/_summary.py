@@ -44,6 +44,9 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "model": settings.model.name,
         "preset": settings.preset,
         "training": settings.training.name,
+        "objective": settings.objective.name,
+        "conflict": _mean_of(trainer.history, "conflict"),
+        "smallest_cosine": min((row["cosine"] for row in trainer.history if "cosine" in row), default=None),
         "layers": settings.model.num_layers,
         "parameters": sum(parameter.numel() for parameter in step.network.parameters()),
         "metric": step.graph.metric,
@@ -110,6 +113,11 @@ def read_summary(path: Path) -> Summary:
     if not isinstance(summary, dict):
         raise InvalidRunError(f"{path} is not the summary of a run")
     return summary
+
+
+def _mean_of(history: Sequence[dict[str, float]], key: str) -> float | None:
+    values = [row[key] for row in history if key in row]
+    return statistics.fmean(values) if values else None
 
 
 def _histories(trainer: Trainer) -> Summary | None:

@@ -79,6 +79,7 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
         ("model", f"{summary['model']}: {summary['layers']} layers, {summary['parameters']:,} parameters"),
         ("parameters, gradients, optimizer", bytes_text(summary["state_bytes"])),
         *_seen(summary),
+        *_objectives(summary),
         ("device", f"{summary['device']} ({summary['device_name']}), {summary['precision']}"),
     ]
     return facts, _costs(summary)
@@ -97,6 +98,17 @@ def _seen(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("their mean age", f"{range_text(histories['ages'])} steps" if histories["ages"] else "there are none"),
     ]
     return [*found, ("their relative error", range_text(histories["errors"], ".1e"))] if histories["errors"] else found
+
+
+def _objectives(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How much objectives opposed each other, and whether a step went against one of them."""
+    if summary["conflict"] is None:
+        return []
+    return [
+        ("objectives", summary["objective"]),
+        ("pairs in conflict", f"{100 * summary['conflict']:.1f} %, mean of all epochs"),
+        ("least cosine of an update with a gradient", f"{summary['smallest_cosine']:.3f}"),
+    ]
 
 
 def _costs(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -1,0 +1,135 @@
+"""What a step makes better: the mean of its losses, or each of many as far as the others allow."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recollect.aggregation import (
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    DualProjWeighting,
+    IMTLGWeighting,
+    MeanWeighting,
+    MGDAWeighting,
+    NashMTLWeighting,
+    PCGradWeighting,
+    UPGradWeighting,
+    conflict,
+)
+from recollect.autogram import Engine
+from recollect.data import GraphDataset
+from recollect.train._errors import UsageError
+from recollect.train._settings import ObjectiveSettings
+
+__all__ = ["Objective", "make_objective"]
+
+Weights = Callable[[Tensor], Tensor]  # from a Gramian [m, m] to [m]
+
+_WEIGHTINGS: dict[str, Callable[[], Weights]] = {
+    "upgrad": UPGradWeighting,
+    "dualproj": DualProjWeighting,
+    "mgda": MGDAWeighting,
+    "pcgrad": PCGradWeighting,
+    "imtlg": IMTLGWeighting,
+    "cagrad": lambda: CAGradWeighting(c=0.5),
+    "alignedmtl": AlignedMTLWeighting,
+    "nashmtl": NashMTLWeighting,
+    "mean": MeanWeighting,
+}
+
+
+class Objective(Protocol):
+    """From the losses of a step to what goes backward."""
+
+    def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the losses, and the scalar whose gradient is the update."""
+        ...
+
+    def observe(self) -> dict[str, float]:
+        """Return measures of the steps since the last call."""
+        ...
+
+
+class _Mean:
+    """One objective."""
+
+    def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        value = losses.mean()
+        return value, value
+
+    def observe(self) -> dict[str, float]:
+        return {}
+
+
+class _Many:
+    """Objectives that are weighted by what the Gramian of their gradients says.
+
+    Args:
+        network: whose parameters count.
+        choose: from the losses of a step to the objectives [m].
+        weighting: from their Gramian to weights.
+    """
+
+    def __init__(self, network: nn.Module, choose: Callable[[Tensor], Tensor], weighting: Weights) -> None:
+        self._engine = Engine(network)
+        self._choose = choose
+        self._weighting = weighting
+        self._conflicts: list[float] = []
+        self._cosines: list[float] = []
+
+    def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        objectives = self._choose(losses)
+        value = losses.mean()
+        if not bool(objectives.isfinite().all()):
+            return value, value  # the trainer stops at a loss that is not finite, and names the epoch
+        gramian = self._engine.compute_gramian(objectives)
+        weights = self._weighting(gramian)
+        seen = conflict(gramian, weights)
+        self._conflicts.append(seen.negative_share)
+        self._cosines.append(seen.min_cosine)
+        return value, objectives @ weights.to(objectives)
+
+    def observe(self) -> dict[str, float]:
+        """``conflict``: share of pairs with opposed gradients; ``cosine``: the least of an update with a gradient."""
+        conflicts, cosines = self._conflicts, self._cosines
+        self._conflicts, self._cosines = [], []
+        if not conflicts:
+            return {"conflict": float("nan"), "cosine": float("nan")}
+        return {"conflict": statistics.fmean(conflicts), "cosine": min(cosines)}
+
+
+def make_objective(settings: ObjectiveSettings, graph: GraphDataset, network: nn.Module) -> Objective:
+    """Make what the settings ask for.
+
+    Args:
+        settings: which objective.
+        graph: says whether a node has one class or several labels.
+        network: makes the losses; to be called after this.
+
+    Raises:
+        UsageError: an objective for each label is asked for where nodes have a class.
+    """
+    if settings.name == "mean":
+        return _Mean()
+    weighting = _WEIGHTINGS[settings.weighting]()
+    if settings.name == "iwrm":
+        return _Many(network, lambda losses: _some_nodes(losses, settings.samples), weighting)
+    if graph.task != "multilabel":
+        raise UsageError(
+            f"objective=multitask has an objective for each label, and the nodes of {graph.name!r} have one class "
+            f"each; choose a graph with several labels (ppi, yelp, ogbn-proteins, or sbm with "
+            f"dataset.options.num_labels), or objective=iwrm"
+        )
+    return _Many(network, lambda losses: losses.mean(0), weighting)
+
+
+def _some_nodes(losses: Tensor, number: int) -> Tensor:
+    """Losses of so many nodes at random, or of all if there are no more."""
+    each = losses if losses.dim() == 1 else losses.mean(1)
+    chosen = torch.randperm(each.numel())[:number].to(each.device)
+    return each[chosen]
