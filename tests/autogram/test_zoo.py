@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -55,6 +56,11 @@ def few(kind: type[Member]) -> int:
 
 def by_hand(kind: type[Member], batch: int, batch_dim: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
     """The Gramian of the explicit Jacobian, of a member of its own."""
+    return _by_hand(kind, batch, 1 if batch_dim == 1 else 0, dtype)  # no dimension: the inputs are those of 0
+
+
+@cache
+def _by_hand(kind: type[Member], batch: int, batch_dim: int, dtype: torch.dtype) -> Tensor:
     made = build(kind, dtype)
     return explicit_gramian(run(made, batch, batch_dim), trained(made.targets()))
 
