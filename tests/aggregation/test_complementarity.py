@@ -3,7 +3,7 @@
 import pytest
 import torch
 from weight_asserts import counting
-from weight_inputs import KINDS, gram, normal, tall, wide
+from weight_inputs import KINDS, centred, gram, normal, tall, wide
 from weight_oracles import complementary
 
 from recollect.aggregation import _complementarity
@@ -63,7 +63,7 @@ def test_offsets_may_be_anything():
 
 def test_without_conflict_there_is_nothing_to_solve(monkeypatch):
     monkeypatch.setattr(_complementarity, "modulus", None)
-    found, residual = solve(torch.eye(3).double(), torch.ones(2, 3).double())
+    found, residual = solve(torch.eye(9).double(), torch.ones(2, 9).double())
     assert residual == 0
     assert not found.any()
 
@@ -109,8 +109,19 @@ def test_the_other_side_is_not_used_where_it_is_inaccurate(monkeypatch):
     assert given.pop() is None
 
 
+def test_what_solves_another_system_is_not_taken_for_done():
+    matrix, offset = problem(centred, 40)
+    wrong = torch.linalg.inv(matrix) * (1 + 1e-6)
+    found, left = _complementarity._pivot(matrix, wrong, offset, offset < 0)
+    done = torch.ones(40, dtype=torch.bool)
+    done[left] = False
+    assert len(left)
+    assert done.sum() == 0 or violation(matrix, offset[done], found[done]) < 1e-10
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rounds_are_needed(kind, monkeypatch):
+    monkeypatch.setattr(_complementarity, "descend", None)
     rounds = []
     solve_on = _complementarity.solve_on
     monkeypatch.setattr(_complementarity, "solve_on", lambda h, k, a, b: rounds.append(len(a)) or solve_on(h, k, a, b))
