@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._capture import Hook, Recorder
-from recollect.autogram._gather import Gather
 from recollect.autogram._independence import Independence
-from recollect.autogram._plan import plan_batch, plan_rows
-from recollect.autogram._probe import Layouts, probe
+from recollect.autogram._passes import Job, Known, gramian_of_batch, gramian_of_rows
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
-from recollect.autogram._square import SquareSum, wide
-from recollect.autogram._sweep import DeclinedError, Sweep
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
 
@@ -54,18 +50,21 @@ class Engine:
         batch_dim: the dimension of the losses in which they belong to the elements of a batch that the modules treat
             independently. One backward pass then gives all rows. This is checked in the first call, and again when the
             graph takes another form. None asks for no independence; every loss costs a backward pass.
+        row_bytes: how many bytes of the losses' gradients may be held at once, where there are several backward passes.
+            If they are more, passes are repeated.
 
     Raises:
         TypeError: something is no module.
         ValueError: there is no module, or one contains another.
     """
 
-    def __init__(self, *modules: nn.Module, batch_dim: int | None = None) -> None:
+    def __init__(self, *modules: nn.Module, batch_dim: int | None = None, row_bytes: int = 2**28) -> None:
         _check_modules(modules)
         self._modules = modules
         self._batch_dim = batch_dim
+        self._row_bytes = row_bytes
         self._recorder = Recorder(_REGISTRY)
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[Any, Known] = {}
         hook = Hook(self._recorder)
         layers = dict.fromkeys(layer for module in modules for layer in module.modules() if layer._parameters)
         handles = [layer.register_forward_hook(hook, prepend=True, with_kwargs=True) for layer in layers]
@@ -92,12 +91,15 @@ class Engine:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(*output.shape, *reversed(output.shape))
-            graph = walk(output, self._recorder, parameters)
             if batch_dim is None or output.shape[batch_dim] == 1:
-                square = self._by_rows(output, graph, parameters)
-                return _generalise(square, output, None)
-            square = self._by_batch(output, graph, parameters, batch_dim)
-            return _generalise(square, output, batch_dim)
+                return self._of_rows(output, parameters).to(output.dtype)
+            # A hook on a parameter is made for one loss' gradient, not for those of a whole batch.
+            hooked = {key: p for key, p in parameters.items() if p._backward_hooks}
+            free = {key: p for key, p in parameters.items() if key not in hooked}
+            gramian = self._of_batch(output, free, batch_dim)
+            if hooked:
+                gramian = gramian + self._of_rows(output, hooked)
+            return gramian.to(output.dtype)
 
     def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
@@ -139,78 +141,27 @@ class Engine:
             )
         return self._batch_dim % output.dim()
 
-    def _by_rows(self, output: Tensor, graph: Graph, parameters: Mapping[int, Tensor]) -> Tensor:
-        """Return the Gramian [m, m], a backward pass for each loss."""
-        m = output.numel()
-        known = self._recall(output, graph, None)
-        while True:
-            plan = plan_rows(graph, parameters, known.declined)
-            total = SquareSum(m, _sum_dtype(output, parameters), output.device)
-            gather = Gather(total, parameters, plan.events(), m, 1)
-            sweep = Sweep(graph, plan, parameters, gather, None, 1)
-            dense = [total.new_rows(parameters[k].numel()) for k in plan.dense]
-            cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
-            try:
-                for i in range(m):
-                    cotangent.view(-1)[i] = 1
-                    grads = sweep.run(output, self._recorder, cotangent)
-                    cotangent.view(-1)[i] = 0
-                    for rows, grad in zip(dense, grads, strict=True):
-                        if grad is not None:
-                            rows[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
-            except DeclinedError as declined:
-                known.declined.update(declined.pairs)
-                continue
-            while dense:
-                total.add_product(dense.pop())
-            gather.finish()
-            return total.total()
+    def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor]) -> Tensor:
+        job = self._job(output, parameters, None)
+        return _generalise(gramian_of_rows(job), output, None)
 
-    def _by_batch(self, output: Tensor, graph: Graph, parameters: Mapping[int, Tensor], batch_dim: int) -> Tensor:
-        """Return the Gramian [K B, K B] of K losses for each element, a backward pass for each of K."""
-        batch = output.shape[batch_dim]
-        known = self._recall(output, graph, batch_dim)
-        if known.layouts is None or not known.layouts.fit(graph, batch):
-            leaves = [self._recorder.leaf, *(parameters[k] for k in graph.uses)]
-            known.layouts = probe(output, graph, leaves, batch_dim)
-        independence = Independence(self._modules, batch_dim)
-        while True:
-            plan = plan_batch(graph, parameters, known.declined, known.layouts, independence)
-            tasks = output.numel() // batch
-            total = SquareSum(tasks * batch, _sum_dtype(output, parameters), output.device)
-            gather = Gather(total, parameters, plan.events(), tasks, batch)
-            sweep = Sweep(graph, plan, parameters, gather, known.layouts, batch)
-            try:
-                for task in range(tasks):
-                    cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
-                    cotangent.movedim(batch_dim, -1).view(tasks, batch)[task] = 1
-                    sweep.run(output, self._recorder, cotangent)
-            except DeclinedError as declined:
-                known.declined.update(declined.pairs)
-                continue
-            gather.finish()
-            if not known.layouts.certain:
-                known.layouts = None
-            return total.total()
+    def _of_batch(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int) -> Tensor:
+        job = self._job(output, parameters, batch_dim)
+        square = gramian_of_batch(job, batch_dim, Independence(self._modules, batch_dim))
+        return _generalise(square, output, batch_dim)
 
-    def _recall(self, output: Tensor, graph: Graph, batch_dim: int | None) -> _Known:
+    def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None) -> Job:
+        graph = walk(output, self._recorder, parameters)
+        return Job(output, graph, parameters, self._recorder, self._recall(graph, batch_dim), self._row_bytes)
+
+    def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
         form = (graph.form, batch_dim)
         known = self._known.get(form)
         if known is None:
             if len(self._known) >= _FORMS:
                 self._known.clear()
-            known = self._known[form] = _Known()
+            known = self._known[form] = Known()
         return known
-
-
-class _Known:
-    """What was found out about graphs of one form."""
-
-    __slots__ = ("declined", "layouts")
-
-    def __init__(self) -> None:
-        self.declined: set[tuple[int, str]] = set()
-        self.layouts: Layouts | None = None
 
 
 def _check_modules(modules: tuple[nn.Module, ...]) -> None:
@@ -234,10 +185,6 @@ def _remove(handles: list[Any]) -> None:
         handle.remove()
 
 
-def _sum_dtype(output: Tensor, parameters: Mapping[int, Tensor]) -> torch.dtype:
-    return wide(output.dtype, *(p.dtype for p in parameters.values() if p.is_floating_point()))
-
-
 def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor:
     """Lay [m, m] out as [m1..mk, mk..m1]; with a batch, the rows come with its dimension last."""
     k = output.dim()
@@ -246,5 +193,5 @@ def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor
         order = [*(d for d in order if d != batch_dim), batch_dim]
     shape = [output.shape[d] for d in order]
     back = [order.index(d) for d in range(k)]
-    laid = square.view(*shape, *shape).permute(*back, *reversed([k + d for d in back]))
-    return laid.to(output.dtype).contiguous()
+    laid = square.view([*shape, *shape]).permute([*back, *reversed([k + d for d in back])])
+    return laid.contiguous()

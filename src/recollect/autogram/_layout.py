@@ -1,4 +1,4 @@
-"""Where a tensor has the batch: found from which of its elements have a gradient when only some losses have one."""
+"""Where a tensor has the batch: found from how its gradient grows when the losses of different elements do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "find_layouts", "has_batch_size", "prefer"]
+__all__ = ["Layout", "find_layouts", "prefer", "slice_sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,11 @@ class Layout:
             return torch.unflatten(tensor, dim, (batch, -1)).movedim(dim, 0)
         return torch.unflatten(tensor, dim, (-1, batch)).movedim(dim + 1, 0)
 
+    def spread(self, values: Tensor, size: int) -> Tensor:
+        """Return for each entry of an axis of this size the value of its element of the batch."""
+        repeats = size // len(values)
+        return values.repeat_interleave(repeats) if self.outer else values.repeat(repeats)
+
     def mask(self, tensor: Tensor, batch: int, row: int) -> Tensor:
         """Return the tensor with zeros in place of all elements of the batch but one."""
         masked = torch.zeros_like(tensor)
@@ -43,33 +48,43 @@ class Layout:
         return masked
 
 
-def has_batch_size(shape: Sequence[int], batch: int) -> bool:
-    """Whether a tensor of this shape could have the batch in it."""
-    return any(n % batch == 0 and n > 0 for n in shape)
+def slice_sizes(grad: Tensor, batch: int) -> dict[int, Tensor]:
+    """Return the sum of squares of each slice of a gradient, along each axis that may have the batch in it."""
+    if grad.layout != torch.strided:
+        return {}
+    grad = grad.abs() if grad.is_complex() else grad
+    sizes = {}
+    for dim, n in enumerate(grad.shape):
+        if n > 0 and n % batch == 0:
+            others = [other for other in range(grad.dim()) if other != dim]
+            slices = torch.linalg.vector_norm(grad, dim=others, dtype=torch.float64) if others else grad.double()
+            sizes[dim] = slices.square().cpu()
+    return sizes
 
 
-def find_layouts(grad: Tensor, batch: int, chosen: Tensor) -> set[Layout] | None:
-    """Return all layouts by which no element but the chosen ones has a gradient; None: any, for there is no gradient.
+def find_layouts(sizes: Sequence[dict[int, Tensor]], factors: Sequence[Tensor]) -> set[Layout] | None:
+    """Return all layouts by which each slice has grown as the losses of its element of the batch have.
 
     Args:
-        grad: the gradient of losses of the chosen elements only.
-        batch: B.
-        chosen: [B], boolean.
+        sizes: of the gradient's slices (:func:`slice_sizes`), first as it is, and then with losses that were scaled.
+        factors: for each of the scalings, what the squares of each element's gradient have grown by, [B].
+
+    Returns:
+        None if there was no gradient: any layout may be right.
     """
-    size = grad.abs()
-    largest = size.max() if size.numel() else size.sum()
-    if not bool(largest > 0) or not bool(torch.isfinite(largest)):
-        return None
-    there = size > torch.finfo(grad.dtype).eps * largest
+    first, *scaled = sizes
+    if not any(bool((size > 0).any()) for size in first.values()):
+        return None if first else set()
     found = set()
-    for dim, n in enumerate(grad.shape):
-        if n % batch:
-            continue
-        entries = there.movedim(dim, 0).flatten(1).any(1) if there.dim() > 1 else there
-        if not bool((entries.view(batch, -1).any(1) & ~chosen).any()):
-            found.add(Layout(dim))
-        if n > batch and not bool((entries.view(-1, batch).any(0) & ~chosen).any()):
-            found.add(Layout(dim, outer=False))
+    for dim, size in first.items():
+        there = size > size.max() * 1e-24
+        ratios = [other[dim][there] / size[there] for other in scaled]
+        for layout in (Layout(dim), Layout(dim, outer=False)):
+            each = [layout.spread(factor, len(size))[there] for factor in factors]
+            pairs = zip(ratios, each, strict=True)
+            if all(torch.allclose(ratio, factor, rtol=1e-3, atol=0) for ratio, factor in pairs):
+                found.add(layout)
+                break  # alone in its axis it is both
     return found
 
 

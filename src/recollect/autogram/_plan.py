@@ -83,15 +83,25 @@ class Plan:
         return events
 
 
-def plan_rows(graph: Graph, parameters: Mapping[int, Tensor], declined: Declined) -> Plan:
-    """Plan backward passes of one loss each: a rule where what it gives is smaller than the parameter's gradient."""
+def plan_rows(
+    graph: Graph, parameters: Mapping[int, Tensor], declined: Declined, *, prefer_rules: bool = False
+) -> Plan:
+    """Plan backward passes of one loss each.
+
+    Args:
+        graph: the output's.
+        parameters: by id.
+        declined: what rules do not cover.
+        prefer_rules: ask a rule wherever there is one; otherwise only where what it gives is smaller than the
+            parameter's gradient, which autograd computes faster.
+    """
     plan = Plan()
     names = {capture: _names(graph, capture, declined) for capture in graph.captures}
     for parameter, uses in graph.uses.items():
         captures = {use.capture for use in uses}
         if all(capture is not None and parameter in names[capture].values() for capture in captures):
             elements = sum(graph.nodes[capture].call.elements for capture in captures if capture is not None)
-            if elements < parameters[parameter].numel():
+            if (prefer_rules or elements < parameters[parameter].numel()) and not parameters[parameter]._backward_hooks:
                 _ask(plan, captures, parameter, names)
                 continue
         plan.dense.append(parameter)

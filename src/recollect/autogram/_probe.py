@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from recollect.autogram._layout import Layout, find_layouts, prefer
+from recollect.autogram._layout import Layout, find_layouts, prefer, slice_sizes
 from recollect.autogram._walk import Graph
 
 __all__ = ["Layouts", "probe"]
-
-# How often the losses of another half of the batch are taken where the first left several layouts open.
-_TRIES = 3
 
 
 class Layouts:
@@ -45,37 +41,26 @@ class Layouts:
 
 
 class _Watch:
-    """Notes for one node which layouts its outputs' gradients allow."""
+    """Notes for one node how large the slices of its outputs' gradients are."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.chosen = torch.zeros(0, dtype=torch.bool)
-        self.seen = False
-        self.shapes: list[torch.Size | None] = []
-        self.layouts: list[set[Layout] | None] = []
+        self.shapes: dict[int, torch.Size] = {}
+        self.outputs = 0
+        self.sizes: dict[int, list[dict[int, Tensor]]] = {}
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
-        if not self.seen:
-            self.seen = True
-            self.shapes = [None] * len(grads)
-            self.layouts = [None] * len(grads)
+        self.outputs = len(grads)
         for k, grad in enumerate(grads):
-            if grad is None:
-                continue
-            self.shapes[k] = grad.shape
-            layouts = find_layouts(grad, self.batch, self.chosen.to(grad.device))
-            known = self.layouts[k]
-            if layouts is not None:
-                self.layouts[k] = layouts if known is None else known & layouts
-
-    @property
-    def is_open(self) -> bool:
-        """Whether another look may tell more."""
-        return any(len(layouts) > 1 for layouts in self.layouts if layouts is not None)
+            if grad is not None:
+                self.shapes[k] = grad.shape
+                self.sizes.setdefault(k, []).append(slice_sizes(grad, self.batch))
 
 
 def probe(output: Tensor, graph: Graph, inputs: Sequence[Tensor], batch_dim: int) -> Layouts:
-    """Return where the batch is, from gradients of random sums of the losses of half of the batch.
+    """Return where the batch is: losses of different elements are scaled differently, until no two went alike.
+
+    The factors are powers of two, which change no rounding.
 
     Args:
         output: the losses, with a batch of at least two elements in ``batch_dim``.
@@ -84,45 +69,45 @@ def probe(output: Tensor, graph: Graph, inputs: Sequence[Tensor], batch_dim: int
         batch_dim: of the output.
     """
     batch = output.shape[batch_dim]
-    generator = torch.Generator().manual_seed(batch)
     watches = {k: _Watch(batch) for k, name in enumerate(graph.names) if name != "AccumulateGrad"}
     handles = [graph.nodes[k].register_prehook(watch) for k, watch in watches.items()]
+    generator = torch.Generator().manual_seed(batch)
+    weights = torch.rand(output.shape, generator=generator) + 0.5
+    base = 8 if output.dtype == torch.float16 else 16
+    factors: list[Tensor] = []
     try:
-        for _ in range(_TRIES):
-            chosen = torch.zeros(batch, dtype=torch.bool)
-            chosen[torch.randperm(batch, generator=generator)[: batch // 2]] = True
-            for watch in watches.values():
-                watch.chosen = chosen
-            _differentiate(output, inputs, batch_dim, chosen, generator)
-            if not any(watch.is_open for watch in watches.values()):
-                break
+        _differentiate(output, inputs, weights)
+        numbers = torch.randperm(batch, generator=generator)  # each element's, whose digits are its exponents
+        while batch > base ** len(factors):
+            exponents = numbers // base ** len(factors) % base
+            _differentiate(output, inputs, weights * torch.exp2(exponents).view(_along(output, batch_dim)))
+            factors.append(torch.exp2(2 * exponents).double())
     finally:
         for handle in handles:
             handle.remove()
-    return _conclude(watches, batch, batch_dim)
+    return _conclude(watches, factors, batch, batch_dim)
 
 
-def _differentiate(
-    output: Tensor, inputs: Sequence[Tensor], batch_dim: int, chosen: Tensor, generator: torch.Generator
-) -> None:
-    weights = (torch.rand(output.shape, generator=generator) + 0.5).to(output)
-    shape = [-1 if dim == batch_dim else 1 for dim in range(output.dim())]
-    weights *= chosen.to(output.device).view(shape)
-    torch.autograd.grad(output, inputs, weights, retain_graph=True, allow_unused=True)
+def _along(output: Tensor, dim: int) -> list[int]:
+    return [-1 if other == dim else 1 for other in range(output.dim())]
 
 
-def _conclude(watches: dict[int, Any], batch: int, batch_dim: int) -> Layouts:
+def _differentiate(output: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+    torch.autograd.grad(output, inputs, weights.to(output), retain_graph=True, allow_unused=True)
+
+
+def _conclude(watches: dict[int, _Watch], factors: Sequence[Tensor], batch: int, batch_dim: int) -> Layouts:
     layouts = Layouts(batch)
     for node, watch in watches.items():
-        if not watch.seen:
+        if not watch.sizes:
             continue
-        found: list[Layout | None] = [None] * len(watch.shapes)
-        for k, (shape, candidates) in enumerate(zip(watch.shapes, watch.layouts, strict=True)):
-            if shape is None:
-                continue
+        found: list[Layout | None] = [None] * watch.outputs
+        for k, shape in watch.shapes.items():
+            sizes = watch.sizes[k]
+            candidates = find_layouts(sizes, factors) if len(sizes) == len(factors) + 1 else set()
             if candidates is None:  # all zeros: a guess for this time
                 layouts.certain = False
-                candidates = {Layout(dim) for dim, n in enumerate(shape) if n % batch == 0}
+                candidates = {Layout(dim) for dim in sizes[0]}
             if candidates:
                 found[k] = prefer(candidates, shape, batch, batch_dim)
             else:

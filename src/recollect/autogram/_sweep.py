@@ -60,13 +60,26 @@ class Sweep:
         self._layouts = layouts
         self._batch = batch
         self._numbers = {graph.nodes[capture]: capture for capture in plan.rules}
+        self._at_once: int | None = None
         self._beyond: dict[tuple[int, int], tuple[Target, Tensor]] = {}
 
-    def run(self, output: Tensor, recorder: Recorder, cotangent: Tensor) -> list[Tensor | None]:
-        """Run one pass, and return the gradients of the parameters whose rows autograd computes."""
+    def run(
+        self, output: Tensor, recorder: Recorder, cotangent: Tensor, at_once: int | None = None
+    ) -> list[Tensor | None]:
+        """Run one pass, and return the gradients of the parameters whose rows autograd computes.
+
+        Args:
+            output: the losses.
+            recorder: whose captures are to be visited.
+            cotangent: the losses' gradients.
+            at_once: how many cotangents there are, one behind the other, whose passes run at once.
+        """
+        self._at_once = at_once
         inputs = [recorder.leaf, *(self._parameters[k] for k in self._plan.targets(self._graph))]
         with self._watching(recorder):
-            grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=at_once is not None
+            )
         self._go_beyond()
         self._gather.end_pass()
         return list(grads[1 : 1 + len(self._plan.dense)])
@@ -111,7 +124,7 @@ class Sweep:
         inputs = call.inputs(node.saved_tensors)
         if self._layouts is None:
             rows = _map_tensors(inputs, lambda tensor: tensor.unsqueeze(0))
-            grads = tuple(None if grad is None else grad.unsqueeze(0) for grad in grads)
+            grads = tuple(None if grad is None else self._with_rows(grad) for grad in grads)
         else:
             layouts = self._layouts.found[capture]
             rows = self._share(capture, call, inputs, layouts)
@@ -121,6 +134,12 @@ class Sweep:
             )
         factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
         return factors
+
+    def _with_rows(self, grad: Tensor) -> Tensor:
+        """Give a gradient the axis of rows, which is hidden while several passes run at once."""
+        if self._at_once is None:
+            return grad.unsqueeze(0)
+        return torch._remove_batch_dim(grad, 1, self._at_once, 0)
 
     def _share(
         self, capture: int, call: Call, inputs: tuple[Any, ...], layouts: Sequence[Layout | None]

@@ -1,0 +1,211 @@
+"""Which backward passes give a Gramian: one for each loss, several at once, or one for the whole batch.
+
+What passes bring has to be held until the last of them, for every pair of rows meets in the Gramian. Passes that run
+at once bring all rows of a layer together, which can be squared and forgotten, but hold each layer's gradient for all
+losses. Where neither fits a bound, the losses are taken in groups, and each pair of groups in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._capture import Recorder
+from recollect.autogram._gather import Gather
+from recollect.autogram._independence import Independence
+from recollect.autogram._plan import Plan, plan_batch, plan_rows
+from recollect.autogram._probe import Layouts, probe
+from recollect.autogram._square import SquareSum, wide
+from recollect.autogram._sweep import DeclinedError, Sweep
+from recollect.autogram._walk import Graph
+
+__all__ = ["Job", "Known", "gramian_of_batch", "gramian_of_rows"]
+
+# Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
+# CPU one after the other is as fast.
+_SMALL = {"cpu": 0, "cuda": 2**20}
+
+
+class Known:
+    """What was found out about graphs of one form.
+
+    Attributes:
+        declined: captures, and names of parameters, for which a rule gave nothing.
+        in_turn: whether passes do not run at once.
+        layouts: where the batch is.
+    """
+
+    __slots__ = ("declined", "in_turn", "layouts")
+
+    def __init__(self) -> None:
+        self.declined: set[tuple[int, str]] = set()
+        self.in_turn = False
+        self.layouts: Layouts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A Gramian to be computed.
+
+    Attributes:
+        output: the losses.
+        graph: theirs.
+        parameters: those that count, by id.
+        recorder: whose captures are in the graph.
+        known: of graphs of this form.
+        bound: how many bytes of rows may be held.
+    """
+
+    output: Tensor
+    graph: Graph
+    parameters: Mapping[int, Tensor]
+    recorder: Recorder
+    known: Known
+    bound: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the Gramian is summed in."""
+        return wide(self.output.dtype, *(p.dtype for p in self.parameters.values() if p.is_floating_point()))
+
+    def until_planned(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute once more as long as rules turn out to cover less than was planned for."""
+        while True:
+            try:
+                return compute()
+            except DeclinedError as declined:
+                self.known.declined.update(declined.pairs)
+
+    def elements(self) -> int:
+        """Return how many elements the largest layer takes in and gives."""
+        return max((self.graph.nodes[capture].call.elements for capture in self.graph.captures), default=0)
+
+
+def gramian_of_rows(job: Job) -> Tensor:
+    """Return the Gramian [m, m] of the losses, flattened."""
+    return job.until_planned(lambda: _all_rows(job))
+
+
+def gramian_of_batch(job: Job, batch_dim: int, independence: Independence) -> Tensor:
+    """Return the Gramian [K B, K B] of K losses for each of B elements, the elements last."""
+    layouts = job.known.layouts
+    if layouts is None or not layouts.fit(job.graph, job.output.shape[batch_dim]):
+        leaves = [job.recorder.leaf, *(job.parameters[k] for k in job.graph.uses)]
+        layouts = job.known.layouts = probe(job.output, job.graph, leaves, batch_dim)
+    if not layouts.certain:
+        job.known.layouts = None  # looked for again the next time
+    found = layouts
+    return job.until_planned(lambda: _all_tasks(job, batch_dim, found, independence))
+
+
+def _all_rows(job: Job) -> Tensor:
+    m, device = job.output.numel(), job.output.device
+    lean = plan_rows(job.graph, job.parameters, job.known.declined)
+    held = _held_elements(job, lean) * job.dtype.itemsize
+    small = job.elements() < _SMALL["cpu" if device.type == "cpu" else "cuda"]
+    at_once = m * 3 * job.elements() * job.dtype.itemsize
+    if m > 1 and (small or m * held > job.bound) and at_once <= job.bound and not job.known.in_turn:
+        eager = plan_rows(job.graph, job.parameters, job.known.declined, prefer_rules=True)
+        if m * sum(job.parameters[k].numel() for k in eager.dense) * job.dtype.itemsize <= job.bound:
+            try:
+                return _rows_at_once(job, eager)
+            except RuntimeError:  # something in the graph is only made for one gradient: a function of the user's
+                job.known.in_turn = True
+    return _in_groups(m, job.bound // max(held, 1), device, job.dtype, lambda rows: _rows_in_turn(job, lean, rows))
+
+
+def _held_elements(job: Job, plan: Plan) -> int:
+    """Return how many elements one row takes until all rows are there."""
+    dense = sum(job.parameters[k].numel() for k in plan.dense)
+    factors: int = sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
+    return dense + factors
+
+
+def _rows_at_once(job: Job, plan: Plan) -> Tensor:
+    m = job.output.numel()
+    total = SquareSum(m, job.dtype, job.output.device)
+    gather = Gather(total, job.parameters, plan.events(), 1, m)
+    sweep = Sweep(job.graph, plan, job.parameters, gather, None, 1)
+    cotangents = torch.eye(m, dtype=job.output.dtype, device=job.output.device).view(m, *job.output.shape)
+    grads = sweep.run(job.output, job.recorder, cotangents, at_once=m)
+    for grad in grads:
+        if grad is not None:
+            total.add_product(grad.reshape(m, -1))
+    gather.finish()
+    return total.total()
+
+
+def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
+    """Return the Gramian of these rows, a backward pass for each."""
+    total = SquareSum(len(rows), job.dtype, job.output.device)
+    gather = Gather(total, job.parameters, plan.events(), len(rows), 1)
+    sweep = Sweep(job.graph, plan, job.parameters, gather, None, 1)
+    dense = [total.new_rows(job.parameters[k].numel()) for k in plan.dense]
+    cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)
+    for i, row in enumerate(rows):
+        cotangent.view(-1)[row] = 1
+        grads = sweep.run(job.output, job.recorder, cotangent)
+        cotangent.view(-1)[row] = 0
+        for values, grad in zip(dense, grads, strict=True):
+            if grad is not None:
+                values[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
+    while dense:
+        total.add_product(dense.pop())
+    gather.finish()
+    return total.total()
+
+
+def _all_tasks(job: Job, batch_dim: int, layouts: Layouts, independence: Independence) -> Tensor:
+    batch = job.output.shape[batch_dim]
+    tasks = job.output.numel() // batch
+    plan = plan_batch(job.graph, job.parameters, job.known.declined, layouts, independence)
+    held = job.dtype.itemsize * sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
+    rest = [n for dim, n in enumerate(job.output.shape) if dim != batch_dim]
+
+    def some(chosen: Sequence[int]) -> Tensor:
+        total = SquareSum(len(chosen) * batch, job.dtype, job.output.device)
+        gather = Gather(total, job.parameters, plan.events(), len(chosen), batch)
+        sweep = Sweep(job.graph, plan, job.parameters, gather, layouts, batch)
+        for task in chosen:
+            ones = job.output.new_zeros(tasks, batch)
+            ones[task] = 1
+            sweep.run(job.output, job.recorder, ones.view(*rest, batch).movedim(-1, batch_dim))
+        gather.finish()
+        return total.total()
+
+    return _in_groups(tasks, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)
+
+
+def _in_groups(
+    passes: int,
+    fit: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    gramian: Callable[[Sequence[int]], Tensor],
+    rows: int = 1,
+) -> Tensor:
+    """Return the Gramian of all passes, of which only some can be held at once.
+
+    Args:
+        passes: how many there are.
+        fit: how many may be held; two are, at the least.
+        device: of the Gramian.
+        dtype: of the Gramian.
+        gramian: returns that of some of the passes.
+        rows: in each pass.
+    """
+    if passes <= max(fit, 2):
+        return gramian(range(passes))
+    half = max(1, fit // 2)
+    groups = [range(start, min(start + half, passes)) for start in range(0, passes, half)]
+    whole = torch.zeros(passes, rows, passes, rows, dtype=dtype, device=device)
+    for first, second in itertools.combinations(groups, 2):
+        chosen = [*first, *second]
+        index = torch.tensor(chosen, device=device)
+        part = gramian(chosen).view(len(chosen), rows, len(chosen), rows)
+        whole[index[:, None], :, index] = part.transpose(1, 2)
+    return whole.view(passes * rows, passes * rows)

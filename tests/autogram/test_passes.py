@@ -1,0 +1,158 @@
+"""Which backward passes run: one after another, at once, or in groups; all give the same Gramian."""
+
+import pytest
+import torch
+from torch import nn
+
+from recollect.autogram import Engine, _passes
+from recollect.autogram._passes import _in_groups
+from recollect.memory import peak_memory
+
+
+def model():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(9, 3)).double()
+
+
+class Mixed(nn.Module):
+    """Has layers with rules, a parameter of its own, and an embedding larger than what is looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale, self.table = model(), nn.Parameter(torch.rand(4)), nn.Embedding(500, 4)
+        self.double()
+
+    def forward(self, x):
+        return self.body(x * self.scale + self.table(torch.arange(len(x))))
+
+
+def losses_of(net):
+    return net(torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).square()
+
+
+def expected(net):
+    losses, rows = losses_of(net), []
+    for loss in losses.flatten():
+        grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    rows = torch.stack(rows)
+    return (rows @ rows.T).view(6, 3, 6, 3).transpose(2, 3)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many cotangents each backward pass has."""
+    cotangents = []
+    grad = torch.autograd.grad
+
+    def note(outputs, inputs, cotangent=None, **settings):
+        if cotangent is not None:
+            cotangents.append(len(cotangent) if settings.get("is_grads_batched") else 1)
+        return grad(outputs, inputs, cotangent, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", note)
+    return cotangents
+
+
+def refuse(job, plan):
+    raise RuntimeError("not at once")
+
+
+def test_one_after_another(passes):
+    net = Mixed()
+    engine, losses = Engine(net), losses_of(net)
+    found = engine.compute_gramian(losses)
+    assert passes == [1] * 18
+    torch.testing.assert_close(found, expected(net))
+
+
+def test_in_groups(passes, monkeypatch):
+    net = Mixed()
+    engine, losses = Engine(net, row_bytes=5_000), losses_of(net)
+    monkeypatch.setattr(_passes, "_rows_at_once", refuse)
+    found = engine.compute_gramian(losses)
+    assert passes == [1] * len(passes)
+    assert len(passes) > 18
+    torch.testing.assert_close(found, expected(net))
+
+
+def test_at_once(passes, monkeypatch):
+    net = Mixed()
+    engine, losses = Engine(net), losses_of(net)
+    monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**20})
+    found = engine.compute_gramian(losses)
+    assert passes == [18]
+    torch.testing.assert_close(found, expected(net))
+
+
+class OnlyOne(torch.autograd.Function):
+    """Does not stand several gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad if grad.sum().item() else grad
+
+
+class Once(nn.Module):
+    def forward(self, x):
+        return OnlyOne.apply(x)
+
+
+def test_what_does_not_run_at_once_runs_in_turn(passes, monkeypatch):
+    monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**20})
+    net = nn.Sequential(model(), Once())
+    engine = Engine(net)
+    found = [engine.compute_gramian(losses_of(net)) for _ in range(2)]
+    assert passes == [18, *[1] * 36]
+    for gramian in found:
+        torch.testing.assert_close(gramian, expected(net))
+
+
+@pytest.mark.parametrize("row_bytes", [1, 2**20])
+def test_several_losses_for_each_element(passes, row_bytes):
+    net = model()
+    engine, losses = Engine(net, batch_dim=0, row_bytes=row_bytes), losses_of(net)
+    engine.compute_gramian(losses)
+    passes.clear()
+    found = engine.compute_gramian(losses)
+    assert len(passes) > 3 if row_bytes == 1 else len(passes) == 3
+    torch.testing.assert_close(found, expected(net))
+
+
+@pytest.mark.parametrize(("count", "fit"), [(5, 9), (5, 2), (5, 1), (7, 4), (6, 3), (2, 1), (1, 0)])
+def test_groups_fill_every_pair(count, fit):
+    rows = torch.randn(count, 3, 4, dtype=torch.float64)
+    seen = []
+
+    def gramian(chosen):
+        seen.append(len(chosen))
+        flat = rows[list(chosen)].flatten(0, 1)
+        return flat @ flat.T
+
+    found = _in_groups(count, fit, rows.device, rows.dtype, gramian, 3)
+    flat = rows.flatten(0, 1)
+    torch.testing.assert_close(found, flat @ flat.T)
+    assert max(seen) <= max(fit, 2)
+
+
+def test_the_bound_bounds():
+    """128 rows of 66,560 elements are 34 MB: with a bound of 16 MB, the losses go at once, layer by layer."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(16)))
+
+    def measure(row_bytes):
+        engine = Engine(net, row_bytes=row_bytes)
+        losses = net(torch.ones(64, 64)).sum(0).repeat(2) * torch.linspace(1, 2, 128)
+        with peak_memory("cpu") as memory:
+            gramian = engine.compute_gramian(losses)
+        return memory.peak_bytes, gramian
+
+    (held, first), (streamed, second) = measure(2**28), measure(2**24)
+    assert held > 34e6
+    assert streamed < 12e6
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
