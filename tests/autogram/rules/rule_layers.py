@@ -6,7 +6,7 @@ from torch import nn
 NORMS = {
     "layer": (lambda: nn.LayerNorm(4), (3, 2, 4)),
     "layer over two": (lambda: nn.LayerNorm((2, 4)), (3, 2, 4)),
-    "layer without bias": (lambda: nn.LayerNorm(4, bias=False), (3, 4)),
+    "layer without bias": (lambda: nn.LayerNorm(4, eps=0.1, bias=False), (3, 4)),
     "rms": (lambda: nn.RMSNorm(4), (3, 2, 4)),
     "rms over two": (lambda: nn.RMSNorm((2, 4), eps=0.1), (3, 2, 4)),
     "group": (lambda: nn.GroupNorm(2, 4), (3, 4, 5, 2)),

@@ -6,6 +6,7 @@ from rule_layers import CONVS, drawn_conv
 from rule_oracle import apply, batch_form, check, dense, rows_form
 from torch import nn
 
+from recollect.autogram import _contract
 from recollect.autogram._factors import Blocks, Outer
 from recollect.autogram.rules import _conv
 
@@ -116,6 +117,15 @@ def test_parts_make_the_whole(name, axes, monkeypatch):
     for rows in (slice(0, 2), slice(2, m)):
         for part in (slice(0, cut), slice(cut, entries)):
             torch.testing.assert_close(factor.form(rows, part), whole[rows, part], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 2d"])
+def test_gramians_by_parts(name, monkeypatch):
+    monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
+    monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": 1})
+    monkeypatch.setattr(_contract, "_WHOLE", 1)  # the smallest parts that there are
+    layer, x = drawn_conv(name)
+    check(layer, x, axes=(0,))
 
 
 def test_frozen_weight_and_no_gradient():

@@ -1,6 +1,19 @@
 """The rules: for each type of layer, its Jacobian as a pure function of its inputs and its output's gradients.
 
 A rule knows nothing of hooks, engines or graphs; :data:`recollect.autogram._registry.Rule` says what it gets and gives.
+It says what the Jacobian is in the form that is cheapest to hold, and how that becomes a Gramian is not its business:
+
+- linear, bilinear and recurrent layers, and convolutions of few positions: outer products of inputs and gradients;
+- other convolutions: pieces, each formed from what the kernel sees, a few rows at a time;
+- embeddings: the entries that were looked up;
+- norms, slopes and biases: rows, which are small.
+
+What a rule needs from inside a layer it computes again from the layer's inputs (what was normalised, the states of a
+recurrent layer), without randomness and side effects. It declines what it cannot say exactly: then, as for layers that
+have no rule, the rows come from the graph itself. ``MultiheadAttention`` needs none for that reason: its projections
+are matrix products in the graph, where inputs and gradients are at hand, dropout included.
+
+A new rule is one function, one line in the table, and a test against autograd (``tests/autogram/rules``).
 """
 
 from __future__ import annotations
