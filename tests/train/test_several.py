@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from recollect.train import train
+from recollect.train import TrainingError, UsageError, train
 from recollect.train._config import parse
 from recollect.train._several import _run_settings
 
@@ -107,3 +107,16 @@ def test_splits_go_round():
 def test_one_split_is_for_all_runs():
     settings = parse(["dataset=cora", "runs=2"])
     assert _run_settings(settings, 1, 1).dataset == settings.dataset
+
+
+def test_runs_that_cannot_start_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match=r"Planetoid/PubMed/raw: ind\.pubmed\.x, [\s\S]*download=true"):
+        train(["preset=pubmed_gcn", f"data.root={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_that_is_too_small_is_wrong_usage(tmp_path):
+    overrides = [*RUN[:-1], "training.pool_size=2", "training.buffer_size=1", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(UsageError, match=r"training.buffer_size=1 is too small: .*buffer_size=\d+"):
+        train(overrides)

@@ -8,6 +8,7 @@ from rich.console import Console
 from recollect.memory import map_large_blocks
 from recollect.train._build import build_dataset
 from recollect.train._config import write
+from recollect.train._errors import UsageError
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, create
 from recollect.train._graph import TrainingGraph, prepare
@@ -79,7 +80,12 @@ def _execute(
         console.print(f"going on after epoch {trainer.epoch}", highlight=False)
     if not brief:
         console.print(f"run: {folder.path}", highlight=False, markup=False, soft_wrap=True)
-    _fit(trainer, folder, console, brief)
+    try:
+        _fit(trainer, folder, console, brief)
+    except ValueError as error:
+        if settings.training.buffer_size is None or "buffer_size" not in str(error):
+            raise
+        raise UsageError(f"training.buffer_size={settings.training.buffer_size} is too small: {error}") from error
     trainer.restore_best()
     test = score(step.graph, step.evaluate(), "test")
     costs = _measure(settings, step, console) if settings.measure.enabled else Costs()
