@@ -33,7 +33,7 @@ def descend(
     """
     found = z.clone()
     rows = torch.arange(len(z), device=z.device)
-    positive, useless = z > 0, torch.zeros_like(z, dtype=torch.bool)
+    positive = z > 0
     for _ in range(most):
         goal = solve_on(matrix, inverse, positive, -offset)
         lost = ~goal.isfinite().all(1, keepdim=True)  # rounding has made a submatrix singular: stay
@@ -42,18 +42,16 @@ def descend(
         reach = torch.where(blocking, z / (z - goal), torch.inf)
         part = reach.amin(1, keepdim=True).clamp(max=1)
         stopped = blocking & (reach <= part)
-        # An entry that was just taken up and that stops at once has only seemed to promise something.
-        useless = (useless & (part == 0)) | (stopped & (z == 0))
         z = torch.where(stopped, 0.0, torch.where(part < 1, z + part * (goal - z), goal))
         positive = positive & ~stopped
-        slope = torch.where(positive | useless, torch.inf, torch.addmm(offset, z, matrix))
+        slope = torch.where(positive, torch.inf, torch.addmm(offset, z, matrix))
         steepest = slope.amin(1, keepdim=True)
         arrived = ~blocking.any(1, keepdim=True)
         wanting = steepest < -tolerance * (1 + z.amax(1, keepdim=True))
         found[rows] = z
         going = ((~arrived | wanting) & ~lost)[:, 0].nonzero()[:, 0]
         positive = positive | (arrived & wanting & (slope == steepest))
-        rows, offset, z, positive, useless = (x[going] for x in (rows, offset, z, positive, useless))
+        rows, offset, z, positive = (x[going] for x in (rows, offset, z, positive))
         if not len(rows):
             break
     return found
