@@ -8,6 +8,7 @@ from lightning_fabric import Fabric
 
 from recollect.memory import peak_memory
 from recollect.train import _measure
+from recollect.train._build import build_dataset
 from recollect.train._config import parse
 from recollect.train._graph import prepare
 from recollect.train._measure import measure
@@ -106,3 +107,47 @@ def test_time_that_is_over_ends_the_curve_not_the_measurement(fabric, graph):
 def test_depths_can_be_chosen(fabric, graph):
     chosen = replace(SETTINGS, measure=replace(SETTINGS.measure, depths=[5, 16]))
     assert [point["layers"] for point in costs_of(fabric, graph, chosen).curve] == [2, 4, 5, 12, 16]
+
+
+def parts_step(fabric, training):
+    settings = parse(
+        [
+            *(
+                "dataset=sbm",
+                "dataset.options.num_nodes=2000",
+                "model=gcn",
+                "model.hidden_channels=32",
+                "measure.repeats=1",
+            ),
+            *(f"training={training}", "training.num_parts=20", "training.parts_per_batch=1"),
+        ]
+    )
+    graph = prepare(settings, build_dataset(settings.dataset, settings.data))
+    return settings, Step(fabric, settings, graph, build_model(settings.model, graph, settings.training))
+
+
+def test_a_step_on_a_few_parts_takes_less_than_one_on_the_whole_graph(fabric):
+    costs = measure(*parts_step(fabric, "autoscale"))
+    alone = measure(*parts_step(fabric, "full"))
+    assert 0 < costs.peak < 0.5 * costs.peak_plain
+    assert costs.peak_plain == pytest.approx(alone.peak, rel=0.01)
+    assert costs.curve == []
+    assert costs.seconds > 0
+    assert costs.seconds_plain > 0
+    assert (alone.peak_plain, alone.expected_plain, alone.seconds_plain) == (None, None, None)
+
+
+def test_a_whole_graph_that_would_not_fit_is_not_tried_but_expected(fabric, monkeypatch):
+    known = measure(*parts_step(fabric, "autoscale"))
+    monkeypatch.setattr(_measure, "available_bytes", lambda device: known.peak)
+    costs = measure(*parts_step(fabric, "autoscale"))
+    assert costs.peak_plain is None
+    assert costs.seconds_plain is None
+    assert 0.5 * known.peak_plain < costs.expected_plain < 2 * known.peak_plain
+
+
+def test_measuring_leaves_steps_on_parts(fabric):
+    settings, step = parts_step(fabric, "autoscale")
+    measure(settings, step)
+    step.switch(second=False)
+    assert len(list(step.batches)) > 1

@@ -73,9 +73,11 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
         if step.modes[0] != "reversible":
             tell(f"{layers} layers")
             probe, training = _Probe(step), settings.training
-            # The rows of a step, and with them its bytes, are in the same proportion, apart from the halo.
-            guess = probe.peak() * training.num_parts // training.parts_per_batch
-            _whole(costs, probe, settings, deadline, guess, probe.peaks(guess))
+            # At most as the parts are to all parts, and about as their nodes and halo are to all nodes.
+            most = probe.peak() * training.num_parts // training.parts_per_batch
+            peaks = probe.peaks(most)
+            rows = max(inputs[0].size(0) for inputs, _, _ in step.own)
+            _whole(costs, probe, settings, deadline, (peaks["peak"] or 0) * step.graph.data.num_nodes // rows, peaks)
             return costs
         shallow = [depth for depth in (2, 4) if depth < layers]  # quick, whatever the depth
         chosen = settings.measure.depths or (layers // 8, layers // 4, layers // 2)
@@ -112,6 +114,8 @@ class _Probe:
         free = available_bytes(self.device)
         if len(self.step.modes) == 2 and (expected is None or free is None or expected < _MARGIN * free):
             try:
+                if self.step.in_parts:
+                    self.peak(second=True)  # the first step turns the adjacency, which is then kept
                 plain = self.peak(second=True)
             except torch.OutOfMemoryError:
                 self.step.optimizer.zero_grad(set_to_none=False)
