@@ -143,6 +143,22 @@ def test_what_layers_leave_in_their_state_and_what_the_data_gives_them():
     torch.testing.assert_close(model(data.x, data.adj_t, extra=data.extra), x, rtol=1e-12, atol=1e-12)
 
 
+def test_what_waits_for_the_next_layer_has_no_rows_of_the_halo():
+    """For all mini-batches together as many as there are nodes."""
+    waiting = []
+
+    class Keeping(Mean):
+        def forward_layer(self, layer, x, adj_t, state):
+            if layer == 1:
+                waiting.append(state["own"].untyped_storage().nbytes())
+            else:
+                state["own"] = x[: adj_t.size(0)]
+            return super().forward_layer(layer, x, adj_t, state)
+
+    Keeping()(loader=EvalSubgraphLoader(make_graph(), PTR))
+    assert sum(waiting) == NODES * IN * 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_lossy_histories_are_as_exact_as_they_are(dtype):
     model, data = Mean(history_dtype=dtype), make_graph()

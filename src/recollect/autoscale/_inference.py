@@ -59,7 +59,7 @@ class LayerWise:
         self._loader = loader
         self._histories = histories
         self._device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-        self._states: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._states: dict[tuple[tuple[int, ...], ...], dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
 
     def run(self, device: torch.device, finished: Callable[[int], None] = lambda layer: None) -> Tensor:
@@ -120,14 +120,14 @@ class LayerWise:
         self._dtype = out.dtype
         if layer < self._model.num_layers - 1:
             kept = {name: value for name, value in state.items() if name not in given}
-            self._states[tuple(batch.offset.tolist())] = _moved(kept, torch.device("cpu"))
+            self._states[_name(batch)] = _moved(kept, torch.device("cpu"))
         return out
 
     def _take_state(self, layer: int, batch: Batch) -> dict[str, Any]:
         if layer == 0:
             return {}
         try:
-            state: dict[str, Any] = _moved(self._states.pop(tuple(batch.offset.tolist())), self._device)
+            state: dict[str, Any] = _moved(self._states.pop(_name(batch)), self._device)
             return state
         except KeyError:
             raise ValueError(
@@ -164,10 +164,16 @@ def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
         )
 
 
+def _name(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(batch.offset.tolist()), tuple(batch.count.tolist())
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     """Move the tensors in a layer's state, also those in tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        moved = value.to(device)
+        # The rows of a batch may be a view of those of its halo too, which need not stay.
+        return moved.clone() if moved is value and value.untyped_storage().nbytes() > value.nbytes else moved
     if isinstance(value, dict):
         return {name: _moved(item, device) for name, item in value.items()}
     if type(value) in (list, tuple):
