@@ -35,9 +35,9 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     norms = exact.diagonal().sqrt()
     # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms. What is not finite, and the root of
     # what is negative, fails this comparison too.
-    apart = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
-    if not bool(apart.all()):
-        _refuse(exact, ~apart, shape or [gramian.shape[0]])
+    alike = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
+    if not bool(alike.all()):
+        _refuse(exact, ~alike, shape or [gramian.shape[0]])
     return (gramian + gramian.T) / 2
 
 

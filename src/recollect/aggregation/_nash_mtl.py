@@ -39,8 +39,6 @@ class NashMTLWeighting(Weighting):
         """Return the weights ``[m]``, none of them negative."""
         cosines, norms = correlations(gramian)
         there = norms > 0
-        if not bool(there.any()):
-            return torch.zeros_like(norms)
         # In units of each gradient's norm the equation is the same, for the cosines.
         shares = torch.where(there, _bargain(regularized(cosines + torch.diag(~there).to(cosines), _RIDGE)[0]), 0.0)
         weights = torch.where(there, shares / norms, 0.0)
