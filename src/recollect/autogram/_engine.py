@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recollect.autogram._capture import Hook, Recorder
 from recollect.autogram._independence import Independence
 from recollect.autogram._passes import Job, Known, gramian_of_batch, gramian_of_rows
+from recollect.autogram._plan import EntangledError
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
@@ -93,13 +94,7 @@ class Engine:
                 return output.new_zeros(*output.shape, *reversed(output.shape))
             if batch_dim is None or output.shape[batch_dim] == 1:
                 return self._of_rows(output, parameters).to(output.dtype)
-            # A hook on a parameter is made for one loss' gradient, not for those of a whole batch.
-            hooked = {key: p for key, p in parameters.items() if p._backward_hooks}
-            free = {key: p for key, p in parameters.items() if key not in hooked}
-            gramian = self._of_batch(output, free, batch_dim)
-            if hooked:
-                gramian = gramian + self._of_rows(output, hooked)
-            return gramian.to(output.dtype)
+            return self._of_batch(output, parameters, batch_dim).to(output.dtype)
 
     def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
@@ -146,9 +141,18 @@ class Engine:
         return _generalise(gramian_of_rows(job), output, None)
 
     def _of_batch(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int) -> Tensor:
-        job = self._job(output, parameters, batch_dim)
-        square = gramian_of_batch(job, batch_dim, Independence(self._modules, batch_dim))
-        return _generalise(square, output, batch_dim)
+        # A hook on a parameter is made for one loss' gradient, not for those of a whole batch.
+        by_rows = {key: p for key, p in parameters.items() if p._backward_hooks}
+        independence = Independence(self._modules, batch_dim)
+        while True:
+            free = {key: p for key, p in parameters.items() if key not in by_rows}
+            try:
+                square = gramian_of_batch(self._job(output, free, batch_dim), batch_dim, independence)
+                break
+            except EntangledError as entangled:
+                by_rows.update((key, parameters[key]) for key in entangled.parameters)
+        gramian = _generalise(square, output, batch_dim)
+        return gramian + self._of_rows(output, by_rows) if by_rows else gramian
 
     def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None) -> Job:
         graph = walk(output, self._recorder, parameters)

@@ -68,7 +68,7 @@ class Independence:
 
     def _users(self, graph: Graph, nodes: list[int]) -> list[str]:
         """Return the names of the modules that these nodes belong to, or else the next ones towards the output."""
-        names, parents = _names(self._modules), graph.parents()
+        names, parents = _names(self._modules), graph.parents
         seen = set(nodes)
         while nodes:
             found: dict[str, None] = {}

@@ -5,43 +5,29 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from recollect.autogram._independence import Independence
 from recollect.autogram._probe import Layouts
-from recollect.autogram._sites import is_passed_on, is_product
-from recollect.autogram._walk import Graph, Use
+from recollect.autogram._targets import Target, TargetFinder, mixing_captures
+from recollect.autogram._walk import Graph
 
-__all__ = ["Declined", "Plan", "Target", "plan_batch", "plan_rows"]
+__all__ = ["Declined", "EntangledError", "Plan", "plan_batch", "plan_rows"]
 
 Declined = Collection[tuple[int, str]]
 """Captures, and the names of parameters of theirs, for which their rule gave nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An edge from a node with a batch to something that has none.
+class EntangledError(Exception):
+    """Some parameters are used where the batch is and where it is not, one behind the other: they go row by row.
 
     Attributes:
-        position: which of the node's edges.
-        child: the number of the node that it leads to.
-        index: which of that node's outputs.
-        shape: of that output.
-        parameters: the ids of all parameters that are reached from there.
-        transposed: whether it leads to the one parameter transposed, and no further.
-        direct: whether it leads to the one parameter itself.
-        called: whether the node itself has to be asked for the gradient.
+        parameters: their ids.
     """
 
-    position: int
-    child: int
-    index: int
-    shape: torch.Size
-    parameters: tuple[int, ...]
-    direct: bool
-    transposed: bool
-    called: bool
+    def __init__(self, parameters: Collection[int]) -> None:
+        super().__init__(f"{len(parameters)} parameters")
+        self.parameters = tuple(parameters)
 
 
 @dataclass(slots=True)
@@ -115,19 +101,24 @@ def plan_batch(
 
     Raises:
         ValueError: the elements of the batch are not independent.
+        EntangledError: some parameters' rows do not come apart in passes for the whole batch.
     """
     plan = Plan()
     names = {capture: _names(graph, capture, declined) for capture in graph.captures}
-    mixing = _mixing(graph, layouts)
+    mixing = mixing_captures(graph, layouts)
+    finder = TargetFinder(graph, layouts, independence)
     for parameter, uses in graph.uses.items():
         for use in uses:
             capture = use.capture
             if capture is not None and capture not in layouts.found:
                 continue  # its outputs are not used
             if capture is None or capture in mixing or parameter not in names[capture].values():
-                _climb(plan, graph, use, layouts, independence)
+                finder.find(use)
             else:
                 _ask(plan, {capture}, parameter, names)
+    if finder.entangled:
+        raise EntangledError(finder.entangled)
+    plan.sites = finder.sites
     return plan
 
 
@@ -142,67 +133,3 @@ def _names(graph: Graph, capture: int, declined: Declined) -> dict[str, int]:
     layer = graph.nodes[capture].call.layer
     pairs = layer.named_parameters(remove_duplicate=False) if layer._modules else layer._parameters.items()
     return {name: id(p) for name, p in pairs if p is not None and (capture, name) not in declined}
-
-
-def _mixing(graph: Graph, layouts: Layouts) -> set[int]:
-    """Return the captures of layers that mix the batch or have none: no rule may take rows of theirs for elements.
-
-    Inside a layer only what is made of its parameters may have a gradient that mixes the batch.
-    """
-    mixing = {capture for capture in graph.captures if capture in layouts.free}
-    for node in layouts.free:
-        owner = graph.owners.get(node)
-        if owner is not None and owner not in mixing and graph.touches_data(node):
-            mixing.add(owner)
-    return mixing
-
-
-def _climb(plan: Plan, graph: Graph, use: Use, layouts: Layouts, independence: Independence) -> None:
-    """Go from a use towards the output as long as nodes have no batch, and note where one does."""
-    parents = graph.parents()
-    start = (use.node, use.position)
-    edges = [start]
-    seen = set(edges)
-    while edges:
-        node, position = edges.pop()
-        if node not in layouts.found:
-            continue  # nothing comes this way
-        if node not in layouts.free:
-            if (node, position) != start:
-                independence.check(graph, use, node, position, layouts)
-            targets = plan.sites.setdefault(node, [])
-            if all(target.position != position for target in targets):
-                targets.append(_target(graph, node, position, layouts))
-            continue
-        for parent in parents[node]:
-            for k, child in enumerate(graph.edges[parent]):
-                if child == node and (parent, k) not in seen:
-                    seen.add((parent, k))
-                    edges.append((parent, k))
-
-
-def _target(graph: Graph, node: int, position: int, layouts: Layouts) -> Target:
-    index = graph.nodes[node].next_functions[position][1]
-    number = graph.edges[node][position]
-    direct = number in graph.leaves
-    transposed = graph.names[number] == "TBackward0" and graph.edges[number][0] in graph.leaves
-    at = graph.nodes[node]
-    called = not (is_passed_on(at, position) or is_product(at, position, layouts.found[node]))
-    return Target(
-        position, number, index, graph.shape(number, index), _reached(graph, number), direct, transposed, called
-    )
-
-
-def _reached(graph: Graph, start: int) -> tuple[int, ...]:
-    found: dict[int, None] = {}
-    waiting, seen = [start], {start}
-    while waiting:
-        node = waiting.pop()
-        if node in graph.leaves:
-            found[graph.leaves[node]] = None
-            continue
-        for child in graph.edges[node]:
-            if child >= 0 and child not in seen:
-                seen.add(child)
-                waiting.append(child)
-    return tuple(found)

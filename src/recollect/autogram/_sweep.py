@@ -15,10 +15,11 @@ from recollect.autogram._capture import Call, Recorder
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
 from recollect.autogram._gather import Gather
 from recollect.autogram._layout import Layout
-from recollect.autogram._plan import Plan, Target
+from recollect.autogram._plan import Plan
 from recollect.autogram._probe import Layouts
 from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
+from recollect.autogram._targets import Target
 from recollect.autogram._walk import Graph
 
 __all__ = ["DeclinedError", "Sweep"]

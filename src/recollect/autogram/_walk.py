@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from recollect.autogram._capture import Recorder
 
-__all__ = ["Graph", "Use", "root_of", "walk"]
+__all__ = ["Graph", "Use", "walk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Graph:
         names: the kinds of the nodes.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
+        parents: for each node, the numbers of those with an edge to it.
         towards_captures: the nodes that a backward pass down to all captures comes by.
     """
 
@@ -53,6 +55,7 @@ class Graph:
     names: list[str] = field(default_factory=list)
     leaves: dict[int, int] = field(default_factory=dict)
     towards_captures: set[int] = field(default_factory=set)
+    parents: list[list[int]] = field(default_factory=list)
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -76,20 +79,6 @@ class Graph:
         found = self.nodes[node]
         return torch.Size(found.variable.shape if hasattr(found, "variable") else found._input_metadata[output].shape)
 
-    def parents(self) -> list[list[int]]:
-        """Return for each node the nodes with an edge to it."""
-        parents: list[list[int]] = [[] for _ in self.nodes]
-        for node, children in enumerate(self.edges):
-            for child in children:
-                if child >= 0:
-                    parents[child].append(node)
-        return parents
-
-
-def root_of(output: Tensor) -> Any:
-    """Return the node that a tensor came from; a leaf's own accumulator."""
-    return torch.autograd.graph.get_gradient_edge(output).node
-
 
 def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -> Graph:
     """Return the graph behind a tensor.
@@ -100,7 +89,7 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
         parameters: those that count, by id.
     """
     graph = Graph()
-    numbers = _number(root_of(output), graph)
+    numbers = _number(get_gradient_edge(output).node, graph)
     _find_leaves(graph, parameters)
     owners = graph.owners
     leaky: set[int] = set()
@@ -118,15 +107,20 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
             if child in graph.leaves and node not in graph.leaves:
                 use = Use(node, position, graph.owners.get(node))
                 graph.uses.setdefault(graph.leaves[child], []).append(use)
+    graph.parents = [[] for _ in graph.nodes]
+    for node, children in enumerate(graph.edges):
+        for child in children:
+            if child >= 0:
+                graph.parents[child].append(node)
     graph.towards_captures = _above(graph, graph.captures)
     return graph
 
 
 def _above(graph: Graph, nodes: list[int]) -> set[int]:
     """Return these nodes and all that lead to them."""
-    parents, waiting, found = graph.parents(), list(nodes), set(nodes)
+    waiting, found = list(nodes), set(nodes)
     while waiting:
-        for parent in parents[waiting.pop()]:
+        for parent in graph.parents[waiting.pop()]:
             if parent not in found:
                 found.add(parent)
                 waiting.append(parent)
