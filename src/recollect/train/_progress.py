@@ -36,7 +36,7 @@ class Bar:
         note += _staleness(row) + _conflict(row)
         self._progress.update(self._task, completed=epoch, note=note)
         if self._lines and (epoch % max(self._epochs // 10, 1) == 0 or epoch == self._epochs):
-            self._console.print(f"epoch {epoch}/{self._epochs}  {note}", highlight=False)
+            self._console.print(f"epoch {epoch}/{self._epochs}  {note}", highlight=False, soft_wrap=True)
 
     def stop(self, epoch: int) -> None:
         """Training ended, perhaps early: the bar is full."""
