@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from recollect.autogram import Engine, _passes
-from recollect.autogram._passes import _in_groups
 from recollect.memory import peak_memory
 
 
@@ -122,22 +121,6 @@ def test_several_losses_for_each_element(passes, row_bytes):
     found = engine.compute_gramian(losses)
     assert len(passes) > 3 if row_bytes == 1 else len(passes) == 3
     torch.testing.assert_close(found, expected(net))
-
-
-@pytest.mark.parametrize(("count", "fit"), [(5, 9), (5, 2), (5, 1), (7, 4), (6, 3), (2, 1), (1, 0)])
-def test_groups_fill_every_pair(count, fit):
-    rows = torch.randn(count, 3, 4, dtype=torch.float64)
-    seen = []
-
-    def gramian(chosen):
-        seen.append(len(chosen))
-        flat = rows[list(chosen)].flatten(0, 1)
-        return flat @ flat.T
-
-    found = _in_groups(count, fit, rows.device, rows.dtype, gramian, 3)
-    flat = rows.flatten(0, 1)
-    torch.testing.assert_close(found, flat @ flat.T)
-    assert max(seen) <= max(fit, 2)
 
 
 def test_the_bound_bounds():

@@ -68,8 +68,8 @@ class Engine:
         self._known: dict[Any, Known] = {}
         hook = Hook(self._recorder)
         layers = dict.fromkeys(layer for module in modules for layer in module.modules() if layer._parameters)
-        handles = [layer.register_forward_hook(hook, prepend=True, with_kwargs=True) for layer in layers]
-        weakref.finalize(self, _remove, handles)
+        for layer in layers:
+            weakref.finalize(self, layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
 
     def compute_gramian(self, output: Tensor) -> Tensor:
         """Return the Gramian of the losses' gradients.
@@ -182,11 +182,6 @@ def _check_modules(modules: tuple[nn.Module, ...]) -> None:
                 f"{type(module).__name__} is given to the engine and is part of {outer}, which is given too; give the "
                 "outer module alone: the parameters of all its submodules count"
             )
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor:

@@ -43,7 +43,7 @@ class Independence:
         Raises:
             ValueError: it is so; the message names modules.
         """
-        child, index = graph.edges[node][position], graph.nodes[node].next_functions[position][1]
+        child, index = graph.edges[node][position], graph.indices[node][position]
         if (graph.names[node], position) in _RIGHT_SIDES or not graph.touches_data(child):
             return
         taken = graph.shape(child, index)

@@ -7,7 +7,6 @@ losses. Where neither fits a bound, the losses are taken in groups, and each pai
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from recollect.autogram._capture import Recorder
 from recollect.autogram._gather import Gather
+from recollect.autogram._groups import in_groups
 from recollect.autogram._independence import Independence
 from recollect.autogram._plan import Plan, plan_batch, plan_rows
 from recollect.autogram._probe import Layouts, probe
@@ -115,7 +115,7 @@ def _all_rows(job: Job) -> Tensor:
                 return _rows_at_once(job, eager)
             except RuntimeError:  # something in the graph is only made for one gradient: a function of the user's
                 job.known.in_turn = True
-    return _in_groups(m, job.bound // max(held, 1), device, job.dtype, lambda rows: _rows_in_turn(job, lean, rows))
+    return in_groups(m, job.bound // max(held, 1), device, job.dtype, lambda rows: _rows_in_turn(job, lean, rows))
 
 
 def _held_elements(job: Job, plan: Plan) -> int:
@@ -177,35 +177,4 @@ def _all_tasks(job: Job, batch_dim: int, layouts: Layouts, independence: Indepen
         gather.finish()
         return total.total()
 
-    return _in_groups(tasks, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)
-
-
-def _in_groups(
-    passes: int,
-    fit: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    gramian: Callable[[Sequence[int]], Tensor],
-    rows: int = 1,
-) -> Tensor:
-    """Return the Gramian of all passes, of which only some can be held at once.
-
-    Args:
-        passes: how many there are.
-        fit: how many may be held; two are, at the least.
-        device: of the Gramian.
-        dtype: of the Gramian.
-        gramian: returns that of some of the passes.
-        rows: in each pass.
-    """
-    if passes <= max(fit, 2):
-        return gramian(range(passes))
-    half = max(1, fit // 2)
-    groups = [range(start, min(start + half, passes)) for start in range(0, passes, half)]
-    whole = torch.zeros(passes, rows, passes, rows, dtype=dtype, device=device)
-    for first, second in itertools.combinations(groups, 2):
-        chosen = [*first, *second]
-        index = torch.tensor(chosen, device=device)
-        part = gramian(chosen).view(len(chosen), rows, len(chosen), rows)
-        whole[index[:, None], :, index] = part.transpose(1, 2)
-    return whole.view(passes * rows, passes * rows)
+    return in_groups(tasks, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)

@@ -31,12 +31,11 @@ class Layouts:
 
     def fit(self, graph: Graph, batch: int) -> bool:
         """Whether a graph of the same form may have a batch of this size in the same places."""
-        if batch != self.batch:
-            for node, layouts in self.found.items():
-                for k, layout in enumerate(layouts):
-                    if layout is not None and not layout.fits(graph.shape(node, k), batch):
-                        return False
-            self.batch = batch
+        for node in self.found if batch != self.batch else graph.captures:
+            for k, layout in enumerate(self.found.get(node, ())):
+                if layout is not None and not layout.fits(graph.shape(node, k), batch):
+                    return False
+        self.batch = batch
         return True
 
 

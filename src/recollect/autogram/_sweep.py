@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from recollect.autogram._capture import Call, Recorder
+from recollect.autogram._capture import Recorder
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
 from recollect.autogram._gather import Gather
-from recollect.autogram._layout import Layout
 from recollect.autogram._plan import Plan
 from recollect.autogram._probe import Layouts
 from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
 from recollect.autogram._targets import Target
+from recollect.autogram._uniform import shared, with_rows
 from recollect.autogram._walk import Graph
 
 __all__ = ["DeclinedError", "Sweep"]
@@ -124,11 +123,12 @@ class Sweep:
         call = node.call
         inputs = call.inputs(node.saved_tensors)
         if self._layouts is None:
-            rows = _map_tensors(inputs, lambda tensor: tensor.unsqueeze(0))
+            rows = shared(inputs)
             grads = tuple(None if grad is None else self._with_rows(grad) for grad in grads)
         else:
             layouts = self._layouts.found[capture]
-            rows = self._share(capture, call, inputs, layouts)
+            shapes = [self._graph.shape(capture, k) for k in range(len(layouts))]
+            rows = with_rows(call, inputs, layouts, shapes, self._batch)
             grads = tuple(
                 None if grad is None or layout is None else layout.rows(grad, self._batch)
                 for grad, layout in zip(grads, layouts, strict=True)
@@ -141,32 +141,6 @@ class Sweep:
         if self._at_once is None:
             return grad.unsqueeze(0)
         return torch._remove_batch_dim(grad, 1, self._at_once, 0)
-
-    def _share(
-        self, capture: int, call: Call, inputs: tuple[Any, ...], layouts: Sequence[Layout | None]
-    ) -> tuple[Any, ...]:
-        """Give each input tensor the axis of rows: the batch's where it has one, and else one row for all."""
-        sharing = call.entry.sharing
-        owners = (0,) * len(inputs) if sharing is None else sharing(call.layer, inputs)
-        rows = []
-        for value, owner in zip(inputs, owners, strict=True):
-            layout = None if owner is None else layouts[owner] or self._only_layout(capture, owner)
-            like = None if layout is None else self._graph.shape(capture, owner)
-            rows.append(_map_tensors(value, functools.partial(self._rows, layout=layout, like=like)))
-        return tuple(rows)
-
-    def _only_layout(self, capture: int, output: int) -> Layout:
-        """Return where an output that had no gradient must have the batch."""
-        shape = self._graph.shape(capture, output)
-        dims = [dim for dim, n in enumerate(shape) if n % self._batch == 0]
-        if len(dims) != 1 or shape[dims[0]] != self._batch:
-            raise NotCovered("an output without a gradient, that may have the batch in several places")
-        return Layout(dims[0])
-
-    def _rows(self, tensor: Tensor, layout: Layout | None, like: torch.Size | None) -> Tensor:
-        if layout is None or like is None or tensor.dim() <= layout.dim or tensor.shape[layout.dim] != like[layout.dim]:
-            return tensor.unsqueeze(0)
-        return layout.rows(tensor, self._batch)
 
     def _at_site(self, node: int, targets: Sequence[Target]) -> Callable[[tuple[Tensor | None, ...]], None]:
         def note(grads: tuple[Tensor | None, ...]) -> None:
@@ -203,17 +177,6 @@ class Sweep:
             for k, parameter in enumerate(target.parameters):
                 zero = torch.zeros_like(leaves[k])
                 self._gather.add(parameter, Rows(torch.stack([zero if g[k] is None else g[k] for g in found])))
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, change) for item in value)
-    return value
 
 
 def _transposed(factor: Factor) -> Factor:

@@ -99,7 +99,7 @@ class TargetFinder:
         if any(target.position == position for target in targets):
             return
         graph, at = self._graph, self._graph.nodes[node]
-        number, index = graph.edges[node][position], at.next_functions[position][1]
+        number, index = graph.edges[node][position], graph.indices[node][position]
         free, ends = self._reached(number, stop=True)
         for end in ends:
             self.entangled.update(free.keys() & self._reached(end, stop=False)[0].keys())

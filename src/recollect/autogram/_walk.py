@@ -37,6 +37,7 @@ class Graph:
     Attributes:
         nodes: autograd's nodes.
         edges: for each node, the numbers of the nodes behind its edges; -1 where there is none.
+        indices: for each node, which outputs of these nodes the edges come from.
         captures: the numbers of an engine's captures, outermost first.
         uses: for each parameter (by id) that is reached, all edges that end there.
         owners: for each node inside a layer that has a rule, the number of its capture.
@@ -49,6 +50,7 @@ class Graph:
 
     nodes: list[Any] = field(default_factory=list)
     edges: list[tuple[int, ...]] = field(default_factory=list)
+    indices: list[tuple[int, ...]] = field(default_factory=list)
     captures: list[int] = field(default_factory=list)
     uses: dict[int, list[Use]] = field(default_factory=dict)
     owners: dict[int, int] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Graph:
     @property
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
-        return tuple(self.names), tuple(self.edges)
+        return tuple(self.names), tuple(self.edges), tuple(self.indices)
 
     def touches_data(self, node: int) -> bool:
         """Whether anything that needs no gradient comes in behind a node, as data does."""
@@ -145,6 +147,7 @@ def _number(root: Any, graph: Graph) -> dict[Any, int]:
                 graph.nodes.append(child)
             children.append(number)
         graph.edges.append(tuple(children))
+        graph.indices.append(tuple(index for _, index in node.next_functions))
         name = type(node).__name__
         graph.names.append(name)
         if name == "CaptureBackward":
