@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class Flattening(nn.Module):
         torch.Size([2, 3])
     """
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:  # a module's own takes and returns anything
+
+        def __call__(self, gramian: Tensor) -> Tensor: ...
 
     def __init__(self, weighting: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
