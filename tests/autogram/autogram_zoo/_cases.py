@@ -1,0 +1,58 @@
+"""Which members are tried how, and the oracle for each."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from ._member import MEMBERS, Member, build, explicit_gramian, run, trained
+
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the relative error
+EXACT = LIMITS[torch.float64]
+
+each_dtype = pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
+each_member = pytest.mark.parametrize("kind", MEMBERS.values(), ids=MEMBERS)
+each_refused = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=name) for name, kind in MEMBERS.items() if kind.refused is not None]
+)
+each_hard = pytest.mark.parametrize(
+    ("kind", "batch", "batch_dim"),
+    [
+        pytest.param(kind, batch, dim, id=f"{name}-{batch}-{dim}")
+        for name, kind in MEMBERS.items()
+        for dim in kind.either
+        for batch in kind.batches
+    ],
+)
+each_way = pytest.mark.parametrize(
+    ("kind", "batch_dim"),
+    [pytest.param(kind, dim, id=f"{name}-{dim}") for name, kind in MEMBERS.items() for dim in kind.batch_dims],
+)
+each_case = pytest.mark.parametrize(
+    ("kind", "batch", "batch_dim"),
+    [
+        pytest.param(kind, batch, dim, id=f"{name}-{batch}-{dim}")
+        for name, kind in MEMBERS.items()
+        for dim in kind.batch_dims
+        for batch in kind.batches
+    ],
+)
+
+
+def few(kind: type[Member]) -> int:
+    """A batch of several elements, as small as the member allows."""
+    return next(batch for batch in kind.batches if batch > 1)
+
+
+def by_hand(kind: type[Member], batch: int, batch_dim: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The Gramian of the explicit Jacobian, of a member of its own."""
+    return _by_hand(kind, batch, 1 if batch_dim == 1 else 0, dtype)  # no dimension: the inputs are those of 0
+
+
+@cache
+def _by_hand(kind: type[Member], batch: int, batch_dim: int, dtype: torch.dtype) -> Tensor:
+    made = build(kind, dtype)
+    return explicit_gramian(run(made, batch, batch_dim), trained(made.targets()))
