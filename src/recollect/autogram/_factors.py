@@ -99,19 +99,19 @@ class Blocks:
     Attributes:
         num_rows: the number of objectives, m.
         shape: the parameter's shape.
-        form: takes a slice of the objectives and one of the parameter's first axis (both with a start and a stop, and
-            no step) and returns these rows for this part, [rows, part, *shape[1:]]. It may be called several times with
-            the same slices.
+        form: takes a slice of the objectives and one of an axis of the parameter (both with a start and a stop, and no
+            step) and returns these rows for this part, [rows, *shape] where that axis is the part's. It may be called
+            several times with the same slices, and holds little beside what it returns.
         row_elements: how many elements forming one whole row takes, its result included: bounds how many are formed at
             once.
-        grain: parts start and stop at multiples of this.
+        axis: which axis of the parameter parts are of.
     """
 
     num_rows: int
     shape: torch.Size
     form: Callable[[slice, slice], Tensor]
     row_elements: int
-    grain: int = 1
+    axis: int = 0
 
 
 Factor = Rows | Outer | Picked | Blocks

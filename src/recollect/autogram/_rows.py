@@ -31,7 +31,7 @@ def _form(factor: Factor, rows: slice) -> Tensor:
         formed = factor.values[rows]
         return formed.flatten(1).to(wide(formed.dtype)) if formed.dim() > 1 else formed.unsqueeze(1)
     if isinstance(factor, Blocks):
-        formed = factor.form(rows, slice(0, factor.shape[0]))
+        formed = factor.form(rows, slice(0, factor.shape[factor.axis]))
         return formed.flatten(1).to(wide(formed.dtype))
     if isinstance(factor, Picked):
         return _form_picked(factor, rows)

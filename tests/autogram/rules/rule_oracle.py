@@ -33,7 +33,8 @@ def dense(factor: Factor) -> Tensor:
                 row.index_add_(0, index, grad)
             return jacobian
         case Blocks():
-            return torch.cat([factor.form(slice(i, i + 1), slice(0, factor.shape[0])) for i in range(factor.num_rows)])
+            whole = slice(0, factor.shape[factor.axis])
+            return torch.cat([factor.form(slice(i, i + 1), whole) for i in range(factor.num_rows)])
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -111,19 +111,18 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
 def test_parts_make_the_whole(name, axes, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
     factor = weight_factor(*drawn_conv(name), axes)
-    m, entries = factor.num_rows, factor.shape[0]
-    whole = factor.form(slice(0, m), slice(0, entries))
-    cut = entries // factor.grain // 2 * factor.grain
+    m, channels = factor.num_rows, factor.shape[factor.axis]
+    whole = factor.form(slice(0, m), slice(0, channels))
     for rows in (slice(0, 2), slice(2, m)):
-        for part in (slice(0, cut), slice(cut, entries)):
-            torch.testing.assert_close(factor.form(rows, part), whole[rows, part], rtol=1e-12, atol=1e-12)
+        for part in (slice(0, channels // 2), slice(channels // 2, channels)):
+            torch.testing.assert_close(factor.form(rows, part), whole[rows, :, part], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 2d"])
 def test_gramians_by_parts(name, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": 1})
-    monkeypatch.setattr(_contract, "_WHOLE", 1)  # the smallest parts that there are
+    monkeypatch.setattr(_contract, "_FRESH", {"cpu": 1})  # the smallest parts that there are
     layer, x = drawn_conv(name)
     check(layer, x, axes=(0,))
 

@@ -29,7 +29,7 @@ def peak(layer, x, name="weight", shared=False):
 
 def small_bounds(monkeypatch):
     monkeypatch.setattr(_contract, "_PIECE", {"cpu": MB // 4})
-    monkeypatch.setattr(_contract, "_WHOLE", MB)
+    monkeypatch.setattr(_contract, "_FRESH", {"cpu": MB})
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": MB // 4})
 
 

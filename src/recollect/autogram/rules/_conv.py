@@ -45,43 +45,36 @@ def conv(layer: Conv, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...])
     if needs(layer, "weight"):
         x, grad = (t if t.ndim == spatial + 3 else t.unsqueeze(1) for t in (inputs[0], grad))
         near, far = (x, grad) if layer.transposed else (grad, x)
-        call = _Call(layer, near, far, layer.groups)
+        call = _Call(layer, near, far)
         factors["weight"] = call.outer() if call.few_positions() else call.blocks()
     return factors
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A convolution, or some of its groups and channels, as it was called.
+    """A convolution, or some of its channels, as it was called.
 
     Attributes:
         layer: the layer.
         near: of the input and the output's gradient, the one whose elements meet a whole kernel each,
             [m or 1, N, A, *], where A is the weight's first axis.
         far: the one that is seen through the kernel.
-        groups: how many.
     """
 
     layer: Conv
     near: Tensor
     far: Tensor
-    groups: int
 
     @property
     def num_rows(self) -> int:
         """The number of objectives, m."""
         return max(len(self.near), len(self.far))
 
-    @property
-    def grain(self) -> int:
-        """How many elements of the weight's first axis see the same channels; all of them where there is one group."""
-        return self.layer.weight.shape[0] // self.layer.groups
-
     def few_positions(self) -> bool:
         """Whether products of positions take fewer operations than forming rows and multiplying these."""
         m, shape = self.num_rows, self.layer.weight.shape
         positions = self.near[0, :, 0].numel()
-        products = m * m * positions**2 * (shape[0] + shape[1:].numel() * self.groups)
+        products = m * m * positions**2 * (shape[0] + shape[1:].numel() * self.layer.groups)
         return products < (2 * m * positions + m * m) * shape.numel()
 
     def outer(self) -> Outer:
@@ -90,42 +83,36 @@ class _Call:
         return Outer(left.permute(0, 3, 1, 2), right.permute(0, 3, 1, 2), self.layer.weight.shape)
 
     def blocks(self) -> Blocks:
-        """Return the Jacobian as pieces that are formed when they are wanted."""
+        """Return the Jacobian as pieces that are formed when they are wanted: by channels of what the kernel sees."""
         shape = self.layer.weight.shape
-        grain = 1 if self.groups == 1 else self.grain
-        return Blocks(self.num_rows, shape, self._form, shape.numel() + self._unfolded(), grain)
-
-    def _unfolded(self) -> int:
-        """Return how many elements one row has when it is unfolded."""
-        return self.layer.weight.shape[1:].numel() * self.groups * self.near[0, :, 0].numel()
+        return Blocks(self.num_rows, shape, self._form, shape.numel(), axis=1)
 
     def _form(self, rows: slice, part: slice) -> Tensor:
         some = self._cut(part)
-        shape = self.layer.weight.shape[1:]
-        size = (some.groups, (part.stop - part.start) // some.groups, shape.numel())
-        formed = wide(self.far[:0]).new_empty(rows.stop - rows.start, *size)
+        groups, shape = self.layer.groups, self.layer.weight.shape
+        n, seen = rows.stop - rows.start, (part.stop - part.start) * shape[2:].numel()
+        formed = wide(self.far[:0]).new_empty(n, groups, shape[0] // groups, seen)
         bound = _UNFOLDED["cpu" if self.far.device.type == "cpu" else "cuda"]
-        step = max(1, bound // max(1, some._unfolded() * formed.itemsize))
-        for start in range(0, len(formed), step):
+        step = max(1, bound // max(1, groups * seen * self.near[0, :, 0].numel() * formed.itemsize))
+        for start in range(0, n, step):
             out = formed[start : start + step]
             chosen = slice(rows.start + start, rows.start + start + len(out))
             left, right = (side.expand(len(out), -1, -1, -1) for side in (some._left(chosen), some._right(chosen)))
             torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT, out=out.flatten(0, 1))
-        return formed.view(len(formed), part.stop - part.start, *shape)
+        return formed.view(n, shape[0], part.stop - part.start, *shape[2:])
 
     def _cut(self, part: slice) -> _Call:
-        """Return what this part of the weight's first axis, whole groups if there are several, has to do with."""
-        if self.groups == 1:
-            return replace(self, near=self.near[:, :, part])
-        first, last = part.start // self.grain, part.stop // self.grain
-        channels = self.far.shape[2] // self.groups
-        far = self.far[:, :, first * channels : last * channels]
-        return replace(self, near=self.near[:, :, part], far=far, groups=last - first)
+        """Return what has to do with these channels, of every group, of what the kernel sees."""
+        far = self.far
+        if part.stop - part.start < self.layer.weight.shape[1]:
+            groups = far.view(*far.shape[:2], self.layer.groups, -1, *far.shape[3:])
+            far = groups[:, :, :, part].flatten(2, 3)
+        return replace(self, far=far)
 
     def _left(self, rows: slice) -> Tensor:
         """Return what stands at each position, [rows, G, A/G, positions]."""
-        near = wide(self.near if len(self.near) == 1 else self.near[rows]).transpose(1, 2)
-        return near.reshape(len(near), self.groups, near.shape[1] // self.groups, near[0, 0].numel())
+        near, groups = wide(self.near if len(self.near) == 1 else self.near[rows]).transpose(1, 2), self.layer.groups
+        return near.reshape(len(near), groups, near.shape[1] // groups, near[0, 0].numel())
 
     def _right(self, rows: slice) -> Tensor:
         """Return what the kernel sees at each position, [rows, G, channels of a group · K, positions]."""
@@ -139,7 +126,8 @@ class _Call:
             windows = windows.narrow(3 + k, 0, self.near.shape[3 + k])  # an output may go on behind what is reached
         positions, kernel = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
         windows = windows.permute(0, 2, *kernel, 1, *positions)
-        return windows.reshape(len(far), self.groups, layer.weight.shape[1:].numel(), self.near[0, :, 0].numel())
+        seen = far.shape[2] // layer.groups * layer.weight.shape[2:].numel()
+        return windows.reshape(len(far), layer.groups, seen, self.near[0, :, 0].numel())
 
 
 def _paddings(layer: Conv) -> list[int]:
