@@ -155,7 +155,7 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     for start in range(0, a, step):
         part = left[:, :, start : start + step].to(dtype).mT  # [m or 1, step, T]
         rows = slab[:, : part.shape[1] * b]
-        out = rows.unflatten(1, (part.shape[1], b))
+        out = torch.unflatten(rows, 1, (part.shape[1], b))
         if part.shape[0] == right.shape[0] == m:
             torch.bmm(part, right, out=out)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from recollect.train._check import documented
@@ -10,6 +11,7 @@ from recollect.train._settings import FREE_KEYS
 
 __all__ = ["help_text"]
 
+_WIDTH = 120
 _OTHER = "model=gcn"  # has the keys of the models with histories
 _HEAD = """\
 usage: recollect train [group=option ...] [key=value ...]
@@ -38,7 +40,10 @@ def help_text() -> str:
         text = texts.get(key) or texts[key.rpartition(".")[0]]
         choices = f" ({', '.join(text['choices'])})" if text["choices"] else ""
         own = text["help"] if key in texts else f"option of this {key.partition('.')[0]}"
-        lines.append(f"  {key + '=' + _show(value):<36} {own}{choices}")
+        start = f"  {key + '=' + _show(value):<36} "
+        lines += textwrap.wrap(
+            own + choices, _WIDTH, initial_indent=start, subsequent_indent=" " * 39, break_on_hyphens=False
+        )
     lines += ["", f"Below {', '.join(FREE_KEYS)} any key can be set: what is there depends on model.conv.", ""]
     return "\n".join(lines)
 
