@@ -1,0 +1,101 @@
+"""Rows at single nodes of a graph, against a masked gradient for each."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recollect.autogram import _sites
+from recollect.autogram._contract import gramian
+from recollect.autogram._factors import Outer, Rows
+from recollect.autogram._layout import Layout
+from recollect.autogram._rows import form_rows
+from recollect.autogram._sites import rows_at
+
+B = 3
+X = torch.randn(B, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def parameter(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+
+SITES = {
+    "a bias": (lambda p: X + p, (5,), 1),
+    "a bias on the left": (lambda p: p + X, (5,), 0),
+    "a bias with a factor": (lambda p: torch.add(X, p, alpha=3), (5,), 1),
+    "positions": (lambda p: X + p, (4, 5), 1),
+    "a kept axis": (lambda p: X + p, (4, 1), 1),
+    "a scale": (lambda p: X * p, (5,), 1),
+    "a quotient": (lambda p: X / p, (1, 4, 5), 1),
+    "a scalar": (lambda p: X * p, (), 1),
+    "a power": (lambda p: X.abs() ** p, (5,), 1),
+    "an expansion": (lambda p: p.expand(B, 2, 5), (1, 2, 5), 0),
+    "a matrix product": (lambda p: X.flatten(0, 1) @ p, (5, 2), 1),
+    "a linear function": (lambda p: torch.addmm(X[0, 0, :2], X.flatten(0, 1), p), (5, 2), 2),
+    "a scaled product": (lambda p: torch.addmm(X[0, 0, :2], X.flatten(0, 1), p, alpha=2), (5, 2), 2),
+    "the bias of a product": (lambda p: torch.addmm(p, X.flatten(0, 1), X[0, :2].T), (2,), 0),
+    "a scaled bias of a product": (lambda p: torch.addmm(p, X.flatten(0, 1), X[0, :2].T, beta=2), (2,), 0),
+    "a convolution": (lambda p: F.conv1d(X, p), (2, 4, 3), 1),
+    "a parameter for each element": (lambda p: X * p, (B, 4, 5), 1),
+    "a vector product": (lambda p: X.flatten(0, 1).mv(p), (5,), 1),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_rows_at_a_node(name):
+    function, shape, position = SITES[name]
+    p = parameter(*shape)
+    y = function(p)
+    layout = Layout(0)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (factor,) = rows_at(y.grad_fn, (grad,), (layout,), B, [(position, p.shape)])
+    found = form_rows([factor], slice(0, B))
+    masks = [layout.mask(grad, B, i) for i in range(B)]
+    rows = torch.stack([torch.autograd.grad(y, p, mask, retain_graph=True)[0].flatten() for mask in masks])
+    torch.testing.assert_close(found, rows)
+    torch.testing.assert_close(gramian([factor]), rows @ rows.T)
+
+
+@pytest.mark.parametrize("name", ["a bias", "a scale", "a matrix product", "an expansion", "the bias of a product"])
+def test_common_nodes_are_asked_once_at_most(name, monkeypatch):
+    calls = []
+    original = _sites._call
+    monkeypatch.setattr(_sites, "_call", lambda *args: calls.append(args) or original(*args))
+    function, shape, position = SITES[name]
+    p = parameter(*shape)
+    y = function(p)
+    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout(0),), B, [(position, p.shape)])
+    assert len(calls) == (1 if name in ("a bias", "a scale") else 0)
+    assert isinstance(factor, Outer if name == "a matrix product" else Rows)
+
+
+def test_several_outputs_of_which_one_has_no_gradient():
+    p = parameter(B, 4, 5)
+    first, _ = (p * 1).unbind(2)[:2]
+    node = first.grad_fn
+    grads = (torch.ones(B, 4, dtype=torch.float64), *[None] * 4)
+    (factor,) = rows_at(node, grads, (Layout(0), *[None] * 4), B, [(0, p.shape)])
+    rows = form_rows([factor], slice(0, B)).view(B, B, 4, 5)
+    assert all(torch.equal(rows[i, i, :, 0], torch.ones(4, dtype=torch.float64)) for i in range(B))
+    assert rows.sum() == B * 4
+
+
+class Product(torch.autograd.Function):
+    """A node that is written in Python."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.save_for_backward(x)
+        return x * p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return None, (grad * x).sum((0, 1))
+
+
+def test_a_node_in_python():
+    p = parameter(5)
+    y = Product.apply(X, p)
+    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout(0),), B, [(1, p.shape)])
+    torch.testing.assert_close(form_rows([factor], slice(0, B)), X.sum(1))

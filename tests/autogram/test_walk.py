@@ -1,0 +1,104 @@
+"""The graph behind losses: captures, and the uses of parameters."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recollect.autogram import Engine
+from recollect.autogram._walk import walk
+
+
+def graph_of(engine, output, *modules):
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    return walk(output, engine._recorder, parameters)
+
+
+def uses_of(graph, parameter):
+    return graph.uses.get(id(parameter), [])
+
+
+def test_a_layers_uses_belong_to_its_capture():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    engine = Engine(net)
+    graph = graph_of(engine, net(torch.rand(5, 3)), net)
+    assert len(graph.captures) == 2
+    for layer in (net[0], net[2]):
+        for parameter in layer.parameters():
+            (use,) = uses_of(graph, parameter)
+            assert graph.nodes[use.capture].call.layer is layer
+
+
+def test_a_use_outside_of_any_layer():
+    layer = nn.Linear(3, 3)
+    engine = Engine(layer)
+    graph = graph_of(engine, layer(torch.rand(5, 3)) @ layer.weight, layer)
+    captures = [use.capture for use in uses_of(graph, layer.weight)]
+    assert sorted(capture is None for capture in captures) == [False, True]
+
+
+def test_another_engines_captures_are_passed_by():
+    layer = nn.Linear(3, 3)
+    first, second = Engine(layer), Engine(layer)
+    output = layer(torch.rand(5, 3))
+    for engine in (first, second):
+        graph = graph_of(engine, output, layer)
+        assert len(graph.captures) == 1
+        assert all(use.capture is not None for use in uses_of(graph, layer.weight))
+
+
+def test_a_layer_whose_inside_is_used_by_others(monkeypatch):
+    layer = nn.Linear(3, 3)
+    engine = Engine(layer)
+    inside = []
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: inside.append(original(*args)) or inside[-1])
+    y = layer(torch.rand(5, 3))
+    graph = graph_of(engine, y + inside[0].sin(), layer)
+    assert graph.captures == []
+    assert all(use.capture is None for use in uses_of(graph, layer.weight))
+
+
+def test_a_cast_of_a_parameter_is_the_parameter():
+    """Under autocast all uses of a weight share one cast of it."""
+    layer = nn.Linear(3, 3)
+    engine = Engine(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(layer(torch.rand(5, 3)))
+    graph = graph_of(engine, output, layer)
+    assert [use.capture for use in uses_of(graph, layer.weight)] == graph.captures
+
+
+def test_a_parameter_as_a_layers_input():
+    layer, prompt = nn.Linear(3, 3), nn.ParameterList([torch.rand(5, 3)])
+    engine = Engine(layer)
+    graph = graph_of(engine, layer(prompt[0]), layer, prompt)
+    (use,) = uses_of(graph, prompt[0])
+    assert use.capture is None or id(prompt[0]) not in {id(p) for p in layer.parameters()}
+    assert len(graph.captures) == 1
+
+
+def test_a_layers_weight_as_its_input():
+    layer = nn.Linear(3, 3)
+    engine = Engine(layer)
+    assert graph_of(engine, layer(layer.weight), layer).captures == []
+
+
+def test_forms():
+    lstm = nn.LSTM(3, 3)
+    engine = Engine(lstm)
+
+    def form(output):
+        return graph_of(engine, output, lstm).form
+
+    x = torch.rand(4, 5, 3)
+    assert form(lstm(x)[0].sum()) == form(lstm(x[:2])[0].sum()) or len(x) != 2  # steps are nodes of their own
+    assert form(lstm(x)[1][0].sum()) != form(lstm(x)[1][1].sum())  # of other outputs
+
+
+def test_the_nodes_towards_captures():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    engine = Engine(net)
+    output = net(torch.rand(5, 3)) * nn.Parameter(torch.rand(4)).exp()
+    graph = graph_of(engine, output, net)
+    names = {graph.names[k] for k in graph.towards_captures}
+    assert names == {"MulBackward0", "TanhBackward0", "CaptureBackward"}
