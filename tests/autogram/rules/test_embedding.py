@@ -59,6 +59,12 @@ def test_bags_at_offsets(mode, padding_idx, offsets, axes):
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_short_integers(mode, axes):
+    check(bags(mode=mode), FLAT.int(), torch.tensor([0, 3, 4]).int(), axes=axes)
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
 def test_last_offset_included(axes):
     check(bags(include_last_offset=True), FLAT, torch.tensor([0, 3, 3, 8]), axes=axes)
 

@@ -62,7 +62,8 @@ def embedding_bag(
     else:
         starts = offsets[0, :-1] if layer.include_last_offset else offsets[0]
         count = len(starts)
-        bag = torch.searchsorted(starts, torch.arange(index.shape[1], device=index.device), right=True) - 1
+        places = torch.arange(index.shape[1], device=starts.device, dtype=starts.dtype)
+        bag = torch.searchsorted(starts, places, right=True) - 1
     index = index.flatten(1)
     weights = _weights(layer, index, bag, count, scales)
     if offsets is not None and grad.shape[1] < count:  # every row has a bag of its own
