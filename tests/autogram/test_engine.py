@@ -14,6 +14,7 @@ from recollect.autogram import Engine, Rows, register_rule
 from recollect.autogram import _engine as engine_module
 from recollect.autogram._registry import Registry
 from recollect.autogram.rules import RULES
+from recollect.memory import peak_memory
 
 
 def model(dtype=torch.float64):
@@ -427,3 +428,33 @@ def test_a_rule_that_raises_resets_the_engine(registry):
         engine.compute_gramian(losses)
     losses.sum().backward()
     assert net[1].scale.grad is not None
+
+
+# The graph
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_graph_that_need_not_stay_is_freed(batch_dim):
+    net = model()
+    engine = Engine(net, batch_dim=batch_dim)
+    for _ in range(2):  # the first time, it is found out what rules cover
+        losses = losses_of(net, data())
+        kept = engine.compute_gramian(losses)
+        assert torch.equal(engine.compute_gramian(losses, retain_graph=False), kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses.sum().backward()
+
+
+def test_a_graph_that_need_not_stay_costs_no_memory():
+    net = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(64, 64, bias=False), nn.Tanh())))
+    engine = Engine(net, batch_dim=0)
+
+    def peak(retain_graph):
+        engine.compute_gramian(net(torch.rand(256, 64)).sum(1))
+        with peak_memory("cpu") as memory:
+            losses = net(torch.rand(256, 64)).sum(1)
+            engine.compute_gramian(losses, retain_graph=retain_graph)
+        assert losses.requires_grad
+        return memory.current_bytes
+
+    assert peak(False) < peak(True) - 7 * 256 * 64 * 4

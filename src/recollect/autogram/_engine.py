@@ -71,13 +71,13 @@ class Engine:
         for layer in layers:
             weakref.finalize(self, layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
 
-    def compute_gramian(self, output: Tensor) -> Tensor:
+    def compute_gramian(self, output: Tensor, *, retain_graph: bool = True) -> Tensor:
         """Return the Gramian of the losses' gradients.
-
-        The graph stays as it is for the backward pass that follows.
 
         Args:
             output: losses of any shape [m1, ..., mk], floating point.
+            retain_graph: whether the graph must stay for a backward pass that follows; otherwise what it saved may be
+                freed on the way, as an ordinary backward pass does.
 
         Returns:
             [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
@@ -93,8 +93,8 @@ class Engine:
             if output.numel() == 0:
                 return output.new_zeros(*output.shape, *reversed(output.shape))
             if batch_dim is None or output.shape[batch_dim] == 1:
-                return self._of_rows(output, parameters).to(output.dtype)
-            return self._of_batch(output, parameters, batch_dim).to(output.dtype)
+                return self._of_rows(output, parameters, retain_graph).to(output.dtype)
+            return self._of_batch(output, parameters, batch_dim, retain_graph).to(output.dtype)
 
     def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
@@ -136,27 +136,26 @@ class Engine:
             )
         return self._batch_dim % output.dim()
 
-    def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor]) -> Tensor:
-        job = self._job(output, parameters, None)
+    def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor], retain: bool) -> Tensor:
+        job = self._job(output, parameters, None, retain)
         return _generalise(gramian_of_rows(job), output, None)
 
-    def _of_batch(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int) -> Tensor:
+    def _of_batch(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int, retain: bool) -> Tensor:
         # A hook on a parameter is made for one loss' gradient, not for those of a whole batch.
         by_rows = {key: p for key, p in parameters.items() if p._backward_hooks}
         independence = Independence(self._modules, batch_dim)
         while True:
             free = {key: p for key, p in parameters.items() if key not in by_rows}
             try:
-                square = gramian_of_batch(self._job(output, free, batch_dim), batch_dim, independence)
-                break
+                job = self._job(output, free, batch_dim, retain or bool(by_rows))
+                gramian = _generalise(gramian_of_batch(job, batch_dim, independence), output, batch_dim)
+                return gramian + self._of_rows(output, by_rows, retain) if by_rows else gramian
             except EntangledError as entangled:
                 by_rows.update((key, parameters[key]) for key in entangled.parameters)
-        gramian = _generalise(square, output, batch_dim)
-        return gramian + self._of_rows(output, by_rows) if by_rows else gramian
 
-    def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None) -> Job:
+    def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None, retain: bool) -> Job:
         graph = walk(output, self._recorder, parameters)
-        return Job(output, graph, parameters, self._recorder, self._recall(graph, batch_dim), self._row_bytes)
+        return Job(output, graph, parameters, self._recorder, self._recall(graph, batch_dim), self._row_bytes, retain)
 
     def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
         form = (graph.form, batch_dim)

@@ -36,14 +36,16 @@ class Known:
     Attributes:
         declined: captures, and names of parameters, for which a rule gave nothing.
         in_turn: whether passes do not run at once.
+        settled: whether a plan came to its end, and so will not have to be made anew.
         layouts: where the batch is.
     """
 
-    __slots__ = ("declined", "in_turn", "layouts")
+    __slots__ = ("declined", "in_turn", "layouts", "settled")
 
     def __init__(self) -> None:
         self.declined: set[tuple[int, str]] = set()
         self.in_turn = False
+        self.settled = False
         self.layouts: Layouts | None = None
 
 
@@ -58,6 +60,7 @@ class Job:
         recorder: whose captures are in the graph.
         known: of graphs of this form.
         bound: how many bytes of rows may be held.
+        retain: whether the graph must stay.
     """
 
     output: Tensor
@@ -66,6 +69,7 @@ class Job:
     recorder: Recorder
     known: Known
     bound: int
+    retain: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,9 +80,15 @@ class Job:
         """Compute once more as long as rules turn out to cover less than was planned for."""
         while True:
             try:
-                return compute()
+                gramian = compute()
+                self.known.settled = True
+                return gramian
             except DeclinedError as declined:
                 self.known.declined.update(declined.pairs)
+
+    def retains(self, plan: Plan, is_last: bool) -> bool:
+        """Whether the graph must stay after a pass: for the caller, the next pass, or another plan."""
+        return self.retain or not is_last or not self.known.settled or bool(plan.sites)
 
     def elements(self) -> int:
         """Return how many elements the largest layer takes in and gives."""
@@ -148,7 +158,8 @@ def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
     cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)
     for i, row in enumerate(rows):
         cotangent.view(-1)[row] = 1
-        grads = sweep.run(job.output, job.recorder, cotangent)
+        is_last = i == len(rows) - 1 and len(rows) == job.output.numel()
+        grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, is_last))
         cotangent.view(-1)[row] = 0
         for values, grad in zip(dense, grads, strict=True):
             if grad is not None:
@@ -173,7 +184,8 @@ def _all_tasks(job: Job, batch_dim: int, layouts: Layouts, independence: Indepen
         for task in chosen:
             ones = job.output.new_zeros(tasks, batch)
             ones[task] = 1
-            sweep.run(job.output, job.recorder, ones.view(*rest, batch).movedim(-1, batch_dim))
+            cotangent = ones.view(*rest, batch).movedim(-1, batch_dim)
+            sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, tasks == 1))
         gather.finish()
         return total.total()
 

@@ -64,7 +64,7 @@ class Sweep:
         self._beyond: dict[tuple[int, int], tuple[Target, Tensor]] = {}
 
     def run(
-        self, output: Tensor, recorder: Recorder, cotangent: Tensor, at_once: int | None = None
+        self, output: Tensor, recorder: Recorder, cotangent: Tensor, at_once: int | None = None, retain: bool = True
     ) -> list[Tensor | None]:
         """Run one pass, and return the gradients of the parameters whose rows autograd computes.
 
@@ -73,12 +73,13 @@ class Sweep:
             recorder: whose captures are to be visited.
             cotangent: the losses' gradients.
             at_once: how many cotangents there are, one behind the other, whose passes run at once.
+            retain: whether the graph stays.
         """
         self._at_once = at_once
         inputs = [recorder.leaf, *(self._parameters[k] for k in self._plan.targets(self._graph))]
         with self._watching(recorder):
             grads = torch.autograd.grad(
-                output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=at_once is not None
+                output, inputs, cotangent, retain_graph=retain, allow_unused=True, is_grads_batched=at_once is not None
             )
         self._go_beyond()
         self._gather.end_pass()
