@@ -158,7 +158,8 @@ class Engine:
         return Job(output, graph, parameters, self._recorder, self._recall(graph, batch_dim), self._row_bytes, retain)
 
     def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
-        form = (graph.form, batch_dim)
+        training = tuple(child.training for module in self._modules for child in module.modules())
+        form = (graph.form, training, batch_dim)
         known = self._known.get(form)
         if known is None:
             if len(self._known) >= _FORMS:

@@ -1,0 +1,100 @@
+"""What mixes the batch is refused by name; what has none is not."""
+
+import pytest
+import torch
+from torch import nn
+
+from recollect.autogram import Engine
+
+
+def net(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(*layers).double()
+
+
+def losses_of(model, batch=5):
+    return model(torch.randn(batch, 4, dtype=torch.float64)).square().sum(1)
+
+
+def test_the_error_names_both_sides():
+    model = net(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(
+        ValueError, match=r"mixed after '0' \(Linear\), in or before '1' \(BatchNorm1d\).*batch_dim=None"
+    ):
+        Engine(model, batch_dim=0).compute_gramian(losses_of(model))
+
+
+def test_the_losses_mix_the_batch():
+    model = net(nn.Linear(4, 3))
+    engine = Engine(model, batch_dim=0)
+    losses = losses_of(model)
+    with pytest.raises(ValueError, match=r"mixed after '0' \(Linear\)\."):
+        engine.compute_gramian(losses / losses.sum())
+
+
+def test_a_refusal_leaves_nothing_behind():
+    model = net(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    engine = Engine(model, batch_dim=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mixed"):
+            engine.compute_gramian(losses_of(model))
+    model.eval()
+    assert engine.compute_gramian(losses_of(model)).shape == (5, 5)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["of the engine", "of another"])
+def test_a_norm_that_goes_back_to_training_is_refused_then(whole):
+    model = net(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    engine = Engine(model if whole else model[0], batch_dim=0)
+    engine.compute_gramian(losses_of(model))
+    model.train()
+    losses = losses_of(model)
+    with pytest.raises(ValueError, match="mixed"):
+        engine.compute_gramian(losses)
+
+
+def test_a_model_that_comes_to_mix_is_refused_then():
+    model = net(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    engine = Engine(model, batch_dim=0)
+    engine.compute_gramian(losses_of(model))
+    mixed = model(torch.randn(5, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="mixed"):
+        engine.compute_gramian((mixed - mixed.mean(0)).square().sum(1))
+
+
+class Positions(nn.Module):
+    """A table of as many positions as there are elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.table, self.last = nn.Embedding(size, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last((x.unsqueeze(1) + self.table(torch.arange(self.table.num_embeddings))).tanh()).flatten(1)
+
+
+@pytest.mark.parametrize("size", [5, 3, 10])
+def test_what_has_no_batch_is_not_refused(size):
+    torch.manual_seed(0)
+    model = Positions(size).double()
+    losses = losses_of(model)
+    parameters, rows = list(model.parameters()), []
+    for loss in losses:
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]))
+    rows = torch.stack(rows)
+    torch.testing.assert_close(Engine(model, batch_dim=0).compute_gramian(losses), rows @ rows.T)
+
+
+def test_the_probe_runs_once_for_a_form(monkeypatch):
+    from recollect.autogram import _passes
+
+    calls = []
+    original = _passes.probe
+    monkeypatch.setattr(_passes, "probe", lambda *args: calls.append(1) or original(*args))
+    model = net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    engine = Engine(model, batch_dim=0)
+    for batch in (5, 5, 7, 2):
+        engine.compute_gramian(losses_of(model, batch))
+    assert len(calls) == 1
+    engine.compute_gramian(losses_of(model).sin())
+    assert len(calls) == 2
