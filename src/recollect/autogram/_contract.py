@@ -156,10 +156,7 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
         part = left[:, :, start : start + step].to(dtype).mT  # [m or 1, step, T]
         rows = slab[:, : part.shape[1] * b]
         out = torch.unflatten(rows, 1, (part.shape[1], b))
-        if part.shape[0] == right.shape[0] == m:
-            torch.bmm(part, right, out=out)
-        else:
-            torch.matmul(part, right[0] if right.shape[0] == 1 else right, out=out)
+        torch.bmm(part.expand(m, -1, -1), right.expand(m, -1, -1), out=out)
         total.add_product(rows)
 
 
