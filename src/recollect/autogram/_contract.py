@@ -153,10 +153,9 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     step = min(a, max(1, _piece(left.device) // (m * b * dtype.itemsize)))
     slab = left.new_empty(m, step * b + _PADDING, dtype=dtype)
     for start in range(0, a, step):
-        part = left[:, :, start : start + step].to(dtype).mT  # [m or 1, step, T]
+        part = left[:, :, start : start + step].to(dtype).mT.expand(m, -1, -1)  # [m, step, T]
         rows = slab[:, : part.shape[1] * b]
-        out = torch.unflatten(rows, 1, (part.shape[1], b))
-        torch.bmm(part.expand(m, -1, -1), right.expand(m, -1, -1), out=out)
+        torch.bmm(part, right.expand(m, -1, -1), out=torch.unflatten(rows, 1, (part.shape[1], b)))
         total.add_product(rows)
 
 
