@@ -6,8 +6,9 @@ import pytest
 import torch
 from graph_zoo import directed, edges_of, edges_of_adj_t, every_graph, graph, ring
 from torch_geometric import EdgeIndex
+from torch_geometric.data import Data
 
-from recollect.autoscale import permute, to_adj_t
+from recollect.autoscale import edge_index_of, permute, to_adj_t
 
 both_forms = pytest.mark.parametrize("form", [lambda data: data, to_adj_t], ids=["edge_index", "adj_t"])
 
@@ -176,6 +177,23 @@ def test_rows_that_would_be_left_behind_are_refused(rows):
 def test_refused(data, arguments, error, message):
     with pytest.raises(error, match=message):
         permute(data(), **{"perm": torch.arange(8), **arguments})
+
+
+@pytest.mark.parametrize("call", [to_adj_t, lambda data: permute(data, torch.arange(8))], ids=["to_adj_t", "permute"])
+def test_edges_that_are_no_numbers_of_nodes_are_refused(call):
+    data = ring()
+    data.edge_index = data.edge_index.float()
+    with pytest.raises(TypeError, match=r"edge_index is of torch.float32, but must hold nodes by number"):
+        call(data)
+
+
+def test_edges_in_int32_of_more_nodes_than_its_root():
+    """Products of two numbers of nodes are beyond int32 from 46,341 nodes on."""
+    edge_index = torch.randint(50_000, (2, 200), generator=torch.Generator().manual_seed(0))
+    one, other = (to_adj_t(Data(edge_index=edges, num_nodes=50_000)).adj_t for edges in (edge_index, edge_index.int()))
+    assert torch.equal(edge_index_of(one), edge_index_of(other))
+    pairs = sorted(zip(*edge_index.flip(0).tolist(), strict=True))
+    assert list(zip(*edge_index_of(other).flip(0).tolist(), strict=True)) == pairs
 
 
 @pytest.mark.parametrize(("node", "message"), [(8, "entries from 0 to 8, but the graph's 8 nodes"), (-1, "from -1 to")])

@@ -65,14 +65,15 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
     Self-loops and repeated edges stay.
 
     Args:
-        data: With ``edge_index`` [2, E] (row 0: sources, row 1: targets), a tensor or an ``EdgeIndex``; or with
-            ``adj_t``, which is then kept as it is.
+        data: With ``edge_index`` [2, E] (row 0: sources, row 1: targets), int64 or int32, a tensor or an
+            ``EdgeIndex``; or with ``adj_t``, which is then kept as it is.
         kinds: What each tensor belongs to, where names and sizes do not say; see `permute`.
 
     Returns:
         A shallow copy of ``data`` with ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
 
     Raises:
+        TypeError: ``edge_index`` holds no integers.
         ValueError: ``data`` has no edges, both forms of them, a tensor of the wrong size, or one of which it is
             unclear whether it belongs to nodes or to edges.
     """
@@ -80,8 +81,8 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
     result = copy.copy(data)
     if "adj_t" in data:
         return result
-    source, target = data.edge_index.as_subclass(Tensor)
     check_nodes("edge_index", data.edge_index, num_nodes)
+    source, target = data.edge_index.as_subclass(Tensor).long()  # of int32, target * N + source would overflow
     weight: Tensor | None = data.edge_weight if "edge_weight" in data else None
     result.adj_t, order = make_adj_t(source, target, weight, num_nodes)
     del result.edge_index

@@ -23,7 +23,9 @@ def check_square(adj_t: Tensor) -> None:
 
 
 def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
-    """Refuse numbers that no node has."""
+    """Refuse what are no numbers of nodes, or numbers that no node has."""
+    if nodes.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"data.{name} is of {nodes.dtype}, but must hold nodes by number, in int64 or int32")
     if nodes.numel() and (int(nodes.min()) < 0 or int(nodes.max()) >= num_nodes):
         raise ValueError(
             f"data.{name} has entries from {int(nodes.min())} to {int(nodes.max())}, "
