@@ -164,6 +164,8 @@ def test_options_of_a_convolution_are_free():
         ("training.history_dtype=int4", "choose from: float32, float16, bfloat16, int8"),
         ("training.edge_dropout=0.5", "model=revgnn takes no notice of the edges' weights"),
         ("seed=${foo}", "Interpolation key 'foo' not found"),
+        ("resume=", "resume=: names no path; give one, or write resume=null"),
+        ("training.history_path=", "training.history_path=: names no path"),
         ("seed=1,2", "has several values"),
         ("seed", "write key=value"),
         ("=3", "write key=value"),
@@ -181,6 +183,26 @@ def test_what_is_wrong_is_said_with_what_is_right(override, message):
 def test_a_step_has_no_more_parts_than_there_are():
     with pytest.raises(UsageError, match=r"training.parts_per_batch=8: must be at most training.num_parts=4"):
         parse(["model=gcn", "training=autoscale", "training.num_parts=4"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["model=gcn"], "gcn"),
+        (["model=revgnn"], "revgnn"),
+        (["model=gin"], "model.options.noise=0.0 and model.num_layers=4"),
+        (["model=gin", "model.options.noise=0.1", "model.num_layers=1"], "noise=0.1 and model.num_layers=1"),
+    ],
+)
+def test_a_network_without_lipschitz_loss_takes_no_weight_of_it(overrides, found):
+    with pytest.raises(UsageError, match=rf"training.lipschitz=0.1: needs model=gin .* \(got .*{found}\)"):
+        parse([*overrides, "training.lipschitz=0.1"])
+
+
+def test_buffers_need_a_pool():
+    with pytest.raises(UsageError, match=r"training.buffer_size=5: .* training.pool_size=2"):
+        parse(["model=gcn", "training=autoscale", "training.buffer_size=5"])
+    assert parse(["model=gcn", "training=autoscale", "training.buffer_size=5", "training.pool_size=1"])
 
 
 def test_every_key_is_listed():

@@ -9,6 +9,7 @@ from typing import Any
 
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._settings import (
+    PATH_KEYS,
     DatasetSettings,
     DataSettings,
     MeasureSettings,
@@ -38,6 +39,8 @@ def check(settings: Settings) -> None:
     for key, value, metadata in _walk(Settings, settings):
         if value is None or isinstance(value, (dict, list)):
             continue
+        if key in PATH_KEYS and value == "":
+            raise UsageError(f"{key}=: names no path; give one, or write {key}=null")
         if metadata["choices"] and value not in metadata["choices"]:
             raise UsageError(f"{key}: " + choose_from("value", value, metadata["choices"]))
         low, below = metadata["low"], metadata["below"]
@@ -64,6 +67,8 @@ def _check_training(settings: Settings) -> None:
             f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "
             f"weights, which edge dropout changes; set it to 0"
         )
+    if training.lipschitz:
+        _check_lipschitz(settings.model, training.lipschitz)
     if training.name == "full":
         return
     if settings.model.kind == "revgnn":
@@ -76,6 +81,24 @@ def _check_training(settings: Settings) -> None:
             f"training.parts_per_batch={training.parts_per_batch}: must be at most training.num_parts="
             f"{training.num_parts}"
         )
+    if training.buffer_size is not None and training.pool_size is None:
+        raise UsageError(
+            f"training.buffer_size={training.buffer_size}: is the size of buffers of which there are none; set "
+            f"training.pool_size=2, or leave it out"
+        )
+
+
+def _check_lipschitz(model: ModelSettings, weight: float) -> None:
+    noise = model.options.get("noise", 0.0) if isinstance(model, ScalableSettings) else 0.0
+    if model.kind == "gin" and noise > 0 and model.num_layers > 1:
+        return
+    found = (
+        f"model.options.noise={noise} and model.num_layers={model.num_layers}" if model.kind == "gin" else model.name
+    )
+    raise UsageError(
+        f"training.lipschitz={weight}: needs model=gin with model.options.noise above 0 and at least two layers (got "
+        f"{found}); set it to 0, or choose these"
+    )
 
 
 _UNWEIGHTED = ("revgnn", "gat", "pna", "pna_jk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InvalidRunError", "NonFiniteLossError", "TrainingError", "UsageError", "choose_from"]
+__all__ = ["InvalidRunError", "MissingRunError", "NonFiniteLossError", "TrainingError", "UsageError", "choose_from"]
 
 
 class TrainingError(Exception):
@@ -22,6 +22,10 @@ class UsageError(TrainingError, ValueError):
 
 class InvalidRunError(TrainingError):
     """The folder holds no run, or one whose files cannot be read: give another folder."""
+
+
+class MissingRunError(UsageError, InvalidRunError):
+    """There is no run in the folder that was named."""
 
 
 class NonFiniteLossError(TrainingError, ArithmeticError):

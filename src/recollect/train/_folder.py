@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recollect.train._config import read, write
-from recollect.train._errors import InvalidRunError, TrainingError, UsageError
+from recollect.train._errors import MissingRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._settings import Settings
 
@@ -72,12 +72,13 @@ def reopen(path: str) -> tuple[RunFolder, Settings]:
     """Find a run again.
 
     Raises:
-        InvalidRunError: the folder holds none.
+        MissingRunError: the folder holds none.
+        InvalidRunError: its settings cannot be read.
     """
     folder = RunFolder(Path(path).expanduser())
     if not folder.config.is_file():
         what = "has no config.yaml, so it is not the folder of a run" if folder.path.is_dir() else "does not exist"
-        raise InvalidRunError(f"resume={path}: {folder.path} {what}; give a folder that recollect train has made")
+        raise MissingRunError(f"resume={path}: {folder.path} {what}; give a folder that recollect train has made")
     return folder, read(folder.config)
 
 
