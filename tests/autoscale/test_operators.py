@@ -8,6 +8,7 @@ import pytest
 import torch
 from graph_zoo import every_graph, ring
 from torch_geometric import EdgeIndex
+from torch_geometric.data import Data
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from recollect.autoscale import add_self_loops, edge_index_of, normalize, to_adj_t, with_weights
@@ -54,6 +55,16 @@ def test_normalisation_without_self_loops_and_with_nodes_without_edges():
     assert torch.equal(found.to_dense(), torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64], ids=str)
+def test_degrees_that_the_type_of_the_weights_cannot_hold(dtype):
+    """4,096 edges into one node: sums of ones end at 2,048 in float16, and at 256 in bfloat16."""
+    edges = torch.stack([torch.arange(4097), torch.zeros(4097, dtype=torch.int64)])
+    exact = to_adj_t(Data(num_nodes=4097, edge_index=edges, edge_weight=torch.ones(4097, dtype=torch.float64))).adj_t
+    found = normalize(with_weights(exact, exact.values().to(dtype))).values()
+    assert found.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    torch.testing.assert_close(found.double(), normalize(exact).values(), rtol=torch.finfo(found.dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("function", [normalize, add_self_loops])
 def test_only_a_whole_graph_can_be_changed(function):
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
@@ -87,6 +98,11 @@ class TestEdgeIndex:
         data.edge_index = edges
         data.edge_weight = expected.adj_t.values()
         assert torch.equal(adjacency_of(data).to_dense(), adjacency_of(expected).to_dense())
+
+    def test_indices_are_of_one_type(self):
+        edges = EdgeIndex(edge_index_of(to_adj_t(ring()).adj_t).int(), sparse_size=(8, 8), sort_order="col")
+        found = as_csr(edges)
+        assert found.crow_indices().dtype == found.col_indices().dtype == torch.int64
 
     @pytest.mark.parametrize(
         "options", [{}, {"sparse_size": (8, 8)}, {"sort_order": "col"}, {"sparse_size": (8, 8), "sort_order": "row"}]

@@ -42,7 +42,7 @@ def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
             "its size, and be sorted by column (target) as its edges' attributes are: "
             "EdgeIndex(edge_index, sparse_size=(sources, targets)).sort_by('col')"
         )
-    source, target = adj_t.as_tensor()
+    source, target = adj_t.as_tensor().long()
     rowptr = torch._convert_indices_from_coo_to_csr(target.contiguous(), num_dst)
     value = torch.ones(source.numel(), device=source.device) if edge_weight is None else edge_weight
     return sparse_csr(rowptr, source, value, (num_dst, num_src))
@@ -118,6 +118,8 @@ def normalize(adj_t: Tensor, self_loops: bool = True) -> Tensor:
     if self_loops:
         adj_t = add_self_loops(adj_t)
     row, col, value = rows_of(adj_t), adj_t.col_indices(), adj_t.values()
-    degree = value.new_zeros(adj_t.size(0)).index_add_(0, row, value)
+    exact = value.to(torch.promote_types(value.dtype, torch.float32))  # a sum of ones ends at 2,048 in float16
+    degree = exact.new_zeros(adj_t.size(0)).index_add_(0, row, exact)
     scale = degree.rsqrt().masked_fill_(degree <= 0, 0.0)
-    return with_weights(adj_t, scale[row] * value * scale[col])
+    normalised = scale[row] * exact * scale[col]
+    return with_weights(adj_t, normalised.to(value.dtype) if value.is_floating_point() else normalised)
