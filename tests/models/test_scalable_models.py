@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import NODES, OUT, PTR, data_for, every_model, given, make
+from model_zoo import IN, NODES, OUT, PTR, data_for, every_model, given, make
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,3 +90,37 @@ def test_layer_wise_inference_is_the_whole_graphs(name):
         torch.testing.assert_close(history.pull(), rows, rtol=1e-11, atol=1e-11)
         assert float(rows.detach().abs().max()) > 0.01
         assert int(history.age().max()) == len(loader) - 1
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_type_is_that_of_parameters_and_features_whatever_that_of_the_weights(name, dtype):
+    model = make(name, history_dtype=dtype).to(dtype)
+    data = data_for(model)  # whose adjacency is in float64
+    data.x = data.x.to(dtype)
+    if "edge_attr" in data:
+        data.edge_attr = data.edge_attr.to(dtype)
+    for batch in SubgraphLoader(data, PTR, batch_size=2):
+        out = model(batch.data.x, batch.data.adj_t, *batch[1:], **given(model, batch.data))
+        assert out.dtype == dtype
+        F.cross_entropy(out, batch.data.y[: batch.batch_size]).backward()
+    out = model(loader=EvalSubgraphLoader(data, PTR))
+    assert out.dtype == dtype
+    assert bool(out.isfinite().all())
+
+
+@every_model
+def test_features_of_another_width_are_refused_before_anything_is_written(name):
+    model = make(name)
+    data = data_for(model)
+    data.x = data.x[:, 1:]
+    batch = next(iter(SubgraphLoader(data, PTR, batch_size=2)))
+    calls = (
+        lambda: model(data.x, data.adj_t, **given(model, data)),
+        lambda: model(batch.data.x, batch.data.adj_t, *batch[1:], **given(model, batch.data)),
+        lambda: model(loader=EvalSubgraphLoader(data, PTR)),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"x has shape \[\d+, {IN - 1}\], but .* in_channels={IN}"):
+            call()
+    assert not any(model.staleness())

@@ -72,7 +72,7 @@ class Messages:
         rows = self._x.index_select(0, self._adj_t.col_indices())
         if self._edges is not None:
             rows = self._activation(rows + self._edges)
-        return rows * self._adj_t.values().unsqueeze(-1)
+        return rows * self._adj_t.values().to(rows.dtype).unsqueeze(-1)
 
     def _reduced(self, messages: Tensor, how: str) -> Tensor:
         out = torch.segment_reduce(messages, how, offsets=self._adj_t.crow_indices())

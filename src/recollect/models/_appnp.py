@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autoscale import ScalableGNN, propagate
-from recollect.models._stack import State, check_alpha, check_dropout
+from recollect.models._stack import State, check_alpha, check_dropout, check_features
 
 __all__ = ["APPNP"]
 
@@ -67,6 +67,7 @@ class APPNP(ScalableGNN):
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """See :class:`~recollect.autoscale.ScalableGNN`."""
         if layer == 0:
+            check_features(x, self.in_channels)
             x = self.lins[0](F.dropout(x, self.dropout, self.training)).relu()
             x = self.lins[1](F.dropout(x, self.dropout, self.training))
             state["x_0"] = x[: adj_t.size(0)]

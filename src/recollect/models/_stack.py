@@ -100,7 +100,11 @@ class ConvStack(ScalableGNN):
 
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """See :class:`~recollect.autoscale.ScalableGNN`."""
-        x = self.drop(x) if layer else self.enter(x, adj_t.size(0), state)
+        if layer == 0:
+            check_features(x, self.in_channels)
+            x = self.enter(x, adj_t.size(0), state)
+        else:
+            x = self.drop(x)
         out = self.convolve(layer, x, adj_t, state)
         last = layer == self.num_layers - 1
         if last and not self.lins:
@@ -143,3 +147,12 @@ def check_alpha(alpha: float) -> None:
     """Raise a ValueError unless it is a share."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] (got {alpha})")
+
+
+def check_features(x: Tensor, in_channels: int) -> None:
+    """Raise a ValueError unless there are so many of each node."""
+    if x.dim() != 2 or x.size(1) != in_channels:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, but must be [nodes, {in_channels}]: the network was made with "
+            f"in_channels={in_channels}"
+        )
