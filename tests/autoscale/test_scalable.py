@@ -148,6 +148,8 @@ class TestArguments:
         [
             ({"n_id": None}, TypeError, "without n_id"),
             ({"offset": None, "count": None}, TypeError, "without offset, count"),
+            ({"offset": [0], "count": [6]}, TypeError, r"tensors .* \(got shape \[\d+\], list, list\)"),
+            ({"count": torch.tensor(6)}, TypeError, r"tensors of one dimension, .*shape \[\]\)"),
             ({"batch_size": 5}, ValueError, "batch_size=5, but count adds up to 6"),
             ({"count": torch.tensor([5])}, ValueError, "count adds up to 5"),
             ({"x": torch.zeros(5, IN, dtype=torch.float64)}, ValueError, "x has 5 rows, but n_id has"),

@@ -68,6 +68,16 @@ def test_modes_are_given_back_after_an_error():
     assert model.training
 
 
+def test_the_loader_may_stand_where_it_does_in_the_signature_and_stands_alone():
+    model, data = Mean(), make_graph()
+    loader = EvalSubgraphLoader(data, PTR)
+    out = model(loader=loader)
+    assert torch.equal(model(None, None, None, None, None, None, loader), out)
+    for given in ({"x": data.x}, {"adj_t": data.adj_t}, {"batch_size": 3}, {"edge_attr": data.x}):
+        with pytest.raises(ValueError, match="give nothing else beside it"):
+            model(loader=loader, **given)
+
+
 class TestLoaders:
     @pytest.mark.parametrize(
         "loader",

@@ -44,7 +44,7 @@ class Batch:
         """Make a batch of a model's arguments; ``None`` if there are none, for the whole graph.
 
         Raises:
-            TypeError: some are missing.
+            TypeError: some are missing, or no tensors.
             ValueError: their sizes disagree.
         """
         given = {"batch_size": batch_size, "n_id": n_id, "offset": offset, "count": count}
@@ -55,6 +55,11 @@ class Batch:
             raise TypeError(
                 f"a mini-batch needs batch_size, n_id, offset and count, as a SubgraphLoader yields them (without "
                 f"{', '.join(missing)}); for the whole graph give none of them"
+            )
+        if not all(isinstance(value, Tensor) and value.dim() == 1 for value in (n_id, offset, count)):
+            raise TypeError(
+                f"n_id, offset and count must be tensors of one dimension, as a SubgraphLoader yields them (got "
+                f"{', '.join(map(_described, (n_id, offset, count)))})"
             )
         total = int(count.sum())
         if total != batch_size or not 0 <= batch_size <= n_id.numel():
@@ -74,3 +79,7 @@ class Batch:
                 f"adj_t is {list(adj_t.shape)}, but for {self.size} nodes in the batch and {nodes} with their halo it "
                 f"must be [{self.size}, {nodes}] or [{nodes}, {nodes}]"
             )
+
+
+def _described(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -128,11 +128,13 @@ class ScalableGNN(LayeredGNN):
         n_id: Tensor | None = None,
         offset: Tensor | None = None,
         count: Tensor | None = None,
-        *,
         loader: Iterable[SubData] | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Evaluate the whole graph, a mini-batch, or layer by layer what a loader yields; see :meth:`forward`.
+
+        Raises:
+            ValueError: something beside a loader; see :meth:`forward` too.
 
         Args:
             x: see :meth:`forward`.
@@ -145,6 +147,8 @@ class ScalableGNN(LayeredGNN):
             **inputs: see :meth:`forward`.
         """
         if loader is not None:
+            if x is not None or adj_t is not None or batch_size is not None or inputs:
+                raise ValueError("a loader brings all that is evaluated: give nothing else beside it")
             return self.mini_inference(loader)
         batch = Batch.of(batch_size, n_id, offset, count)
         try:
