@@ -87,7 +87,7 @@ def test_the_gramian_of_a_factor(name, small, monkeypatch):
     if small:
         monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_FRESH", {"cpu": 400})
+        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
     factor = FACTORS[name]
     rows = written_out(factor)
     torch.testing.assert_close(gramian([factor]), rows @ rows.T, rtol=1e-12, atol=1e-12)
@@ -109,13 +109,13 @@ def test_several_uses_of_a_parameter(name, small, monkeypatch):
     if small:
         monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_FRESH", {"cpu": 400})
+        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
     rows = sum(written_out(factor) for factor in SUMS[name])
     torch.testing.assert_close(gramian(SUMS[name]), rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
-    monkeypatch.setattr(_contract, "_FRESH", {"cpu": 900})
+    monkeypatch.setattr(_contract, "_MOST", {"cpu": 900})
     factor, formed = blocks(5, 6, 8, axis=1), []
 
     def form(rows, part):

@@ -18,19 +18,19 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
-from recollect.autogram._square import SquareSum, wide
+from recollect.autogram._square import SquareSum, apart, wide
 
 __all__ = ["add_gramian", "gramian"]
 
-# How many bytes of rows are formed at once: in the cache of a CPU core's share, a launch's worth on a GPU.
+# How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
-# How many bytes of rows are formed at once in memory of their own. (More than 32 MiB, the C library takes page by page
-# from the system each time, which takes as long as forming them.)
-_FRESH = {"cpu": 3 * 2**23, "cuda": 2**28}
+# The same of rows that are costly to form in pieces: as many as they are formed from, within these bounds. (More than
+# 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
+_LEAST, _MOST = {"cpu": 2**21, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
-# Elements between rows: rows whose distance is a power of two fall on one another in the cache (measured: 15 % slower).
-_PADDING = 16
+# How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
+_TALL = 256
 # A product of two scalars that waits for memory costs as much as so many in a matrix product.
 _ELEMENT = 24
 
@@ -96,9 +96,10 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
 
 def _add_blocks(total: SquareSum, factor: Blocks) -> None:
     """Form J for some of the parameter's parts at a time, for all objectives."""
-    m, parts = factor.num_rows, factor.shape[factor.axis]
-    pieces = max(1, math.ceil(m * total.dtype.itemsize * factor.shape.numel() / _bound(_FRESH, total.device)))
-    step = math.ceil(parts / pieces)
+    m, parts, size = factor.num_rows, factor.shape[factor.axis], total.dtype.itemsize
+    least, most = _bound(_LEAST, total.device), _bound(_MOST, total.device)
+    at_once = most if factor.sources is None else min(max(least, factor.sources * size), most)
+    step = math.ceil(parts / max(1, math.ceil(m * size * factor.shape.numel() / at_once)))
     for start in range(0, parts, step):
         total.add_product(factor.form(slice(0, m), slice(start, min(start + step, parts))).flatten(1))
 
@@ -143,20 +144,29 @@ def _pair(side: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def _add_slabs(total: SquareSum, factor: Outer) -> None:
-    """Form J for some of one side's elements at a time, for all objectives."""
+    """Form J for some of both sides' elements at a time, for all objectives."""
     m, dtype = factor.num_rows, total.dtype
     left, right = factor.left.squeeze(2), factor.right.squeeze(2)
     if left.shape[2] < right.shape[2]:
-        left, right = right, left  # the parameter transposed has the same Gramian, and this takes larger steps
-    right = right.to(dtype)
+        left, right = right, left  # the parameter transposed has the same Gramian
+    right = right.to(dtype).expand(m, -1, -1)
     a, b = left.shape[2], right.shape[2]
-    step = min(a, max(1, _piece(left.device) // (m * b * dtype.itemsize)))
-    slab = left.new_empty(m, step * b + _PADDING, dtype=dtype)
-    for start in range(0, a, step):
-        part = left[:, :, start : start + step].to(dtype).mT.expand(m, -1, -1)  # [m, step, T]
-        rows = slab[:, : part.shape[1] * b]
-        torch.bmm(part, right.expand(m, -1, -1), out=torch.unflatten(rows, 1, (part.shape[1], b)))
-        total.add_product(rows)
+    height, width = _tile(a, b, max(1, _piece(left.device) // (m * dtype.itemsize)))
+    slab = left.new_empty(m, apart(height * width), dtype=dtype)
+    for top in range(0, a, height):
+        upper = left[:, :, top : top + height].to(dtype).mT.expand(m, -1, -1)  # [m, height, T]
+        for start in range(0, b, width):
+            part = right[:, :, start : start + width]
+            shape = (upper.shape[1], part.shape[2])
+            rows = slab[:, : math.prod(shape)]
+            torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
+            total.add_product(rows)
+
+
+def _tile(a: int, b: int, elements: int) -> tuple[int, int]:
+    """Return height and width of pieces of [a, b] with so many elements: tall, and not too narrow."""
+    height = min(a, max(elements // b, min(_TALL, max(1, elements // 16))))
+    return height, min(b, max(1, elements // height))
 
 
 def _add_groups(total: SquareSum, factor: Outer) -> None:

@@ -105,6 +105,8 @@ class Blocks:
         row_elements: how many elements forming one whole row takes, its result included: bounds how many are formed at
             once.
         axis: which axis of the parameter parts are of.
+        sources: how many elements it is formed from, for all objectives; None: unknown. Where they are few, few
+            are formed at once.
     """
 
     num_rows: int
@@ -112,6 +114,7 @@ class Blocks:
     form: Callable[[slice, slice], Tensor]
     row_elements: int
     axis: int = 0
+    sources: int | None = None
 
 
 Factor = Rows | Outer | Picked | Blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SquareSum", "wide"]
+__all__ = ["SquareSum", "apart", "wide"]
 
 # The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
 # (Measured on CPU, 128 rows of 16,384: a whole product at 94 GFlop/s, columns of 32 at 80, of 16 at 68; with 256 rows,
@@ -19,6 +19,15 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     return widest
+
+
+def apart(columns: int) -> int:
+    """Return how far from one another long rows of so many elements should begin.
+
+    Rows whose distance is a multiple of the page fall on one another in the cache (measured: squares are 10 to 15 %
+    slower).
+    """
+    return columns + 16 if columns >= 1024 else columns
 
 
 class SquareSum:
@@ -47,7 +56,7 @@ class SquareSum:
 
     def new_rows(self, columns: int) -> Tensor:
         """Return zeros [m, columns], to be filled and added."""
-        return self._lower.new_zeros(self._lower.shape[0], columns)
+        return self._lower.new_zeros(self._lower.shape[0], apart(columns))[:, :columns]
 
     def add_product(self, rows: Tensor) -> None:
         """Add J Jᵀ of J [m, n]."""

@@ -122,7 +122,7 @@ def test_parts_make_the_whole(name, axes, monkeypatch):
 def test_gramians_by_parts(name, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": 1})
-    monkeypatch.setattr(_contract, "_FRESH", {"cpu": 1})  # the smallest parts that there are
+    monkeypatch.setattr(_contract, "_MOST", {"cpu": 1})  # the smallest parts that there are
     layer, x = drawn_conv(name)
     check(layer, x, axes=(0,))
 

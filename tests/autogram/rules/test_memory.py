@@ -29,12 +29,13 @@ def peak(layer, x, name="weight", shared=False):
 
 def small_bounds(monkeypatch):
     monkeypatch.setattr(_contract, "_PIECE", {"cpu": MB // 4})
-    monkeypatch.setattr(_contract, "_FRESH", {"cpu": MB})
+    monkeypatch.setattr(_contract, "_MOST", {"cpu": MB})
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": MB // 4})
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_convolution_is_not_unfolded_whole(groups):
+def test_convolution_is_not_unfolded_whole(groups, monkeypatch):
+    small_bounds(monkeypatch)
     layer, x = nn.Conv2d(16, 8, 3, padding=1, groups=groups), torch.randn(M, 16, 24, 24)
     unfolded = M * 16 * 9 * 24 * 24 * 4
     assert peak(layer, x) < unfolded / 4

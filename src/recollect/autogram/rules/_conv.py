@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autogram._factors import Blocks, Factor, Outer
+from recollect.autogram._square import apart
 from recollect.autogram.rules._view import bias_rows, needs, wide
 
 __all__ = ["conv"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-# How many bytes are unfolded at once: in the cache of a CPU's core, a launch's worth on a GPU.
-_UNFOLDED = {"cpu": 2**20, "cuda": 2**26}
+# How many bytes are unfolded at once: in a CPU's cache and some rows for each core, a launch's worth on a GPU.
+_UNFOLDED = {"cpu": 2**22, "cuda": 2**26}
 
 
 def conv(layer: Conv, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor]:
@@ -85,13 +86,17 @@ class _Call:
     def blocks(self) -> Blocks:
         """Return the Jacobian as pieces that are formed when they are wanted: by channels of what the kernel sees."""
         shape = self.layer.weight.shape
-        return Blocks(self.num_rows, shape, self._form, shape.numel(), axis=1)
+        sources = self.near.numel() + self.far.numel()
+        return Blocks(self.num_rows, shape, self._form, shape.numel(), axis=1, sources=sources)
 
     def _form(self, rows: slice, part: slice) -> Tensor:
         some = self._cut(part)
         groups, shape = self.layer.groups, self.layer.weight.shape
         n, seen = rows.stop - rows.start, (part.stop - part.start) * shape[2:].numel()
-        formed = wide(self.far[:0]).new_empty(n, groups, shape[0] // groups, seen)
+        size = shape[0] * seen
+        stride = apart(size) if groups == 1 else size  # the products below are a batch of rows and groups
+        formed = wide(self.far[:0]).new_empty(n, stride)[:, :size]
+        formed = torch.unflatten(formed, 1, (groups, shape[0] // groups, seen))
         bound = _UNFOLDED["cpu" if self.far.device.type == "cpu" else "cuda"]
         step = max(1, bound // max(1, groups * seen * self.near[0, :, 0].numel() * formed.itemsize))
         for start in range(0, n, step):
