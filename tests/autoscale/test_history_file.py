@@ -162,6 +162,27 @@ def test_one_history_at_a_time(path):
     History(ROWS, WIDTH, path=path)
 
 
+def test_processes_that_were_forked_meanwhile_do_not_keep_it(path):
+    """As a loader's workers are; and that they end, or forget it, does not take it from the first process."""
+    context = torch.multiprocessing.get_context("fork")
+    history = History(ROWS, WIDTH, path=path)
+    ended = context.Process(target=history.__dict__.clear)  # drops the table
+    ended.start()
+    ended.join()
+    assert ended.exitcode == 0
+    with pytest.raises(HistoryFileError, match="in use by another history"):
+        History(ROWS, WIDTH, path=path)
+    stays = context.Process(target=signal.pause)
+    stays.start()
+    try:
+        del history, ended
+        gc.collect()
+        History(ROWS, WIDTH, path=path).push(rows())
+    finally:
+        stays.terminate()
+        stays.join()
+
+
 def test_no_room_leaves_no_file(path):
     with pytest.raises(HistoryFileError, match=r"needs 4398\d+ bytes \(got \d+ bytes of free space\)"):
         History(2**32, 255, path=path)

@@ -14,7 +14,7 @@ import torch
 from recollect.autoscale._codec import codec_for
 from recollect.autoscale._rows import STAMP
 
-__all__ = ["HEADER_BYTES", "FileLayout", "HistoryFileError", "open_file"]
+__all__ = ["HEADER_BYTES", "FileLayout", "HistoryFileError", "close_file", "open_file"]
 
 HEADER_BYTES = 4096
 _MAGIC = b"RCLHIST\0"
@@ -57,7 +57,7 @@ def open_file(path: Path, layout: FileLayout) -> int:
     """Open a history's file, or make one of zeros if there is none.
 
     Returns:
-        The descriptor, for reading and writing, locked until it and its copies are closed.
+        The descriptor, for reading and writing, locked until `close_file`, or until this process and its children end.
 
     Raises:
         HistoryFileError: the file is something else, was cut, is in use, or there is no room for it.
@@ -82,6 +82,18 @@ def open_file(path: Path, layout: FileLayout) -> int:
             path.unlink(missing_ok=True)
         raise
     return descriptor
+
+
+def close_file(descriptor: int, owner: int) -> None:
+    """Close what `open_file` opened, and give up the lock if this is the process ``owner`` that it was opened in.
+
+    Closing alone would leave the lock with processes that were forked meanwhile, such as a loader's workers.
+    """
+    import fcntl
+
+    if os.getpid() == owner:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _lock(path: Path, descriptor: int) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 from recollect.autoscale._codec import Codec
-from recollect.autoscale._file import HEADER_BYTES, FileLayout, open_file
+from recollect.autoscale._file import HEADER_BYTES, FileLayout, close_file, open_file
 from recollect.autoscale._file_rows import FileRows
 from recollect.autoscale._rows import STAMP
 from recollect.autoscale._table import Table
@@ -66,7 +66,7 @@ class FileTable(Table):
         self.path = path
         layout = FileLayout(num_embeddings, embedding_dim, dtype)
         descriptor = open_file(path, layout)
-        weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, close_file, descriptor, os.getpid())
         self._descriptor = descriptor
         mapped = mmap.mmap(descriptor, layout.file_bytes)
         mapped.madvise(mmap.MADV_RANDOM)  # what lies beside a row of the halo is most often not wanted
