@@ -21,6 +21,22 @@ def test_options_reach_the_dataset():
     assert get_data(None, "sbm", num_nodes=500, num_features=3).data.x.shape == (500, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("Karate", "karate"), ("CoauthorCS", "coauthor-cs"), ("AmazonPhoto", "amazon-photo"), ("arxiv", "ogbn-arxiv")],
+)
+def test_names_may_be_those_of_pygas(name, known, monkeypatch):
+    asked = []
+
+    def load_karate(name, root, **options):
+        asked.append(name)
+        return load("karate")
+
+    monkeypatch.setattr("recollect.autoscale._get_data.load", load_karate)
+    get_data(None, name)
+    assert asked == [known]
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(UnknownDatasetError, match="cora"):
         get_data(None, "coraa")

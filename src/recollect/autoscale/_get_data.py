@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from recollect.autoscale._adj_t import to_adj_t
-from recollect.data import load
+from recollect.data import load, names
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -33,11 +33,21 @@ def get_data(root: str | Path | None, name: str, **options: object) -> GraphData
 
     Args:
         root: folder of the raw files; see :func:`recollect.data.load`.
-        name: one of :func:`recollect.data.names`.
+        name: one of :func:`recollect.data.names`; also as PyGAS writes it, such as ``"CoauthorCS"`` or ``"arxiv"``.
         **options: of the dataset; see :func:`recollect.data.load`.
 
     Raises:
         UnknownDatasetError, MissingRawFilesError and others: as :func:`recollect.data.load`.
     """
-    graph = load(name, root, **options)  # type: ignore[arg-type]
+    graph = load(_known(name), root, **options)  # type: ignore[arg-type]
     return GraphData(to_adj_t(graph.data), int(graph.data.x.size(1)), graph.num_classes)
+
+
+def _known(name: str) -> str:
+    """Return a graph's name here, from one without regard to case, hyphens and ``ogbn``; an unknown one as it is."""
+    known = {_letters(name): name for name in names()}
+    return known.get(_letters(name)) or known.get(f"ogbn{_letters(name)}", name)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect.autoscale import compute_micro_f1
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
@@ -49,27 +49,12 @@ def score(graph: GraphDataset, logits: Tensor, part: str) -> float:
         right = logits.argmax(-1) == y if graph.task == "multiclass" else (logits > 0) == (y > 0.5)
         return float(right.double().mean())
     if graph.metric == "micro_f1":
-        return _micro_f1(_as_labels(logits, graph), _true_labels(y, graph))
+        return compute_micro_f1(logits, y)
     if graph.task == "multiclass":
         if graph.num_classes != 2:
             raise TrainingError(f"ROC-AUC of {graph.num_classes} exclusive classes is not defined: {graph.name!r}")
         return _rocauc((logits[:, 1] - logits[:, 0])[:, None], (y == 1)[:, None], graph.name, part)
     return _rocauc(logits, y > 0.5, graph.name, part)
-
-
-def _as_labels(logits: Tensor, graph: GraphDataset) -> Tensor:
-    if graph.task == "multilabel":
-        return logits > 0
-    return torch.nn.functional.one_hot(logits.argmax(-1), graph.num_classes).bool()
-
-
-def _true_labels(y: Tensor, graph: GraphDataset) -> Tensor:
-    return y > 0.5 if graph.task == "multilabel" else torch.nn.functional.one_hot(y, graph.num_classes).bool()
-
-
-def _micro_f1(predicted: Tensor, true: Tensor) -> float:
-    both, either = int((predicted & true).sum()), int(predicted.sum()) + int(true.sum())
-    return 2 * both / either if either else 0.0
 
 
 def _rocauc(values: Tensor, true: Tensor, name: str, part: str) -> float:
