@@ -1,6 +1,7 @@
 """A history against a table of Python lists, in every place and type; and what it refuses."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -360,6 +361,21 @@ def test_copies_are_independent():
     assert history.pull().sum() == ROWS * WIDTH
     assert other.pull().sum() == (ROWS - 1) * WIDTH
     assert history.age().sum() == 0
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda history: pickle.loads(pickle.dumps(history))])
+def test_copies_are_pinned_where_there_is_cuda(again, monkeypatch):
+    history, pinned = History(ROWS, WIDTH), []
+    history.push(torch.ones(ROWS, WIDTH))
+    if not torch.cuda.is_available():  # a machine that has it, as far as copying is concerned
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(tensor is one for one in pinned))
+    other = again(history)
+    assert other.table.records.tensor.is_pinned()
+    assert not other.table.stamps.tensor.is_pinned()
+    assert other.table.records.tensor is not history.table.records.tensor
+    assert torch.equal(other.pull(), torch.ones(ROWS, WIDTH))
 
 
 def test_parts_are_copied_and_not_indexed(make, monkeypatch):

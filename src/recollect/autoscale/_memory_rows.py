@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,16 @@ __all__ = ["MemoryClock", "MemoryRows", "memory_table"]
 
 
 class MemoryRows:
-    """Rows in a tensor [rows, width] on any device."""
+    """Rows in a tensor [rows, width] on any device.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        tensor: the rows.
+        pinned: whether a copy of them, made in this process or read in another, is pinned where that is of use.
+    """
+
+    def __init__(self, tensor: Tensor, pinned: bool = False) -> None:
         self.tensor = tensor
+        self.pinned = pinned
         self.dtype = tensor.dtype
         self.device = tensor.device
         self.shape = (tensor.size(0), tensor.size(1))
@@ -55,6 +61,18 @@ class MemoryRows:
         """See :class:`Rows`."""
         self.tensor.zero_()
 
+    def __reduce__(self) -> tuple[Callable[[Tensor, bool], MemoryRows], tuple[Tensor, bool]]:
+        return _copied, (self.tensor, self.pinned)
+
+
+def _copied(tensor: Tensor, pinned: bool) -> MemoryRows:
+    """Make rows of a copied or unpickled tensor, which torch does not pin."""
+    return MemoryRows(tensor.pin_memory() if pinned and _is_pinnable(tensor.device) else tensor, pinned)
+
+
+def _is_pinnable(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.cuda.is_available()
+
 
 class MemoryClock:
     """The number of pushes, in the process alone."""
@@ -79,8 +97,7 @@ def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Tab
     The stamps are always in host memory: the rows to stamp are known there.
     """
     with torch.inference_mode(False):  # a table made in inference mode could not be written outside of it
-        pinned = device.type == "cpu" and torch.cuda.is_available()
         shape = num_embeddings, codec.record_width
-        records = torch.zeros(shape, dtype=codec.record_dtype, device=device, pin_memory=pinned)
+        records = torch.zeros(shape, dtype=codec.record_dtype, device=device, pin_memory=_is_pinnable(device))
         stamps = torch.zeros(num_embeddings, 1, dtype=STAMP, device="cpu")
-    return Table(codec, MemoryRows(records), MemoryRows(stamps), MemoryClock())
+    return Table(codec, MemoryRows(records, pinned=True), MemoryRows(stamps), MemoryClock())
