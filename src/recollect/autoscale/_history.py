@@ -12,6 +12,7 @@ from torch import Tensor
 from recollect.autoscale._codec import codec_for
 from recollect.autoscale._file_table import FileTable
 from recollect.autoscale._memory_rows import memory_table
+from recollect.autoscale._no_rows import no_table
 from recollect.autoscale._rows import STAMP
 from recollect.autoscale._selection import check_values, length, select_all, select_batch, select_rows
 from recollect.autoscale._table import Table
@@ -67,6 +68,7 @@ class History(TableModule):
         path: of the file, if the table shall lie in one; folders on the way are made.
         save_histories: whether ``state_dict`` holds the table and its ages. Loading takes them if they are there. A
             history in a file refuses it, as the file is what is kept.
+        keep: ``False``: there is no table, and nothing is allocated. Pushes then do nothing, and pulls are refused.
 
     Attributes:
         table: what holds the rows.
@@ -75,7 +77,8 @@ class History(TableModule):
         - x: [rows, embedding_dim]; n_id: [rows] int64 or int32; offset and count: [parts] integers.
 
     Raises:
-        ValueError: fewer than one row or channel, another dtype, or a device or ``save_histories`` with a path.
+        ValueError: fewer than one row or channel, another dtype, a device or ``save_histories`` with a path, or a path
+            or ``save_histories`` with ``keep=False``.
         HistoryFileError: the file is no history, has other rows, was cut, is in use, or there is no room for it.
 
     Example:
@@ -100,6 +103,7 @@ class History(TableModule):
         path: str | os.PathLike[str] | None = None,
         *,
         save_histories: bool = False,
+        keep: bool = True,
     ) -> None:
         history_bytes(num_embeddings, embedding_dim, dtype)  # checks them
         codec = codec_for(dtype, embedding_dim)
@@ -108,8 +112,13 @@ class History(TableModule):
             raise ValueError(
                 f"a history with a path lies in its file, which is also what is kept of it (got {found}); leave it out"
             )
+        if not keep and (path is not None or save_histories):
+            found = f"path={str(path)!r}" if path is not None else "save_histories=True"
+            raise ValueError(f"a history with keep=False has nothing to be kept (got {found}); leave one of them out")
         table: Table
-        if path is None:
+        if not keep:
+            table = no_table(codec, num_embeddings)
+        elif path is None:
             table = memory_table(codec, num_embeddings, torch.device("cpu" if device is None else device))
         else:
             table = FileTable(Path(path), num_embeddings, embedding_dim, dtype, codec)
@@ -154,6 +163,7 @@ class History(TableModule):
             TypeError: ``n_id`` holds no integers.
             ValueError: ``n_id`` is not 1-D.
             IndexError: rows that the history does not have.
+            RuntimeError: it was made with ``keep=False``.
         """
         where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
         self.settle()
@@ -167,7 +177,7 @@ class History(TableModule):
         A row that was never pushed is as old as the history.
 
         Raises:
-            TypeError, ValueError, IndexError: as for :meth:`pull`.
+            TypeError, ValueError, IndexError, RuntimeError: as for :meth:`pull`.
         """
         where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
         self.settle()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._pool import AsyncIOPool
 
-__all__ = ["make_histories", "make_pool", "widths_of"]
+__all__ = ["forget", "fresh_histories", "make_histories", "make_pool", "widths_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,8 +25,14 @@ def make_histories(
     dtype: torch.dtype,
     folder: str | Path | None,
     save_histories: bool,
+    keep: bool = True,
 ) -> nn.ModuleList:
     """Make a history for each width; what they will take is logged before it is allocated."""
+    if not keep:
+        return nn.ModuleList(
+            History(num_nodes, width, None, dtype, folder, save_histories=save_histories, keep=False)
+            for width in widths
+        )
     size = sum(history_bytes(num_nodes, width, dtype) for width in widths)
     place = device or "host memory" if folder is None else folder
     _logger.info("%d histories of %d nodes take %.3f GiB in %s", len(widths), num_nodes, size / 2**30, place)
@@ -33,6 +40,19 @@ def make_histories(
         History(num_nodes, width, device, dtype, _file(folder, layer), save_histories=save_histories)
         for layer, width in enumerate(widths)
     )
+
+
+def fresh_histories(histories: Iterable[History], parameters: Iterable[Tensor]) -> list[History]:
+    """Make histories like these in host memory, as exact as the parameters."""
+    exact = next((tensor.dtype for tensor in parameters), torch.float32) == torch.float64
+    dtype = torch.float64 if exact else torch.float32
+    return [History(history.num_embeddings, history.embedding_dim, dtype=dtype) for history in histories]
+
+
+def forget(histories: list[Any], layer: int) -> None:
+    """Drop the history that no layer reads any more once this layer's is complete."""
+    if layer:
+        histories[layer - 1] = None
 
 
 def widths_of(hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:

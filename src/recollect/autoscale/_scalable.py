@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._layered import LayeredGNN
-from recollect.autoscale._making import make_histories, make_pool, widths_of
+from recollect.autoscale._making import forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
 from recollect.autoscale._staleness import mean_ages
 from recollect.autoscale._sub_data import SubData
@@ -53,6 +54,8 @@ class ScalableGNN(LayeredGNN):
         history_dtype: in which histories are kept.
         history_path: a folder; histories are then files in it, ``0.history`` and so on.
         save_histories: whether ``state_dict`` holds the histories, see :class:`~recollect.autoscale.History`.
+        keep_histories: ``False``: the network is for the whole graph, and histories take no memory. Mini-batches are
+            refused then; layer-wise inference fills histories that it makes for itself.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
             the layer is run again and its halo rows are pulled again.
 
@@ -101,16 +104,22 @@ class ScalableGNN(LayeredGNN):
         history_dtype: torch.dtype = torch.float32,
         history_path: str | Path | None = None,
         save_histories: bool = False,
+        keep_histories: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__(num_layers, recompute)
         if num_nodes < 1:
             raise ValueError(f"num_nodes must be at least 1 (got {num_nodes})")
+        if not keep_histories and (pool_size or history_path or save_histories):
+            raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         widths = widths_of(hidden_channels, num_layers)
         self.num_nodes = num_nodes
         self.hidden_channels = hidden_channels
         self.pool = make_pool(pool_size, buffer_size, widths)
-        self.histories = make_histories(num_nodes, widths, device, history_dtype, history_path, save_histories)
+        self.keep_histories = keep_histories
+        self.histories = make_histories(
+            num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
+        )
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
 
@@ -257,7 +266,10 @@ class ScalableGNN(LayeredGNN):
             ValueError: the loader leaves out nodes, or changes its mini-batches.
         """
         with evaluating(self):
-            return LayerWise(self, loader, self.tables, self._exchange).run(self._device)
+            if self.keep_histories:
+                return LayerWise(self, loader, self.tables, self._exchange).run(self._device)
+            fresh = fresh_histories(self.tables, self.parameters())
+            return LayerWise(self, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
 
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.

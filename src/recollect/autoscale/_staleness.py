@@ -12,6 +12,7 @@ from torch import Tensor
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
+from recollect.autoscale._making import forget, fresh_histories
 from recollect.autoscale._operators import adjacency_of
 from recollect.autoscale._sub_data import SubData
 
@@ -46,6 +47,7 @@ def history_errors(model: ScalableGNN, data: Any) -> list[float]:
 
     Raises:
         ValueError: it is not the graph of the histories.
+        RuntimeError: the network was made with ``keep_histories=False``.
     """
     with evaluating(model):
         if hasattr(data, "x"):
@@ -68,19 +70,12 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
 
 
 def _errors_of_batches(model: ScalableGNN, loader: Iterable[SubData]) -> list[float]:
-    dtype = next((tensor.dtype for tensor in model.parameters()), torch.float32)
-    fresh: list[Any] = [
-        History(
-            model.num_nodes, history.embedding_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32
-        )
-        for history in model.tables
-    ]
+    fresh: list[Any] = fresh_histories(model.tables, model.parameters())
     errors: list[float] = []
 
     def compare(layer: int) -> None:
         errors.append(_error(model.tables[layer], _rows_of(fresh[layer])))
-        if layer:
-            fresh[layer - 1] = None  # read by no layer any more
+        forget(fresh, layer)
 
     LayerWise(model, loader, fresh, Exchange()).run(torch.device("cpu"), compare)
     return errors

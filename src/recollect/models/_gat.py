@@ -31,7 +31,7 @@ class GAT(ConvStack):
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
         **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
 
     Raises:
         ValueError: a number is out of its range.

@@ -28,7 +28,7 @@ class GCN(ConvStack):
         residual: add a layer's input to the convolution's output, where they are of the same width.
         linear: a linear map before the first convolution and one after the last.
         **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
 
     Raises:
         ValueError: a number is out of its range.

@@ -32,7 +32,7 @@ class GIN(ConvStack):
         batch_norm: normalise each convolution's output.
         residual: add a layer's input to the convolution's output.
         **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
 
     Raises:
         ValueError: a number is out of its range.

@@ -37,7 +37,7 @@ class ConvStack(ScalableGNN):
         head: see above.
         activation: of every layer but a bare one.
         **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``recompute``.
+            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
 
     Raises:
         ValueError: a number is out of its range.

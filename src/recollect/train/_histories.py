@@ -31,7 +31,7 @@ def expect_histories(
     dtype = getattr(torch, training.history_dtype)
     try:
         with torch.device("meta"):
-            network = build_scalable(settings, graph, device=torch.device("meta"), history_dtype=dtype)
+            network = build_scalable(settings, graph, history_dtype=dtype, keep_histories=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the model cannot be built: {error}") from error
     return histories_of(network, training, device)

@@ -57,7 +57,7 @@ def build_model(
             return _reversible(settings, graph)
         if isinstance(settings, ScalableSettings):
             if training is None or training.name == "full":
-                return _without_histories(settings, graph)
+                return build_scalable(settings, graph, keep_histories=False)
             return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
     except (ImportError, OSError, HistoryFileError) as error:
         raise TrainingError(str(error)) from error
@@ -111,13 +111,6 @@ def _reversible(settings: RevGNNSettings, graph: TrainingGraph) -> models.RevGNN
         disable=settings.disable,
         conv_kwargs=options,
     )
-
-
-def _without_histories(settings: ScalableSettings, graph: TrainingGraph) -> ScalableGNN:
-    """Training on the whole graph reads no history: those tables have a size, but no memory."""
-    network = build_scalable(settings, graph, device=torch.device("meta"))
-    network.histories.to_empty(device="cpu")  # all but the tables, so that the network can be moved
-    return network
 
 
 def _history_options(training: TrainingSettings, num_nodes: int, device: torch.device | None) -> dict[str, Any]:

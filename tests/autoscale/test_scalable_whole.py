@@ -1,0 +1,65 @@
+"""Networks for the whole graph, which keep no histories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scalable_zoo import PTR, Handwritten, Mean, assert_same, backward, batches, make_graph, run
+
+from recollect.autoscale import EvalSubgraphLoader, History, history_errors
+
+both = pytest.mark.parametrize("kind", [Mean, Handwritten])
+
+
+@both
+def test_the_whole_graph_is_as_with_histories(kind):
+    model, other, data = kind(keep_histories=False), kind(), make_graph()
+    for training in (True, False):
+        out, expected = model.train(training)(data.x, data.adj_t), other.train(training)(data.x, data.adj_t)
+        assert_same([out, *backward(model, out)], [expected, *backward(other, expected)])
+
+
+def test_no_memory_is_taken(monkeypatch):
+    monkeypatch.setattr("recollect.autoscale._history.memory_table", None)
+    model = Mean(keep_histories=False)
+    assert [history.embedding_dim for history in model.histories] == [5, 2, 6]
+    History(2**40, 2**20, keep=False).push(torch.ones(1, 2**20), torch.tensor([2**39]))  # nor for what is pushed
+
+
+@both
+def test_mini_batches_are_refused(kind):
+    model = kind(keep_histories=False)
+    with pytest.raises(RuntimeError, match=r"made with keep=False.*keep_histories=False.*keep=True for mini-batches"):
+        run(model, batches(make_graph())[0])
+    with pytest.raises(RuntimeError, match="keep=False"):
+        model.staleness()
+    with pytest.raises(RuntimeError, match="keep=False"):
+        history_errors(model, make_graph())
+
+
+def test_layer_wise_inference_makes_histories_for_itself():
+    model, data = Mean(keep_histories=False), make_graph()
+    out = model(loader=EvalSubgraphLoader(data, PTR))
+    torch.testing.assert_close(out, model.eval()(data.x, data.adj_t), rtol=1e-12, atol=1e-12)
+
+
+def test_state_moves_and_resets():
+    model = Mean(keep_histories=False)
+    model.load_state_dict(model.state_dict())
+    assert model.float().histories[0].out_dtype == torch.float32
+    for history in model.histories:
+        history.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    "options", [{"pool_size": 2, "buffer_size": 3}, {"history_path": "x"}, {"save_histories": True}]
+)
+def test_what_is_for_histories_is_refused(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="keep_histories=False goes without"):
+        Mean(keep_histories=False, **options)
+    if "pool_size" not in options:
+        renamed = {"path": "x"} if "history_path" in options else options
+        with pytest.raises(ValueError, match="has nothing to be kept"):
+            History(3, 2, keep=False, **renamed)
+    assert list(tmp_path.iterdir()) == []
