@@ -86,11 +86,11 @@ def test_what_has_no_batch_is_not_refused(size):
 
 
 def test_the_probe_runs_once_for_a_form(monkeypatch):
-    from recollect.autogram import _passes
+    from recollect.autogram import _recall
 
     calls = []
-    original = _passes.probe
-    monkeypatch.setattr(_passes, "probe", lambda *args: calls.append(1) or original(*args))
+    original = _recall.probe
+    monkeypatch.setattr(_recall, "probe", lambda *args: calls.append(1) or original(*args))
     model = net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     engine = Engine(model, batch_dim=0)
     for batch in (5, 5, 7, 2):
@@ -98,3 +98,31 @@ def test_the_probe_runs_once_for_a_form(monkeypatch):
     assert len(calls) == 1
     engine.compute_gramian(losses_of(model).sin())
     assert len(calls) == 2
+
+
+class Leak(nn.Module):
+    """Each element has a little of its neighbour."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return x + self.share * x.roll(1, 0)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 16, 17])
+def test_a_little_of_another_element_is_seen(batch):
+    model = net(nn.Linear(4, 3), nn.Tanh(), Leak(1e-4), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="mixed"):
+        Engine(model, batch_dim=0).compute_gramian(losses_of(model, batch))
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_numbers_of_little_range_are_scaled_less(batch):
+    """Gradients of some hundreds must not leave the range of float16, which ends at 65,504."""
+    model = net(nn.Linear(4, 3), nn.Linear(3, 2)).float()
+    engine = Engine(model, batch_dim=0)
+    with torch.autocast("cpu", torch.float16):
+        losses = 200 * model(torch.randn(batch, 4, generator=torch.Generator().manual_seed(0))).float().sum(1)
+    assert engine.compute_gramian(losses).isfinite().all()

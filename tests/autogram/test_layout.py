@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recollect.autogram._layout import Layout, find_layouts, prefer, slice_sizes
+from recollect.autogram._layout import Layout, find_layouts, is_scattered, prefer, slice_sizes
 
 FACTORS = torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64)  # of squares: the losses grew by 1, 2 and 4
 
@@ -15,7 +15,7 @@ def draw(*shape):
 def layouts_of(grad, owners, dim):
     """The layouts of a gradient whose slices along one axis belong to these elements of a batch of three."""
     shape = [-1 if k == dim else 1 for k in range(grad.dim())]
-    scaled = grad * FACTORS.sqrt()[torch.tensor(owners)].view(shape)
+    scaled = grad * FACTORS.sqrt()[torch.tensor(owners) % 3].view(shape)
     return find_layouts([slice_sizes(grad, 3), slice_sizes(scaled, 3)], [FACTORS])
 
 
@@ -57,6 +57,29 @@ def test_a_gradient_that_mixes_elements():
     first = draw(3, 4)
     mixed = draw(3, 3) @ (FACTORS.sqrt().unsqueeze(1) * first)
     assert find_layouts([slice_sizes(draw(3, 3) @ first, 3), slice_sizes(mixed, 3)], [FACTORS]) == set()
+
+
+def test_several_layouts_fit_where_few_slices_have_a_gradient():
+    grad = draw(9, 4)
+    grad[[1, 2, 3, 5, 6, 7]] = 0
+    assert layouts_of(grad, [0, 9, 9, 9, 1, 9, 9, 9, 2], 0) == {Layout(0), Layout(0, outer=False)}
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [([1, 0, 2], True), ([2, 2, 1, 1, 0, 0], True), ([0, 0, 0, 1, 1], True), ([2, 0, 0, 0], True), ([0, 1, 3], False)],
+)
+def test_entries_that_belong_to_one_element_each(owners, expected):
+    """Element 3 is none of the batch."""
+    grad = draw(len(owners), 2)
+    scaled = grad * torch.tensor([1.0, 2, 4, 8], dtype=torch.float64)[owners, None]
+    assert is_scattered([slice_sizes(grad, 3), slice_sizes(scaled, 3)], [FACTORS]) is expected
+
+
+def test_mixed_entries_belong_to_none():
+    grad = draw(3, 2)
+    mixed = (draw(3, 3) + torch.eye(3)) @ (grad * FACTORS.sqrt()[:, None])
+    assert not is_scattered([slice_sizes(grad, 3), slice_sizes(mixed, 3)], [FACTORS])
 
 
 def test_no_gradient():

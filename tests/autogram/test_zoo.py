@@ -11,7 +11,6 @@ from autogram_zoo._cases import (
     by_hand,
     each_case,
     each_dtype,
-    each_hard,
     each_member,
     each_refused,
     each_way,
@@ -68,19 +67,3 @@ def test_dependent_elements_are_refused_with_the_name_of_the_module(kind):
     # The model is unharmed: without a batch dimension the same engine class is right.
     gramian = Engine(*made.targets()).compute_gramian(run(made, few(kind), None))
     assert torch.isfinite(gramian).all()
-
-
-@each_hard
-def test_a_batch_that_is_hard_to_see_is_seen_or_refused(kind, batch, batch_dim):
-    made = build(kind)
-    engine = Engine(*made.targets(), batch_dim=batch_dim)
-    losses = run(made, batch, batch_dim)
-    refusal = None
-    try:
-        gramian = engine.compute_gramian(losses)
-    except ValueError as error:
-        refusal = str(error)
-    if refusal is None:
-        assert relative_error(gramian, by_hand(kind, batch, batch_dim)) <= EXACT
-    else:
-        assert "batch_dim=None" in refusal  # what to do instead

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
 
 __all__ = ["Call", "Capture", "Hook", "Recorder"]
@@ -52,14 +51,12 @@ class Call:
             leaves, self._spec = tree_flatten(inputs)
             self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Return the layer's arguments, with these tensors in their places.
+    def has_changed(self) -> bool:
+        """Whether the layer was set to training or evaluation since, or one of its tensors was written to."""
+        return _condition(self.layer) != self._condition
 
-        Raises:
-            NotCovered: the layer is not what it was when it was called, so its rule would speak of another one.
-        """
-        if _condition(self.layer) != self._condition:
-            raise NotCovered(f"{type(self.layer).__name__} has changed since it was called")
+    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Return the layer's arguments, with these tensors in their places."""
         if self._constants is None or self._spec is None:
             return tensors
         waiting = iter(tensors)

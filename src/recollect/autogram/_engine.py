@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from recollect.autogram._capture import Hook, Recorder
 from recollect.autogram._independence import Independence
-from recollect.autogram._passes import Job, Known, gramian_of_batch, gramian_of_rows
-from recollect.autogram._plan import EntangledError
+from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
+from recollect.autogram._plan import EntangledError, changed_layers
+from recollect.autogram._recall import Known
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
@@ -50,7 +51,8 @@ class Engine:
             may contain another.
         batch_dim: the dimension of the losses in which they belong to the elements of a batch that the modules treat
             independently. One backward pass then gives all rows. This is checked in the first call, and again when the
-            graph takes another form. None asks for no independence; every loss costs a backward pass.
+            graph takes another form, or indices in it move the batch another way. Parameters behind which the elements
+            lie in no regular order cost a backward pass for every loss, as all do with None, which asks for nothing.
         row_bytes: how many bytes of the losses' gradients may be held at once, where there are several backward passes.
             If they are more, passes are repeated.
 
@@ -155,11 +157,12 @@ class Engine:
 
     def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None, retain: bool) -> Job:
         graph = walk(output, self._recorder, parameters)
-        return Job(output, graph, parameters, self._recorder, self._recall(graph, batch_dim), self._row_bytes, retain)
+        known, changed = self._recall(graph, batch_dim), changed_layers(graph)
+        return Job(output, graph, parameters, self._recorder, known, changed, self._row_bytes, retain)
 
     def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
         training = tuple(child.training for module in self._modules for child in module.modules())
-        form = (graph.form, training, batch_dim)
+        form = (graph.form, tuple(graph.leaves), training, batch_dim)
         known = self._known.get(form)
         if known is None:
             if len(self._known) >= _FORMS:

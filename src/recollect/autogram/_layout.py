@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "find_layouts", "prefer", "slice_sizes"]
+__all__ = ["Layout", "find_layouts", "is_scattered", "prefer", "slice_sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,16 @@ class Layout:
 
 
 def slice_sizes(grad: Tensor, batch: int) -> dict[int, Tensor]:
-    """Return the sum of squares of each slice of a gradient, along each axis that may have the batch in it."""
+    """Return the sum of squares of each slice of a gradient, along each axis that may have the batch in it.
+
+    The first axis may have it whatever its size: elements of several sizes lie one behind another there.
+    """
     if grad.layout != torch.strided:
         return {}
     grad = grad.abs() if grad.is_complex() else grad
     sizes = {}
     for dim, n in enumerate(grad.shape):
-        if n > 0 and n % batch == 0:
+        if n > 0 and (n % batch == 0 or dim == 0):
             others = [other for other in range(grad.dim()) if other != dim]
             slices = torch.linalg.vector_norm(grad, dim=others, dtype=torch.float64) if others else grad.double()
             sizes[dim] = slices.square().cpu()
@@ -73,19 +76,54 @@ def find_layouts(sizes: Sequence[dict[int, Tensor]], factors: Sequence[Tensor]) 
         None if there was no gradient: any layout may be right.
     """
     first, *scaled = sizes
+    fitting = {dim: size for dim, size in first.items() if len(size) % len(factors[0]) == 0}
     if not any(bool((size > 0).any()) for size in first.values()):
-        return None if first else set()
+        return None if fitting else set()
     found = set()
-    for dim, size in first.items():
-        there = size > size.max() * 1e-24
-        ratios = [other[dim][there] / size[there] for other in scaled]
-        for layout in (Layout(dim), Layout(dim, outer=False)):
+    for dim, size in fitting.items():
+        there, ratios = _growth(size, [other[dim] for other in scaled])
+        alone = len(size) == len(factors[0])  # then it is both
+        for layout in (Layout(dim),) if alone else (Layout(dim), Layout(dim, outer=False)):
             each = [layout.spread(factor, len(size))[there] for factor in factors]
             pairs = zip(ratios, each, strict=True)
             if all(torch.allclose(ratio, factor, rtol=1e-3, atol=0) for ratio, factor in pairs):
                 found.add(layout)
-                break  # alone in its axis it is both
     return found
+
+
+def is_scattered(sizes: Sequence[dict[int, Tensor]], factors: Sequence[Tensor]) -> bool:
+    """Whether along some axis each slice has grown as the losses of one element have, in whatever order.
+
+    The arguments are those of :func:`find_layouts`.
+    """
+    first, *scaled = sizes
+    elements = _keys(factors)
+    for dim, size in first.items():
+        _, ratios = _growth(size, [other[dim] for other in scaled])
+        powers = [torch.exp2(2 * _exponents(ratio)) for ratio in ratios]
+        exact = all(torch.allclose(a, b, rtol=1e-3, atol=0) for a, b in zip(ratios, powers, strict=True))
+        if exact and bool(torch.isin(_keys(ratios), elements).all()):
+            return True
+    return False
+
+
+def _growth(size: Tensor, scaled: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return which slices have a gradient, and what the squares of those have grown by."""
+    there = size > size.max() * 1e-24
+    return there, [other[there] / size[there] for other in scaled]
+
+
+def _exponents(growth: Tensor) -> Tensor:
+    """Return the powers of two of the scaling by which squares have grown."""
+    return (growth.log2() / 2).round()
+
+
+def _keys(growths: Sequence[Tensor]) -> Tensor:
+    """Return one number for the exponents of all scalings, each of which is below 32."""
+    keys = torch.zeros_like(growths[0])
+    for growth in growths:
+        keys = 32 * keys + _exponents(growth)
+    return keys
 
 
 def prefer(layouts: set[Layout], shape: Sequence[int], batch: int, batch_dim: int) -> Layout:

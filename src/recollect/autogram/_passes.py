@@ -7,7 +7,7 @@ losses. Where neither fits a bound, the losses are taken in groups, and each pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,36 +17,18 @@ from recollect.autogram._capture import Recorder
 from recollect.autogram._gather import Gather
 from recollect.autogram._groups import in_groups
 from recollect.autogram._independence import Independence
-from recollect.autogram._plan import Plan, plan_batch, plan_rows
-from recollect.autogram._probe import Layouts, probe
+from recollect.autogram._moves import MovedError
+from recollect.autogram._plan import Plan, plan_rows
+from recollect.autogram._recall import Known, plan_by_layouts
 from recollect.autogram._square import SquareSum, wide
 from recollect.autogram._sweep import DeclinedError, Sweep
 from recollect.autogram._walk import Graph
 
-__all__ = ["Job", "Known", "gramian_of_batch", "gramian_of_rows"]
+__all__ = ["Job", "gramian_of_batch", "gramian_of_rows"]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
 _SMALL = {"cpu": 0, "cuda": 2**20}
-
-
-class Known:
-    """What was found out about graphs of one form.
-
-    Attributes:
-        declined: captures, and names of parameters, for which a rule gave nothing.
-        in_turn: whether passes do not run at once.
-        settled: whether a plan came to its end, and so will not have to be made anew.
-        layouts: where the batch is.
-    """
-
-    __slots__ = ("declined", "in_turn", "layouts", "settled")
-
-    def __init__(self) -> None:
-        self.declined: set[tuple[int, str]] = set()
-        self.in_turn = False
-        self.settled = False
-        self.layouts: Layouts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +41,7 @@ class Job:
         parameters: those that count, by id.
         recorder: whose captures are in the graph.
         known: of graphs of this form.
+        changed: what rules do not cover, because a layer has changed since it was called.
         bound: how many bytes of rows may be held.
         retain: whether the graph must stay.
     """
@@ -68,6 +51,7 @@ class Job:
     parameters: Mapping[int, Tensor]
     recorder: Recorder
     known: Known
+    changed: Collection[tuple[int, str]]
     bound: int
     retain: bool
 
@@ -76,8 +60,13 @@ class Job:
         """What the Gramian is summed in."""
         return wide(self.output.dtype, *(p.dtype for p in self.parameters.values() if p.is_floating_point()))
 
+    @property
+    def declined(self) -> Collection[tuple[int, str]]:
+        """What rules do not cover."""
+        return {*self.known.declined, *self.changed} if self.changed else self.known.declined
+
     def until_planned(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute once more as long as rules turn out to cover less than was planned for."""
+        """Compute once more as long as rules cover less than was planned for, or the batch is not where it was."""
         while True:
             try:
                 gramian = compute()
@@ -85,6 +74,8 @@ class Job:
                 return gramian
             except DeclinedError as declined:
                 self.known.declined.update(declined.pairs)
+            except MovedError:
+                self.known.layouts = None
 
     def retains(self, plan: Plan, is_last: bool) -> bool:
         """Whether the graph must stay after a pass: for the caller, the next pass, or another plan."""
@@ -102,24 +93,17 @@ def gramian_of_rows(job: Job) -> Tensor:
 
 def gramian_of_batch(job: Job, batch_dim: int, independence: Independence) -> Tensor:
     """Return the Gramian [K B, K B] of K losses for each of B elements, the elements last."""
-    layouts = job.known.layouts
-    if layouts is None or not layouts.fit(job.graph, job.output.shape[batch_dim]):
-        leaves = [job.recorder.leaf, *(job.parameters[k] for k in job.graph.uses)]
-        layouts = job.known.layouts = probe(job.output, job.graph, leaves, batch_dim)
-    if not layouts.certain:
-        job.known.layouts = None  # looked for again the next time
-    found = layouts
-    return job.until_planned(lambda: _all_tasks(job, batch_dim, found, independence))
+    return job.until_planned(lambda: _all_tasks(job, batch_dim, independence))
 
 
 def _all_rows(job: Job) -> Tensor:
     m, device = job.output.numel(), job.output.device
-    lean = plan_rows(job.graph, job.parameters, job.known.declined)
+    lean = plan_rows(job.graph, job.parameters, job.declined)
     held = _held_elements(job, lean) * job.dtype.itemsize
     small = job.elements() < _SMALL["cpu" if device.type == "cpu" else "cuda"]
     at_once = m * 3 * job.elements() * job.dtype.itemsize
     if m > 1 and (small or m * held > job.bound) and at_once <= job.bound and not job.known.in_turn:
-        eager = plan_rows(job.graph, job.parameters, job.known.declined, prefer_rules=True)
+        eager = plan_rows(job.graph, job.parameters, job.declined, prefer_rules=True)
         if m * sum(job.parameters[k].numel() for k in eager.dense) * job.dtype.itemsize <= job.bound:
             try:
                 return _rows_at_once(job, eager)
@@ -170,10 +154,12 @@ def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
     return total.total()
 
 
-def _all_tasks(job: Job, batch_dim: int, layouts: Layouts, independence: Independence) -> Tensor:
+def _all_tasks(job: Job, batch_dim: int, independence: Independence) -> Tensor:
+    plan, layouts = plan_by_layouts(
+        job.output, job.graph, job.parameters, job.recorder.leaf, job.known, job.declined, independence, batch_dim
+    )
     batch = job.output.shape[batch_dim]
     tasks = job.output.numel() // batch
-    plan = plan_batch(job.graph, job.parameters, job.known.declined, layouts, independence)
     held = job.dtype.itemsize * sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
     rest = [n for dim, n in enumerate(job.output.shape) if dim != batch_dim]
 
@@ -185,7 +171,7 @@ def _all_tasks(job: Job, batch_dim: int, layouts: Layouts, independence: Indepen
             ones = job.output.new_zeros(tasks, batch)
             ones[task] = 1
             cotangent = ones.view(*rest, batch).movedim(-1, batch_dim)
-            sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, tasks == 1))
+            sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, tasks == 1) or bool(layouts.moved))
         gather.finish()
         return total.total()
 

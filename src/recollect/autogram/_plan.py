@@ -12,14 +12,14 @@ from recollect.autogram._probe import Layouts
 from recollect.autogram._targets import Target, TargetFinder, mixing_captures
 from recollect.autogram._walk import Graph
 
-__all__ = ["Declined", "EntangledError", "Plan", "plan_batch", "plan_rows"]
+__all__ = ["Declined", "EntangledError", "Plan", "changed_layers", "plan_batch", "plan_rows"]
 
 Declined = Collection[tuple[int, str]]
 """Captures, and the names of parameters of theirs, for which their rule gave nothing."""
 
 
 class EntangledError(Exception):
-    """Some parameters are used where the batch is and where it is not, one behind the other: they go row by row.
+    """The rows of some parameters do not come apart in a pass for the whole batch: they go row by row.
 
     Attributes:
         parameters: their ids.
@@ -43,6 +43,10 @@ class Plan:
     rules: dict[int, dict[str, int]] = field(default_factory=dict)
     dense: list[int] = field(default_factory=list)
     sites: dict[int, list[Target]] = field(default_factory=dict)
+
+    def nodes(self) -> set[int]:
+        """Return the nodes at which rows are taken from gradients."""
+        return self.rules.keys() | self.sites.keys()
 
     def targets(self, graph: Graph) -> list[int]:
         """Return the ids of parameters that a backward pass must go down to, so that it comes by all sites.
@@ -113,13 +117,19 @@ def plan_batch(
             if capture is not None and capture not in layouts.found:
                 continue  # its outputs are not used
             if capture is None or capture in mixing or parameter not in names[capture].values():
-                finder.find(use)
+                finder.find(use, parameter)
             else:
                 _ask(plan, {capture}, parameter, names)
     if finder.entangled:
         raise EntangledError(finder.entangled)
     plan.sites = finder.sites
     return plan
+
+
+def changed_layers(graph: Graph) -> Declined:
+    """Return the captures whose layers have changed since they were called, so that rules would speak of others."""
+    changed = [capture for capture in graph.captures if graph.nodes[capture].call.has_changed()]
+    return {(capture, name) for capture in changed for name in _names(graph, capture, ())}
 
 
 def _ask(plan: Plan, captures: Collection[int | None], parameter: int, names: Mapping[int, dict[str, int]]) -> None:

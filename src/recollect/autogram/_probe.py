@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recollect.autogram._layout import Layout, find_layouts, prefer, slice_sizes
+from recollect.autogram._layout import Layout, find_layouts, is_scattered, prefer, slice_sizes
+from recollect.autogram._moves import is_mixed, moves, moving
 from recollect.autogram._walk import Graph
 
 __all__ = ["Layouts", "probe"]
@@ -17,36 +19,46 @@ class Layouts:
     """Where the outputs of each node of a graph have the batch.
 
     Attributes:
-        batch: B of the last graph that they were right for.
         found: for each node that had a gradient, the layout of each of its outputs; None where one had no gradient.
         free: the nodes whose gradient mixes the elements of the batch.
-        certain: whether every node's layout was seen from its gradient.
+        scattered: those of them in which every entry still belongs to one element, but in no regular order.
+        doubtful: the nodes for which several layouts fitted, as where only some of the losses have a gradient.
+        alone: the nodes in which the batch had an axis for itself: that does not tell how it would share one.
+        moved: for each node that moves the elements of the batch, the tensors that say where to.
+        certain: whether every node's layout was seen from its gradient, and nothing but these tensors moves the batch.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self) -> None:
         self.found: dict[int, tuple[Layout | None, ...]] = {}
         self.free: set[int] = set()
+        self.scattered: set[int] = set()
+        self.doubtful: set[int] = set()
+        self.alone: set[int] = set()
+        self.moved: dict[int, dict[int, Tensor]] = {}
         self.certain = True
 
-    def fit(self, graph: Graph, batch: int) -> bool:
-        """Whether a graph of the same form may have a batch of this size in the same places."""
-        for node in self.found if batch != self.batch else graph.captures:
+    def fit(self, graph: Graph, batch: int, nodes: Iterable[int]) -> bool:
+        """Whether these nodes of a graph of the same form must have a batch of this size in the same places."""
+        for node in nodes:
             for k, layout in enumerate(self.found.get(node, ())):
-                if layout is not None and not layout.fits(graph.shape(node, k), batch):
+                if layout is None:
+                    continue
+                shape = graph.shape(node, k)
+                if not layout.fits(shape, batch) or (node in self.alone and shape[layout.dim] != batch):
                     return False
-        self.batch = batch
         return True
 
 
 class _Watch:
-    """Notes for one node how large the slices of its outputs' gradients are."""
+    """Notes for one node how large the slices of its outputs' gradients are, and where it moves what."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, node: Any) -> None:
         self.batch = batch
         self.shapes: dict[int, torch.Size] = {}
         self.outputs = 0
         self.sizes: dict[int, list[dict[int, Tensor]]] = {}
+        self.moved: tuple[Tensor | None, ...] = ()
+        self._node = node
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         self.outputs = len(grads)
@@ -54,12 +66,15 @@ class _Watch:
             if grad is not None:
                 self.shapes[k] = grad.shape
                 self.sizes.setdefault(k, []).append(slice_sizes(grad, self.batch))
+        if not self.moved:
+            self.moved = tuple(index if index is None else index.clone() for index in moves(self._node))
 
 
 def probe(output: Tensor, graph: Graph, inputs: Sequence[Tensor], batch_dim: int) -> Layouts:
     """Return where the batch is: losses of different elements are scaled differently, until no two went alike.
 
-    The factors are powers of two, which change no rounding.
+    The factors are powers of two, which change no rounding, and far apart, so that what little an element has of
+    another shows.
 
     Args:
         output: the losses, with a batch of at least two elements in ``batch_dim``.
@@ -68,23 +83,29 @@ def probe(output: Tensor, graph: Graph, inputs: Sequence[Tensor], batch_dim: int
         batch_dim: of the output.
     """
     batch = output.shape[batch_dim]
-    watches = {k: _Watch(batch) for k, name in enumerate(graph.names) if name != "AccumulateGrad"}
+    watches = {k: _Watch(batch, graph.nodes[k]) for k, name in enumerate(graph.names) if name != "AccumulateGrad"}
     handles = [graph.nodes[k].register_prehook(watch) for k, watch in watches.items()]
     generator = torch.Generator().manual_seed(batch)
     weights = torch.rand(output.shape, generator=generator) + 0.5
-    base = 8 if output.dtype == torch.float16 else 16
+    base = 8 if _has_float16(graph) else 16  # what fits its range
     factors: list[Tensor] = []
     try:
         _differentiate(output, inputs, weights)
         numbers = torch.randperm(batch, generator=generator)  # each element's, whose digits are its exponents
         while batch > base ** len(factors):
-            exponents = numbers // base ** len(factors) % base
+            digits = numbers // base ** len(factors) % base
+            exponents = digits * ((base - 1) // int(digits.max()))
             _differentiate(output, inputs, weights * torch.exp2(exponents).view(_along(output, batch_dim)))
             factors.append(torch.exp2(2 * exponents).double())
     finally:
         for handle in handles:
             handle.remove()
-    return _conclude(watches, factors, batch, batch_dim)
+    return _conclude(graph, watches, factors, batch, batch_dim)
+
+
+def _has_float16(graph: Graph) -> bool:
+    metadata = (out for node in graph.nodes for out in getattr(node, "_input_metadata", ()))
+    return any(out.dtype == torch.float16 for out in metadata)
 
 
 def _along(output: Tensor, dim: int) -> list[int]:
@@ -95,21 +116,43 @@ def _differentiate(output: Tensor, inputs: Sequence[Tensor], weights: Tensor) ->
     torch.autograd.grad(output, inputs, weights.to(output), retain_graph=True, allow_unused=True)
 
 
-def _conclude(watches: dict[int, _Watch], factors: Sequence[Tensor], batch: int, batch_dim: int) -> Layouts:
-    layouts = Layouts(batch)
+def _conclude(
+    graph: Graph, watches: dict[int, _Watch], factors: Sequence[Tensor], batch: int, batch_dim: int
+) -> Layouts:
+    layouts = Layouts()
     for node, watch in watches.items():
-        if not watch.sizes:
-            continue
-        found: list[Layout | None] = [None] * watch.outputs
-        for k, shape in watch.shapes.items():
-            sizes = watch.sizes[k]
-            candidates = find_layouts(sizes, factors) if len(sizes) == len(factors) + 1 else set()
-            if candidates is None:  # all zeros: a guess for this time
-                layouts.certain = False
-                candidates = {Layout(dim) for dim in sizes[0]}
-            if candidates:
-                found[k] = prefer(candidates, shape, batch, batch_dim)
-            else:
-                layouts.free.add(node)
-        layouts.found[node] = tuple(found)
+        if watch.sizes:
+            layouts.found[node] = tuple(_conclude_node(layouts, node, watch, factors, batch_dim))
+    for node in layouts.found:
+        moved = watches[node].moved
+        if moved and (indices := moving(graph, node, moved, layouts.found, layouts.scattered)):
+            layouts.moved[node] = indices
+        if is_mixed(graph, node, layouts.found):
+            layouts.certain = False
     return layouts
+
+
+def _conclude_node(
+    layouts: Layouts, node: int, watch: _Watch, factors: Sequence[Tensor], batch_dim: int
+) -> list[Layout | None]:
+    found: list[Layout | None] = [None] * watch.outputs
+    scattered = True
+    for k, shape in watch.shapes.items():
+        sizes, batch = watch.sizes[k], watch.batch
+        whole = len(sizes) == len(factors) + 1
+        candidates = find_layouts(sizes, factors) if whole else set()
+        if candidates is None:  # all zeros: a guess for this time
+            layouts.certain = False
+            candidates = {Layout(dim) for dim in sizes[0] if shape[dim] % batch == 0}
+        if candidates:
+            best = found[k] = prefer(candidates, shape, batch, batch_dim)
+            if len(candidates) > 1:
+                layouts.doubtful.add(node)
+            if shape[best.dim] == batch:
+                layouts.alone.add(node)
+        else:
+            layouts.free.add(node)
+            scattered = scattered and whole and is_scattered(sizes, factors)
+    if node in layouts.free and scattered:
+        layouts.scattered.add(node)
+    return found

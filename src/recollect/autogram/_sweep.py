@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from recollect.autogram._capture import Recorder
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
 from recollect.autogram._gather import Gather
+from recollect.autogram._moves import comparing
 from recollect.autogram._plan import Plan
 from recollect.autogram._probe import Layouts
 from recollect.autogram._rows import form_rows
@@ -91,6 +92,8 @@ class Sweep:
         try:
             for node, targets in self._plan.sites.items():
                 handles.append(self._graph.nodes[node].register_prehook(self._at_site(node, targets)))
+            for node, expected in () if self._layouts is None else self._layouts.moved.items():
+                handles.append(self._graph.nodes[node].register_prehook(comparing(self._graph.nodes[node], expected)))
             recorder.visit = self._visit
             yield
         finally:

@@ -62,8 +62,9 @@ class TargetFinder:
 
     Attributes:
         sites: for each such node, the edges to what has no batch.
-        entangled: the ids of parameters that are used there, and behind that where the batch is again: what reaches
-            them one way cannot be told from what reaches them the other.
+        entangled: the ids of parameters whose rows do not come apart: where the batch lies in no regular order; and
+            those that are used at such a node, and behind that where the batch is again, for what reaches them one way
+            cannot be told from what reaches them the other.
     """
 
     def __init__(self, graph: Graph, layouts: Layouts, independence: Independence) -> None:
@@ -73,14 +74,17 @@ class TargetFinder:
         self._layouts = layouts
         self._independence = independence
 
-    def find(self, use: Use) -> None:
-        """Go from a use towards the output as long as nodes have no batch, and note where one does."""
+    def find(self, use: Use, parameter: int) -> None:
+        """Go from a use of a parameter towards the output as long as nodes have no batch, and note where one does."""
         start = (use.node, use.position)
         edges, seen = [start], {start}
         while edges:
             node, position = edges.pop()
             if node not in self._layouts.found:
                 continue  # nothing comes this way
+            if node in self._layouts.scattered:
+                self.entangled.add(parameter)
+                continue
             if node in self._layouts.free:
                 above = [edge for edge in self._edges_to(node) if edge not in seen]
                 seen.update(above)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from recollect.autogram._capture import Recorder
+from recollect.autogram._settings import settings_of
 
 __all__ = ["Graph", "Use", "walk"]
 
@@ -41,7 +42,8 @@ class Graph:
         captures: the numbers of an engine's captures, outermost first.
         uses: for each parameter (by id) that is reached, all edges that end there.
         owners: for each node inside a layer that has a rule, the number of its capture.
-        modes: of each batch normalisation, whether it is by the statistics of the batch.
+        settings: along which axes operations work, how far they shift, and whether a batch normalisation is by the
+            statistics of the batch.
         names: the kinds of the nodes.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
@@ -52,7 +54,7 @@ class Graph:
     nodes: list[Any] = field(default_factory=list)
     edges: list[tuple[int, ...]] = field(default_factory=list)
     indices: list[tuple[int, ...]] = field(default_factory=list)
-    modes: list[bool] = field(default_factory=list)
+    settings: list[Any] = field(default_factory=list)
     captures: list[int] = field(default_factory=list)
     uses: dict[int, list[Use]] = field(default_factory=dict)
     owners: dict[int, int] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Graph:
     @property
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
-        return tuple(self.names), tuple(self.edges), tuple(self.indices), tuple(self.modes)
+        return tuple(self.names), tuple(self.edges), tuple(self.indices), tuple(self.settings)
 
     def touches_data(self, node: int) -> bool:
         """Whether anything that needs no gradient comes in behind a node, as data does."""
@@ -154,8 +156,7 @@ def _number(root: Any, graph: Graph) -> dict[Any, int]:
         graph.names.append(name)
         if name == "CaptureBackward":
             graph.captures.append(k)
-        elif "BatchNorm" in name:
-            graph.modes.append(getattr(node, "_saved_training", True))
+        graph.settings.extend(settings_of(node, name))
         k += 1
     return numbers
 

@@ -69,8 +69,6 @@ class TwoPasses(Twice):
 class FlippedPass(Twice):
     """Two passes, one of them through the batch in reverse; the losses are added in the right order."""
 
-    batch_dims = (None,)
-    either = (0,)
     rows = 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,9 +268,6 @@ class GraphBatch(Positions):
 @member
 class PackedSequences(Positions):
     """Sequences of different lengths, packed, through an LSTM."""
-
-    batch_dims = (None,)
-    either = (0,)
 
     def __init__(self) -> None:
         super().__init__()

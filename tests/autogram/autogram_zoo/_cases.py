@@ -18,15 +18,6 @@ each_member = pytest.mark.parametrize("kind", MEMBERS.values(), ids=MEMBERS)
 each_refused = pytest.mark.parametrize(
     "kind", [pytest.param(kind, id=name) for name, kind in MEMBERS.items() if kind.refused is not None]
 )
-each_hard = pytest.mark.parametrize(
-    ("kind", "batch", "batch_dim"),
-    [
-        pytest.param(kind, batch, dim, id=f"{name}-{batch}-{dim}")
-        for name, kind in MEMBERS.items()
-        for dim in kind.either
-        for batch in kind.batches
-    ],
-)
 each_way = pytest.mark.parametrize(
     ("kind", "batch_dim"),
     [pytest.param(kind, dim, id=f"{name}-{dim}") for name, kind in MEMBERS.items() for dim in kind.batch_dims],

@@ -18,7 +18,6 @@ class Member(nn.Module):
     Attributes:
         batch_dims: those that it allows: the dimension of all its inputs and outputs over whose elements it is
             independent; None asks for no independence.
-        either: batch dimensions for which an engine may say that it cannot, but must not be wrong.
         aligned: element i of the inputs is element i of the losses.
         batches: the sizes of a batch that it is tried with.
         refused: what the error for a batch dimension that it does not allow must name, "" where no module is to
@@ -28,7 +27,6 @@ class Member(nn.Module):
     """
 
     batch_dims: ClassVar[tuple[int | None, ...]] = (0, 1, None)
-    either: ClassVar[tuple[int, ...]] = ()
     aligned: ClassVar[bool] = True
     batches: ClassVar[tuple[int, ...]] = BATCHES
     refused: ClassVar[str | None] = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.autogram import Engine
+from recollect.autogram import Engine, _sweep
 
 
 def evaluate(layer):
@@ -41,3 +41,20 @@ def test_the_layer_counts_as_it_was_called(make, training, change):
     jacobian = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
     change(layer)
     torch.testing.assert_close(engine.compute_gramian(losses), jacobian @ jacobian.T, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_that_changed_once_has_its_rule_again(monkeypatch):
+    sites = []
+    original = _sweep.rows_at
+    monkeypatch.setattr(_sweep, "rows_at", lambda *args: sites.append(1) or original(*args))
+    layer = nn.Linear(4, 3).double()
+    engine = Engine(layer, batch_dim=0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for changes, fallback in ((False, False), (True, True), (False, False)):
+        losses = layer(x).square().sum(1)
+        if changes:
+            with torch.no_grad():
+                layer.weight.mul_(2)
+        sites.clear()
+        engine.compute_gramian(losses, retain_graph=False)
+        assert bool(sites) == fallback

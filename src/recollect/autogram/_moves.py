@@ -1,0 +1,117 @@
+"""What moves the elements of a batch by numbers in tensors, which may be others in the next graph of the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._layout import Layout
+from recollect.autogram._walk import Graph
+
+__all__ = ["Found", "MovedError", "comparing", "is_mixed", "moves", "moving"]
+
+Found = Mapping[int, Sequence[Layout | None]]
+"""Where the outputs of nodes have the batch."""
+
+_MASKED = ("MaskedSelectBackward0", "MaskedScatterBackward0")
+# Edges of products, and the axis of what they lead to over which the product sums.
+_SUMMED = {
+    ("MmBackward0", 0): 1,
+    ("MmBackward0", 1): 0,
+    ("MvBackward0", 1): 0,
+    ("AddmmBackward0", 1): 1,
+    ("AddmmBackward0", 2): 0,
+    ("SparseAddmmBackward0", 2): 0,
+    ("BmmBackward0", 0): 2,
+    ("BmmBackward0", 1): 1,
+    ("BaddbmmBackward0", 1): 2,
+    ("BaddbmmBackward0", 2): 1,
+}
+
+
+class MovedError(Exception):
+    """The batch is not where it was in another graph of the same form: it is to be looked for anew."""
+
+
+def moves(node: Any) -> tuple[Tensor | None, ...]:
+    """Return the tensors of indices by which a node picks or places entries; of several axes, one for each."""
+    names = ("_saved_mask",) if type(node).__name__ in _MASKED else ("_saved_index", "_saved_indices")
+    for name in names:
+        saved = getattr(node, name, None)
+        if isinstance(saved, Tensor):
+            return (saved,)
+        if isinstance(saved, tuple):
+            return saved
+    return ()
+
+
+def comparing(node: Any, expected: Mapping[int, Tensor]) -> Callable[[Any], None]:
+    """Return a hook for a node that raises :class:`MovedError` if it picks or places entries by other indices."""
+
+    def compare(_: Any) -> None:
+        found = moves(node)
+        if any((now := found[axis]) is None or not torch.equal(now, index) for axis, index in expected.items()):
+            raise MovedError
+
+    return compare
+
+
+def moving(
+    graph: Graph, node: int, indices: Sequence[Tensor | None], found: Found, scattered: Collection[int]
+) -> dict[int, Tensor]:
+    """Return those of a node's indices that say where elements of the batch go, by their positions.
+
+    Args:
+        graph: the node's.
+        node: its number.
+        indices: what :func:`moves` returned.
+        found: where the batch is.
+        scattered: the nodes where it is somewhere, in no regular order.
+    """
+    axes: Collection[int] = range(len(indices))
+    if node not in scattered and not any(child in scattered for child in graph.edges[node]):
+        axes = _moved_axes(graph, node, len(indices), found)
+    return {axis: index for axis, index in enumerate(indices) if index is not None and axis in axes}
+
+
+def _moved_axes(graph: Graph, node: int, count: int, found: Found) -> set[int]:
+    name, at = graph.names[node], graph.nodes[node]
+    if name == "IndexPutBackward0":  # its values are laid out as its indices are
+        own = found[node][0]
+        return set() if own is None else {own.dim}
+    axes: set[int] = set()
+    for child, index in zip(graph.edges[node], graph.indices[node], strict=True):
+        layout = _layout(found, child, index)
+        if layout is None:
+            continue
+        if name == "IndexBackward0":
+            axes.add(layout.dim)
+            continue
+        dim = 0 if name == "EmbeddingBackward0" else getattr(at, "_saved_dim", None)
+        if not isinstance(dim, int) or layout.dim == _axis(dim, len(graph.shape(child, index))):
+            axes.update(range(count))
+    return axes
+
+
+def is_mixed(graph: Graph, node: int, found: Found) -> bool:
+    """Whether a node is a product that sums over the batch: with other numbers, it may mix the elements."""
+    for k, (child, index) in enumerate(zip(graph.edges[node], graph.indices[node], strict=True)):
+        axis = _SUMMED.get((graph.names[node], k))
+        if axis is not None:
+            layout = _layout(found, child, index)
+            if layout is not None and layout.dim == axis:
+                return True
+    return False
+
+
+def _layout(found: Found, child: int, index: int) -> Layout | None:
+    layouts = found.get(child, ())
+    return layouts[index] if index < len(layouts) else None
+
+
+def _axis(dim: int, dims: int) -> int:
+    """Undo what autograd does to negative numbers: it keeps them modulo 2^64."""
+    return (dim - 2**64 if dim >= 2**63 else dim) % max(dims, 1)
