@@ -132,8 +132,8 @@ def test_residuals_are_kept_and_told(monkeypatch):
     assert weighting.last_residual is None
     weighting(gram(wide(20)))
     assert 0 < weighting.last_residual < 1e-11
-    monkeypatch.setattr(_complementarity, "descend", lambda h, k, q, z, **_: z)
-    monkeypatch.setattr(_complementarity, "_pivot", lambda h, k, q, guess: (0 * q, torch.arange(len(q))))
+    monkeypatch.setattr(_complementarity, "descend", lambda h, q, z, **_: z)
+    monkeypatch.setattr(_complementarity, "_pivot", lambda h, q, guess: (0 * q, torch.arange(len(q))))
     with pytest.warns(RuntimeWarning, match="optimal only up to"):
         weighting(gram(tall(20)))
     assert weighting.last_residual > 1e-6

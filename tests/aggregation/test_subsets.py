@@ -28,51 +28,67 @@ SETS = {
 
 @pytest.mark.parametrize("kind", SETS)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 3), (40, 30), (1, 40)])
-@pytest.mark.parametrize("other_side", [True, False])
-def test_equals_one_system_after_the_other(kind, rows, size, other_side):
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_equals_one_system_after_the_other(kind, rows, size, exchanged, monkeypatch):
+    monkeypatch.setattr(_subsets, "_SMALL", 0)
+    if not exchanged:
+        monkeypatch.setattr(_subsets, "_EXACT", 0.0)
     matrix = gram(wide(size))
     members, target = SETS[kind](rows, size), normal(rows, size, seed=3)
-    inverse = torch.linalg.inv(matrix) if other_side else None
     expected = one_by_one(matrix, members, target)
-    torch.testing.assert_close(solve_on(matrix, inverse, members, target), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(solve_on(matrix, members, target), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_chunks_of_any_size_give_the_same(monkeypatch):
     monkeypatch.setattr(_subsets, "_SMALL", 0)
     matrix, members, target = gram(wide(30)), normal(30, 30) > 0, normal(30, 30, seed=1)
-    expected = solve_on(matrix, None, members, target)
+    expected = solve_on(matrix, members, target)
     monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 1})
-    torch.testing.assert_close(solve_on(matrix, None, members, target), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(solve_on(matrix, members, target), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_no_system_is_larger_than_half_the_matrix(monkeypatch):
+def test_few_rows_equal_one_system_after_the_other():
+    matrix, members, target = gram(wide(6)), normal(4, 6) > 0, normal(4, 6, seed=3)
+    torch.testing.assert_close(solve_on(matrix, members, target), one_by_one(matrix, members, target))
+
+
+def test_a_system_has_only_what_is_unlike_most_rows(monkeypatch):
     monkeypatch.setattr(_subsets, "_SMALL", 0)
     sizes = []
-    solve = _subsets._solve
-    monkeypatch.setattr(_subsets, "_solve", lambda a, b: sizes.append(a.shape[-1]) or solve(a, b))
-    matrix = gram(wide(30))
-    members = torch.arange(30) < torch.arange(30)[:, None]
-    solve_on(matrix, torch.linalg.inv(matrix), members, normal(30, 30))
-    assert max(sizes) == 15
+    solve = _subsets._solve_any
+    monkeypatch.setattr(_subsets, "_solve_any", lambda a, b: sizes.append(a.shape[-1]) or solve(a, b))
+    members = (torch.arange(30) < 15).repeat(30, 1) ^ torch.eye(30, dtype=torch.bool)
+    matrix, target = gram(wide(30)), normal(30, 30)
+    torch.testing.assert_close(solve_on(matrix, members, target), one_by_one(matrix, members, target))
+    assert max(sizes) == 1
+
+
+def test_where_rounding_would_show_nothing_is_exchanged():
+    close = torch.full((20, 20), 1.0).double() + 1e-12 * torch.eye(20).double()
+    chosen = torch.arange(20) < 10
+    assert _subsets._exchange(gram(wide(20)), chosen) is not None
+    assert _subsets._exchange(close, chosen) is None
 
 
 def test_a_chunk_is_bounded(monkeypatch):
     monkeypatch.setattr(_subsets, "_SMALL", 0)
     shapes = []
-    solve = _subsets._solve
-    monkeypatch.setattr(_subsets, "_solve", lambda a, b: shapes.append(a.shape) or solve(a, b))
+    for name in ("_solve", "_solve_any"):
+        solve = getattr(_subsets, name)
+        monkeypatch.setattr(_subsets, name, lambda a, b, solve=solve: shapes.append(a.shape) or solve(a, b))
     monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 2000})
-    solve_on(gram(wide(30)), None, normal(30, 30) > 0, normal(30, 30))
+    solve_on(gram(wide(30)), normal(30, 30) > 0, normal(30, 30))
     assert len(shapes) > 3
     assert all(shape.numel() <= 2000 for shape in shapes)
 
 
 @pytest.mark.parametrize("size", [2, 40])
-def test_a_matrix_that_is_not_positive_gives_no_numbers(size):
+def test_a_matrix_that_is_not_positive_gives_no_numbers(size, monkeypatch):
+    monkeypatch.setattr(_subsets, "_EXACT", 0.0)
     matrix = torch.eye(size).double()
     matrix[0, 0] = -1
     members = torch.ones(size, size, dtype=torch.bool)
     members[0, 0] = False
-    found = solve_on(matrix, None, members, torch.ones(size, size).double())
+    found = solve_on(matrix, members, torch.ones(size, size).double())
     assert found[0].isfinite().all()
     assert not found[1:].isfinite().any(1).any()

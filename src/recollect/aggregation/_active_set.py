@@ -10,9 +10,7 @@ from recollect.aggregation._subsets import solve_on
 __all__ = ["descend"]
 
 
-def descend(
-    matrix: Tensor, inverse: Tensor | None, offset: Tensor, z: Tensor, *, tolerance: float, most: int
-) -> Tensor:
+def descend(matrix: Tensor, offset: Tensor, z: Tensor, *, tolerance: float, most: int) -> Tensor:
     """Minimise ½ zᵀ H z + qᵀ z over z >= 0 for every row q, from the z that is given.
 
     The active-set method of Lawson and Hanson 1974 ("Solving Least Squares Problems", chapter 23), all rows together:
@@ -22,7 +20,6 @@ def descend(
 
     Args:
         matrix: H ``[m, m]``, symmetric positive definite.
-        inverse: K = H⁻¹, or None; as in :func:`solve_on`.
         offset: q, ``[r, m]``.
         z: where to begin, ``[r, m]``; not negative.
         tolerance: slopes count as negative beyond this, relative to ``1 + max(z)``.
@@ -35,7 +32,7 @@ def descend(
     rows = torch.arange(len(z), device=z.device)
     positive = z > 0
     for _ in range(most):
-        goal = solve_on(matrix, inverse, positive, -offset)
+        goal = solve_on(matrix, positive, -offset)
         lost = ~goal.isfinite().all(1, keepdim=True)  # rounding has made a submatrix singular: stay
         goal = torch.where(lost, z, goal)
         blocking = positive & ~(goal > 0)

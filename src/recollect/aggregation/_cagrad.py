@@ -68,7 +68,7 @@ def _reach(matrix: Tensor, factor: Tensor, scale: Tensor, products: Tensor, radi
         if bool((excess.abs() <= _ACCURACY * radius**2) | (high - low <= _ACCURACY * high.abs())):
             break
         low, high = torch.where(excess < 0, product, low), torch.where(excess < 0, high, product)
-        along = solve_on(matrix, None, (x > 0)[None], scale[None])[0]
+        along = solve_on(matrix, (x > 0)[None], scale[None])[0]
         slope, bend = x @ scale, along @ scale
         product = product + ((slope**2 - bend * excess).sqrt() - slope) / bend
         product = torch.where((low < product) & (product < high), product, (low + high) / 2)

@@ -39,17 +39,16 @@ def solve(matrix: Tensor, factor: Tensor, offset: Tensor) -> tuple[Tensor, float
     """
     if bool((offset >= 0).all()):
         return torch.zeros_like(offset), 0.0
-    guess, inverse = -offset, None
+    guess = -offset
     if len(matrix) > _FEW:
         # det(H)^(1/m), the geometric mean of the eigenvalues; where most are tiny, what the others ask for.
         shift = factor.diagonal().log().mean().mul(2).exp().clamp(min=_LEAST_SHIFT)
         guess = modulus(matrix.float(), offset.float(), shift.float())
-        inverse = _accurate_inverse(matrix, factor)
-    found, left = _pivot(matrix, inverse, offset, guess > 0)
+    found, left = _pivot(matrix, offset, guess > 0)
     if len(left):
         begin = guess[left].clamp(min=0).nan_to_num(0.0).to(offset)
         most = _ROUNDS_EACH * len(matrix)
-        found[left] = descend(matrix, inverse, offset[left], begin, tolerance=_TOLERANCE, most=most)
+        found[left] = descend(matrix, offset[left], begin, tolerance=_TOLERANCE, most=most)
     found = found.clamp(min=0)
     residual = float(_residual(matrix, offset, found).amax())
     if not residual <= _NOTABLE:
@@ -62,19 +61,11 @@ def solve(matrix: Tensor, factor: Tensor, offset: Tensor) -> tuple[Tensor, float
     return found, residual
 
 
-def _accurate_inverse(matrix: Tensor, factor: Tensor) -> Tensor | None:
-    """Invert the matrix from its Cholesky factor; None where rounding would show in the answers."""
-    inverse = torch.cholesky_inverse(factor)
-    product = matrix @ inverse
-    product.diagonal().sub_(1)
-    return inverse if bool(product.abs().amax() < _TOLERANCE) else None
-
-
 def _residual(matrix: Tensor, offset: Tensor, z: Tensor) -> Tensor:
     return torch.minimum(z, torch.addmm(offset, z, matrix)).abs().amax(1) / (1 + z.amax(1))
 
 
-def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+def _pivot(matrix: Tensor, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Block principal pivoting, all rows at once; return z and the rows that are not done.
 
     Kim and Park 2011, "Fast nonnegative matrix factorization: an active-set-like method and comparisons", algorithm 2
@@ -82,7 +73,7 @@ def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Ten
     other side, repeat. Rows leave when they are done, and also when the count of their wrong signs has not fallen for
     some rounds. A round reads from the device which rows remain and how large their sets are, nothing else.
     """
-    found, good, wrong = _attempt(matrix, inverse, offset, positive)
+    found, good, wrong = _attempt(matrix, offset, positive)
     left = rows = (~good).nonzero()[:, 0]
     given_up = [rows[:0]]
     fewest = torch.full_like(rows, len(matrix) + 1)
@@ -98,15 +89,15 @@ def _pivot(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Ten
         rows, offset, positive, fewest, patience = (x[going] for x in (rows, offset, positive, fewest, patience))
         if not len(rows):
             break
-        found[rows], good, wrong = _attempt(matrix, inverse, offset, positive)
+        found[rows], good, wrong = _attempt(matrix, offset, positive)
         left = (~good).nonzero()[:, 0]
         rows, fewest, patience = rows[left], fewest[left], patience[left]
     return found, torch.cat(given_up)
 
 
-def _attempt(matrix: Tensor, inverse: Tensor | None, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attempt(matrix: Tensor, offset: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Solve on the sets of entries taken as positive; return z, which rows are done, and which signs are wrong."""
-    z = solve_on(matrix, inverse, positive, -offset)
+    z = solve_on(matrix, positive, -offset)
     y = torch.addmm(offset, z, matrix)
     least = (1 + z.amax(1, keepdim=True)) * -_TOLERANCE
     good = (torch.where(positive, torch.minimum(z, -y.abs()), y) >= least).all(1)
