@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from graph_zoo import ptr_of
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class Handwritten(Mean):
             x = self.forward_layer(layer, x, adj_t, state)
             x = self.push_and_pull(history, x, *args)
         return self.forward_layer(3, x, adj_t, state)
+
+
+POOL = {"pool_size": 2, "buffer_size": NODES}
+pools = pytest.mark.parametrize("pool", [{}, POOL], ids=["plain", "pool"])
+both = pytest.mark.parametrize("kind", [Mean, Handwritten])
 
 
 def make_graph() -> Data:

@@ -17,15 +17,15 @@ from scalable_zoo import (
     assert_same,
     backward,
     batches,
+    both,
     make_graph,
+    pools,
     run,
     tables,
 )
 from torch_geometric import EdgeIndex
 
 from recollect.autoscale import ScalableGNN, SubgraphLoader
-
-both = pytest.mark.parametrize("kind", [Mean, Handwritten])
 
 
 def step(model, batch):
@@ -163,7 +163,7 @@ class TestArguments:
             ({"offset": torch.tensor([18])}, IndexError, "20 rows"),
         ],
     )
-    @pytest.mark.parametrize("pool", [{}, {"pool_size": 2, "buffer_size": NODES}], ids=["plain", "pool"])
+    @pools
     @both
     def test_what_is_no_batch_is_refused_before_anything_is_written(self, kind, pool, change, error, message):
         if kind is Handwritten and ("x" in change or "adj_t" in change):

@@ -17,6 +17,7 @@ from scalable_zoo import (
     backward,
     batches,
     make_graph,
+    pools,
     run,
     tables,
 )
@@ -27,9 +28,6 @@ import recollect
 from recollect.autoscale import ScalableGNN, propagate
 from recollect.frames import InPlaceError
 from recollect.reversible import GroupAddRev
-
-POOL = {"pool_size": 2, "buffer_size": NODES}
-pools = pytest.mark.parametrize("pool", [{}, POOL], ids=["plain", "pool"])
 
 
 class Accumulating(Mean):

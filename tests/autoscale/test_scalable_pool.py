@@ -9,13 +9,15 @@ import pytest
 import torch
 from scalable_zoo import (
     NODES,
+    POOL,
     PTR,
-    Handwritten,
     Mean,
     assert_same,
     backward,
     batches,
+    both,
     make_graph,
+    pools,
     run,
     tables,
 )  # fmt: skip
@@ -38,7 +40,7 @@ def train(model, rounds=3):
     return found + tables(model)
 
 
-@pytest.mark.parametrize("kind", [Mean, Handwritten])
+@both
 @pytest.mark.parametrize("pool_size", [1, 2, 5])
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 def test_training_is_the_same_bit_for_bit(kind, pool_size, on_disk, tmp_path):
@@ -49,7 +51,7 @@ def test_training_is_the_same_bit_for_bit(kind, pool_size, on_disk, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 def test_so_it_is_with_lossy_histories(dtype):
-    assert_same(train(Mean(pool_size=2, buffer_size=NODES, history_dtype=dtype)), train(Mean(history_dtype=dtype)))
+    assert_same(train(Mean(**POOL, history_dtype=dtype)), train(Mean(history_dtype=dtype)))
 
 
 @pytest.mark.parametrize("buffer_size", [HALO, NODES], ids=["too small for inference", "large enough"])
@@ -91,7 +93,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(failing):
                 raise RuntimeError("broken")
             return super().forward_layer(layer, *args)
 
-    model = Failing(pool_size=2, buffer_size=NODES)
+    model = Failing(**POOL)
     first, second, *_ = batches(make_graph())
     loader = EvalSubgraphLoader(make_graph(), PTR, 2)
     for use in (lambda: run(model, first), lambda: model(loader=loader)):
@@ -110,7 +112,7 @@ def test_a_forward_that_uses_fewer_histories_or_another_order():
             x = self.push_and_pull(self.histories[2], x[:, :1].expand(-1, 6), *args)
             return self.push_and_pull(self.histories[0], x[:, :5], *args)
 
-    plain, pooled = Odd(), Odd(pool_size=2, buffer_size=NODES)
+    plain, pooled = Odd(), Odd(**POOL)
     for batch in 2 * batches(make_graph()):
         assert torch.equal(run(plain, batch), run(pooled, batch))
     assert_same(tables(pooled), tables(plain))
@@ -119,7 +121,7 @@ def test_a_forward_that_uses_fewer_histories_or_another_order():
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-@pytest.mark.parametrize("pool", [{}, {"pool_size": 2, "buffer_size": NODES}], ids=["plain", "pool"])
+@pools
 def test_copies_go_on_alone(again, pool):
     model = Mean(**pool)
     first, second, *_ = batches(make_graph())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scalable_zoo import PTR, Handwritten, Mean, assert_same, backward, batches, make_graph, run
+from scalable_zoo import POOL, PTR, Mean, assert_same, backward, batches, both, make_graph, run
 
 from recollect.autoscale import EvalSubgraphLoader, History, history_errors
-
-both = pytest.mark.parametrize("kind", [Mean, Handwritten])
 
 
 @both
@@ -51,9 +49,7 @@ def test_state_moves_and_resets():
         history.reset_parameters()
 
 
-@pytest.mark.parametrize(
-    "options", [{"pool_size": 2, "buffer_size": 3}, {"history_path": "x"}, {"save_histories": True}]
-)
+@pytest.mark.parametrize("options", [POOL, {"history_path": "x"}, {"save_histories": True}])
 def test_what_is_for_histories_is_refused(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="keep_histories=False goes without"):

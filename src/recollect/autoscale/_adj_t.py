@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recollect.autoscale._checks import check_nodes, check_square
+from recollect.autoscale._checks import check_nodes
 from recollect.autoscale._kinds import Kind, kinds_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["check_square", "make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
+__all__ = ["make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
 
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:

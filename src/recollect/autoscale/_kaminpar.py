@@ -41,7 +41,7 @@ def kaminpar_clusters(
         ImportError: kaminpar is not installed.
         ValueError: An argument is out of its range.
     """
-    kaminpar = require("kaminpar", 'method="kaminpar"')
+    kaminpar = require("kaminpar", 'method="kaminpar"', '; or choose method="random" or "contiguous"')
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1 or not imbalance > 0:
         raise ValueError(f"threads is {threads} and imbalance {imbalance}, but must be at least 1, and positive")

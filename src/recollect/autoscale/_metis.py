@@ -26,7 +26,7 @@ def metis_clusters(
     Raises:
         ImportError: pymetis is not installed.
     """
-    pymetis = require("pymetis", 'method="metis"')
+    pymetis = require("pymetis", 'method="metis"', '; or choose method="random" or "contiguous"')
     graph = undirected(adj_t, weighted)
     if num_parts == 1 or num_parts >= adj_t.size(0):  # nothing to decide, and METIS complains
         return torch.arange(adj_t.size(0)).clamp_(max=num_parts - 1)

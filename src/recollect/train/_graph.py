@@ -70,7 +70,7 @@ def _partition(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tenso
     try:
         return partition(adj_t, training.num_parts, training.partition, cache=cache)  # type: ignore[arg-type]  # its values were checked with the settings
     except ImportError as error:
-        raise TrainingError(f"{error}; or choose training.partition=random") from error
+        raise TrainingError(f"{error}. On this command line: training.partition=random") from error
 
 
 def _features(x: Tensor, how: str | None) -> Tensor:
