@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -244,6 +245,27 @@ def test_several_modules():
     engine = Engine(net[0], net[2], batch_dim=0)
     losses = losses_of(net, data())
     torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
+
+
+def test_modules_that_torch_has_compiled_to_a_script():
+    net = model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit: it is deprecated
+        whole = nn.Sequential(
+            torch.jit.script(net[:2]), net[2], torch.jit.trace(nn.Linear(3, 3).double(), data()[:, :3])
+        )
+    engine = Engine(whole, batch_dim=0)
+    losses = losses_of(whole, data())
+    torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, whole.parameters()))
+
+
+def test_modules_that_overlap():
+    net, last = model(), nn.Linear(5, 2).double()
+    one, other = nn.Sequential(net[0], net[2]), nn.Sequential(net[0], last)
+    engine = Engine(one, other, batch_dim=0)
+    losses = one(data()).square().sum(1) + other(data()).square().sum(1)
+    expected = gramian(losses, [*one.parameters(), *last.parameters()])
+    torch.testing.assert_close(engine.compute_gramian(losses), expected)
 
 
 def test_an_engine_made_after_the_forward_pass():

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
 
-__all__ = ["Call", "Capture", "Hook", "Recorder"]
+__all__ = ["Call", "Capture", "Hook", "Recorder", "can_record"]
 
 Visit = Callable[[Any, tuple[Tensor | None, ...]], None]
 
@@ -55,8 +56,18 @@ class Call:
         """Whether the layer was set to training or evaluation since, or one of its tensors was written to."""
         return _condition(self.layer) != self._condition
 
-    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Return the layer's arguments, with these tensors in their places."""
+    def inputs(self, node: Any) -> tuple[Any, ...]:
+        """Return the layer's arguments, with the tensors that the capture's node has kept.
+
+        Raises:
+            NotCovered: a tensor was changed in place behind the layer, as it may be where autograd has no need of it.
+        """
+        try:
+            tensors: tuple[Tensor, ...] = node.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise NotCovered(f"an input of {type(self.layer).__name__} was changed in place") from error
         if self._constants is None or self._spec is None:
             return tensors
         waiting = iter(tensors)
@@ -149,6 +160,11 @@ class Hook:
 
     def __reduce__(self) -> Any:
         return getattr, (nullcontext(), "__exit__")  # of the standard library, takes anything and does nothing
+
+
+def can_record(layer: nn.Module) -> bool:
+    """Whether a layer has parameters, and takes hooks: what torch.jit has compiled takes none."""
+    return bool(layer._parameters) and not isinstance(layer, torch.jit.ScriptModule)
 
 
 def _condition(layer: nn.Module) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.autogram._capture import Hook, Recorder
+from recollect.autogram._capture import Hook, Recorder, can_record
 from recollect.autogram._independence import Independence
 from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
 from recollect.autogram._plan import EntangledError, changed_layers
@@ -69,8 +69,7 @@ class Engine:
         self._recorder = Recorder(_REGISTRY)
         self._known: dict[Any, Known] = {}
         hook = Hook(self._recorder)
-        layers = dict.fromkeys(layer for module in modules for layer in module.modules() if layer._parameters)
-        for layer in layers:
+        for layer in dict.fromkeys(layer for module in modules for layer in module.modules() if can_record(layer)):
             weakref.finalize(self, layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
 
     def compute_gramian(self, output: Tensor, *, retain_graph: bool = True) -> Tensor:
@@ -90,6 +89,7 @@ class Engine:
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
         """
         batch_dim = self._check_output(output)
+        output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
         parameters = {id(p): p for module in self._modules for p in module.parameters() if p.requires_grad}
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:

@@ -139,12 +139,11 @@ def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
     gather = Gather(total, job.parameters, plan.events(), len(rows), 1)
     sweep = Sweep(job.graph, plan, job.parameters, gather, None, 1)
     dense = [total.new_rows(job.parameters[k].numel()) for k in plan.dense]
-    cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)
     for i, row in enumerate(rows):
+        cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)  # some gradients may be it
         cotangent.view(-1)[row] = 1
         is_last = i == len(rows) - 1 and len(rows) == job.output.numel()
         grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, is_last))
-        cotangent.view(-1)[row] = 0
         for values, grad in zip(dense, grads, strict=True):
             if grad is not None:
                 values[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)

@@ -125,7 +125,7 @@ class Sweep:
 
     def _apply(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
         call = node.call
-        inputs = call.inputs(node.saved_tensors)
+        inputs = call.inputs(node)
         if self._layouts is None:
             rows = shared(inputs)
             grads = tuple(None if grad is None else self._with_rows(grad) for grad in grads)

@@ -80,6 +80,21 @@ class InplaceAfterConv(Member):
         return (self.features(batch, batch_dim, 12),), {}
 
 
+@member
+class InplaceInputs(Member):
+    """Inputs of layers with frozen weights are changed in place behind them: autograd has no need of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(WIDTH, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h += self.second(h).tanh()
+        return self.last(h)
+
+
 class Counter(nn.Module):
     """Keeps count in a buffer and in an attribute, and changes what it computes by it."""
 

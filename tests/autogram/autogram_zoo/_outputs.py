@@ -61,6 +61,26 @@ class ReturnsViews(Member):
         return self.last(a * b.tanh())
 
 
+@member
+class LayerIsLoss(Member):
+    """The losses are what a layer returns, as it is: its gradient is the output's."""
+
+    batch_dims = (0, None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(400, 4)
+
+    def inputs(self, batch: int, batch_dim: int | None) -> Any:
+        return (self.features(batch, batch_dim, 400),), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def losses(self, output: Tensor) -> Tensor:
+        return output
+
+
 def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A user's hook."""
     return 2 * output

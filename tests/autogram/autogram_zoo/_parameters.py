@@ -90,6 +90,25 @@ class OnlyScalar(Member):
         return (self.scale * x).tanh()
 
 
+@member
+class BareParameter(Member):
+    """The losses are a parameter, which nothing was done to."""
+
+    batch_dims = (0, None)
+    batches = (3,)
+    aligned = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values
+
+    def losses(self, output: Tensor) -> Tensor:
+        return output
+
+
 class Mixture(nn.Module):
     """Softmax over lists of parameters: of no known kind."""
 
