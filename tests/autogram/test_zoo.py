@@ -18,7 +18,7 @@ from autogram_zoo._cases import (
 )
 from torch import Tensor
 
-from recollect.autogram import Engine
+from recollect.autogram import Engine, _passes
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
@@ -46,6 +46,18 @@ def test_several_losses_for_each_element(kind, batch_dim):
     gramian = engine.compute_gramian(more(run(made, few(kind), batch_dim)))
     expected = explicit_gramian(more(run(other, few(kind), batch_dim)), trained(other.targets()))
     assert relative_error(gramian, expected) <= EXACT
+
+
+@pytest.mark.parametrize("how", ["at once", "in groups"])
+@each_member
+def test_losses_whose_passes_run_otherwise(kind, how, monkeypatch):
+    """As they do on a GPU, where layers are small, and where rows are more than may be held."""
+    if how == "at once":
+        monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**40})
+    made = build(kind)
+    engine = Engine(*made.targets(), row_bytes=1 if how == "in groups" else 2**28)
+    gramian = engine.compute_gramian(run(made, few(kind), kind.batch_dims[0]))
+    assert relative_error(gramian, by_hand(kind, few(kind), kind.batch_dims[0])) <= EXACT
 
 
 @each_member
