@@ -4,62 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from bench._graph_works import Trainer, Work
 from bench._harness import alternating, median
 from bench._report import Target, ratio, show, table
-from recollect.autoscale import SubData, SubgraphLoader, normalize, partition, permute, to_adj_t
-from recollect.data import load
-from recollect.models import GCN
+from recollect.autoscale import SubData, SubgraphLoader
 
 Row = dict[str, Any]
-FEATURES, CLASSES = 64, 10
 
 
-@dataclass(frozen=True)
-class Work:
-    """A GCN on a generated graph, in mini-batches of parts.
-
-    METIS finds little to cut in such a graph: a halo is several times its batch, and much is pulled.
-    """
-
-    nodes: int = 100_000
-    degree: float = 10.0
-    layers: int = 4
-    channels: int = 256
-    parts: int = 100
-    parts_in_batch: int = 2
-    method: str = "metis"
-
-    def __str__(self) -> str:
-        return (
-            f"{self.layers} layers x {self.channels} channels, {self.nodes:,} nodes of degree {self.degree:g}, "
-            f"{self.parts_in_batch} of {self.parts} parts ({self.method})"
-        )
-
-    def batches(self, number: int, device: torch.device) -> list[SubData]:
-        """Mini-batches of different parts, the same at each call."""
-        data = load("sbm", "", num_nodes=self.nodes, average_degree=self.degree, num_features=FEATURES).data
-        data = to_adj_t(data)
-        data.adj_t = normalize(data.adj_t)
-        perm, ptr = partition(data.adj_t, self.parts, self.method, log=False)[:2]
-        loader = SubgraphLoader(
-            permute(data, perm),
-            ptr,
-            self.parts_in_batch,
-            log=False,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(0),
-        )
-        return [batch.to(device) for batch, _ in zip(loader, range(number), strict=False)]
-
-
-QUICK = Work(2_000, channels=32, parts=20)
+# METIS finds little to cut in so few large blocks: a halo is several times its batch, and much is pulled.
+LARGE = Work(100_000, block=10_000, parts_in_batch=2, method="metis")
+QUICK = Work(2_000, block=200, channels=32, part=100, parts_in_batch=2, method="metis")
 
 
 def places(device: torch.device, folder: Path, buffer_size: int, layers: int) -> dict[str, dict[str, Any]]:
@@ -78,28 +39,31 @@ class Pass:
     """A few training steps of one system, one after the other; every call begins from where the last one ended."""
 
     def __init__(self, work: Work, batches: Sequence[SubData], device: torch.device, options: dict[str, Any]) -> None:
-        torch.manual_seed(0)
         self.batches = batches
-        self.model = GCN(
-            work.nodes, FEATURES, work.channels, CLASSES, work.layers, linear=True, **options
-        ).to(device)  # fmt: skip
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.trainer = Trainer(work, device, linear=True, **options)
+        self.trainer.fill()
         self.losses: list[float] = []
 
     def __call__(self) -> None:
         for batch in self.batches:
-            self.optimizer.zero_grad()
-            data = batch.data
-            out = self.model(data.x, data.adj_t, batch.batch_size, batch.n_id, batch.offset, batch.count)
-            loss = F.cross_entropy(out, data.y[: batch.batch_size])
-            loss.backward()
-            self.optimizer.step()
-            self.losses.append(float(loss.detach()))
+            self.losses.append(float(self.trainer.batch(batch)))
+
+
+def batches_of(work: Work, number: int, device: torch.device) -> list[SubData]:
+    """Mini-batches of different parts, the same at each call."""
+    loader = SubgraphLoader(
+        *work.permuted(work.data()),
+        work.parts_in_batch,
+        log=False,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return [batch.to(device) for batch, _ in zip(loader, range(number), strict=False)]
 
 
 def measure_steps(work: Work, device: torch.device, *, repeats: int = 7, steps: int = 4) -> Row:
     """Time a training step with the histories in each place, taking turns; also whether all have the same losses."""
-    batches = work.batches(steps, device)
+    batches = batches_of(work, steps, device)
     halos = [batch.n_id.numel() - batch.batch_size for batch in batches]
     with tempfile.TemporaryDirectory() as name:
         systems: dict[str, Callable[[], None]] = {

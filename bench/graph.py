@@ -43,7 +43,7 @@ def run_loader(options: argparse.Namespace, device: torch.device) -> Found:
 
 def run_step(options: argparse.Namespace, device: torch.device) -> Found:
     """A training step with the histories in each place."""
-    work = histories.QUICK if options.quick else histories.Work()
+    work = histories.QUICK if options.quick else histories.LARGE
     row = histories.measure_steps(work, device, repeats=options.repeats)
     print(f"{work}\n{histories.steps_table(row)}\nthe same losses: {row['same_losses']}")
     return row, histories.steps_targets(row) if not options.quick else []

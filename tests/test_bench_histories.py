@@ -9,9 +9,10 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
     from bench import _graph_histories as histories
     from bench import _graph_resident as resident
+    from bench._graph_works import Work
 
 CPU = torch.device("cpu")
-SMALL = histories.Work(nodes=300, layers=3, channels=8, parts=10, parts_in_batch=2, method="random")
+SMALL = Work(300, block=30, layers=3, channels=8, part=30, parts_in_batch=2, method="random")
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
