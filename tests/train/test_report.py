@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from recollect.train import train
+from recollect.train._figures import learning_curves
 from recollect.train._report import report
 from recollect.train._text import bytes_text
 
@@ -44,8 +48,10 @@ PARTS = ["model=gcn", "training=autoscale", "training.num_parts=4", "training.pa
 
 
 def test_a_run_with_histories_shows_them(tmp_path):
-    overrides = ["dataset=karate", *PARTS, "epochs=3", "threads=1", "training.errors_every=1", "model.num_layers=3"]
-    summary = train([*overrides, f"run_dir={tmp_path / 'run'}"])
+    overrides = ["dataset=karate", *PARTS, "epochs=3", "threads=1", "training.errors_every=2", "model.num_layers=3"]
+    terminal = io.StringIO()
+    summary = train([*overrides, f"run_dir={tmp_path / 'run'}"], Console(file=terminal, width=200))
+    _check_epochs(tmp_path / "run" / "metrics.csv", terminal.getvalue())
     page = Page((tmp_path / "run" / "report.html").read_text())
     text = " ".join(page.words)
     ages, errors = summary["histories"]["ages"], summary["histories"]["errors"]
@@ -60,6 +66,34 @@ def test_a_run_with_histories_shows_them(tmp_path):
         assert part in text
     assert "drift" not in text
     assert [tag for tag, _ in page.elements].count("svg") == 1  # no picture of memory against depth
+
+
+def _check_epochs(metrics, terminal):
+    """Ages and errors of each epoch, in metrics and in the terminal's line: errors in the second of three."""
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        epoch = int(row["epoch"])
+        (line,) = [line for line in terminal.splitlines() if line.startswith(f"epoch {epoch}/3 ")]
+        ages = sorted({f"{float(row[f'age_{layer}']):.2f}" for layer in (1, 2)})
+        assert f"  age {'/'.join(ages)}" in line
+        errors = "/".join(f"{float(row[f'error_{layer}']):.1e}" for layer in (1, 2))
+        assert ("  error " in line) == (epoch == 2)
+        assert (errors in line) == (epoch == 2)
+        assert 0 < float(row["age_1"]) < 4
+
+
+def test_curves_of_ages_and_errors_are_those_of_the_epochs():
+    history = [row(epoch, age_1=epoch / 2, age_2=epoch / 4, error_1=float("nan"), error_2=0.5) for epoch in (1, 2, 3)]
+    history[1]["error_1"] = 0.25
+    figure = learning_curves(history, 1, "accuracy")
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    ages, errors = panels["Mean age of the histories (steps)"], panels["Relative error of the histories"]
+    assert [line.get_ydata().tolist() for line in ages.lines[:2]] == [[0.5, 1.0, 1.5], [0.25, 0.5, 0.75]]
+    assert [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in errors.lines[:2]] == [
+        ([2], [0.25]),
+        ([2], [0.5]),
+    ]
 
 
 def test_a_run_on_the_whole_graph_has_one_column_of_costs(tmp_path):

@@ -131,6 +131,16 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_histories_without_room_stop_a_run_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recollect.train._histories.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("recollect.autoscale._history.memory_table", None)
+    for runs in (1, 2):
+        with pytest.raises(TrainingError, match=r"the histories need 2.3 KiB on cpu, and 1.0 KiB are free: try"):
+            train(["dataset=karate", "model=gcn", "training=autoscale", f"runs={runs}", "training.partition=random"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_loss_that_explodes_stops_the_run_and_keeps_a_good_checkpoint(tiny, tmp_path):
     overrides = [*tiny, "optimizer=sgd", "optimizer.lr=9e5", "model.norm=null", "epochs=30", f"run_dir={tmp_path}"]
     with pytest.raises(NonFiniteLossError, match=r"^epoch \d+: ") as error:
