@@ -61,6 +61,16 @@ def test_an_entry_off_the_diagonal_alone_names_both():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_of_what_has_no_norm_left_is_no_asymmetry(dtype):
+    """The square of a tiny norm is zero, but not its products with others."""
+    gramian = torch.diag(torch.tensor([1.0, 0.0, 0.0])).to(dtype)
+    gramian[0, 1] = gramian[1, 0] = 0.01
+    gramian[0, 1] *= 1 + 4 * torch.finfo(dtype).eps
+    assert not gramian.equal(gramian.T)
+    assert checked(gramian).equal(checked(gramian).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_asymmetry(dtype):
     gramian = gram(square(8)).to(dtype)
     crooked = gramian + torch.finfo(dtype).eps * gramian * normal(8, 8).sign().to(dtype)

@@ -33,9 +33,10 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         raise ValueError("the Gramian is empty, [0, 0]: there must be at least one objective")
     exact = gramian.double()
     norms = exact.diagonal().sqrt()
-    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms. What is not finite, and the root of
-    # what is negative, fails this comparison too.
-    alike = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * norms[:, None] * norms
+    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms, or beside themselves where a norm's
+    # square is too small for the type. What is not finite, and the root of what is negative, fails this too.
+    sizes = torch.maximum(norms[:, None] * norms, exact.abs())
+    alike = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * sizes
     if not bool(alike.all()):
         _refuse(exact, ~alike, shape or [gramian.shape[0]])
     return (gramian + gramian.T) / 2
