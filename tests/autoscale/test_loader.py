@@ -333,6 +333,12 @@ def test_evaluation_takes_no_order(name):
         EvalSubgraphLoader(permuted(ring()), ptr_of(8), **{name: [0] if "sampler" in name else True})
 
 
+def test_another_collate_fn_is_refused():
+    data = permuted(ring())
+    with pytest.raises(ValueError, match="a collate_fn of its own"):
+        SubgraphLoader(data, thirds(data), collate_fn=list)
+
+
 def test_a_part_twice_is_refused():
     with pytest.raises(ValueError, match=r"each part once, but its sampler chose \[1, 1\]"):
         list(SubgraphLoader(permuted(ring()), ptr_of(4, 4), batch_size=2, sampler=[1, 1]))

@@ -149,6 +149,18 @@ def with_attributes(**attributes):
     return data
 
 
+@pytest.mark.parametrize("call", [to_adj_t, lambda data, **kinds: permute(data, torch.arange(8).flip(0), **kinds)])
+def test_numbers_of_nodes_under_a_doubtful_name_are_refused_until_it_is_said(call):
+    data = ring()
+    data.train_idx = torch.tensor([1, 5])
+    with pytest.raises(ValueError, match=r"data.train_idx has shape \(2,\) .* kinds={'train_idx': 'index'}, or"):
+        call(data)
+    assert call(data, kinds={"train_idx": "graph"}).train_idx.tolist() == [1, 5]
+    assert call(data, kinds={"train_idx": "index"}).train_idx.tolist() == ([1, 5] if call is to_adj_t else [6, 2])
+    data.train_idx = torch.arange(8) < 3  # a mask
+    call(data)
+
+
 @pytest.mark.parametrize("rows", [["a"] * 8, ("a",) * 16, np.zeros(8)], ids=["list", "tuple", "numpy"])
 def test_rows_that_would_be_left_behind_are_refused(rows):
     data = with_attributes(titles=rows)
@@ -185,6 +197,13 @@ def test_edges_that_are_no_numbers_of_nodes_are_refused(call):
     data.edge_index = data.edge_index.float()
     with pytest.raises(TypeError, match=r"edge_index is of torch.float32, but must hold nodes by number"):
         call(data)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    data = ring()
+    data.edge_weight = data.edge_weight.unsqueeze(1)
+    with pytest.raises(ValueError, match=r"edge_weight has shape \(16, 1\), but must be \[E\]"):
+        to_adj_t(data)
 
 
 def test_edges_in_int32_of_more_nodes_than_its_root():

@@ -84,6 +84,11 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
     check_nodes("edge_index", data.edge_index, num_nodes)
     source, target = data.edge_index.as_subclass(Tensor).long()  # of int32, target * N + source would overflow
     weight: Tensor | None = data.edge_weight if "edge_weight" in data else None
+    if weight is not None and weight.dim() != 1:
+        raise ValueError(
+            f"data.edge_weight has shape {tuple(weight.shape)}, but must be [E]: a number for each edge; features of "
+            "edges are edge_attr"
+        )
     result.adj_t, order = make_adj_t(source, target, weight, num_nodes)
     del result.edge_index
     for key, kind in found.items():

@@ -29,7 +29,8 @@ def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, 
 
     The customary names decide (``x``, ``y``, ``pos``, masks; ``edge_attr``, ``edge_weight``), and must have the size
     that goes with them. A name with ``index`` in it holds nodes, as torch_geometric takes it. Of all others the size
-    decides, or, where there are as many nodes as edges, ``node``, ``edge`` or ``mask`` in the name.
+    decides, or, where there are as many nodes as edges, ``node``, ``edge`` or ``mask`` in the name. Integers that fit
+    neither and have ``idx`` in their name are refused until ``kinds`` says what they are.
 
     Returns:
         N, E, and the kind of each dense tensor but ``edge_index`` and ``adj_t``.
@@ -105,7 +106,13 @@ def _kind(key: str, value: Tensor, num_nodes: int, num_edges: int) -> Kind:
     size = value.size(0) if value.dim() else -1
     if size == num_nodes == num_edges:
         return _kind_by_name(key, size)
-    return "node" if size == num_nodes else "edge" if size == num_edges else "graph"
+    kind: Kind = "node" if size == num_nodes else "edge" if size == num_edges else "graph"
+    if kind == "graph" and "idx" in key and size >= 0 and not value.is_floating_point() and value.dtype != torch.bool:
+        raise ValueError(
+            f"data.{key} has shape {tuple(value.shape)} and may hold nodes by number, which get new numbers: say so "
+            f"with kinds={{{key!r}: 'index'}}, or that it does not with kinds={{{key!r}: 'graph'}}"
+        )
+    return kind
 
 
 def _kind_by_name(key: str, size: int) -> Kind:

@@ -69,6 +69,8 @@ class SubgraphLoader(DataLoader[int]):
     ) -> None:
         start = time.perf_counter()
         _check_batch_size(batch_size)
+        if "collate_fn" in kwargs:
+            raise ValueError("a loader of mini-batches has a collate_fn of its own: leave it out")
         check_permuted(data)
         self.data, self.ptr, self.bipartite = to_adj_t(data, kinds), checked_ptr(ptr, int(data.num_nodes)), bipartite
         cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
