@@ -1,10 +1,11 @@
-"""The systems that `bench.objectives` compares: forward, and the Gramian of all losses' gradients, five ways."""
+"""The systems that `bench.objectives` compares: forward, and the Gramian of all losses' gradients, six ways."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,10 @@ def _recollect(model: nn.Module, batch_dim: int | None) -> Gramian:
     return Engine(model, batch_dim=batch_dim).compute_gramian
 
 
+def _freed(model: nn.Module, batch_dim: int | None) -> Gramian:
+    return partial(Engine(model, batch_dim=batch_dim).compute_gramian, retain_graph=False)
+
+
 def _torchjd(model: nn.Module, batch_dim: int | None) -> Gramian:
     gramian: Gramian = imported("torchjd.autogram").Engine(model, batch_dim=batch_dim).compute_gramian
     return gramian
@@ -88,13 +93,15 @@ def _batched(model: nn.Module, batch_dim: int | None) -> Gramian:
 SYSTEMS: dict[str, Callable[[nn.Module, int | None], Gramian]] = {
     "plain": _plain,
     "recollect": _recollect,
+    "freed": _freed,
     "torchjd": _torchjd,
     "autojac": _autojac,
     "batched": _batched,
 }
 NOTES = {
     "plain": "forward and the backward pass of the mean loss: no Gramian",
-    "recollect": "recollect.autogram.Engine",
+    "recollect": "recollect.autogram.Engine; the graph stays for the backward pass with the weights, as torchjd's does",
+    "freed": "the same with retain_graph=False: what the graph saved is freed on the way, as by plain's backward pass",
     "torchjd": "torchjd.autogram.Engine",
     "autojac": "torchjd.autojac.jac, and the product of the Jacobian with itself",
     "batched": "torch.autograd.grad with is_grads_batched, and the same product",

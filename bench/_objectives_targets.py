@@ -25,16 +25,17 @@ LIKE_A_STEP = [
 WEIGHTS = {64: 1 / 4, 112: 1 / 40, 256: 1 / 40}
 EQUAL = 1e-6
 
-# Work, what is measured, the peer, the limit of recollect / peer. What the numbers were set for; at other sizes the
-# ratios are of interest, but are not these targets.
-LIMITS: list[tuple[str, str, str, float]] = [
-    (MLP.format(64), "gramian_seconds", "torchjd", 1 / 25),
-    (MLP.format(256), "gramian_seconds", "torchjd", 1 / 50),
-    (MLP.format(256), "peak_bytes", "torchjd", 1 / 5),
-    *((work, "seconds", "plain", OVERHEAD) for work in LIKE_A_STEP),
-    *((work, "peak_bytes", "plain", PEAK) for work in LIKE_A_STEP),
-    (GNN, "seconds", "torchjd", 1 / 3),
-    (GNN, "peak_bytes", "torchjd", 1 / 2),
+# Work, what is measured, which of ours, the peer, the limit of ours / peer. Beside a plain step, which frees its graph,
+# stands the Gramian that frees it too; beside torchjd the one that keeps it, as torchjd does. These are the works that
+# the numbers were set for; at other sizes the ratios are of interest, but are not these targets.
+LIMITS: list[tuple[str, str, str, str, float]] = [
+    (MLP.format(64), "gramian_seconds", "recollect", "torchjd", 1 / 25),
+    (MLP.format(256), "gramian_seconds", "recollect", "torchjd", 1 / 50),
+    (MLP.format(256), "peak_bytes", "recollect", "torchjd", 1 / 5),
+    *((work, "seconds", "freed", "plain", OVERHEAD) for work in LIKE_A_STEP),
+    *((work, "peak_bytes", "freed", "plain", PEAK) for work in LIKE_A_STEP),
+    (GNN, "seconds", "recollect", "torchjd", 1 / 3),
+    (GNN, "peak_bytes", "recollect", "torchjd", 1 / 2),
 ]
 WORDS = {
     "gramian_seconds": "compute_gramian",
@@ -56,15 +57,15 @@ def ratios(row: Row, key: str) -> dict[str, float | None]:
 def targets(rows: Sequence[Row]) -> list[Target]:
     """Hold rows of all works against the numbers to reach."""
     by_name = {name_of(row): row for row in rows}
-    return [_target(by_name.get(work), work, key, peer, limit) for work, key, peer, limit in LIMITS]
+    return [_target(by_name.get(work), work, key, ours, peer, limit) for work, key, ours, peer, limit in LIMITS]
 
 
-def _target(row: Row | None, work: str, key: str, peer: str, limit: float) -> Target:
+def _target(row: Row | None, work: str, key: str, ours: str, peer: str, limit: float) -> Target:
     why = "not part of this run"
     if row is not None:
-        why = "; ".join(f"{name}: {row['skipped'][name]}" for name in ("recollect", peer) if name in row["skipped"])
-    value = None if row is None else ratios(row, key).get(peer)
-    return Target(f"{work}: {WORDS[key]}, recollect / {peer}", value, limit, why_not_measured=why or "not timed")
+        why = "; ".join(f"{name}: {row['skipped'][name]}" for name in (ours, peer) if name in row["skipped"])
+    value = None if row is None else ratio(row[key].get(ours), row[key].get(peer))
+    return Target(f"{work}: {WORDS[key]}, {ours} / {peer}", value, limit, why_not_measured=why or "not timed")
 
 
 def weight_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
