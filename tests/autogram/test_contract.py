@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from factor_oracle import dense
 
 from recollect.autogram import _contract
 from recollect.autogram._contract import add_gramian, gramian
@@ -17,25 +18,8 @@ def draw(*shape, dtype=torch.float64):
 
 
 def written_out(factor):
-    """The Jacobian [m, n], by loops."""
-    m, n = factor.num_rows, factor.shape.numel()
-    if isinstance(factor, Rows):
-        return factor.values.reshape(m, n).double()
-    if isinstance(factor, Blocks):
-        return factor.form(slice(0, m), slice(0, factor.shape[factor.axis])).reshape(m, n).double()
-    rows = torch.zeros(m, n, dtype=torch.float64)
-    for i in range(m):
-        if isinstance(factor, Picked):
-            table = rows[i].view(factor.shape)
-            index = factor.index[i if len(factor.index) > 1 else 0]
-            for t, entry in enumerate(index.tolist()):
-                table[entry] += factor.grad[i, t].double()
-        else:
-            left = factor.left[i if len(factor.left) > 1 else 0].double()
-            right = factor.right[i if len(factor.right) > 1 else 0].double()
-            for at_left, at_right in zip(left, right, strict=True):
-                rows[i] += torch.einsum("ga,gb->gab", at_left, at_right).flatten()
-    return rows
+    """The Jacobian [m, n]."""
+    return dense(factor).reshape(factor.num_rows, -1).double()
 
 
 def outer(m, T, G, a, b, shared="", dtype=torch.float64):

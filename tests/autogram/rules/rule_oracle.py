@@ -6,35 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from factor_oracle import dense
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recollect.autogram._contract import gramian
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
+from recollect.autogram._factors import Factor
 from recollect.autogram._registry import Registry
 from recollect.autogram.rules import RULES
-from recollect.autogram.rules._view import wide
 
 OBJECTIVES = 5
 REGISTRY = Registry(RULES)
-
-
-def dense(factor: Factor) -> Tensor:
-    """The Jacobian that a factor stands for, [m, *shape]."""
-    match factor:
-        case Rows():
-            return factor.values
-        case Outer():
-            left, right = (wide(side).expand(factor.num_rows, -1, -1, -1) for side in (factor.left, factor.right))
-            return torch.einsum("mtga,mtgb->mgab", left, right).reshape(factor.num_rows, *factor.shape)
-        case Picked():
-            jacobian = factor.grad.new_zeros(factor.num_rows, *factor.shape)
-            for row, index, grad in zip(jacobian, factor.index.expand(factor.num_rows, -1), factor.grad, strict=True):
-                row.index_add_(0, index, grad)
-            return jacobian
-        case Blocks():
-            whole = slice(0, factor.shape[factor.axis])
-            return torch.cat([factor.form(slice(i, i + 1), whole) for i in range(factor.num_rows)])
 
 
 def tensors(outputs: Any) -> list[Tensor]:
