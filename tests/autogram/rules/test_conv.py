@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from factor_oracle import dense
 from rule_layers import CONVS, drawn_conv
-from rule_oracle import apply, batch_form, check, dense, rows_form
+from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
 
 from recollect.autogram import _contract
