@@ -24,8 +24,8 @@ __all__ = ["add_gramian", "gramian"]
 
 # How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
-# The same of rows that are costly to form in pieces: as many as they are formed from, within these bounds. (More than
-# 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
+# The same of dense layers' rows, which are most of the work: as many as they are formed from, within these bounds. (More
+# than 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
 _LEAST, _MOST = {"cpu": 2**21, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
@@ -96,10 +96,9 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
 
 def _add_blocks(total: SquareSum, factor: Blocks) -> None:
     """Form J for some of the parameter's parts at a time, for all objectives."""
-    m, parts, size = factor.num_rows, factor.shape[factor.axis], total.dtype.itemsize
-    least, most = _bound(_LEAST, total.device), _bound(_MOST, total.device)
-    at_once = most if factor.sources is None else min(max(least, factor.sources * size), most)
-    step = math.ceil(parts / max(1, math.ceil(m * size * factor.shape.numel() / at_once)))
+    m, parts = factor.num_rows, factor.shape[factor.axis]
+    pieces = max(1, math.ceil(m * factor.shape.numel() / _elements_at_once(total, factor.sources)))
+    step = math.ceil(parts / pieces)
     for start in range(0, parts, step):
         total.add_product(factor.form(slice(0, m), slice(start, min(start + step, parts))).flatten(1))
 
@@ -149,9 +148,9 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     left, right = factor.left.squeeze(2), factor.right.squeeze(2)
     if left.shape[2] < right.shape[2]:
         left, right = right, left  # the parameter transposed has the same Gramian
-    right = right.to(dtype).expand(m, -1, -1)
     a, b = left.shape[2], right.shape[2]
-    height, width = _tile(a, b, max(1, _piece(left.device) // (m * dtype.itemsize)))
+    height, width = _tile(a, b, max(1, _elements_at_once(total, left.numel() + right.numel()) // m))
+    right = right.to(dtype).expand(m, -1, -1)
     slab = left.new_empty(m, apart(height * width), dtype=dtype)
     for top in range(0, a, height):
         upper = left[:, :, top : top + height].to(dtype).mT.expand(m, -1, -1)  # [m, height, T]
@@ -200,6 +199,12 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
 
 def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:
     return min(factors[0].num_rows, max(1, _piece(total.device) // (total.dtype.itemsize * row_elements(factors))))
+
+
+def _elements_at_once(total: SquareSum, sources: int | None) -> int:
+    """Return how many elements of rows to form at once from so many (None: unknown)."""
+    least, most = (_bound(bounds, total.device) // total.dtype.itemsize for bounds in (_LEAST, _MOST))
+    return max(1, most if sources is None else min(max(least, sources), most))
 
 
 def _piece(device: torch.device) -> int:
