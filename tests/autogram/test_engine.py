@@ -81,6 +81,30 @@ def test_an_output_without_floating_point(output):
         Engine(model()).compute_gramian(output)
 
 
+class Spectrum(nn.Module):
+    """A complex weight, as it is or as real numbers."""
+
+    def __init__(self, real):
+        super().__init__()
+        weight = torch.randn(4, 3, 2, dtype=torch.float64)
+        self.weight = nn.Parameter(weight if real else torch.view_as_complex(weight))
+
+    def forward(self, x):
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return (torch.fft.fft(x) @ weight).abs()
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_complex_parameters(batch_dim):
+    net = nn.Sequential(nn.Linear(4, 4).double(), Spectrum(real=False))
+    engine = Engine(net, batch_dim=batch_dim)
+    with pytest.raises(TypeError, match=r"'1.weight' is complex.*view_as_complex"):
+        engine.compute_gramian(losses_of(net, data()))
+    net[1] = Spectrum(real=True)
+    losses = losses_of(net, data())
+    torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
+
+
 def test_an_output_without_a_graph():
     net = model()
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recollect.autogram._capture import Hook, Recorder, can_record
 from recollect.autogram._independence import Independence
+from recollect.autogram._modules import check_modules, counted_parameters
 from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
 from recollect.autogram._plan import EntangledError, changed_layers
 from recollect.autogram._recall import Known
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(self, *modules: nn.Module, batch_dim: int | None = None, row_bytes: int = 2**28) -> None:
-        _check_modules(modules)
+        check_modules(modules)
         self._modules = modules
         self._batch_dim = batch_dim
         self._row_bytes = row_bytes
@@ -85,12 +86,12 @@ class Engine:
             gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient.
 
         Raises:
-            TypeError: the output is no tensor of floating point.
+            TypeError: the output is no tensor of floating point, or a parameter is complex.
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
         """
         batch_dim = self._check_output(output)
         output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
-        parameters = {id(p): p for module in self._modules for p in module.parameters() if p.requires_grad}
+        parameters = counted_parameters(self._modules)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(*output.shape, *reversed(output.shape))
@@ -169,22 +170,6 @@ class Engine:
                 self._known.clear()
             known = self._known[form] = Known()
         return known
-
-
-def _check_modules(modules: tuple[nn.Module, ...]) -> None:
-    if not modules:
-        raise ValueError("Engine was given no module; give the modules whose parameters count")
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"Engine takes modules, and was given {type(module).__name__}")
-    inside = {id(child): module for module in modules for child in module.modules() if child is not module}
-    for k, module in enumerate(modules):
-        if id(module) in inside or any(module is other for other in modules[:k]):
-            outer = type(inside.get(id(module), module)).__name__
-            raise ValueError(
-                f"{type(module).__name__} is given to the engine and is part of {outer}, which is given too; give the "
-                "outer module alone: the parameters of all its submodules count"
-            )
 
 
 def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor:

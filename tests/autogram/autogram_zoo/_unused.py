@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -44,6 +45,22 @@ class UnusedParameters(Member):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.used(x)
+
+
+@member
+class NoElements(Member):
+    """The weight of a layer that gives nothing, and of one that takes nothing, have no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is nothing to initialise
+            self.narrow, self.wide = nn.Linear(4, 0, bias=False), nn.Linear(0, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + self.wide(self.narrow(h)))
 
 
 @member
