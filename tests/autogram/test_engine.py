@@ -462,6 +462,27 @@ def test_a_rule_that_leaves_a_parameter_out(registry, batch_dim):
         torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (
+            lambda g: Rows(g),
+            ValueError,
+            r"of Scale gives 6 rows of shape \[1, 5\] for 'shift'; .* 6 rows of shape \[5\]",
+        ),
+        (lambda g: Rows(g.sum(1)[:4]), ValueError, r"4 rows of shape \[5\] for 'shift'"),
+        (lambda g: g.sum(1), TypeError, "of Scale gives a Tensor for 'shift'; a rule gives Rows, Outer"),
+    ],
+    ids=["another shape", "too few rows", "a tensor"],
+)
+def test_a_rule_that_gives_what_does_not_fit(registry, factor, error, message):
+    register_rule(Scale, lambda layer, inputs, grads: {name: factor(grads[0]) for name in ("scale", "shift")})
+    net = nn.Sequential(nn.Linear(4, 5), Scale()).double()
+    engine = Engine(net, batch_dim=0)
+    with pytest.raises(error, match=message):
+        engine.compute_gramian(losses_of(net, data()))
+
+
 def test_a_rule_that_raises_resets_the_engine(registry):
     def rule(layer, inputs, grads):
         raise ZeroDivisionError("no rule")

@@ -90,7 +90,8 @@ class Engine:
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
         """
         batch_dim = self._check_output(output)
-        output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
+        with torch.enable_grad():
+            output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
         parameters = counted_parameters(self._modules)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:

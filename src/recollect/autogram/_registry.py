@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor
 
-__all__ = ["Entry", "Registry", "Rule", "Sharing"]
+__all__ = ["Entry", "Registry", "Rule", "Sharing", "check_factor"]
 
 Rule = Callable[[Any, tuple[Any, ...], tuple[Tensor | None, ...]], Mapping[str, Factor]]
 """What a layer's Jacobian is: ``rule(layer, inputs, grads) -> {parameter's name: Factor}``, a pure function.
@@ -33,6 +33,30 @@ Sharing = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
 An entry is the index of the output tensor (flattened) whose batch axis the argument's tensor has too, or None where the
 tensor has no batch axis: every row shares it.
 """
+
+
+def check_factor(layer: nn.Module, name: str, factor: Factor, rows: int, parameter: Tensor) -> None:
+    """Raise if what a rule gives is no Jacobian of a parameter.
+
+    Args:
+        layer: whose rule it is.
+        name: of the parameter.
+        factor: what the rule gives for it.
+        rows: the number of objectives.
+        parameter: of the layer.
+
+    Raises:
+        TypeError: it is no factor.
+        ValueError: it is of another shape.
+    """
+    rule = f"the rule of {type(layer).__name__} gives"
+    if not isinstance(factor, Factor):
+        raise TypeError(f"{rule} a {type(factor).__name__} for {name!r}; a rule gives Rows, Outer, Picked or Blocks")
+    if factor.num_rows != rows or factor.shape != parameter.shape:
+        raise ValueError(
+            f"{rule} {factor.num_rows} rows of shape {list(factor.shape)} for {name!r}; its Jacobian has {rows} rows "
+            f"of shape {list(parameter.shape)}, one for each objective"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from recollect.autogram._gather import Gather
 from recollect.autogram._moves import comparing
 from recollect.autogram._plan import Plan
 from recollect.autogram._probe import Layouts
+from recollect.autogram._registry import check_factor
 from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
 from recollect.autogram._targets import Target
@@ -114,7 +115,9 @@ class Sweep:
         missing = [name for name in names if name not in factors]
         if missing:
             raise DeclinedError(capture, missing)
+        rows = self._batch if self._at_once is None else self._at_once
         for name, parameter in names.items():
+            check_factor(node.call.layer, name, factors[name], rows, self._parameters[parameter])
             self._gather.add(parameter, factors[name])
 
     def _factors(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
