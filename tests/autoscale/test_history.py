@@ -146,6 +146,16 @@ def test_int8_of_the_smallest_numbers():
     torch.testing.assert_close(found[1], torch.tensor([1e-38, 5e-39]), rtol=0.02, atol=0)
 
 
+def test_int8_keeps_the_signs_of_numbers_smaller_than_any_scale():
+    """Of 190 times the smallest number the scale is that number itself, and 190 is beyond int8."""
+    x = torch.arange(1, 600).unsqueeze(1) * 2.0**-149 * torch.tensor([1.0, -1.0])
+    history = History(599, 2, dtype=torch.int8)
+    history.push(x)
+    found = history.pull()
+    assert bool((found[:, 0] >= 0).all())
+    assert torch.equal(found[:, 0], -found[:, 1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_are_known_before_they_are_taken(dtype, tmp_path):
     expected = history_bytes(1000, 7, dtype)

@@ -154,6 +154,7 @@ class TestArguments:
             ({"count": torch.tensor([5])}, ValueError, "count adds up to 5"),
             ({"x": torch.zeros(5, IN, dtype=torch.float64)}, ValueError, "x has 5 rows, but n_id has"),
             ({"adj_t": make_graph().adj_t}, ValueError, r"adj_t is \[20, 20\]"),
+            ({"adj_t": torch.ones(6, 5).to_sparse_csr()}, ValueError, r"adj_t is \[6, 5\], but for 6 nodes"),
             ({"adj_t": torch.eye(3)}, TypeError, "adj_t is a tensor of layout torch.strided"),
             ({"n_id": "far"}, IndexError, "20 rows"),
             ({"n_id": "negative"}, IndexError, "-1 to"),

@@ -78,6 +78,27 @@ def test_gat():
     check(model(data.x, data.adj_t), x)
 
 
+def test_gat_drops_inputs_and_attention():
+    model = make("gat", dropout=0.3)
+    data = data_for(model)
+    torch.manual_seed(3)
+    found = model(data.x, data.adj_t)
+    options = {"dropout": 0.3, "add_self_loops": False}
+    peers = [
+        geometric.GATConv(5, 6, 2, **options),
+        geometric.GATConv(12, 6, 2, **options),
+        geometric.GATConv(12, OUT, 3, concat=False, **options),
+    ]
+    for peer, conv in zip(peers, model.convs, strict=True):
+        peer.double().load_state_dict(conv.state_dict())
+    torch.manual_seed(3)
+    x = data.x
+    for peer in peers:
+        x = peer(F.dropout(x, 0.3), edge_index_of(data.adj_t))
+        x = x if peer is peers[-1] else F.elu(x)
+    check(found, x)
+
+
 @pytest.mark.parametrize("name", ["gcn2", "gcn2-all"])
 def test_gcn2(name):
     model = make(name, alpha=0.3, theta=0.7, batch_norm=False, residual=False).eval()
