@@ -283,6 +283,24 @@ def test_modules_that_torch_has_compiled_to_a_script():
     torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, whole.parameters()))
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["buffers kept", "buffers given away"])
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, and the like
+def test_compiled_parts_that_went_backward_before(kept):
+    with torch._functorch.config.patch(donated_buffer=not kept):
+        torch._dynamo.reset()
+        block = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 5))
+        block.compile(backend="aot_eager")
+        net = nn.Sequential(nn.Linear(4, 5), block, nn.Linear(5, 3)).double()
+        engine = Engine(net, batch_dim=0)
+        losses_of(net, data()).sum().backward()
+        losses = losses_of(net, data())
+        if kept:
+            torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
+        else:
+            with pytest.raises(RuntimeError, match="donated_buffer=False"):
+                engine.compute_gramian(losses)
+
+
 def test_modules_that_overlap():
     net, last = model(), nn.Linear(5, 2).double()
     one, other = nn.Sequential(net[0], net[2]), nn.Sequential(net[0], last)
