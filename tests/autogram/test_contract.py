@@ -113,6 +113,13 @@ def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
     assert max(formed) * 8 <= 900
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"), [(0.2, 1), (5.4, 5), (6.0, 8), (11.0, 8), (12.0, 16), (30.0, 32), (70.0, 64)]
+)
+def test_parts_are_multiples_of_a_vector(asked, given):
+    assert _contract._even(asked) == given
+
+
 def test_merging_leaves_one_factor_of_a_kind():
     assert len(merge(SUMS["outer products"])) == 1
     assert len(merge(SUMS["all kinds"])) == 4

@@ -26,7 +26,7 @@ __all__ = ["add_gramian", "gramian"]
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
 # The same of dense layers' rows, which are most of the work: as many as they are formed from, within these bounds. (More
 # than 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
-_LEAST, _MOST = {"cpu": 2**21, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
+_LEAST, _MOST = {"cpu": 2**22, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
@@ -97,10 +97,15 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
 def _add_blocks(total: SquareSum, factor: Blocks) -> None:
     """Form J for some of the parameter's parts at a time, for all objectives."""
     m, parts = factor.num_rows, factor.shape[factor.axis]
-    pieces = max(1, math.ceil(m * factor.shape.numel() / _elements_at_once(total, factor.sources)))
-    step = math.ceil(parts / pieces)
+    step = _even(_elements_at_once(total, factor.sources) * parts / max(1, m * factor.shape.numel()))
     for start in range(0, parts, step):
         total.add_product(factor.form(slice(0, m), slice(start, min(start + step, parts))).flatten(1))
+
+
+def _even(parts: float) -> int:
+    """Return about so many parts that their rows are multiples of a vector: matrix products like those better."""
+    unit = next((unit for unit in (16, 8) if parts >= 0.7 * unit), 1)
+    return max(1, round(parts / unit) * unit) if unit > 1 else max(1, int(parts))
 
 
 def _add_outer(total: SquareSum, factor: Outer) -> None:

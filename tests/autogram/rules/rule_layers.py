@@ -51,6 +51,8 @@ CONVS = {
     "2d uneven": (lambda: nn.Conv2d(3, 4, (3, 2), (2, 1), (0, 1), (1, 2)), (3, 3, 6, 5)),
     "2d one by one": (lambda: nn.Conv2d(3, 4, 1, bias=False), (3, 3, 4, 2)),
     "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
+    "2d whole vectors": (lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 3, 5, 6)),
+    "2d whole vectors, groups": (lambda: nn.Conv2d(6, 16, 3, groups=2), (3, 6, 5, 5)),
     "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (3, 4, 5, 5)),
     "2d reflect": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (3, 3, 5, 5)),
     "2d circular": (lambda: nn.Conv2d(3, 4, 3, padding=(0, 2), padding_mode="circular"), (3, 3, 5, 5)),

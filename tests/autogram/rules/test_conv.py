@@ -108,7 +108,9 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])
-@pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 1d", "transposed 2d"])
+@pytest.mark.parametrize(
+    "name", ["2d", "2d groups", "2d whole vectors", "2d depthwise", "transposed 1d", "transposed 2d"]
+)
 def test_parts_make_the_whole(name, axes, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
     factor = weight_factor(*drawn_conv(name), axes)
@@ -119,7 +121,7 @@ def test_parts_make_the_whole(name, axes, monkeypatch):
             torch.testing.assert_close(factor.form(rows, part), whole[rows, :, part], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["2d", "2d groups", "2d depthwise", "transposed 2d"])
+@pytest.mark.parametrize("name", ["2d", "2d groups", "2d whole vectors, groups", "2d depthwise", "transposed 2d"])
 def test_gramians_by_parts(name, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": 1})
