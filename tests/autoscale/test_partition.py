@@ -242,6 +242,9 @@ def test_a_cache_saves_the_work(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"cannot be read as a partition .* delete it"):
         partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+    torch.save(torch.zeros(3, dtype=torch.int64), file)
+    with pytest.raises(ValueError, match=r"holds 3 nodes, but the graph has \d+; delete it"):
+        partition(adj_t, 2, "metis", cache=tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("method", "package"), [("metis", "pymetis"), ("kaminpar", "kaminpar")])

@@ -61,6 +61,21 @@ def test_inference_is_the_same_bit_for_bit(buffer_size):
     assert_same([pooled(loader=loader), *tables(pooled)], [plain(loader=loader), *tables(plain)])
 
 
+def test_inference_reads_one_mini_batch_ahead(monkeypatch):
+    order = []
+
+    class Watched(Mean):
+        def forward_layer(self, layer, x, adj_t, state):
+            order.append("computed")
+            return super().forward_layer(layer, x, adj_t, state)
+
+    model, pull = Watched(**POOL), AsyncIOPool.async_pull
+    monkeypatch.setattr(AsyncIOPool, "async_pull", lambda *args: (order.append("asked for"), pull(*args))[1])
+    model(loader=EvalSubgraphLoader(make_graph(), PTR, 2))
+    first, ask, compute = 3 * ["computed"], "asked for", "computed"
+    assert order == first + 3 * [ask, ask, compute, ask, compute, compute]
+
+
 def test_all_pulls_start_before_the_first_layer(monkeypatch):
     order = []
     pull = AsyncIOPool.async_pull

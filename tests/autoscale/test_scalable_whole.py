@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from scalable_zoo import POOL, PTR, Mean, assert_same, backward, batches, both, make_graph, run
 
 from recollect.autoscale import EvalSubgraphLoader, History, history_errors
+from recollect.autoscale._making import fresh_histories
 
 
 @both
@@ -39,6 +42,24 @@ def test_layer_wise_inference_makes_histories_for_itself():
     model, data = Mean(keep_histories=False), make_graph()
     out = model(loader=EvalSubgraphLoader(data, PTR))
     torch.testing.assert_close(out, model.eval()(data.x, data.adj_t), rtol=1e-12, atol=1e-12)
+
+
+def test_it_drops_each_of_them_when_no_layer_reads_it_any_more(monkeypatch):
+    made, alive = [], {}
+
+    def fresh(*arguments):
+        histories = fresh_histories(*arguments)
+        made.extend(map(weakref.ref, histories))
+        return histories
+
+    class Watched(Mean):
+        def forward_layer(self, layer, x, adj_t, state):
+            alive[layer] = [history() is not None for history in made]
+            return super().forward_layer(layer, x, adj_t, state)
+
+    monkeypatch.setattr("recollect.autoscale._scalable.fresh_histories", fresh)
+    Watched(keep_histories=False)(loader=EvalSubgraphLoader(make_graph(), PTR))
+    assert [alive[layer] for layer in (1, 2, 3)] == [[True, True, True], [False, True, True], [False, False, True]]
 
 
 def test_state_moves_and_resets():
