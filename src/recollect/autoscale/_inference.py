@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
+from recollect.autoscale._layered import LayeredGNN
 from recollect.autoscale._loader import SubgraphLoader
 from recollect.autoscale._operators import adjacency_of, first_rows
 from recollect.autoscale._sub_data import SubData
-
-if TYPE_CHECKING:
-    from recollect.autoscale._scalable import ScalableGNN
 
 __all__ = ["LayerWise", "evaluating"]
 
@@ -46,15 +44,22 @@ class LayerWise:
 
     Args:
         model: gives the layers.
+        num_nodes: of the whole graph.
         loader: yields every node once in each of its passes, in the same mini-batches.
         histories: what each layer but the last writes, and the next one reads.
         exchange: reads and writes them.
     """
 
     def __init__(
-        self, model: ScalableGNN, loader: Iterable[SubData], histories: Sequence[History], exchange: Exchange
+        self,
+        model: LayeredGNN,
+        num_nodes: int,
+        loader: Iterable[SubData],
+        histories: Sequence[History],
+        exchange: Exchange,
     ) -> None:
         self._model = model
+        self._num_nodes = num_nodes
         self._exchange = exchange
         self._loader = loader
         self._histories = histories
@@ -76,12 +81,12 @@ class LayerWise:
             ValueError: the loader is of another graph, leaves out nodes, or yields other mini-batches in a later pass.
         """
         if isinstance(self._loader, SubgraphLoader):  # of others it is known after a pass, from what they yielded
-            _check_cover([torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])], self._model.num_nodes)
+            _check_cover([torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])], self._num_nodes)
         try:
             for layer, history in enumerate(self._histories):
                 self._pass(layer, partial(self._exchange.write, history))
                 finished(layer)
-            result = _Result(self._model.num_nodes, device)
+            result = _Result(self._num_nodes, device)
             self._pass(self._model.num_layers - 1, result.write)
         except BaseException:
             self._exchange.clear()
@@ -94,7 +99,7 @@ class LayerWise:
         for sub, batch, take in self._loaded(layer):
             write(self._evaluate(layer, sub, batch, take), batch)
             parts.append(torch.stack([batch.offset, batch.count]))
-        _check_cover(parts, self._model.num_nodes)
+        _check_cover(parts, self._num_nodes)
 
     def _loaded(self, layer: int) -> Iterator[tuple[SubData, Batch, Take]]:
         """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""

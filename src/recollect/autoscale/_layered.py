@@ -24,9 +24,14 @@ class LayeredGNN(nn.Module):
         num_layers: L, at least 1.
         recompute: run every layer in a frame, which keeps its input alone and runs it again in backward.
 
+    Attributes:
+        inputs: names of what the layers need beside ``x`` and ``adj_t``; they find it in their state.
+
     Raises:
         ValueError: a number is out of its range.
     """
+
+    inputs: tuple[str, ...] = ()
 
     def __init__(self, num_layers: int, recompute: bool = False) -> None:
         super().__init__()

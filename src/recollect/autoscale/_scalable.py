@@ -18,7 +18,6 @@ from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._layered import LayeredGNN
 from recollect.autoscale._making import forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
-from recollect.autoscale._staleness import mean_ages
 from recollect.autoscale._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
@@ -89,8 +88,6 @@ class ScalableGNN(LayeredGNN):
         >>> model(loader=SubgraphLoader(data, ptr, log=False)).shape  # all nodes, exactly, in mini-batches
         torch.Size([8, 4])
     """
-
-    inputs: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -267,16 +264,16 @@ class ScalableGNN(LayeredGNN):
         """
         with evaluating(self):
             if self.keep_histories:
-                return LayerWise(self, loader, self.tables, self._exchange).run(self._device)
+                return LayerWise(self, self.num_nodes, loader, self.tables, self._exchange).run(self._device)
             fresh = fresh_histories(self.tables, self.parameters())
-            return LayerWise(self, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
+            return LayerWise(self, self.num_nodes, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
 
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.
 
         See :func:`~recollect.autoscale.history_errors` for how wrong they are.
         """
-        return mean_ages(self.tables)
+        return [float(history.age().to(torch.float64).mean()) for history in self.tables]
 
     @property
     def tables(self) -> list[History]:

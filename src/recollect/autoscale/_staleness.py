@@ -1,10 +1,10 @@
-"""How old histories are, and how wrong."""
+"""How wrong histories are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,12 @@ from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import forget, fresh_histories
 from recollect.autoscale._operators import adjacency_of
+from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._sub_data import SubData
 
-if TYPE_CHECKING:
-    from recollect.autoscale._scalable import ScalableGNN
-
-__all__ = ["history_errors", "mean_ages"]
+__all__ = ["history_errors"]
 
 _ROWS_AT_ONCE = 65_536
-
-
-def mean_ages(histories: Iterable[History]) -> list[float]:
-    """Return the mean age of each history's rows, in pushes to it."""
-    return [float(history.age().to(torch.float64).mean()) for history in histories]
 
 
 def history_errors(model: ScalableGNN, data: Any) -> list[float]:
@@ -77,7 +70,7 @@ def _errors_of_batches(model: ScalableGNN, loader: Iterable[SubData]) -> list[fl
         errors.append(_error(model.tables[layer], _rows_of(fresh[layer])))
         forget(fresh, layer)
 
-    LayerWise(model, loader, fresh, Exchange()).run(torch.device("cpu"), compare)
+    LayerWise(model, model.num_nodes, loader, fresh, Exchange()).run(torch.device("cpu"), compare)
     return errors
 
 
