@@ -360,6 +360,10 @@ def test_states_that_do_not_fit():
         other.save_histories = True
         with pytest.raises(RuntimeError, match="cannot load"):
             history.load_state_dict(other.state_dict())
+    empty = History(ROWS, WIDTH, save_histories=True).state_dict()
+    for pushes in (torch.tensor(-1), torch.tensor([1, 2]), torch.tensor(0.5)):
+        with pytest.raises(RuntimeError, match="the number of pushes is expected"):
+            history.load_state_dict(empty | {"pushes": pushes})
     assert history.pull().sum() == ROWS * WIDTH
 
 

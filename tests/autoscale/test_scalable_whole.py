@@ -65,6 +65,8 @@ def test_it_drops_each_of_them_when_no_layer_reads_it_any_more(monkeypatch):
 def test_state_moves_and_resets():
     model = Mean(keep_histories=False)
     model.load_state_dict(model.state_dict())
+    kept = Mean(save_histories=True, history_dtype=torch.int8).state_dict()  # of which the parameters are wanted here
+    model.load_state_dict(kept)
     assert model.float().histories[0].out_dtype == torch.float32
     for history in model.histories:
         history.reset_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -43,7 +44,14 @@ class NoRows:
         """See :class:`Rows`."""
 
 
+class NoTable(Table):
+    """A table of these rows, which takes over no state."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Leave it: there is no place for what was kept elsewhere."""
+
+
 def no_table(codec: Codec, num_embeddings: int) -> Table:
     """Make a table that takes no memory."""
     records = NoRows((num_embeddings, codec.record_width), codec.record_dtype)
-    return Table(codec, records, NoRows((num_embeddings, 1), STAMP), MemoryClock())
+    return NoTable(codec, records, NoRows((num_embeddings, 1), STAMP), MemoryClock())

@@ -75,10 +75,13 @@ class Table:
                     f"{name}: a history of {list(rows.shape)} records in {rows.dtype} cannot load "
                     f"{list(found.shape)} in {found.dtype}"
                 )
+        pushes = state["pushes"]
+        if pushes.numel() != 1 or pushes.is_floating_point() or int(pushes) < 0:
+            return f"pushes: the number of pushes is expected (got {pushes.tolist()})"
         everything = select_all(self.records.shape[0])
         self.records.write(state["table"], everything)
         self.stamps.write(state["stamps"], everything)
-        self.clock.reset(int(state["pushes"]))
+        self.clock.reset(int(pushes))
         return None
 
     def reset(self) -> None:
