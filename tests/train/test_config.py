@@ -80,7 +80,8 @@ def test_presets_of_the_large_benchmark_have_the_published_numbers(preset):
 
 
 def test_heads_and_strengths_are_the_published_ones():
-    assert parse(["preset=cora_gat"]).model.options == {"hidden_heads": 8, "out_heads": 1}
+    gat = parse(["preset=cora_gat"]).model.options
+    assert gat == {"hidden_heads": 8, "out_heads": 1, "batch_norm": False, "residual": False}
     assert parse(["preset=citeseer_appnp"]).model.options == {"alpha": 0.1}
     thetas = [parse([f"preset={name}_gcn2"]).model.options["theta"] for name in ("cora", "citeseer")]
     assert thetas == [0.5, 0.6]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,22 @@ def test_options_reach_the_network(graph_maker):
     settings, graph = prepared(graph_maker, overrides)
     model = build_model(settings.model, graph)
     assert (model.theta, model.alpha) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_a_network_can_be_set_and_has_its_default(kind):
+    """But for what the graph gives, and what another key says."""
+    known = {"num_nodes", "in_channels", "hidden_channels", "out_channels", "num_layers", "dropout", "deg", "edge_dim"}
+    signature = inspect.signature(KINDS["pna" if kind == "pna_jk" else kind])
+    own = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in known and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    options = parse([f"model={kind}"]).model.options
+    assert set(options) == set(own)
+    if kind not in ("pna", "pna_jk"):  # whose options are those of the large presets
+        assert options == own
 
 
 def test_pna_is_scaled_by_the_degrees_of_the_graph(graph_maker):
