@@ -193,7 +193,27 @@ def test_autocast(batch_dim, inside):
     torch.testing.assert_close(found, gramian(losses, net.parameters()), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_autocast_is_for_the_model_alone(batch_dim):
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    engine = Engine(net, batch_dim=batch_dim)
+    losses = losses_of(net, torch.rand(6, 64))
+    outside = engine.compute_gramian(losses)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine.compute_gramian(losses), outside)
+
+
 # Calls one after another
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_freezing_behind_the_forward_pass(batch_dim):
+    net = model()
+    engine = Engine(net, batch_dim=batch_dim)
+    losses = losses_of(net, data())
+    expected = gramian(losses, net[2].parameters())
+    net[0].requires_grad_(False)
+    torch.testing.assert_close(engine.compute_gramian(losses), expected)
 
 
 def test_freezing_between_calls():
