@@ -24,8 +24,8 @@ __all__ = ["add_gramian", "gramian"]
 
 # How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
-# The same of dense layers' rows, which are most of the work: as many as they are formed from, within these bounds. (More
-# than 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
+# The same of dense layers' rows, which are most of the work: as many as they are formed from, within these bounds.
+# (More than 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
 _LEAST, _MOST = {"cpu": 2**22, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
