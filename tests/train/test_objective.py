@@ -77,8 +77,21 @@ def test_conflict_is_that_of_the_steps_since_the_last_look(network, graph_maker)
     weight = network[0].weight
     objective(torch.stack([weight.sum(), -weight.sum()])[None])  # opposed
     objective(torch.stack([weight.sum(), weight.sum() * 2])[None])
-    assert objective.observe() == pytest.approx({"conflict": 0.5, "cosine": 0.0})
-    assert math.isnan(objective.observe()["cosine"])
+    # The update of the first step is zero; that of the second has both gradients' direction.
+    expected = {"conflict": 0.5, "cosine": 0.0, "cosine_mean": 0.5, "cosine_1": 0.5, "cosine_2": 0.5}
+    assert objective.observe() == pytest.approx(expected)
+    assert set(objective.observe()) == set(expected)
+    assert math.isnan(objective.observe()["cosine_2"])
+
+
+def test_cosines_are_those_of_each_label(network, graph_maker):
+    settings = ObjectiveSettings("multitask", "mean", 3)
+    objective = make_objective(settings, graph_maker("multilabel", "micro_f1", 2), network)
+    weight = network[0].weight
+    objective(torch.stack([3 * weight.sum(), -weight.sum()])[None])  # the mean of both follows the first
+    seen = objective.observe()
+    assert (seen["cosine_1"], seen["cosine_2"]) == pytest.approx((1.0, -1.0))
+    assert (seen["cosine"], seen["cosine_mean"]) == pytest.approx((-1.0, 0.0))
 
 
 def test_a_loss_that_is_not_finite_is_left_to_the_trainer(network, graph_maker):
@@ -119,7 +132,9 @@ def test_a_run_tells_of_conflict(tiny, tmp_path, words):
     assert summary["objective"] == words[0].partition("=")[2]
     assert 0 <= summary["conflict"] <= 1
     assert -1 <= summary["smallest_cosine"] <= 1
-    assert "conflict,cosine" in (folder / "metrics.csv").read_text().splitlines()[0]
+    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"conflict", "cosine", "cosine_mean"} < set(columns)
+    assert sum(column.startswith("cosine_") for column in columns) == (4 if "objective=multitask" in words else 1)
     assert "pairs in conflict" in (folder / "report.html").read_text()
 
 

@@ -94,6 +94,11 @@ def _conflict(axes: Axes, history: Sequence[Row]) -> None:
     epochs = [row["epoch"] for row in history]
     axes.plot(epochs, [row["conflict"] for row in history], color=_ORANGE, label="share of opposed pairs")
     axes.plot(epochs, [row["cosine"] for row in history], color=_BLUE, label="least cosine with the update")
+    axes.plot(epochs, [row["cosine_mean"] for row in history], color=_GREEN, label="mean cosine with the update")
+    each = [per_layer(row, "cosine") for row in history]
+    if each[0]:
+        low, high = ([choose(values) for values in each] for choose in (min, max))
+        axes.fill_between(epochs, low, high, color=_GREEN, alpha=0.2, label=f"of each of {len(each[0])} objectives")
 
 
 def _layers(axes: Axes, history: Sequence[Row], name: str, title: str) -> None:

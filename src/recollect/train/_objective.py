@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from recollect.aggregation import (
     AlignedMTLWeighting,
     CAGradWeighting,
+    Conflict,
     DualProjWeighting,
     IMTLGWeighting,
     MeanWeighting,
@@ -73,14 +75,17 @@ class _Many:
         network: whose parameters count.
         choose: from the losses of a step to the objectives [m].
         weighting: from their Gramian to weights.
+        lasting: how many objectives there are, where they are the same in every step: each is then observed.
     """
 
-    def __init__(self, network: nn.Module, choose: Callable[[Tensor], Tensor], weighting: Weights) -> None:
+    def __init__(
+        self, network: nn.Module, choose: Callable[[Tensor], Tensor], weighting: Weights, lasting: int = 0
+    ) -> None:
         self._engine = Engine(network)
         self._choose = choose
         self._weighting = weighting
-        self._conflicts: list[float] = []
-        self._cosines: list[float] = []
+        self._lasting = lasting
+        self._seen: list[Conflict] = []
 
     def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         objectives = self._choose(losses)
@@ -89,18 +94,28 @@ class _Many:
             return value, value  # the trainer stops at a loss that is not finite, and names the epoch
         gramian = self._engine.compute_gramian(objectives)
         weights = self._weighting(gramian)
-        seen = conflict(gramian, weights)
-        self._conflicts.append(seen.negative_share)
-        self._cosines.append(seen.min_cosine)
+        self._seen.append(conflict(gramian, weights))
         return value, objectives @ weights.to(objectives)
 
     def observe(self) -> dict[str, float]:
-        """``conflict``: share of pairs with opposed gradients; ``cosine``: the least of an update with a gradient."""
-        conflicts, cosines = self._conflicts, self._cosines
-        self._conflicts, self._cosines = [], []
-        if not conflicts:
-            return {"conflict": float("nan"), "cosine": float("nan")}
-        return {"conflict": statistics.fmean(conflicts), "cosine": min(cosines)}
+        """Return the measures, NaN without a step.
+
+        ``conflict`` is the share of pairs with opposed gradients; ``cosine`` the least of an update with a gradient,
+        ``cosine_mean`` the mean of all, and ``cosine_1``, ``cosine_2``, ... the mean of each lasting objective.
+        """
+        seen, self._seen = self._seen, []
+        if not seen:
+            names = ["conflict", "cosine", "cosine_mean", *(f"cosine_{k + 1}" for k in range(self._lasting))]
+            return dict.fromkeys(names, math.nan)
+        measures = {
+            "conflict": statistics.fmean(step.negative_share for step in seen),
+            "cosine": min(step.min_cosine for step in seen),
+            "cosine_mean": statistics.fmean(float(step.cosines.mean()) for step in seen),
+        }
+        if self._lasting:
+            each = torch.stack([step.cosines for step in seen]).mean(0).tolist()
+            measures |= {f"cosine_{k + 1}": value for k, value in enumerate(each)}
+        return measures
 
 
 def make_objective(settings: ObjectiveSettings, graph: GraphDataset, network: nn.Module) -> Objective:
@@ -125,7 +140,7 @@ def make_objective(settings: ObjectiveSettings, graph: GraphDataset, network: nn
             f"each; choose a graph with several labels (ppi, yelp, ogbn-proteins, or sbm with "
             f"dataset.options.num_labels), or objective=iwrm"
         )
-    return _Many(network, lambda losses: losses.mean(0), weighting)
+    return _Many(network, lambda losses: losses.mean(0), weighting, lasting=graph.num_classes)
 
 
 def _some_nodes(losses: Tensor, number: int) -> Tensor:
