@@ -45,6 +45,7 @@ FACTORS = {
     "rows": Rows(draw(5, 3, 4)),
     "rows of a scalar": Rows(draw(5)),
     "no position": outer(3, 0, 1, 4, 5),
+    "no elements": outer(3, 4, 1, 0, 5),
     "few positions": outer(5, 1, 1, 20, 30),
     "two positions": outer(4, 2, 1, 40, 50),
     "many positions": outer(5, 40, 1, 3, 4),

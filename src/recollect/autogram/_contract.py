@@ -112,7 +112,7 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
     m = factor.num_rows
     _, T, G, a = factor.left.shape
     b = factor.right.shape[3]
-    if T == 0:  # as of an empty graph: all rows are zeros
+    if not T * G * a * b:  # as of an empty graph: all rows are zeros, or have no elements
         return
     formed = m * T * a * b + m * m * a * b // 2
     paired = m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2)
