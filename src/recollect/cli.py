@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[given[0]][0](given[1:])
     parser = argparse.ArgumentParser(
         prog="recollect",
-        description="Train networks whose depth has outgrown memory.",
+        description="Train networks whose depth, graph or number of objectives has outgrown memory.",
         epilog="\n".join(f"  {name:<8} {text}" for name, (_, text) in _COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

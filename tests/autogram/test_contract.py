@@ -173,3 +173,11 @@ def test_a_square_does_less_than_a_product():
     with FlopCounterMode(display=False) as counter:
         SquareSum(256, torch.float64, torch.device("cpu")).add_product(draw(256, 8))
     assert counter.get_total_flops() <= 0.63 * 2 * 256 * 256 * 8
+
+
+def test_pieces_are_formed_in_the_same_memory():
+    total = SquareSum(3, torch.float64, torch.device("cpu"))
+    first, smaller = total.space(2000), total.space(50)
+    assert first.shape == (3, 2000)
+    assert smaller.shape == (3, 50)
+    assert smaller.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from recollect.aggregation import UPGradWeighting
 from recollect.autogram import Engine, Rows, register_rule
 from recollect.autogram import _engine as engine_module
 from recollect.autogram._registry import Registry
@@ -563,3 +564,13 @@ def test_a_graph_that_need_not_stay_costs_no_memory():
         return memory.current_bytes
 
     assert peak(False) < peak(True) - 7 * 256 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("weighting", "found"), [(UPGradWeighting, "the class UPGradWeighting"), ("upgrad", "'upgrad'")]
+)
+def test_what_weighs_can_be_called(weighting, found):
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=rf"such as UPGradWeighting\(\) \(got {found}\)"):
+        Engine(model).backward(model(torch.randn(3)), weighting)
+    assert model.weight.grad is None

@@ -234,7 +234,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((0, 3, 2), "num_nodes must be at least 1"),
+            ((0, 3, 2), "num_nodes must be an integer of at least 1"),
             ((3, 3, 0), "num_layers must be at least 1"),
             ((3, 0, 2), "hidden_channels must be at least 1"),
             ((3, [3, 3], 2), "hidden_channels has 2 numbers, but between 2 layers there are 1"),
@@ -269,3 +269,21 @@ class TestArguments:
         model(data.x, data.adj_t)
         model.reset_parameters()
         assert not any(table.any() for table in tables(model))
+
+
+@pytest.mark.parametrize("given", [(), ("batch",), (None, "adjacency")])
+def test_what_is_no_tensor_is_told_how_to_call(given):
+    with pytest.raises(TypeError, match=r"x must be a tensor .*model\(batch.data.x, batch.data.adj_t, \*batch\[1:\]\)"):
+        Mean()(*given)
+
+
+def test_a_mini_batch_without_its_numbers_is_refused():
+    batch = batches(make_graph())[0]
+    with pytest.raises(ValueError, match=r"the whole graph has as many rows, .*\*batch\[1:\]"):
+        Mean()(batch.data.x, batch.data.adj_t)
+
+
+@pytest.mark.parametrize("number", [0, None, "data"])
+def test_a_number_of_nodes_is_an_integer(number):
+    with pytest.raises(ValueError, match=r"num_nodes must be an integer of at least 1, such as data.num_nodes"):
+        ScalableGNN(number, 4, 2)

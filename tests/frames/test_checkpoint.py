@@ -423,3 +423,9 @@ def test_a_checkpoint_keeps_its_input_only():
         plain = function(x)
     assert memory.current_bytes >= 9 * 4000
     del loss, plain
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_inverse_is_a_function(enabled):
+    with pytest.raises(TypeError, match=r"inverse must be a function of the outputs \(got True\)"):
+        recollect.checkpoint(torch.exp, torch.randn(3, requires_grad=True), inverse=True, enabled=enabled)

@@ -530,3 +530,20 @@ class TestPasses:
                 loss.backward(retain_graph=True)
             with pytest.raises(RuntimeError, match=rf"GroupAddRev more than {allowed} time"):
                 loss.backward(retain_graph=True)
+
+
+def test_an_error_of_a_block_comes_with_the_width_that_it_gets():
+    layer = GroupAddRev(nn.ModuleList(_Wide() for _ in range(2)))
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(4, 32), None)
+    assert caught.value.__notes__ == ["GroupAddRev: each of the 2 blocks gets 16 of 32 channels."]
+
+
+class _Wide(nn.Linear):
+    """Made for all channels."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+    def forward(self, x: Tensor, graph: Any) -> Tensor:
+        return super().forward(x)

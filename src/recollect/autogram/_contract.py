@@ -18,7 +18,7 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
-from recollect.autogram._square import SquareSum, apart, wide
+from recollect.autogram._square import SquareSum, wide
 
 __all__ = ["add_gramian", "gramian"]
 
@@ -156,7 +156,7 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     a, b = left.shape[2], right.shape[2]
     height, width = _tile(a, b, max(1, _elements_at_once(total, left.numel() + right.numel()) // m))
     right = right.to(dtype).expand(m, -1, -1)
-    slab = left.new_empty(m, apart(height * width), dtype=dtype)
+    slab = total.space(height * width)
     for top in range(0, a, height):
         upper = left[:, :, top : top + height].to(dtype).mT.expand(m, -1, -1)  # [m, height, T]
         for start in range(0, b, width):

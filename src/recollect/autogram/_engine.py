@@ -111,8 +111,12 @@ class Engine:
             The weights.
 
         Raises:
+            TypeError: ``weighting`` is a class, or cannot be called.
             ValueError: the weights have another shape than the losses.
         """
+        if isinstance(weighting, type) or not callable(weighting):
+            found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
+            raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
         weights = weighting(self.compute_gramian(losses))
         if weights.shape != losses.shape:
             raise ValueError(

@@ -39,10 +39,11 @@ class SquareSum:
         device: where.
     """
 
-    __slots__ = ("_lower",)
+    __slots__ = ("_lower", "_space")
 
     def __init__(self, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self._lower = torch.zeros(num_rows, num_rows, dtype=dtype, device=device)
+        self._space = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +58,16 @@ class SquareSum:
     def new_rows(self, columns: int) -> Tensor:
         """Return zeros [m, columns], to be filled and added."""
         return self._lower.new_zeros(self._lower.shape[0], apart(columns))[:, :columns]
+
+    def space(self, columns: int) -> Tensor:
+        """Return [m, columns] to be written and added: the same memory each time, valid until the next call.
+
+        Memory that is new takes about as long to get, page by page, as it takes to fill.
+        """
+        m, stride = self._lower.shape[0], apart(columns)
+        if self._space.numel() < m * stride:
+            self._space = self._space.new_empty(m * stride)
+        return self._space[: m * stride].view(m, stride)[:, :columns]
 
     def add_product(self, rows: Tensor) -> None:
         """Add J Jᵀ of J [m, n]."""

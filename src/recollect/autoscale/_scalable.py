@@ -105,8 +105,8 @@ class ScalableGNN(LayeredGNN):
         recompute: bool = False,
     ) -> None:
         super().__init__(num_layers, recompute)
-        if num_nodes < 1:
-            raise ValueError(f"num_nodes must be at least 1 (got {num_nodes})")
+        if not isinstance(num_nodes, int) or num_nodes < 1:
+            raise ValueError(f"num_nodes must be an integer of at least 1, such as data.num_nodes (got {num_nodes!r})")
         if not keep_histories and (pool_size or history_path or save_histories):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         widths = widths_of(hidden_channels, num_layers)
@@ -140,6 +140,7 @@ class ScalableGNN(LayeredGNN):
         """Evaluate the whole graph, a mini-batch, or layer by layer what a loader yields; see :meth:`forward`.
 
         Raises:
+            TypeError: ``x`` is no tensor.
             ValueError: something beside a loader; see :meth:`forward` too.
 
         Args:
@@ -156,6 +157,11 @@ class ScalableGNN(LayeredGNN):
             if x is not None or adj_t is not None or batch_size is not None or inputs:
                 raise ValueError("a loader brings all that is evaluated: give nothing else beside it")
             return self.mini_inference(loader)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be a tensor (got {type(x).__name__}): call model(data.x, data.adj_t) for the whole graph, "
+                "model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch, or model(loader=loader)"
+            )
         batch = Batch.of(batch_size, n_id, offset, count)
         try:
             if batch is not None:
@@ -200,6 +206,11 @@ class ScalableGNN(LayeredGNN):
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
         batch = Batch.of(batch_size, n_id, offset, count)
         if batch is None:
+            if not x.size(0) == adj_t.size(0) == adj_t.size(1):
+                raise ValueError(
+                    f"adj_t is {list(adj_t.shape)} and x has {x.size(0)} rows, but the whole graph has as many rows, "
+                    "columns and nodes; call model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch"
+                )
             return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         return self.run_layers(

@@ -58,6 +58,7 @@ def checkpoint(
         What the function returns.
 
     Raises:
+        TypeError: ``inverse`` cannot be called.
         InPlaceError: in backward, when an input, output or parameter was changed in place since the forward.
         RebuildError: in backward, when the function saved other tensors than in the forward, or the inverse did not
             return the inputs.
@@ -70,6 +71,8 @@ def checkpoint(
         >>> torch.allclose(x.grad, torch.cos(x))
         True
     """
+    if inverse is not None and not callable(inverse):
+        raise TypeError(f"inverse must be a function of the outputs (got {inverse!r})")
     if not enabled or not frames_apply():
         return function(*args)
     if inverse is None:

@@ -53,7 +53,8 @@ class DriftGauge:
                 f"{name}: the input that was reconstructed for backward differs from the forward's by a relative "
                 f"error of {drift:.1e} (threshold {self.threshold:.1e}), so gradients are inexact. Remedies: keep "
                 "every s-th activation (anchor_every=s), normalise inside the blocks, use float64, or checkpoint "
-                "instead of inverting",
+                "instead of inverting. A large error also comes from an inverse that is wrong, and from blocks that "
+                "draw from other random numbers than torch's own: recollect.testing.check_invertible tells",
                 DriftWarning,
                 stacklevel=2,
             )

@@ -38,16 +38,22 @@ class _Grouped(InvertibleModule):
 
     def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
         blocks = self._blocks()
+        arguments = self._arguments(x, graph, args, len(blocks))
         self._forget_drift()
-        y = couple(
-            blocks,
-            x,
-            self._arguments(x, graph, args, len(blocks)),
-            dim=self.split_dim,
-            gauge=self._gauge,
-            anchor_every=self.anchor_every,
-            enabled=not self.disable,
-        )
+        try:
+            y = couple(
+                blocks,
+                x,
+                arguments,
+                dim=self.split_dim,
+                gauge=self._gauge,
+                anchor_every=self.anchor_every,
+                enabled=not self.disable,
+            )
+        except Exception as error:
+            part, whole = x.size(self.split_dim) // len(blocks), x.size(self.split_dim)
+            error.add_note(f"{type(self).__name__}: each of the {len(blocks)} blocks gets {part} of {whole} channels.")
+            raise
         self._limit_passes(y)
         return y
 

@@ -17,7 +17,7 @@ _HEAD = """\
 usage: recollect train [group=option ...] [key=value ...]
 
 Train a deep reversible graph network, and measure what its depth costs. With no argument: 64 layers on the embedded
-graph 'digits', on the CPU or the GPU, in less than a minute. Or train a network on parts of the graph, with histories
+graph 'digits', on the CPU or the GPU, in about a minute. Or train a network on parts of the graph, with histories
 for what is around them; a preset is a row of published results. For example:
 
   recollect train dataset=cora data.root=graphs model.num_layers=112 seed=3
