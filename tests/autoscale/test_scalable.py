@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import logging
 
+import numpy
 import pytest
 import torch
 from scalable_zoo import (
@@ -287,3 +288,9 @@ def test_a_mini_batch_without_its_numbers_is_refused():
 def test_a_number_of_nodes_is_an_integer(number):
     with pytest.raises(ValueError, match=r"num_nodes must be an integer of at least 1, such as data.num_nodes"):
         ScalableGNN(number, 4, 2)
+
+
+def test_a_number_of_nodes_may_be_numpys():
+    model = ScalableGNN(numpy.int64(5), 4, 2)
+    assert type(model.num_nodes) is int
+    assert model.tables[0].num_embeddings == 5

@@ -18,7 +18,7 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
-from recollect.autogram._square import SquareSum, wide
+from recollect.autogram._square import SquareSum, of_device, wide
 
 __all__ = ["add_gramian", "gramian"]
 
@@ -103,9 +103,11 @@ def _add_blocks(total: SquareSum, factor: Blocks) -> None:
 
 
 def _even(parts: float) -> int:
-    """Return about so many parts that their rows are multiples of a vector: matrix products like those better."""
-    unit = next((unit for unit in (16, 8) if parts >= 0.7 * unit), 1)
-    return max(1, round(parts / unit) * unit) if unit > 1 else max(1, int(parts))
+    """Return about so many parts, up to half more, that rows are whole vectors: matrix products like those better."""
+    for unit in (16, 8):
+        if parts >= 0.7 * unit:
+            return round(parts / unit) * unit
+    return max(1, int(parts))
 
 
 def _add_outer(total: SquareSum, factor: Outer) -> None:
@@ -130,7 +132,7 @@ def _add_pairs(total: SquareSum, factor: Outer) -> None:
     T, G = factor.left.shape[1:3]
     dtype = total.dtype
     left, right = (side.permute(2, 0, 1, 3).to(dtype) for side in (factor.left, factor.right))  # [G, m, T, a]
-    step = max(1, int((_piece(left.device) / (dtype.itemsize * T * T * G)) ** 0.5))
+    step = max(1, int((of_device(_PIECE, left.device) / (dtype.itemsize * T * T * G)) ** 0.5))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         for j in range(0, i + 1, step):
@@ -178,7 +180,7 @@ def _add_groups(total: SquareSum, factor: Outer) -> None:
     m = factor.num_rows
     G, a = factor.left.shape[2:]
     b = factor.right.shape[3]
-    step = max(1, _piece(factor.left.device) // (m * a * b * total.dtype.itemsize))
+    step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
     for start in range(0, G, step):
         left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
         shape = torch.Size((left.shape[2], a, b))
@@ -192,7 +194,7 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
     order = places.expand(m, T).flatten().argsort(stable=True)
     sorted_places = places.expand(m, T).flatten()[order]
     grads = factor.grad.reshape(m * T, d)
-    step = max(1, _piece(grads.device) // (m * d * total.dtype.itemsize))
+    step = max(1, of_device(_PIECE, grads.device) // (m * d * total.dtype.itemsize))
     starts = torch.arange(0, len(entries) + step, step, device=places.device)
     bounds = torch.searchsorted(sorted_places, starts).tolist()
     for k, (low, high) in enumerate(itertools.pairwise(bounds)):
@@ -203,18 +205,12 @@ def _add_picked(total: SquareSum, factor: Picked) -> None:
 
 
 def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:
-    return min(factors[0].num_rows, max(1, _piece(total.device) // (total.dtype.itemsize * row_elements(factors))))
+    return min(
+        factors[0].num_rows, max(1, of_device(_PIECE, total.device) // (total.dtype.itemsize * row_elements(factors)))
+    )
 
 
 def _elements_at_once(total: SquareSum, sources: int | None) -> int:
     """Return how many elements of rows to form at once from so many (None: unknown)."""
-    least, most = (_bound(bounds, total.device) // total.dtype.itemsize for bounds in (_LEAST, _MOST))
+    least, most = (of_device(bounds, total.device) // total.dtype.itemsize for bounds in (_LEAST, _MOST))
     return max(1, most if sources is None else min(max(least, sources), most))
-
-
-def _piece(device: torch.device) -> int:
-    return _bound(_PIECE, device)
-
-
-def _bound(bounds: dict[str, int], device: torch.device) -> int:
-    return bounds["cpu" if device.type == "cpu" else "cuda"]

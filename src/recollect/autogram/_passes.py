@@ -20,7 +20,7 @@ from recollect.autogram._independence import Independence
 from recollect.autogram._moves import MovedError
 from recollect.autogram._plan import Plan, plan_rows
 from recollect.autogram._recall import Known, plan_by_layouts
-from recollect.autogram._square import SquareSum, wide
+from recollect.autogram._square import SquareSum, of_device, wide
 from recollect.autogram._sweep import DeclinedError, Sweep
 from recollect.autogram._walk import Graph
 
@@ -100,7 +100,7 @@ def _all_rows(job: Job) -> Tensor:
     m, device = job.output.numel(), job.output.device
     lean = plan_rows(job.graph, job.parameters, job.declined)
     held = _held_elements(job, lean) * job.dtype.itemsize
-    small = job.elements() < _SMALL["cpu" if device.type == "cpu" else "cuda"]
+    small = job.elements() < of_device(_SMALL, device)
     at_once = m * 3 * job.elements() * job.dtype.itemsize
     if m > 1 and (small or m * held > job.bound) and at_once <= job.bound and not job.known.in_turn:
         eager = plan_rows(job.graph, job.parameters, job.declined, prefer_rules=True)

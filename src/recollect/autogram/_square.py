@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-__all__ = ["SquareSum", "apart", "wide"]
+__all__ = ["SquareSum", "apart", "of_device", "wide"]
 
 # The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
 # (Measured on CPU, 128 rows of 16,384: a whole product at 94 GFlop/s, columns of 32 at 80, of 16 at 68; with 256 rows,
@@ -19,6 +21,11 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     return widest
+
+
+def of_device(numbers: Mapping[str, int], device: torch.device) -> int:
+    """Return which of two numbers was tuned for a device: that of "cpu", or that of "cuda" for all others."""
+    return numbers["cpu" if device.type == "cpu" else "cuda"]
 
 
 def apart(columns: int) -> int:
@@ -72,7 +79,7 @@ class SquareSum:
     def add_product(self, rows: Tensor) -> None:
         """Add J Jᵀ of J [m, n]."""
         rows = rows.to(self.dtype)
-        width = _WIDTH["cpu" if self.device.type == "cpu" else "cuda"]
+        width = of_device(_WIDTH, self.device)
         if rows.shape[0] > 4 * width:
             width *= 2
         elif rows.shape[0] <= width:

@@ -28,16 +28,12 @@ def make_histories(
     keep: bool = True,
 ) -> nn.ModuleList:
     """Make a history for each width; what they will take is logged before it is allocated."""
-    if not keep:
-        return nn.ModuleList(
-            History(num_nodes, width, None, dtype, folder, save_histories=save_histories, keep=False)
-            for width in widths
-        )
-    size = sum(history_bytes(num_nodes, width, dtype) for width in widths)
-    place = device or "host memory" if folder is None else folder
-    _logger.info("%d histories of %d nodes take %.3f GiB in %s", len(widths), num_nodes, size / 2**30, place)
+    if keep:
+        size = sum(history_bytes(num_nodes, width, dtype) for width in widths)
+        place = device or "host memory" if folder is None else folder
+        _logger.info("%d histories of %d nodes take %.3f GiB in %s", len(widths), num_nodes, size / 2**30, place)
     return nn.ModuleList(
-        History(num_nodes, width, device, dtype, _file(folder, layer), save_histories=save_histories)
+        History(num_nodes, width, device, dtype, _file(folder, layer), save_histories=save_histories, keep=keep)
         for layer, width in enumerate(widths)
     )
 

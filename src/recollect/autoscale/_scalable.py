@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +105,12 @@ class ScalableGNN(LayeredGNN):
         recompute: bool = False,
     ) -> None:
         super().__init__(num_layers, recompute)
-        if not isinstance(num_nodes, int) or num_nodes < 1:
+        if not isinstance(num_nodes, SupportsIndex) or num_nodes < 1:
             raise ValueError(f"num_nodes must be an integer of at least 1, such as data.num_nodes (got {num_nodes!r})")
         if not keep_histories and (pool_size or history_path or save_histories):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         widths = widths_of(hidden_channels, num_layers)
-        self.num_nodes = num_nodes
+        self.num_nodes = int(num_nodes)
         self.hidden_channels = hidden_channels
         self.pool = make_pool(pool_size, buffer_size, widths)
         self.keep_histories = keep_histories
@@ -139,10 +139,6 @@ class ScalableGNN(LayeredGNN):
     ) -> Tensor:
         """Evaluate the whole graph, a mini-batch, or layer by layer what a loader yields; see :meth:`forward`.
 
-        Raises:
-            TypeError: ``x`` is no tensor.
-            ValueError: something beside a loader; see :meth:`forward` too.
-
         Args:
             x: see :meth:`forward`.
             adj_t: see :meth:`forward`.
@@ -152,6 +148,10 @@ class ScalableGNN(LayeredGNN):
             count: see :meth:`forward`.
             loader: evaluate layer by layer what it yields, see :meth:`mini_inference`; nothing else is given then.
             **inputs: see :meth:`forward`.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+            ValueError: something beside a loader; see :meth:`forward` too.
         """
         if loader is not None:
             if x is not None or adj_t is not None or batch_size is not None or inputs:

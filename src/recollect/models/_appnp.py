@@ -27,8 +27,7 @@ class APPNP(ScalableGNN):
         num_layers: propagations, L.
         alpha: probability of returning to the node itself.
         dropout: probability in [0, 1), before each linear map.
-        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
+        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
 
     Raises:
         ValueError: a number is out of its range.

@@ -30,8 +30,7 @@ class GAT(ConvStack):
         dropout: probability in [0, 1), of each layer's input and of the attention.
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
-        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
+        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
 
     Raises:
         ValueError: a number is out of its range.

@@ -31,8 +31,7 @@ class GIN(ConvStack):
         drop_input: apply dropout to the features too.
         batch_norm: normalise each convolution's output.
         residual: add a layer's input to the convolution's output.
-        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
+        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
 
     Raises:
         ValueError: a number is out of its range.

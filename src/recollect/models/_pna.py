@@ -32,8 +32,7 @@ class PNA(ConvStack):
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
         edge_dim: features of each edge. Calls then take ``edge_attr=`` [num_edges, edge_dim], in the adjacency's order.
-        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
+        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
 
     Raises:
         ValueError: a number is out of its range, or a name unknown.

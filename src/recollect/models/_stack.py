@@ -36,8 +36,7 @@ class ConvStack(ScalableGNN):
         residual: add a layer's input to the convolution's output, where they are of the same width.
         head: see above.
         activation: of every layer but a bare one.
-        **options: of :class:`~recollect.autoscale.ScalableGNN`: ``pool_size``, ``buffer_size``, ``device``,
-            ``history_dtype``, ``history_path``, ``save_histories``, ``keep_histories``, ``recompute``.
+        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
 
     Raises:
         ValueError: a number is out of its range.
