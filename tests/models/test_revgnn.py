@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from recollect.frames import DriftGauge
 from recollect.memory import peak_memory
 from recollect.models import RevGNN
+from recollect.models._dropout import dropout, dropout_mask
 
 pyg = pytest.importorskip("torch_geometric.nn")
 
@@ -78,19 +79,19 @@ class TestFormula:
 
         def plain() -> Tensor:
             h = model.project(x)
-            mask = torch.empty_like(h).bernoulli_(0.6) / 0.6 if shared else None
+            mask = dropout_mask(h, 0.4) if shared else None
             for index in range(3):
                 blocks = model.layers[0 if tied else index].convs
                 groups_in = h.split(channels, -1)
                 z, out = sum(groups_in[1:]), []
                 for i, block in enumerate(blocks):
                     z = F.layer_norm(z, (channels,), block.norm.weight, block.norm.bias).relu()
-                    z = F.dropout(z, 0.4) if mask is None else z * mask[:, i * channels : (i + 1) * channels]
+                    z = dropout(z, 0.4) if mask is None else z * mask[:, i * channels : (i + 1) * channels]
                     z = groups_in[i] + block.conv(z, edge_index)
                     out.append(z)
                 h = torch.cat(out, -1)
             h = F.layer_norm(h, (16,), model.norm.weight, model.norm.bias).relu()
-            return model.head(F.dropout(h, 0.4))
+            return model.head(dropout(h, 0.4))
 
         torch.manual_seed(3)
         expected = plain()
@@ -414,7 +415,7 @@ class TestModule:
         model = make(16, dropout=0.1)
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         first = None
-        for _ in range(30):
+        for _ in range(60):
             optimizer.zero_grad()
             loss = model.loss(model(x, edge_index), classes)
             loss.backward()

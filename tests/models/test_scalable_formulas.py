@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from recollect.autoscale import edge_index_of, propagate, with_weights
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK
+from recollect.models._dropout import dropout
 from recollect.models._layers import GCNLayer
 
 geometric = pytest.importorskip("torch_geometric.nn")
@@ -51,7 +52,7 @@ def test_gcn_with_everything():
     dense = data.adj_t.to_dense()
 
     def drop(x):
-        return F.dropout(x, 0.4)
+        return dropout(x, 0.4)
 
     torch.manual_seed(2)
     x = drop(F.linear(drop(data.x), model.lins[0].weight, model.lins[0].bias).relu())
@@ -94,7 +95,7 @@ def test_gat_drops_inputs_and_attention():
     torch.manual_seed(3)
     x = data.x
     for peer in peers:
-        x = peer(F.dropout(x, 0.3), edge_index_of(data.adj_t))
+        x = peer(dropout(x, 0.3), edge_index_of(data.adj_t))
         x = x if peer is peers[-1] else F.elu(x)
     check(found, x)
 
@@ -118,10 +119,10 @@ def test_gcn2s_x_0_is_before_dropout():
     dense = data.adj_t.to_dense()
     torch.manual_seed(0)
     x_0 = model.lins[0](data.x).relu()
-    h = 0.9 * dense @ F.dropout(x_0) + 0.1 * x_0
+    h = 0.9 * dense @ dropout(x_0, 0.5) + 0.1 * x_0
     beta = math.log(0.5 + 1)
     h = ((1 - beta) * h + beta * h @ model.convs[0].weight1).relu()
-    expected = model.lins[1](F.dropout(h))
+    expected = model.lins[1](dropout(h, 0.5))
     torch.manual_seed(0)
     check(model(data.x, data.adj_t), expected)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recollect.autoscale import ScalableGNN, propagate
+from recollect.models._dropout import dropout
 from recollect.models._stack import State, check_alpha, check_dropout, check_features
 
 __all__ = ["APPNP"]
@@ -67,8 +67,8 @@ class APPNP(ScalableGNN):
         """See :class:`~recollect.autoscale.ScalableGNN`."""
         if layer == 0:
             check_features(x, self.in_channels)
-            x = self.lins[0](F.dropout(x, self.dropout, self.training)).relu()
-            x = self.lins[1](F.dropout(x, self.dropout, self.training))
+            x = self.lins[0](dropout(x, self.dropout, self.training)).relu()
+            x = self.lins[1](dropout(x, self.dropout, self.training))
             state["x_0"] = x[: adj_t.size(0)]
         x_0: Tensor = state["x_0"]
         return (1 - self.alpha) * propagate(adj_t, x) + self.alpha * x_0

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect._parameters import reset_parameters
 from recollect.models._convs import make_conv
+from recollect.models._dropout import dropout, dropout_mask
 from recollect.reversible import GroupAddRev
 
 __all__ = ["RevGNN"]
@@ -49,7 +49,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Any, mask: Tensor | None = None, *args: Any) -> Tensor:
         x = self.norm(x).relu()
-        x = F.dropout(x, self.dropout, self.training) if mask is None else x * mask
+        x = dropout(x, self.dropout, self.training) if mask is None else x * mask
         output: Tensor = self.conv(x, edge_index, *args)
         return output
 
@@ -181,7 +181,7 @@ class RevGNN(nn.Module):
         mask = self._mask(x)
         for index in range(self.num_layers):
             x = self.layers[0 if self.tied else index](x, edge_index, mask, *args)
-        x = F.dropout(self.norm(x).relu(), self.dropout, self.training)
+        x = dropout(self.norm(x).relu(), self.dropout, self.training)
         logits: Tensor = self.head(x)
         return logits
 
@@ -207,4 +207,4 @@ class RevGNN(nn.Module):
         """One dropout mask for all layers, scaled; ``None`` where each block draws its own or none is needed."""
         if not (self.shared_dropout and self.training and self.dropout > 0):
             return None
-        return torch.empty_like(x).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+        return dropout_mask(x, self.dropout)

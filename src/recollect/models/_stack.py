@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recollect.autoscale import ScalableGNN
+from recollect.models._dropout import dropout
 
 __all__ = ["ConvStack"]
 
@@ -133,7 +133,7 @@ class ConvStack(ScalableGNN):
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout in training."""
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 def check_dropout(dropout: float) -> None:
