@@ -73,3 +73,9 @@ def test_polyaks_step_from_the_squared_norm_of_a_gradient():
     assert result.accuracy > 0.93
     assert sum(result.losses[-5:]) / 5 < 0.1 * result.losses[0]
     assert min(result.steps) < 0.5 * max(result.steps)  # the slope decides
+
+
+def test_depth_graph_and_objectives_at_once():
+    result = load("three_axes").train(num_nodes=1000, epochs=3)
+    assert result.accuracy > result.always_same + 0.1
+    assert result.peak < result.peak_plain / 5
