@@ -7,6 +7,7 @@ import pickle
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,9 +59,14 @@ def test_no_module():
         Engine()
 
 
-def test_what_is_no_module():
-    with pytest.raises(TypeError, match="takes modules, and was given list"):
-        Engine([nn.Linear(2, 2)])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [([[nn.Linear(2, 2)]], "list"), ([nn.Linear(2, 2), 0], "int")],
+    ids=["a list of modules", "a dimension without its name"],
+)
+def test_what_is_no_module(given, found):
+    with pytest.raises(TypeError, match=rf"was given {found}; .* Engine\(\*modules, batch_dim=0\)"):
+        Engine(*given)
 
 
 def test_a_module_inside_another():
@@ -127,6 +133,14 @@ def test_weights_of_another_shape_change_nothing():
     engine = Engine(net, batch_dim=0)
     with pytest.raises(ValueError, match=r"weights of shape \[6, 6\] for losses of shape \[6\]"):
         engine.backward(losses_of(net, data()), lambda gramian: gramian)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 6, np.ones(6), None], ids=["list", "ndarray", "None"])
+def test_weights_that_are_no_tensor_change_nothing(weights):
+    net = model()
+    with pytest.raises(TypeError, match=rf"returned {type(weights).__name__}; .* a tensor .* of shape \[6\]"):
+        Engine(net, batch_dim=0).backward(losses_of(net, data()), lambda gramian: weights)
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -279,10 +293,30 @@ def test_other_parameters_do_not_count():
     torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net[2].parameters()))
 
 
-def test_modules_that_the_output_does_not_depend_on():
+@pytest.mark.parametrize("hooked", [0, 1, 4])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_modules_that_the_output_does_not_depend_on(batch_dim, hooked):
     net, other = model(), model()
-    engine = Engine(net, batch_dim=0)
-    assert not engine.compute_gramian(losses_of(other, data())).any()
+    for parameter in list(net.parameters())[:hooked]:  # those have passes of their own
+        parameter.register_hook(lambda grad: grad)
+    engine = Engine(net, batch_dim=batch_dim)
+    with pytest.warns(UserWarning, match=r"Gramian is zero: .*no trainable parameter.*\(Sequential\)"):
+        assert not engine.compute_gramian(losses_of(other, data())).any()
+
+
+def test_no_trainable_parameter_is_nothing_to_warn_of():
+    net = model()
+    assert not Engine(nn.Tanh(), batch_dim=0).compute_gramian(losses_of(net, data())).any()
+    assert not Engine(copy.deepcopy(net).requires_grad_(False)).compute_gramian(losses_of(net, data())).any()
+
+
+@pytest.mark.parametrize("hooked", ["used", "unused"])
+def test_one_parameter_that_counts_is_enough(hooked):
+    net = model()
+    for parameter in net[0 if hooked == "used" else 2].parameters():
+        parameter.register_hook(lambda grad: grad)
+    losses = net[0](data()).square().sum(1)
+    torch.testing.assert_close(Engine(net, batch_dim=0).compute_gramian(losses), gramian(losses, net.parameters()))
 
 
 def test_several_modules():

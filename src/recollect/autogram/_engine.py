@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from recollect.autogram._capture import Hook, Recorder, can_record
 from recollect.autogram._independence import Independence
+from recollect.autogram._losses import check_weighting, check_weights, checked_dim
 from recollect.autogram._modules import check_modules, counted_parameters
 from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
 from recollect.autogram._plan import EntangledError, changed_layers
@@ -88,8 +90,11 @@ class Engine:
         Raises:
             TypeError: the output is no tensor of floating point, or a parameter is complex.
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
+
+        Warns:
+            UserWarning: none of the parameters is in the output's graph; their Gramian is zero.
         """
-        batch_dim = self._check_output(output)
+        batch_dim = checked_dim(output, self._batch_dim)
         with torch.enable_grad():
             output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
         parameters = counted_parameters(self._modules)
@@ -111,38 +116,14 @@ class Engine:
             The weights.
 
         Raises:
-            TypeError: ``weighting`` is a class, or cannot be called.
+            TypeError: ``weighting`` is a class, or cannot be called, or returns no tensor.
             ValueError: the weights have another shape than the losses.
         """
-        if isinstance(weighting, type) or not callable(weighting):
-            found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
-            raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
+        check_weighting(weighting)
         weights = weighting(self.compute_gramian(losses))
-        if weights.shape != losses.shape:
-            raise ValueError(
-                f"the weighting returned weights of shape {list(weights.shape)} for losses of shape "
-                f"{list(losses.shape)}; it must return one weight for each loss"
-            )
+        check_weights(weights, losses)
         torch.autograd.backward(losses, weights.to(losses))
         return weights
-
-    def _check_output(self, output: Tensor) -> int | None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"output must be a tensor of a floating-point type, and is {found}")
-        if not output.requires_grad:
-            raise ValueError(
-                "output has no graph: nothing that it was computed from requires a gradient, or it was computed under "
-                "no_grad or detached"
-            )
-        if self._batch_dim is None:
-            return None
-        if not -output.dim() <= self._batch_dim < output.dim():
-            raise ValueError(
-                f"batch_dim is {self._batch_dim}, and output has the shape {list(output.shape)}; compute the Gramian "
-                "of losses that have the batch dimension (reduction='none'), or give batch_dim=None"
-            )
-        return self._batch_dim % output.dim()
 
     def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor], retain: bool) -> Tensor:
         job = self._job(output, parameters, None, retain)
@@ -163,8 +144,21 @@ class Engine:
 
     def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None, retain: bool) -> Job:
         graph = walk(output, self._recorder, parameters)
+        if parameters and not graph.leaves:
+            self._warn_if_apart(output)
         known, changed = self._recall(graph, batch_dim), changed_layers(graph)
         return Job(output, graph, parameters, self._recorder, known, changed, self._row_bytes, retain)
+
+    def _warn_if_apart(self, output: Tensor) -> None:
+        """Say so if the output depends on no parameter at all, and not only on none of those that a pass is for."""
+        if not walk(output, self._recorder, counted_parameters(self._modules)).leaves:
+            names = ", ".join(type(module).__name__ for module in self._modules)
+            warnings.warn(
+                f"the Gramian is zero: the losses depend on no trainable parameter of the engine's modules ({names}). "
+                "Compute the losses with these modules, or make the engine of those that computed them",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
         training = tuple(child.training for module in self._modules for child in module.modules())

@@ -16,7 +16,10 @@ def check_modules(modules: Sequence[nn.Module]) -> None:
         raise ValueError("Engine was given no module; give the modules whose parameters count")
     for module in modules:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"Engine takes modules, and was given {type(module).__name__}")
+            raise TypeError(
+                f"Engine takes modules, and was given {type(module).__name__}; give each module as an argument of its "
+                "own, and the dimension of the batch by its name: Engine(*modules, batch_dim=0)"
+            )
     inside = {id(child): module for module in modules for child in module.modules() if child is not module}
     for k, module in enumerate(modules):
         if id(module) in inside or any(module is other for other in modules[:k]):
