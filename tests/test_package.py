@@ -5,6 +5,8 @@ import importlib.metadata
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -79,6 +81,16 @@ def test_the_named_interface():
     ]  # fmt: skip
     assert {"dry_mode", "in_dry_mode", "backward_mode", "in_backward", "eager_release"} <= set(recollect.__all__)
     assert hasattr(peak_memory(), "peak_bytes")
+
+
+def test_parts_are_imported_when_they_are_asked_for():
+    parts = {name.split(".")[1] for name in public_modules() if "." in name} - {"cli"}
+    assert set(recollect._PARTS) == parts
+    program = "import recollect, sys\nprint(recollect.autogram.Engine.__name__, 'recollect.train' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Engine", "False"]
+    with pytest.raises(AttributeError, match="its parts are aggregation, autogram"):
+        recollect.autograms  # noqa: B018
 
 
 def test_everything_that_is_installed_is_pinned():
