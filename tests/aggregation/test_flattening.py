@@ -29,6 +29,11 @@ def test_any_callable_can_be_wrapped():
     assert Flattening(lambda gramian: gramian.sum(0))(torch.ones(2, 3, 3, 2)).tolist() == [[6.0] * 3] * 2
 
 
+def test_what_is_wrapped_gives_one_weight_for_each_loss():
+    with pytest.raises(ValueError, match=r"returned weights of shape \[3\]; there are 6 objectives"):
+        Flattening(lambda gramian: gramian[0, :3])(torch.ones(2, 3, 3, 2))
+
+
 def test_errors_name_places():
     jacobian = normal(2, 3, 4)
     jacobian[1, 0] = math.nan

@@ -12,10 +12,10 @@ from recollect.aggregation._gramian import checked, correlations, flattened, nor
 @pytest.mark.parametrize(
     ("gramian", "message"),
     [
-        (torch.eye(3)[:2], r"square matrix.*found \[2, 3\] of torch.float32"),
+        (torch.eye(3)[:2], r"square matrix.*found \[2, 3\]"),
         (torch.ones(4), r"square matrix.*found \[4\].*Flattening"),
         (torch.ones(2, 3, 3, 2), r"found \[2, 3, 3, 2\].*Flattening"),
-        (torch.eye(2, dtype=torch.int64), "floating-point numbers.*torch.int64"),
+        (torch.eye(2, dtype=torch.int64), r"floating-point numbers.*torch.int64: give gramian.to\(torch.float\)"),
         (torch.eye(2, dtype=torch.complex64), "floating-point numbers.*torch.complex64"),
         (torch.ones(0, 0), "is empty.*at least one objective"),
         (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), r"symmetric; found 0.5 at \[0, 1\] and 0 at \[1, 0\]"),

@@ -4,13 +4,14 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from weight_asserts import assert_permutes, assert_scale_free
 from weight_inputs import DEGENERATE, gram, normal, square, tall, weightings, wide
 
 import recollect.aggregation
-from recollect.aggregation import ConstantWeighting, MeanWeighting, UPGradWeighting, Weighting
+from recollect.aggregation import ConstantWeighting, Flattening, MeanWeighting, UPGradWeighting, Weighting, conflict
 
 NAMES = list(weightings(1))
 RANDOM = {"PCGrad", "random"}
@@ -122,6 +123,58 @@ def test_a_method_of_ones_own():
         First()(torch.ones(3, 3).triu())
     with pytest.raises(TypeError, match="abstract"):
         Weighting()
+
+
+class Given(Weighting):
+    """Whatever it was made with."""
+
+    def __init__(self, weights, **more):
+        super().__init__()
+        self.given = weights
+
+    def weigh(self, gramian):
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "what Given.weigh returns must be a tensor, .*found list"),
+        (np.ones(2), TypeError, "found ndarray"),
+        (torch.ones(3), ValueError, r"Given.weigh returned weights of shape \[3\]; there are 2 objectives"),
+        (torch.ones(()), ValueError, r"returned weights of shape \[\];"),
+    ],
+)
+def test_a_method_of_ones_own_that_returns_no_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        Given(weights, more=1)(torch.eye(2))
+
+
+@pytest.mark.parametrize("gramian", [[[1.0]], np.eye(1)], ids=["list", "ndarray"])
+@pytest.mark.parametrize("takes", [UPGradWeighting(), Flattening(MeanWeighting()), conflict])
+def test_gramians_that_are_no_tensors(takes, gramian):
+    with pytest.raises(TypeError, match=rf"the Gramian must be a tensor, .*found {type(gramian).__name__}"):
+        takes(gramian)
+
+
+def test_settings_of_another_name():
+    with pytest.raises(TypeError, match=r"UPGradWeighting has no setting 'preference'; .*: pref_vector, reg_eps"):
+        UPGradWeighting(preference=torch.ones(2))
+    with pytest.raises(TypeError, match=r"ConstantWeighting has no setting 'pref_vector'; .*: weights"):
+        ConstantWeighting(pref_vector=torch.ones(2))
+
+
+@pytest.mark.parametrize("weighting", [UPGradWeighting, ConstantWeighting])
+def test_settings_that_are_no_tensors(weighting):
+    with pytest.raises(TypeError, match=r"must be a tensor, .*found list"):
+        weighting([1.0, 2.0])
+
+
+def test_the_name_of_an_aggregator_leads_to_its_weighting():
+    with pytest.raises(AttributeError, match=r"no attribute 'UPGrad'; .* of UPGradWeighting$"):
+        recollect.aggregation.UPGrad  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'Other'$"):
+        recollect.aggregation.Other  # noqa: B018
 
 
 def test_settings_are_shown():

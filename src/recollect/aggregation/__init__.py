@@ -19,6 +19,8 @@ reaches. A Gramian that is none, or that is not finite, is refused; the error na
 each other and the update.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from recollect.aggregation._aligned_mtl import AlignedMTLWeighting
 from recollect.aggregation._cagrad import CAGradWeighting
 from recollect.aggregation._conflict import Conflict, conflict
@@ -52,3 +54,11 @@ __all__ = [
     "Weighting",
     "conflict",
 ]
+
+if not TYPE_CHECKING:  # to a type checker, the module would have every name
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say which weighting belongs to the name of an aggregator, such as UPGrad."""
+        weighting = f"{name}Weighting"
+        hint = f"; the weights of this method are those of {weighting}" if weighting in __all__ else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

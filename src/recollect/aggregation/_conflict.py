@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recollect.aggregation._gramian import checked, correlations, flattened
+from recollect.aggregation._gramian import check_tensor, checked, correlations, flattened
 
 __all__ = ["Conflict", "conflict"]
 
@@ -40,12 +40,14 @@ def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
         The share of conflicting pairs, the cosines between the update and each gradient, and the smallest of these.
 
     Raises:
+        TypeError: the Gramian or the weights are no tensor.
         ValueError: what weightings refuse, or weights of another shape or not finite.
     """
     matrix, shape = flattened(gramian)
     matrix = checked(matrix, shape)
     if weights is None:
         weights = matrix.new_ones(shape)
+    check_tensor("weights", weights)
     if tuple(weights.shape) != shape or not bool(weights.isfinite().all()):
         raise ValueError(f"weights must be finite and of the shape {list(shape)}; found {list(weights.shape)}")
     between, norms = correlations(matrix)

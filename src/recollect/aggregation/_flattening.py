@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.aggregation._gramian import checked, flattened
+from recollect.aggregation._weighting import checked_weights
 
 __all__ = ["Flattening"]
 
@@ -43,7 +44,9 @@ class Flattening(nn.Module):
         """Return the weights.
 
         Raises:
+            TypeError: the Gramian is no tensor, or the weighting returns none.
             ValueError: another shape, or what :class:`Weighting` refuses; objectives are named by their place.
         """
         matrix, shape = flattened(gramian)
-        return self.weighting(checked(matrix, shape)).reshape(shape)
+        weights = self.weighting(checked(matrix, shape))
+        return checked_weights(weights, len(matrix), "the wrapped weighting").reshape(shape)

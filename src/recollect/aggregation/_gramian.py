@@ -8,9 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "correlations", "flattened", "normalized", "regularized"]
+__all__ = ["check_tensor", "checked", "correlations", "flattened", "normalized", "regularized"]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError that names the value unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, as torch.as_tensor makes one; found {type(value).__name__}")
 
 
 def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
@@ -24,11 +30,13 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         ValueError: it is not square, empty, of another type than floating point, not finite, not symmetric, or its
             diagonal, which holds squared norms, has a negative entry.
     """
-    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.is_floating_point():
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         raise ValueError(
-            f"a Gramian is a square matrix of floating-point numbers, [m, m]; found {list(gramian.shape)} of "
-            f"{gramian.dtype}. Wrap the weighting in Flattening for losses of another shape than [m]"
+            f"a Gramian is a square matrix, [m, m]; found {list(gramian.shape)}. Wrap the weighting in Flattening for "
+            "losses of another shape than [m]"
         )
+    if not gramian.is_floating_point():
+        raise ValueError(f"a Gramian is of floating-point numbers; found {gramian.dtype}: give gramian.to(torch.float)")
     if gramian.shape[0] == 0:
         raise ValueError("the Gramian is empty, [0, 0]: there must be at least one objective")
     exact = gramian.double()
@@ -76,8 +84,10 @@ def flattened(gramian: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     The second half of its axes mirrors the first. A 0-D Gramian, a squared norm, becomes ``[1, 1]``.
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: the second half of the shape is not the first one mirrored.
     """
+    check_tensor("the Gramian", gramian)
     half = gramian.ndim // 2
     shape = tuple(gramian.shape[:half])
     if gramian.ndim % 2 or tuple(gramian.shape[half:]) != shape[::-1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect.aggregation._gramian import check_tensor
 from recollect.aggregation._weighting import Weighting
 
 __all__ = ["ConstantWeighting", "MeanWeighting", "RandomWeighting", "SumWeighting"]
@@ -33,6 +34,7 @@ class ConstantWeighting(Weighting):
         weights: ``[m]``, finite.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: another shape, or numbers that are not finite; at the call, a Gramian of another size.
     """
 
@@ -40,6 +42,7 @@ class ConstantWeighting(Weighting):
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
+        check_tensor("weights", weights)
         if weights.ndim != 1 or not bool(weights.isfinite().all()):
             raise ValueError(f"weights must be finite, one for each objective, [m]; found {weights.tolist()}")
         self.register_buffer("weights", weights, persistent=False)
