@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -239,14 +240,37 @@ def test_bad_pulls(make, name, n_id, error):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((0, 4), "num_embeddings"),
-        ((4, 0), "embedding_dim"),
-        ((4, 4, None, torch.int32), r"got torch\.int32"),
+        ((0, 4), r"num_embeddings must be at least 1 \(got 0\)"),
+        ((4, 0), r"embedding_dim must be at least 1 \(got 0\)"),
+        (("5", 4), r"num_embeddings must be an integer of at least 1 \(got '5'\)"),
+        ((4, 2.5), r"embedding_dim must be an integer of at least 1 \(got 2.5\)"),
+        ((4, 4, torch.int32), r"the dtype of a history must be one of .*got torch\.int32"),
+        ((4, 4, "float16"), r"the dtype of a history must be one of .*got 'float16'"),
     ],
 )
 def test_bad_sizes_and_types(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        History(*arguments)
+    rows, width, *dtype = arguments
+    for call in (lambda: history_bytes(*arguments), lambda: History(rows, width, None, *dtype)):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_sizes_may_be_numpys():
+    assert history_bytes(numpy.int64(5), numpy.int32(2)) == history_bytes(5, 2) == 60
+    history = History(numpy.int64(5), numpy.int32(2))
+    assert type(history.num_embeddings) is type(history.embedding_dim) is int
+
+
+def test_rows_that_were_never_pushed_are_counted(make):
+    history = make()
+    assert history.never_pushed() == ROWS
+    history.push(torch.ones(3, WIDTH), torch.tensor([4, 0, 7]))
+    history.push(torch.zeros(2, WIDTH), torch.tensor([4, 5]))
+    assert history.never_pushed() == ROWS - 4
+    history.push(torch.ones(ROWS, WIDTH))
+    assert history.never_pushed() == 0
+    history.reset_parameters()
+    assert history.never_pushed() == ROWS
 
 
 def test_rebuilds_push_nothing_and_first_calls_do(make):

@@ -273,3 +273,8 @@ def test_the_resident_part_does_not_grow_with_the_file(path):
     assert after < 2**20
     assert most < 16 * 2**20
     assert everything < 8 * 2**20
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(HistoryFileError, match=f"{tmp_path} is a folder; name a file in it"):
+        History(ROWS, WIDTH, path=tmp_path)

@@ -2,6 +2,7 @@ import logging
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from graph_zoo import edges_of, edges_of_adj_t, every_graph, graph, ptr_of, ring, scattered
@@ -12,6 +13,7 @@ from torch_geometric.utils import bipartite_subgraph, k_hop_subgraph
 
 from recollect.autoscale import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
 from recollect.autoscale._cut import Cut
+from recollect.data import load
 from recollect.memory import peak_memory
 
 both_forms = pytest.mark.parametrize("adjacency", ["csr", "edge_index"])
@@ -312,13 +314,15 @@ def broken(**changes):
         (broken, {"ptr": torch.tensor([0, 6, 4, 8])}, ValueError, "ptr descends after part 1"),
         (broken, {"ptr": [0, 8]}, ValueError, "ptr is a list, but must be an int64 tensor"),
         (broken, {"ptr": torch.tensor([0.0, 8.0])}, ValueError, "ptr is of torch.float32"),
-        (broken, {"batch_size": 0}, ValueError, "batch_size is 0, but must be at least 1"),
-        (broken, {"batch_size": None}, ValueError, "batch_size is None"),
+        (broken, {"batch_size": 0}, ValueError, r"batch_size must be at least 1, the number of parts .* \(got 0\)"),
+        (broken, {"batch_size": None}, ValueError, r"batch_size must be an integer .* \(got None\)"),
         (broken, {"adjacency": "coo"}, ValueError, "adjacency is 'coo', but must be one of csr, edge_index"),
         (lambda: broken(y=torch.ones(7)), {}, ValueError, r"data.y has shape \(7,\), but a row .* of the 8 nodes"),
         (lambda: broken(edge_attr=torch.ones(8)), {}, ValueError, r"data.edge_attr .* of the 16 edges"),
         (lambda: broken(adj_t=to_adj_t(ring()).adj_t), {}, ValueError, "both of edge_index and adj_t"),
         (lambda: Data(x=torch.ones(8, 1), node_order=torch.arange(8)), {}, ValueError, "neither of edge_index and"),
+        (lambda: load("karate"), {}, TypeError, "data is a GraphDataset, but .* give its attribute data"),
+        (lambda: torch.ones(2, 16), {}, TypeError, r"data is a tensor .*Data\(x=x, edge_index=edge_index\) makes one"),
     ],
 )
 @pytest.mark.parametrize("kind", [SubgraphLoader, EvalSubgraphLoader])
@@ -349,3 +353,19 @@ def test_weights_twice_are_refused():
     data.edge_weight = torch.ones(16)
     with pytest.raises(ValueError, match="edge_weight beside adj_t, whose values are weights already"):
         SubgraphLoader(data, ptr_of(8), adjacency="edge_index")
+
+
+@pytest.mark.parametrize("kind", [SubgraphLoader, EvalSubgraphLoader])
+def test_parts_in_a_mini_batch_may_be_counted_by_numpy(kind):
+    data = permuted(ring())
+    one, other = (next(iter(kind(data, ptr_of(3, 4, 1), size))) for size in (2, np.int64(2)))
+    assert one.batch_size == other.batch_size == 7
+
+
+def test_an_attribute_of_the_graph_is_told_where_it_is():
+    data = permuted(ring())
+    batch = next(iter(SubgraphLoader(data, thirds(data))))
+    with pytest.raises(AttributeError, match=r"no attribute 'x'; its graph has it: batch\.data\.x"):
+        batch.x  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'weight'; it has data, batch_size, n_id, offset, count"):
+        batch.weight  # noqa: B018

@@ -11,7 +11,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.data import Data
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
-from recollect.autoscale import add_self_loops, edge_index_of, normalize, to_adj_t, with_weights
+from recollect.autoscale import add_self_loops, edge_index_of, normalize, partition, to_adj_t, with_weights
 from recollect.autoscale._operators import adjacency_of, as_csr, first_rows
 
 
@@ -122,3 +122,20 @@ class TestEdgeIndex:
     def test_weights_beside_a_sparse_tensor(self):
         with pytest.raises(ValueError, match="are its values"):
             as_csr(to_adj_t(ring()).adj_t, torch.ones(16))
+
+
+@pytest.mark.parametrize("given", [lambda: ring().edge_index, ring], ids=["edge_index", "data"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        add_self_loops,
+        normalize,
+        edge_index_of,
+        lambda adj_t: with_weights(adj_t, torch.ones(16)),
+        lambda adj_t: partition(adj_t, 2, "random"),
+    ],
+    ids=["add_self_loops", "normalize", "edge_index_of", "with_weights", "partition"],
+)
+def test_what_is_no_adjacency_is_refused(call, given):
+    with pytest.raises(TypeError, match=r"adj_t is a (tensor of layout torch.strided|Data), .* to_adj_t\(data\).adj_t"):
+        call(given())

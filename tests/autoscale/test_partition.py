@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from graph_zoo import directed, every_graph, graph, ring
@@ -258,7 +259,8 @@ def test_a_missing_package_is_named(method, package, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_parts": 0}, ValueError, "num_parts is 0, but must be at least 1"),
+        ({"num_parts": 0}, ValueError, r"num_parts must be at least 1 \(got 0\)"),
+        ({"num_parts": 2.5}, ValueError, r"num_parts must be an integer of at least 1 \(got 2.5\)"),
         ({"method": "louvain"}, ValueError, "method is 'louvain', but must be one of metis, kaminpar, random"),
         ({"method": "random", "recursive": True}, ValueError, "random takes no recursive"),
         pytest.param(
@@ -282,3 +284,11 @@ def test_a_missing_package_is_named(method, package, monkeypatch):
 def test_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         partition(**{"adj_t": adj_t_of(ring()), "num_parts": 2, **arguments})
+
+
+@every_method
+def test_numbers_may_be_numpys(method):
+    adj_t = adj_t_of(cliques(3, 4))
+    one, other = partition(adj_t, 3, method, seed=1), partition(adj_t, np.int64(3), method, seed=np.int64(1))
+    assert torch.equal(one.perm, other.perm)
+    assert torch.equal(one.ptr, other.ptr)

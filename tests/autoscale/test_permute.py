@@ -8,7 +8,8 @@ from graph_zoo import directed, edges_of, edges_of_adj_t, every_graph, graph, ri
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Data
 
-from recollect.autoscale import edge_index_of, permute, to_adj_t
+from recollect.autoscale import Partition, SubData, edge_index_of, permute, to_adj_t
+from recollect.data import load
 
 both_forms = pytest.mark.parametrize("form", [lambda data: data, to_adj_t], ids=["edge_index", "adj_t"])
 
@@ -230,3 +231,23 @@ def test_time_is_logged_if_wanted(caplog):
         assert caplog.messages == []
         permute(ring(), torch.arange(8))
     assert "permuted 8 nodes" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("call", [to_adj_t, lambda data: permute(data, torch.arange(8))], ids=["to_adj_t", "permute"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: load("karate"), "data is a GraphDataset, but must be a graph, .*; give its attribute data"),
+        (lambda: SubData(ring(), 8, *3 * [torch.arange(8)]), "data is a SubData, .*; give its attribute data"),
+        (lambda: ring().edge_index, "data is a tensor of layout torch.strided, but .* makes one of tensors"),
+    ],
+)
+def test_what_is_no_graph_is_refused(call, make, message):
+    with pytest.raises(TypeError, match=message):
+        call(make())
+
+
+@pytest.mark.parametrize("perm", [Partition(torch.arange(8), torch.tensor([0, 8])), list(range(8))])
+def test_a_permutation_is_a_tensor(perm):
+    with pytest.raises(TypeError, match=r"perm is a (Partition|list), but must be an int64 tensor \[N\], the first of"):
+        permute(ring(), perm)

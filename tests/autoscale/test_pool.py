@@ -247,9 +247,15 @@ def test_results_have_the_type_of_the_module(pool):
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [((0, 1, 1), "pool_size"), ((1, 0, 1), "buffer_size"), ((1, 1, 0), "embedding_dim")],
+    [
+        ((0, 1, 1), r"pool_size must be at least 1 \(got 0\)"),
+        ((1, -1, 1), r"buffer_size must be at least 1 \(got -1\)"),
+        ((1, 1, 0), r"embedding_dim must be at least 1 \(got 0\)"),
+        ((2.5, 1, 1), r"pool_size must be an integer of at least 1 \(got 2.5\)"),
+        ((1, "8", 1), r"buffer_size must be an integer of at least 1 \(got '8'\)"),
+    ],
 )
-def test_sizes_below_one(arguments, match):
+def test_bad_sizes(arguments, match):
     with pytest.raises(ValueError, match=match):
         AsyncIOPool(*arguments)
 

@@ -133,14 +133,14 @@ class TestWholeGraph:
     def test_in_training_it_leaves_them_alone(self):
         model, data = Mean(), make_graph()
         backward(model, model(data.x, data.adj_t))
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
         assert not any(table.any() for table in tables(model))
 
     def test_another_graph_leaves_them_alone(self):
         model, data = Mean().eval(), make_graph()
         sub = data.adj_t.to_dense()[:7, :7].to_sparse_csr()
         assert model(data.x[:7], sub).shape == (7, 4)
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
 
 
 class TestArguments:
@@ -187,17 +187,17 @@ class TestArguments:
         del given["data"]
         with pytest.raises(error, match=message):
             model(**given)
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
         assert not any(table.any() for table in tables(model))
         run(model, batch)  # and it goes on
-        assert model.staleness() != [0, 0, 0]
+        assert max(model.never_pushed()) < NODES
 
     def test_features_of_another_width(self):
         model = Mean()
         batch = batches(make_graph())[0]
         with pytest.raises(RuntimeError):
             model(batch.data.x[:, :2], batch.data.adj_t, *batch[1:])
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
 
     @pytest.mark.parametrize(("rows", "channels"), [(16, 5), (16, 1), (5, 2)])
     def test_a_history_of_another_size(self, rows, channels):
@@ -205,7 +205,7 @@ class TestArguments:
         batch = batches(make_graph())[0]
         with pytest.raises(ValueError, match=rf"x is \[{rows}, {channels}\], but"):
             model.push_and_pull(model.histories[1], torch.ones(rows, channels), *batch[1:])
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
 
     def test_layers_that_return_too_few_rows(self):
         class Short(Mean):
@@ -235,7 +235,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((0, 3, 2), "num_nodes must be an integer of at least 1"),
+            ((0, 3, 2), "num_nodes must be at least 1, such as data.num_nodes"),
             ((3, 3, 0), "num_layers must be at least 1"),
             ((3, 0, 2), "hidden_channels must be at least 1"),
             ((3, [3, 3], 2), "hidden_channels has 2 numbers, but between 2 layers there are 1"),
@@ -265,6 +265,11 @@ class TestArguments:
             assert_same(step(model, batch), step(other, batch))
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [f"{k}.history" for k in range(3)]
 
+    def test_a_file_in_the_place_of_their_folder_is_refused(self, tmp_path):
+        (tmp_path / "run").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"history_path='.*run' is a file, but must be a folder"):
+            Mean(history_path=tmp_path / "run")
+
     def test_reset_parameters_empties_the_histories(self):
         model, data = Mean().eval(), make_graph()
         model(data.x, data.adj_t)
@@ -284,13 +289,43 @@ def test_a_mini_batch_without_its_numbers_is_refused():
         Mean()(batch.data.x, batch.data.adj_t)
 
 
-@pytest.mark.parametrize("number", [0, None, "data"])
+@pytest.mark.parametrize("number", [None, "data", 2.5])
 def test_a_number_of_nodes_is_an_integer(number):
     with pytest.raises(ValueError, match=r"num_nodes must be an integer of at least 1, such as data.num_nodes"):
         ScalableGNN(number, 4, 2)
 
 
-def test_a_number_of_nodes_may_be_numpys():
-    model = ScalableGNN(numpy.int64(5), 4, 2)
-    assert type(model.num_nodes) is int
-    assert model.tables[0].num_embeddings == 5
+@pytest.mark.parametrize("channels", [numpy.int64(4), [numpy.int64(4)], numpy.array([4]), (4,)], ids=repr)
+def test_numbers_may_be_numpys(channels):
+    model = ScalableGNN(numpy.int64(5), channels, numpy.int64(2), numpy.int64(1), numpy.int64(3))
+    assert type(model.num_nodes) is type(model.num_layers) is int
+    assert model.hidden_channels in (4, [4])
+    assert (model.tables[0].num_embeddings, model.tables[0].embedding_dim) == (5, 4)
+
+
+@pytest.mark.parametrize("channels", ["8", 8.0, None, [8.0]])
+def test_numbers_of_channels_are_integers(channels):
+    with pytest.raises(ValueError, match="hidden_channels must be an integer of at least 1"):
+        ScalableGNN(5, channels, 2)
+
+
+class Returning(ScalableGNN):
+    """Returns what it is told to make of its input."""
+
+    def __init__(self, result, **options):
+        super().__init__(NODES, IN, 2, history_dtype=torch.float64, **options)
+        self.result = result
+
+    def forward_layer(self, layer, x, adj_t, state):
+        return self.result(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize(
+    "call", [lambda model, data: model(data.x, data.adj_t), lambda model, data: run(model, batches(data)[0])]
+)
+@pytest.mark.parametrize("result", [lambda x: None, lambda x: (x, x)], ids=["NoneType", "tuple"])
+def test_a_layer_that_returns_no_tensor_is_named(result, call, options):
+    name = type(result(torch.ones(1))).__name__
+    with pytest.raises(TypeError, match=rf"Returning.forward_layer\(0, ...\) returned a {name}, .*is there a return"):
+        call(Returning(result, **options), make_graph())

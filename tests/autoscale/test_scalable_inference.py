@@ -97,7 +97,7 @@ class TestLoaders:
         data = make_graph().subgraph(torch.arange(9))
         with pytest.raises(ValueError, match="mini-batches have 9 nodes together"):
             model(loader=EvalSubgraphLoader(data, torch.tensor([0, 4, 9])))
-        assert model.staleness() == [0, 0, 0]
+        assert model.never_pushed() == 3 * [NODES]
 
     def test_the_order_of_mini_batches_does_not_matter(self):
         model, data = Mean(), make_graph()

@@ -95,7 +95,7 @@ def test_a_halo_that_is_larger_than_the_buffers():
     batch = batches(make_graph(), 2)[0]
     with pytest.raises(ValueError, match=f"buffer_size={len(batch.n_id) - batch.batch_size}"):
         run(model, batch)
-    assert model.staleness() == [0, 0, 0]
+    assert model.never_pushed() == 3 * [NODES]
 
 
 @pytest.mark.parametrize("failing", [0, 2])

@@ -15,7 +15,6 @@ forms = pytest.mark.parametrize(
 
 def test_mean_ages():
     model = Mean()
-    assert model.staleness() == [0, 0, 0]
     ages = torch.zeros(NODES)
     for batch in 2 * batches(make_graph()):
         run(model, batch)
@@ -24,6 +23,23 @@ def test_mean_ages():
         assert model.staleness() == pytest.approx([float(ages.mean())] * 3)
     model.eval()(make_graph().x, make_graph().adj_t)
     assert model.staleness() == [0, 0, 0]
+
+
+def test_what_was_never_pushed_is_not_fresh():
+    model, data = Mean(), make_graph()
+    for _ in range(2):
+        assert model.staleness() == 3 * [float("inf")]
+        assert model.never_pushed() == 3 * [NODES]
+        first, *_, last = batches(data)
+        run(model, first)
+        assert model.never_pushed() == 3 * [NODES - first.batch_size]
+        run(model, last)
+        assert model.never_pushed() == 3 * [NODES - first.batch_size - last.batch_size]
+        expected = (first.batch_size + 2 * (NODES - first.batch_size - last.batch_size)) / NODES
+        assert model.staleness() == pytest.approx(3 * [expected])
+        model(loader=EvalSubgraphLoader(data, PTR))
+        assert model.never_pushed() == [0, 0, 0]
+        model.reset_parameters()
 
 
 @forms

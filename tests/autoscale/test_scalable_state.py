@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from scalable_zoo import Mean, assert_same, batches, make_graph, run, tables
+from scalable_zoo import NODES, Mean, assert_same, batches, make_graph, run, tables
 
 
 def saved(model):
@@ -30,6 +30,7 @@ def test_histories_are_saved_where_they_are_asked_for(keep):
     other.load_state_dict(state)
     assert_same(list(other.parameters()), list(model.parameters()))
     assert (other.staleness() == model.staleness()) == keep
+    assert other.never_pushed() == (model.never_pushed() if keep else 3 * [NODES])
     if keep:
         assert_same(tables(other), tables(model))
         batch = batches(make_graph())[0]

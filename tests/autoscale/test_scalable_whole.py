@@ -35,6 +35,8 @@ def test_mini_batches_are_refused(kind):
     with pytest.raises(RuntimeError, match="keep=False"):
         model.staleness()
     with pytest.raises(RuntimeError, match="keep=False"):
+        model.never_pushed()
+    with pytest.raises(RuntimeError, match="keep=False"):
         history_errors(model, make_graph())
 
 

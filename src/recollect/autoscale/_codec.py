@@ -92,10 +92,8 @@ def codec_for(dtype: torch.dtype, channels: int) -> Codec:
     """Return the codec of a history's ``dtype``.
 
     Raises:
-        ValueError: a type in which no history is kept, or no channels.
+        ValueError: a type in which no history is kept.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"a history is kept in one of {', '.join(map(str, DTYPES))} (got {dtype})")
-    if channels < 1:
-        raise ValueError(f"embedding_dim must be at least 1 (got {channels})")
+        raise ValueError(f"the dtype of a history must be one of {', '.join(map(str, DTYPES))} (got {dtype!r})")
     return Int8Codec(channels) if dtype == torch.int8 else FloatCodec(dtype, channels)

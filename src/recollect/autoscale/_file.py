@@ -65,6 +65,8 @@ def open_file(path: Path, layout: FileLayout) -> int:
     """
     if os.name != "posix":
         raise HistoryFileError(f"{path}: histories in files need a POSIX system (got {os.name!r}); leave path=None")
+    if path.is_dir():
+        raise HistoryFileError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -17,6 +17,7 @@ from recollect.autoscale._rows import STAMP
 from recollect.autoscale._selection import check_values, length, select_all, select_batch, select_rows
 from recollect.autoscale._table import Table
 from recollect.autoscale._table_module import TableModule
+from recollect.autoscale.checks import as_count
 from recollect.frames import in_backward
 
 __all__ = ["History", "history_bytes"]
@@ -36,10 +37,8 @@ def history_bytes(num_embeddings: int, embedding_dim: int, dtype: torch.dtype = 
     Raises:
         ValueError: a type in which no history is kept, or fewer than one row or channel.
     """
-    codec = codec_for(dtype, embedding_dim)
-    if num_embeddings < 1:
-        raise ValueError(f"num_embeddings must be at least 1 (got {num_embeddings})")
-    return num_embeddings * (codec.record_width * codec.record_dtype.itemsize + STAMP.itemsize)
+    codec, rows = codec_for(dtype, as_count("embedding_dim", embedding_dim)), as_count("num_embeddings", num_embeddings)
+    return rows * (codec.record_width * codec.record_dtype.itemsize + STAMP.itemsize)
 
 
 class History(TableModule):
@@ -105,7 +104,8 @@ class History(TableModule):
         save_histories: bool = False,
         keep: bool = True,
     ) -> None:
-        history_bytes(num_embeddings, embedding_dim, dtype)  # checks them
+        num_embeddings = as_count("num_embeddings", num_embeddings)
+        embedding_dim = as_count("embedding_dim", embedding_dim)
         codec = codec_for(dtype, embedding_dim)
         if path is not None and (device is not None or save_histories):
             found = f"device={device!r}" if device is not None else "save_histories=True"
@@ -174,7 +174,7 @@ class History(TableModule):
     def age(self, n_id: Tensor | None = None) -> Tensor:
         """Return the pushes to this history since the rows ``n_id`` (all without it) were pushed last, [rows] int64.
 
-        A row that was never pushed is as old as the history.
+        A row that was never pushed is as old as the history; see :meth:`never_pushed`.
 
         Raises:
             TypeError, ValueError, IndexError, RuntimeError: as for :meth:`pull`.
@@ -182,6 +182,14 @@ class History(TableModule):
         where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
         self.settle()
         return self.table.ages(where).to(self.out_device)
+
+    def never_pushed(self) -> int:
+        """Return the number of rows that are still 0, because none was pushed there since it was made or reset.
+
+        Raises:
+            RuntimeError: as for :meth:`pull`.
+        """
+        return int((self.age() == self.table.clock.pushes).sum())
 
     def reset_parameters(self) -> None:
         """Set all rows to 0, never pushed."""

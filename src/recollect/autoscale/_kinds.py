@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from recollect.autoscale._checks import check_square
+from recollect.autoscale._checks import check_data, check_square
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -36,9 +36,11 @@ def kinds_of(data: Data, kinds: Mapping[str, Kind] | None = None) -> tuple[int, 
         N, E, and the kind of each dense tensor but ``edge_index`` and ``adj_t``.
 
     Raises:
-        TypeError: Rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse CSR form.
+        TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse
+            CSR form.
         ValueError: There are no edges, or both forms of them; a size does not fit; a kind cannot be decided.
     """
+    check_data(data)
     attributes: dict[str, Any] = data.to_dict()
     num_edges = _num_edges(attributes)
     num_nodes = int(data.num_nodes)

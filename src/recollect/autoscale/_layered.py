@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recollect.autoscale.checks import as_count
 from recollect.frames import checkpoint, in_backward
 
 __all__ = ["Between", "LayeredGNN"]
@@ -35,9 +36,7 @@ class LayeredGNN(nn.Module):
 
     def __init__(self, num_layers: int, recompute: bool = False) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1 (got {num_layers})")
-        self.num_layers = num_layers
+        self.num_layers = as_count("num_layers", num_layers)
         self.recompute = recompute
 
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
@@ -60,6 +59,11 @@ class LayeredGNN(nn.Module):
     def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
         out = self.forward_layer(layer, x, adj_t, state)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}.forward_layer({layer}, ...) returned a {type(out).__name__}, but must return a "
+                "tensor [targets, channels] (is there a return?); what later layers need beside it belongs in state"
+            )
         if out.size(0) < adj_t.size(0):
             raise ValueError(
                 f"{type(self).__name__}.forward_layer({layer}, ...) returned {out.size(0)} rows, but its adjacency "

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recollect.autoscale._adj_t import to_adj_t
+from recollect.autoscale._checks import check_data
 from recollect.autoscale._cut import Adjacency, Cut, check_permuted, checked_ptr
 from recollect.autoscale._kinds import Kind
+from recollect.autoscale.checks import as_count
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EvalSubgraphLoader", "SubgraphLoader"]
 
 _logger = logging.getLogger(__name__)
+_PARTS = ", the number of parts in a mini-batch"
 
 
 class SubgraphLoader(DataLoader[int]):
@@ -68,7 +71,8 @@ class SubgraphLoader(DataLoader[int]):
         **kwargs: Any,
     ) -> None:
         start = time.perf_counter()
-        _check_batch_size(batch_size)
+        check_data(data)
+        batch_size = as_count("batch_size", batch_size, _PARTS)
         if "collate_fn" in kwargs:
             raise ValueError("a loader of mini-batches has a collate_fn of its own: leave it out")
         check_permuted(data)
@@ -100,12 +104,8 @@ class EvalSubgraphLoader(SubgraphLoader):
         for name in ("sampler", "batch_sampler", "drop_last", "shuffle"):
             if kwargs.pop(name, None):
                 raise ValueError(f"EvalSubgraphLoader yields every node once, in order: it takes no {name}")
-        _check_batch_size(batch_size)
+        check_data(data)
+        batch_size = as_count("batch_size", batch_size, _PARTS)
         ptr = checked_ptr(ptr, int(data.num_nodes))
         joined = torch.cat([ptr[:-1:batch_size], ptr[-1:]])
         super().__init__(data, joined, batch_size=1, bipartite=bipartite, log=log, **kwargs)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1, the number of parts in a mini-batch")

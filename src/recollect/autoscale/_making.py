@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._pool import AsyncIOPool
+from recollect.autoscale.checks import as_count
 
-__all__ = ["forget", "fresh_histories", "make_histories", "make_pool", "widths_of"]
+__all__ = ["as_channels", "forget", "fresh_histories", "make_histories", "make_pool", "widths_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +28,16 @@ def make_histories(
     save_histories: bool,
     keep: bool = True,
 ) -> nn.ModuleList:
-    """Make a history for each width; what they will take is logged before it is allocated."""
+    """Make a history for each width; what they will take is logged before it is allocated.
+
+    Raises:
+        ValueError: the folder is a file.
+    """
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(
+            f"history_path={str(folder)!r} is a file, but must be a folder, which need not be there yet: histories are "
+            "files in it, 0.history and so on"
+        )
     if keep:
         size = sum(history_bytes(num_nodes, width, dtype) for width in widths)
         place = device or "host memory" if folder is None else folder
@@ -51,14 +61,23 @@ def forget(histories: list[Any], layer: int) -> None:
         histories[layer - 1] = None
 
 
-def widths_of(hidden_channels: int | Sequence[int], num_layers: int) -> list[int]:
+def as_channels(hidden_channels: Any) -> int | list[int]:
+    """Return a number of channels as an ``int``, and several as a list of them.
+
+    Raises:
+        ValueError: one is no integer, or below 1.
+    """
+    if isinstance(hidden_channels, Iterable):
+        return [as_count("hidden_channels", width) for width in hidden_channels]
+    return as_count("hidden_channels", hidden_channels)
+
+
+def widths_of(hidden_channels: int | list[int], num_layers: int) -> list[int]:
     """Return the widths of all layers' outputs but the last.
 
     Raises:
         ValueError: there is not one for each.
     """
-    if min([hidden_channels] if isinstance(hidden_channels, int) else hidden_channels, default=1) < 1:
-        raise ValueError(f"hidden_channels must be at least 1 (got {hidden_channels})")
     if isinstance(hidden_channels, int):
         return [hidden_channels] * (num_layers - 1)
     if len(hidden_channels) != num_layers - 1:
@@ -66,7 +85,7 @@ def widths_of(hidden_channels: int | Sequence[int], num_layers: int) -> list[int
             f"hidden_channels has {len(hidden_channels)} numbers, but between {num_layers} layers there are "
             f"{num_layers - 1} outputs: one number for each is expected"
         )
-    return list(hidden_channels)
+    return hidden_channels
 
 
 def make_pool(pool_size: int | None, buffer_size: int | None, widths: Sequence[int]) -> AsyncIOPool | None:

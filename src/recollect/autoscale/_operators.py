@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._adj_t import make_adj_t, rows_of, sparse_csr
-from recollect.autoscale._checks import check_square
+from recollect.autoscale._checks import check_csr, check_square, described
 
 __all__ = ["add_self_loops", "adjacency_of", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
 
@@ -31,10 +31,9 @@ def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
             raise ValueError("edge_weight goes with an EdgeIndex; the weights of a sparse adj_t are its values")
         return adj_t
     if type(adj_t).__name__ != "EdgeIndex":
-        found = f"a tensor of layout {adj_t.layout}" if isinstance(adj_t, Tensor) else f"a {type(adj_t).__name__}"
         raise TypeError(
-            f"adj_t is {found}, but must be a torch.sparse_csr tensor [targets, sources] or a "
-            "torch_geometric.EdgeIndex; to_adj_t(data) makes one of edge_index"
+            f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor [targets, sources] or a "
+            "torch_geometric.EdgeIndex; to_adj_t(data).adj_t is one"
         )
     num_src, num_dst = adj_t.sparse_size()
     if num_src is None or num_dst is None or not adj_t.is_sorted_by_col:
@@ -64,12 +63,22 @@ def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:
 
 
 def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
-    """Return an adjacency of the same edges with other weights [num_edges]."""
+    """Return an adjacency of the same edges with other weights [num_edges].
+
+    Raises:
+        TypeError: it is no sparse CSR tensor.
+    """
+    check_csr(adj_t)
     return sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), weights, (adj_t.size(0), adj_t.size(1)))
 
 
 def edge_index_of(adj_t: Tensor) -> Tensor:
-    """Return the edges as source and target [2, num_edges], in the adjacency's order."""
+    """Return the edges as source and target [2, num_edges], in the adjacency's order.
+
+    Raises:
+        TypeError: it is no sparse CSR tensor.
+    """
+    check_csr(adj_t)
     return torch.stack([adj_t.col_indices(), rows_of(adj_t)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from recollect.autoscale._checks import check_square
 from recollect.autoscale._kaminpar import kaminpar_clusters
 from recollect.autoscale._metis import metis_clusters
 from recollect.autoscale._operators import as_csr
+from recollect.autoscale.checks import as_count
 
 __all__ = ["Method", "Partition", "PartitionQuality", "metis", "partition", "partition_quality"]
 
@@ -99,8 +101,7 @@ def partition(
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(get_args(Method))}")
     adj_t = as_csr(adj_t)
     check_square(adj_t)
-    if num_parts < 1:
-        raise ValueError(f"num_parts is {num_parts}, but must be at least 1")
+    num_parts, seed = as_count("num_parts", num_parts), operator.index(seed)
     if options and method not in _OPTIMISING:
         raise ValueError(f"{method} takes no {', '.join(options)}; its only option is the seed")
     start = time.perf_counter()

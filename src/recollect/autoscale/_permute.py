@@ -42,14 +42,15 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind
         kinds: ``"node"``, ``"edge"``, ``"index"`` or ``"graph"`` (not permuted) by the names of tensors.
 
     Raises:
-        TypeError: Rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse CSR form.
+        TypeError: ``data`` is no graph, or ``perm`` no tensor; rows of nodes or edges are not in a dense tensor, or
+            ``adj_t`` is not in sparse CSR form.
         ValueError: ``perm`` is no permutation of the nodes; a tensor has the wrong size, or belongs to nodes or
             edges and nothing says to which.
     """
     start = time.perf_counter()
     num_nodes, _, found = kinds_of(data, kinds)
     structure = data.adj_t if "adj_t" in data else data.edge_index
-    inverse = _inverse(perm.to(structure.device), num_nodes)
+    inverse = _inverse(perm, num_nodes).to(structure.device)
     for key in ("edge_index", *(key for key, kind in found.items() if kind == "index")):
         if key in data:
             check_nodes(key, data[key], num_nodes)
@@ -74,6 +75,10 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, Kind
 
 
 def _inverse(perm: Tensor, num_nodes: int) -> Tensor:
+    if not isinstance(perm, Tensor):
+        raise TypeError(
+            f"perm is a {type(perm).__name__}, but must be an int64 tensor [N], the first of what metis(...) returns"
+        )
     if perm.dtype != torch.int64 or perm.shape != (num_nodes,):
         raise ValueError(
             f"perm has dtype {perm.dtype} and shape {tuple(perm.shape)}, "

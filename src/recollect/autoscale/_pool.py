@@ -13,6 +13,7 @@ from recollect.autoscale._pull_queue import Pull, PullQueue
 from recollect.autoscale._push_queue import PushQueue
 from recollect.autoscale._selection import Integers, check_values, length, select_batch, select_parts
 from recollect.autoscale._worker import Worker
+from recollect.autoscale.checks import as_count
 from recollect.frames import in_backward
 
 __all__ = ["AsyncIOPool"]
@@ -52,12 +53,9 @@ class AsyncIOPool:
     """
 
     def __init__(self, pool_size: int, buffer_size: int, embedding_dim: int) -> None:
-        for name, value in {"pool_size": pool_size, "buffer_size": buffer_size, "embedding_dim": embedding_dim}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1 (got {value})")
-        self.pool_size = pool_size
-        self.buffer_size = buffer_size
-        self.embedding_dim = embedding_dim
+        self.pool_size = as_count("pool_size", pool_size)
+        self.buffer_size = as_count("buffer_size", buffer_size)
+        self.embedding_dim = as_count("embedding_dim", embedding_dim)
         self._worker = Worker()
         self._open()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._layered import LayeredGNN
-from recollect.autoscale._making import forget, fresh_histories, make_histories, make_pool, widths_of
+from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
 from recollect.autoscale._sub_data import SubData
+from recollect.autoscale.checks import as_count
 
 __all__ = ["ScalableGNN"]
 
@@ -105,17 +107,15 @@ class ScalableGNN(LayeredGNN):
         recompute: bool = False,
     ) -> None:
         super().__init__(num_layers, recompute)
-        if not isinstance(num_nodes, SupportsIndex) or num_nodes < 1:
-            raise ValueError(f"num_nodes must be an integer of at least 1, such as data.num_nodes (got {num_nodes!r})")
         if not keep_histories and (pool_size or history_path or save_histories):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
-        widths = widths_of(hidden_channels, num_layers)
-        self.num_nodes = int(num_nodes)
-        self.hidden_channels = hidden_channels
+        self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
+        self.hidden_channels = as_channels(hidden_channels)
+        widths = widths_of(self.hidden_channels, self.num_layers)
         self.pool = make_pool(pool_size, buffer_size, widths)
         self.keep_histories = keep_histories
         self.histories = make_histories(
-            num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
+            self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
         )
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
@@ -282,9 +282,25 @@ class ScalableGNN(LayeredGNN):
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.
 
-        See :func:`~recollect.autoscale.history_errors` for how wrong they are.
+        Rows that were never pushed, which are 0, count as old as the history; :meth:`never_pushed` tells how many there
+        are. A history that was never pushed to at all has no age: it is infinite. See
+        :func:`~recollect.autoscale.history_errors` for how wrong the rows are.
+
+        Raises:
+            RuntimeError: the network was made with ``keep_histories=False``.
         """
-        return [float(history.age().to(torch.float64).mean()) for history in self.tables]
+        ages = [float(history.age().to(torch.float64).mean()) for history in self.tables]
+        return [age if history.table.clock.pushes else math.inf for age, history in zip(ages, self.tables, strict=True)]
+
+    def never_pushed(self) -> list[int]:
+        """Return how many rows of each history are still 0: their nodes were in no mini-batch, and nothing filled them.
+
+        ``model(loader=loader)`` fills them all.
+
+        Raises:
+            RuntimeError: the network was made with ``keep_histories=False``.
+        """
+        return [history.never_pushed() for history in self.tables]
 
     @property
     def tables(self) -> list[History]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ class SubData(NamedTuple):
         del data.adj_t
         parts = (adj_t.crow_indices(), adj_t.col_indices(), adj_t.values(), tuple(adj_t.shape))
         return _rebuild, (parts, data, *self[1:])
+
+
+def _say_where(batch: SubData, name: str) -> NoReturn:
+    """Refuse an attribute that a mini-batch does not have, and say so if its graph has it."""
+    where = f"its graph has it: batch.data.{name}" if name in batch.data else f"it has {', '.join(batch._fields)}"
+    raise AttributeError(f"'SubData' object has no attribute {name!r}; {where}")
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+    SubData.__getattr__ = _say_where
 
 
 def _rebuild(parts: tuple[Tensor, Tensor, Tensor, tuple[int, int]], data: Data, *rest: Any) -> SubData:
