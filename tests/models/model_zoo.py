@@ -72,7 +72,7 @@ def make(name: str, **options: Any) -> ScalableGNN:
     if "aggregators" in options:
         options["deg"] = make_graph().adj_t.crow_indices().diff()
     torch.manual_seed(0)
-    model = kind(in_channels=IN, out_channels=OUT, **options).double()
+    model = kind(**{"in_channels": IN, "out_channels": OUT} | options).double()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):  # statistics and scales that show when they are left out
             module.running_mean.uniform_(-0.5, 0.5)

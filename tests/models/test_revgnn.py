@@ -7,11 +7,13 @@ import io
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect.autoscale import SubgraphLoader, partition, permute, to_adj_t
 from recollect.frames import DriftGauge
 from recollect.memory import peak_memory
 from recollect.models import RevGNN
@@ -460,6 +462,17 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"{name} must be at least 1 \(got {value}\)"):
             RevGNN(**sizes)
 
+    @pytest.mark.parametrize("value", ["4", 4.0, None])
+    def test_sizes_are_integers(self, value):
+        with pytest.raises(ValueError, match=rf"hidden_channels must be an integer of at least 1 \(got {value!r}\)"):
+            RevGNN(5, value, 3, 2)
+
+    @pytest.mark.parametrize("conv", CONVS)
+    def test_sizes_may_be_numpys(self, conv, x, edge_index):
+        torch.manual_seed(0)
+        model = RevGNN(*map(numpy.int64, (5, 16, 3, 2)), num_groups=numpy.int64(2), conv=conv).double()
+        torch.testing.assert_close(model(x, edge_index), make(2, conv=conv)(x, edge_index))
+
     @pytest.mark.parametrize("value", [1, 0, -1])
     def test_groups(self, value):
         with pytest.raises(ValueError, match=rf"num_groups must be at least 2 \(got {value}\)"):
@@ -509,3 +522,35 @@ class TestErrors:
 def test_a_conv_that_is_no_module(conv, found):
     with pytest.raises(TypeError, match=f"function that makes a module.*got {found}"):
         RevGNN(4, 8, 2, 2, conv=conv)
+
+
+class TestMiniBatches:
+    @pytest.fixture
+    def batch(self, x, edge_index):
+        data = to_adj_t(pytest.importorskip("torch_geometric.data").Data(x=x, edge_index=edge_index))
+        perm, ptr = partition(data.adj_t, 3, "contiguous", log=False)
+        return next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
+
+    @pytest.mark.parametrize(
+        ("call", "found"),
+        [
+            (lambda model, batch: model(batch), "SubData"),
+            (lambda model, batch: model(*batch), "Data"),
+            (lambda model, batch: model(batch.data), "Data"),
+            (lambda model, batch: model(loader=[batch]), "NoneType"),
+        ],
+    )
+    def test_what_is_no_tensor(self, batch, call, found):
+        with pytest.raises(TypeError, match=rf"got {found}\); .* whole graphs .*model\(data.x, data.edge_index\)"):
+            call(make(), batch)
+
+    @pytest.mark.parametrize("rest", [0, 4])
+    def test_an_adjacency_without_rows_for_the_halo(self, batch, rest):
+        shape = list(batch.data.adj_t.shape)
+        with pytest.raises(ValueError, match=rf"adjacency is \[{shape[0]}, {shape[1]}\] .* whole graphs"):
+            make()(batch.data.x, batch.data.adj_t, *batch[1 : 1 + rest])
+
+    def test_a_sparse_adjacency_of_a_whole_graph(self, x, edge_index):
+        square = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(80).double(), (NODES, NODES)).to_sparse_csr()
+        model = make(conv="graphconv")
+        torch.testing.assert_close(model(x, square), model(x, edge_index))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from model_zoo import IN, NODES, OUT, PTR, data_for, every_model, given, make
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader
+from recollect.models import GAT
 
 
 def embeddings(model: ScalableGNN, data: Any) -> list[Tensor]:
@@ -123,4 +125,18 @@ def test_features_of_another_width_are_refused_before_anything_is_written(name):
     for call in calls:
         with pytest.raises(ValueError, match=rf"x has shape \[\d+, {IN - 1}\], but .* in_channels={IN}"):
             call()
-    assert not any(model.staleness())
+    assert model.never_pushed() == [NODES] * len(model.histories)
+
+
+@every_model
+def test_numbers_may_be_numpys(name):
+    plain = make(name)
+    numbers = {"num_nodes": NODES, "in_channels": IN, "out_channels": OUT, "num_layers": plain.num_layers}
+    if isinstance(plain, GAT):
+        numbers |= {"hidden_heads": plain.convs[0].heads, "out_heads": plain.convs[-1].heads}
+    model = make(name, **{key: numpy.int64(value) for key, value in numbers.items()})
+    data = data_for(model)
+    torch.testing.assert_close(
+        model.eval()(data.x, data.adj_t, **given(model, data)),
+        plain.eval()(data.x, data.adj_t, **given(model, data)),
+    )

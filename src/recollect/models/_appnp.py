@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recollect.autoscale import ScalableGNN, propagate
+from recollect.autoscale.checks import as_count
 from recollect.models._dropout import dropout
 from recollect.models._stack import State, check_alpha, check_dropout, check_features
 
@@ -44,10 +45,12 @@ class APPNP(ScalableGNN):
         dropout: float = 0.0,
         **options: Any,
     ) -> None:
+        out_channels = as_count("out_channels", out_channels)
         super().__init__(num_nodes, out_channels, num_layers, **options)
         check_dropout(dropout)
         check_alpha(alpha)
-        self.in_channels = in_channels
+        self.in_channels = in_channels = as_count("in_channels", in_channels)
+        hidden_channels = as_count("hidden_channels", hidden_channels)
         self.out_channels = out_channels
         self.alpha = alpha
         self.dropout = dropout

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autoscale import edge_index_of
+from recollect.autoscale.checks import as_count
 from recollect.models._stack import ConvStack, State
 
 __all__ = ["GAT"]
@@ -56,6 +57,8 @@ class GAT(ConvStack):
         except ImportError as error:
             raise ImportError("GAT needs torch_geometric: pip install 'recollect[graph]'") from error
 
+        hidden_heads, out_heads = as_count("hidden_heads", hidden_heads), as_count("out_heads", out_heads)
+
         def make_conv(layer: int, channels_in: int, channels_out: int) -> nn.Module:
             last = layer == num_layers - 1
             heads = out_heads if last else hidden_heads
@@ -66,7 +69,7 @@ class GAT(ConvStack):
         super().__init__(
             num_nodes,
             in_channels,
-            hidden_channels * hidden_heads,
+            as_count("hidden_channels", hidden_channels) * hidden_heads,
             out_channels,
             num_layers,
             make_conv=make_conv,

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect._parameters import reset_parameters
+from recollect.autoscale.checks import as_count
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
+from recollect.models._whole import check_whole
 from recollect.reversible import GroupAddRev
 
 __all__ = ["RevGNN"]
@@ -107,16 +109,9 @@ class RevGNN(nn.Module):
         super().__init__()
         if anchor_every is None and isinstance(conv, str):
             anchor_every = _ANCHORS.get(conv)
-        for name, value in (
-            ("in_channels", in_channels),
-            ("hidden_channels", hidden_channels),
-            ("out_channels", out_channels),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1 (got {value})")
-        if num_groups < 2:
-            raise ValueError(f"num_groups must be at least 2 (got {num_groups})")
+        in_channels, out_channels = as_count("in_channels", in_channels), as_count("out_channels", out_channels)
+        hidden_channels, num_layers = as_count("hidden_channels", hidden_channels), as_count("num_layers", num_layers)
+        num_groups = as_count("num_groups", num_groups, least=2)
         if hidden_channels % num_groups:
             raise ValueError(
                 f"hidden_channels={hidden_channels} is not divisible by num_groups={num_groups}; the next that is: "
@@ -168,6 +163,12 @@ class RevGNN(nn.Module):
         for module in (self.project, *self.layers, self.norm, self.head):
             reset_parameters(module)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the logits; see :meth:`forward`."""
+        check_whole(*args, **kwargs)
+        logits: Tensor = super().__call__(*args, **kwargs)
+        return logits
+
     def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
         """Return the logits.
 
@@ -175,6 +176,10 @@ class RevGNN(nn.Module):
             x: node features [num_nodes, in_channels].
             edge_index: the graph, in whatever form the convolution takes.
             *args: further arguments of the convolution (edge weights, edge features), given whole to every block.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+            ValueError: a sparse adjacency is not that of the nodes in ``x``, such as a mini-batch's.
         """
         # Under autocast the projection is in half precision; the residual stream, which is inverted, must not be.
         x = self.project(x).to(self.project.weight.dtype)

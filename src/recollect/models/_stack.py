@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recollect.autoscale import ScalableGNN
+from recollect.autoscale.checks import as_count
 from recollect.models._dropout import dropout
 
 __all__ = ["ConvStack"]
@@ -61,8 +63,8 @@ class ConvStack(ScalableGNN):
     ) -> None:
         super().__init__(num_nodes, hidden_channels, num_layers, **options)
         check_dropout(dropout)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels = in_channels = as_count("in_channels", in_channels)
+        self.out_channels = out_channels = as_count("out_channels", out_channels)
         self.dropout = dropout
         self.drop_input = drop_input
         self.batch_norm = batch_norm
@@ -70,16 +72,15 @@ class ConvStack(ScalableGNN):
         self.activation = activation
         self.lins = nn.ModuleList()
         if head:
-            if not isinstance(hidden_channels, int):
+            if not isinstance(self.hidden_channels, int):
                 raise ValueError(
-                    f"hidden_channels={list(hidden_channels)}: between two linear maps all layers have the same width"
+                    f"hidden_channels={self.hidden_channels}: between two linear maps all layers have the same width"
                 )
-            widths = [hidden_channels] * (num_layers + 1)
-            self.lins.extend(self.make_head(in_channels, hidden_channels, out_channels))
+            widths = [self.hidden_channels] * (self.num_layers + 1)
+            self.lins.extend(self.make_head(in_channels, self.hidden_channels, out_channels))
         else:
-            hidden = [hidden_channels] * (num_layers - 1) if isinstance(hidden_channels, int) else hidden_channels
-            widths = [in_channels, *hidden, out_channels]
-        self.convs = nn.ModuleList(make_conv(layer, widths[layer], widths[layer + 1]) for layer in range(num_layers))
+            widths = [in_channels, *(history.embedding_dim for history in self.tables), out_channels]
+        self.convs = nn.ModuleList(make_conv(layer, *pair) for layer, pair in enumerate(pairwise(widths)))
         normed = widths[1:] if head else widths[1:-1]
         self.bns = nn.ModuleList(nn.BatchNorm1d(width) for width in normed if batch_norm)
 
