@@ -73,11 +73,11 @@ def find_layouts(sizes: Sequence[dict[int, Tensor]], factors: Sequence[Tensor]) 
         factors: for each of the scalings, what the squares of each element's gradient have grown by, [B].
 
     Returns:
-        None if there was no gradient: any layout may be right.
+        None if the gradient is zero: any layout would fit.
     """
     first, *scaled = sizes
     fitting = {dim: size for dim, size in first.items() if len(size) % len(factors[0]) == 0}
-    if not any(bool((size > 0).any()) for size in first.values()):
+    if not any(bool(size.any()) for size in first.values()):
         return None if fitting else set()
     found = set()
     for dim, size in fitting.items():

@@ -19,7 +19,8 @@ class Layouts:
     """Where the outputs of each node of a graph have the batch.
 
     Attributes:
-        found: for each node that had a gradient, the layout of each of its outputs; None where one had no gradient.
+        found: for each node that had a gradient, the layout of each of its outputs; None where one had no gradient, or
+            zeros.
         free: the nodes whose gradient mixes the elements of the batch.
         scattered: those of them in which every entry still belongs to one element, but in no regular order.
         doubtful: the nodes for which several layouts fitted, as where only some of the losses have a gradient.
@@ -36,6 +37,10 @@ class Layouts:
         self.alone: set[int] = set()
         self.moved: dict[int, dict[int, Tensor]] = {}
         self.certain = True
+
+    def without_zeros(self, node: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Leave those of a node's gradients out that have no batch, where the others do: they are zero."""
+        return tuple(None if layout is None else grad for grad, layout in zip(grads, self.found[node], strict=True))
 
     def fit(self, graph: Graph, batch: int, nodes: Iterable[int]) -> bool:
         """Whether these nodes of a graph of the same form must have a batch of this size in the same places."""
@@ -141,10 +146,9 @@ def _conclude_node(
         sizes, batch = watch.sizes[k], watch.batch
         whole = len(sizes) == len(factors) + 1
         candidates = find_layouts(sizes, factors) if whole else set()
-        if candidates is None:  # all zeros: a guess for this time
+        if candidates is None:  # all zeros, which go on as no gradient, for this time
             layouts.certain = False
-            candidates = {Layout(dim) for dim in sizes[0] if shape[dim] % batch == 0}
-        if candidates:
+        elif candidates:
             best = found[k] = prefer(candidates, shape, batch, batch_dim)
             if len(candidates) > 1:
                 layouts.doubtful.add(node)

@@ -55,11 +55,13 @@ def rows_at(
     Args:
         node: of the graph, with a gradient that has a batch.
         grads: of its outputs.
-        layouts: where these have the batch.
+        layouts: where these have the batch; None where they have no gradient, or zeros.
         batch: B.
         targets: the positions of edges, and the shapes of what they lead to, which has no batch.
     """
     found: list[Factor | None] = [None] * len(targets)
+    if all(layout is None for layout in layouts):
+        return found  # zeros
     left: list[int] = []
     called: tuple[Tensor | None, ...] | None = None
     for k, (position, shape) in enumerate(targets):

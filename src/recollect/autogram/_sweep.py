@@ -107,6 +107,7 @@ class Sweep:
         if capture is None:
             return
         names = self._plan.rules[capture]
+        grads = grads if self._layouts is None else self._layouts.without_zeros(capture, grads)
         if all(grad is None for grad in grads):
             for parameter in names.values():
                 self._gather.add(parameter, None)
