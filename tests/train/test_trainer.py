@@ -16,12 +16,13 @@ from recollect.train._network import build_model
 from recollect.train._step import Step
 from recollect.train._trainer import Trainer
 
-BASE = parse(["warmup_epochs=0", "model.num_layers=3", "model.hidden_channels=8", "epochs=6", "optimizer.lr=0.05"])
+COMMON = ["warmup_epochs=0", "epochs=6", "optimizer.lr=0.05", "checkpoint_every=1"]
+BASE = parse([*COMMON, "model.num_layers=3", "model.hidden_channels=8"])
 
 
 PARTS = parse(
     [
-        *("model=gcn", "model.num_layers=3", "epochs=6", "optimizer.lr=0.05", "warmup_epochs=0", "training=autoscale"),
+        *(*COMMON, "model=gcn", "model.num_layers=3", "training=autoscale"),
         *("training.num_parts=4", "training.parts_per_batch=1", "training.errors_every=2"),
     ]
 )
@@ -126,6 +127,28 @@ def test_checkpoints_are_of_every_so_many_epochs_and_the_last(graph, tmp_path):
 
     trainer.fit(look)
     assert seen == [0, 2, 2, 4, 5]
+
+
+def test_checkpoints_take_a_tenth_of_the_time(graph, tmp_path, monkeypatch):
+    """A clock that only training (4 ticks an epoch) and saving (2 ticks) move."""
+    now = 0.0
+    trainer = make(graph, tmp_path, replace(BASE, epochs=12, checkpoint_every=None))
+    train, write, saved = trainer.step.train, trainer.step.fabric.save, []
+
+    def tick(of, ticks):
+        def call(*args):
+            nonlocal now
+            now += ticks
+            return of(*args)
+
+        return call
+
+    monkeypatch.setattr("recollect.train._trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr(trainer.step, "train", tick(train, 4))
+    monkeypatch.setattr(trainer.step.fabric, "save", tick(write, 2))
+    monkeypatch.setattr(trainer, "save", lambda: (saved.append(trainer.epoch), type(trainer).save(trainer)))
+    trainer.fit(lambda row: None)
+    assert saved == [1, 6, 11, 12]  # 5 epochs of 4 ticks are the first to be 9 times 2 ticks; and the last
 
 
 def test_the_best_epoch_has_the_best_score_then_the_lowest_loss(graph, tmp_path):

@@ -152,7 +152,9 @@ class Settings:
     )
     warmup_epochs: int = field(metadata=about("epochs over which the learning rate rises linearly to its value", low=0))
     clip_norm: float | None = field(metadata=about("largest norm of the gradient; null: any", low=0))
-    checkpoint_every: int = field(metadata=about("epochs between checkpoints", low=1))
+    checkpoint_every: int | None = field(
+        metadata=about("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
+    )
     device: str = field(metadata=about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
     precision: str = field(metadata=about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
     threads: int | None = field(metadata=about("CPU threads; null: one for a small graph, else torch's default", low=1))

@@ -23,6 +23,8 @@ Row = dict[str, float]
 """An epoch: epoch (from 1), loss, train_accuracy, val_accuracy, val_loss, learning_rate, seconds, and what
 `Step.observe` returns."""
 
+_PAUSE = 9  # between checkpoints, times as long as one takes
+
 
 class Trainer:
     """Trains to the last epoch, or until validation stops getting better, and keeps the best parameters.
@@ -43,6 +45,7 @@ class Trainer:
         self.history: list[Row] = []
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
+        self._saved, self._saving = -math.inf, 0.0  # when the last checkpoint was written, and for how long
 
     @property
     def epoch(self) -> int:
@@ -72,7 +75,7 @@ class Trainer:
             self.step.fill()
         while not self.done:
             row = self._epoch()
-            if self.done or self.epoch % self.settings.checkpoint_every == 0:
+            if self.done or self._is_due():
                 self.save()
             on_epoch(row)
 
@@ -119,8 +122,15 @@ class Trainer:
             epoch,
         )
 
+    def _is_due(self) -> bool:
+        every = self.settings.checkpoint_every
+        if every is not None:
+            return self.epoch % every == 0
+        return time.perf_counter() - self._saved >= _PAUSE * self._saving
+
     def save(self) -> None:
         """Write the checkpoint, in one step."""
+        start = time.perf_counter()
         fabric = self.step.fabric
         fabric.save(
             self.checkpoint,
@@ -135,6 +145,8 @@ class Trainer:
                 "random": _random_state(),
             },
         )
+        self._saved = time.perf_counter()
+        self._saving = self._saved - start
 
     def load(self) -> None:
         """Go back to the checkpoint.
