@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -97,3 +98,10 @@ def test_the_log_determinant_counts_positions():
         layer.matrices.log_scale.copy_(torch.tensor([[0.1, 0.2], [0.3, -1.0]]))
     log_det = layer.forward_and_log_det(torch.randn(2, 4, 3, 5, dtype=torch.float64))[1]
     torch.testing.assert_close(log_det, torch.full((2,), 15 * -0.4, dtype=torch.float64))
+
+
+def test_numbers_may_be_numpys():
+    torch.manual_seed(0)
+    layer = Conv2d(*map(numpy.int64, (4, 16, 2)), groups=numpy.int64(2))
+    assert layer.kernel_size == layer.stride == (2, 2)
+    assert layer.check(torch.randn(2, 4, 6, 4))

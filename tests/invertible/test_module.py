@@ -188,6 +188,51 @@ def test_abstract_methods_say_what_to_define():
         Nothing().forward_and_log_det(torch.ones(1))
 
 
+class Halved(inn.Module):
+    """Has no inverse."""
+
+    def function(self, x):
+        return x / 2
+
+
+def test_a_forward_without_a_function_is_refused():
+    class Layer(inn.Module):
+        def forward(self, x):
+            return 2 * x
+
+        def inverse(self, y):
+            return y / 2
+
+    with pytest.raises(TypeError, match=r"Layer defines forward and no function: .* forward function, and write inv"):
+        Layer()
+
+
+def test_a_forward_around_that_of_the_base_is_allowed():
+    class Checked(inn.Module):
+        def forward(self, x):
+            return super().forward(x.abs())
+
+    class Layer(Checked, Scale):
+        pass
+
+    with pytest.raises(TypeError, match="Checked defines forward and no function"):
+        Checked()
+    module, x = Layer(), leaf()
+    assert torch.equal(module(x), module.function(x.abs()))
+
+
+def test_what_has_no_inverse_is_refused_before_it_runs():
+    module, x = Halved(), leaf()
+    with pytest.raises(NotImplementedError, match=r"Halved must define inverse, .* attribute invertible to False"):
+        module(x * 1)
+    with torch.no_grad():
+        assert torch.equal(module(x), x / 2)
+    with module.temp_mode(checkpoint=False):
+        assert torch.equal(module(x), x / 2)
+    module.invertible = False
+    assert_same(torch.autograd.grad(module(x * 1).sin().sum(), x), torch.autograd.grad((x / 2).sin().sum(), x))
+
+
 # Gradients.
 
 

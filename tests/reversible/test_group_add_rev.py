@@ -447,6 +447,23 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"SAGEConv\(4, {out}, aggr=mean\).*shape \[7, 4\], got \[7, {out}\]"):
             layer(torch.randn(7, 8), edge_index)
 
+    @pytest.mark.parametrize(
+        ("conv", "found"),
+        [
+            (lambda: [nn.Identity(), nn.Identity()], "a list"),
+            (lambda: pyg.SAGEConv, "the class SAGEConv itself"),
+            (lambda: lambda channels: nn.Identity(), "a function"),
+        ],
+    )
+    def test_conv_that_is_no_module(self, conv, found):
+        with pytest.raises(TypeError, match=rf"conv must be a module, or a torch.nn.ModuleList .*\(got {found}\)"):
+            GroupAddRev(conv(), num_groups=2)
+
+    @pytest.mark.parametrize("number", ["2", 2.0])
+    def test_a_number_of_groups_that_is_no_integer(self, number):
+        with pytest.raises(TypeError, match=f"number of groups must be an integer .got {number!r}"):
+            GroupAddRev(nn.Identity(), num_groups=number)
+
     def test_output_that_is_no_tensor(self):
         class Pair(nn.Module):
             def forward(self, x, graph):

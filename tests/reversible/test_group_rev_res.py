@@ -213,6 +213,18 @@ def test_module():
 
 
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("module", "found"),
+        [
+            (lambda: [Conv(4), Conv(4)], "a list"),
+            (lambda: Conv, "the class Conv itself"),
+            (lambda: nn.ModuleList([Conv(4), Conv(4)]), "a ModuleList of 2"),
+        ],
+    )
+    def test_what_is_not_one_module(self, module, found):
+        with pytest.raises(TypeError, match=rf"gnn_module must be .*module.* \(got {found}\)"):
+            GroupRevRes(module(), 2)
+
     def test_one_group(self):
         with pytest.raises(ValueError, match="should not be smaller than 2"):
             GroupRevRes(Conv(4), groups=1)

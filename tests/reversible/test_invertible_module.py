@@ -260,6 +260,34 @@ class TestErrors:
         with pytest.raises(NotImplementedError, match="Empty must define _inverse"):
             Empty().inverse(torch.zeros(2))
 
+    def test_a_forward_without_its_underscore(self):
+        class Layer(InvertibleModule):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * x
+
+        with pytest.raises(TypeError, match=r"Layer defines forward and no _forward: .* and write _inverse too"):
+            Layer()
+
+    def test_a_forward_around_that_of_the_base(self, features):
+        class Layer(Sinh):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(2 * x)
+
+        assert torch.equal(Layer()(features(4)), Sinh()(2 * features(4)))
+
+    def test_no_inverse_is_told_before_anything_runs(self, features):
+        class Layer(InvertibleModule):
+            def _forward(self, x: Tensor) -> Tensor:
+                return 2 * x
+
+        module, x = Layer(), features(4)
+        with pytest.raises(NotImplementedError, match=r"Layer must define _inverse, .*disable=True makes it a plain"):
+            module(x)
+        with torch.no_grad():
+            assert torch.equal(module(x), 2 * x)
+        module.disable = True
+        assert torch.equal(module(x), 2 * x)
+
     def test_inverse_of_another_shape(self, features):
         class Wrong(Sinh):
             def _inverse(self, y: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -87,7 +89,7 @@ class _Conv(MatrixModule):
     @classmethod
     def _each(cls, name: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """Return one number for each dimension."""
-        numbers = (value,) * cls.dims if isinstance(value, int) else tuple(value)
+        numbers = tuple(value) if isinstance(value, Iterable) else (operator.index(value),) * cls.dims
         if len(numbers) != cls.dims:
             raise ValueError(f"{cls.__name__}: {name} must be one number or {cls.dims} (got {value!r})")
         return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,8 +25,12 @@ class Measured(nn.Module):
         **kwargs: of the next class.
 
     Raises:
+        TypeError: a subclass defines ``forward`` alone, which would run plain.
         ValueError: ``anchor_every`` is below 1.
     """
+
+    # What subclasses of the class that says so write: what its forward runs, and the inverse.
+    _written: ClassVar[tuple[str, str] | None] = None
 
     def __init__(
         self,
@@ -37,14 +41,22 @@ class Measured(nn.Module):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_count("anchor_every", anchor_every)
+        if self._written is not None and self._lacks(self._written[0]) and not self._lacks("forward"):
+            raise TypeError(
+                f"{type(self).__name__} defines forward and no {self._written[0]}: it would run plain, and keep "
+                f"everything. Call its forward {self._written[0]}, and write {self._written[1]} too"
+            )
         self.anchor_every = anchor_every
         self._gauge = DriftGauge(type(self).__name__, drift_threshold)
 
     @property
     def last_drift(self) -> float | None:
-        """Relative error of the input that the last backward reconstructed, on a random sample of its elements.
+        """How far the input that the last backward reconstructed is from the forward's, as a relative error.
 
-        Measured where a chain begins and at its anchors; ``None`` anywhere else and before the first backward.
+        That is the norm of the difference over the norm of the input, on a small random sample of its elements that
+        was kept for this. Along a chain errors add up from its end to its beginning, so it is the chain's first module
+        that measures, and with ``anchor_every`` those at the anchors; of all others, and before a backward, it is
+        ``None``.
         """
         return self._gauge.last
 
@@ -56,6 +68,21 @@ class Measured(nn.Module):
     @drift_threshold.setter
     def drift_threshold(self, value: float) -> None:
         self._gauge.threshold = value
+
+    def _lacks(self, name: str) -> bool:
+        """Whether a method is still that of the class whose subclasses write it."""
+        base = next(kind for kind in type(self).__mro__ if "_written" in vars(kind))
+        return getattr(type(self), name) is getattr(base, name)
+
+    def _check_inverse(self, remedy: str) -> None:
+        """Refuse, before anything runs, what backward could not invert."""
+        if self._written is None or not torch.is_grad_enabled():
+            return
+        function, inverse = self._written
+        if self._lacks(inverse) and not self._lacks(function):
+            raise NotImplementedError(
+                f"{type(self).__name__} must define {inverse}, which its backward needs; without one, {remedy}"
+            )
 
     def _forget_drift(self) -> None:
         """Begin a training step; an evaluation in between leaves the last measurement to be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -40,6 +40,11 @@ class Module(Measured):
         drift_threshold: relative reconstruction error above which a :class:`~recollect.frames.DriftWarning` is given.
         **kwargs: of the next class.
 
+    Raises:
+        TypeError: a subclass defines ``forward`` and no :meth:`function`.
+        NotImplementedError: a subclass without :meth:`inverse` is called while gradients are enabled, and neither
+            ``checkpoint`` nor ``invertible`` is ``False``.
+
     Example:
         >>> import torch, recollect.invertible as inn
         >>> class Scale(inn.Module):
@@ -56,6 +61,7 @@ class Module(Measured):
         True
     """
 
+    _written: ClassVar[tuple[str, str] | None] = ("function", "inverse")
     seed: bool = True
     _checkpoint: bool = True
     _invertible: bool = True
@@ -170,6 +176,7 @@ class Module(Measured):
             return function(*args)
         if not self.invertible:
             return checkpoint(function, *args, seed=self.seed)
+        self._check_inverse("set its attribute invertible to False: it is then a checkpoint, which keeps its inputs")
         return run_invertible(
             function,
             inverse,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,15 @@ class _Grouped(InvertibleModule):
             reset_parameters(block.__self__ if isinstance(block, _GraphFirst) else block)
 
 
+def _check_module(name: str, module: Any, allowed: str) -> None:
+    if not isinstance(module, nn.Module):
+        found = f"the class {module.__name__} itself" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise TypeError(f"{name} must be {allowed} (got {found})")
+
+
 def _check_groups(number: int) -> None:
+    if not isinstance(number, SupportsIndex):
+        raise TypeError(f"the number of groups must be an integer (got {number!r})")
     if number < 2:
         raise ValueError(
             f"The number of groups should not be smaller than 2 (got {number}): a lone group has no other group to "
@@ -163,6 +171,7 @@ class GroupAddRev(_Grouped):
         - ``x``: [num_nodes, C * channels]; output: the same.
 
     Raises:
+        TypeError: ``conv`` is no module, but a list or a class.
         ValueError: fewer than two groups, ``num_groups`` missing, channels not divisible by the groups, or a block
             whose output has another shape than its input.
 
@@ -189,8 +198,7 @@ class GroupAddRev(_Grouped):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
     ) -> None:
-        if not isinstance(conv, nn.Module):
-            raise TypeError(f"conv must be a module, or a ModuleList of one for each group (got {type(conv).__name__})")
+        _check_module("conv", conv, "a module, or a torch.nn.ModuleList of one for each group")
         if isinstance(conv, nn.ModuleList):
             if num_groups is not None and num_groups != len(conv):
                 raise ValueError(f"num_groups={num_groups}, but the ModuleList has {len(conv)} blocks; leave one out")
@@ -267,6 +275,7 @@ class GroupRevRes(_Grouped):
         - ``x``: [num_nodes, groups * channels]; output: the same.
 
     Raises:
+        TypeError: ``gnn_module`` is not one module.
         ValueError: as :class:`GroupAddRev`.
     """
 
@@ -281,6 +290,12 @@ class GroupRevRes(_Grouped):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
     ) -> None:
+        _check_module("gnn_module", gnn_module, "a module")
+        if isinstance(gnn_module, nn.ModuleList):
+            raise TypeError(
+                f"gnn_module must be one module, of which each group gets a copy (got a ModuleList of "
+                f"{len(gnn_module)}); GroupAddRev takes one for each group"
+            )
         modules = _copies(gnn_module, groups)
         super().__init__(
             modules,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,12 @@ class InvertibleModule(Measured):
             :class:`~recollect.frames.DriftWarning` is given.
 
     Raises:
+        TypeError: a subclass defines ``forward`` and no ``_forward``.
         ValueError: ``num_bwd_passes`` or ``anchor_every`` is below 1.
+        NotImplementedError: a subclass without ``_inverse`` is called while gradients are enabled, and not disabled.
     """
+
+    _written: ClassVar[tuple[str, str] | None] = ("_forward", "_inverse")
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class InvertibleModule(Measured):
 
     def forward(self, *args: Any) -> Any:
         """Run :meth:`_forward`; its first argument is not kept for backward."""
+        if not self.disable:
+            self._check_inverse("disable=True makes it a plain module, which keeps everything")
         return self._run(self._forward, self._inverse, args)
 
     def inverse(self, *args: Any) -> Any:
