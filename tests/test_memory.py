@@ -506,6 +506,15 @@ class TestContexts:
                 block(kilobytes)
             assert figures(memory) == (kilobytes * KB, 0)
 
+    def test_it_shows_what_it_measured(self) -> None:
+        memory = peak_memory("cpu")
+        assert repr(memory) == "PeakMemory(cpu: not entered yet)"
+        with memory:
+            kept = block(2)
+            assert repr(memory) == "PeakMemory(measuring, peak_bytes=2048, by_device={'cpu': 2048})"
+        del kept
+        assert repr(memory) == "PeakMemory(measured, peak_bytes=2048, by_device={'cpu': 2048})"
+
     def test_inside_itself(self) -> None:
         with peak_memory("cpu") as memory:
             with pytest.raises(RuntimeError, match="inside itself"), memory:

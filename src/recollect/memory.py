@@ -102,12 +102,15 @@ class PeakMemory:
         """Bytes now above what was live at entry; after the exit, as it was at the exit."""
         return sum(meter.current_bytes for meter in self._meters.values())
 
+    def __repr__(self) -> str:
+        if not self._meters:
+            return f"PeakMemory({', '.join(map(str, self._devices))}: not entered yet)"
+        state = "measuring" if self._open else "measured"
+        return f"PeakMemory({state}, peak_bytes={self.peak_bytes}, by_device={self.by_device})"
+
     def __enter__(self) -> PeakMemory:
         if self._open:
-            raise RuntimeError(
-                "this peak_memory() is already measuring: it cannot be entered inside itself. "
-                "Make another one with peak_memory() for the inner block."
-            )
+            raise RuntimeError("this peak_memory() measures, and cannot be entered inside itself: make another one")
         self._meters = {}
         for device in self._devices:
             meter: _Meter = StorageLedger() if device.type == "cpu" else _AllocatorMeter(device.index)
