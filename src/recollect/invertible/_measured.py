@@ -44,7 +44,7 @@ class Measured(nn.Module):
         if self._written is not None and self._lacks(self._written[0]) and not self._lacks("forward"):
             raise TypeError(
                 f"{type(self).__name__} defines forward and no {self._written[0]}: it would run plain, and keep "
-                f"everything. Call its forward {self._written[0]}, and write {self._written[1]} too"
+                f"everything. Rename forward to {self._written[0]}, and write {self._written[1]} too"
             )
         self.anchor_every = anchor_every
         self._gauge = DriftGauge(type(self).__name__, drift_threshold)

@@ -121,8 +121,8 @@ class _Grouped(InvertibleModule):
             reset_parameters(block.__self__ if isinstance(block, _GraphFirst) else block)
 
 
-def _check_module(name: str, module: Any, allowed: str) -> None:
-    if not isinstance(module, nn.Module):
+def _check_module(name: str, module: Any, allowed: str, refused: tuple[type, ...] | type = ()) -> None:
+    if not isinstance(module, nn.Module) or isinstance(module, refused):
         found = f"the class {module.__name__} itself" if isinstance(module, type) else f"a {type(module).__name__}"
         raise TypeError(f"{name} must be {allowed} (got {found})")
 
@@ -290,12 +290,7 @@ class GroupRevRes(_Grouped):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
     ) -> None:
-        _check_module("gnn_module", gnn_module, "a module")
-        if isinstance(gnn_module, nn.ModuleList):
-            raise TypeError(
-                f"gnn_module must be one module, of which each group gets a copy (got a ModuleList of "
-                f"{len(gnn_module)}); GroupAddRev takes one for each group"
-            )
+        _check_module("gnn_module", gnn_module, "one module, of which each group gets a copy", nn.ModuleList)
         modules = _copies(gnn_module, groups)
         super().__init__(
             modules,
