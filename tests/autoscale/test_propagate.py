@@ -7,7 +7,7 @@ import torch
 from graph_zoo import every_graph
 
 import recollect
-from recollect.autoscale import propagate, to_adj_t
+from recollect.autoscale import edge_index_of, propagate, to_adj_t
 from recollect.autoscale._propagate import _TRANSPOSES
 from recollect.memory import peak_memory
 
@@ -121,3 +121,11 @@ def test_the_transpose_goes_with_the_adjacency(adj_t, x):
     assert len(_TRANSPOSES) == before + 1
     del other
     assert len(_TRANSPOSES) == before
+
+
+def test_what_is_no_adjacency_is_refused(adj_t, x):
+    for other in (adj_t.to_dense(), edge_index_of(adj_t)):
+        with pytest.raises(
+            TypeError, match=r"adj_t is a tensor of layout torch\.strided, but must be a torch\.sparse_csr"
+        ):
+            propagate(other, x)

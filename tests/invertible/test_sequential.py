@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections import OrderedDict
 
 import pytest
@@ -305,6 +306,14 @@ def test_state_dict_of_a_reversed_sequential(turned):
     assert [layer.reversed for layer in other] == [layer.reversed for layer in flow]
     assert_same(other(x, z), flow(x, z), 0.0)
     assert_same(copy.deepcopy(flow)(x, z), flow(x, z), 0.0)
+
+
+@pytest.mark.parametrize("drifts", [[float("nan"), 1.0, None], [None, 1.0, float("nan")]], ids=str)
+def test_a_drift_without_a_number_is_the_largest(drifts):
+    flow = inn.Sequential(*(inn.Asinh() for _ in drifts))
+    for layer, drift in zip(flow, drifts, strict=True):
+        layer._gauge.last = drift
+    assert math.isnan(flow.last_drift)
 
 
 def test_last_drift_is_that_of_the_layers():

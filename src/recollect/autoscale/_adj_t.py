@@ -73,7 +73,7 @@ def to_adj_t(data: Data, kinds: Mapping[str, Kind] | None = None) -> Data:
         A shallow copy of ``data`` with ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
 
     Raises:
-        TypeError: ``edge_index`` holds no integers.
+        TypeError: ``data`` is no graph, or its ``edge_index`` holds no integers.
         ValueError: ``data`` has no edges, both forms of them, a tensor of the wrong size, or one of which it is
             unclear whether it belongs to nodes or to edges.
     """

@@ -35,7 +35,7 @@ def history_bytes(num_embeddings: int, embedding_dim: int, dtype: torch.dtype = 
         dtype: as in :class:`History`.
 
     Raises:
-        ValueError: a type in which no history is kept, or fewer than one row or channel.
+        ValueError: a type in which no history is kept, or a number that is no integer or below 1.
     """
     codec, rows = codec_for(dtype, as_count("embedding_dim", embedding_dim)), as_count("num_embeddings", num_embeddings)
     return rows * (codec.record_width * codec.record_dtype.itemsize + STAMP.itemsize)

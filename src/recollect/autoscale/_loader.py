@@ -53,7 +53,7 @@ class SubgraphLoader(DataLoader[int]):
         bipartite: As given.
 
     Raises:
-        TypeError: Rows of nodes or edges are not in a dense tensor.
+        TypeError: ``data`` is no graph, or rows of nodes or edges are not in a dense tensor.
         ValueError: ``data`` was not permuted, ``ptr`` does not cover its nodes, a tensor has the wrong size, or another
             argument is out of its range.
     """

@@ -49,7 +49,7 @@ class AsyncIOPool:
         embedding_dim: channels of the widest history.
 
     Raises:
-        ValueError: an argument below 1.
+        ValueError: an argument is no integer, or below 1.
     """
 
     def __init__(self, pool_size: int, buffer_size: int, embedding_dim: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect.autoscale._adj_t import rows_of, sparse_csr
+from recollect.autoscale._checks import check_csr
 
 __all__ = ["propagate"]
 
@@ -29,7 +30,11 @@ def propagate(adj_t: Tensor, x: Tensor) -> Tensor:
 
     Returns:
         [num_targets, channels], of the type of ``x``.
+
+    Raises:
+        TypeError: ``adj_t`` is no sparse CSR tensor.
     """
+    check_csr(adj_t)
     if adj_t.requires_grad:
         return adj_t @ x
     out: Tensor = _Propagate.apply(x, _Constant(adj_t))  # type: ignore[no-untyped-call]

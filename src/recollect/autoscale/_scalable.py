@@ -64,7 +64,7 @@ class ScalableGNN(LayeredGNN):
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or ``history_path`` is a file.
 
     Example:
         >>> import torch
@@ -200,6 +200,7 @@ class ScalableGNN(LayeredGNN):
             [num_nodes, out_channels], or [B, out_channels].
 
         Raises:
+            TypeError: ``adj_t`` is neither, or a layer returns no tensor.
             ValueError: sizes disagree, or the batch is not one of this graph, permuted. Nothing was written then.
             IndexError: a node that the histories do not have.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +61,12 @@ class Measured(nn.Module):
         ``None``.
         """
         return self._gauge.last
+
+    @staticmethod
+    def largest_drift(modules: Iterable[Measured]) -> float | None:
+        """Return the largest ``last_drift`` of some modules; NaN if one is, ``None`` if none measured any."""
+        drifts = [module.last_drift for module in modules if module.last_drift is not None]
+        return max(drifts, default=None, key=lambda drift: math.inf if math.isnan(drift) else drift)
 
     @property
     def drift_threshold(self) -> float:

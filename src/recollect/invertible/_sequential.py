@@ -216,5 +216,5 @@ class Sequential(Module, nn.Sequential):
 
     @property
     def last_drift(self) -> float | None:
-        """The largest ``last_drift`` of the layers."""
-        return max((layer.last_drift for layer in self._layers() if layer.last_drift is not None), default=None)
+        """The largest ``last_drift`` of the layers; NaN if one is."""
+        return self.largest_drift(self._layers())

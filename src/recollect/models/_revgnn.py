@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -154,9 +153,8 @@ class RevGNN(nn.Module):
 
     @property
     def last_drift(self) -> float | None:
-        """The largest relative reconstruction error that the last backward measured, or ``None``."""
-        drifts = [layer.last_drift for layer in self._groups() if layer.last_drift is not None]
-        return max(drifts, default=None, key=lambda drift: math.inf if math.isnan(drift) else drift)
+        """The largest relative reconstruction error that the last backward measured, NaN if one was, or ``None``."""
+        return GroupAddRev.largest_drift(self._groups())
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
