@@ -74,6 +74,51 @@ def test_a_batch_that_is_moved_only_later(way):
         assert_right(engine, net, ways(net, torch.tensor(order))[way]())
 
 
+def parts(net, lengths):
+    """Losses of a batch of four whose elements have as many rows as these lengths say."""
+    ends = lengths.cumsum(0)
+    starts, segments = ends - lengths, torch.arange(4).repeat_interleave(lengths)
+    sums = {
+        "split": lambda h: torch.stack([part.sum(0) for part in h.split(lengths.tolist())]),
+        "slice": lambda h: torch.stack([h[a:b].sum(0) for a, b in zip(starts, ends, strict=True)]),
+        "narrow": lambda h: torch.stack([h.narrow(0, int(a), 2).sum(0) for a in starts.clamp_max(6)]),
+        "select": lambda h: torch.stack([h[int(a)] for a in starts]),
+        "as_strided": lambda h: torch.stack([h.as_strided((2, 4), (4, 1), 4 * int(a)).sum(0) for a in starts]),
+        "segment_reduce": lambda h: torch.segment_reduce(h, "sum", lengths=lengths),
+        "embedding_bag": lambda h: F.embedding_bag(torch.arange(8), h, starts, mode="sum"),
+        "index_add": lambda h: torch.zeros(4, 4, dtype=torch.float64).index_add(0, segments, h),
+    }
+    return {way: lambda add=add: net(draw(8, 3), add) for way, add in sums.items()}
+
+
+@pytest.mark.parametrize("way", parts(None, torch.full((4,), 2)))
+def test_elements_that_become_longer_and_shorter(way):
+    net = Net()
+    engine = Engine(net, batch_dim=0)
+    for lengths in ([2, 2, 2, 2], [1, 3, 2, 2], [2, 2, 2, 2]):
+        assert_right(engine, net, parts(net, torch.tensor(lengths))[way]())
+
+
+def sums(net, chosen):
+    """Losses that are sums of those of other elements, chosen by a matrix."""
+    losses = net(draw(4, 3))
+    return {
+        "factors": lambda: (losses[None] * chosen).sum(1),
+        "choices": lambda: torch.where(chosen > 0, losses[None], 0.0).sum(1),
+        "masks": lambda: losses[None].expand(4, 4).masked_fill(chosen == 0, 0.0).sum(1),
+        "logsumexp": lambda: (losses[None] + chosen.log()).logsumexp(1),
+        "rot90": lambda: torch.rot90(losses[:, None].expand(4, 4) * torch.ones(4), 2 * int(chosen[0, 1])).sum(1),
+    }
+
+
+@pytest.mark.parametrize("way", ["factors", "choices", "masks", "logsumexp", "rot90"])
+def test_losses_that_come_to_share_elements(way):
+    net = Net()
+    engine = Engine(net, batch_dim=0)
+    for chosen in (torch.eye(4), torch.ones(4, 4)):
+        assert_right(engine, net, sums(net, chosen.double())[way]())
+
+
 def test_a_batch_that_is_moved_later_in_a_graph_that_is_freed():
     net = Net()
     engine = Engine(net, batch_dim=0)

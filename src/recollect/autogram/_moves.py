@@ -11,7 +11,7 @@ from torch import Tensor
 from recollect.autogram._layout import Layout
 from recollect.autogram._walk import Graph
 
-__all__ = ["Found", "MovedError", "comparing", "is_mixed", "moves", "moving"]
+__all__ = ["Found", "MovedError", "comparing", "cut", "is_mixed", "moves", "moving", "numbers"]
 
 Found = Mapping[int, Sequence[Layout | None]]
 """Where the outputs of nodes have the batch."""
@@ -30,6 +30,18 @@ _SUMMED = {
     ("BaddbmmBackward0", 1): 2,
     ("BaddbmmBackward0", 2): 1,
 }
+# Nodes that take parts of an axis, and what they keep of where these begin and end.
+_CUTS = {
+    "SliceBackward0": ("_saved_start", "_saved_end", "_saved_step"),
+    "SelectBackward0": ("_saved_index",),
+    "SplitBackward0": ("_saved_split_size",),
+    "SplitWithSizesBackward0": ("_saved_split_sizes",),
+    "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
+    "Rot90Backward0": ("_saved_k",),
+}
+# Nodes that sum what lies between offsets, and those that may sum along an axis in which their other side differs.
+_BETWEEN = ("EmbeddingBagBackward0", "SegmentReduceBackward0")
+_BROADCAST = ("MulBackward0", "DivBackward0", "WhereBackward0", "AddcmulBackward0")
 
 
 class MovedError(Exception):
@@ -97,14 +109,43 @@ def _moved_axes(graph: Graph, node: int, count: int, found: Found) -> set[int]:
 
 
 def is_mixed(graph: Graph, node: int, found: Found) -> bool:
-    """Whether a node is a product that sums over the batch: with other numbers, it may mix the elements."""
+    """Whether a node sums over the batch with factors, masks or offsets: other ones may mix the elements."""
+    name = graph.names[node]
     for k, (child, index) in enumerate(zip(graph.edges[node], graph.indices[node], strict=True)):
-        axis = _SUMMED.get((graph.names[node], k))
-        if axis is not None:
-            layout = _layout(found, child, index)
-            if layout is not None and layout.dim == axis:
-                return True
+        layout = _layout(found, child, index)
+        if layout is None:
+            continue
+        if layout.dim == _SUMMED.get((name, k)) or (name in _BETWEEN and k == 0):
+            return True
+        own = _layout(found, node, 0) if name in _BROADCAST else None
+        if own and own.dim - len(graph.shape(node, 0)) != layout.dim - len(graph.shape(child, index)):
+            return True
     return False
+
+
+def numbers(node: Any) -> tuple[Any, ...]:
+    """Return where the parts begin and end that a node takes of an axis; nothing if it takes none."""
+    return tuple(getattr(node, name) for name in _CUTS.get(type(node).__name__, ()))
+
+
+def cut(graph: Graph, node: int, found: Found, scattered: Collection[int]) -> tuple[Any, ...]:
+    """Return those numbers if the axis is the one that has the batch.
+
+    Args:
+        graph: the node's.
+        node: its number.
+        found: where the batch is.
+        scattered: the nodes where it is somewhere, in no regular order.
+    """
+    at = graph.nodes[node]
+    if not (kept := numbers(at)):
+        return ()
+    child, index = graph.edges[node][0], graph.indices[node][0]
+    layout, dim = _layout(found, child, index), getattr(at, "_saved_dim", None)
+    if layout is None:
+        return kept if child in scattered else ()
+    elsewhere = isinstance(dim, int) and layout.dim != _axis(dim, len(graph.shape(child, index)))
+    return () if elsewhere else kept
 
 
 def _layout(found: Found, child: int, index: int) -> Layout | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._layout import Layout, find_layouts, is_scattered, prefer, slice_sizes
-from recollect.autogram._moves import is_mixed, moves, moving
+from recollect.autogram._moves import cut, is_mixed, moves, moving, numbers
 from recollect.autogram._walk import Graph
 
 __all__ = ["Layouts", "probe"]
@@ -24,7 +24,9 @@ class Layouts:
         free: the nodes whose gradient mixes the elements of the batch.
         scattered: those of them in which every entry still belongs to one element, but in no regular order.
         doubtful: the nodes for which several layouts fitted, as where only some of the losses have a gradient.
+        crossed: those of them in which these were along several axes.
         alone: the nodes in which the batch had an axis for itself: that does not tell how it would share one.
+        cuts: for each node that takes parts of the batch, where these begin and end.
         moved: for each node that moves the elements of the batch, the tensors that say where to.
         certain: whether every node's layout was seen from its gradient, and nothing but these tensors moves the batch.
     """
@@ -34,7 +36,9 @@ class Layouts:
         self.free: set[int] = set()
         self.scattered: set[int] = set()
         self.doubtful: set[int] = set()
+        self.crossed: set[int] = set()
         self.alone: set[int] = set()
+        self.cuts: dict[int, tuple[Any, ...]] = {}
         self.moved: dict[int, dict[int, Tensor]] = {}
         self.certain = True
 
@@ -44,6 +48,8 @@ class Layouts:
 
     def fit(self, graph: Graph, batch: int, nodes: Iterable[int]) -> bool:
         """Whether these nodes of a graph of the same form must have a batch of this size in the same places."""
+        if any(numbers(graph.nodes[node]) != expected for node, expected in self.cuts.items()):
+            return False
         for node in nodes:
             for k, layout in enumerate(self.found.get(node, ())):
                 if layout is None:
@@ -132,6 +138,8 @@ def _conclude(
         moved = watches[node].moved
         if moved and (indices := moving(graph, node, moved, layouts.found, layouts.scattered)):
             layouts.moved[node] = indices
+        if parts := cut(graph, node, layouts.found, layouts.scattered):
+            layouts.cuts[node] = parts
         if is_mixed(graph, node, layouts.found):
             layouts.certain = False
     return layouts
@@ -152,6 +160,8 @@ def _conclude_node(
             best = found[k] = prefer(candidates, shape, batch, batch_dim)
             if len(candidates) > 1:
                 layouts.doubtful.add(node)
+            if len({layout.dim for layout in candidates}) > 1:
+                layouts.crossed.add(node)
             if shape[best.dim] == batch:
                 layouts.alone.add(node)
         else:

@@ -68,6 +68,6 @@ def plan_by_layouts(
     layouts = probe(output, graph, [leaf, *(parameters[k] for k in graph.uses)], batch_dim)
     known.layouts = layouts if layouts.certain else None  # else it is looked for again the next time
     plan = plan_batch(graph, parameters, declined, layouts, independence)
-    if layouts.doubtful & plan.nodes():
+    if layouts.crossed or layouts.doubtful & plan.nodes():
         known.layouts = None
     return plan, layouts

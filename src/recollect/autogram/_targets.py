@@ -42,10 +42,10 @@ class Target:
 def mixing_captures(graph: Graph, layouts: Layouts) -> set[int]:
     """Return the captures of layers that mix the batch or have none: no rule may take rows of theirs for elements.
 
-    Inside a layer only what is made of its parameters may have a gradient that mixes the batch. Where several layouts
-    fit a layer's gradient, its inputs may have another one of them.
+    Inside a layer only what is made of its parameters may have a gradient that mixes the batch. Where layouts
+    along several axes fit a layer's gradient, its inputs may have the batch in another one of them.
     """
-    mixing = {capture for capture in graph.captures if capture in layouts.free or capture in layouts.doubtful}
+    mixing = {capture for capture in graph.captures if capture in layouts.free or capture in layouts.crossed}
     for node in layouts.free:
         owner = graph.owners.get(node)
         if owner is not None and owner not in mixing and graph.touches_data(node):
