@@ -109,6 +109,14 @@ def test_one_switch_changes_how_a_preset_trains_and_nothing_else():
     assert replace(full, training=replace(full.training, name="autoscale")) == parts
 
 
+def test_a_preset_may_have_keys_that_do_not_count_but_nobody_gives_them():
+    assert parse(["preset=cora_gcn", "training=full"]).training.num_parts == 40
+    with pytest.raises(UsageError, match=r"training.num_parts counts only with training=autoscale"):
+        parse(["preset=cora_gcn", "training=full", "training.num_parts=4"])
+    with pytest.raises(UsageError, match=r"objective.samples counts only with objective=iwrm"):
+        parse(["objective=multitask", "objective.samples=4", "objective.weighting=mgda"])
+
+
 def test_what_is_said_goes_before_the_preset():
     settings = parse(["preset=cora_gcn", "runs=2", "model.dropout=0.25", "training.num_parts=12", "optimizer=sgd"])
     assert (settings.runs, settings.model.dropout, settings.training.num_parts) == (2, 0.25, 12)
@@ -144,20 +152,33 @@ def test_options_of_a_convolution_are_free():
         ("measure=false", "is a group of keys; set one of them: measure.enabled"),
         ("dataset.options.k=many", "must be of type int, as 10 is"),
         ("optimizer.options.eps=true", "must be of type float"),
-        ("seed=a", "seed: Value 'a' of type 'str' could not be converted to Integer"),
-        ("seed=true", "could not be converted to Integer"),
-        ("epochs=1.5", "could not be converted to Integer"),
-        ("epochs=null", "epochs: Incompatible value 'None'"),
-        ("measure.depths=3", "measure.depths: "),
+        ("seed=a", "seed=a: must be a whole number$"),
+        ("seed=true", "seed=True: must be a whole number"),
+        ("epochs=1.5", "epochs=1.5: must be a whole number"),
+        ("epochs=null", "epochs=null: must be a whole number$"),
+        ("patience=often", "patience=often: must be a whole number or null"),
+        ("optimizer.lr=high", "optimizer.lr=high: must be a number$"),
+        ("model.tied=maybe", "model.tied=maybe: must be true or false"),
+        ("measure.depths=3", r"measure.depths=3: must be a list of whole numbers, such as \[8,16\], or null"),
         ("measure.depths=[0]", "each at least 1"),
         ("measure.depths=[]", "must be a list of numbers of layers"),
-        ("model.conv_kwargs=3", "model.conv_kwargs: Cannot assign int"),
-        ("model.norm=group", "model.norm: there is no value 'group'; choose from: layer, batch"),
+        ("model.conv_kwargs=3", "model.conv_kwargs=3: must be keys and values"),
+        ("model.norm=group", "model.norm: there is no value 'group'; choose from: layer, batch, null$"),
         ("device=tpu", "choose from: auto, cpu, cuda"),
         ("precision=8", "choose from: 32-true, bf16-mixed, 16-mixed"),
         ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
         ("model.dropout=nan", "must be a finite number"),
         ("optimizer.lr=inf", "must be a finite number"),
+        ("clip_norm=0", "clip_norm=0.0: must be above 0"),
+        ("dataset.name=cora", "is set by its group, .*: write dataset=...; choose from: amazon-computers"),
+        ("model.kind=gcn", "write model=...; choose from: appnp, gat, gcn"),
+        ("training.name=autoscale", "write training=...; choose from: autoscale, full"),
+        ("training.num_parts=4", "training.num_parts counts only with training=autoscale, and this is training=full"),
+        (
+            "objective.weighting=mgda",
+            "only with objective=iwrm or multitask, .*: leave it out, or write objective=iwrm",
+        ),
+        ("objective.samples=3", "only with objective=iwrm, and this is objective=mean"),
         ("epochs=0", "epochs=0: must be at least 1"),
         ("training=autoscale", "model=revgnn has none: choose gcn, "),
         ("model.options.alpha=1", "there is no key 'model.options.alpha'"),

@@ -74,7 +74,7 @@ def test_errors_are_those_that_the_formula_gives(graph):
 
 
 def test_without_parts_there_is_no_history_to_see(graph):
-    step = make(graph, ["training.errors_every=1"])
+    step = make(graph, [])
     step.train()
     assert step.observe(errors=True) == {}
     assert step.modes == ["whole graph"]

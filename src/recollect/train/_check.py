@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recollect.train._errors import UsageError, choose_from
@@ -22,12 +22,12 @@ from recollect.train._settings import (
     TrainingSettings,
 )
 
-__all__ = ["check", "documented"]
+__all__ = ["check", "check_given", "documented", "kind_text"]
 
 
 def documented() -> dict[str, dict[str, Any]]:
-    """Key -> its meaning ("help") and what it allows ("low", "below", "choices"), in the order of the classes."""
-    return {key: dict(metadata) for key, _, metadata in _walk(Settings, None)}
+    """Key -> what `about` knows of it, and its "type", in the order of the classes."""
+    return {key: metadata for key, _, metadata in _walk(Settings, None)}
 
 
 def check(settings: Settings) -> None:
@@ -42,13 +42,16 @@ def check(settings: Settings) -> None:
         if key in PATH_KEYS and value == "":
             raise UsageError(f"{key}=: names no path; give one, or write {key}=null")
         if metadata["choices"] and value not in metadata["choices"]:
-            raise UsageError(f"{key}: " + choose_from("value", value, metadata["choices"]))
-        low, below = metadata["low"], metadata["below"]
+            null = ["null"] if metadata["type"].endswith("None") else []
+            raise UsageError(f"{key}: " + choose_from("value", value, [*metadata["choices"], *null]))
+        low, above, below = metadata["low"], metadata["above"], metadata["below"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{key}={value}: must be a finite number")
         if (low is not None and value < low) or (below is not None and value >= below):
             upper = f" and below {below}" if below is not None else ""
             raise UsageError(f"{key}={value}: must be at least {low}{upper}")
+        if above is not None and value <= above:
+            raise UsageError(f"{key}={value}: must be above {above}")
     depths = settings.measure.depths
     if depths is not None and (not depths or min(depths) < 1):
         raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
@@ -58,6 +61,38 @@ def check(settings: Settings) -> None:
             f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
             f"they are; choose 32-true or bf16-mixed"
         )
+
+
+def check_given(settings: Settings, keys: Iterable[str]) -> None:
+    """Refuse keys that were given and that nothing would look at.
+
+    Raises:
+        UsageError: there is one; the message says with which option of which group it counts.
+    """
+    known = documented()
+    for key in keys:
+        group, *options = known.get(key, {}).get("needs") or (None,)
+        if group and (found := getattr(settings, group).name) not in options:
+            raise UsageError(
+                f"{key} counts only with {group}={' or '.join(options)}, and this is {group}={found}: leave it out, or "
+                f"write {group}={options[0]} as well"
+            )
+
+
+def kind_text(key: str) -> str | None:
+    """What a key's value must be, in words; None if the key is unknown."""
+    kind, _, null = documented().get(key, {"type": ""})["type"].partition(" | ")
+    return _KINDS[kind] + (" or null" if null else "") if kind in _KINDS else None
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "list[int]": "a list of whole numbers, such as [8,16],",
+    "dict[str, Any]": "keys and values, such as {aggr: max}",
+}
 
 
 def _check_training(settings: Settings) -> None:
@@ -105,8 +140,8 @@ _UNWEIGHTED = ("revgnn", "gat", "pna", "pna_jk")
 _MODELS = (RevGNNSettings, ScalableSettings)
 
 
-def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each leaf's key, value (``None`` without an instance) and metadata."""
+def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each leaf's key, value (``None`` without an instance) and what is known of it."""
     groups = {
         c.__name__: (c,)
         for c in (
@@ -121,7 +156,7 @@ def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any,
     for item in dataclasses.fields(cls):
         value = None if instance is None else getattr(instance, item.name)
         if str(item.type) not in groups:
-            yield prefix + item.name, value, item.metadata
+            yield prefix + item.name, value, {**item.metadata, "type": str(item.type)}
             continue
         for group in groups[str(item.type)] if value is None else (type(value),):
             yield from _walk(group, value, f"{prefix}{item.name}.")

@@ -17,11 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from recollect.train._check import check
+from recollect.train._check import check, check_given, kind_text
 from recollect.train._errors import InvalidRunError, UsageError, choose_from
-from recollect.train._settings import FREE_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings
+from recollect.train._settings import FREE_KEYS, GROUP_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings
 
 __all__ = ["defaults", "groups", "parse", "read", "write"]
 
@@ -70,7 +70,9 @@ def parse(overrides: Sequence[str]) -> Settings:
         # Hydra lets keys be added below a dictionary only where the override says so.
         texts.append(f"++{override.input_line}" if _is_free(override.key_or_group) else str(override.input_line))
     try:
-        return _to_settings(_compose(texts))
+        settings = _to_settings(_compose(texts))
+        check_given(settings, (override.key_or_group for override in parsed))
+        return settings
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_first_line(error)) from error
 
@@ -138,6 +140,9 @@ def _check_option(key: str, value: Any, known: Mapping[str, Any]) -> None:
 
 
 def _check_key(key: str, known: Mapping[str, Any], options: dict[str, list[str]]) -> None:
+    if group := GROUP_KEYS.get(key):
+        said = f"{key} is set by its group, with all that belongs to it: write {group}=..."
+        raise UsageError(f"{said}; choose from: {', '.join(options[group])}")
     if key in known or _is_free(key):
         return
     inside = {name.rpartition(".")[0] for name in known}
@@ -180,6 +185,10 @@ def _to_settings(config: DictConfig) -> Settings:
         settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
+        kind = kind_text(key) if isinstance(error, ValidationError) else None
+        if kind:
+            found = OmegaConf.select(config, key)
+            raise UsageError(f"{key}={'null' if found is None else found}: must be {kind}") from error
         raise UsageError(f"{key}: {_first_line(error)}") from error
     check(settings)
     return settings

@@ -168,5 +168,5 @@ def _epoch_axis(axes: Axes, best_epoch: int, epochs: int) -> None:
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlim(min(1, epochs - 1), epochs)
-    axes.axvline(best_epoch, color=_SOFT, linestyle=":", linewidth=1, label="parameters kept")
+    axes.axvline(best_epoch, color=_SOFT, linestyle=":", linewidth=1, label="best epoch (kept)")
     axes.legend()

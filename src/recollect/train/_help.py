@@ -7,7 +7,7 @@ from typing import Any
 
 from recollect.train._check import documented
 from recollect.train._config import defaults, groups
-from recollect.train._settings import FREE_KEYS
+from recollect.train._settings import FREE_KEYS, GROUP_KEYS
 
 __all__ = ["help_text"]
 
@@ -29,23 +29,40 @@ for what is around them; a preset is a row of published results. For example:
 
 def help_text() -> str:
     """Groups with their options, then keys with their defaults, values and meaning."""
-    lines = [_HEAD, "groups and their options (the first key of each line is a group):"]
+    lines = [_HEAD, "groups, and the options of each:"]
     values = defaults()
     for group, options in groups().items():
         lines += [f"  {group}=", *_wrapped(options, values.get(f"{group}.name"))]
-    lines += ["", "keys, with the values they have if nothing is said:"]
-    texts = documented()
-    for key, value in {**values, **defaults(_OTHER)}.items():
-        value = values.get(key, value)
-        text = texts.get(key) or texts[key.rpartition(".")[0]]
-        choices = f" ({', '.join(text['choices'])})" if text["choices"] else ""
-        own = text["help"] if key in texts else f"option of this {key.partition('.')[0]}"
-        start = f"  {key + '=' + _show(value):<36} "
-        lines += textwrap.wrap(
-            own + choices, _WIDTH, initial_indent=start, subsequent_indent=" " * 39, break_on_hyphens=False
-        )
+    for title, found in _sections().items():
+        lines += ["", title, *found]
     lines += ["", f"Below {', '.join(FREE_KEYS)} any key can be set: what is there depends on model.conv.", ""]
     return "\n".join(lines)
+
+
+def _sections() -> dict[str, list[str]]:
+    """Lines for each key, below what it needs in order to count."""
+    values, texts = defaults(), documented()
+    always = "keys, with the values they have if nothing is said:"
+    found: dict[str, list[str]] = {always: []}
+    for key, value in values.items():
+        needs = texts.get(key, {}).get("needs")
+        title = f"only with {needs[0]}={' or '.join(needs[1:])}:" if needs else always
+        if key not in GROUP_KEYS:
+            found.setdefault(title, []).extend(_described(key, value, texts))
+    others = {key: value for key, value in defaults(_OTHER).items() if key not in values}
+    title = f"only with a model with histories, in place of revgnn's own; the values of {_OTHER}:"
+    return {**found, title: [line for key, value in others.items() for line in _described(key, value, texts)]}
+
+
+def _described(key: str, value: Any, texts: dict[str, dict[str, Any]]) -> list[str]:
+    """A key with its value and meaning, in lines."""
+    text = texts.get(key) or texts[key.rpartition(".")[0]]
+    choices = f" ({', '.join(text['choices'])})" if text["choices"] else ""
+    own = text["help"] if key in texts else f"option of this {key.partition('.')[0]}"
+    start = f"  {key + '=' + _show(value):<36} "
+    return textwrap.wrap(
+        own + choices, _WIDTH, initial_indent=start, subsequent_indent=" " * 39, break_on_hyphens=False
+    )
 
 
 def _wrapped(options: list[str], default: str | None) -> list[str]:

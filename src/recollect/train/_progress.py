@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from recollect.train._text import METRICS, per_layer, range_text, table
 from recollect.train._trainer import Row
 
 __all__ = ["Bar", "show_summary", "training_bar"]
+
+
+class _TwoLines(Progress):
+    """How far training is and the time left on one line, and below it what the last epoch gave."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["note"])
 
 
 class Bar:
@@ -61,12 +71,11 @@ def training_bar(console: Console, epochs: int, done: int, metric: str, brief: b
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
+    with _TwoLines(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield Bar(console, progress, epochs, done, metric, brief)
 
 

@@ -56,8 +56,8 @@ _COSTS = string.Template("""\
 <h2>What it costs</h2>
 <table><tr><th>measured</th>$modes<th></th></tr>$rows</table>
 <p>Memory is the measured peak of one training step above what is there before and after it: parameters, gradients, the
-optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation) that were run
-by turns.</p>
+optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation), one
+of each kind after the other.</p>
 $figure""")
 
 
@@ -84,7 +84,7 @@ def report(summary: dict[str, Any], history: Sequence[Row], settings: str) -> st
         ),
         costs=_costs(summary, costs),
         body=_runs(runs, METRICS[summary["metric"]]) if runs else f"<h2>Learning curves</h2>\n{curves}",
-        about="The runs; what differs between them is the first's" if runs else "The run",
+        about="The runs; where they differ, as in the first" if runs else "The run",
         facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts),
         settings=escape(settings),
     )

@@ -10,6 +10,7 @@ from recollect.train._model_settings import ModelSettings, RevGNNSettings, Scala
 
 __all__ = [
     "FREE_KEYS",
+    "GROUP_KEYS",
     "PATH_KEYS",
     "DataSettings",
     "DatasetSettings",
@@ -24,8 +25,19 @@ __all__ = [
 ]
 
 FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
+# What a group's option sets together with the keys that belong to it.
+GROUP_KEYS = {
+    "dataset.name": "dataset",
+    "model.kind": "model",
+    "optimizer.name": "optimizer",
+    "training.name": "training",
+    "objective.name": "objective",
+}
 # Values that are taken as they stand, whatever characters they have.
 PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
+
+
+_PARTS = ("training", "autoscale")
 
 
 @dataclass(frozen=True)
@@ -70,28 +82,32 @@ class TrainingSettings:
     name: str = field(
         metadata=about("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
     )
-    num_parts: int = field(metadata=about("parts that the graph is cut into", low=1))
-    parts_per_batch: int = field(metadata=about("parts in each step, drawn anew in each epoch", low=1))
+    num_parts: int = field(metadata=about("parts that the graph is cut into", low=1, needs=_PARTS))
+    parts_per_batch: int = field(metadata=about("parts in each step, drawn anew in each epoch", low=1, needs=_PARTS))
     partition: str = field(
-        metadata=about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"))
+        metadata=about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_PARTS)
     )
-    partition_cache: str | None = field(metadata=about("folder in which the parts of a graph are kept; null: none"))
+    partition_cache: str | None = field(
+        metadata=about("folder in which the parts of a graph are kept; null: none", needs=_PARTS)
+    )
     history_device: str | None = field(
-        metadata=about("where histories are; null: on the model's device", choices=("cpu", "cuda"))
+        metadata=about("where histories are; null: on the model's device", choices=("cpu", "cuda"), needs=_PARTS)
     )
     history_dtype: str = field(
-        metadata=about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"))
+        metadata=about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"), needs=_PARTS)
     )
-    history_path: str | None = field(metadata=about("folder for histories on disk; null: in memory"))
+    history_path: str | None = field(metadata=about("folder for histories on disk; null: in memory", needs=_PARTS))
     pool_size: int | None = field(
-        metadata=about("transfers of history rows beside the computation, at a time; null: none", low=1)
+        metadata=about("transfers of history rows beside the computation, at a time; null: none", low=1, needs=_PARTS)
     )
-    buffer_size: int | None = field(metadata=about("rows of each of them at most; null: all nodes", low=1))
+    buffer_size: int | None = field(
+        metadata=about("rows of each of them at most; null: all nodes", low=1, needs=_PARTS)
+    )
     edge_dropout: float = field(metadata=about("share of the edges that each step leaves out", low=0, below=1))
     lipschitz: float = field(metadata=about("weight of lipschitz_loss (gin with model.options.noise)", low=0))
-    layerwise: bool = field(metadata=about("evaluate layer by layer on parts; false: on the whole graph"))
+    layerwise: bool = field(metadata=about("evaluate layer by layer on parts; false: on the whole graph", needs=_PARTS))
     errors_every: int | None = field(
-        metadata=about("epochs between measurements of the histories' true errors; null: none", low=1)
+        metadata=about("epochs between measurements of the histories' true errors; null: none", low=1, needs=_PARTS)
     )
 
 
@@ -109,10 +125,13 @@ class ObjectiveSettings:
         metadata=about(
             "weights from the Gramian, by recollect.aggregation",
             choices=("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "cagrad", "alignedmtl", "nashmtl", "mean"),
+            needs=("objective", "iwrm", "multitask"),
         )
     )
     samples: int = field(
-        metadata=about("iwrm: training nodes of a step, drawn anew; each costs a backward pass", low=1)
+        metadata=about(
+            "training nodes of a step, drawn anew; each costs a backward pass", low=1, needs=("objective", "iwrm")
+        )
     )
 
 
@@ -151,7 +170,7 @@ class Settings:
         metadata=about("stop after this many epochs without a better validation score; null: never", low=1)
     )
     warmup_epochs: int = field(metadata=about("epochs over which the learning rate rises linearly to its value", low=0))
-    clip_norm: float | None = field(metadata=about("largest norm of the gradient; null: any", low=0))
+    clip_norm: float | None = field(metadata=about("largest norm of the gradient; null: any", above=0))
     checkpoint_every: int | None = field(
         metadata=about("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
     )
