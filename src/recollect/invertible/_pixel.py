@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
 
-from recollect._arguments import check_count
 from recollect.invertible._moves import Moves
 
 __all__ = ["PixelShuffle", "PixelUnshuffle"]
 
 # By reshaping, as the gradient of torch's pixel_shuffle fails for an empty batch (seen in 2.13).
+
+
+def _checked(name: str, factor: int) -> int:
+    if operator.index(factor) < 1:
+        raise ValueError(f"{name} must be at least 1 (got {factor})")
+    return operator.index(factor)
 
 
 def _check_image(x: Tensor) -> None:
@@ -72,8 +78,7 @@ class PixelShuffle(_Pixels):
 
     def __init__(self, upscale_factor: int, **options: Any) -> None:
         super().__init__(**options)
-        check_count("upscale_factor", upscale_factor)
-        self.upscale_factor = upscale_factor
+        self.upscale_factor = _checked("upscale_factor", upscale_factor)
 
     def function(self, x: Tensor) -> Tensor:
         """Return x with channels in space."""
@@ -110,8 +115,7 @@ class PixelUnshuffle(_Pixels):
 
     def __init__(self, downscale_factor: int, **options: Any) -> None:
         super().__init__(**options)
-        check_count("downscale_factor", downscale_factor)
-        self.downscale_factor = downscale_factor
+        self.downscale_factor = _checked("downscale_factor", downscale_factor)
 
     def function(self, x: Tensor) -> Tensor:
         """Return x with space in channels."""
