@@ -12,7 +12,7 @@ import torch
 
 from bench._graph_works import Trainer, Work
 from bench._harness import alternating, median
-from bench._report import Target, ratio, show, table
+from bench._report import OTHER_DEVICE, Target, ratio, show, table
 from recollect.autoscale import SubData, SubgraphLoader
 
 Row = dict[str, Any]
@@ -104,12 +104,12 @@ def steps_targets(row: Row) -> list[Target]:
             "step with histories in files and a pool / in memory",
             None if on_card else row["ratio"]["file, pool"],
             1.2,
-            why_not_measured="set for the CPU",
+            why_not_measured=OTHER_DEVICE,
         ),
         Target(
             "step with histories in host memory and a pool / on the device",
             row["ratio"]["memory, pool"] if on_card else None,
             1.15,
-            why_not_measured="no CUDA device",
+            why_not_measured=OTHER_DEVICE,
         ),
     ]

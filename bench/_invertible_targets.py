@@ -8,7 +8,7 @@ from typing import Any
 from bench._exactness import Errors
 from bench._invertible_systems import SYSTEMS, Stack
 from bench._measure import Row
-from bench._report import Target, ratio
+from bench._report import OTHER_SIZE, Target, ratio
 
 # What the numbers were set for; at other sizes the ratios are of interest, but are not these targets.
 WORKLOADS = {"mlp": Stack("mlp", 4096, 256), "conv": Stack("conv", 32, 64, 16)}
@@ -38,7 +38,7 @@ def targets(work: Stack, rows: Sequence[Row], errors: Errors) -> list[Target]:
     as_set = work == WORKLOADS[work.blocks]
     times: dict[str, Any] = ratios(rows, "seconds", DEPTH) if as_set else {}
     peaks: dict[str, Any] = ratios(rows, "peak_bytes", DEPTH) if as_set else {}
-    why = "not measured" if as_set else "set for another size"
+    why = "not measured" if as_set else OTHER_SIZE
     name = f"{work.blocks}, {DEPTH} layers: "
     error = errors["float64, dropout"]["recollect"]
     return [

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench._objectives_measure import Row
-from bench._report import Target, ratio
+from bench._report import OTHER_PART, Target, ratio
 
 MLP = "mlp, 784-1024-1024-1024-10, B = {}"
 CNN = "cnn, 32-64-128 channels, B = {}"
@@ -61,7 +61,7 @@ def targets(rows: Sequence[Row]) -> list[Target]:
 
 
 def _target(row: Row | None, work: str, key: str, ours: str, peer: str, limit: float) -> Target:
-    why = "not part of this run"
+    why = OTHER_PART
     if row is not None:
         why = "; ".join(f"{name}: {row['skipped'][name]}" for name in (ours, peer) if name in row["skipped"])
     value = None if row is None else ratio(row[key].get(ours), row[key].get(peer))
@@ -75,7 +75,7 @@ def weight_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     for m, limit in WEIGHTS.items():
         row = by_size.get(m, {})
         seconds = row.get("seconds", {})
-        why = row.get("why_not_measured", "not part of this run")
+        why = row.get("why_not_measured", OTHER_PART)
         value = ratio(seconds.get("recollect"), seconds.get("torchjd"))
         found.append(Target(f"UPGrad weights, m = {m}: time, recollect / torchjd", value, limit, why_not_measured=why))
         name = f"UPGrad weights, m = {m}: objective, difference from torchjd's, relative"

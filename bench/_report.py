@@ -18,6 +18,9 @@ import torch
 GB = 1e9
 MIB = 2**20
 
+# Why a number was not asked for. The JSON has these reasons as well; what is printed leaves such numbers out.
+OTHER_PART, OTHER_SIZE, OTHER_DEVICE = "not part of this run", "set for another size", "set for another device"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -27,13 +30,18 @@ class Target:
     value: float | None
     limit: float
     strict: bool = False
-    why_not_measured: str = "not part of this run"
+    why_not_measured: str = OTHER_PART
 
     @property
     def reached(self) -> bool | None:
         if self.value is None:
             return None
         return self.value < self.limit if self.strict else self.value <= self.limit
+
+    @property
+    def asked(self) -> bool:
+        """Whether this run is to reach it."""
+        return self.value is not None or self.why_not_measured not in (OTHER_PART, OTHER_SIZE, OTHER_DEVICE)
 
     def as_dict(self) -> dict[str, Any]:
         found = {**asdict(self), "reached": self.reached}
@@ -105,11 +113,13 @@ def header(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish(report: Mapping[str, Any], targets: Sequence[Target], file: Path) -> dict[str, Any]:
-    """Print what is reached, add it to the report, write that to a file and return it."""
+    """Print what is reached of what was asked for, add all to the report, write that to a file and return it."""
     done = {**report, "targets": [target.as_dict() for target in targets]}
     if targets:
-        print("\nnumbers to reach")
-        print("\n".join(target.line() for target in targets), flush=True)
+        lines = [target.line() for target in targets if target.asked]
+        if others := len(targets) - len(lines):
+            lines.append(f"  {others} of other parts, sizes or devices: listed in {file.name}")
+        print("\nnumbers to reach", *lines, sep="\n", flush=True)
     write_json(file, done)
     return done
 

@@ -20,7 +20,7 @@ from bench import _harness as harness
 from bench import _tolokers
 from bench._exactness import gradient_errors
 from bench._measure import expected_bytes, measure
-from bench._report import Target, write_json
+from bench._report import OTHER_DEVICE, OTHER_PART, OTHER_SIZE, Target, finish, write_json
 from bench._step import relative_error
 from bench._systems import SYSTEMS, Workload
 from bench._targets import WORKLOAD, depth_targets
@@ -132,6 +132,16 @@ def test_target(target: Target, reached: bool | None) -> None:
     assert ("no time" in target.line()) == (reached is None)
 
 
+def test_only_numbers_that_were_asked_for_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [Target("near", 1.0, 1.0), Target("lost", None, 1.0, why_not_measured="RuntimeError: no")]
+    others = [Target(why, None, 1.0, why_not_measured=why) for why in (OTHER_PART, OTHER_SIZE, OTHER_DEVICE)]
+    report = finish({}, [*targets, *others], tmp_path / "some.json")
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(":")[0].split()[-1] for line in printed[1:3]] == ["near", "lost"]
+    assert printed[3:] == ["  3 of other parts, sizes or devices: listed in some.json"]
+    assert [target["name"] for target in report["targets"]][2:] == [OTHER_PART, OTHER_SIZE, OTHER_DEVICE]
+
+
 def rows_of(seconds: float, deep: int, pyg: int) -> list[dict[str, Any]]:
     peaks = [{"recollect": 100, "pyg": 120}, {"recollect": 100, "pyg": 120}, {"recollect": deep, "pyg": pyg}]
     times = {"recollect": seconds, "pyg": 5.0, "plain": 2.5, "checkpoint": 4.0}
@@ -159,8 +169,8 @@ def test_targets_without_a_measurement_say_why() -> None:
     found = depth_targets(small, rows, errors_of("RuntimeError: no", 1e-6))
     assert [target.reached for target in found] == [None] * 6 + [True]
     assert [target.why_not_measured for target in found[:6]] == [
-        *["set for another size of graph"] * 3,
-        "one of the two depths was not measured",
+        *[OTHER_SIZE] * 3,
+        OTHER_PART,
         "not measured at every depth",
         "RuntimeError: no",
     ]
