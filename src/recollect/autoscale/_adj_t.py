@@ -22,15 +22,16 @@ __all__ = ["make_adj_t", "rows_of", "sparse_csr", "to_adj_t"]
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
     """A sparse CSR tensor without a check of its parts, which are known to fit."""
-    _hear_of_beta()
+    _hear_of_state()
     return torch.sparse_csr_tensor(rowptr, col, value, size, check_invariants=False)
 
 
 @functools.cache
-def _hear_of_beta() -> None:
-    """Make a first sparse CSR tensor: torch tells each process once that they are in beta state."""
+def _hear_of_state() -> None:
+    """Make a first sparse CSR tensor: torch tells each process once that they are in beta state, and unchecked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")  # torch 2.11
         nothing = torch.zeros(0, dtype=torch.int64)
         torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), nothing, nothing, (0, 0), check_invariants=False)
 
