@@ -111,6 +111,26 @@ def test_captures_hold_what_autograd_holds_anyway():
     assert held(True)[0] <= held(False)[0] + 64
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_inputs_of_linear_layers_of_which_only_the_bias_is_trained_are_not_kept(batch_dim):
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).double()
+    biases = [layer.bias for layer in net]
+    for layer in net:
+        layer.weight.requires_grad_(False)
+    x = torch.rand(16, 64, dtype=torch.float64)
+
+    def held(with_engine):
+        engine = Engine(net, batch_dim=batch_dim) if with_engine else None
+        with peak_memory("cpu") as memory:
+            losses = net(x).square().sum(1)
+        kept = memory.current_bytes
+        if engine is not None:
+            torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, biases))
+        return kept
+
+    assert held(True) <= held(False) + 6 * 64  # of an element each
+
+
 @pytest.mark.parametrize("uses", [4, 16])
 def test_a_layer_that_is_used_again_and_again_holds_its_rows_at_the_most(uses):
     """Beyond a few uses, rows [8, 1088] are smaller than the gradients of all uses, [8, 256, 32] each."""

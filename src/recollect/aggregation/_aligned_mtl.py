@@ -28,6 +28,7 @@ class AlignedMTLWeighting(PreferenceWeighting):
             (``"median"``) or their mean (``"rmse"``).
 
     Raises:
+        TypeError: ``pref_vector`` is no tensor.
         ValueError: a wrong ``pref_vector``, or another ``scale_mode``.
     """
 

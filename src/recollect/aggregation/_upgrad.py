@@ -32,6 +32,7 @@ class UPGradWeighting(ProjectingWeighting):
             Above 1e-6 the call warns. None before the first call.
 
     Raises:
+        TypeError: ``pref_vector`` is no tensor.
         ValueError: a wrong ``pref_vector`` or a negative ``reg_eps``.
 
     Example:

@@ -7,7 +7,6 @@ autograd visit all these nodes, and compute gradients of inputs on the way, and 
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
 
@@ -36,9 +36,10 @@ class Call:
         entry: its rule.
         sources: the graph's nodes that the inputs come from; the layer's own part of the graph ends there.
         elements: of inputs and outputs together.
+        stand_ins: tensors of the inputs' forms with one element each, where no values of theirs are kept.
     """
 
-    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "sources")
+    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "sources", "stand_ins")
 
     def __init__(self, layer: nn.Module, entry: Entry, inputs: tuple[Any, ...], tensors: list[Tensor]) -> None:
         self.layer = layer
@@ -48,6 +49,7 @@ class Call:
         self._condition = _condition(layer)
         self._constants: list[Any] | None = None
         self._spec: TreeSpec | None = None
+        self.stand_ins: tuple[Tensor, ...] | None = None
         if not (len(inputs) == 1 and isinstance(inputs[0], Tensor)):
             leaves, self._spec = tree_flatten(inputs)
             self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -63,7 +65,7 @@ class Call:
             NotCovered: a tensor was changed in place behind the layer, as it may be where autograd has no need of it.
         """
         try:
-            tensors: tuple[Tensor, ...] = node.saved_tensors
+            tensors: tuple[Tensor, ...] = self.stand_ins or node.saved_tensors
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -120,18 +122,21 @@ class Recorder:
         entry = self._registry.find(type(layer))
         if entry is None or "forward" in layer.__dict__ or not _is_first(layer):
             return None
-        parameters = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
-        inputs = _positional(layer, args, kwargs) if kwargs else args
-        tensors = _tensors(inputs)
-        if not parameters or tensors is None or any(t is p for t in tensors for p in parameters):
+        parameters = {k: p for k, p in layer._parameters.items() if p is not None and p.requires_grad}
+        inputs = positional(layer, args, kwargs) if kwargs else args
+        tensors = tensors_among(inputs)
+        if not parameters or tensors is None or any(t is p for t in tensors for p in parameters.values()):
             return None  # a use as input: the graph cannot tell it from the layer's own
         call = Call(layer, entry, inputs, tensors)
+        kept = [] if entry.constant.issuperset(parameters) else tensors
+        if not kept:
+            call.stand_ins = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors)
         if type(output) is Tensor:
             if not output.requires_grad or output.is_nested:
                 return None
             call.elements += output.numel()
-            return Capture.apply(self.leaf, self, call, tensors, output)[0]  # type: ignore[no-untyped-call]
-        return self._record_several(call, tensors, output)
+            return Capture.apply(self.leaf, self, call, kept, output)[0]  # type: ignore[no-untyped-call]
+        return self._record_several(call, kept, output)
 
     def _record_several(self, call: Call, tensors: list[Tensor], output: Any) -> Any:
         leaves, spec = tree_flatten(output)
@@ -183,18 +188,3 @@ def _is_first(layer: nn.Module) -> bool:
         if not isinstance(getattr(hook, "__self__", None), nullcontext):  # what a copy of one is
             return False
     return True
-
-
-def _positional(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return tuple(bound.arguments.values())
-
-
-def _tensors(inputs: tuple[Any, ...]) -> list[Tensor] | None:
-    """Return the tensors among the arguments, or None if one is of a kind that no rule knows."""
-    leaves = inputs if len(inputs) == 1 else tree_flatten(inputs)[0]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(type(leaf) not in (Tensor, nn.Parameter) or leaf.is_nested for leaf in tensors):
-        return None
-    return None if len(inputs) == 1 and not tensors else tensors

@@ -66,10 +66,13 @@ class Entry:
     Attributes:
         rule: see :data:`Rule`.
         sharing: see :data:`Sharing`; None: every tensor among the inputs has the batch where the first output has it.
+        constant: parameters whose Jacobian does not depend on the inputs' values, such as biases. Where no others are
+            trained, the rule gets tensors of the inputs' forms, and their values are not kept.
     """
 
     rule: Rule
     sharing: Sharing | None = None
+    constant: frozenset[str] = frozenset()
 
 
 class Registry:

@@ -31,9 +31,12 @@ from recollect.autogram.rules._scale import prelu
 
 __all__ = ["RULES"]
 
+# Of a linear layer, autograd keeps the input for the weight alone; of convolutions and norms it does so in any case.
+_BIAS = frozenset({"bias"})
+
 RULES: dict[type[nn.Module] | str, Entry] = {
-    nn.Linear: Entry(linear),
-    "torch_geometric.nn.dense.linear.Linear": Entry(linear),
+    nn.Linear: Entry(linear, constant=_BIAS),
+    "torch_geometric.nn.dense.linear.Linear": Entry(linear, constant=_BIAS),
     nn.Bilinear: Entry(bilinear),
     nn.Conv1d: Entry(conv),
     nn.Conv2d: Entry(conv),
