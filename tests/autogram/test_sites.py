@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from autogram_zoo import explicit_gramian, relative_error
+from torch import nn
 from torch.nn import functional as F
 
-from recollect.autogram import _sites
+from recollect.autogram import Engine, _sites
 from recollect.autogram._contract import gramian
 from recollect.autogram._factors import Outer, Rows
 from recollect.autogram._layout import Layout
@@ -99,3 +101,16 @@ def test_a_node_in_python():
     y = Product.apply(X, p)
     (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout(0),), B, [(1, p.shape)])
     torch.testing.assert_close(form_rows([factor], slice(0, B)), X.sum(1))
+
+
+@pytest.mark.parametrize("shape", [(B, 5), (B, 1), (1, 5), (5,)])
+@pytest.mark.parametrize("way", ["on the left", "on the right", "in a product"])
+def test_what_autograd_is_not_asked_for_in_a_pass_down_to_layers(way, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5).double()
+    layer.own = nn.Parameter(parameter(*shape).detach())
+    engine = Engine(layer, batch_dim=0)
+    y = layer(X[:, 0])
+    added = {"on the left": lambda: layer.own + y, "on the right": lambda: y + layer.own}
+    losses = added.get(way, lambda: torch.addmm(layer.own, y, X[0, 0].diag()))().sin().sum(1)
+    assert relative_error(engine.compute_gramian(losses), explicit_gramian(losses, list(layer.parameters()))) <= 1e-10

@@ -130,14 +130,15 @@ def _one_by_one(
     targets: Sequence[tuple[int, torch.Size]],
 ) -> list[Tensor]:
     rows: list[list[Tensor]] = [[] for _ in targets]
+    passed_on = all(is_passed_on(node, position) for position, _ in targets)  # for these autograd computes nothing
     for row in range(batch):
         masked = [
             None if grad is None or layout is None else layout.mask(grad, batch, row)
             for grad, layout in zip(grads, layouts, strict=True)
         ]
-        gradients = _call(node, masked)
+        gradients = () if passed_on else _call(node, masked)
         for k, (position, shape) in enumerate(targets):
-            gradient = gradients[position]
+            gradient = masked[0] if is_passed_on(node, position) else gradients[position]
             rows[k].append(_fit(gradient, shape, grads) if gradient is not None else _zeros(grads, shape))
     return [torch.stack(found) for found in rows]
 
