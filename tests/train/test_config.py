@@ -169,6 +169,8 @@ def test_options_of_a_convolution_are_free():
         ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
         ("model.dropout=nan", "must be a finite number"),
         ("optimizer.lr=inf", "must be a finite number"),
+        ("seed=4294967296", "must be at least 0 and below 4294967296"),
+        ("data.seed=-1", "data.seed=-1: must be at least 0"),
         ("clip_norm=0", "clip_norm=0.0: must be above 0"),
         ("dataset.name=cora", "is set by its group, .*: write dataset=...; choose from: amazon-computers"),
         ("model.kind=gcn", "write model=...; choose from: appnp, gat, gcn"),

@@ -49,6 +49,9 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 def test_what_is_no_run_cannot_be_resumed(tmp_path):
     with pytest.raises(InvalidRunError, match=r"has no config.yaml, so it is not the folder of a run"):
         reopen(str(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InvalidRunError, match=r"config.yaml is a file; give a folder"):
+        reopen(str(tmp_path / "config.yaml"))
     with pytest.raises(InvalidRunError, match="does not exist") as error:
         reopen(str(tmp_path / "nowhere"))
     assert error.value.exit_code == 2  # a wrong value on the command line

@@ -94,7 +94,9 @@ def test_curves_of_ages_and_errors_are_those_of_the_epochs():
         ([2], [0.25]),
         ([2], [0.5]),
     ]
-    assert all(axes.get_legend_handles_labels()[1][-1] == "best epoch (kept)" for axes in panels.values() if axes.get_visible())
+    assert all(
+        axes.get_legend_handles_labels()[1][-1] == "best epoch (kept)" for axes in panels.values() if axes.get_visible()
+    )
 
 
 def test_a_run_on_the_whole_graph_has_one_column_of_costs(tmp_path):

@@ -2,16 +2,16 @@
 
 :func:`train` is what ``recollect train`` runs. Settings are Hydra's, composed from the YAML files in the package's
 ``conf`` folder: one group each for dataset, model, optimizer, training and objective, and presets, which are rows of
-published results: ``preset=cora_gcn``. The loop runs on Lightning Fabric. ``training=full`` takes each step on the whole graph,
-``training=autoscale`` on parts of it, with histories for what is around them; model, optimizer and loop are the same.
-Evaluation is always that of the whole graph, and the test score that of the best validation epoch.
+published results: ``preset=cora_gcn``. The loop runs on Lightning Fabric. ``training=full`` takes each step on the
+whole graph, ``training=autoscale`` on parts of it, with histories for what is around them; model, optimizer and loop
+are the same. Evaluation is always that of the whole graph, and the test score that of the best validation epoch.
 
 A run's folder is known by ``config.yaml``, which is there first, and finished by ``summary.json``, which is there last.
 Between them a checkpoint is replaced, in one step, as often as takes a tenth of the time or as ``checkpoint_every``
-says, and holds everything that the following epochs depend on; so a run that was killed goes on from there and, on the
-CPU, ends with the numbers of an unbroken one. ``metrics.csv`` and TensorBoard's files are written anew from the checkpoint when a run goes on. Several runs,
-``runs=20``, have a folder each in one folder, ``seed_0`` and so on, and their mean and standard deviation in its
-summary and report.
+says. It holds everything that the following epochs depend on; so a run that was killed goes on from there and, on the
+CPU, ends with the numbers of an unbroken one. ``metrics.csv`` and TensorBoard's files are written anew from the
+checkpoint when a run goes on. Several runs, ``runs=20``, have a folder each in one folder, ``seed_0`` and so on, and
+their mean and standard deviation in its summary and report.
 
 This package needs the ``[train]`` extra; nothing else in recollect imports it.
 """

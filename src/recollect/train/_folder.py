@@ -77,7 +77,9 @@ def reopen(path: str) -> tuple[RunFolder, Settings]:
     """
     folder = RunFolder(Path(path).expanduser())
     if not folder.config.is_file():
-        what = "has no config.yaml, so it is not the folder of a run" if folder.path.is_dir() else "does not exist"
+        what = "is a file" if folder.path.is_file() else "does not exist"
+        if folder.path.is_dir():
+            what = "has no config.yaml, so it is not the folder of a run"
         raise MissingRunError(f"resume={path}: {folder.path} {what}; give a folder that recollect train has made")
     return folder, read(folder.config)
 

@@ -66,7 +66,7 @@ class DataSettings:
     """Where raw files are."""
 
     root: str | None = field(metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data"))
-    seed: int = field(metadata=about("seed of generated graphs (sbm)"))
+    seed: int = field(metadata=about("seed of generated graphs (sbm)", low=0, below=2**32))
     features: str | None = field(
         metadata=about(
             "rows: each sums to 1; columns: mean 0, deviation 1; null: as is",
@@ -161,7 +161,7 @@ class Settings:
     data: DataSettings
     measure: MeasureSettings
     preset: str | None = field(metadata=about("published row that the other settings are of; null: none"))
-    seed: int = field(metadata=about("seed of parameters and dropout", low=0))
+    seed: int = field(metadata=about("seed of parameters and dropout", low=0, below=2**32))
     runs: int = field(
         metadata=about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
     )
