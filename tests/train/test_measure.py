@@ -109,6 +109,9 @@ def test_depths_can_be_chosen(fabric, graph):
     assert [point["layers"] for point in costs_of(fabric, graph, chosen).curve] == [2, 4, 5, 12, 16]
 
 
+PARTS = ["training.num_parts=20", "training.parts_per_batch=1"]
+
+
 def parts_step(fabric, training):
     settings = parse(
         [
@@ -119,7 +122,7 @@ def parts_step(fabric, training):
                 "model.hidden_channels=32",
                 "measure.repeats=1",
             ),
-            *(f"training={training}", "training.num_parts=20", "training.parts_per_batch=1"),
+            *(f"training={training}", *(PARTS if training == "autoscale" else [])),
         ]
     )
     graph = prepare(settings, build_dataset(settings.dataset, settings.data))
