@@ -71,3 +71,12 @@ def test_a_function_is_not_asked_for_the_rows_of_zeros():
     y = layer(torch.randn(4, 3, dtype=torch.float64))
     losses = y.sin().sum(1) + 0 * Scaled.apply(y, layer.scale).sum(1)
     assert_right(engine, layer, losses)
+
+
+@pytest.mark.parametrize("way", [lambda bags: bags.view(2, 2, 5).sum(1), lambda bags: bags.view(2, 2, 5).sum(0)])
+def test_several_bags_with_offsets_for_each_element(way):
+    torch.manual_seed(0)
+    layer = nn.EmbeddingBag(7, 5).double()
+    engine = Engine(layer, batch_dim=0)
+    bags = layer(torch.tensor([0, 1, 2, 3, 4, 5, 6, 1]), torch.tensor([0, 3, 4, 6]))
+    assert_right(engine, layer, way(bags).sin().sum(1))

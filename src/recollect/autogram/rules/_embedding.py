@@ -48,7 +48,8 @@ def embedding_bag(
     """EmbeddingBag of bags [B, L], or of indices [T] and the offsets [B] at which the bags begin.
 
     Raises:
-        NotCovered: frequencies scale the gradient, which PyTorch counts differently by device.
+        NotCovered: frequencies scale the gradient, which PyTorch counts differently by device; or every row has
+            several bags of those with offsets, and may have any of them.
     """
     (index, offsets, scales), grad = (*inputs, None, None)[:3], grads[0]
     if grad is None or not needs(layer, "weight"):
@@ -67,6 +68,8 @@ def embedding_bag(
     index = index.flatten(1)
     weights = _weights(layer, index, bag, count, scales)
     if offsets is not None and grad.shape[1] < count:  # every row has a bag of its own
+        if grad.shape[1] > 1:
+            raise NotCovered("several bags with offsets for each element of the batch")
         index, weights = _split(index[0], bag, starts), _split(weights[0], bag, starts)
         bag = torch.zeros_like(index[0])
     return {"weight": Picked(grad[:, bag] * weights, index, layer.num_embeddings)}
