@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-__all__ = ["check_count", "pack", "unpack"]
+__all__ = ["as_count", "check_count", "pack", "unpack"]
+
+
+def as_count(name: str, value: Any, hint: str = "", *, least: int = 1) -> int:
+    """Return an integer of any type, such as numpy's, as an ``int``.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given for it.
+        hint: for the message: where such a number comes from.
+        least: that is allowed.
+
+    Raises:
+        ValueError: it is no integer, or too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer of at least {least}{hint} (got {value!r})") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}{hint} (got {number})")
+    return number
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raise a ValueError unless ``value`` is ``None`` or at least 1."""
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be None or at least 1 (got {value})")
+    """Raise a ValueError unless ``value`` is ``None`` or an integer of at least 1."""
+    if value is not None:
+        as_count(name, value, ", or None")
 
 
 def pack(value: Any) -> tuple[Any, ...]:

@@ -667,7 +667,7 @@ def test_anchor_every_is_checked():
         def __init__(self):
             super().__init__(anchor_every=0)
 
-    with pytest.raises(ValueError, match=r"anchor_every must be None or at least 1 \(got 0\)"):
+    with pytest.raises(ValueError, match=r"anchor_every must be at least 1, or None \(got 0\)"):
         Anchored()
 
 

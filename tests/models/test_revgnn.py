@@ -505,7 +505,7 @@ class TestErrors:
             make(conv=_Raw, conv_kwargs={"aggr": "max"})
 
     def test_anchor_every(self):
-        with pytest.raises(ValueError, match=r"anchor_every must be None or at least 1 \(got 0\)"):
+        with pytest.raises(ValueError, match=r"anchor_every must be at least 1, or None \(got 0\)"):
             make(anchor_every=0)
 
     def test_conv_is_a_module_and_no_factory(self):

@@ -447,6 +447,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"SAGEConv\(4, {out}, aggr=mean\).*shape \[7, 4\], got \[7, {out}\]"):
             layer(torch.randn(7, 8), edge_index)
 
+    def test_output_of_fewer_rows(self):
+        class Half(nn.Module):
+            def forward(self, x, graph):
+                return x[::2]
+
+        with pytest.raises(ValueError, match=r"shape \[6, 4\], got \[3, 4\]$"):  # and nothing of channels
+            GroupAddRev(Half(), num_groups=2)(torch.randn(6, 8), None)
+
     @pytest.mark.parametrize(
         ("conv", "found"),
         [
@@ -482,7 +490,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("option", ["num_bwd_passes", "anchor_every"])
     def test_counts_below_one(self, option, block):
-        with pytest.raises(ValueError, match=rf"{option} must be None or at least 1 \(got 0\)"):
+        with pytest.raises(ValueError, match=rf"{option} must be at least 1, or None \(got 0\)"):
             GroupAddRev(block(4), num_groups=2, **{option: 0})
 
     @pytest.mark.parametrize(

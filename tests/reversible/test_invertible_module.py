@@ -332,7 +332,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("option", ["num_bwd_passes", "anchor_every"])
     def test_counts_below_one(self, option):
-        with pytest.raises(ValueError, match=rf"{option} must be None or at least 1 \(got 0\)"):
+        with pytest.raises(ValueError, match=rf"{option} must be at least 1, or None \(got 0\)"):
             Sinh(**{option: 0})
 
     @pytest.mark.parametrize("direction", ["forward", "inverse"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recollect._arguments import as_count
 from recollect.autoscale._codec import codec_for
 from recollect.autoscale._file_table import FileTable
 from recollect.autoscale._memory_rows import memory_table
@@ -17,7 +18,6 @@ from recollect.autoscale._rows import STAMP
 from recollect.autoscale._selection import check_values, length, select_all, select_batch, select_rows
 from recollect.autoscale._table import Table
 from recollect.autoscale._table_module import TableModule
-from recollect.autoscale.checks import as_count
 from recollect.frames import in_backward
 
 __all__ = ["History", "history_bytes"]

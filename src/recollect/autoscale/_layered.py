@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recollect.autoscale.checks import as_count
+from recollect._arguments import as_count
 from recollect.frames import checkpoint, in_backward
 
 __all__ = ["Between", "LayeredGNN"]

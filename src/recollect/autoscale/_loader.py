@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from recollect._arguments import as_count
 from recollect.autoscale._adj_t import to_adj_t
 from recollect.autoscale._checks import check_data
 from recollect.autoscale._cut import Adjacency, Cut, check_permuted, checked_ptr
 from recollect.autoscale._kinds import Kind
-from recollect.autoscale.checks import as_count
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

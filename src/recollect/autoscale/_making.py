@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._arguments import as_count
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._pool import AsyncIOPool
-from recollect.autoscale.checks import as_count
 
 __all__ = ["as_channels", "forget", "fresh_histories", "make_histories", "make_pool", "widths_of"]
 

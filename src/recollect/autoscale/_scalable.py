@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
@@ -20,7 +21,6 @@ from recollect.autoscale._layered import LayeredGNN
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._operators import as_csr, first_rows
 from recollect.autoscale._sub_data import SubData
-from recollect.autoscale.checks import as_count
 
 __all__ = ["ScalableGNN"]
 

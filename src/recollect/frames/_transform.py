@@ -77,7 +77,13 @@ class Transformed:
         if not isinstance(output, Tensor) or list(output.shape) != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             if factor == 1:
-                allowed = f"its input's shape {shape}, got {found}; give it as many output as input channels"
+                allowed = f"its input's shape {shape}, got {found}"
+                if (
+                    isinstance(output, Tensor)
+                    and output.dim() == z.dim()
+                    and output.size(self._dim) != z.size(self._dim)
+                ):
+                    allowed += "; give it as many output as input channels"
             else:
                 allowed = f"shape {shape}, {factor} times its input's size in dimension {self._dim}, got {found}"
             raise ValueError(f"{describe(self)}: a block of a coupling must return a tensor of {allowed}")

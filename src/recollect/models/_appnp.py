@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recollect._arguments import as_count
 from recollect.autoscale import ScalableGNN, propagate
-from recollect.autoscale.checks import as_count
 from recollect.models._dropout import dropout
 from recollect.models._stack import State, check_alpha, check_dropout, check_features
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._arguments import as_count
 from recollect.autoscale import edge_index_of
-from recollect.autoscale.checks import as_count
 from recollect.models._stack import ConvStack, State
 
 __all__ = ["GAT"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
-from recollect.autoscale.checks import as_count
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole

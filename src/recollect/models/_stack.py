@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._arguments import as_count
 from recollect.autoscale import ScalableGNN
-from recollect.autoscale.checks import as_count
 from recollect.models._dropout import dropout
 
 __all__ = ["ConvStack"]
