@@ -11,25 +11,12 @@ from torch import Tensor
 from recollect.autogram._layout import Layout
 from recollect.autogram._walk import Graph
 
-__all__ = ["Found", "MovedError", "comparing", "cut", "is_mixed", "moves", "moving", "numbers"]
+__all__ = ["Found", "MovedError", "axis_of", "comparing", "cut", "layout_of", "moves", "moving", "numbers"]
 
 Found = Mapping[int, Sequence[Layout | None]]
 """Where the outputs of nodes have the batch."""
 
 _MASKED = ("MaskedSelectBackward0", "MaskedScatterBackward0")
-# Edges of products, and the axis of what they lead to over which the product sums.
-_SUMMED = {
-    ("MmBackward0", 0): 1,
-    ("MmBackward0", 1): 0,
-    ("MvBackward0", 1): 0,
-    ("AddmmBackward0", 1): 1,
-    ("AddmmBackward0", 2): 0,
-    ("SparseAddmmBackward0", 2): 0,
-    ("BmmBackward0", 0): 2,
-    ("BmmBackward0", 1): 1,
-    ("BaddbmmBackward0", 1): 2,
-    ("BaddbmmBackward0", 2): 1,
-}
 # Nodes that take parts of an axis, and what they keep of where these begin and end.
 _CUTS = {
     "SliceBackward0": ("_saved_start", "_saved_end", "_saved_step"),
@@ -39,9 +26,6 @@ _CUTS = {
     "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
     "Rot90Backward0": ("_saved_k",),
 }
-# Nodes that sum what lies between offsets, and those that may sum along an axis in which their other side differs.
-_BETWEEN = ("EmbeddingBagBackward0", "SegmentReduceBackward0")
-_BROADCAST = ("MulBackward0", "DivBackward0", "WhereBackward0", "AddcmulBackward0")
 
 
 class MovedError(Exception):
@@ -96,31 +80,16 @@ def _moved_axes(graph: Graph, node: int, count: int, found: Found) -> set[int]:
         return set() if own is None else {own.dim}
     axes: set[int] = set()
     for child, index in zip(graph.edges[node], graph.indices[node], strict=True):
-        layout = _layout(found, child, index)
+        layout = layout_of(found, child, index)
         if layout is None:
             continue
         if name == "IndexBackward0":
             axes.add(layout.dim)
             continue
         dim = 0 if name == "EmbeddingBackward0" else getattr(at, "_saved_dim", None)
-        if not isinstance(dim, int) or layout.dim == _axis(dim, len(graph.shape(child, index))):
+        if not isinstance(dim, int) or layout.dim == axis_of(dim, len(graph.shape(child, index))):
             axes.update(range(count))
     return axes
-
-
-def is_mixed(graph: Graph, node: int, found: Found) -> bool:
-    """Whether a node sums over the batch with factors, masks or offsets: other ones may mix the elements."""
-    name = graph.names[node]
-    for k, (child, index) in enumerate(zip(graph.edges[node], graph.indices[node], strict=True)):
-        layout = _layout(found, child, index)
-        if layout is None:
-            continue
-        if layout.dim == _SUMMED.get((name, k)) or (name in _BETWEEN and k == 0):
-            return True
-        own = _layout(found, node, 0) if name in _BROADCAST else None
-        if own and own.dim - len(graph.shape(node, 0)) != layout.dim - len(graph.shape(child, index)):
-            return True
-    return False
 
 
 def numbers(node: Any) -> tuple[Any, ...]:
@@ -141,18 +110,19 @@ def cut(graph: Graph, node: int, found: Found, scattered: Collection[int]) -> tu
     if not (kept := numbers(at)):
         return ()
     child, index = graph.edges[node][0], graph.indices[node][0]
-    layout, dim = _layout(found, child, index), getattr(at, "_saved_dim", None)
+    layout, dim = layout_of(found, child, index), getattr(at, "_saved_dim", None)
     if layout is None:
         return kept if child in scattered else ()
-    elsewhere = isinstance(dim, int) and layout.dim != _axis(dim, len(graph.shape(child, index)))
+    elsewhere = isinstance(dim, int) and layout.dim != axis_of(dim, len(graph.shape(child, index)))
     return () if elsewhere else kept
 
 
-def _layout(found: Found, child: int, index: int) -> Layout | None:
+def layout_of(found: Found, child: int, index: int) -> Layout | None:
+    """Where a node's output has the batch; None where it has none."""
     layouts = found.get(child, ())
     return layouts[index] if index < len(layouts) else None
 
 
-def _axis(dim: int, dims: int) -> int:
+def axis_of(dim: int, dims: int) -> int:
     """Undo what autograd does to negative numbers: it keeps them modulo 2^64."""
     return (dim - 2**64 if dim >= 2**63 else dim) % max(dims, 1)

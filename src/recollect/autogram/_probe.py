@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._layout import Layout, find_layouts, is_scattered, prefer, slice_sizes
-from recollect.autogram._moves import cut, is_mixed, moves, moving, numbers
+from recollect.autogram._moves import cut, moves, moving, numbers
+from recollect.autogram._steady import is_steady
 from recollect.autogram._walk import Graph
 
 __all__ = ["Layouts", "probe"]
@@ -140,7 +141,7 @@ def _conclude(
             layouts.moved[node] = indices
         if parts := cut(graph, node, layouts.found, layouts.scattered):
             layouts.cuts[node] = parts
-        if is_mixed(graph, node, layouts.found):
+        if not is_steady(graph, node, layouts.found):
             layouts.certain = False
     return layouts
 
