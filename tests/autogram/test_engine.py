@@ -349,11 +349,16 @@ def test_compiled_parts_that_went_backward_before(kept):
         engine = Engine(net, batch_dim=0)
         losses_of(net, data()).sum().backward()
         losses = losses_of(net, data())
-        if kept:
-            torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
-        else:
-            with pytest.raises(RuntimeError, match="donated_buffer=False"):
-                engine.compute_gramian(losses)
+        found, refusal = None, ""
+        try:
+            found = engine.compute_gramian(losses)
+        except RuntimeError as error:
+            refusal = str(error)
+        if found is None:
+            assert not kept
+            assert "donated_buffer=False" in refusal
+        else:  # torch 2.11 gives nothing away here
+            torch.testing.assert_close(found, gramian(losses, net.parameters()))
 
 
 def test_modules_that_overlap():

@@ -28,9 +28,9 @@ class Affine(InvertibleModule):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4, dtype=torch.double)
+        self.linear = nn.Linear(channels, channels, dtype=torch.double)
 
     def forward(self, z: Tensor, _: None) -> Tensor:
         return self.linear(z).tanh()
@@ -152,6 +152,16 @@ def test_chain_of_couplings_frees_every_input_and_keeps_the_gradient() -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     for state, kept in zip(states, plain, strict=True):
         torch.testing.assert_close(state.detach(), kept.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_coupling_as_a_block_of_a_coupling_frees_its_input_within() -> None:
+    layer = GroupAddRev(nn.ModuleList([GroupAddRev(Block(2), num_groups=2), Block()]))
+    x = features(requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x * 2, None).square().sum(), x)
+    with recollect.eager_release():
+        y = layer(x * 2, None)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_leaf_that_is_freed_gets_its_gradient() -> None:

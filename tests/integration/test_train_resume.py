@@ -18,7 +18,7 @@ from recollect.train import train
 EPOCHS = 6
 RUN = [
     *("dataset=digits", "model.num_layers=4", "model.hidden_channels=16", f"epochs={EPOCHS}", "patience=null"),
-    *("threads=1", "seed=4", "warmup_epochs=3", "measure.repeats=1"),
+    *("threads=1", "seed=4", "warmup_epochs=3", "measure.repeats=1", "checkpoint_every=1"),
 ]
 
 

@@ -58,8 +58,9 @@ class Transformed:
     def __call__(self, z: Tensor, group: Tensor | NewGroup, *args: Any) -> tuple[Tensor, ...]:
         """Return the new group and what else the transform returns; in a rebuild, find the old group on the way."""
         version = 0 if torch.compiler.is_compiling() else version_of(z)  # which torch.compile cannot see
+        shape = z.shape  # a block that releases its input leaves it without one
         output = self.__self__(z, *args)
-        self._check(z, version, output)
+        self._check(z, shape, version, output)
         if isinstance(group, NewGroup):
             group = group.solve(self._transform, output)
             if not self._transform.saves:
@@ -70,9 +71,9 @@ class Transformed:
         """Find the old group, and no more."""
         group.solve(self._transform, self.__self__(z, *args))
 
-    def _check(self, z: Tensor, version: int, output: Any) -> None:
+    def _check(self, z: Tensor, given: torch.Size, version: int, output: Any) -> None:
         """Raise unless the block left its input alone and returned a tensor of the right shape."""
-        factor, shape = self._transform.factor, list(z.shape)
+        factor, shape = self._transform.factor, list(given)
         shape[self._dim] *= factor
         if not isinstance(output, Tensor) or list(output.shape) != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
