@@ -452,7 +452,7 @@ class TestErrors:
             def forward(self, x, graph):
                 return x[::2]
 
-        with pytest.raises(ValueError, match=r"shape \[6, 4\], got \[3, 4\]$"):  # and nothing of channels
+        with pytest.raises(ValueError, match=r"shape \[6, 4\], got \[3, 4\]\n"):  # and nothing of channels
             GroupAddRev(Half(), num_groups=2)(torch.randn(6, 8), None)
 
     @pytest.mark.parametrize(
