@@ -147,13 +147,14 @@ class SELU(_Elementwise):
         """Return x."""
         whole = self._scale * self._alpha
         end = whole * math.expm1(-self.tail)  # the value where the tail begins
-        curved = torch.log1p(y.clamp(end, 0.0) / whole)
+        # One branch for each value, where they meet too: there a sum of clamped parts would add up their gradients, and
+        # from torch 2.15 on a clamped value has none.
+        curved = torch.log1p(torch.where((y > end) & (y <= 0), y, 0.0) / whole)
         straight = (y - end) / self._slope - self.tail
-        # One branch for each value, where they meet too: a sum of clamped parts would add up their gradients there.
         return torch.where(y > 0, y / self._scale, torch.where(y > end, curved, straight))
 
     def _log_slope(self, x: Tensor) -> Tensor:
-        left = math.log(self._scale * self._alpha) + x.clamp(-self.tail, 0.0)
+        left = math.log(self._scale * self._alpha) + torch.where(x > -self.tail, x, -self.tail)
         return torch.where(x > 0, math.log(self._scale), left)
 
     def extra_repr(self) -> str:
