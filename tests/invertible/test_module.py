@@ -233,6 +233,19 @@ def test_what_has_no_inverse_is_refused_before_it_runs():
     assert_same(torch.autograd.grad(module(x * 1).sin().sum(), x), torch.autograd.grad((x / 2).sin().sum(), x))
 
 
+def test_an_inverse_may_be_set_on_the_module_itself():
+    class Doubled(inn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inverse = lambda y: y / 2
+
+        def function(self, x):
+            return 2 * x
+
+    x = leaf()
+    assert_same(torch.autograd.grad(Doubled()(x * 1).sin().sum(), x), torch.autograd.grad((2 * x).sin().sum(), x))
+
+
 # Gradients.
 
 

@@ -63,3 +63,11 @@ def test_nothing_is_drawn_outside_training_or_without_probability() -> None:
     assert dropout(x, 0.5, training=False) is x
     assert dropout(x, 0.0) is x
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_example_of_vmap_draws_its_own() -> None:
+    x = torch.ones(4, 200)
+    different = torch.func.vmap(lambda row: dropout(row, 0.5), randomness="different")(x)
+    assert len({tuple(row) for row in different.tolist()}) == 4
+    same = torch.func.vmap(lambda row: dropout(row, 0.5), randomness="same")(x)
+    assert torch.equal(same, same[:1].expand(4, 200))

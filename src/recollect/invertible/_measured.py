@@ -78,9 +78,9 @@ class Measured(nn.Module):
         self._gauge.threshold = value
 
     def _lacks(self, name: str) -> bool:
-        """Whether a method is still that of the class whose subclasses write it."""
+        """Whether a method is still that of the class whose subclasses write it, and the module has none of its own."""
         base = next(kind for kind in type(self).__mro__ if "_written" in vars(kind))
-        return getattr(type(self), name) is getattr(base, name)
+        return name not in vars(self) and getattr(type(self), name) is getattr(base, name)
 
     def _check_inverse(self, remedy: str) -> None:
         """Refuse, before anything runs, what backward could not invert."""

@@ -33,7 +33,7 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    words = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # of x, for torch.func.vmap
     kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
     del words
     return kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))

@@ -10,6 +10,7 @@ from typing import Any
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._settings import (
     PATH_KEYS,
+    SEEDS,
     DatasetSettings,
     DataSettings,
     MeasureSettings,
@@ -52,6 +53,11 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{key}={value}: must be at least {low}{upper}")
         if above is not None and value <= above:
             raise UsageError(f"{key}={value}: must be above {above}")
+    if settings.seed + settings.runs > SEEDS:
+        raise UsageError(
+            f"seed={settings.seed} and runs={settings.runs}: the last run's seed must be below {SEEDS} too; give a "
+            "smaller seed"
+        )
     depths = settings.measure.depths
     if depths is not None and (not depths or min(depths) < 1):
         raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")

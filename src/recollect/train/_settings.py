@@ -12,6 +12,7 @@ __all__ = [
     "FREE_KEYS",
     "GROUP_KEYS",
     "PATH_KEYS",
+    "SEEDS",
     "DataSettings",
     "DatasetSettings",
     "MeasureSettings",
@@ -35,6 +36,7 @@ GROUP_KEYS = {
 }
 # Values that are taken as they stand, whatever characters they have.
 PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
+SEEDS = 2**32  # so many there are, from 0 on
 
 
 _PARTS = ("training", "autoscale")
@@ -66,7 +68,7 @@ class DataSettings:
     """Where raw files are."""
 
     root: str | None = field(metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data"))
-    seed: int = field(metadata=about("seed of generated graphs (sbm)", low=0, below=2**32))
+    seed: int = field(metadata=about("seed of generated graphs (sbm)", low=0, below=SEEDS))
     features: str | None = field(
         metadata=about(
             "rows: each sums to 1; columns: mean 0, deviation 1; null: as is",
@@ -161,7 +163,7 @@ class Settings:
     data: DataSettings
     measure: MeasureSettings
     preset: str | None = field(metadata=about("published row that the other settings are of; null: none"))
-    seed: int = field(metadata=about("seed of parameters and dropout", low=0, below=2**32))
+    seed: int = field(metadata=about("seed of parameters and dropout", low=0, below=SEEDS))
     runs: int = field(
         metadata=about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
     )
