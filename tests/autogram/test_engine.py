@@ -304,6 +304,15 @@ def test_modules_that_the_output_does_not_depend_on(batch_dim, hooked):
         assert not engine.compute_gramian(losses_of(other, data())).any()
 
 
+@pytest.mark.parametrize("given", [(), (UPGradWeighting(),)])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_the_warning_points_at_the_line_that_called_the_engine(batch_dim, given):
+    engine, losses = Engine(model(), batch_dim=batch_dim), losses_of(model(), data())
+    with pytest.warns(UserWarning, match="Gramian is zero") as warned:
+        (engine.backward if given else engine.compute_gramian)(losses, *given)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
 def test_no_trainable_parameter_is_nothing_to_warn_of():
     net = model()
     assert not Engine(nn.Tanh(), batch_dim=0).compute_gramian(losses_of(net, data())).any()

@@ -94,16 +94,7 @@ class Engine:
         Warns:
             UserWarning: none of the parameters is in the output's graph; their Gramian is zero.
         """
-        batch_dim = checked_dim(output, self._batch_dim)
-        with torch.enable_grad():
-            output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
-        parameters = counted_parameters(self._modules)
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            if output.numel() == 0:
-                return output.new_zeros(*output.shape, *reversed(output.shape))
-            if batch_dim is None or output.shape[batch_dim] == 1:
-                return self._of_rows(output, parameters, retain_graph).to(output.dtype)
-            return self._of_batch(output, parameters, batch_dim, retain_graph).to(output.dtype)
+        return self._gramian(output, retain_graph)
 
     def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
@@ -120,10 +111,22 @@ class Engine:
             ValueError: the weights have another shape than the losses.
         """
         check_weighting(weighting)
-        weights = weighting(self.compute_gramian(losses))
+        weights = weighting(self._gramian(losses, True))
         check_weights(weights, losses)
         torch.autograd.backward(losses, weights.to(losses))
         return weights
+
+    def _gramian(self, output: Tensor, retain: bool) -> Tensor:
+        batch_dim = checked_dim(output, self._batch_dim)
+        with torch.enable_grad():
+            output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
+        parameters = counted_parameters(self._modules)
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if output.numel() == 0:
+                return output.new_zeros(*output.shape, *reversed(output.shape))
+            if batch_dim is None or output.shape[batch_dim] == 1:
+                return self._of_rows(output, parameters, retain).to(output.dtype)
+            return self._of_batch(output, parameters, batch_dim, retain).to(output.dtype)
 
     def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor], retain: bool) -> Tensor:
         job = self._job(output, parameters, None, retain)
@@ -157,7 +160,7 @@ class Engine:
                 f"the Gramian is zero: the losses depend on no trainable parameter of the engine's modules ({names}). "
                 "Compute the losses with these modules, or make the engine of those that computed them",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,  # where the engine was called
             )
 
     def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
