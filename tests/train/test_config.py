@@ -204,6 +204,12 @@ def test_what_is_wrong_is_said_with_what_is_right(override, message):
         parse([override])
 
 
+def test_all_runs_have_a_seed_that_there_is() -> None:
+    assert parse(["seed=4294967293", "runs=3"]).runs == 3
+    with pytest.raises(UsageError, match="seed=4294967293 and runs=4: the last run's seed must be below 4294967296"):
+        parse(["seed=4294967293", "runs=4"])
+
+
 def test_a_step_has_no_more_parts_than_there_are():
     with pytest.raises(UsageError, match=r"training.parts_per_batch=8: must be at most training.num_parts=4"):
         parse(["model=gcn", "training=autoscale", "training.num_parts=4"])
