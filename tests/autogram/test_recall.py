@@ -119,6 +119,28 @@ def test_losses_that_come_to_share_elements(way):
         assert_right(engine, net, sums(net, chosen.double())[way]())
 
 
+def shifted(net, k):
+    """Losses of a batch that is moved by a number which changes no shape."""
+
+    def padded(pad):
+        return net(draw(4, 3), lambda h: pad(h)[:4])
+
+    return {
+        "constant": lambda: padded(lambda h: F.pad(h, (0, 0, k, 2 - k))),
+        "reflect": lambda: padded(lambda h: F.pad(h.T[None], (k, 2 - k), mode="reflect")[0].T),
+        "replicate": lambda: padded(lambda h: F.pad(h.T[None], (k, 2 - k), mode="replicate")[0].T),
+        "unfold": lambda: net(draw(6, 3), lambda h: h.unfold(0, 3, 3 - k).sum(-1)),
+    }
+
+
+@pytest.mark.parametrize("way", ["constant", "reflect", "replicate", "unfold"])
+def test_elements_that_are_shifted_by_another_number(way):
+    net = Net()
+    engine = Engine(net, batch_dim=0)
+    for k in (0, 1):
+        assert_right(engine, net, shifted(net, k)[way]())
+
+
 def test_a_batch_that_is_moved_later_in_a_graph_that_is_freed():
     net = Net()
     engine = Engine(net, batch_dim=0)

@@ -17,14 +17,17 @@ Found = Mapping[int, Sequence[Layout | None]]
 """Where the outputs of nodes have the batch."""
 
 _MASKED = ("MaskedSelectBackward0", "MaskedScatterBackward0")
-# Nodes that take parts of an axis, and what they keep of where these begin and end.
+# Nodes that take parts of an axis, or pad it, and what they keep of where these parts begin and end.
 _CUTS = {
     "SliceBackward0": ("_saved_start", "_saved_end", "_saved_step"),
     "SelectBackward0": ("_saved_index",),
     "SplitBackward0": ("_saved_split_size",),
     "SplitWithSizesBackward0": ("_saved_split_sizes",),
     "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
+    "UnfoldBackward0": ("_saved_dimension", "_saved_size", "_saved_step"),
     "Rot90Backward0": ("_saved_k",),
+    "ConstantPadNdBackward0": ("_saved_pad",),
+    **{f"{kind}Pad{n}DBackward0": ("_saved_padding",) for kind in ("Reflection", "Replication") for n in (1, 2, 3)},
 }
 
 
@@ -93,7 +96,7 @@ def _moved_axes(graph: Graph, node: int, count: int, found: Found) -> set[int]:
 
 
 def numbers(node: Any) -> tuple[Any, ...]:
-    """Return where the parts begin and end that a node takes of an axis; nothing if it takes none."""
+    """Return where the parts begin and end that a node takes of an axis, or pads; nothing if it does neither."""
     return tuple(getattr(node, name) for name in _CUTS.get(type(node).__name__, ()))
 
 

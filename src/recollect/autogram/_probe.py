@@ -27,7 +27,7 @@ class Layouts:
         doubtful: the nodes for which several layouts fitted, as where only some of the losses have a gradient.
         crossed: those of them in which these were along several axes.
         alone: the nodes in which the batch had an axis for itself: that does not tell how it would share one.
-        cuts: for each node that takes parts of the batch, where these begin and end.
+        cuts: for each node that takes parts of the batch, or pads it, where these begin and end.
         moved: for each node that moves the elements of the batch, the tensors that say where to.
         certain: whether every node's layout was seen from its gradient, and nothing but these tensors moves the batch.
     """
