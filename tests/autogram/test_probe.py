@@ -16,22 +16,24 @@ def assert_right(engine, layer, losses):
     assert relative_error(engine.compute_gramian(losses), expected) <= 1e-10
 
 
-@RECURRENT
-def test_only_the_last_loss_reaches_only_the_last_step(kind):
+def run(kind):
+    """A recurrent layer, its engine, and what it gives for a sequence as long as the batch is large."""
     torch.manual_seed(0)
     layer = kind(3, 5).double()
-    engine = Engine(layer, batch_dim=0)
-    output, _ = layer(torch.randn(STEPS, BATCH, 3, dtype=torch.float64))
+    engine = Engine(layer, batch_dim=0)  # before the layer runs: it records
+    return layer, engine, *layer(torch.randn(STEPS, BATCH, 3, dtype=torch.float64))
+
+
+@RECURRENT
+def test_only_the_last_loss_reaches_only_the_last_step(kind):
+    layer, engine, output, _ = run(kind)
     losses = output[-1].sin().sum(-1) * torch.tensor([0.0, 0, 0, 1])
     assert_right(engine, layer, losses)
 
 
 @RECURRENT
 def test_an_output_has_a_gradient_of_zeros_and_another_has_not(kind):
-    torch.manual_seed(0)
-    layer = kind(3, 5).double()
-    engine = Engine(layer, batch_dim=0)
-    output, last = layer(torch.randn(STEPS, BATCH, 3, dtype=torch.float64))
+    layer, engine, output, last = run(kind)
     last = last[0] if isinstance(last, tuple) else last
     losses = 0 * output.sum((0, 2)) + last.sin().sum((0, 2))
     assert_right(engine, layer, losses)
