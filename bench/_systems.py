@@ -1,7 +1,8 @@
-"""The systems that `bench.depth` compares: one grouped additive coupling, five ways to train it.
+"""The systems that `bench.depth` compares: one grouped additive coupling, six ways to train it.
 
 All of them run the same block modules, with the same weights, on the same graph:
-y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}).
+y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" computes the convolutions by products with the
+adjacency, as it does by default; "unfused" calls them as they are, as all the others do.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def _memcnn(blocks: Blocks, graph: Tensor) -> System:
     return System([layer(stack) for stack in blocks], refills=True)
 
 
-def _recollect(blocks: Blocks, graph: Tensor) -> System:
-    return Recollect([GroupAddRev(stack) for stack in blocks], graph)
+def _recollect(blocks: Blocks, graph: Tensor, fuse: bool = True) -> System:
+    return Recollect([GroupAddRev(stack, fuse=fuse) for stack in blocks], graph)
 
 
 SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
@@ -112,6 +113,7 @@ SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
     "pyg": _pyg,
     "memcnn": _memcnn,
     "recollect": _recollect,
+    "unfused": functools.partial(_recollect, fuse=False),
 }
 
 

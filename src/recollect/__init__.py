@@ -17,6 +17,7 @@ _PARTS = (
     "frames",
     "invertible",
     "memory",
+    "messages",
     "models",
     "reversible",
     "testing",

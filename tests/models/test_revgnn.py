@@ -238,6 +238,7 @@ class TestDepth:
                 model.loss(model(x, edge_index), torch.zeros(500, dtype=torch.int64)).backward()
             return memory.peak_bytes
 
+        peak(1)  # sorts the edges, which are kept
         assert peak(64) <= 1.05 * peak(8)
         assert peak(64, disable=True) > 4 * peak(8, disable=True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from recollect.memory import peak_memory
 from recollect.reversible import GroupAddRev
 
 pyg = pytest.importorskip("torch_geometric.nn")
@@ -48,6 +49,25 @@ def test_every_conv_and_number_of_groups(name, groups, naive, same_training, edg
     with torch.no_grad():
         torch.testing.assert_close(layer.inverse(layer(x, edge_index), edge_index), x, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(layer(layer.inverse(x, edge_index), edge_index), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("disable", [False, True])
+def test_fused_convolutions_make_no_row_for_each_edge(disable):
+    """A step of one layer; the messages of one group alone would be 30 times its features."""
+    nodes = 300
+    x, edge_index = torch.randn(nodes, 64, requires_grad=True), torch.randint(nodes, (2, 30 * nodes))
+    group = x.untyped_storage().nbytes() / 2
+    fused = GroupAddRev(pyg.SAGEConv(32, 32), num_groups=2, disable=disable)
+    plain = GroupAddRev(fused.convs, fuse=False)
+    peaks, gradients = [], []
+    for layer in (fused, plain):
+        layer(x, edge_index)  # sorts the edges
+        with peak_memory("cpu") as memory:
+            gradients.append(torch.autograd.grad(layer(x, edge_index).sin().sum(), [x, *fused.parameters()]))
+        peaks.append(memory.peak_bytes / group)
+    torch.testing.assert_close(*gradients)
+    assert peaks[0] < 25
+    assert peaks[1] > 30
 
 
 def test_by_hand():

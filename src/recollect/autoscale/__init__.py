@@ -15,11 +15,11 @@ from recollect.autoscale._operators import add_self_loops, edge_index_of, normal
 from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
 from recollect.autoscale._pool import AsyncIOPool
-from recollect.autoscale._propagate import propagate
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._sub_data import SubData
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
+from recollect.messages import propagate
 
 __all__ = [
     "AsyncIOPool",

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_csr", "check_data", "check_nodes", "check_square", "described"]
+from recollect.messages import check_csr, described
 
-
-def described(value: Any) -> str:
-    """Say what was given in the place of an adjacency or a graph."""
-    return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+__all__ = ["check_data", "check_nodes", "check_square"]
 
 
 def check_data(data: Any) -> None:
@@ -22,14 +19,6 @@ def check_data(data: Any) -> None:
     inside = hasattr(data, "data") and hasattr(data.data, "to_dict")
     remedy = "give its attribute data" if inside else "Data(x=x, edge_index=edge_index) makes one of tensors"
     raise TypeError(f"data is {described(data)}, but must be a graph, a torch_geometric.data.Data; {remedy}")
-
-
-def check_csr(adj_t: Any) -> None:
-    """Refuse what is not in sparse CSR form."""
-    if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
-        raise TypeError(
-            f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor; to_adj_t(data).adj_t is one"
-        )
 
 
 def check_square(adj_t: Tensor) -> None:

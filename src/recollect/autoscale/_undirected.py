@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.autoscale._adj_t import rows_of
+from recollect.messages import rows_of
 
 __all__ = ["Undirected", "undirected"]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect.autoscale._adj_t import rows_of, sparse_csr
-from recollect.autoscale._checks import check_csr
+from recollect.messages._csr import check_csr, rows_of, sparse_csr
 
 __all__ = ["propagate"]
 

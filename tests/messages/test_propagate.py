@@ -7,9 +7,10 @@ import torch
 from graph_zoo import every_graph
 
 import recollect
-from recollect.autoscale import edge_index_of, propagate, to_adj_t
-from recollect.autoscale._propagate import _TRANSPOSES
+from recollect.autoscale import edge_index_of, to_adj_t
 from recollect.memory import peak_memory
+from recollect.messages import propagate
+from recollect.messages._propagate import _TRANSPOSES
 
 
 @pytest.fixture

@@ -1,0 +1,147 @@
+"""Convolutions of torch_geometric, by products with the adjacency."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recollect.messages._edges import Edges, edges_of
+from recollect.messages._propagate import propagate
+
+__all__ = ["convolve"]
+
+
+def convolve(conv: Any, x: Tensor, edge_index: Any, *args: Any) -> Any:
+    """Return ``conv(x, edge_index, *args)``, without a row for each edge where the convolution allows it.
+
+    Those that do are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
+    sum or average the rows of the sources, on a plain ``edge_index`` and without further arguments. All others are
+    called as they are; so are convolutions with a hook on them or under explanation, and all in what is compiled or
+    traced. The result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the adjacency
+    is kept as long as that lives and is not changed.
+
+    Args:
+        conv: the convolution; any callable.
+        x: [num_nodes, channels].
+        edge_index: the graph, in whatever form the convolution takes.
+        *args: further arguments of the convolution.
+    """
+    rule = None if any(arg is not None for arg in args) else _rule_of(conv)
+    if rule is None or not _are_plain(x, edge_index):
+        return conv(x, edge_index, *args)
+    edges = edges_of(edge_index, x.size(0))
+    if not edges.inside:
+        return conv(x, edge_index)  # which says what is wrong
+    return rule(conv, x, _Sums(edges, edge_index))
+
+
+class _Sums:
+    """Sums over the sources of each node."""
+
+    def __init__(self, edges: Edges, edge_index: Tensor) -> None:
+        self._edges = edges
+        self._edge_index = edge_index
+
+    def reduced(self, conv: Any, x: Tensor) -> Tensor:
+        """Return the sum of the sources' rows, or their mean, whichever the convolution takes."""
+        return self._product(("mean",), self._means, x) if conv.aggr == "mean" else self._product((), self._ones, x)
+
+    def normalized(self, conv: Any, x: Tensor) -> Tensor:
+        """Return the sum of the sources' rows, with the weights that GCNConv gives the edges."""
+        options = (conv.improved, conv.add_self_loops, conv.flow)
+
+        def weighted(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            norm = sys.modules[type(conv).__module__].gcn_norm
+            found: tuple[Tensor, Tensor] = norm(self._edge_index, None, x.size(0), *options, dtype)
+            return found
+
+        return self._product(("gcn", *options), weighted, x)
+
+    def _product(
+        self, kind: tuple[Any, ...], weighted: Callable[[torch.dtype], tuple[Tensor, Tensor]], x: Tensor
+    ) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return propagate(self._edges.adj_t((*kind, dtype), lambda: weighted(dtype)), x)
+
+    def _ones(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._edge_index, torch.ones_like(self._edge_index[0], dtype=dtype)
+
+    def _means(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        target = self._edge_index[1]
+        return self._edge_index, target.bincount(minlength=self._edges.num_nodes).to(dtype).reciprocal_()[target]
+
+
+def _sage(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
+    out: Tensor = conv.lin_l(sums.reduced(conv, conv.lin(x).relu() if conv.project else x))
+    if conv.root_weight:
+        out = out + conv.lin_r(x)
+    return F.normalize(out, dim=-1) if conv.normalize else out
+
+
+def _graph_conv(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
+    out: Tensor = conv.lin_rel(sums.reduced(conv, x)) + conv.lin_root(x)
+    return out
+
+
+def _gin(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
+    out: Tensor = conv.nn(sums.reduced(conv, x) + (1 + conv.eps) * x)
+    return out
+
+
+def _gcn(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
+    x = conv.lin(x)
+    out = sums.normalized(conv, x) if conv.normalize else sums.reduced(conv, x)
+    return out if conv.bias is None else out + conv.bias
+
+
+_SUM, _MEAN = {"add": "SumAggregation", "sum": "SumAggregation"}, {"mean": "MeanAggregation"}
+
+# The convolutions, by name, as torch_geometric need not be there; how each is computed, and its aggregations.
+_RULES: dict[str, tuple[Callable[[Any, Tensor, _Sums], Tensor], dict[str, str]]] = {
+    "torch_geometric.nn.conv.gcn_conv.GCNConv": (_gcn, _SUM),
+    "torch_geometric.nn.conv.gin_conv.GINConv": (_gin, _SUM | _MEAN),
+    "torch_geometric.nn.conv.graph_conv.GraphConv": (_graph_conv, _SUM | _MEAN),
+    "torch_geometric.nn.conv.sage_conv.SAGEConv": (_sage, _SUM | _MEAN),
+}
+
+
+def _rule_of(conv: Any) -> Callable[[Any, Tensor, _Sums], Tensor] | None:
+    """Return how a convolution, as it is set, is computed; ``None`` where it must be called."""
+    rule, aggregations = _RULES.get(f"{type(conv).__module__}.{type(conv).__qualname__}", (None, {}))
+    if rule is None or not isinstance(conv.aggr, str) or not _is_untouched(conv):
+        return None
+    if aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
+        return None
+    goes_by_cache = getattr(conv, "_cached_edge_index", None) is not None
+    fits = conv.flow == "source_to_target" and conv.node_dim == -2 and not conv.explain and not goes_by_cache
+    return rule if fits else None
+
+
+_METHODS = frozenset({"forward", "propagate", "message", "aggregate", "message_and_aggregate", "update"})
+
+
+def _is_untouched(conv: nn.Module) -> bool:
+    """Whether no hook and no method was put on this one."""
+    own = vars(conv)
+    return _METHODS.isdisjoint(own) and not any(value for name, value in own.items() if name.endswith("_hooks"))
+
+
+def _are_plain(x: Any, edge_index: Any) -> bool:
+    """Whether these are the tensors that products are made for, and not what a compiler or a tracer sees of them."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(edge_index) is not Tensor or not isinstance(x, Tensor):
+        return False
+    if edge_index.dtype != torch.int64 or edge_index.layout != torch.strided or edge_index.is_inference():
+        return False
+    if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.numel() == 0:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(edge_index):
+        return False
+    multiplies = x.is_cuda or (x.device.type == "cpu" and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    return multiplies and x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device

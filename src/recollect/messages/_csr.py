@@ -1,0 +1,63 @@
+"""Sparse CSR tensors: making them, and telling them from what else is given in their place."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_csr", "described", "make_adj_t", "rows_of", "sparse_csr"]
+
+
+def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse CSR tensor without a check of its parts, which are known to fit."""
+    _hear_of_state()
+    return torch.sparse_csr_tensor(rowptr, col, value, size, check_invariants=False)
+
+
+@functools.cache
+def _hear_of_state() -> None:
+    """Make a first sparse CSR tensor: torch tells each process once that they are in beta state, and unchecked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")  # torch 2.11
+        nothing = torch.zeros(0, dtype=torch.int64)
+        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), nothing, nothing, (0, 0), check_invariants=False)
+
+
+def rows_of(adj_t: Tensor) -> Tensor:
+    """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it."""
+    end = adj_t.crow_indices()[1:]
+    ends = torch.zeros(adj_t.col_indices().numel() + 1, dtype=torch.int64, device=end.device)
+    ends.index_add_(0, end, torch.ones_like(end, dtype=torch.int64))
+    return ends[:-1].cumsum_(0)
+
+
+def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Sort edges by target, then source; equal edges stay apart, in their order.
+
+    Returns:
+        ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
+        edge ``order[k]``.
+    """
+    order = torch.argsort(target * num_nodes + source, stable=True)
+    rowptr = source.new_zeros(num_nodes + 1)
+    torch.cumsum(torch.bincount(target, minlength=num_nodes), 0, out=rowptr[1:])
+    value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
+    return sparse_csr(rowptr, source[order], value, (num_nodes, num_nodes)), order
+
+
+def described(value: Any) -> str:
+    """Say what was given in the place of an adjacency or a graph."""
+    return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def check_csr(adj_t: Any) -> None:
+    """Refuse what is not in sparse CSR form."""
+    if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
+        raise TypeError(
+            f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor; to_adj_t(data).adj_t is one"
+        )

@@ -1,0 +1,304 @@
+"""`convolve` returns what the convolution does, and makes no row for each edge; what it cannot do, it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from graph_zoo import ZOO
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch_geometric import EdgeIndex
+from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
+from torch_geometric.nn.aggr import MaxAggregation
+
+import recollect
+from recollect.memory import peak_memory
+from recollect.messages import _convolve, _edges, convolve, sparse_csr
+from recollect.messages._propagate import propagate
+
+CHANNELS = 3
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(CHANNELS, 5), nn.Tanh(), nn.Linear(5, CHANNELS))
+
+
+FUSED: dict[str, Callable[[], nn.Module]] = {
+    "sage": lambda: SAGEConv(CHANNELS, CHANNELS),
+    "sage, sum": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="sum"),
+    "sage, project, normalize": lambda: SAGEConv(CHANNELS, CHANNELS, project=True, normalize=True),
+    "sage, no root, no bias": lambda: SAGEConv(CHANNELS, CHANNELS, root_weight=False, bias=False),
+    "sage, lazy": lambda: SAGEConv(-1, CHANNELS),
+    "graphconv": lambda: GraphConv(CHANNELS, CHANNELS),
+    "graphconv, mean": lambda: GraphConv(CHANNELS, CHANNELS, aggr="mean", bias=False),
+    "gin": lambda: GINConv(mlp()),
+    "gin, mean, trained eps": lambda: GINConv(mlp(), eps=0.3, train_eps=True, aggr="mean"),
+    "gcn": lambda: GCNConv(CHANNELS, CHANNELS),
+    "gcn, improved": lambda: GCNConv(CHANNELS, CHANNELS, improved=True, bias=False),
+    "gcn, no loops": lambda: GCNConv(CHANNELS, CHANNELS, add_self_loops=False),
+    "gcn, not normalized": lambda: GCNConv(CHANNELS, CHANNELS, normalize=False),
+    "gcn, cached": lambda: GCNConv(CHANNELS, CHANNELS, cached=True),
+}
+
+
+def patched() -> nn.Module:
+    conv = SAGEConv(CHANNELS, CHANNELS)
+    conv.message = lambda x_j: 2 * x_j
+    return conv
+
+
+def with_hook(register: str, hook: Callable) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        getattr(conv, register)(hook)
+        return conv
+
+    return make
+
+
+def explained() -> nn.Module:
+    conv = SAGEConv(CHANNELS, CHANNELS)
+    conv.explain = True
+    conv._edge_mask, conv._loop_mask, conv._apply_sigmoid = torch.full((40,), 0.5), torch.ones(40) > 0, False
+    return conv
+
+
+def with_other_aggregation() -> nn.Module:
+    conv = SAGEConv(CHANNELS, CHANNELS)
+    conv.aggr_module = MaxAggregation()
+    return conv
+
+
+def with_a_graph_inside() -> nn.Module:
+    """Its cache holds another graph than it is called with, and it goes by its cache."""
+    conv = GCNConv(CHANNELS, CHANNELS, cached=True)
+    conv(torch.randn(12, CHANNELS), torch.tensor([[0, 1], [1, 0]]))
+    return conv
+
+
+class Doubled(SAGEConv):
+    def message(self, x_j: Tensor) -> Tensor:
+        return 2 * x_j
+
+
+LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
+    "gat": lambda: GATConv(CHANNELS, CHANNELS),
+    "sage, max": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="max"),
+    "sage, two aggregations": lambda: SAGEConv(CHANNELS, CHANNELS, aggr=["mean", "max"]),
+    "sage, aggregation exchanged": with_other_aggregation,
+    "gcn, mean": lambda: GCNConv(CHANNELS, CHANNELS, aggr="mean"),
+    "against the edges": lambda: SAGEConv(CHANNELS, CHANNELS, flow="target_to_source"),
+    "gcn with a graph inside": with_a_graph_inside,
+    "a subclass": lambda: Doubled(CHANNELS, CHANNELS),
+    "a method put on it": patched,
+    "a hook": with_hook("register_forward_hook", lambda module, args, out: 2 * out),
+    "a hook on messages": with_hook("register_message_forward_hook", lambda module, args, out: 2 * out),
+    "explained": explained,
+}
+every_fused = pytest.mark.parametrize("make", FUSED.values(), ids=FUSED.keys())
+every_left_alone = pytest.mark.parametrize("make", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+
+@pytest.fixture
+def edge_index():
+    """Repeated edges and loops are there; node 11 has no edge."""
+    return torch.randint(11, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The number of products with an adjacency."""
+    calls = []
+
+    def counting(adj_t: Tensor, x: Tensor) -> Tensor:
+        calls.append(adj_t)
+        return propagate(adj_t, x)
+
+    monkeypatch.setattr(_convolve, "propagate", counting)
+    return calls
+
+
+def gradients(out: Tensor, x: Tensor, conv: nn.Module, **options: bool) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out.sin().sum(), [x, *conv.parameters()], **options)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("graph", ZOO, ids=lambda graph: graph.__name__)
+    @every_fused
+    def test_are_those_of_the_convolution(self, make, graph, dtype):
+        data, conv = graph(), make().to(dtype)
+        x = data.x.to(dtype).requires_grad_()
+        expected = conv(x, data.edge_index)
+        found = convolve(conv, x, data.edge_index)
+        assert found.dtype == dtype
+        assert_close(found, expected)
+        assert_close(gradients(found, x, conv), gradients(expected, x, conv))
+
+    @every_fused
+    def test_of_second_order(self, make, x, edge_index):
+        x, conv = x.detach().double().requires_grad_(), make().double()
+        orders = []
+        for out in (conv(x, edge_index), convolve(conv, x, edge_index)):
+            first = gradients(out, x, conv, create_graph=True)
+            orders.append(torch.autograd.grad(sum(grad.sin().sum() for grad in first), x))
+        assert_close(*orders)
+
+    def test_in_batches_of_gradients_and_of_features(self, x, edge_index):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        out, grads = convolve(conv, x, edge_index), torch.randn(4, *x.shape)
+        (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True)
+        expected = [torch.autograd.grad(conv(x, edge_index), x, grad)[0] for grad in grads]
+        assert_close(found, torch.stack(expected))
+        rows = torch.stack([x.detach(), -x.detach()])
+        batched = torch.func.vmap(lambda x: convolve(conv, x, edge_index))(rows)
+        assert_close(batched, torch.stack([conv(row, edge_index) for row in rows]))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_in_half_precision_are_nearer_than_the_convolutions_own(self, dtype, x, edge_index):
+        exact = GraphConv(CHANNELS, CHANNELS)
+        conv, half = copy.deepcopy(exact).to(dtype), x.detach().to(dtype)
+        expected = exact(half.float(), edge_index)
+        assert convolve(conv, half, edge_index).dtype == dtype
+        error = (convolve(conv, half, edge_index).float() - expected).norm()
+        assert error <= (conv(half, edge_index).float() - expected).norm() * 1.1
+        assert error <= 0.02 * expected.norm()
+
+    def test_under_autocast(self, x, edge_index):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = conv(x, edge_index), convolve(conv, x, edge_index)
+        assert found.dtype == expected.dtype == torch.bfloat16
+        assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    def test_in_a_frame(self, x, edge_index):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        framed = recollect.checkpoint(lambda x: convolve(conv, x, edge_index).relu(), x)
+        assert_close(gradients(framed, x, conv), gradients(conv(x, edge_index).relu(), x, conv))
+
+    def test_of_a_graph_first_seen_in_inference_mode(self, x, edge_index):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        with torch.inference_mode():
+            convolve(conv, x, edge_index)
+        assert_close(gradients(convolve(conv, x, edge_index), x, conv), gradients(conv(x, edge_index), x, conv))
+
+    def test_of_an_edge_index_that_changes(self, x, edge_index, products):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        for change in (lambda: None, lambda: edge_index.add_(1), lambda: edge_index[0].sub_(1)):
+            change()
+            assert_close(convolve(conv, x, edge_index), conv(x, edge_index))
+        more = torch.cat([x.detach(), torch.ones(3, CHANNELS)])
+        assert_close(convolve(conv, more, edge_index), conv(more, edge_index))
+        assert len(products) == 4
+
+
+class TestCost:
+    @every_fused
+    def test_is_a_product(self, make, x, edge_index, products):
+        convolve(make(), x, edge_index)
+        assert len(products) == 1
+
+    def test_no_row_for_each_edge(self):
+        """The messages would be 40 times the features; all that a step makes is less than 7 times."""
+        nodes, channels = 500, 64
+        conv, edge_index = SAGEConv(channels, channels), torch.randint(nodes, (2, 40 * nodes))
+        x = torch.randn(nodes, channels, requires_grad=True)
+        features = x.untyped_storage().nbytes()
+        peaks = []
+        for call in (convolve, lambda conv, x, edge_index: conv(x, edge_index)):
+            call(conv, x, edge_index).sum().backward()
+            with peak_memory() as memory:
+                call(conv, x, edge_index).sum().backward()
+            peaks.append(memory.peak_bytes / features)
+        assert peaks[0] < 7
+        assert peaks[1] > 40
+
+    def test_edges_are_sorted_once(self, x, edge_index, products):
+        """For all layers and passes, forward and backward: one adjacency for each kind of sums."""
+        convs = [make().double() for make in FUSED.values() for _ in range(2)]
+        x = x.detach().double().requires_grad_()
+        for _ in range(2):
+            for conv in convs:
+                gradients(convolve(conv, x, edge_index), x, conv)
+        assert len(products) == 2 * len(convs)
+        assert len({id(adj_t) for adj_t in products}) == 5  # sums, means, and three ways of GCN's weights
+
+    def test_what_is_kept_dies_with_the_graph(self, x, edge_index, products):
+        convolve(SAGEConv(CHANNELS, CHANNELS), x, edge_index).sum().backward()
+        before, gone = len(_edges._KNOWN), weakref.ref(products.pop())
+        del edge_index
+        gc.collect()
+        assert gone() is not None  # the fixture holds it
+        clone = torch.randint(5, (2, 9))
+        convolve(SAGEConv(CHANNELS, CHANNELS), x, clone).sum().backward()
+        gone = weakref.ref(products.pop())
+        assert len(_edges._KNOWN) == before + 1
+        del clone
+        gc.collect()
+        assert len(_edges._KNOWN) == before
+        assert gone() is None
+
+
+class TestLeftAlone:
+    @every_left_alone
+    def test_convolutions(self, make, x, edge_index, products):
+        conv = make()
+        expected = conv(x, edge_index)
+        assert torch.equal(convolve(conv, x, edge_index), expected)
+        assert not products
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda edge_index: EdgeIndex(edge_index, sparse_size=(12, 12)),
+            lambda edge_index: sparse_csr(torch.arange(13), torch.arange(12), torch.ones(12), (12, 12)),
+            lambda edge_index: edge_index[:, :0],
+        ],
+        ids=["EdgeIndex", "sparse", "no edges"],
+    )
+    def test_graphs(self, form, x, edge_index, products):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        graph = form(edge_index)
+        assert torch.equal(convolve(conv, x, graph), conv(x, graph))
+        assert not products
+
+    def test_arguments_that_are_none_are_no_arguments(self, x, edge_index, products):
+        conv = GraphConv(CHANNELS, CHANNELS)
+        assert_close(convolve(conv, x, edge_index, None), conv(x, edge_index, None))
+        assert len(products) == 1
+
+    def test_further_arguments(self, x, edge_index, products):
+        conv, weight = GraphConv(CHANNELS, CHANNELS), torch.rand(40)
+        assert torch.equal(convolve(conv, x, edge_index, weight), conv(x, edge_index, weight))
+        assert not products
+
+    def test_any_callable(self, x, edge_index):
+        assert convolve(lambda x, graph, more: (x, graph, more), x, edge_index, 3) == (x, edge_index, 3)
+
+    def test_compiled(self, x, edge_index, products):
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        compiled = torch.compile(lambda x, edge_index: convolve(conv, x, edge_index), backend="eager")
+        assert_close(compiled(x, edge_index), conv(x, edge_index))
+        assert not products
+
+    @pytest.mark.parametrize("wrong", [12, -13])
+    def test_edges_to_nowhere(self, wrong, x, edge_index, products):
+        """The convolution says what is wrong."""
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        edge_index[0, 3] = wrong
+        with pytest.raises(IndexError) as expected:
+            conv(x, edge_index)
+        with pytest.raises(IndexError) as found:
+            convolve(conv, x, edge_index)
+        assert str(found.value) == str(expected.value)
+        assert not products
