@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,18 +18,12 @@ from typing import Any
 
 import torch
 
+from bench._harness import process_bytes
 from bench._report import MIB, Target, ratio, show, table
 from recollect.autoscale import History
 from recollect.memory import map_large_blocks
 
 Row = dict[str, Any]
-
-
-def _status(name: str) -> int | None:
-    """A figure of this process in bytes, from Linux; None elsewhere."""
-    path = Path("/proc/self/status")
-    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 def measure_here(nodes: int, channels: int, batch: int, halo: int, rounds: int = 20) -> Row:
@@ -48,12 +41,12 @@ def measure_here(nodes: int, channels: int, batch: int, halo: int, rounds: int =
         history = History(nodes, channels, path=Path(name) / "history")
         for start in range(0, nodes - batch + 1, batch):
             history.push(x, offset=[start], count=[batch])
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
         if before is not None:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         for _ in range(rounds):
             go(history)
-        after, peak = _status("VmRSS"), _status("VmHWM")
+        after, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
         size = os.stat(Path(name) / "history").st_size
         del history
     known = before is not None and after is not None and peak is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ def settings(threads: int | None) -> Iterator[None]:
     finally:
         gc.unfreeze()
         torch.set_num_threads(before)
+
+
+def process_bytes(name: str) -> int | None:
+    """A figure of this process in bytes, from Linux; None elsewhere.
+
+    Args:
+        name: "VmRSS", what is resident, or "VmHWM", the most that was. (`getrusage` gives a new process its parent's.)
+    """
+    path = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def synchronize(device: torch.device) -> None:

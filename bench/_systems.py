@@ -1,8 +1,9 @@
 """The systems that `bench.depth` compares: one grouped additive coupling, six ways to train it.
 
 All of them run the same block modules, with the same weights, on the same graph:
-y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" computes the convolutions by products with the
-adjacency, as it does by default; "unfused" calls them as they are, as all the others do.
+y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" computes bare convolutions by products with the
+adjacency, as it does by default; "unfused" calls them as they are, as all the others do. (With a norm, the blocks are
+RevGNN's, which compute their convolutions by products in every system.)
 """
 
 from __future__ import annotations

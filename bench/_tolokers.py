@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench._harness import seconds, settings
+from bench._harness import process_bytes, seconds, settings
 from bench._report import GB, Target
 from recollect.data import GraphDataset, load
 from recollect.memory import map_large_blocks, peak_memory, tensor_bytes
@@ -69,16 +69,6 @@ def read(root: Path) -> GraphDataset:
         return load("tolokers", name)
 
 
-def resident_bytes() -> int | None:
-    """The most memory that this process had at any time; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure(dataset: GraphDataset, layers: int, channels: int, device: torch.device) -> dict[str, Any]:
     """Run one step: forward, loss on the training nodes, backward, Adam, from a state without gradients.
 
@@ -114,7 +104,7 @@ def measure(dataset: GraphDataset, layers: int, channels: int, device: torch.dev
         "parameter_bytes": tensor_bytes(model),
         "tensor_bytes": before + memory.peak_bytes,
         "tensor_bytes_after": kept,
-        "resident_bytes": resident_bytes(),
+        "resident_bytes": process_bytes("VmHWM"),
         "seconds": time,
         "loss": float(losses[0]),
         "drift": model.last_drift,

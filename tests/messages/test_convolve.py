@@ -74,6 +74,12 @@ def with_other_aggregation() -> nn.Module:
     return conv
 
 
+def with_a_hook_on_its_aggregation() -> nn.Module:
+    conv = SAGEConv(CHANNELS, CHANNELS)
+    conv.aggr_module.register_forward_hook(lambda module, args, out: 2 * out)
+    return conv
+
+
 def with_a_graph_inside() -> nn.Module:
     """Its cache holds another graph than it is called with, and it goes by its cache."""
     conv = GCNConv(CHANNELS, CHANNELS, cached=True)
@@ -98,6 +104,7 @@ LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
     "a method put on it": patched,
     "a hook": with_hook("register_forward_hook", lambda module, args, out: 2 * out),
     "a hook on messages": with_hook("register_message_forward_hook", lambda module, args, out: 2 * out),
+    "a hook on its aggregation": with_a_hook_on_its_aggregation,
     "explained": explained,
 }
 every_fused = pytest.mark.parametrize("make", FUSED.values(), ids=FUSED.keys())

@@ -21,9 +21,9 @@ def convolve(conv: Any, x: Tensor, edge_index: Any, *args: Any) -> Any:
 
     Those that do are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
     sum or average the rows of the sources, on a plain ``edge_index`` and without further arguments. All others are
-    called as they are; so are convolutions with a hook on them or under explanation, and all in what is compiled or
-    traced. The result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the adjacency
-    is kept as long as that lives and is not changed.
+    called as they are; so are convolutions with a hook on them or under explanation, and all in what is compiled,
+    traced or captured in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an
+    ``edge_index``, and the adjacency is kept as long as that lives and is not changed.
 
     Args:
         conv: the convolution; any callable.
@@ -113,7 +113,7 @@ _RULES: dict[str, tuple[Callable[[Any, Tensor, _Sums], Tensor], dict[str, str]]]
 def _rule_of(conv: Any) -> Callable[[Any, Tensor, _Sums], Tensor] | None:
     """Return how a convolution, as it is set, is computed; ``None`` where it must be called."""
     rule, aggregations = _RULES.get(f"{type(conv).__module__}.{type(conv).__qualname__}", (None, {}))
-    if rule is None or not isinstance(conv.aggr, str) or not _is_untouched(conv):
+    if rule is None or not (isinstance(conv.aggr, str) and _is_untouched(conv) and _is_untouched(conv.aggr_module)):
         return None
     if aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
         return None
@@ -132,10 +132,12 @@ def _is_untouched(conv: nn.Module) -> bool:
 
 
 def _are_plain(x: Any, edge_index: Any) -> bool:
-    """Whether these are the tensors that products are made for, and not what a compiler or a tracer sees of them."""
+    """Whether these are the tensors that products are made for, and not what will be run again with other numbers."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(edge_index) is not Tensor or not isinstance(x, Tensor):
+    if type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     if edge_index.dtype != torch.int64 or edge_index.layout != torch.strided or edge_index.is_inference():
         return False
