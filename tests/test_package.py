@@ -86,6 +86,7 @@ def test_the_named_interface():
 def test_parts_are_imported_when_they_are_asked_for():
     parts = {name.split(".")[1] for name in public_modules() if "." in name} - {"cli"}
     assert set(recollect._PARTS) == parts
+    assert parts | set(recollect.__all__) <= set(dir(recollect))
     program = "import recollect, sys\nprint(recollect.autogram.Engine.__name__, 'recollect.train' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["Engine", "False"]

@@ -30,3 +30,8 @@ def __getattr__(name: str) -> ModuleType:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its parts are {', '.join(_PARTS)}")
+
+
+def __dir__() -> list[str]:
+    """List the parts too, also those that are not imported yet."""
+    return sorted({*globals(), *_PARTS})
