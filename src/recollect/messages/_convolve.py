@@ -145,5 +145,6 @@ def _are_plain(x: Any, edge_index: Any) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(edge_index):
         return False
-    multiplies = x.is_cuda or (x.device.type == "cpu" and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
-    return multiplies and x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device
+    if not x.is_cuda and not (x.device.type == "cpu" and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
+        return False  # no library for the product
+    return x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device
