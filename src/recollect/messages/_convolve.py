@@ -131,7 +131,7 @@ def _is_untouched(conv: nn.Module) -> bool:
     return _METHODS.isdisjoint(own) and not any(value for name, value in own.items() if name.endswith("_hooks"))
 
 
-def _are_plain(x: Any, edge_index: Any) -> bool:
+def _are_plain(x: Tensor, edge_index: Any) -> bool:
     """Whether these are the tensors that products are made for, and not what will be run again with other numbers."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
