@@ -1,6 +1,8 @@
 """``eager_release``: what is freed, what is left alone, and what reading a freed tensor does."""
 
 import copy
+import gc
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -173,6 +175,83 @@ def test_leaf_that_is_freed_gets_its_gradient() -> None:
     y.square().sum().backward()
     torch.testing.assert_close(x.grad, expected, rtol=1e-10, atol=1e-12)
     assert size(x) == 6 * 8 * 8
+
+
+class Halve(nn.Module):
+    """A block of which autograd saves nothing, so that backward never asks for its rebuild."""
+
+    def forward(self, z: Tensor, _: None) -> Tensor:
+        return z * 0.5
+
+
+class Shift(nn.Module):
+    """A block that counts its calls, and of which the gradient of ``bias`` needs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.linear = nn.Linear(4, 4, dtype=torch.double)
+
+    def forward(self, z: Tensor, _: None) -> Tensor:
+        self.calls += 1
+        return self.linear(z)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: recollect.checkpoint(lambda h: h * 2, x, inverse=lambda y: y / 2),
+        lambda x: GroupAddRev(Halve(), num_groups=2)(x, None),
+        lambda x: GroupAddRev(Halve(), num_groups=2)(GroupAddRev(Halve(), num_groups=2)(x, None), None),
+    ],
+    ids=["inverse", "coupling", "chain"],
+)
+def test_values_come_back_where_nothing_was_saved_for_backward(run) -> None:
+    leaf = features(requires_grad=True)
+    x = leaf * 1
+    with recollect.eager_release():
+        y = run(x)
+    assert size(x) == 0
+    y.sum().backward(retain_graph=True)
+    torch.testing.assert_close(x.detach(), leaf.detach())
+    y.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_values_come_back_after_a_gradient_that_needs_no_rebuild() -> None:
+    layer = GroupAddRev(nn.ModuleList([Shift(), Shift()]))
+    blocks = list(layer.convs)
+    x = features(requires_grad=True) * 1
+    values = x.detach().clone()
+    with recollect.eager_release():
+        y = layer(x, None)
+    torch.autograd.grad(y.sum(), blocks[1].linear.bias)
+    torch.testing.assert_close(x.detach(), values)
+
+
+def test_bringing_values_back_evaluates_no_block_again() -> None:
+    layer = GroupAddRev(nn.ModuleList([Shift(), Shift()]))
+    with recollect.eager_release():
+        y = layer(features(requires_grad=True) * 1, None)
+    y.square().sum().backward()
+    assert [block.calls for block in layer.convs] == [2, 2]
+
+
+def test_nothing_of_a_released_graph_waits_for_the_garbage_collector() -> None:
+    layer, leaf = GroupAddRev(Halve(), num_groups=2), features(requires_grad=True)
+    gc.disable()
+    try:
+        for backward in (False, True):
+            x = leaf * 1
+            with recollect.eager_release():
+                y = layer(x, None)
+            dead = [weakref.ref(x), weakref.ref(y)]
+            if backward:
+                y.sum().backward()
+            del x, y
+            assert [reference() for reference in dead] == [None, None]
+    finally:
+        gc.enable()
 
 
 def left_alone(case: str) -> tuple[Tensor, list[object]]:

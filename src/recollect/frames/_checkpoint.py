@@ -15,7 +15,7 @@ from recollect._arguments import pack
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
-from recollect.frames._eager import Released, release
+from recollect.frames._eager import Released, release, restore_after_backward
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of, laid_out
@@ -216,6 +216,7 @@ class _InverseStage:
                 self._outputs.append(Slot(tensor, position + 1, self._region.function))
         if local.eager:
             self._released = [release(args[i], self._region.name) for i in self._dropped]
+            restore_after_backward(outputs, self._released, self.invert)
 
     # Backward: the source of the frame.
 

@@ -12,6 +12,7 @@ for its first argument, such as the affine one of RealNVP (Dinh et al. 2017, arX
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
-from recollect.frames._eager import Released, release
+from recollect.frames._eager import Released, release, restore_after_backward
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of, laid_out
@@ -123,6 +124,7 @@ def couple_by(
         del groups  # views of x
         if local.eager:
             stage.released = release(x, describe(blocks[0]))
+            restore_after_backward([y, *itertools.chain(*extras)], [stage.released], stage.invert)
     return y, extras
 
 

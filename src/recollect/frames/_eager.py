@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
 
 from recollect.frames._errors import ReleasedTensorError
 from recollect.frames._modes import local
 
-__all__ = ["Released", "eager_release", "release"]
+__all__ = ["Released", "eager_release", "release", "restore_after_backward"]
 
 
 @contextmanager
@@ -146,6 +147,11 @@ class Released:
         tensor.__class__ = _ReleasedTensor
         tensor.__dict__.update(_like=like, _released_by=name)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the tensor is still there, and still without values."""
+        return isinstance(self._tensor(), _ReleasedTensor)
+
     def restore(self, value: Tensor) -> None:
         """Put the values back, if the tensor is still there and still without."""
         tensor = self._tensor()
@@ -171,3 +177,29 @@ def release(tensor: Tensor, name: str) -> Released | None:
     if storage.nbytes() == 0 or count(storage._cdata) > 2 or held > owners:
         return None
     return Released(tensor, name)
+
+
+def restore_after_backward(
+    outputs: Iterable[Any], released: Iterable[Released | None], invert: Callable[[], None]
+) -> None:
+    """Put values back after a backward pass that needed nothing of what a stage dropped, and so did not rebuild it.
+
+    Args:
+        outputs: of the stage, through which backward comes.
+        released: the stage's inputs.
+        invert: the stage's.
+    """
+    waiting = [one for one in released if one is not None]
+    if not waiting:
+        return
+
+    def finish() -> None:
+        if any(one.waits for one in waiting):
+            invert()
+
+    def note(_: tuple[Tensor, ...]) -> None:
+        Variable._execution_engine.queue_callback(finish)
+
+    for tensor in outputs:
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(note)
