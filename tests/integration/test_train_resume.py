@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from recollect.train import train
 
@@ -31,11 +32,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def results(folder: Path) -> tuple[object, ...]:
-    """What must not depend on being killed: all but times, and drift, of which each backward samples anew."""
+    """What must not depend on being killed: all but times."""
     summary = json.loads((folder / "summary.json").read_text())
-    scores = [summary[name] for name in ("test_accuracy", "val_accuracy", "epochs", "best_epoch", "peak_bytes_plain")]
-    names = ("epoch", "loss", "val_loss", "train_accuracy", "val_accuracy", "learning_rate")
-    return (scores, [[row[name] for name in names] for row in rows(folder)])
+    timeless = {name: value for name, value in summary.items() if not name.startswith("seconds")}
+    assert {"test_accuracy", "val_accuracy", "epochs", "peak_bytes", "peak_bytes_plain", "parameters"} <= set(timeless)
+    kept = torch.load(folder / "checkpoint.ckpt", weights_only=True)["best_state"]
+    weights = {name: value.tolist() for name, value in kept.items()}
+    return timeless, weights, [{name: row[name] for name in row if name != "seconds"} for row in rows(folder)]
 
 
 def kill_when(folder: Path, arguments: list[str], moment: Callable[[Path], bool]) -> None:
