@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import recollect
+from recollect import cli
 from recollect.cli import main
 
 # What torch brings with it, and so may be imported where nothing else is installed.
@@ -54,6 +56,7 @@ def test_help_lists_the_commands(capsys, arguments):
     text = capsys.readouterr().out
     assert "usage: recollect" in text
     assert "train    train a deep reversible graph network" in text
+    assert "bench    measure time and memory" in text
     assert "info     show versions" in text
 
 
@@ -62,7 +65,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"recollect {recollect.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["--verbose"], ["info", "extra"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["--verbose"], ["info", "extra"], ["bench"], ["bench", "dept"]])
 def test_a_wrong_command_is_wrong_usage(capsys, arguments):
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -133,3 +136,25 @@ def test_a_run_that_diverges_fails(capsys, tmp_path):
     assert main(["train", *arguments, f"run_dir={tmp_path}", "epochs=50", "patience=null"]) == 1
     assert "recollect train: epoch " in capsys.readouterr().err
     assert (tmp_path / "checkpoint.ckpt").exists()
+
+
+def test_bench_runs_a_benchmark_with_its_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--quick", "--depths", "2", "--timed", "--nodes", "20", "--edges", "40", "--channels", "4"]
+    assert main(["bench", "depth", *sizes, "--output", "here"]) == 0
+    (file,) = (tmp_path / "here").iterdir()
+    assert "recollect" in json.loads(file.read_text())["rows"][0]["peak_bytes"]
+    assert main(["bench", "depth", "--nods", "3"]) == 2
+
+
+def test_bench_help_names_what_there_is(capsys):
+    assert main(["bench", "--help"]) == 0
+    assert "{depth,graph,invertible,objectives}" in capsys.readouterr().out
+
+
+def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lib" / "recollect" / "cli.py"))
+    assert main(["bench", "depth"]) == 1
+    captured = capsys.readouterr()
+    assert "make bench" in captured.err
+    assert "Traceback" not in captured.err

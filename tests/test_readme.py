@@ -74,7 +74,7 @@ def test_recollect_has_the_commands_and_options():
     for line in commands("make"):
         if match := re.search(r'ARGS="([^"-]*)"', line):
             calls.append([line.split()[0], *match[1].split()])
-    assert {call[0] for call in calls} == {"train", "info"}
+    assert {call[0] for call in calls} == {"train", "bench", "info"}
     for name, *overrides in calls:
         if name == "train":
             parse(overrides)

@@ -1,4 +1,4 @@
-"""The command `recollect`: train, info.
+"""The command `recollect`: train, bench, info.
 
 Each subcommand is imported when it is called, so that `recollect info` works where torch alone is installed.
 """
@@ -10,8 +10,10 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from recollect import __version__
 
@@ -58,6 +60,32 @@ def _train(arguments: Sequence[str]) -> int:
         )
         return 1
     return command(arguments)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    root = Path(__file__).parents[2]
+    benches = sorted(p.stem for p in (root / "bench").glob("*.py") if not p.stem.startswith("_"))
+    if not benches or not (root / "pyproject.toml").is_file():  # installed, and not as `make` and `pip -e` do it
+        sys.stderr.write(
+            f"recollect bench: the benchmarks are in the repository, and not in the package that is installed in "
+            f"{Path(__file__).parent}. In a clone of the repository run: make bench\n"
+        )
+        return 1
+    parser = argparse.ArgumentParser(
+        prog="recollect bench",
+        usage="recollect bench [-h] NAME [OPTION ...]",
+        description="Measure side by side with the peers. What is not installed of them is left out: pip install "
+        '"recollect[bench]", or make bench.',
+    )
+    parser.add_argument("name", choices=benches, help="what to measure; each has options of its own, and --help")
+    try:
+        given = parser.parse_args(arguments[:1])
+    except SystemExit as end:
+        return int(end.code or 0)
+    # In a process of its own, from the folder where the command was given: options name paths.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", f"bench.{given.name}", *arguments[1:]]
+    return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
 
 
 def _info(arguments: Sequence[str]) -> int:
@@ -126,6 +154,7 @@ def _version(package: str) -> str | None:
 
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a deep reversible graph network, and measure what its depth costs"),
+    "bench": (_bench, "measure time and memory side by side with the peers"),
     "info": (_info, "show versions, devices, and which optional packages are installed"),
 }
 
