@@ -12,6 +12,8 @@ from recollect.memory import peak_memory
 from recollect.messages import propagate
 from recollect.messages._propagate import _TRANSPOSES
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
+
 
 @pytest.fixture
 def adj_t():
@@ -44,6 +46,34 @@ def test_on_hazardous_graphs(make):
 def test_gradients_of_first_and_second_order(adj_t, x):
     assert torch.autograd.gradcheck(lambda x: propagate(adj_t, x), (x,))
     assert torch.autograd.gradgradcheck(lambda x: propagate(adj_t, x).sin(), (x,))
+
+
+def test_forward_mode(adj_t, x):
+    def both_ways(x: torch.Tensor) -> torch.Tensor:
+        return propagate(adj_t, x).sin()
+
+    assert torch.autograd.gradcheck(
+        both_ways, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(both_ways, (x,), check_fwd_over_rev=True, check_rev_over_rev=True)
+    dense = adj_t.to_dense()
+    expected = torch.func.jacfwd(lambda x: dense @ x)(x.detach())
+    torch.testing.assert_close(torch.func.jacfwd(lambda x: propagate(adj_t, x))(x.detach()), expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+def test_a_transpose_that_is_first_asked_for_in_a_transform(transform, adj_t, x):
+    """It serves there and later."""
+    dense = adj_t.to_dense()
+    for _ in range(2):
+        found = transform(lambda x: propagate(adj_t, x).sin().sum())(x.detach())
+        torch.testing.assert_close(found, transform(lambda x: (dense @ x).sin().sum())(x.detach()))
+    (grad,) = torch.autograd.grad(propagate(adj_t, x).sum(), x)
+    torch.testing.assert_close(grad, dense.t() @ torch.ones(4, 3, dtype=torch.float64))
+
+
+def test_a_batch_without_channels(adj_t):
+    assert torch.func.vmap(lambda x: propagate(adj_t, x))(torch.ones(2, 6, 0).double()).shape == (2, 4, 0)
 
 
 def test_batched_gradients_and_transforms(adj_t, x):
@@ -102,6 +132,9 @@ def test_the_transpose_is_made_once(adj_t, x, monkeypatch):
         propagate(adj_t, x).sum().backward()
     propagate(adj_t.clone(), x).sum().backward()
     assert len(made) == 2
+    (grad,) = torch.autograd.grad(propagate(adj_t, x).sin().sum(), x, create_graph=True)
+    grad.sin().sum().backward()
+    assert len(made) == 2  # the transpose of the transpose is the adjacency
 
 
 def test_nothing_of_the_size_of_the_edges_and_channels_is_made():

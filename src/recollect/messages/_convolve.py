@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ def convolve(conv: Any, x: Tensor, edge_index: Any, *args: Any) -> Any:
 
     Those that do are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
     sum or average the rows of the sources, on a plain ``edge_index`` and without further arguments. All others are
-    called as they are; so are convolutions with a hook on them or under explanation, and all in what is compiled,
-    traced or captured in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an
-    ``edge_index``, and the adjacency is kept as long as that lives and is not changed.
+    called as they are; so are convolutions that are compiled, that cache a graph of their own (``cached=True``), with a
+    hook on them or under explanation, and all under torch.func transforms and in what is compiled, traced or captured
+    in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the
+    adjacency is kept as long as that lives and is not changed.
 
     Args:
         conv: the convolution; any callable.
@@ -94,8 +96,11 @@ def _gin(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
 
 
 def _gcn(conv: Any, x: Tensor, sums: _Sums) -> Tensor:
-    x = conv.lin(x)
-    out = sums.normalized(conv, x) if conv.normalize else sums.reduced(conv, x)
+    weighted_in, x = x.dtype, conv.lin(x)
+    if conv.normalize:  # under autocast the weights have the type of the features, and what is summed up is in half
+        out = sums.normalized(conv, x.to(torch.promote_types(x.dtype, weighted_in)))
+    else:
+        out = sums.reduced(conv, x)
     return out if conv.bias is None else out + conv.bias
 
 
@@ -109,16 +114,24 @@ _RULES: dict[str, tuple[Callable[[Any, Tensor, _Sums], Tensor], dict[str, str]]]
     "torch_geometric.nn.conv.sage_conv.SAGEConv": (_sage, _SUM | _MEAN),
 }
 
+# Convolutions that were called for what was on them: a backward pass that repeats the call must find it the same, even
+# if that (a hook) was taken off in between.
+_CALLED: WeakSet[nn.Module] = WeakSet()
+
 
 def _rule_of(conv: Any) -> Callable[[Any, Tensor, _Sums], Tensor] | None:
     """Return how a convolution, as it is set, is computed; ``None`` where it must be called."""
     rule, aggregations = _RULES.get(f"{type(conv).__module__}.{type(conv).__qualname__}", (None, {}))
-    if rule is None or not (isinstance(conv.aggr, str) and _is_untouched(conv) and _is_untouched(conv.aggr_module)):
+    if rule is None or conv in _CALLED or not isinstance(conv.aggr, str):
         return None
     if aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
         return None
-    goes_by_cache = getattr(conv, "_cached_edge_index", None) is not None
-    fits = conv.flow == "source_to_target" and conv.node_dim == -2 and not conv.explain and not goes_by_cache
+    if not (_is_untouched(conv) and _is_untouched(conv.aggr_module)):
+        if torch.is_grad_enabled():
+            _CALLED.add(conv)
+        return None
+    cached = getattr(conv, "cached", False)  # goes by the first graph that it meets, whatever it is called with
+    fits = conv.flow == "source_to_target" and conv.node_dim == -2 and not conv.explain and not cached
     return rule if fits else None
 
 
@@ -126,24 +139,32 @@ _METHODS = frozenset({"forward", "propagate", "message", "aggregate", "message_a
 
 
 def _is_untouched(conv: nn.Module) -> bool:
-    """Whether no hook and no method was put on this one."""
+    """Whether no hook and no method was put on this one, and it is not compiled."""
     own = vars(conv)
-    return _METHODS.isdisjoint(own) and not any(value for name, value in own.items() if name.endswith("_hooks"))
+    if not _METHODS.isdisjoint(own) or own.get("_compiled_call_impl") is not None:
+        return False
+    return not any(value for name, value in own.items() if name.endswith("_hooks"))
+
+
+def _is_recorded() -> bool:
+    """Whether this runs under torch.func, or is compiled or traced: the tensors are then not what they seem to be."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
 
 
 def _are_plain(x: Tensor, edge_index: Any) -> bool:
     """Whether these are the tensors that products are made for, and not what will be run again with other numbers."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
+    if _is_recorded() or type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     if edge_index.dtype != torch.int64 or edge_index.layout != torch.strided or edge_index.is_inference():
         return False
     if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.numel() == 0:
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(edge_index):
         return False
     if not x.is_cuda and not (x.device.type == "cpu" and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
         return False  # no library for the product

@@ -15,7 +15,8 @@ __all__ = ["check_csr", "described", "make_adj_t", "rows_of", "sparse_csr"]
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
     """A sparse CSR tensor without a check of its parts, which are known to fit."""
     _hear_of_state()
-    return torch.sparse_csr_tensor(rowptr, col, value, size, check_invariants=False)
+    # On the device of its parts, not on the default device.
+    return torch.sparse_csr_tensor(rowptr, col, value, size, device=value.device, check_invariants=False)
 
 
 @functools.cache
@@ -24,8 +25,9 @@ def _hear_of_state() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")  # torch 2.11
-        nothing = torch.zeros(0, dtype=torch.int64)
-        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), nothing, nothing, (0, 0), check_invariants=False)
+        with torch.device("cpu"):
+            nothing = torch.zeros(0, dtype=torch.int64)
+            torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), nothing, nothing, (0, 0), check_invariants=False)
 
 
 def rows_of(adj_t: Tensor) -> Tensor:

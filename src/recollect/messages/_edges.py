@@ -20,13 +20,13 @@ class Edges:
 
     Attributes:
         num_nodes: N.
-        version: the in-place version of the ``edge_index``.
+        state: what is another one when the ``edge_index`` is, as far as torch knows.
         inside: whether all its nodes are among the N.
     """
 
     def __init__(self, edge_index: Tensor, num_nodes: int) -> None:
         self.num_nodes = num_nodes
-        self.version = edge_index._version
+        self.state = _state_of(edge_index)
         self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes
         self._adjacencies: dict[Hashable, Tensor] = {}
 
@@ -48,10 +48,15 @@ def edges_of(edge_index: Tensor, num_nodes: int) -> Edges:
     """Return what is known of the edges [2, E], int64, E at least 1.
 
     The first call for an ``edge_index`` reads it, which waits for its device; the later ones do not. Another number of
-    nodes and a change in place make another graph of it.
+    nodes and a change in place make another graph of it; a change that torch does not count (through ``.data`` or
+    NumPy) is not seen.
     """
     known: Edges | None = _KNOWN.get(edge_index, None)  # type: ignore[no-untyped-call]
-    if known is None or (known.num_nodes, known.version) != (num_nodes, edge_index._version):
+    if known is None or (known.num_nodes, known.state) != (num_nodes, _state_of(edge_index)):
         known = Edges(edge_index, num_nodes)
         _KNOWN[edge_index] = known
     return known
+
+
+def _state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:
+    return edge_index._version, edge_index.data_ptr(), edge_index.shape  # the last two: ``edge_index.data`` was set

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect.messages._csr import check_csr, rows_of, sparse_csr
@@ -41,10 +42,14 @@ def propagate(adj_t: Tensor, x: Tensor) -> Tensor:
 
 
 class _Constant:
-    """Hides a sparse tensor from torch.func, which cannot wrap it and need not."""
+    """Hides an adjacency, and its transpose if known, from torch.func, which cannot wrap them and need not."""
 
-    def __init__(self, adj_t: Tensor) -> None:
+    def __init__(self, adj_t: Tensor, transpose: Tensor | None = None) -> None:
         self.adj_t = adj_t
+        self._transpose = transpose
+
+    def transposed(self) -> _Constant:
+        return _Constant(_transposed(self.adj_t) if self._transpose is None else self._transpose, self.adj_t)
 
 
 class _Propagate(torch.autograd.Function):
@@ -59,26 +64,32 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant], output: Tensor) -> None:
-        ctx.adj_t = inputs[1].adj_t
+        ctx.constant = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return propagate(_transposed(ctx.adj_t), grad), None
+        return _Propagate.apply(grad, ctx.constant.transposed()), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        out: Tensor = _Propagate.apply(tangent, ctx.constant)  # type: ignore[no-untyped-call]
+        return out
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, constant: _Constant) -> tuple[Tensor, int]:
         batched = x.movedim(in_dims[0], -1)  # a batch is more channels
-        out = propagate(constant.adj_t, batched.flatten(1))
-        return out.view(-1, *batched.shape[1:]), -1
+        out: Tensor = _Propagate.apply(batched.flatten(1), constant)  # type: ignore[no-untyped-call]
+        return out.reshape(constant.adj_t.size(0), *batched.shape[1:]), -1
 
 
 def _transposed(adj_t: Tensor) -> Tensor:
     """Return the transpose [num_sources, num_targets] in CSR form, made at the first call."""
     known: Tensor | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
     if known is None:
-        col = adj_t.col_indices()
-        order = col.argsort(stable=True)
-        rowptr = torch._convert_indices_from_coo_to_csr(col[order], adj_t.size(1))
-        known = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
+        with temporarily_clear_interpreter_stack():  # what is kept must be no tensor of a torch.func transform
+            col = adj_t.col_indices()
+            order = col.argsort(stable=True)
+            rowptr = torch._convert_indices_from_coo_to_csr(col[order], adj_t.size(1))
+            known = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
         _TRANSPOSES[adj_t] = known
     return known
