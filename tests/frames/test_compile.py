@@ -6,6 +6,7 @@ import pytest
 import torch
 from frames_zoo import WIDTH, Block, assert_same, wanted
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import recollect
 from recollect.frames import couple
@@ -94,6 +95,19 @@ def test_a_model_of_frames_that_is_compiled_as_a_whole(source):
     compiled = torch.compile(lambda x: run(blocks, x, source, True), backend="aot_eager")
     expected = torch.autograd.grad(run(blocks, x, source, False).sin().sum(), wanted(blocks, x))
     assert_same(torch.autograd.grad(compiled(x).sin().sum(), wanted(blocks, x)), expected)
+
+
+def test_compiled_blocks_on_batches_of_all_sizes():
+    """Mini-batches differ in their number of rows: a rebuild runs what was compiled for all of them, and no more."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Plain(WIDTH // 2, dropout=0.4) for _ in range(2)).double()
+    counter = CompileCounter()
+    compiled = [torch.compile(block, backend=counter) for block in blocks]
+    for rows in (7, 12, 5, 30, 18):
+        x = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+        expected = torch.autograd.grad(run(compiled, x, "coupling", False).sin().sum(), wanted(blocks, x))
+        assert_same(torch.autograd.grad(run(compiled, x, "coupling", True).sin().sum(), wanted(blocks, x)), expected)
+    assert counter.frame_count <= 2 * len(blocks)  # one for the first size, one for any other
 
 
 def test_a_block_that_breaks_the_graph():
