@@ -11,8 +11,15 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# source of the frames, and whether some parameters are unused
-CASES = [("coupling", False), ("coupling", True), ("inverse", False), ("checkpoint", True)]
+# source of the frames, whether some parameters are unused, and whether DDP is told that every step is alike
+CASES = [
+    ("coupling", False, False),
+    ("coupling", True, False),
+    ("coupling", True, True),
+    ("inverse", False, False),
+    ("checkpoint", True, False),
+    ("checkpoint", False, True),
+]
 
 
 class Model(nn.Module):
@@ -45,8 +52,10 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
     share = batch().chunk(int(world))[int(rank)]
     results = []
-    for source, unused in CASES:
-        model = DistributedDataParallel(Model(source, unused), find_unused_parameters=unused)
+    for source, unused, static in CASES:
+        model = DistributedDataParallel(
+            Model(source, unused), find_unused_parameters=unused and not static, static_graph=static
+        )
         results.append(gradients(model, share))
     torch.save(results, output)
     dist.destroy_process_group()

@@ -41,7 +41,7 @@ def results(tmp_path_factory):
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
 def test_two_processes_give_the_gradients_of_one(results, case):
-    expected = gradients(Model(*CASES[case]), batch())
+    expected = gradients(Model(*CASES[case][:2]), batch())
     for result in results:
         actual = result[case]
         assert list(actual) == list(expected)
