@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from graph_zoo import every_graph
@@ -70,6 +72,26 @@ def test_a_transpose_that_is_first_asked_for_in_a_transform(transform, adj_t, x)
         torch.testing.assert_close(found, transform(lambda x: (dense @ x).sin().sum())(x.detach()))
     (grad,) = torch.autograd.grad(propagate(adj_t, x).sum(), x)
     torch.testing.assert_close(grad, dense.t() @ torch.ones(4, 3, dtype=torch.float64))
+
+
+def test_an_adjacency_that_nobody_keeps(adj_t, x):
+    """Frames drop it, and backward makes it again."""
+    dense, made = adj_t.to_dense(), []
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        lone = adj_t.clone()
+        made.append(weakref.ref(lone))
+        return propagate(lone, x).sin()
+
+    def orders(out: torch.Tensor) -> list[torch.Tensor]:
+        (batched,) = torch.autograd.grad(out, x, torch.stack([out, -out]), is_grads_batched=True, retain_graph=True)
+        (first,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sin().sum(), x)
+        return [batched, first, second]
+
+    out = recollect.checkpoint(region, x)
+    assert made[0]() is None
+    torch.testing.assert_close(orders(out), orders((dense @ x).sin()))
 
 
 def test_a_batch_without_channels(adj_t):
@@ -152,7 +174,7 @@ def test_the_transpose_goes_with_the_adjacency(adj_t, x):
     before = len(_TRANSPOSES)
     other = adj_t.clone()
     propagate(other, x).sum().backward()
-    assert len(_TRANSPOSES) == before + 1
+    assert len(_TRANSPOSES) == before + 2  # both ways
     del other
     assert len(_TRANSPOSES) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from recollect.messages._csr import check_csr, rows_of, sparse_csr
 
 __all__ = ["propagate"]
 
-# While an adjacency lives, its transpose does.
+# While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -42,14 +43,10 @@ def propagate(adj_t: Tensor, x: Tensor) -> Tensor:
 
 
 class _Constant:
-    """Hides an adjacency, and its transpose if known, from torch.func, which cannot wrap them and need not."""
+    """Hides a sparse tensor from torch.func, which cannot wrap it and need not."""
 
-    def __init__(self, adj_t: Tensor, transpose: Tensor | None = None) -> None:
+    def __init__(self, adj_t: Tensor) -> None:
         self.adj_t = adj_t
-        self._transpose = transpose
-
-    def transposed(self) -> _Constant:
-        return _Constant(_transposed(self.adj_t) if self._transpose is None else self._transpose, self.adj_t)
 
 
 class _Propagate(torch.autograd.Function):
@@ -64,32 +61,42 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant], output: Tensor) -> None:
-        ctx.constant = inputs[1]
+        # An adjacency that others keep is not to be asked for; one that nobody keeps is made again of what autograd
+        # saved, as that is what frames can drop.
+        adj_t = inputs[1].adj_t
+        ctx.kept, ctx.size = weakref.ref(adj_t), adj_t.shape
+        with temporarily_clear_interpreter_stack():  # torch.func cannot take sparse tensors apart
+            ctx.save_for_backward(adj_t.crow_indices(), adj_t.col_indices(), adj_t.values())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Propagate.apply(grad, ctx.constant.transposed()), None  # type: ignore[no-untyped-call]
+        adj_t = ctx.kept()
+        if adj_t is None:
+            rowptr, col, value = ctx.saved_tensors
+            adj_t = sparse_csr(rowptr, col, value, ctx.size)
+        return propagate(_transposed(adj_t), grad), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        out: Tensor = _Propagate.apply(tangent, ctx.constant)  # type: ignore[no-untyped-call]
-        return out
+        return propagate(ctx.kept(), tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, constant: _Constant) -> tuple[Tensor, int]:
         batched = x.movedim(in_dims[0], -1)  # a batch is more channels
-        out: Tensor = _Propagate.apply(batched.flatten(1), constant)  # type: ignore[no-untyped-call]
-        return out.reshape(constant.adj_t.size(0), *batched.shape[1:]), -1
+        out = propagate(constant.adj_t, batched.flatten(1))
+        return out.reshape(out.size(0), *batched.shape[1:]), -1
 
 
 def _transposed(adj_t: Tensor) -> Tensor:
     """Return the transpose [num_sources, num_targets] in CSR form, made at the first call."""
-    known: Tensor | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
-    if known is None:
+    known: Tensor | weakref.ref[Tensor] | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
+    transpose = known() if isinstance(known, weakref.ref) else known
+    if transpose is None:
         with temporarily_clear_interpreter_stack():  # what is kept must be no tensor of a torch.func transform
-            col = adj_t.col_indices()
+            col, size = adj_t.col_indices(), (adj_t.size(1), adj_t.size(0))
             order = col.argsort(stable=True)
             rowptr = torch._convert_indices_from_coo_to_csr(col[order], adj_t.size(1))
-            known = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
-        _TRANSPOSES[adj_t] = known
-    return known
+            transpose = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], size)
+        _TRANSPOSES[adj_t] = transpose
+        _TRANSPOSES[transpose] = weakref.ref(adj_t)
+    return transpose
