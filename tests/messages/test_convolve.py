@@ -21,8 +21,9 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
 from torch_geometric.nn.aggr import MaxAggregation
 
 import recollect
+from recollect._csr import sparse_csr
 from recollect.memory import peak_memory
-from recollect.messages import _convolve, _edges, convolve, sparse_csr
+from recollect.messages import _convolve, _edges, convolve
 from recollect.messages._propagate import propagate
 from recollect.reversible import GroupAddRev
 

@@ -6,7 +6,6 @@ transpose. :func:`propagate` is that product, and :func:`convolve` calls convolu
 """
 
 from recollect.messages._convolve import convolve
-from recollect.messages._csr import check_csr, described, make_adj_t, rows_of, sparse_csr
 from recollect.messages._propagate import propagate
 
-__all__ = ["check_csr", "convolve", "described", "make_adj_t", "propagate", "rows_of", "sparse_csr"]
+__all__ = ["convolve", "propagate"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect.messages._csr import make_adj_t
+from recollect._csr import make_adj_t
 
 __all__ = ["Edges", "edges_of"]
 

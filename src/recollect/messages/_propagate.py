@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect.messages._csr import check_csr, rows_of, sparse_csr
+from recollect._csr import check_csr, rows_of, sparse_csr
 
 __all__ = ["propagate"]
 
