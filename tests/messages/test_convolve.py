@@ -113,6 +113,7 @@ LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
     "gcn, mean": lambda: GCNConv(CHANNELS, CHANNELS, aggr="mean"),
     "against the edges": lambda: SAGEConv(CHANNELS, CHANNELS, flow="target_to_source"),
     "gcn, cached": lambda: GCNConv(CHANNELS, CHANNELS, cached=True),
+    "nodes along another dimension": lambda: SAGEConv(CHANNELS, CHANNELS, node_dim=0),
     "gcn with a graph inside": with_a_graph_inside,
     "compiled": compiled,
     "a subclass": lambda: Doubled(CHANNELS, CHANNELS),
@@ -379,6 +380,14 @@ class TestLeftAlone:
         conv = SAGEConv(CHANNELS, CHANNELS)
         graph = form(edge_index)
         assert torch.equal(convolve(conv, x, graph), conv(x, graph))
+        assert not products
+
+    def test_a_graph_of_inference_mode(self, x, edge_index, products):
+        """Its changes are not counted."""
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        with torch.inference_mode():
+            graph = edge_index.clone()
+            assert torch.equal(convolve(conv, x, graph), conv(x, graph))
         assert not products
 
     def test_arguments_that_are_none_are_no_arguments(self, x, edge_index, products):

@@ -25,7 +25,8 @@ def convolve(conv: Any, x: Tensor, edge_index: Any, *args: Any) -> Any:
     called as they are; so are convolutions that are compiled, that cache a graph of their own (``cached=True``), with a
     hook on them or under explanation, and all under torch.func transforms and in what is compiled, traced or captured
     in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the
-    adjacency is kept as long as that lives and is not changed.
+    adjacency is kept as long as that lives and is not changed; changes that torch does not count, made through
+    ``.data`` or NumPy, are not seen.
 
     Args:
         conv: the convolution; any callable.
