@@ -26,6 +26,7 @@ class Layouts:
         scattered: those of them in which every entry still belongs to one element, but in no regular order.
         doubtful: the nodes for which several layouts fitted, as where only some of the losses have a gradient.
         crossed: those of them in which these were along several axes.
+        idle: those of the free nodes whose gradient was zero, in a shape that has no place for the batch.
         alone: the nodes in which the batch had an axis for itself: that does not tell how it would share one.
         cuts: for each node that takes parts of the batch, or pads it, where these begin and end.
         moved: for each node that moves the elements of the batch, the tensors that say where to.
@@ -38,6 +39,7 @@ class Layouts:
         self.scattered: set[int] = set()
         self.doubtful: set[int] = set()
         self.crossed: set[int] = set()
+        self.idle: set[int] = set()
         self.alone: set[int] = set()
         self.cuts: dict[int, tuple[Any, ...]] = {}
         self.moved: dict[int, dict[int, Tensor]] = {}
@@ -135,13 +137,14 @@ def _conclude(
     for node, watch in watches.items():
         if watch.sizes:
             layouts.found[node] = tuple(_conclude_node(layouts, node, watch, factors, batch_dim))
+    placed = layouts.scattered - layouts.idle
     for node in layouts.found:
         moved = watches[node].moved
         if moved and (indices := moving(graph, node, moved, layouts.found, layouts.scattered)):
             layouts.moved[node] = indices
         if parts := cut(graph, node, layouts.found, layouts.scattered):
             layouts.cuts[node] = parts
-        if not is_steady(graph, node, layouts.found):
+        if not is_steady(graph, node, layouts.found, placed):
             layouts.certain = False
     return layouts
 
@@ -167,6 +170,8 @@ def _conclude_node(
                 layouts.alone.add(node)
         else:
             layouts.free.add(node)
+            if not any(bool(size.any()) for size in sizes[0].values()):
+                layouts.idle.add(node)
             scattered = scattered and whole and is_scattered(sizes, factors)
     if node in layouts.free and scattered:
         layouts.scattered.add(node)

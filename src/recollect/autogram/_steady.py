@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from recollect.autogram._layout import Layout
 from recollect.autogram._moves import Found, axis_of, layout_of
@@ -71,7 +72,7 @@ _OFFSETS = ("EmbeddingBag", "SegmentReduce")
 _BARE = ("CaptureBackward", "BackwardHookFunctionBackward", "CopySlices", "TanhBackwardBackward0")
 
 
-def is_steady(graph: Graph, node: int, found: Found) -> bool:
+def is_steady(graph: Graph, node: int, found: Found, scattered: Collection[int]) -> bool:
     """Whether a node with the batch here keeps its elements apart with any other numbers in the same shapes.
 
     What is not known to do so may have met an identity, a mask without effect, or a gate that was closed.
@@ -80,9 +81,13 @@ def is_steady(graph: Graph, node: int, found: Found) -> bool:
         graph: the node's.
         node: its number.
         found: where the batch is.
+        scattered: the nodes where it is somewhere, in no regular order.
     """
-    if all(layout is None for layout in found[node]) or graph.names[node] in _BARE:
+    if graph.names[node] in _BARE:
         return True
+    if all(layout is None for layout in found[node]):
+        # A gradient that mixes the batch can have left it apart in what it goes on to only by coming there as zero.
+        return node in scattered or not _sides(graph, node, found)
     match = re.fullmatch(r"(\w+)Backward\d+", graph.names[node])
     name = match[1] if match else ""
     if name in _ANYWHERE:
