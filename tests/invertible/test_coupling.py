@@ -90,14 +90,14 @@ def test_inverse_and_log_determinant(kind, groups):
     assert log_det.shape == (3,)
     for row, value in zip(x, log_det, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda r: model(r[None])[0], row)
-        assert torch.allclose(torch.linalg.slogdet(jacobian)[1], value, atol=1e-12)
+        assert torch.allclose(torch.linalg.slogdet(jacobian)[1], value, rtol=1e-12, atol=1e-12)
     back, inverse_log_det = model.inverse_and_log_det(y)
-    assert torch.allclose(back, x, atol=1e-12)
-    assert torch.allclose(inverse_log_det, -log_det, atol=1e-12)
+    assert torch.allclose(back, x, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(inverse_log_det, -log_det, rtol=1e-12, atol=1e-12)
     model.reverse()
     again, reversed_log_det = model.forward_and_log_det(y)
-    assert torch.allclose(again, x, atol=1e-12)
-    assert torch.allclose(reversed_log_det, -log_det, atol=1e-12)
+    assert torch.allclose(again, x, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(reversed_log_det, -log_det, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -110,11 +110,11 @@ def test_log_determinant(name):
     for row, value in zip(x, log_det, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda r: module(r[None])[0], row)
         expected = torch.linalg.slogdet(jacobian.reshape(row.numel(), row.numel()))[1]
-        assert torch.allclose(value, expected, atol=1e-10)
+        assert torch.allclose(value, expected, rtol=1e-12, atol=1e-12)
     outputs = module.function(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     *_, back = module.inverse_and_log_det(*outputs)
-    assert torch.allclose(back, -log_det, atol=1e-10)
+    assert torch.allclose(back, -log_det, rtol=1e-12, atol=1e-12)
 
 
 def test_reversed_training(name):

@@ -248,6 +248,20 @@ def test_list_operations():
         flow.insert(9, a)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_and_multiples_are_invertible(turned):
+    torch.manual_seed(0)
+    flow, other = inn.Sequential(Scale(), inn.Linear(4, 4)).double(), inn.Sequential(Scale()).double()
+    flow.reverse(turned)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for made, expected in ((flow + other, other(flow(x))), (flow * 2, flow(flow(x))), (2 * flow, flow(flow(x)))):
+        assert type(made) is inn.Sequential
+        assert torch.equal(made(x), expected)
+        assert made.check(x)
+    with pytest.raises(TypeError, match="layer 2"):
+        flow + nn.Sequential(nn.ReLU())
+
+
 # Reversing.
 
 

@@ -90,7 +90,7 @@ class LeakyReLU(_Elementwise):
         return F.leaky_relu(y, 1 / self.negative_slope)
 
     def _log_slope(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, 0.0, math.log(self.negative_slope)).to(x.dtype)
+        return (~(x > 0)).to(x.dtype) * math.log(self.negative_slope)  # of two numbers, `where` makes a float32
 
     def extra_repr(self) -> str:
         """Return the slope and the flags."""

@@ -83,6 +83,14 @@ class Sequential(Module, nn.Sequential):
             self._turn()
         return self
 
+    def __add__(self, other: nn.Sequential) -> Sequential:
+        """Return the layers of both, which must be invertible, one after the other."""
+        return Sequential(*super().__add__(other))
+
+    def __mul__(self, times: int) -> Sequential:
+        """Return the layers so many times one after the other; they share their parameters."""
+        return Sequential(*super().__mul__(times))
+
     @staticmethod
     def _check(name: str, module: Any) -> None:
         if not isinstance(module, Module):
