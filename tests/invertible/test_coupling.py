@@ -262,6 +262,22 @@ def test_check_finds_nothing(kind):
     assert make(kind).check(torch.randn(4, 8, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reversed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_with_arguments_of_the_blocks(kind, direction):
+    coupling, factor = KINDS[kind]
+    model = coupling(Block(4, factor), Block(4, factor)).double().reverse(direction == "reversed")
+    x, scale = torch.randn(5, 8, dtype=torch.float64), torch.rand(5, 1, dtype=torch.float64)
+    for flags in ({}, {"invertible": False}):
+        with model.temp_mode(**flags):
+            assert model.check(x, scale, rtol=1e-9, atol=1e-9)
+    other = "inverse" if direction == "forward" else "function"
+    right = getattr(model, other)
+    setattr(model, other, lambda y, scale: right(y, 0.9 * scale))
+    with pytest.raises(AssertionError, match="does not give back input 0"):
+        model.eval().check(x, scale)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_with_batch_norm_and_its_statistics(kind):
     coupling, factor = KINDS[kind]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recollect.frames import Add, Transform, checkpoint, couple_by, frames_apply, uncouple_by
+from recollect.invertible._check import Subject
 from recollect.invertible._log_det import values_log_det, zero_log_det
 from recollect.invertible._module import Module
 
@@ -88,6 +90,17 @@ class _Coupling(Module):
     def _inverse(self, args: tuple[Any, ...], log_det: bool) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         y, extra = self._split(args)
         return uncouple_by(self._transform(log_det), list(self.blocks), y, extra, dim=self.dim)
+
+    def _subject(self) -> Subject:
+        """What is checked; the inverse takes the blocks' further arguments too."""
+
+        def function(x: Any, *extra: Any) -> Any:
+            return (self.call_function(x, *extra), *extra)
+
+        def inverse(y: Any, *extra: Any) -> Any:
+            return (self.call_inverse(y, *extra), *extra)
+
+        return replace(super()._subject(), function=function, inverse=inverse)
 
     @property
     def _in_one_evaluation(self) -> bool:
