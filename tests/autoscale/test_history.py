@@ -87,8 +87,9 @@ def test_pushes_and_pulls_are_those_of_the_oracle(make, dtype):
     Oracle(dtype).check(history)
 
 
-def test_pushes_of_nothing_count_and_write_nothing(make):
-    history = make()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pushes_of_nothing_count_and_write_nothing(make, dtype):
+    history = make(dtype)
     history.push(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64))
     history.push(torch.ones(3, WIDTH), offset=[], count=[])
     assert history.pull(torch.empty(0, dtype=torch.int64)).shape == (0, WIDTH)
@@ -127,6 +128,18 @@ def test_int8_is_off_by_half_a_scale_at_most():
     assert ((history.pull().double() - x.double()).abs() <= scale * (0.5 + 1e-5)).all()
     assert torch.equal(history.pull()[3], x[3])
     assert torch.equal(history.pull().abs().argmax(1)[:3], x.abs().argmax(1)[:3])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
+def test_int8_of_a_single_row(make, width):
+    """It is contiguous with any stride, and a stride that is no multiple of 4 cannot be read as scales."""
+    x = torch.linspace(1, 2, width).expand(ROWS, width)
+    history = make(torch.int8, width=width)
+    history.push(x)
+    history.push(x[:1] * 3, torch.tensor([2]))
+    for node in (1, 2):
+        found = history.pull(torch.tensor([node])).cpu()
+        torch.testing.assert_close(found, x[:1] * (3 if node == 2 else 1), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -197,6 +210,7 @@ BAD = {
     "no counts": (lambda x: {"x": x, "offset": [0]}, ValueError, "got offset alone"),
     "no offsets": (lambda x: {"x": x, "count": [1]}, ValueError, "got count alone"),
     "float offsets": (lambda x: {"x": x, "offset": torch.zeros(1), "count": [1]}, ValueError, r"got torch\.float32"),
+    "a list of floats": (lambda x: {"x": x, "offset": [0.5], "count": [1]}, ValueError, r"offset: .*got \[0\.5\]"),
     "nodes not permuted": (
         lambda x: {"x": x[:2], "n_id": torch.tensor([3, 2]), "offset": [2], "count": [2]},
         ValueError,

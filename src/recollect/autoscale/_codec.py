@@ -72,17 +72,24 @@ class Int8Codec:
         scale = torch.where(scale.isfinite(), scale, torch.nan)
         steps = (x / scale).round_().clamp_(-_STEPS, _STEPS)
         steps = torch.where(scale > 0, steps, 0.0)  # converting NaN to integers is undefined
-        return torch.cat([scale.view(torch.int8), steps.to(torch.int8)], 1)
+        return torch.cat([_reread(scale, torch.int8), steps.to(torch.int8)], 1)
 
     def decode(self, records: Tensor, out: Tensor) -> None:
         """Multiply by the scales, on the device of the result: a transfer then carries bytes."""
         records = records.to(out.device)
-        scale = records[:, :_SCALE_BYTES].contiguous().view(torch.float32)
-        torch.mul(records[:, _SCALE_BYTES:], scale, out=out)
+        torch.mul(records[:, _SCALE_BYTES:], _reread(records[:, :_SCALE_BYTES], torch.float32), out=out)
 
     def decodes_to(self, dtype: torch.dtype) -> bool:
         """Return False."""
         return False
+
+
+def _reread(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bytes of each row as another type.
+
+    They are copied: a single row is contiguous with any stride, and not every stride has a view of another type.
+    """
+    return values.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -82,7 +83,10 @@ def _numbers(name: str, values: Integers) -> list[int]:
                 f"{name}: integers of shape [parts] are expected (got {values.dtype} of shape {list(values.shape)})"
             )
         return [int(value) for value in values.tolist()]
-    return [int(value) for value in values]
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise ValueError(f"{name}: integers of shape [parts] are expected (got {values!r})") from error
 
 
 def select_slices(offset: Integers, count: Integers, num_embeddings: int) -> Slices:
