@@ -244,6 +244,25 @@ def test_an_inverse_that_returns_something_else(inverse, found):
         loss.backward()
 
 
+def test_an_inverse_that_changes_an_output_in_place():
+    y = recollect.checkpoint(torch.sinh, randn(4, 3) * 1.0, inverse=lambda t: t.asinh_())
+    with pytest.raises(InPlaceError, match=r"its inverse changed in place its argument of shape \[4, 3\]"):
+        y.sum().backward()
+
+
+def test_an_inverse_may_work_in_place_on_what_nobody_holds():
+    x = randn(4, 3)
+    y = x * 0.3
+    for _ in range(3):
+        y = recollect.checkpoint(torch.sinh, y, inverse=lambda t: t.asinh_())
+    loss = y.sum()
+    del y
+    loss.backward()
+    expected = x.detach().requires_grad_()
+    (expected * 0.3).sinh().sinh().sinh().sum().backward()
+    assert_same([x.grad], [expected.grad])
+
+
 def test_an_inverse_that_returns_too_few():
     h = randn(3) * 1.0
     loss = recollect.checkpoint(lambda a, b: a.exp() * b.sin(), h, h * 2, inverse=lambda y: y).sum()

@@ -88,6 +88,10 @@ class Slot:
             alive = self._alive()  # no memory of its own, and exact
             self._cache = value if alive is None else alive
 
+    def tensor(self) -> Tensor | None:
+        """Return the forward's own tensor, if somebody still holds it."""
+        return self._tensor()
+
     @property
     def here(self) -> bool:
         """Whether it belongs to the region that this thread is running: another's would not be there in a rebuild."""
@@ -132,7 +136,7 @@ class Slot:
 
     def _alive(self) -> Tensor | None:
         """The forward's own tensor, if somebody still holds it unchanged: then nothing need be reconstructed."""
-        tensor = self._tensor()
+        tensor = self.tensor()
         if tensor is None or version_of(tensor) != self._version or tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()

@@ -16,10 +16,11 @@ from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release, restore_after_backward
-from recollect.frames._errors import RebuildError
+from recollect.frames._errors import InPlaceError, RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of, laid_out
 from recollect.frames._modes import enclosing, frames_apply, local
+from recollect.frames._modules import version_of
 from recollect.frames._region import Region
 
 __all__ = ["checkpoint", "run_invertible"]
@@ -242,7 +243,9 @@ class _InverseStage:
             if self._leading is not None:
                 outputs += tuple(args[self._leading :])
             inverse = torch.no_grad()(self._inverse)
+            versions = [(o, version_of(o)) for o in map(_held, self._outputs) if o is not None]
             returned = pack(self._region.again(outputs, self._scope, nullcontext(), inverse))
+            self._check_untouched(versions)
             self._inverted = [
                 self._fit(i, returned, *layout) for i, layout in zip(self._dropped, self._layouts, strict=True)
             ]
@@ -250,6 +253,15 @@ class _InverseStage:
                 if released is not None:
                     released.restore(tensor)
         return self._inverted
+
+    def _check_untouched(self, versions: list[tuple[Tensor, int]]) -> None:
+        """Raise if the inverse has written to an output that somebody else reads."""
+        for tensor, version in versions:
+            if version_of(tensor) != version:
+                raise InPlaceError(
+                    f"{self._region.name}: its inverse changed in place its argument of shape {list(tensor.shape)}, an "
+                    "output that is still held; compute a new tensor instead (y / 2, not y.div_(2))"
+                )
 
     def _fit(
         self,
@@ -303,6 +315,12 @@ def _can_drop(arg: Any) -> bool:
         and (arg.is_floating_point() or arg.is_complex())
         and (local.eager or local.scope is not None or not (arg.is_leaf and arg.requires_grad))
     )
+
+
+def _held(output: Any) -> Tensor | None:
+    """The tensor of the forward pass, if somebody but the chain may read it."""
+    tensor = output.tensor() if isinstance(output, Slot) else output
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def _whole(value: Tensor | Parts) -> Tensor:
