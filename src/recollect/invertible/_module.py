@@ -142,7 +142,7 @@ class Module(Measured):
 
         Args:
             *args: inputs to try it on.
-            rtol: relative tolerance.
+            rtol: relative tolerance, against the largest value of each tensor.
             atol: absolute tolerance.
 
         Returns:
