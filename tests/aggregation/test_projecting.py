@@ -69,6 +69,15 @@ def test_the_mean_of_conflicting_gradients_is_minded(make):
 
 
 @pytest.mark.parametrize("make", BOTH)
+@pytest.mark.parametrize("decades", [5, 20])
+def test_without_regularisation_the_shortest_gradient_is_protected_too(make, decades):
+    jacobian = square(6) * torch.logspace(-decades, decades, 6, dtype=torch.float64)[:, None]
+    gramian = gram(jacobian)
+    assert cosines(gramian, torch.full((6,), 1 / 6).double()).amin() < -0.1
+    assert cosines(gramian, make(reg_eps=0.0)(gramian)).amin() > -1e-9
+
+
+@pytest.mark.parametrize("make", BOTH)
 def test_without_conflict_preferences_are_the_weights(make):
     gramian, preference = gram(normal(5, 4).abs()), torch.arange(1.0, 6.0).double()
     torch.testing.assert_close(make(preference)(gramian), preference, rtol=1e-12, atol=0)

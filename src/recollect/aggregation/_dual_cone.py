@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._complementarity import solve
-from recollect.aggregation._gramian import normalized, regularized
+from recollect.aggregation._gramian import correlations, normalized, regularized
 
 __all__ = ["Projection", "equilibrated", "project"]
 
-_LEAST = 1e-12  # always added to the diagonal, so that rounding cannot make the matrix singular
+_LEAST = 1e-12  # least addition to the diagonal, so that rounding cannot make the matrix singular
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def project(gramian: Tensor, vectors: Tensor, reg_eps: float) -> Projection:
 
     .. math:: \min_v v^\top G v \quad \text{subject to} \quad u \preceq v.
 
-    G is divided by its trace, and ``reg_eps`` is added to its diagonal. All rows are solved together, in float64, on
-    the Gramian's device.
+    G is divided by its trace, and ``reg_eps`` is added to its diagonal; where that is less than 1e-12, so much of each
+    gradient's own square is added instead. All rows are solved together, in float64, on the Gramian's device.
 
     Args:
         gramian: G ``[m, m]``, already checked.
@@ -63,7 +63,12 @@ def equilibrated(gramian: Tensor, reg_eps: float) -> tuple[Tensor, Tensor, Tenso
         M ``[m, m]``, its Cholesky factor, and d ``[m]``: G / trace(G) + reg_eps I = diag(1 / d) M diag(1 / d). For
         v = d p, vᵀ G v is pᵀ M p.
     """
-    matrix, factor = regularized(normalized(gramian), max(reg_eps, _LEAST))
+    if reg_eps < _LEAST:  # of the trace, even that would hide gradients which are much shorter than the longest
+        cosines, norms = correlations(normalized(gramian))
+        there = norms > 0
+        matrix, factor = regularized(cosines + torch.diag(~there).to(cosines), _LEAST)
+        return matrix, factor, 1 / torch.where(there, norms, 1.0)
+    matrix, factor = regularized(normalized(gramian), reg_eps)
     scale = matrix.diagonal().rsqrt()
     across = scale[:, None]
     return matrix * across * scale, factor * across, scale

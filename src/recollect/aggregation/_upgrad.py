@@ -25,7 +25,8 @@ class UPGradWeighting(ProjectingWeighting):
         pref_vector: p ``[m]``, finite and not negative; None: 1 / m each.
         reg_eps: added to the diagonal of G / trace(G), so that the programs have one solution each. The directions are
             free of conflict up to this: an objective whose squared gradient norm is less than this share of all is
-            hardly protected. At least 1e-12 is added in any case.
+            hardly protected. Below 1e-12, so much of each gradient's own square is added instead, and all objectives
+            are protected, however small.
 
     Attributes:
         last_residual: how far from optimal the last call's worst program was, relative; rounding leaves about 1e-12.
