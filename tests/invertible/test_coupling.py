@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recollect import eager_release
 from recollect.frames import InPlaceError
 from recollect.invertible import AdditiveCoupling, AffineCoupling, Sequential
 from recollect.memory import peak_memory
@@ -260,6 +261,21 @@ def test_copies_and_state(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_finds_nothing(kind):
     assert make(kind).check(torch.randn(4, 8, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("log_det", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_keep_names_stays_under_eager_release(kind, log_det):
+    model = make(kind, layers=1)[0]
+    run = model.forward_and_log_det if log_det else model
+    x = torch.randn(4, 8, dtype=torch.float64)
+    for keep, size in (((), 0), ((x,), 256), ((torch.ones(2), x), 256)):
+        with eager_release():
+            outputs = run(x, keep=keep)
+            assert x.untyped_storage().size() == size
+            (outputs[0] if log_det else outputs).sum().backward()
+        assert x.untyped_storage().size() == 256
+        del outputs
 
 
 @pytest.mark.parametrize("direction", ["forward", "reversed"])

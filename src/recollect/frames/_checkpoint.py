@@ -18,7 +18,7 @@ from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release, restore_after_backward
 from recollect.frames._errors import InPlaceError, RebuildError
 from recollect.frames._frame import Frame
-from recollect.frames._keep import KeptArguments, devices_of, laid_out
+from recollect.frames._keep import KeptArguments, devices_of, laid_out, storage_of
 from recollect.frames._modes import enclosing, frames_apply, local
 from recollect.frames._modules import version_of
 from recollect.frames._region import Region
@@ -133,10 +133,6 @@ def run_invertible(
     return output
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
 class _InverseStage:
     """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
 
@@ -179,10 +175,10 @@ class _InverseStage:
                 f"{self._region.name}: an invertible function returns a tensor, or a tuple whose items its inverse "
                 f"takes as arguments (got {', '.join(type(o).__name__ for o in outputs)})"
             )
-        stay = {_storage(t) for t in keep}
+        stay = {storage_of(t) for t in keep}
         returned = {id(o) for o in outputs if isinstance(o, Tensor)}
         for i, arg in enumerate(args[: self._leading]):
-            if _can_drop(arg) and _storage(arg) not in stay and not (local.eager and id(arg) in returned):
+            if _can_drop(arg) and storage_of(arg) not in stay and not (local.eager and id(arg) in returned):
                 self._dropped.append(i)
         self._kept = KeptArguments(args, frozenset(self._dropped))
         if not self._dropped or not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):

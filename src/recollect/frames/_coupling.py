@@ -15,7 +15,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._eager import Released, release, restore_after_backward
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
-from recollect.frames._keep import KeptArguments, devices_of, laid_out
+from recollect.frames._keep import KeptArguments, devices_of, laid_out, storage_of
 from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
@@ -91,6 +91,7 @@ def couple_by(
     anchor_every: int | None = None,
     enabled: bool = True,
     seed: bool = True,
+    keep: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Extras]:
     """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
 
@@ -105,6 +106,7 @@ def couple_by(
         anchor_every: as in :func:`couple`.
         enabled: as in :func:`couple`.
         seed: as in :func:`couple`.
+        keep: tensors that :func:`~recollect.eager_release` leaves alone.
 
     Returns:
         X'_1 || ... || X'_C, and for each group what else the transform returned.
@@ -122,7 +124,7 @@ def couple_by(
     if y.requires_grad:
         stage.close(x, groups, y, gauge, anchor_every)
         del groups  # views of x
-        if local.eager:
+        if local.eager and storage_of(x) not in map(storage_of, keep):
             stage.released = release(x, describe(blocks[0]))
             restore_after_backward([y, *itertools.chain(*extras)], [stage.released], stage.invert)
     return y, extras

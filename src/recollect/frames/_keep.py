@@ -12,7 +12,7 @@ from recollect.frames._describe import describe
 from recollect.frames._errors import InPlaceError
 from recollect.frames._modules import version_of
 
-__all__ = ["Kept", "KeptArguments", "devices_of", "laid_out"]
+__all__ = ["Kept", "KeptArguments", "devices_of", "laid_out", "storage_of"]
 
 
 class Kept:
@@ -127,6 +127,11 @@ def devices_of(args: tuple[Any, ...]) -> set[torch.device]:
 
     _map(Tensor, note, args)
     return devices
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share their memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

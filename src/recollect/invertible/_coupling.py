@@ -51,18 +51,19 @@ class _Coupling(Module):
         Args:
             *args: x, whose size in ``dim`` is divisible by the number of groups; then further arguments of every block,
                 which are kept for backward.
-            keep: has no effect: a coupling keeps what it needs and frees nothing that somebody holds.
+            keep: input tensors that stay inside :func:`recollect.eager_release`; elsewhere a coupling frees nothing
+                that somebody holds.
         """
         if not self._in_one_evaluation:
             return self._from_inputs(self.call_function, args)
-        return self._coupled(args, log_det=False)[0]
+        return self._coupled(args, keep, log_det=False)[0]
 
     def forward_and_log_det(self, *args: Any, keep: Iterable[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Return the coupled features and log|det| of shape [batch]; see :meth:`forward`."""
         if not self._in_one_evaluation:
             y, log_det = self._from_inputs(self.call_function_and_log_det, args)
             return y, log_det
-        y, parts = self._coupled(args, log_det=True)
+        y, parts = self._coupled(args, keep, log_det=True)
         return y, _sum(parts, y)
 
     def function(self, *args: Any) -> Tensor:
@@ -111,7 +112,9 @@ class _Coupling(Module):
         """
         return self.invertible and frames_apply() and (not self.reversed or len(self.blocks) == 2)
 
-    def _coupled(self, args: tuple[Any, ...], log_det: bool) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    def _coupled(
+        self, args: tuple[Any, ...], keep: Iterable[Tensor], log_det: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         self._forget_drift()
         x, extra = self._split(args)
         transform, blocks = self._transform(log_det), list(self.blocks)
@@ -125,6 +128,7 @@ class _Coupling(Module):
             gauge=self._gauge,
             anchor_every=self.anchor_every,
             seed=self.seed,
+            keep=keep,
         )
 
     def _from_inputs(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
