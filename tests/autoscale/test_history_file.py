@@ -1,6 +1,7 @@
 """What a history in a file survives, what it refuses, and what it takes of memory."""
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -99,6 +100,24 @@ def test_rows_of_a_push_that_was_cut_start_again(path, fails, monkeypatch):
     assert torch.equal(history.age(), age)
     del history
     assert torch.equal(History(ROWS, WIDTH, path=path).pull(), expected)  # and without a warning
+
+
+@pytest.mark.parametrize("fails", ["stamps", "records"])
+def test_a_reset_that_was_cut_leaves_no_row_that_is_neither_old_nor_empty(path, fails, monkeypatch):
+    history = History(ROWS, WIDTH, path=path)
+    history.push(rows())
+    part = getattr(history.table, fails)
+    write = functools.partial(dying(part.write), torch.zeros(5, part.shape[1]), ((0, 5),))
+    monkeypatch.setattr(part, "zero_", write)
+    with pytest.raises(KeyboardInterrupt):
+        history.reset_parameters()
+    monkeypatch.undo()
+    del history, part, write
+    gc.collect()  # the traceback held it
+    with pytest.warns(UserWarning, match="in the middle of a push"):
+        history = History(ROWS, WIDTH, path=path)
+    assert history.never_pushed() == ROWS
+    assert history.pull().abs().sum() == 0
 
 
 def corrupt(change):

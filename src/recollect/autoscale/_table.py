@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.autoscale._codec import Codec
 from recollect.autoscale._rows import STAMP, Clock, Rows
-from recollect.autoscale._selection import Selection, length, select_all
+from recollect.autoscale._selection import Selection, Slices, length, select_all
 
 __all__ = ["STATE", "Table"]
 
@@ -78,9 +78,8 @@ class Table:
         pushes = state["pushes"]
         if pushes.numel() != 1 or pushes.is_floating_point() or int(pushes) < 0:
             return f"pushes: the number of pushes is expected (got {pushes.tolist()})"
-        everything = select_all(self.records.shape[0])
-        self.records.write(state["table"], everything)
-        self.stamps.write(state["stamps"], everything)
+        self.records.write(state["table"], self._everything)
+        self.stamps.write(state["stamps"], self._everything)
         self.clock.reset(int(pushes))
         return None
 
@@ -88,6 +87,12 @@ class Table:
         """Set all rows to 0, never pushed."""
         if self.clock.pushes == 0:  # they are; a large file is made in no time, but not written in none
             return
-        self.stamps.zero_()
-        self.records.zero_()
+        with self.clock.push() as number:  # as in a push: what was being set to 0 when the process died is known
+            self.stamps.write(torch.tensor([[number]], dtype=STAMP).expand(self.stamps.shape), self._everything)
+            self.records.zero_()
+            self.stamps.zero_()
         self.clock.reset()
+
+    @property
+    def _everything(self) -> Slices:
+        return select_all(self.records.shape[0])
