@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -119,7 +119,7 @@ class _Grouped(InvertibleModule):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, in blocks that can."""
         for block in self._blocks():
-            reset_parameters(getattr(block, "__self__", block))
+            reset_parameters(block.__self__ if isinstance(block, _Called) else block)
 
 
 def _check_module(name: str, module: Any, allowed: str, refused: tuple[type, ...] | type = ()) -> None:
@@ -243,35 +243,27 @@ class GroupAddRev(_Grouped):
         return self._uncouple(y, edge_index, args)
 
     def _blocks(self) -> Sequence[Any]:
-        return [_Convolution(conv) for conv in self.convs] if self.fuse else list(self.convs)
+        return [_Called(conv, convolve) for conv in self.convs] if self.fuse else list(self.convs)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.convs[0]}, num_groups={self.num_groups})"
 
 
-class _Convolution:
-    """Calls ``conv(x, edge_index, *args)``, without a row for each edge where that can be."""
+class _Called:
+    """A module as a block ``f(z, graph, *args)``, which is called as ``how(module, z, graph, *args)``."""
 
-    __slots__ = ("__self__",)
+    __slots__ = ("__self__", "_how")
 
-    def __init__(self, conv: nn.Module) -> None:
-        self.__self__ = conv
-
-    def __call__(self, x: Tensor, edge_index: Any, *args: Any) -> Any:
-        return convolve(self.__self__, x, edge_index, *args)
-
-
-class _GraphFirst:
-    """Calls ``module(g, z, *args)`` as a block ``f(z, g, *args)``."""
-
-    __slots__ = ("__self__",)
-
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, how: Callable[..., Any]) -> None:
         self.__self__ = module
+        self._how = how
 
-    def __call__(self, z: Tensor, graph: Any, *args: Any) -> Tensor:
-        output: Tensor = self.__self__(graph, z, *args)
-        return output
+    def __call__(self, z: Tensor, graph: Any, *args: Any) -> Any:
+        return self._how(self.__self__, z, graph, *args)
+
+
+def _graph_first(module: nn.Module, z: Tensor, graph: Any, *args: Any) -> Any:
+    return module(graph, z, *args)
 
 
 class GroupRevRes(_Grouped):
@@ -343,7 +335,7 @@ class GroupRevRes(_Grouped):
         return self._uncouple(y, g, args)
 
     def _blocks(self) -> Sequence[Any]:
-        return [_GraphFirst(module) for module in self.gnn_modules]
+        return [_Called(module, _graph_first) for module in self.gnn_modules]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.gnn_modules[0]}, groups={self.num_groups})"
