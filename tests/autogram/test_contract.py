@@ -1,12 +1,13 @@
 """The Gramian of factors against the Jacobian written out."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from factor_oracle import dense
 
-from recollect.autogram import _contract
+from recollect.autogram import _contract, _square
 from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Outer, Picked, Rows
 from recollect.autogram._merge import join, merge
@@ -121,6 +122,14 @@ def test_parts_are_multiples_of_a_vector(asked, given):
     assert _contract._even(asked) == given
 
 
+@pytest.mark.parametrize(("a", "b", "elements"), [(1024, 256, 81_920), (768, 256, 32_768), (999, 10, 500), (7, 5, 1)])
+def test_tiles_are_alike_and_do_not_fall_on_one_another(a, b, elements):
+    height, width = _contract._tile(a, b, elements)
+    assert -a % height <= math.ceil(a / height)  # which is what the last one has less
+    assert -b % width <= math.ceil(b / width)
+    assert height == a or height * width % 1024
+
+
 def test_merging_leaves_one_factor_of_a_kind():
     assert len(merge(SUMS["outer products"])) == 1
     assert len(merge(SUMS["all kinds"])) == 4
@@ -165,6 +174,16 @@ def test_only_lower_blocks(num_rows):
     expected[0, -1] += 1
     expected[-1, 0] = expected[0, -1]
     torch.testing.assert_close(total.total(), expected)
+
+
+@pytest.mark.parametrize("columns", [_square._LONG, _square._LONG + 3])
+@pytest.mark.parametrize("num_rows", [1, 20, 65, _square._FEW, _square._FEW + 1])
+def test_long_rows_in_parts(num_rows, columns):
+    total = SquareSum(num_rows, torch.float64, torch.device("cpu"))
+    rows = draw(num_rows, columns)
+    total.add_product(rows)
+    total.add_product(rows[:1].expand(num_rows, -1))
+    torch.testing.assert_close(total.total(), rows @ rows.T + rows[0] @ rows[0])
 
 
 def test_a_square_does_less_than_a_product():

@@ -18,7 +18,7 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._merge import merge
 from recollect.autogram._rows import form_rows, row_elements
-from recollect.autogram._square import SquareSum, of_device, wide
+from recollect.autogram._square import SquareSum, of_device, on_one_another, wide
 
 __all__ = ["add_gramian", "gramian"]
 
@@ -30,7 +30,7 @@ _LEAST, _MOST = {"cpu": 2**22, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
-_TALL = 256
+_TALL = 128
 # A product of two scalars that waits for memory costs as much as so many in a matrix product.
 _ELEMENT = 24
 
@@ -158,21 +158,28 @@ def _add_slabs(total: SquareSum, factor: Outer) -> None:
     a, b = left.shape[2], right.shape[2]
     height, width = _tile(a, b, max(1, _elements_at_once(total, left.numel() + right.numel()) // m))
     right = right.to(dtype).expand(m, -1, -1)
-    slab = total.space(height * width)
     for top in range(0, a, height):
         upper = left[:, :, top : top + height].to(dtype).mT.expand(m, -1, -1)  # [m, height, T]
         for start in range(0, b, width):
             part = right[:, :, start : start + width]
             shape = (upper.shape[1], part.shape[2])
-            rows = slab[:, : math.prod(shape)]
+            rows = total.space(math.prod(shape))
             torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
             total.add_product(rows)
 
 
 def _tile(a: int, b: int, elements: int) -> tuple[int, int]:
-    """Return height and width of pieces of [a, b] with so many elements: tall, and not too narrow."""
+    """Return height and width of pieces of [a, b] with about so many elements: tall, not too narrow, and alike."""
     height = min(a, max(elements // b, min(_TALL, max(1, elements // 16))))
-    return height, min(b, max(1, elements // height))
+    height, width = _alike(a, height), _alike(b, min(b, max(1, elements // height)))
+    if height < a and on_one_another(height * width):
+        height += 1
+    return height, width
+
+
+def _alike(whole: int, part: int) -> int:
+    """Return the size of equal parts of a whole, of as many as there are of this size."""
+    return math.ceil(whole / math.ceil(whole / part))
 
 
 def _add_groups(total: SquareSum, factor: Outer) -> None:

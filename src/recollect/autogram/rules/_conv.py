@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autogram._factors import Blocks, Factor, Outer
-from recollect.autogram._square import apart, of_device
+from recollect.autogram._square import of_device
 from recollect.autogram.rules._view import bias_rows, needs, wide
 
 __all__ = ["conv"]
@@ -97,9 +97,8 @@ class _Call:
         n, kernel, positions = rows.stop - rows.start, shape[2:], self.near[0, :, 0].numel()
         height, width = shape[0] // groups, (part.stop - part.start) * kernel.numel()
         turned = width % _VECTOR > 0 and height % _VECTOR == 0  # rows of whole vectors take a third less time
-        size, sides = shape[0] * width, (width, height) if turned else (height, width)
-        stride = apart(size) if groups == 1 else size  # the products below are a batch of rows and groups
-        formed = torch.unflatten(wide(self.far[:0]).new_empty(n, stride)[:, :size], 1, (groups, *sides))
+        sides = (width, height) if turned else (height, width)
+        formed = wide(self.far[:0]).new_empty(n, groups, *sides)
         bound = of_device(_UNFOLDED, self.far.device)
         step = max(1, bound // max(1, groups * width * positions * formed.itemsize))
         for start in range(0, n, step):
