@@ -28,6 +28,24 @@ def test_the_formula():
     torch.testing.assert_close(IMTLGWeighting()(gram(jacobian)), expected / expected.sum())
 
 
+@pytest.mark.parametrize("kind", [tall, nearly_singular])
+@pytest.mark.parametrize("m", [2, 5, 12])
+def test_the_formula_where_gradients_are_dependent(kind, m):
+    jacobian = kind(m)
+    if kind is nearly_singular:
+        jacobian = torch.cat([jacobian[: m // 2], 3 * jacobian[: m // 2]])
+    expected = torch.linalg.pinv(gram(jacobian), rtol=1e-12, hermitian=True) @ jacobian.norm(dim=1)
+    torch.testing.assert_close(IMTLGWeighting()(gram(jacobian)), expected / expected.sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_dependent_gradients_of_very_different_length():
+    jacobian = DEGENERATE["very far apart"]  # 5 gradients of 4 parameters: the shortest one is not needed
+    weights = IMTLGWeighting()(gram(jacobian))
+    expected = IMTLGWeighting()(gram(jacobian[1:]))
+    torch.testing.assert_close(weights[1:], expected, rtol=1e-6, atol=0)
+    assert abs(float(weights[0])) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["a zero row", "duplicates", "very far apart", "tiny", "huge"])
 def test_dependent_gradients_are_no_harm(case):
     jacobian = DEGENERATE[case]

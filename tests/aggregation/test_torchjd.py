@@ -45,7 +45,7 @@ def test_aligned_mtl(kind, settings):
     assert_same(*both("AlignedMTLWeighting", kind, 9, *settings), 1e-2 if kind.__name__ == "nearly_singular" else 1e-5)
 
 
-@pytest.mark.parametrize("kind", FULL_RANK)
+@pytest.mark.parametrize("kind", [*FULL_RANK, tall])
 def test_imtlg(kind):
     assert_same(*both("IMTLGWeighting", kind, 9), 1e-6)
 
