@@ -113,7 +113,7 @@ class Recorder:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.leaf = torch.zeros((), requires_grad=True)
+        self.leaf = torch.zeros((), requires_grad=True, device="cpu")
         self.visit: Visit | None = None
         self._registry = registry
 

@@ -100,12 +100,13 @@ def probe(output: Tensor, graph: Graph, inputs: Sequence[Tensor], batch_dim: int
     watches = {k: _Watch(batch, graph.nodes[k]) for k, name in enumerate(graph.names) if name != "AccumulateGrad"}
     handles = [graph.nodes[k].register_prehook(watch) for k, watch in watches.items()]
     generator = torch.Generator().manual_seed(batch)
-    weights = torch.rand(output.shape, generator=generator) + 0.5
+    weights = torch.rand(output.shape, generator=generator, device="cpu") + 0.5
     base = 8 if _has_float16(graph) else 16  # what fits its range
     factors: list[Tensor] = []
     try:
         _differentiate(output, inputs, weights)
-        numbers = torch.randperm(batch, generator=generator)  # each element's, whose digits are its exponents
+        # Each element's number, whose digits are its exponents.
+        numbers = torch.randperm(batch, generator=generator, device="cpu")
         while batch > base ** len(factors):
             digits = numbers // base ** len(factors) % base
             exponents = digits * ((base - 1) // int(digits.max()))

@@ -61,7 +61,7 @@ class Cut:
         """The mini-batch of these parts, in this order; each may be there once."""
         if len(set(parts)) < len(parts):
             raise ValueError(f"a mini-batch may have each part once, but its sampler chose {list(parts)}")
-        chosen = torch.tensor(parts, dtype=torch.int64)
+        chosen = torch.tensor(parts, dtype=torch.int64, device="cpu")
         chosen = chosen[self._ptr[chosen] < self._ptr[chosen + 1]]
         offset, end = self._ptr[chosen], self._ptr[chosen + 1]
         nodes = Ranges(offset, end, self._value.device)

@@ -114,7 +114,7 @@ class FileRows:
     def zero_(self) -> None:
         """Write zeros."""
         rows, width = self.shape
-        zeros = torch.zeros(min(rows, max(1, _COPY_BYTES // self._row_bytes)), width, dtype=self.dtype)
+        zeros = torch.zeros(min(rows, max(1, _COPY_BYTES // self._row_bytes)), width, dtype=self.dtype, device="cpu")
         for row in range(0, rows, zeros.size(0)):
             _write(self._descriptor, zeros[: rows - row], self._at(row))
 

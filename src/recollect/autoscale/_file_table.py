@@ -88,8 +88,8 @@ class FileTable(Table):
         forgotten, piece = 0, 1 << 20
         for start in range(0, num_embeddings, piece):
             torn = (self.ages(((start, min(num_embeddings, start + piece)),)) == 0).nonzero().squeeze(1) + start
-            self.records.write(torch.zeros(torn.numel(), self.records.shape[1]), torn)
-            self.stamps.write(torch.zeros(torn.numel(), 1), torn)
+            self.records.write(torch.zeros(torn.numel(), self.records.shape[1], device="cpu"), torn)
+            self.stamps.write(torch.zeros(torn.numel(), 1, device="cpu"), torn)
             forgotten += torn.numel()
         if forgotten:
             warnings.warn(

@@ -158,7 +158,7 @@ class _Result:
 
 def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
     """Raise a ValueError unless the parts (offset, count) are all nodes, each once."""
-    offset, count = torch.cat(parts, dim=1) if parts else torch.zeros(2, 0, dtype=torch.int64)
+    offset, count = torch.cat(parts, dim=1) if parts else torch.zeros(2, 0, dtype=torch.int64, device="cpu")
     offset, count = offset[count > 0], count[count > 0]
     order = offset.argsort()
     end = count[order].cumsum(0)

@@ -49,7 +49,7 @@ def kaminpar_clusters(
         raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(sorted(kaminpar.context_names()))}")
     graph = undirected(adj_t, weighted)
     if num_parts == 1 or num_parts >= adj_t.size(0):  # nothing to decide
-        return torch.arange(adj_t.size(0)).clamp_(max=num_parts - 1)
+        return torch.arange(adj_t.size(0), device="cpu").clamp_(max=num_parts - 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "graph.parhip")
         write_parhip(graph, file)
@@ -58,7 +58,7 @@ def kaminpar_clusters(
     kaminpar.reseed(seed)
     try:
         solver = kaminpar.KaMinPar(threads, kaminpar.context_by_name(preset))
-        return torch.tensor(solver.compute_partition(loaded, num_parts, imbalance), dtype=torch.int64)
+        return torch.tensor(solver.compute_partition(loaded, num_parts, imbalance), dtype=torch.int64, device="cpu")
     finally:
         kaminpar.reseed(seed_before)
 
@@ -70,7 +70,7 @@ def write_parhip(graph: Undirected, file: Path) -> None:
     the file, in bytes, where each node's neighbours begin; then the neighbours, then the weights of these edges.
     """
     flags = _NO_NODE_WEIGHTS | (_NO_EDGE_WEIGHTS if graph.weight is None else 0)
-    header = torch.tensor([flags, graph.rowptr.numel() - 1, graph.col.numel()])
+    header = torch.tensor([flags, graph.rowptr.numel() - 1, graph.col.numel()], device="cpu")
     first_edge = 8 * (header.numel() + graph.rowptr.numel())
     with file.open("wb") as stream:
         for numbers in (header, graph.rowptr * 8 + first_edge, graph.col, graph.weight):

@@ -29,7 +29,7 @@ def metis_clusters(
     pymetis = require("pymetis", 'method="metis"', '; or choose method="random" or "contiguous"')
     graph = undirected(adj_t, weighted)
     if num_parts == 1 or num_parts >= adj_t.size(0):  # nothing to decide, and METIS complains
-        return torch.arange(adj_t.size(0)).clamp_(max=num_parts - 1)
+        return torch.arange(adj_t.size(0), device="cpu").clamp_(max=num_parts - 1)
     dtype = torch.int64 if str(pymetis.zero_copy_dtype()) == "int64" else torch.int32
     rowptr, col = graph.rowptr.to(dtype).numpy(), graph.col.to(dtype).numpy()
     _, parts = pymetis.part_graph(
@@ -39,4 +39,4 @@ def metis_clusters(
         recursive=recursive,
         options=pymetis.Options(seed=seed + 1),  # srand takes 0 for 1
     )
-    return torch.tensor(parts, dtype=torch.int64)
+    return torch.tensor(parts, dtype=torch.int64, device="cpu")

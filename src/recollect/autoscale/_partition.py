@@ -146,10 +146,10 @@ def _clusters(adj_t: Tensor, num_parts: int, method: Method, seed: int, options:
     num_nodes = adj_t.size(0)
     if method in _OPTIMISING:
         return _OPTIMISING[method](adj_t, num_parts, seed=seed, **options)
-    even = torch.arange(num_nodes) * num_parts // max(num_nodes, 1)
+    even = torch.arange(num_nodes, device="cpu") * num_parts // max(num_nodes, 1)
     if method == "contiguous":
         return even
-    return even[torch.randperm(num_nodes, generator=torch.Generator().manual_seed(seed))]
+    return even[torch.randperm(num_nodes, generator=torch.Generator().manual_seed(seed), device="cpu")]
 
 
 def _ordered(clusters: Tensor, num_parts: int) -> Partition:

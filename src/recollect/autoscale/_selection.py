@@ -171,7 +171,7 @@ def _parts_of(offset: Integers | None, count: Integers | None, num_embeddings: i
 
 def _check_order(n_id: Tensor, slices: Slices) -> None:
     rows = length(slices)
-    expected = torch.cat([torch.arange(start, stop) for start, stop in slices]) if slices else n_id[:0]
+    expected = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in slices]) if slices else n_id[:0]
     if n_id.numel() < rows or not torch.equal(n_id[:rows], expected):
         raise ValueError(
             f"n_id must begin with the {rows} nodes of the batch's parts, in their order (got {n_id.numel()} nodes "

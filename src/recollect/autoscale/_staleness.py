@@ -75,7 +75,7 @@ def _errors_of_batches(model: ScalableGNN, loader: Iterable[SubData]) -> list[fl
 
 
 def _rows_of(history: History) -> Iterator[Tensor]:
-    for n_id in torch.split(torch.arange(history.num_embeddings), _ROWS_AT_ONCE):
+    for n_id in torch.split(torch.arange(history.num_embeddings, device="cpu"), _ROWS_AT_ONCE):
         yield history.pull(n_id)
 
 

@@ -38,7 +38,7 @@ class Table:
         records = self.codec.encode(x)
         with self.clock.push() as number:
             # Stamps first: what was being written when the process died is known by its number.
-            self.stamps.write(torch.full((x.size(0), 1), number, dtype=STAMP), where)
+            self.stamps.write(torch.full((x.size(0), 1), number, dtype=STAMP, device="cpu"), where)
             self.records.write(records, where)
 
     def read(self, where: Selection, out: Tensor) -> None:
@@ -54,7 +54,7 @@ class Table:
 
     def ages(self, where: Selection) -> Tensor:
         """Return the pushes since the selected rows were written, [rows] int64 on the CPU."""
-        stamps = torch.empty(length(where), 1, dtype=STAMP)
+        stamps = torch.empty(length(where), 1, dtype=STAMP, device="cpu")
         self.stamps.read(where, stamps)
         return self.clock.pushes - stamps.squeeze(1).to(torch.int64)
 
@@ -63,7 +63,7 @@ class Table:
         return {
             "table": self.records.whole(),
             "stamps": self.stamps.whole(),
-            "pushes": torch.tensor(self.clock.pushes),
+            "pushes": torch.tensor(self.clock.pushes, device="cpu"),
         }
 
     def load(self, state: Mapping[str, Tensor]) -> str | None:
@@ -88,7 +88,8 @@ class Table:
         if self.clock.pushes == 0:  # they are; a large file is made in no time, but not written in none
             return
         with self.clock.push() as number:  # as in a push: what was being set to 0 when the process died is known
-            self.stamps.write(torch.tensor([[number]], dtype=STAMP).expand(self.stamps.shape), self._everything)
+            stamp = torch.tensor([[number]], dtype=STAMP, device="cpu")
+            self.stamps.write(stamp.expand(self.stamps.shape), self._everything)
             self.records.zero_()
             self.stamps.zero_()
         self.clock.reset()

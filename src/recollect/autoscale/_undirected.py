@@ -45,10 +45,11 @@ def undirected(adj_t: Tensor, weighted: bool) -> Undirected:
     keys = torch.cat([row * n + col, col * n + row])
     if weighted:
         keys, place = torch.unique(keys, return_inverse=True)
-        weight = _whole(torch.zeros(keys.numel(), dtype=torch.float64).index_add_(0, place, value.double().repeat(2)))
+        weight = value.new_zeros(keys.numel(), dtype=torch.float64).index_add_(0, place, value.double().repeat(2))
+        weight = _whole(weight)
     else:
         keys, weight = torch.unique(keys), None
-    rowptr = torch.searchsorted(keys, torch.arange(n + 1) * n)
+    rowptr = torch.searchsorted(keys, torch.arange(n + 1, device="cpu") * n)
     return Undirected(rowptr, keys % n if n else keys, weight)
 
 

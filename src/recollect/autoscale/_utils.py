@@ -81,11 +81,11 @@ def gen_masks(
 
 def _rank_in_class(y: Tensor, generator: Generator | None) -> Tensor:
     """The place of each node in a random order of its class, [N] int64 from 0."""
-    shuffled = torch.randperm(y.numel(), generator=generator)
+    shuffled = torch.randperm(y.numel(), generator=generator, device="cpu")
     by_class = shuffled[torch.argsort(y[shuffled], stable=True)]
     _, counts = torch.unique_consecutive(y[by_class], return_counts=True)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return torch.empty_like(by_class).scatter_(0, by_class, torch.arange(y.numel()) - first)
+    return torch.empty_like(by_class).scatter_(0, by_class, torch.arange(y.numel(), device="cpu") - first)
 
 
 def dropout(adj_t: Tensor, p: float, training: bool = True) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from recollect.data._dataset import GraphDataset
 from recollect.data._digits import digits
 from recollect.data._errors import UnknownDatasetError
@@ -55,7 +57,7 @@ def names() -> list[str]:
 
 
 def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options: object) -> GraphDataset:
-    """Load a graph by name.
+    """Load a graph by name, onto the CPU.
 
     Options, with their defaults:
 
@@ -98,7 +100,8 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
             f"its options are: {', '.join(sorted(allowed)) or 'none'}"
         )
     where = Path(root) if root is not None else Path(os.environ.get("RECOLLECT_DATA") or "data")
-    return loader(where.expanduser(), seed, **options)
+    with torch.device("cpu"):  # whatever the default device is
+        return loader(where.expanduser(), seed, **options)
 
 
 def _unknown(name: str) -> str:

@@ -95,4 +95,4 @@ class DriftProbe:
 def _sample(size: int) -> Tensor:
     """Return random positions among ``size``: always the same, and without moving the training's random numbers."""
     generator = torch.Generator().manual_seed(size)
-    return torch.randint(max(size, 1), (min(size, _SAMPLES),), generator=generator)
+    return torch.randint(max(size, 1), (min(size, _SAMPLES),), generator=generator, device="cpu")

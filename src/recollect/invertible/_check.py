@@ -192,7 +192,7 @@ def _gradients(
         flags = [isinstance(output, Tensor) and output.requires_grad for output in outputs]
         targets = [output for output, needed in zip(outputs, flags, strict=True) if needed]
         generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in targets]
+        weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t.device) for t in targets]
         gradients: Sequence[Tensor | None] = [None] * len(wanted)
         if targets and wanted:
             gradients = torch.autograd.grad(targets, list(wanted.values()), weights, allow_unused=True)
