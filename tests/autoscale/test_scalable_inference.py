@@ -92,6 +92,13 @@ class TestLoaders:
         with pytest.raises(ValueError, match=r"needs each of the 20 nodes of the histories once; use EvalSubgraph"):
             Mean()(loader=loader(make_graph()))
 
+    @pytest.mark.parametrize("loader", [lambda data: [data], lambda data: [1]], ids=["graphs", "numbers"])
+    def test_what_yields_no_mini_batches(self, loader):
+        with pytest.raises(
+            TypeError, match=r"must yield mini-batches, each a SubData \(found (Data|int)\): use EvalSub"
+        ):
+            Mean()(loader=loader(make_graph()))
+
     def test_a_loader_of_another_graph_is_refused_before_anything_is_written(self):
         model = Mean()
         data = make_graph().subgraph(torch.arange(9))

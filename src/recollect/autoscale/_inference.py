@@ -105,9 +105,14 @@ class LayerWise:
         """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""
         waiting: deque[tuple[SubData, Batch, Take]] = deque()
         for sub in self._loader:
-            batch = Batch.of(sub.batch_size, sub.n_id, sub.offset, sub.count)
+            batch = None
+            if isinstance(sub, SubData):
+                batch = Batch.of(sub.batch_size, sub.n_id, sub.offset, sub.count)
             if batch is None:
-                raise TypeError("the loader yields no mini-batches of a SubgraphLoader")
+                raise TypeError(
+                    f"the loader must yield mini-batches, each a SubData (found {type(sub).__name__}): use "
+                    "EvalSubgraphLoader(data, ptr)"
+                )
             take = self._exchange.read(self._histories[layer - 1], batch) if layer else None
             waiting.append((sub, batch, take))
             if len(waiting) > (self._exchange.pool is not None):
