@@ -110,3 +110,16 @@ def test_labels_are_on_half_of_the_blocks():
 def test_labels_that_cannot_be_are_refused(options):
     with pytest.raises(ValueError, match="num_labels is"):
         load("sbm", num_nodes=50, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_changes_nothing(dtype):
+    expected = load("sbm", num_nodes=100, num_labels=3).data
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = load("sbm", num_nodes=100, num_labels=3).data
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.x, expected.x)
+    assert torch.equal(found.y, expected.y)

@@ -101,14 +101,14 @@ def _check(
 
 
 def _labels(y: Tensor, num_classes: int, num_labels: int, generator: Generator) -> Tensor:
-    order = torch.rand(num_classes, num_labels, generator=generator).argsort(0)
+    order = torch.rand(num_classes, num_labels, generator=generator, dtype=torch.float32).argsort(0)
     return (order < num_classes // 2)[y]
 
 
 def _features(y: Tensor, num_classes: int, num_features: int, noise: float, generator: Generator) -> Tensor:
-    means = torch.randn(num_classes, num_features, generator=generator)
+    means = torch.randn(num_classes, num_features, generator=generator, dtype=torch.float32)
     means /= means.norm(dim=1, keepdim=True)
-    x = torch.randn(y.numel(), num_features, generator=generator).mul_(noise)
+    x = torch.randn(y.numel(), num_features, generator=generator, dtype=torch.float32).mul_(noise)
     for start in range(0, y.numel(), _ROWS_AT_ONCE):  # in pieces: all of means[y] would be as large as x
         rows = slice(start, start + _ROWS_AT_ONCE)
         x[rows] += means[y[rows]]
