@@ -342,6 +342,13 @@ class TestCost:
         assert len(products) == 2 * len(convs)
         assert len({id(adj_t) for adj_t in products}) == 5  # sums, means, and three ways of GCN's weights
 
+    def test_edges_are_sorted_once_in_nested_frames(self, x, edge_index, products):
+        layer = GroupAddRev(SAGEConv(CHANNELS, CHANNELS), num_groups=2)
+        h = torch.cat([x, x], 1).detach().requires_grad_()
+        recollect.checkpoint(functools.partial(recollect.checkpoint, layer), h, edge_index).sum().backward()
+        assert len(products) > 2
+        assert len({id(adj_t) for adj_t in products}) == 1
+
     def test_what_is_kept_dies_with_the_graph(self, x, edge_index, products):
         gc.collect()  # the graphs of other tests
         convolve(SAGEConv(CHANNELS, CHANNELS), x, edge_index).sum().backward()

@@ -184,7 +184,7 @@ class Frame(Scope):
 
         def collect(tensor: Tensor) -> Tensor:
             nonlocal count
-            bare = tensor.detach()
+            bare = tensor.detach() if tensor.requires_grad else tensor  # some cache by identity
             if count < len(self._metas):
                 meta = (tensor.shape, tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
