@@ -18,6 +18,7 @@ used                                                         for                
 ``torch.autograd.variable.Variable._execution_engine``       a callback when backward ends             1.0
 ``torch.autograd._get_sequence_nr``, ``Node._sequence_nr``   which nodes a region made                 2.1
 ``torch.autograd._unsafe_preserve_version_counter``          writes that are undone                    2.0
+``torch._C._EnableTorchFunction``                            subclasses in a rebuild                   2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
 ``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
 ``torch.nn.utils.parametrize._cache``, ``_cache_enabled``    parametrize.cached in a rebuild           1.9
@@ -64,10 +65,12 @@ __all__ = [
     "sequence",
     "storage_use_count",
     "tensor_use_count",
+    "torch_functions_are_on",
     "transform_level_is_open",
     "unwatch_modules",
     "watch_modules",
     "when_backward_ends",
+    "with_torch_functions",
     "write_undeclared",
 ]
 
@@ -98,7 +101,7 @@ def is_in_transform() -> bool:
 
 
 def is_recorded() -> bool:
-    """Return whether this runs under torch.func, or is compiled or traced: tensors are then not what they seem to be."""
+    """Return whether this runs under torch.func, or is compiled or traced: tensors are then not what they seem."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transform_level_is_open():
         return True
     modes = torch._C._TorchDispatchModeKey
@@ -129,6 +132,18 @@ def outside_transforms() -> Iterator[None]:
     finally:
         for _ in range(levels):
             increment()
+
+
+def torch_functions_are_on() -> bool:
+    """Return whether subclasses of tensors are asked (``__torch_function__``) about what is done with them."""
+    on: bool = torch._C._is_torch_function_enabled()
+    return on
+
+
+def with_torch_functions() -> AbstractContextManager[Any]:
+    """Return a context in which they are: backward of a loss that is a subclass runs without."""
+    context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()  # type: ignore[attr-defined]
+    return context
 
 
 # The graph.

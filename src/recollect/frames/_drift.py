@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.frames._certificate import values_of
 from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
@@ -72,21 +73,21 @@ class DriftProbe:
     def __init__(self, tensors: Sequence[Tensor], gauge: DriftGauge) -> None:
         self._gauge = gauge
         self._samples: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            for tensor in tensors:
-                index = _sample(tensor.numel()).to(tensor.device)
-                self._samples.append((index, torch.take(tensor.detach(), index)))
+        for tensor in tensors:
+            values = values_of(tensor.detach())
+            if values is not None:
+                index = _sample(values.numel()).to(values.device)
+                self._samples.append((index, torch.take(values, index)))
 
     def measure(self, tensors: Sequence[Tensor]) -> None:
         """Record ``||x' - x|| / ||x||`` over the sample, for reconstructed tensors ``x'`` in the same order."""
         error = norm = 0.0
-        with torch.no_grad():
-            for tensor, (index, value) in zip(tensors, self._samples, strict=True):
-                if not value.is_floating_point() and not value.is_complex():
-                    continue
-                difference = torch.take(tensor.detach(), index) - value
-                error += float(difference.abs().double().square().sum())
-                norm += float(value.abs().double().square().sum())
+        known = [values for tensor in tensors if (values := values_of(tensor.detach())) is not None]
+        for values, (index, value) in zip(known, self._samples, strict=True):
+            if value.is_floating_point():
+                difference = torch.take(values, index) - value
+                error += float(difference.double().square().sum())
+                norm += float(value.double().square().sum())
         if norm > 0 or error > 0:
             self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
 

@@ -195,11 +195,9 @@ class _Release:
                     one.restore(whole(value))
 
         stage.restored = restore
-        reference = weakref.ref(stage)
 
         def finish() -> None:
-            stage = reference()
-            if stage is not None and any(one.waits for one in waiting):
+            if any(one.waits for one in waiting):
                 stage.invert()
 
         def note(_: tuple[Tensor, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._storages import storages_of
-from recollect._torch import node_sequence, sequence
+from recollect._torch import node_sequence, sequence, torch_functions_are_on, with_torch_functions
 from recollect._util._tree import tensors_of
 from recollect.frames._certificate import (
     Certificate,
@@ -65,6 +65,31 @@ class _Emptied:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
+
+
+class _Before:
+    """The nodes before a region, held by a node that the region made, to let go of them one after the other.
+
+    A node that Python has seen is freed by a call within the call that frees the node after it: a chain of some
+    thousands would overflow the stack.
+    """
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self, nodes: list[Any]) -> None:
+        self._nodes = nodes
+
+    def __del__(self) -> None:
+        waiting = local.freed
+        waiting.extend(self._nodes)
+        if not local.freeing:
+            local.freeing = True
+            try:
+                self._nodes.clear()
+                while waiting:
+                    waiting.pop()
+            finally:
+                local.freeing = False
 
 
 class _Complete(BaseException):
@@ -168,8 +193,10 @@ class Frame(Scope):
                 if not any(tensor is o for o in outputs):
                     kept.append((reference, version, index))
         self._saved = kept
-        for tensor in outputs:
-            self._guard(tensor, begin)
+        if self.needed:
+            before = _Before([t.grad_fn for t in tensors_of(arguments) if not t.is_leaf])
+            for tensor in outputs:
+                self._guard(tensor, begin, before)
         self._held.returned(output)
         return output
 
@@ -185,8 +212,9 @@ class Frame(Scope):
         """Return what autograd saved ``index``-th, rebuilding the region if it is not at hand."""
         with self._lock:
             rebuilt = self._rebuilt
-            if index not in rebuilt:
-                rebuilt = self._rebuild()  # held here: a rebuild in another thread may make this frame forget
+            if index not in rebuilt:  # held here: a rebuild in another thread may make this frame forget
+                with nullcontext() if torch_functions_are_on() else with_torch_functions():
+                    rebuilt = self._rebuild()
             return rebuilt.pop(index)
 
     def forget(self) -> None:
@@ -214,13 +242,13 @@ class Frame(Scope):
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
         return local.policy is not None and self._live is not None and any(tensor is a for a in tensors_of(self._live))
 
-    def _guard(self, output: Tensor, begin: int) -> None:
+    def _guard(self, output: Tensor, begin: int, before: _Before) -> None:
         """Make a second backward through freed saved tensors an error that names the module.
 
         Nodes that the region did not make belong to others, who may go backward through them as often as they like.
         """
         node = output.grad_fn
-        if node is None or not begin <= node_sequence(node) < sequence() or not self.needed:
+        if node is None or not begin <= node_sequence(node) < sequence():
             return
         # The node must not hold the frame: then the frame's tokens would never be known to be freed.
         reference, function = weakref.ref(self), self._region.function
@@ -237,6 +265,7 @@ class Frame(Scope):
                 )
             passed = True
 
+        refuse_if_freed.before = before  # type: ignore[attr-defined]
         node.register_prehook(refuse_if_freed)
 
     def _rebuild(self) -> dict[int, Tensor]:
@@ -274,8 +303,10 @@ class Frame(Scope):
         try:
             output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt))
             is_whole = True
-        except _Complete:
-            pass
+        except BaseException as error:
+            # What passes through an interpreter (TorchScript's) comes out as another exception.
+            if isinstance(error, InPlaceError) or not 0 < count == last + 1:
+                raise
         finally:
             for kept in graph:
                 kept.tensor = None

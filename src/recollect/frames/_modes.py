@@ -62,6 +62,8 @@ class _Local(threading.local):
         self.policy: Any = None  # a StoragePolicy, if somebody does something to the inputs of stages
         self.scope: Scope | None = None  # the frame whose region this thread is running, if any
         self.outermost = Scope()
+        self.freed: list[Any] = []  # nodes of the graph that are about to be freed
+        self.freeing = False
         self.recorders: list[Any] = []  # of the regions that this thread runs for the first time, outermost first
 
 

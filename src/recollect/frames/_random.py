@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,73 +47,82 @@ class RandomState:
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         self.states: States = [(device, _read(device)) for device in _with_generators(devices)]
 
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def replayed(self) -> AbstractContextManager[None]:
         """Draw in the body what was drawn after this moment; the generators go on as if nothing had happened."""
-        now = [(device, _read(device)) for device, _ in self.states]
-        try:
-            for device, state in self.states:
-                _write(device, state)
-            yield
-        finally:
-            for device, state in now:
-                _write(device, state)
+        return _replay(self.states)
+
+
+@contextmanager
+def _replay(states: States) -> Iterator[None]:
+    now = [(device, _read(device)) for device, _ in states]
+    try:
+        for device, state in states:
+            _write(device, state)
+        yield
+    finally:
+        for device, state in now:
+            _write(device, state)
 
 
 class _Threads:
-    """Which threads run regions.
+    """Which threads run regions at this moment.
 
-    The default generators belong to the process. A lone thread uses them as they are. Once a second thread has run a
-    region, each region draws from a stream of its own (:class:`_OwnStream`), so that nobody waits for the end of
-    another's region. Regions that began before that are drawn beside only when they have ended, for which a drawing
-    thread waits, but not for ever: such a region may in turn wait for threads that it started.
+    The default generators belong to the process. A region that runs alone uses them as they are. One that begins while
+    another thread is in a region draws from a stream of its own (:class:`_OwnStream`), and nobody waits for the end of
+    another's region; only to draw beside a region that began alone does a thread wait for that one's end, and not for
+    ever: such a region may in turn wait for threads that it started.
     """
 
     patience = 30.0  # seconds
 
     def __init__(self) -> None:
         self.drawing = threading.RLock()
-        self.first: weakref.ref[threading.Thread] | None = None
-        self.shared = False
         self._ended = threading.Condition()
-        self._lone: dict[int, int] = {}  # thread: how many regions it runs on the process's generators
+        self._active: dict[int, int] = {}  # thread: how many regions it runs
+        self._alone: dict[int, int] = {}  # thread: how many of these use the process's generators
+        self._waiting = 0
 
-    def note(self) -> None:
-        """Take notice of the running thread."""
-        if self.shared:
-            return
-        thread = threading.current_thread()
-        first = self.first() if self.first is not None else None
-        if first is thread:
-            return
-        if first is None or not first.is_alive():
-            self.first = weakref.ref(thread)
-        else:
-            self.shared = True
-
-    def enter(self) -> None:
-        """Begin to use the process's generators."""
+    def enter(self) -> bool:
+        """Begin a region; return whether it may use the process's generators."""
         thread = threading.get_ident()
-        self._lone[thread] = self._lone.get(thread, 0) + 1
+        self._active[thread] = self._active.get(thread, 0) + 1
+        alone = len(self._active) == 1
+        if alone:
+            self._alone[thread] = self._alone.get(thread, 0) + 1
+        return alone
 
-    def leave(self) -> None:
-        """End the use of the process's generators."""
+    def leave(self, alone: bool) -> None:
+        """End a region."""
         thread = threading.get_ident()
-        left = self._lone[thread] - 1
-        if left:
-            self._lone[thread] = left
-        else:
-            del self._lone[thread]
-        if self.shared:
-            with self._ended:
-                self._ended.notify_all()
+        _decrease(self._active, thread)
+        if alone:
+            _decrease(self._alone, thread)
+            if self._waiting:
+                with self._ended:
+                    self._ended.notify_all()
 
     def wait_for_others(self) -> None:
         """Wait until no other thread uses the process's generators."""
         own = threading.get_ident()
-        if any(thread != own for thread in list(self._lone)):
-            with self._ended:
-                self._ended.wait_for(lambda: all(thread == own for thread in list(self._lone)), self.patience)
+        if _is_foreign() or all(thread == own for thread in list(self._alone)):
+            return
+        with self._ended:
+            self._waiting += 1
+            try:
+                self._ended.wait_for(lambda: all(thread == own for thread in list(self._alone)), self.patience)
+            finally:
+                self._waiting -= 1
+
+
+def _decrease(counts: dict[int, int], key: int) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
+
+
+def _is_foreign() -> bool:
+    """Whether this is a thread of autograd's own, on whose end somebody who is in a region may wait."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
 
 
 _threads = _Threads()
@@ -185,13 +193,11 @@ class Randomness:
         self.states: States = []
 
     def __enter__(self) -> Randomness:
-        _threads.note()
-        if _threads.shared:
+        if _threads.enter():
+            self._before = RandomState(self._devices)
+        else:
             self._stream = _OwnStream(None)
             self._stream.__enter__()
-        else:
-            _threads.enter()
-            self._before = RandomState(self._devices)
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -199,11 +205,12 @@ class Randomness:
             self._stream.__exit__(*exc_info)
             self.states = list(self._stream.first.items())
             self._stream = None
+            _threads.leave(alone=False)
         elif self._before is not None:
             # Generators that nobody drew from are forgotten: a region without randomness then costs nothing.
             self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _read(d))]
             self._before = None
-            _threads.leave()
+            _threads.leave(alone=True)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -212,18 +219,9 @@ class Randomness:
             states = list(self._stream.first.items()) if self._stream is not None else self._before.states  # type: ignore[union-attr]
         else:
             states = self.states
-        foreign = isinstance(threading.current_thread(), threading._DummyThread)  # autograd's own
-        if not foreign:
-            _threads.note()
-        if _threads.shared:
-            with _OwnStream(states):
-                yield
-            return
-        _threads.enter()
-        state = RandomState.__new__(RandomState)
-        state.states = states
+        alone = _threads.enter()
         try:
-            with state.replayed():
+            with _replay(states) if alone else _OwnStream(states):
                 yield
         finally:
-            _threads.leave()
+            _threads.leave(alone)

@@ -32,7 +32,7 @@ from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import local
 from recollect.frames._state import PythonState, reached_by
 
-__all__ = ["Record", "Recorder", "Watch", "check_unread", "version_of"]
+__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "check_unread", "version_of"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -82,7 +82,7 @@ def _code_of(function: Any) -> types.CodeType | None:
         elif hasattr(function, "func"):  # functools.partial
             function = function.func
         else:
-            return getattr(getattr(type(function), "__call__", None), "__code__", None)
+            return getattr(vars(type(function)).get("__call__"), "__code__", None)
     return None
 
 
@@ -228,8 +228,8 @@ class Recorder:
     """
 
     __slots__ = (
-        "_buffers", "_entered", "_keys", "_known", "_lazy", "_parameters", "_registries", "_state", "_storages", "_watches",
-        "_watching",
+        "_buffers", "_entered", "_keys", "_known", "_lazy", "_parameters", "_registries", "_state", "_storages",
+        "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -255,7 +255,7 @@ class Recorder:
         if self._keys is not None and (self._keys.watched or not self._keys.seen):
             self._open_watch(self)
         local.recorders.append(self)
-        watch_modules(_entering, _leaving)
+        watch_modules(*MODULE_HOOKS)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -382,6 +382,9 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
             recorder.leave(module)
 
 
+MODULE_HOOKS = (_entering, _leaving)
+
+
 class Record:
     """What a rebuild must know of the first run: state of Python, parameters, buffers, and what was written.
 
@@ -474,12 +477,15 @@ def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:
             del registry[name]
 
 
+_PLAIN = {Tensor, nn.Parameter}  # torch.func.functional_call brings either
+
+
 def _can_replace(now: Any, then: Tensor) -> bool:
     """Whether the forward's parameter takes the place of the present one.
 
     Not where hooks bring parameters and take them away again (sharding, offloading): those that are there are used.
     """
-    if not isinstance(now, Tensor) or type(now) is not type(then) or now.shape != then.shape:
+    if not isinstance(now, Tensor) or (type(now) is not type(then) and not {type(now), type(then)} <= _PLAIN):
         return False
     return then.numel() == 0 or any(storage.nbytes() > 0 for storage in storages_of(then))
 

@@ -14,12 +14,14 @@ from recollect._torch import (
     outside_transforms,
     parametrizations_as,
     selective_storage,
+    unwatch_modules,
+    watch_modules,
 )
 from recollect.frames._certificate import tolerance_of
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, backward_mode, local
 from recollect.frames._random import Randomness
-from recollect.frames._record import Record, Recorder, Watch, check_unread
+from recollect.frames._record import MODULE_HOOKS, Record, Recorder, Watch, check_unread
 from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]
@@ -126,6 +128,9 @@ class Region:
             with ExitStack() as stack:
                 stack.enter_context(backward_mode())
                 stack.enter_context(outside_transforms())
+                # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
+                watch_modules(*MODULE_HOOKS)
+                stack.callback(unwatch_modules)
                 self._conditions.enter(stack)
                 if self._random is not None:
                     stack.enter_context(self._random.replayed())

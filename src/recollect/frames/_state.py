@@ -49,7 +49,7 @@ class _Past:
 
 
 def _past(value: Any) -> Any:
-    return _Past(value) if isinstance(value, Tensor) and value.grad_fn is not None else value
+    return _Past(value) if isinstance(value, Tensor) and not value.is_leaf else value
 
 
 def _present(value: Any) -> Any:

@@ -221,10 +221,8 @@ def _sizes(x: Tensor, number: int, dim: int, sizes: Sequence[int] | None) -> lis
 
 
 def _split(x: Tensor, sizes: Sequence[int], dim: int, flip: bool = False) -> list[Tensor]:
-    if len(set(sizes)) == 1:
-        groups = list(torch.chunk(x, len(sizes), dim))
-    else:
-        groups = list(torch.split(x, list(sizes), dim))
+    equal = len(set(sizes)) == 1
+    groups = list(torch.chunk(x, len(sizes), dim) if equal else torch.split(x, list(sizes), dim))
     return groups[::-1] if flip else groups
 
 

@@ -293,9 +293,9 @@ class _InverseStage(Stage, Held):
         if not isinstance(tensor, Tensor) or tensor.shape != shape:
             found = f"a tensor of shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise RebuildError(
-                f"{self._region.name}: the inverse {describe(self._source.function)} returned {len(returned)} value(s), and "
-                f"{found} for argument {i}, which was a tensor of shape {list(shape)}; it must return the function's "
-                "arguments in their order, or keep=(...) must name those that it does not return"
+                f"{self._region.name}: the inverse {describe(self._source.function)} returned {len(returned)} "
+                f"value(s), and {found} for argument {i}, which was a tensor of shape {list(shape)}; it must return "
+                "the function's arguments in their order, or keep=(...) must name those that it does not return"
             )
         return laid_out(tensor.detach(), layout.strides, layout.dtype)
 
@@ -315,8 +315,8 @@ class _InverseStage(Stage, Held):
 
             def amplification(tensor: Tensor = tensor, layout: _Layout = layout) -> float:
                 step = max(given, self._tolerance(layout.dtype))
-                moved = self._apply_inverse([moved(v, step) for v in values], arguments)
-                other = moved[self._layouts.index(layout)]
+                others = self._apply_inverse([moved(v, step) for v in values], arguments)
+                other = others[self._layouts.index(layout)]
                 return float((other - tensor).norm() / tensor.norm().clamp_min(1e-30)) / step
 
             tolerance = self._tolerance(layout.dtype)
