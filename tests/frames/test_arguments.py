@@ -10,7 +10,6 @@ import pytest
 import torch
 from seam_oracle import assert_right, assert_right_or_refused, data, float64, results
 from torch import nn
-from torch_geometric.data import Data
 
 import recollect
 from recollect.frames import FrameError, couple
@@ -48,7 +47,7 @@ torch.utils._pytree.register_pytree_node(
 
 
 def _data(h, scale):
-    return Data(x=h, scale=scale)
+    return pytest.importorskip("torch_geometric.data").Data(x=h, scale=scale)
 
 
 def _read(value):

@@ -7,6 +7,7 @@ next tensor and a list of what else came out.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ def _close(kind: str, h: Tensor, scale: Any) -> Any:
     return make()
 
 
-CONTAINERS = ("dict", "ordered", "namedtuple", "dataclass", "list", "tuple", "data")
+GRAPHS = ("data",) if importlib.util.find_spec("torch_geometric") else ()
+CONTAINERS = ("dict", "ordered", "namedtuple", "dataclass", "list", "tuple", *GRAPHS)
 
 
 @way(weight=2)
@@ -195,7 +197,7 @@ def container(world: World, run: Piece) -> Call:
 
 @way(refusable=True)
 def container_mutated_by_the_region(world: World, run: Piece) -> Call:
-    kind = world.choose("dict", "ordered", "dataclass", "data")
+    kind = world.choose("dict", "ordered", "dataclass", *GRAPHS)
 
     def region(state: Any) -> Any:
         h, scale = _open(state)
@@ -287,7 +289,7 @@ def argument_in_place(world: World, run: Piece) -> Call:
 @way(weight=3)
 def outputs(world: World, run: Piece) -> Call:
     kinds = ("aux", "dict", "dataclass", "namedtuple", "nested", "input", "view", "constant", "leaf", "integer")
-    kind = world.choose(*kinds, "others", "detached", "twice", "data")
+    kind = world.choose(*kinds, "others", "detached", "twice", *GRAPHS)
     leaf = world.leaf(WIDTH)
     others: list[Tensor] = []
 
