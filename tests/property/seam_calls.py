@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from seam_hazards import GLOBALS, Hazard, Piece, World, hazard
+from seam_world import GLOBALS, Hazard, Piece, World, hazard
 from torch import Tensor, nn
 
 Call = Callable[[Tensor], tuple[Tensor, list[Any]]]

@@ -10,17 +10,19 @@ import contextlib
 import random
 import re
 import sys
-import types
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import seam_between
+import seam_inside
+import seam_state
 import torch
 from seam_calls import CALLS, WIDTH, Call, reach
-from seam_hazards import GLOBALS, HAZARDS, Hazard, Piece, World
+from seam_compare import difference, snapshot, state_of
+from seam_world import GLOBALS, HAZARDS, Hazard, Piece, World
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -28,6 +30,7 @@ import recollect
 from recollect.frames import FrameError, couple
 
 ROWS = 6
+TABLES = (seam_state, seam_between, seam_inside)  # each adds its hazards to the table when it is imported
 SOURCES = ("checkpoint", "inverse", "coupling")
 STEPS = ("backward", "twice", "subset", "double", "many", "accumulate", "evaluation")
 
@@ -65,6 +68,20 @@ class Framed:
 # The program.
 
 
+def _swapping(run: Piece) -> tuple[Piece, Piece]:
+    """Return (a, b) -> (b + run(a), a), and its inverse."""
+
+    def swap(h: Tensor) -> Tensor:
+        a, b = h.chunk(2, -1)
+        return torch.cat([b + run(a), a], -1)
+
+    def unswap(y: Tensor) -> Tensor:
+        b, a = y.chunk(2, -1)
+        return torch.cat([a, b - run(a)], -1)
+
+    return swap, unswap
+
+
 class _Builder:
     """Draws a program's choices, and makes its modules."""
 
@@ -96,9 +113,16 @@ class _Builder:
         """Return a hazard, by itself or inside something."""
         world, draw = self.world, self.rng.random()
         if draw < 0.1 and depth < 2:
+            source = world.choose(*self.sources) if width % 2 == 0 else "checkpoint"
             world.log.append("nested(")
-            inner = reach(world, [self.piece(width, depth + 1)], parts=False)
+            part = width if source == "checkpoint" else width // 2
+            inner = reach(world, [self.piece(part, depth + 1)], parts=False)
             world.log.append(")")
+            if source == "coupling":
+                return lambda h: world.wrap.couple([inner, torch.tanh], h, [(), ()])
+            if source == "inverse":
+                swap, unswap = _swapping(inner)
+                return lambda h: world.wrap.inverse(swap, unswap, h)
             return lambda h: world.wrap.checkpoint(inner, h)
         if draw < 0.2:
             world.log.append("hidden by zeros:")
@@ -134,15 +158,7 @@ class _Builder:
             return CALLS[self._pick(CALLS)].make(world, run)
         if source == "inverse":
             run = reach(world, self.pieces(WIDTH // 2))
-
-            def swap(h: Tensor) -> Tensor:
-                a, b = h.chunk(2, -1)
-                return torch.cat([b + run(a), a], -1)
-
-            def unswap(y: Tensor) -> Tensor:
-                b, a = y.chunk(2, -1)
-                return torch.cat([a, b - run(a)], -1)
-
+            swap, unswap = _swapping(run)
             return lambda h: (world.wrap.inverse(swap, unswap, h), [])
         groups = world.choose(2, 3)
         blocks = [reach(world, self.pieces(WIDTH // groups)) for _ in range(groups)]
@@ -179,76 +195,6 @@ class _Builder:
             return h, more
 
         return forward
-
-
-# What is compared.
-
-
-def _describe_tensor(t: Tensor) -> tuple[Any, ...]:
-    flags = (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.requires_grad, t.grad_fn is None)
-    return ("tensor", *flags, t.detach().clone())
-
-
-def snapshot(value: Any) -> Any:
-    """Return plain data for what matters in a Python object."""
-    if isinstance(value, Tensor):
-        return "not materialised" if is_lazy(value) else _describe_tensor(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, (list, tuple, deque, set)):
-        return [type(value).__name__, *(snapshot(v) for v in value)]
-    if isinstance(value, dict):
-        return {str(k): snapshot(v) for k, v in value.items()}
-    if isinstance(value, types.SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return {k: snapshot(v) for k, v in vars(value).items()}
-    return getattr(value, "__name__", type(value).__name__)
-
-
-# Made of a piece's own wrapping, not of what it holds.
-_SKIP = {"_modules", "_parameters", "_buffers", "pieces", "body"}
-
-
-def _of_module(module: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {"class": type(module).__name__}
-    attributes = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-    for name, value in attributes.items():
-        if name in _SKIP:
-            continue
-        if "_hooks" in name or name == "_non_persistent_buffers_set":
-            state[name] = len(value) if value is not None else None  # hooks are counted: none of ours may stay
-        else:
-            state[name] = snapshot(value)
-    state["parameters"] = {n: snapshot(p) for n, p in module.named_parameters(recurse=False)}
-    state["buffers"] = {n: snapshot(b) for n, b in module._buffers.items()} if attributes else {}
-    return state
-
-
-def _equal(a: Any, b: Any, tolerance: float, path: str) -> str | None:
-    """Return where two snapshots differ, if they do."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{path}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}"
-        if torch.equal(a, b):
-            return None
-        a, b = a.double(), b.double()
-        error, scale = float((a - b).norm()), max(float(a.norm()), 1e-3)
-        return None if error <= tolerance * scale else f"{path}: relative error {error / scale:.1e}"
-    if type(a) is not type(b):
-        return f"{path}: {str(a)[:50]} became {str(b)[:50]}"
-    if isinstance(a, dict):
-        if list(a) != list(b):
-            return f"{path}: keys {sorted(set(a) ^ set(b))} on one side only"
-        return next((d for k in a if (d := _equal(a[k], b[k], tolerance, f"{path}.{k}")) is not None), None)
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return f"{path}: {len(a)} items became {len(b)}"
-        pairs = enumerate(zip(a, b, strict=True))
-        return next((d for i, (u, v) in pairs if (d := _equal(u, v, tolerance, f"{path}.{i}")) is not None), None)
-    return None if a == b else f"{path}: {str(a)[:50]} became {str(b)[:50]}"
 
 
 # A run.
@@ -355,7 +301,7 @@ class _Execution:
             self.note("watched", watch())
         for top in self.world.modules:
             for name, module in top.named_modules():
-                self.record[f"{len(self.record)} module {name} {type(module).__name__}"] = _of_module(module)
+                self.record[f"{len(self.record)} module {name} {type(module).__name__}"] = state_of(module)
 
     def _one(self) -> None:
         loss = self.forward()
@@ -366,7 +312,7 @@ class _Execution:
             training = [m.training for m in modes]
             for m in modes:
                 m.training = False
-            with torch.no_grad():
+            with torch.inference_mode() if self.order < 0.3 else torch.no_grad():
                 self.network(torch.randn(ROWS, WIDTH, dtype=self.dtype))
             for m, flag in zip(modes, training, strict=True):
                 m.training = flag
@@ -484,8 +430,8 @@ def run(
         if len(words) < 12 or not words & plain.names:
             return verdict("mute", told)
         return verdict("refused", told)
-    difference = _equal(plain.record, framed.record, 3e-2 if plain.world.autocast else 1e-7, "")
-    return verdict("right", "") if difference is None else verdict("wrong", difference.lstrip(". "))
+    where = difference(plain.record, framed.record, 3e-2 if plain.world.autocast else 1e-7, "")
+    return verdict("right", "") if where is None else verdict("wrong", where.lstrip(". "))
 
 
 def each(number: int, wrap: Any = None) -> None:

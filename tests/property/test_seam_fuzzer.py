@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 import seam_programs
 from seam_calls import CALLS
-from seam_hazards import HAZARDS
 from seam_programs import SOURCES, Plain
+from seam_world import HAZARDS
 
 PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "3600"))
 PARTS = 12
