@@ -74,7 +74,8 @@ def reach(world: World, pieces: Sequence[Piece], parts: bool = True) -> Piece:
         return functools.partial(Holder.run, Holder(pieces))
     if kind == "forward":
         return world.add(Region(pieces)).forward
-    if kind == "direct":
+    if kind == "direct":  # their attributes and buffers are nobody's to see: no module is called
+        world.refusable.append("forward called directly")
         return lambda h: Holder([getattr(piece, "forward", piece) for piece in pieces]).run(h)
     if kind == "dict":
         table = {"pieces": dict(enumerate(pieces))}

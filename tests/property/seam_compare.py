@@ -64,7 +64,7 @@ def difference(a: Any, b: Any, tolerance: float, path: str) -> str | None:
         if torch.equal(a, b):
             return None
         a, b = a.double(), b.double()
-        error, scale = float((a - b).norm()), max(float(a.norm()), 1e-3)
+        error, scale = float((a - b).norm()), max(float(a.norm()), 0.1)
         return None if error <= tolerance * scale else f"{path}: relative error {error / scale:.1e}"
     if type(a) is not type(b):
         return f"{path}: {str(a)[:50]} became {str(b)[:50]}"

@@ -88,7 +88,6 @@ class _Builder:
     def __init__(self, world: World, only: Collection[str], sources: Collection[str]) -> None:
         self.world = world
         self.rng = world.rng
-        self.refusable: list[str] = []
         self.used: set[str] = set()
         # Most programs have no hazard that may be refused, or an error without a ground would pass.
         self.strict = self.rng.random() < 0.7 and not only
@@ -106,7 +105,7 @@ class _Builder:
         self.world.log.append(name)
         self.used.add(name)
         if table[name].refusable:
-            self.refusable.append(name)
+            self.world.refusable.append(name)
         return name
 
     def piece(self, width: int, depth: int) -> Piece:
@@ -245,7 +244,7 @@ class _Execution:
     def names(self) -> set[str]:
         """Words of which an error must contain one, to name the module or the function."""
         return {type(m).__name__ for top in self.world.modules for m in top.modules()} | {
-            "region", "run", "swap", "block", "lambda", "Holder", "Linear", "Cell", "Region",
+            "region", "run", "run_global", "swap", "block", "lambda", "Holder", "Linear", "Cell", "Region",
         }  # fmt: skip
 
     def note(self, name: str, value: Any) -> None:
@@ -413,7 +412,7 @@ def run(
     program = " ".join(plain.world.log)
 
     def verdict(kind: str, text: str) -> Verdict:
-        refusable = f" (refusable: {', '.join(plain.builder.refusable)})" if plain.builder.refusable else ""
+        refusable = f" (refusable: {', '.join(plain.world.refusable)})" if plain.world.refusable else ""
         return Verdict(seed, kind, text, program + refusable, frozenset(plain.builder.used))
 
     if expected is not None:
@@ -424,13 +423,13 @@ def run(
         told = f"{type(error).__name__}: {error}"
         if not isinstance(error, FrameError):
             return verdict("crash", told)
-        if not plain.builder.refusable:
+        if not plain.world.refusable:
             return verdict("unfounded", told)
         words = set(re.findall(r"\w+", str(error)))
         if len(words) < 12 or not words & plain.names:
             return verdict("mute", told)
         return verdict("refused", told)
-    where = difference(plain.record, framed.record, 3e-2 if plain.world.autocast else 1e-7, "")
+    where = difference(plain.record, framed.record, 3e-2 if plain.world.autocast else 1e-6, "")
     return verdict("right", "") if where is None else verdict("wrong", where.lstrip(". "))
 
 

@@ -47,6 +47,7 @@ class World:
     left: list[Callable[[], Tensor | None]] = field(default_factory=list)  # tensors left behind by a forward
     leaves: list[Tensor] = field(default_factory=list)
     contexts: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)  # around each forward
+    refusable: list[str] = field(default_factory=list)  # hazards to which a FrameError is an answer too
     log: list[str] = field(default_factory=list)
 
     def cell(self, width: int, body: Callable[[Any, Tensor], Tensor], **state: Any) -> Cell:
