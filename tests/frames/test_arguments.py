@@ -36,6 +36,8 @@ class ModelOutput(OrderedDict):
     """As transformers' outputs are: items are attributes too."""
 
     def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
         return self[name]
 
 

@@ -431,7 +431,8 @@ def test_modules_are_seen_however_they_are_reached(source, how):
             wrap.over(source, run, data(source)).square().sum().backward()
         return results(*layers)
 
-    assert_right(step)
+    # A module whose forward is called directly runs no hook; what it did is seen only as far as tensors show it.
+    (assert_right_or_refused if how == "forward" else assert_right)(step)
 
 
 @pytest.mark.parametrize("container", [list, dict, tuple, nn.ModuleList])
