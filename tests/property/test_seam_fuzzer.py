@@ -13,7 +13,7 @@ from seam_calls import CALLS
 from seam_programs import SOURCES, Plain
 from seam_world import HAZARDS
 
-PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "3600"))
+PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "3000"))
 PARTS = 12
 
 ALONE = [(name, source) for name in HAZARDS for source in SOURCES] + [(name, "checkpoint") for name in CALLS]
