@@ -88,9 +88,12 @@ def seeded():
     random.seed(1)
 
 
-def loss_of(wrap, source, block, dtype=torch.float64):
+def loss_of(wrap, source, block, dtype=torch.float64, leaf=False):
     x = torch.randn(16, width(source), dtype=dtype, requires_grad=True)
-    return wrap.over(source, block.to(dtype), x).square().sum()
+    return wrap.over(source, block.to(dtype), x if leaf else x * 1).square().sum()
+
+
+each_input = pytest.mark.parametrize("leaf", [False, True], ids=["output of another layer", "leaf"])
 
 
 # Regions that are not the same again.
@@ -100,10 +103,11 @@ def loss_of(wrap, source, block, dtype=torch.float64):
 @each_source
 @each_dtype
 @pytest.mark.parametrize("zeros", [False, True], ids=["shown", "hidden"])
+@each_input
 @pytest.mark.parametrize("noise", NOISES)
-def test_a_region_that_is_not_the_same_again_is_refused(source, dtype, zeros, noise):
+def test_a_region_that_is_not_the_same_again_is_refused(source, dtype, zeros, noise, leaf):
     seeded()
-    loss = loss_of(Wrap(True), source, Noisy(noise, zeros), dtype)
+    loss = loss_of(Wrap(True), source, Noisy(noise, zeros), dtype, leaf)
     with pytest.raises(RebuildError, match=r"Noisy|swap") as caught:
         loss.backward()
     assert len(str(caught.value)) > 60
@@ -111,10 +115,11 @@ def test_a_region_that_is_not_the_same_again_is_refused(source, dtype, zeros, no
 
 @pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 @each_source
+@each_input
 @pytest.mark.parametrize("zeros", [False, True], ids=["shown", "hidden"])
-def test_a_global_setting_that_changed_is_refused(source, zeros):
+def test_a_global_setting_that_changed_is_refused(source, zeros, leaf):
     SETTINGS["scale"] = 1.0
-    loss = loss_of(Wrap(True), source, Noisy(lambda h: h * SETTINGS["scale"], zeros))
+    loss = loss_of(Wrap(True), source, Noisy(lambda h: h * SETTINGS["scale"], zeros), leaf=leaf)
     SETTINGS["scale"] = 1.5
     with pytest.raises(RebuildError, match=r"Noisy|swap"):
         loss.backward()
@@ -122,10 +127,11 @@ def test_a_global_setting_that_changed_is_refused(source, zeros):
 
 @pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 @each_source
+@each_input
 @pytest.mark.parametrize("zeros", [False, True], ids=["shown", "hidden"])
-def test_a_global_tensor_that_was_changed_through_numpy_is_refused(source, zeros):
+def test_a_global_tensor_that_was_changed_through_numpy_is_refused(source, zeros, leaf):
     TABLE.fill_(1.0)
-    loss = loss_of(Wrap(True), source, Noisy(lambda h: h * TABLE, zeros))
+    loss = loss_of(Wrap(True), source, Noisy(lambda h: h * TABLE, zeros), leaf=leaf)
     TABLE.numpy()[2] += 0.5  # counts no version
     with pytest.raises(FrameError, match=r"Noisy|swap"):
         loss.backward()
