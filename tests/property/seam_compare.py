@@ -1,0 +1,80 @@
+"""What is compared of two runs of a program: numbers, and everything that modules and plain objects hold."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from dataclasses import is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def _describe_tensor(t: Tensor) -> tuple[Any, ...]:
+    flags = (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.requires_grad, t.grad_fn is None)
+    return ("tensor", *flags, t.detach().clone())
+
+
+def snapshot(value: Any) -> Any:
+    """Return plain data for what matters in a Python object."""
+    if isinstance(value, Tensor):
+        return "not materialised" if is_lazy(value) else _describe_tensor(value)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, (list, tuple, deque, set)):
+        return [type(value).__name__, *(snapshot(v) for v in value)]
+    if isinstance(value, dict):
+        return {str(k): snapshot(v) for k, v in value.items()}
+    if isinstance(value, types.SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        return {k: snapshot(v) for k, v in vars(value).items()}
+    return getattr(value, "__name__", type(value).__name__)
+
+
+# Made of a piece's own wrapping, not of what it holds.
+_SKIP = {"_modules", "_parameters", "_buffers", "pieces", "body"}
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {"class": type(module).__name__}
+    attributes = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
+    for name, value in attributes.items():
+        if name in _SKIP:
+            continue
+        if "_hooks" in name or name == "_non_persistent_buffers_set":
+            state[name] = len(value) if value is not None else None  # hooks are counted: none of ours may stay
+        else:
+            state[name] = snapshot(value)
+    state["parameters"] = {n: snapshot(p) for n, p in module.named_parameters(recurse=False)}
+    state["buffers"] = {n: snapshot(b) for n, b in module._buffers.items()} if attributes else {}
+    return state
+
+
+def difference(a: Any, b: Any, tolerance: float, path: str) -> str | None:
+    """Return where two snapshots differ, if they do."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{path}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}"
+        if torch.equal(a, b):
+            return None
+        a, b = a.double(), b.double()
+        error, scale = float((a - b).norm()), max(float(a.norm()), 0.1)
+        return None if error <= tolerance * scale else f"{path}: relative error {error / scale:.1e}"
+    if type(a) is not type(b):
+        return f"{path}: {str(a)[:50]} became {str(b)[:50]}"
+    if isinstance(a, dict):
+        if list(a) != list(b):
+            return f"{path}: keys {sorted(set(a) ^ set(b))} on one side only"
+        return next((d for k in a if (d := difference(a[k], b[k], tolerance, f"{path}.{k}")) is not None), None)
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return f"{path}: {len(a)} items became {len(b)}"
+        pairs = enumerate(zip(a, b, strict=True))
+        return next((d for i, (u, v) in pairs if (d := difference(u, v, tolerance, f"{path}.{i}")) is not None), None)
+    return None if a == b else f"{path}: {str(a)[:50]} became {str(b)[:50]}"
