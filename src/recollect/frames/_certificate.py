@@ -118,6 +118,8 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     a, b = _numbers(then.projections), _numbers(now.projections)
     if a == b or not a:
         return 0.0
+    if not math.isfinite(a[-1]):
+        return 0.0  # an overflow in the forward pass: there is nothing to prove
     square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
     if square == 0.0:
         return 0.0  # NaN where NaN was
@@ -254,7 +256,7 @@ def check_block(
     given: float,
     returned: float,
     tolerance: float,
-    amplification: Callable[[], float],
+    amplification: Callable[[], float | None] | None,
     certify: Certify,
     certificate: Certificate,
 ) -> None:
@@ -265,8 +267,8 @@ def check_block(
         given: relative error of what it was given.
         returned: relative error of what it returned.
         tolerance: relative error that is rounding.
-        amplification: measures how many times larger the error of what is returned is than that of what is given;
-            asked only where the errors alone do not tell.
+        amplification: measures how many times larger the error of what is returned is than that of what is given, and
+            returns ``None`` if it does not return the same twice; asked only where the errors alone do not tell.
         certify: what is accepted.
         certificate: where it is counted.
 
@@ -278,9 +280,9 @@ def check_block(
     else:
         # Where drift is out of hand nothing can be told; its gauge warns.
         accepted = returned <= tolerance or returned <= _ORDINARY * given or given > _DRIFTED
-        if not accepted and math.isfinite(returned):
-            rounding = max(given, tolerance / _ORDINARY)
-            accepted = returned <= _SAFETY * amplification() * rounding
+        if not accepted and amplification is not None and math.isfinite(returned):
+            times = amplification()
+            accepted = times is not None and returned <= _SAFETY * times * max(given, tolerance / _ORDINARY)
     if not accepted:
         allowed = "certify='exact' allows none" if certify == "exact" else f"rounding: {tolerance:.0e}"
         raise RebuildError(

@@ -24,7 +24,7 @@ from recollect.frames._certificate import (
     tolerance_of,
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
-from recollect.frames._modes import Scope, enclosing, local
+from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Recorder, key_of, version_of
 from recollect.frames._region import Region
 from recollect.frames.sources._source import Arguments, Held, Source
@@ -234,7 +234,8 @@ class Frame(Scope):
         self._tokens.append(weakref.ref(token))
         mark = None
         if self._certify and not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
-            mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+            with aside():
+                mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
         self._marks.append(mark)
         return token
 
@@ -339,9 +340,10 @@ class Frame(Scope):
         then = self._marks[index]
         if then is None:
             return 0.0
-        now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+        with aside():
+            now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
         error = 0.0 if now is None else error_between(then, now)
-        if self._drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
+        if self._held.drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
             return error if self._counts(then, tensor.numel()) else 0.0
         if error > 0.0:
             allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)

@@ -19,7 +19,7 @@ from recollect._torch import hooks_are_enabled, is_in_transform
 from recollect.frames._errors import FrameError
 
 __all__ = [
-    "Scope", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
+    "Scope", "aside", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
     "save_nothing",
 ]  # fmt: skip
 
@@ -64,10 +64,23 @@ class _Local(threading.local):
         self.outermost = Scope()
         self.freed: list[Any] = []  # nodes of the graph that are about to be freed
         self.freeing = False
+        self.aside = 0  # what runs is recollect's own, and not observed
         self.recorders: list[Any] = []  # of the regions that this thread runs for the first time, outermost first
 
 
 local = _Local()
+
+
+class aside:  # noqa: N801  (a context manager, many times in a step)
+    """What runs in the body is recollect's own, and not what a region does."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        local.aside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        local.aside -= 1
 
 
 def enclosing() -> Scope:

@@ -29,7 +29,7 @@ from recollect._torch import (
 )
 from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
-from recollect.frames._modes import local
+from recollect.frames._modes import aside, local
 from recollect.frames._state import PythonState, reached_by
 
 __all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "check_unread", "version_of"]
@@ -106,6 +106,11 @@ class _Copy:
         storage = self._storage() if self._storage is not None else None
         return None if storage is None else _bytes_of(storage)
 
+    def lead_to(self, target: Tensor) -> None:
+        """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
+        if self._tensor is not None and self._tensor.data_ptr() != target.data_ptr():
+            self._tensor.data = target
+
     def tensor(self) -> Tensor | None:
         """Return the tensor itself, if this is of one."""
         return self._tensor
@@ -142,6 +147,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
         if any(kind.__torch_dispatch__ is not _PLAIN_DISPATCH for kind in types):
             return NotImplemented  # a subclass with operations of its own unwraps first; what it runs is seen
         kwargs = kwargs or {}
+        if local.aside:
+            return func(*args, **kwargs)
         inputs = {key_of(storage) for storage in storages_within((args, kwargs))}
         if func is _LIFT_FRESH:  # torch.tensor(...): its argument was made a moment ago, unseen
             self._made |= inputs
@@ -193,14 +200,15 @@ class _Buffer:
         self.mark: Any = None
         if is_lazy(tensor):
             return
-        if name in known.written:
-            self.then = tensor.detach().clone()
-        elif tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
-            before = known.marks.get(name)
-            if before is not None and before[0]() is tensor and before[1] == self.version:
-                self.mark = before[2]
-            else:
-                self.mark = bits_of(tensor)
+        with aside():
+            if name in known.written:
+                self.then = tensor.detach().clone()
+            elif tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
+                before = known.marks.get(name)
+                if before is not None and before[0]() is tensor and before[1] == self.version:
+                    self.mark = before[2]
+                else:
+                    self.mark = bits_of(tensor)
 
     def is_written(self) -> bool:
         """Whether the region has written to it."""
@@ -210,8 +218,9 @@ class _Buffer:
             return True
         if self.mark is None:
             return False
-        if bits_of(self.tensor) != self.mark:
-            return True
+        with aside():
+            if bits_of(self.tensor) != self.mark:
+                return True
         self.known.marks[self.name] = (weakref.ref(self.tensor), self.version, self.mark)
         return False
 
@@ -241,7 +250,7 @@ class Recorder:
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
         self._watches: list[Watch] = []
-        self._known: list[_Known] = []  # entered while the mode was open
+        self._known: list[tuple[_Known, bool]] = []  # entered while the mode was open, and in which training mode
         self._lazy: list[nn.Module] = []
         code = _code_of(function)
         self._keys = None if code is None else _functions_known.setdefault(code, _Known())
@@ -272,8 +281,7 @@ class Recorder:
         if not self._watching and (known.watched or module.training not in known.seen):
             self._open_watch(module)
         if self._watching:
-            self._known.append(known)
-            known.seen.add(module.training)
+            self._known.append((known, module.training))
         if id(module) not in self._entered:
             for part in module.modules():
                 self._enter(part)
@@ -325,8 +333,7 @@ class Recorder:
         watch.__exit__(None, None, None)
         self._watches.append(watch)
         if opener is self and self._keys is not None:
-            self._keys.seen.add(True)
-            self._known.append(self._keys)
+            self._known.append((self._keys, True))
 
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
@@ -361,8 +368,10 @@ class Recorder:
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
         if more:
             writes.extend(more)
-            for known in self._known:
+            for known, _ in self._known:
                 known.watched = True
+        for known, training in self._known:  # not before: recorders of regions around this one look too
+            known.seen.add(training)
         self._known.clear()
         for module in self._lazy:  # what they will stay
             parameters = vars(module)["_parameters"]
@@ -463,8 +472,9 @@ class Record:
                     registry[name] = tensor
                 for registry, now in registries:
                     _register(registry, now)
-                for _, target, value in reversed(contents):
+                for copy, target, value in reversed(contents):
                     target.copy_(value)
+                    copy.lead_to(target)
                 self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
 
 

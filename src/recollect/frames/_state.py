@@ -161,7 +161,7 @@ class PythonState:
             yield
         finally:
             for thing, value in zip(reversed(self._things), reversed(now), strict=True):
-                thing.restore(value)
+                thing.write(value)
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
@@ -193,8 +193,6 @@ class _Namespace:
             for name in [name for name in names if name not in values and name not in self._skip]:
                 del names[name]
 
-    restore = write
-
 
 class _Slots:
     """The slots of an object."""
@@ -217,14 +215,9 @@ class _Slots:
                 else:
                     object.__setattr__(self._owner, name, value)
 
-    restore = write
-
 
 class _List:
-    """The items of a list or deque.
-
-    What a rebuild adds at the end stays: a list that grows is a log, and whoever keeps one wants to see the rebuild.
-    """
+    """The items of a list or deque."""
 
     __slots__ = ("_items", "then")
 
@@ -240,10 +233,6 @@ class _List:
         if len(items) != len(present) or any(a is not b for a, b in zip(items, present, strict=True)):
             items.clear()
             items.extend(present)
-
-    def restore(self, values: list[Any]) -> None:
-        added = list(self._items)[len(self.then) :] if type(self._items) is list else []
-        self.write(values + added)
 
 
 class _Dict:
@@ -266,8 +255,6 @@ class _Dict:
         for key, value in present.items():
             mapping[key] = value
 
-    restore = write
-
 
 class _Set:
     """The members of a set."""
@@ -286,8 +273,6 @@ class _Set:
             self._members.clear()
             self._members.update(values)
 
-    restore = write
-
 
 class _Generator:
     """The state of a generator of random numbers."""
@@ -303,5 +288,3 @@ class _Generator:
 
     def write(self, state: Tensor) -> None:
         self._generator.set_state(state)
-
-    restore = write

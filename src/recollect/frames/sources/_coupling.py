@@ -35,7 +35,7 @@ from recollect.frames._frame import Frame, certificate_of_process, devices_of
 from recollect.frames._modes import frames_apply, local, save_nothing
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
-from recollect.frames.sources._inverse import GROSS, moved
+from recollect.frames.sources._inverse import GROSS, amplified, moved
 from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
 from recollect.frames.sources._source import Arguments, Held
 
@@ -436,18 +436,24 @@ class _CouplingStage(Stage):
         given = 0.0 if block.given is None or back is None else error_between(block.given, back)
         name = block.region.name
         if block.gross > GROSS and given < 1e-4:
-            check_block(name, given, block.gross, 0.0, _none, self._certify, self._certificate)
+            check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)
 
-        def amplification() -> float:
-            step = max(given, tolerance)
+        def amplification() -> float | None:
             args, kwargs = block.arguments.get(block.region.function)
-            again = block.region.again(
-                ((moved(z, step), *args), kwargs), self.scope, save_nothing(), block.transformed.evaluate
-            )
-            return float((again - output).norm() / output.norm().clamp_min(1e-30)) / step
 
-        check_block(name, given, returned, tolerance, amplification, self._certify, self._certificate)
+            def evaluate(by: float) -> Tensor:
+                arguments = (moved(z, by), *args), kwargs
+                again: Tensor = block.region.again(arguments, self.scope, save_nothing(), block.transformed.evaluate)
+                return again
 
+            return amplified(output, evaluate, max(given, tolerance))
 
-def _none() -> float:
-    return 0.0
+        check_block(
+            name,
+            given,
+            returned,
+            tolerance,
+            amplification if given > 0.0 else None,  # drift explains nothing where there is none
+            self._certify,
+            self._certificate,
+        )

@@ -30,7 +30,7 @@ from recollect.frames._region import Region
 from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["GROSS", "Inverse", "moved", "run_invertible"]
+__all__ = ["GROSS", "Inverse", "amplified", "moved", "run_invertible"]
 
 # Relative error above which a function that is applied to what its inverse returned is not that of the inverse; in
 # units of the rounding of the dtype.
@@ -155,7 +155,11 @@ class _InverseStage(Stage, Held):
         "_region", "_source", "_taken",
     )  # fmt: skip
     whole = True
-    drifts = True
+
+    @property
+    def drifts(self) -> bool:  # type: ignore[override]
+        """Whether some arguments come back by the inverse."""
+        return self._kept is None or bool(self._layouts)
 
     def __init__(self, source: Inverse, arguments: Arguments) -> None:
         super().__init__()
@@ -313,11 +317,12 @@ class _InverseStage(Stage, Held):
             returned = _error(layout.mark, self._fingerprint(tensor))
             worst = max(worst, returned)
 
-            def amplification(tensor: Tensor = tensor, layout: _Layout = layout) -> float:
+            def amplification(tensor: Tensor = tensor, layout: _Layout = layout) -> float | None:
+                index = self._layouts.index(layout)
                 step = max(given, self._tolerance(layout.dtype))
-                others = self._apply_inverse([moved(v, step) for v in values], arguments)
-                other = others[self._layouts.index(layout)]
-                return float((other - tensor).norm() / tensor.norm().clamp_min(1e-30)) / step
+                return amplified(
+                    tensor, lambda by: self._apply_inverse([moved(v, by) for v in values], arguments)[index], step
+                )
 
             tolerance = self._tolerance(layout.dtype)
             check_block(self._region.name, given, returned, tolerance, amplification, self._certify, self._certificate)
@@ -332,16 +337,29 @@ class _InverseStage(Stage, Held):
                 continue
             error = _error(taken, self._fingerprint(tensor))
             allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
-            check_block(self._region.name, self._errors[1], error, allowed, _none, self._certify, self._certificate)
+            check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
         if self._gross > GROSS and self._errors[1] < 1e-4:
-            check_block(self._region.name, self._errors[1], self._gross, 0.0, _none, self._certify, self._certificate)
+            check_block(self._region.name, self._errors[1], self._gross, 0.0, None, self._certify, self._certificate)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return max(tolerance_of(dtype), self._region.tolerance)
 
 
-def _none() -> float:
-    return 0.0
+def amplified(tensor: Tensor, evaluate: Callable[[float], Tensor], step: float) -> float | None:
+    """Return how many times larger an error of a result is than a small one of what it is computed from.
+
+    Args:
+        tensor: the result.
+        evaluate: computes it again, from values with a relative error.
+        step: that relative error.
+
+    Returns:
+        ``None`` if without an error the result is another.
+    """
+    norm = tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny)
+    if float((evaluate(0.0) - tensor).norm() / norm) > tolerance_of(tensor.dtype) / 10:
+        return None
+    return float((evaluate(step) - tensor).norm() / norm) / step
 
 
 def _error(then: Fingerprint | None, now: Fingerprint | None) -> float:

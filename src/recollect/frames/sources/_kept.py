@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect._storages import storages_of
 from recollect._torch import saved_tensor_hooks
@@ -34,8 +34,10 @@ class KeptTensor:
         self._requires_grad = tensor.requires_grad
         self._version = version_of(tensor)
         self._unpack: Callable[[Any], Tensor] | None = None
-        # A tensor without history is kept as the object it is, for those who cache by identity.
-        bare = tensor.detach() if tensor.requires_grad else tensor
+        # A tensor without history is kept as the object it is, for those who cache by identity, and a parameter too.
+        if isinstance(tensor, nn.Parameter):
+            self._requires_grad = False
+        bare = tensor.detach() if self._requires_grad else tensor
         hooks = saved_tensor_hooks()
         if hooks is None:
             self._packed: Any = bare
