@@ -275,9 +275,7 @@ class ScaledProductBackends:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, ScaledProductBackends)
-            and self._enabled == other._enabled
-            and self._order == other._order
+            isinstance(other, ScaledProductBackends) and self._enabled == other._enabled and self._order == other._order
         )
 
     __hash__ = None  # type: ignore[assignment]
