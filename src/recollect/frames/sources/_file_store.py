@@ -138,15 +138,15 @@ class FileStore(Store):
             end += -(-layouts[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
         with self._writing:
             self._finish_latest()
+            staged = torch.empty(end, dtype=torch.uint8, device="cpu")
+            for tensor, layout, at in zip(tensors, layouts, places, strict=True):
+                staged[at : at + layout.nbytes].view(layout.dtype).copy_(layout.flat(tensor))
             path = self._folder.next()
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             except OSError as error:
                 raise OffloadError(_wrong(path, "written", error)) from error
             file = _File(self._folder, path)
-            staged = torch.empty(end, dtype=torch.uint8, device="cpu")
-            for tensor, layout, at in zip(tensors, layouts, places, strict=True):
-                staged[at : at + layout.nbytes].view(layout.dtype).copy_(layout.flat(tensor))
             file.written = self._submit(_write, path, descriptor, staged)
             self._latest = file.written, weakref.ref(file)
         return [Stored(tensor, layout, (file, at)) for tensor, layout, at in zip(tensors, layouts, places, strict=True)]
