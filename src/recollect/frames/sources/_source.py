@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recollect.frames._region import Region
 
 __all__ = ["Arguments", "Held", "Source"]
 
@@ -21,18 +25,30 @@ class Held(ABC):
 
     whole: bool = False
     """Whether every rebuild must run to the region's end, because :meth:`evaluated` needs its output."""
+    drifts: bool = False
+    """Whether the inputs come back with rounding errors, for which this answers (:meth:`compared`)."""
+    lock: AbstractContextManager[Any] | None = None
+    """Held in a rebuild, if several frames share this; ``None``: every frame has a lock of its own."""
+
+    def begins(self, region: Region) -> None:
+        """Take notice of the region, before it runs: its ``name``, and how to run ``again`` under its conditions."""
+        return
 
     def returned(self, output: Any) -> None:
         """Take notice of what the region returned in the forward pass; the arguments may be dropped from now on."""
-        return None
+        return
 
     @abstractmethod
     def inputs(self) -> Arguments:
         """Return the arguments again: tensors without history, with the forward's values, flags and strides."""
 
+    def compared(self, error: float) -> None:
+        """Take notice, if it ``drifts``, of the largest relative error of what autograd saves in a rebuild."""
+        return
+
     def evaluated(self, output: Any) -> None:
         """Take notice of the region's output in a rebuild that ran to its end."""
-        return None
+        return
 
 
 class Source(ABC):
