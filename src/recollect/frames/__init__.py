@@ -38,6 +38,7 @@ from recollect.frames._transform import Add, Transform
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
+from recollect.frames.sources._offload import Offload, OffloadError
 from recollect.frames.sources._source import Held, Source
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "InPlaceError",
     "Inverse",
     "Kept",
+    "Offload",
+    "OffloadError",
     "RandomState",
     "RebuildError",
     "ReleasedTensorError",

@@ -19,10 +19,9 @@ from frames_zoo import assert_same, make, wanted
 from torch import Tensor, nn
 
 import recollect
-from recollect.frames import InPlaceError
+from recollect.frames import InPlaceError, Offload, OffloadError
 from recollect.frames.sources._file_store import file_store
 from recollect.frames.sources._host_store import Copies, HostStore
-from recollect.frames.sources._offload import Offload, OffloadError
 from recollect.memory import peak_memory
 
 DTYPES = [
@@ -395,7 +394,7 @@ def test_a_disk_that_is_full(tmp_path):
     program = f"""
     import resource, signal, torch
     from pathlib import Path
-    from recollect.frames.sources._offload import Offload, OffloadError
+    from recollect.frames import Offload, OffloadError
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     source = Offload(path={str(tmp_path)!r})
     small = source.keep((torch.ones(10),), {{}})
@@ -428,7 +427,7 @@ def run_program(program: str, returncode: int = 0) -> None:
 def test_nothing_is_left_at_exit_after_an_error_or_for_long_after_a_kill(tmp_path):
     start = f"""
     import os, signal, torch
-    from recollect.frames.sources._offload import Offload
+    from recollect.frames import Offload
     source = Offload(path={str(tmp_path)!r})
     held = [source.keep((torch.ones(1000) * i,), {{}}) for i in range(3)]
     held[2].inputs()
@@ -452,7 +451,7 @@ def test_forked_processes(tmp_path):
     program = f"""
     import os, torch
     from pathlib import Path
-    from recollect.frames.sources._offload import Offload
+    from recollect.frames import Offload
     torch.set_num_threads(1)
     source = Offload(path={str(tmp_path)!r})
     for trial in range(20):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from recollect._util._tree import Tree
-from recollect.frames._keep import Kept
 from recollect.frames.sources._file_store import OffloadError, file_store
 from recollect.frames.sources._host_store import host_store
+from recollect.frames.sources._kept import KeptTensor
 from recollect.frames.sources._source import Arguments, Held, Source
 from recollect.frames.sources._stores import Fetch, Store, Stored
 
@@ -172,7 +172,7 @@ class _Call(Held):
         stored = iter(self._stored)
         # Of each tensor, what brings it back, and whether it requires a gradient.
         tree.tensors = [
-            (next(stored) if goes else Kept(tensor), tensor.requires_grad)
+            (next(stored) if goes else KeptTensor(tensor), tensor.requires_grad)
             for tensor, goes in zip(tree.tensors, going, strict=True)
         ]
         self._fetch: Fetch | None = None
@@ -201,7 +201,7 @@ class _Call(Held):
             if isinstance(one, Stored):
                 tensors.append(next(fetched).requires_grad_(requires_grad))
             else:
-                tensors.append(one.get(self._source, "input"))
+                tensors.append(one.get(None, "input"))
         arguments: Arguments = self._tree.build(tensors)
         return arguments
 
