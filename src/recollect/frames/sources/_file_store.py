@@ -147,7 +147,7 @@ class FileStore(Store):
             except OSError as error:
                 raise OffloadError(_wrong(path, "written", error)) from error
             file = _File(self._folder, path)
-            file.written = self._submit(_write, path, descriptor, staged)
+            file.written = self._submit(_write, path, descriptor, [staged])
             self._latest = file.written, weakref.ref(file)
         return [Stored(tensor, layout, (file, at)) for tensor, layout, at in zip(tensors, layouts, places, strict=True)]
 
@@ -164,12 +164,12 @@ class FileStore(Store):
         with torch.inference_mode(False), torch.no_grad():
             flats = [one.layout.empty("cpu") for one in stored]
         wanted = [(flat, *one.place) for flat, one in zip(flats, stored, strict=True)]
-        # The thread does not live on in a forked child.
+        # The thread does not live on in a forked child; what it had to do was done before.
         read = self._submit(_read, wanted) if os.getpid() == self.process else None
         layouts = [one.layout for one in stored]
 
         def wait() -> list[Tensor]:
-            wrong = _read(wanted) if read is None or os.getpid() != self.process else read.result()
+            wrong = _read(wanted) if read is None else read.result()
             if wrong is not None:
                 raise OffloadError(wrong)
             with torch.inference_mode(False), torch.no_grad():
@@ -197,13 +197,24 @@ class FileStore(Store):
         self._writing.release()
 
 
+# Not ctypes arrays: each length is a type of its own, which only the garbage collector frees.
+_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_view.restype = ctypes.py_object
+
+
 def _memory(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor; they live as long as the tensor does."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    """Return the bytes of a contiguous tensor, to read and write; they live as long as the tensor does."""
+    memory: memoryview = _view(tensor.data_ptr(), tensor.nbytes, 0x200)
+    return memory
 
 
-def _write(path: Path, descriptor: int, staged: Tensor) -> str | None:
+# Both take their tensors out of a list: the thread holds on to its arguments until after the result is known.
+
+
+def _write(path: Path, descriptor: int, staging: list[Tensor]) -> str | None:
     try:
+        staged = staging.pop()
         left, position = _memory(staged), 0
         while left:
             done = os.pwrite(descriptor, left, position)
@@ -217,7 +228,8 @@ def _write(path: Path, descriptor: int, staged: Tensor) -> str | None:
 
 
 def _read(wanted: list[tuple[Tensor, _File, int]]) -> str | None:
-    for flat, file, position in wanted:
+    while wanted:
+        flat, file, position = wanted.pop()
         wrong = file.written.result()
         if wrong is not None:
             return wrong

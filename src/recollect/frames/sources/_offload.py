@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._util._tree import Tree
+from recollect.frames._modes import local
 from recollect.frames.sources._file_store import OffloadError, file_store
 from recollect.frames.sources._host_store import host_store
 from recollect.frames.sources._kept import KeptTensor
@@ -129,7 +130,8 @@ def _goes(tensor: Tensor) -> bool:
     if tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return False
     base = tensor if tensor._base is None else tensor._base
-    if base.requires_grad and base.is_leaf:
+    # In a rebuild of a surrounding region its inputs are leaves that were none in the forward.
+    if local.scope is None and base.requires_grad and base.is_leaf:
         return False
     return tensor.is_floating_point() or tensor.is_complex() or tensor.nbytes >= _LARGE
 
