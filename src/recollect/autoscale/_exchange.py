@@ -56,7 +56,8 @@ class Exchange:
                 f"x is {list(x.shape)}, but for a mini-batch of {batch.size} nodes and a history of "
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
-        if self.pool is None or not self._ahead or self._ahead[0] is not history:
+        # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
+        if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
             out = torch.cat([own, self._pulled(history, batch).to(own)])
             history.push(own, batch.n_id, batch.offset, batch.count)
             return out

@@ -70,9 +70,7 @@ class Rows(Source):
         >>> out.sum().backward()
     """
 
-    def __init__(
-        self, history: History, n_id: Tensor, *, first: Tensor | None = None, argument: int | str = 0
-    ) -> None:
+    def __init__(self, history: History, n_id: Tensor, *, first: Tensor | None = None, argument: int | str = 0) -> None:
         if not isinstance(history, History):
             raise TypeError(f"history: a recollect.autoscale.History is expected (got {type(history).__name__})")
         select_rows(n_id, history.num_embeddings)
@@ -125,8 +123,8 @@ class _PulledCall(Held):
     def inputs(self) -> Arguments:
         """See :class:`~recollect.frames.Held`."""
         (n_id, args), kwargs = self._kept.inputs()
-        named = isinstance(self._argument, str)
-        first = kwargs[self._argument] if named else args[self._argument]
+        argument = self._argument
+        first = kwargs[argument] if isinstance(argument, str) else args[argument]
         what = "rows that a frame got" if first is None else "halo rows that a mini-batch pulled"
         check_not_pushed(self._history, n_id, self._since, f"{what} in its forward pass")
         with torch.no_grad():
@@ -137,6 +135,6 @@ class _PulledCall(Held):
                 laid_out = torch.empty_strided(rows.shape, self._strides, dtype=rows.dtype, device=rows.device)
                 rows = laid_out.copy_(rows)
         rows.requires_grad_(self._requires_grad)
-        if named:
-            return args, {**kwargs, self._argument: rows}
-        return tuple(rows if i == self._argument else arg for i, arg in enumerate(args)), kwargs
+        if isinstance(argument, str):
+            return args, {**kwargs, argument: rows}
+        return tuple(rows if i == argument else arg for i, arg in enumerate(args)), kwargs

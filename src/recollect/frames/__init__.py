@@ -13,6 +13,7 @@ source     the inputs come from                memory
 Kept       kept inputs: a checkpoint           one input per frame
 Inverse    the function's inverse              one output for a whole chain of frames
 coupling   subtraction of the blocks' outputs  the same, and one evaluation of each block
+Offload    copies in host memory or in files   host memory, disk
 ========== =================================== ============================================
 
 Frames pull and nobody pushes: a stage whose output is the next stage's input keeps a link instead of the tensor.
