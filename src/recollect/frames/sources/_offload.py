@@ -36,7 +36,8 @@ class Offload(Source):
 
     Offloaded are tensors in any container among the arguments: those of floating-point and complex types, and others
     from 64 KiB on. By reference stay leaves that require a gradient (such as parameters) and views of them, which live
-    on anyway, and sparse, quantised and nested tensors and tensor subclasses.
+    on anyway (inside of another frame they are offloaded too), and sparse, quantised and nested tensors and tensor
+    subclasses.
 
     The files lie in a folder of this process within ``path``. One is deleted when the graph that needs it is freed, all
     of them when the process ends; what a killed process left is removed by the next one that uses the same path. One
