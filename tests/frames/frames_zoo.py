@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import recollect
-from recollect.frames import couple
+from recollect.frames import Offload, couple
 
-SOURCES = ("checkpoint", "inverse", "coupling")
+SOURCES = ("checkpoint", "inverse", "coupling", "offload", "file")
+GIVEN = {"offload": Offload(), "file": Offload(path=tempfile.gettempdir())}  # to checkpoint(source=)
 WIDTH = 12
 TOLERANCE = 1e-10
 
@@ -58,16 +60,16 @@ class Net(nn.Module):
         super().__init__()
         self.source = source
         make = {
-            "checkpoint": lambda: Block(width, **options),
             "inverse": lambda: Swap(width, **options),
             "coupling": lambda: nn.ModuleList(Block(width // groups, **options) for _ in range(groups)),
-        }[source]
+        }.get(source, lambda: Block(width, **options))
         self.layers = nn.ModuleList(make() for _ in range(depth))
 
     def step(self, layer: Any, h: Tensor, enabled: bool, **options: Any) -> Tensor:
         if self.source == "coupling":
             return couple(layer, h, [()] * len(layer), enabled=enabled, **options)
         inverse = layer.inverse if self.source == "inverse" else None
+        options = {"source": GIVEN.get(self.source)} | options
         output: Tensor = recollect.checkpoint(layer, h, inverse=inverse, enabled=enabled, **options)
         return output
 

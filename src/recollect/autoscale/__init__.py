@@ -15,6 +15,7 @@ from recollect.autoscale._operators import add_self_loops, edge_index_of, normal
 from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
 from recollect.autoscale._pool import AsyncIOPool
+from recollect.autoscale._rows_source import Rows
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._sub_data import SubData
@@ -29,6 +30,7 @@ __all__ = [
     "HistoryFileError",
     "Partition",
     "PartitionQuality",
+    "Rows",
     "ScalableGNN",
     "SubData",
     "SubgraphLoader",

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._history import History
 from recollect.autoscale._pool import AsyncIOPool
-from recollect.frames import InPlaceError, in_backward, in_dry_mode
+from recollect.autoscale._rows_source import Rows, check_not_pushed, pushes_of
+from recollect.frames import frames_apply, in_backward, in_dry_mode
 
 __all__ = ["Exchange"]
 
@@ -55,7 +56,8 @@ class Exchange:
                 f"x is {list(x.shape)}, but for a mini-batch of {batch.size} nodes and a history of "
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
-        if self.pool is None or not self._ahead or self._ahead[0] is not history:
+        # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
+        if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
             out = torch.cat([own, self._pulled(history, batch).to(own)])
             history.push(own, batch.n_id, batch.offset, batch.count)
             return out
@@ -67,6 +69,13 @@ class Exchange:
         self._note(history, batch)
         self.pool.async_push(history, own, batch.offset, batch.count, batch.n_id)
         return out
+
+    def source_of(self, history: History, x: Tensor, batch: Batch) -> Rows:
+        """Return what brings the result of the next :meth:`swap` back in a frame: the batch's rows, and pulled ones."""
+        rows = Rows(history, batch.halo, first=x[: batch.size])
+        if frames_apply():
+            rows.note()
+        return rows
 
     def read(self, history: History, batch: Batch) -> Callable[[], Tensor]:
         """Start to read all rows of a batch; the result waits for them and returns them [B + halo, channels]."""
@@ -106,20 +115,11 @@ class Exchange:
 
     def _note(self, history: History, batch: Batch) -> None:
         if in_dry_mode():  # the first call of a frame, whose rebuild will pull again
-            history.settle()
             if batch.n_id not in self._seen:
                 self._seen[batch.n_id] = {}
-            self._seen[batch.n_id][id(history)] = history.table.clock.pushes
+            self._seen[batch.n_id][id(history)] = pushes_of(history)
 
     def _check(self, history: History, batch: Batch) -> None:
         before = self._seen[batch.n_id].get(id(history)) if batch.n_id in self._seen else None
-        if before is None:
-            return
-        ages = history.age(batch.halo)
-        late = int((ages < history.table.clock.pushes - before).sum())
-        if late:
-            raise InPlaceError(
-                f"{late} of the {ages.numel()} halo rows that a mini-batch pulled in its forward pass were pushed "
-                "again before its backward pass pulled them anew, as another mini-batch's forward pass does; call "
-                "backward before the next forward pass, or run these layers without a frame"
-            )
+        if before is not None:
+            check_not_pushed(history, batch.halo, before, "halo rows that a mini-batch pulled in its forward pass")

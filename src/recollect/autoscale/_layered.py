@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from recollect._arguments import as_count
-from recollect.frames import checkpoint, in_backward
+from recollect.frames import Source, checkpoint, in_backward
 
-__all__ = ["Between", "LayeredGNN"]
+__all__ = ["Between", "LayeredGNN", "SourceOf"]
 
 Between = Callable[[int, Tensor], Tensor]
+SourceOf = Callable[[int, Tensor], Source]
 
 
 class LayeredGNN(nn.Module):
@@ -78,7 +79,14 @@ class LayeredGNN(nn.Module):
             state: see the class.
         """
 
-    def run_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any], between: Between) -> Tensor:
+    def run_layers(
+        self,
+        x: Tensor,
+        adj_t: Tensor,
+        inputs: dict[str, Any],
+        between: Between,
+        source_of: SourceOf | None = None,
+    ) -> Tensor:
         """Evaluate all layers.
 
         Args:
@@ -86,29 +94,32 @@ class LayeredGNN(nn.Module):
             adj_t: sparse CSR adjacency [num_targets, num_sources].
             inputs: what the state begins with.
             between: from the number of a layer but the last and its output, to the next layer's input.
+            source_of: from the same, to what brings this input back in the next layer's frame, if layers have frames;
+                called first. ``None``: inputs are kept.
 
         Returns:
             The last layer's output [num_targets, out_channels].
         """
         state = dict(inputs)
         for layer in range(self.num_layers):
-            if self.recompute:
-                x, state = checkpoint(self._stage(layer, adj_t, state, between), x)
-            else:
-                x, state = self._stage(layer, adj_t, state, between)(x)
+            source = None
+            if layer:
+                if self.recompute and source_of is not None:
+                    source = source_of(layer - 1, x)
+                x = between(layer - 1, x)
+            stage = self._stage(layer, adj_t, state)
+            x, state = checkpoint(stage, x, source=source) if self.recompute else stage(x)
         if not in_backward():
             self.conclude(state)
         return x
 
     def _stage(
-        self, layer: int, adj_t: Tensor, state: dict[str, Any], between: Between
+        self, layer: int, adj_t: Tensor, state: dict[str, Any]
     ) -> Callable[[Tensor], tuple[Tensor, dict[str, Any]]]:
-        """Return a layer as a function of the output before it, which leaves ``state`` as it is."""
+        """Return a layer as a function of its input, which leaves ``state`` as it is."""
 
         def stage(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
             after = dict(state)
-            if layer:
-                x = between(layer - 1, x)
             return self.run_layer(layer, x, adj_t, after), after
 
         return stage

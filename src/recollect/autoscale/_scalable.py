@@ -219,6 +219,7 @@ class ScalableGNN(LayeredGNN):
             first_rows(adj_t, batch.size),
             inputs,
             lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
+            lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
         )
 
     def push_and_pull(

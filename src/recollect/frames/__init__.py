@@ -13,6 +13,7 @@ source     the inputs come from                memory
 Kept       kept inputs: a checkpoint           one input per frame
 Inverse    the function's inverse              one output for a whole chain of frames
 coupling   subtraction of the blocks' outputs  the same, and one evaluation of each block
+Offload    copies in host memory or in files   host memory, disk
 ========== =================================== ============================================
 
 Frames pull and nobody pushes: a stage whose output is the next stage's input keeps a link instead of the tensor.
@@ -38,6 +39,7 @@ from recollect.frames._transform import Add, Transform
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
+from recollect.frames.sources._offload import Offload, OffloadError
 from recollect.frames.sources._source import Held, Source
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "InPlaceError",
     "Inverse",
     "Kept",
+    "Offload",
+    "OffloadError",
     "RandomState",
     "RebuildError",
     "ReleasedTensorError",

@@ -1,0 +1,140 @@
+"""Rows of a history as the inputs of a frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._history import History
+from recollect.autoscale._selection import select_rows
+from recollect.frames import Held, InPlaceError, Kept, Source
+
+__all__ = ["Rows", "check_not_pushed", "pushes_of"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def pushes_of(history: History) -> int:
+    """Return how often a history was pushed to, when all that was asked for is done."""
+    history.settle()
+    return history.table.clock.pushes
+
+
+def check_not_pushed(history: History, n_id: Tensor, since: int, what: str) -> None:
+    """Raise unless the rows ``n_id`` are those that the history had after its first ``since`` pushes.
+
+    Raises:
+        InPlaceError: some were pushed since, or the history was reset or loaded. Pushes of other rows do not count.
+    """
+    pushes = pushes_of(history)
+    late = int((history.age(n_id) < pushes - since).sum()) if pushes >= since else n_id.numel()
+    if late:
+        raise InPlaceError(
+            f"{late} of the {n_id.numel()} {what} were pushed again to {history!r} before its backward pass pulled "
+            "them anew, as another mini-batch's forward pass does; call backward before the next forward pass, or run "
+            "these layers without a frame"
+        )
+
+
+class Rows(Source):
+    """Pulls one argument of a frame again from a history, instead of keeping it.
+
+    The argument is what ``history.pull(n_id)`` returned, in any floating-point type and on any device. All other
+    arguments are kept. In backward the rows must be those of the forward: pushes to them in between are an error.
+
+    Args:
+        history: that the rows were pulled from.
+        n_id: of the rows [rows], int64 or int32.
+        first: a mini-batch's own rows [B, channels], if the argument is ``torch.cat([first, history.pull(n_id)])``;
+            they are kept.
+        argument: which one it is: its position or its keyword.
+
+    Shapes:
+        - the argument: [rows, channels], or [B + rows, channels].
+
+    Raises:
+        TypeError: ``history`` is none, ``n_id`` holds no integers, or the call has no such argument.
+        ValueError: ``n_id`` is not 1-D, or the argument has another shape than its rows.
+        IndexError: rows that the history does not have.
+        InPlaceError: in backward, when some of the rows were pushed again since the forward.
+
+    Example:
+        >>> import torch, recollect
+        >>> from recollect.autoscale import History, Rows
+        >>> history, n_id = History(num_embeddings=6, embedding_dim=2), torch.tensor([5, 1])
+        >>> weight = torch.ones(2, 3, requires_grad=True)
+        >>> out = recollect.checkpoint(torch.mm, history.pull(n_id), weight, source=Rows(history, n_id))
+        >>> history.push(torch.ones(1, 2), n_id=torch.tensor([3]))  # another row
+        >>> out.sum().backward()
+    """
+
+    def __init__(self, history: History, n_id: Tensor, *, first: Tensor | None = None, argument: int | str = 0) -> None:
+        if not isinstance(history, History):
+            raise TypeError(f"history: a recollect.autoscale.History is expected (got {type(history).__name__})")
+        select_rows(n_id, history.num_embeddings)
+        self.history = history
+        self.n_id = n_id
+        self.first = first
+        self.argument = argument
+        self._since: int | None = None
+
+    def note(self) -> None:
+        """Count pushes from now on, and not from when the frame begins: the rows are pulled before the next push."""
+        self._since = pushes_of(self.history)
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
+        """See :class:`~recollect.frames.Source`."""
+        if isinstance(self.argument, str):
+            found = kwargs.get(self.argument)
+            kwargs = {**kwargs, self.argument: self.first}
+        else:
+            found = args[self.argument] if 0 <= self.argument < len(args) else None
+            args = tuple(self.first if i == self.argument else arg for i, arg in enumerate(args))
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"argument={self.argument!r}: the frame must get a tensor there, rows of {self.history!r} (it was "
+                f"called with {len(args)} arguments{', '.join(['', *kwargs])}, and got a {type(found).__name__})"
+            )
+        own = 0 if self.first is None else self.first.size(0)
+        shape = (own + self.n_id.numel(), self.history.embedding_dim)
+        if found.shape != shape:
+            raise ValueError(
+                f"argument={self.argument!r}: rows of {self.history!r} are expected, {list(shape)} (got "
+                f"{list(found.shape)}); give what history.pull(n_id) returned"
+            )
+        return _PulledCall(self, found, args, kwargs)
+
+
+class _PulledCall(Held):
+    """The arguments of one call, one of which is pulled again."""
+
+    __slots__ = ("_argument", "_device", "_dtype", "_history", "_kept", "_requires_grad", "_since", "_strides")
+
+    def __init__(self, rows: Rows, found: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._history = rows.history
+        self._argument = rows.argument
+        self._since = pushes_of(rows.history) if rows._since is None else rows._since
+        self._dtype, self._device, self._strides = found.dtype, found.device, found.stride()
+        self._requires_grad = found.requires_grad
+        self._kept = Kept().keep((rows.n_id, args), kwargs)
+
+    def inputs(self) -> Arguments:
+        """See :class:`~recollect.frames.Held`."""
+        (n_id, args), kwargs = self._kept.inputs()
+        argument = self._argument
+        first = kwargs[argument] if isinstance(argument, str) else args[argument]
+        what = "rows that a frame got" if first is None else "halo rows that a mini-batch pulled"
+        check_not_pushed(self._history, n_id, self._since, f"{what} in its forward pass")
+        with torch.no_grad():
+            rows = self._history.pull(n_id).to(self._device, self._dtype)
+            if first is not None:
+                rows = torch.cat([first, rows])
+            if rows.stride() != self._strides:
+                laid_out = torch.empty_strided(rows.shape, self._strides, dtype=rows.dtype, device=rows.device)
+                rows = laid_out.copy_(rows)
+        rows.requires_grad_(self._requires_grad)
+        if isinstance(argument, str):
+            return args, {**kwargs, argument: rows}
+        return tuple(rows if i == argument else arg for i, arg in enumerate(args)), kwargs
