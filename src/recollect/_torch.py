@@ -52,6 +52,7 @@ __all__ = [
     "cached_parametrizations",
     "graph_task_id",
     "hooks_are_enabled",
+    "is_faked",
     "is_in_transform",
     "is_recorded",
     "is_traceable_wrapper_subclass",
@@ -144,6 +145,11 @@ def with_torch_functions() -> AbstractContextManager[Any]:
     """Return a context in which they are: backward of a loss that is a subclass runs without."""
     context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()  # type: ignore[attr-defined]
     return context
+
+
+def is_faked() -> bool:
+    """Return whether tensors have no values here (FakeTensorMode, torch.export)."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 # The graph.

@@ -344,7 +344,7 @@ class Frame(Scope):
             now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
         error = 0.0 if now is None else error_between(then, now)
         if self._held.drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
-            return error if self._counts(then, tensor.numel()) else 0.0
+            return error if self._counts(then) else 0.0
         if error > 0.0:
             allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
             if self._certify == "exact" or error > allowed:
@@ -355,17 +355,12 @@ class Frame(Scope):
         self._certificate.note(error)
         return error
 
-    def _counts(self, mark: Fingerprint, size: int) -> bool:
+    def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""
         if not isinstance(mark.projections, list) or not mark.projections:
             return True
-        norms = [
-            (m.projections[-1], shape.numel())
-            for m, (shape, _, _) in zip(self._marks, self._metas, strict=True)
-            if m is not None and isinstance(m.projections, list) and m.projections
-        ]
-        largest = max(norm**2 / max(count, 1) for norm, count in norms)
-        return mark.projections[-1] ** 2 / max(size, 1) >= 1e-4 * largest
+        norms = [m.projections[-1] for m in self._marks if m and isinstance(m.projections, list) and m.projections]
+        return mark.projections[-1] >= 1e-2 * max(norms)
 
     def _check_saved(self, needed: set[int]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""

@@ -22,6 +22,7 @@ from recollect._storages import storages_of, storages_within
 from recollect._torch import (
     STANDARD_ATTRIBUTES,
     TorchDispatchMode,
+    is_faked,
     preserving_versions,
     unwatch_modules,
     watch_modules,
@@ -184,10 +185,18 @@ _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 # Observation.
 
 
+# A buffer with more elements is a table, and not copied on the chance that a first call writes to it unseen.
+_LARGE = 1 << 20
+
+
+def _place_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(key_of(storage) for storage in storages_of(tensor))
+
+
 class _Buffer:
     """A buffer at the moment in which its module began to run."""
 
-    __slots__ = ("known", "mark", "module", "name", "registry", "tensor", "then", "version")
+    __slots__ = ("known", "mark", "module", "name", "place", "registry", "tensor", "then", "version", "was_lazy")
 
     def __init__(self, module: nn.Module, registry: Any, name: str, tensor: Tensor, known: _Known) -> None:
         self.module = module
@@ -196,14 +205,19 @@ class _Buffer:
         self.tensor = tensor
         self.known = known
         self.version = version_of(tensor)
+        self.was_lazy = is_lazy(tensor)
+        self.place = None if self.was_lazy else _place_of(tensor)
         self.then: Tensor | None = None
         self.mark: Any = None
-        if is_lazy(tensor):
+        if self.was_lazy:
             return
         with aside():
             if name in known.written:
                 self.then = tensor.detach().clone()
-            elif tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
+                return
+            if module.training not in known.seen and tensor.numel() <= _LARGE:
+                self.then = tensor.detach().clone()  # in case it is written in a way that nothing tells of
+            if tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
                 before = known.marks.get(name)
                 if before is not None and before[0]() is tensor and before[1] == self.version:
                     self.mark = before[2]
@@ -212,9 +226,9 @@ class _Buffer:
 
     def is_written(self) -> bool:
         """Whether the region has written to it."""
-        if is_lazy(self.tensor):
-            return False
-        if version_of(self.tensor) != self.version:
+        if self.name in self.known.written or self.was_lazy:
+            return True
+        if version_of(self.tensor) != self.version or _place_of(self.tensor) != self.place:
             return True
         if self.mark is None:
             return False
@@ -324,6 +338,8 @@ class Recorder:
     # Watching.
 
     def _open_watch(self, opener: Any) -> None:
+        if is_faked():
+            return  # there are no values that could be written
         watch = Watch()
         watch.__enter__()
         self._watching.append((opener, watch))
@@ -337,7 +353,15 @@ class Recorder:
 
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
-        return bool(self._storages) and any(key_of(storage) in self._storages for storage in storages_of(tensor))
+        if not self._storages and not self._lazy:
+            return False
+        keys = _place_of(tensor)
+        return any(key in self._storages for key in keys) or any(
+            keys == _place_of(buffer)
+            for module in self._lazy
+            for buffer in module.buffers(recurse=False)
+            if not is_lazy(buffer)
+        )
 
     def so_far(self) -> Record:
         """Return what a rebuild must know while the region has not run to its end."""
@@ -354,17 +378,16 @@ class Recorder:
         covered: set[int] = set()
         copied = {key: copy for watch in reversed(self._watches) for key, copy in watch.written.items()}
         for buffer in self._buffers:
-            keys = set() if is_lazy(buffer.tensor) else set(map(key_of, storages_of(buffer.tensor)))
+            keys = set(_place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys
-            if buffer.then is not None:
-                writes.append(_Copy(buffer.tensor, buffer.then))
-            elif buffer.is_written() or any(key in copied for key in keys):
-                buffer.known.written.add(buffer.name)
-                writes.extend(copied[key] for key in keys if key in copied)
-                if not any(key in copied for key in keys):
-                    writes.append(_Copy(buffer.tensor, None))
-            else:
+            if not buffer.is_written() and not any(key in copied for key in keys):
                 constant.append(buffer)
+                continue
+            buffer.known.written.add(buffer.name)
+            if buffer.then is not None or not any(key in copied for key in keys):
+                writes.append(_Copy(buffer.tensor, buffer.then))
+            else:
+                writes.extend(copied[key] for key in keys if key in copied)
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
         if more:
             writes.extend(more)

@@ -11,6 +11,7 @@ import torch
 from recollect._torch import (
     ScaledProductBackends,
     cached_parametrizations,
+    is_faked,
     outside_transforms,
     parametrizations_as,
     selective_storage,
@@ -84,7 +85,7 @@ class Region:
         recorder = self._recorder = Recorder(self.function, (*args, *kwargs.values()))
         if take is not None:
             take(recorder)
-        random = self._random = Randomness(devices) if self.seed else None
+        random = self._random = Randomness(devices) if self.seed and not is_faked() else None
         outer, local.scope = local.scope, scope
         local.first_call += 1
         try:
