@@ -74,6 +74,14 @@ def gradients(net: nn.Module) -> dict[str, Tensor | None]:
     return {name.removeprefix("module."): full(p.grad) for name, p in net.named_parameters()}
 
 
+def average(net: nn.Module) -> None:
+    """Average over the ranks the gradients of the parameters that nobody shards."""
+    for parameter in net.parameters():
+        if parameter.grad is not None and not hasattr(parameter, "full_tensor"):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
 def parameters(net: nn.Module) -> dict[str, Tensor | None]:
     return {name.removeprefix("module."): full(p) for name, p in net.named_parameters()}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from processes import TOLERANCE, Wrap, assert_close, full, gradients, parameters
+from processes import TOLERANCE, Wrap, assert_close, average, full, gradients, parameters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -185,8 +185,24 @@ def check(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     tolerance: float | None = None,
     mode: str = "steps",
-) -> nn.Module:
-    """Compare losses, gradients and parameters of a sharded network with those of the plain one on all shares."""
+    averaged: bool = True,
+    none_is_zero: bool = False,
+) -> None:
+    """Compare losses, gradients and parameters of a sharded network with those of the plain one on all shares.
+
+    Args:
+        make: returns the network.
+        prepare: shards it.
+        rank: of this process.
+        world: how many there are.
+        dtype: of the parameters.
+        number: of batches.
+        optimizer: as in :func:`train`; made anew for each network.
+        tolerance: relative.
+        mode: as in :func:`train`.
+        averaged: whether the test has to average the gradients of what is not sharded.
+        none_is_zero: take no gradient for zeros.
+    """
     torch.manual_seed(7)
     net = make().to(dtype)
     oracle = switch_off(copy.deepcopy(net))
@@ -196,6 +212,11 @@ def check(
     own = train(net, [[step_[rank]] for step_ in shares], [rank], mode=mode, optimizer=step)
     order = [rank, *(r for r in range(world) if r != rank)]
     expected = train(oracle, [[s[r] for r in order] for s in shares], order, mode=mode, optimizer=oracle_step)
+    if averaged:
+        average(net)
+    for model in (net, oracle) if none_is_zero else ():
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     for i, (found, value) in enumerate(zip(own, expected, strict=True)):
         assert_close(found, value, tolerance, f"loss {i}")
@@ -204,7 +225,6 @@ def check(
     for name, buffer in oracle.named_buffers():
         if world == 1:  # each rank keeps statistics of its own share
             assert_close(full(net.get_buffer(name)), buffer, tolerance, name)
-    return net
 
 
 def shard(net: nn.Module, units: Callable[[nn.Module], list[nn.Module]], root: bool, **options: Any) -> None:
@@ -318,7 +338,8 @@ REVERSIBLE: dict[str, dict[str, Any]] = {
     "dropout": {"units": blocks_of, "make": functools.partial(Reversible, dropout=0.3)},
 }
 for name, setting in REVERSIBLE.items():
-    case(f"rev-{name}", **{"make": Reversible, **setting})(nowhere)
+    tolerance = 10 * TOLERANCE[setting.get("dtype", torch.float64)]  # the blocks' norms amplify what an inverse rounds
+    case(f"rev-{name}", **{"make": Reversible, "tolerance": tolerance, **setting})(nowhere)
 for kind, out in ((inn.AdditiveCoupling, 1), (inn.AffineCoupling, 2)):
     make = functools.partial(Coupled, kind, out)
     case(f"{kind.__name__}-blocks", make=make, units=couplings_blocks)(nowhere)
@@ -328,9 +349,12 @@ for kind, out in ((inn.AdditiveCoupling, 1), (inn.AffineCoupling, 2)):
 
 
 def mixed_precision(
-    make: Callable[[], nn.Module], place: Callable[[Wrap, nn.Module], None], **options: Any
+    make: Callable[[], nn.Module], place: Callable[[Wrap, nn.Module], None], root: bool = True, **options: Any
 ) -> Callable[[Wrap, int, int], None]:
-    """Compare with the same network sharded in the same way, without frames: the same casts, so the same numbers."""
+    """Compare with the same network sharded in the same way, without frames: the same casts, so the same numbers.
+
+    Without ``root`` only the blocks compute in bfloat16: an inverse in it would drift too far.
+    """
 
     def run(wrap: Wrap, rank: int, world: int) -> None:
         results = []
@@ -340,15 +364,17 @@ def mixed_precision(
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, **options)
             if how is plain:
                 switch_off(net)
-            shard(net, blocks_of, True, mp_policy=policy, **RESHARD)
+            shard(net, blocks_of, root, mp_policy=policy, **RESHARD)
+            if not root:
+                shard(net, lambda _: [], True)
             place(how, net)
             losses = train(net, [[s[rank]] for s in batches(world, torch.float32, 2)], [rank])
             results.append((losses, gradients(net)))
         (losses, found), (expected_losses, expected) = results
         for loss, value in zip(losses, expected_losses, strict=True):
             assert_close(loss, value, 0.0, "loss")
-        # An inverse rounds in bfloat16, which a checkpoint need not do.
-        assert_close(found, expected, 0.05 if make is Reversible else 0.0, "gradient")
+        # What an inverse brings back may be rounded to another number of bfloat16.
+        assert_close(found, expected, 0.0 if root else 0.05, "gradient")
         assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in found.values())
 
     return run
@@ -375,7 +401,7 @@ for place_name, (place, make) in PLACES.items():
     CASES[f"{place_name}-bfloat16"] = mixed_precision(make, place)
 CASES["changed_between"] = changed_between
 CASES["around-bfloat16_output"] = mixed_precision(Net, around, output_dtype=torch.float32)
-CASES["rev-bfloat16"] = mixed_precision(Reversible, nowhere)
+CASES["rev-bfloat16"] = mixed_precision(Reversible, nowhere, root=False, output_dtype=torch.float32)
 
 
 if __name__ == "__main__":
