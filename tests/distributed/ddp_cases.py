@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import recollect.invertible as inn
 import torch
+from networks import Block, Coupled, Net, Reversible, check
 from processes import Wrap
-from sharded_cases import Block, Coupled, Net, Reversible, check
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+import recollect.invertible as inn
 
 
 class Spare(Net):

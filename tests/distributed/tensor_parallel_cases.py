@@ -238,7 +238,9 @@ def function_of(name: str, function: Callable[..., Any], *placements: Any, inver
         for how in (wrap, plain):
             leaves = [
                 distribute_tensor(
-                    torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)), mesh, [placement]
+                    torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)),
+                    mesh,
+                    [placement],
                 ).requires_grad_()
                 for i, placement in enumerate(placements)
             ]
@@ -296,3 +298,13 @@ def partial_sums(wrap: Wrap, rank: int, world: int) -> None:
 
 
 CASES["partial"] = partial_sums
+
+
+def memory_of_a_rank(wrap: Wrap, rank: int, world: int) -> None:
+    """The bytes of a DTensor are those of this rank."""
+    whole = torch.zeros(4, 6, dtype=torch.float64)
+    part = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(0)])
+    assert recollect.memory.tensor_bytes(part) == whole.nbytes // world
+
+
+CASES["memory"] = memory_of_a_rank
