@@ -3,11 +3,27 @@
 import importlib
 from types import ModuleType
 
-from recollect.frames import backward_mode, checkpoint, dry_mode, eager_release, in_backward, in_dry_mode
+from recollect.frames import (
+    backward_mode,
+    checkpoint,
+    checkpoint_sequential,
+    dry_mode,
+    eager_release,
+    in_backward,
+    in_dry_mode,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["backward_mode", "checkpoint", "dry_mode", "eager_release", "in_backward", "in_dry_mode"]
+__all__ = [
+    "backward_mode",
+    "checkpoint",
+    "checkpoint_sequential",
+    "dry_mode",
+    "eager_release",
+    "in_backward",
+    "in_dry_mode",
+]
 
 _PARTS = (
     "aggregation",

@@ -8,7 +8,7 @@ import torch
 from frames_zoo import assert_same, make, nothing_left, wanted
 
 import recollect
-from recollect.frames import _rng
+from recollect.frames import _random
 from recollect.frames._frame import Frame
 
 
@@ -102,7 +102,7 @@ def test_the_modes_belong_to_their_thread():
 
 @pytest.fixture
 def fresh_generators(monkeypatch):
-    monkeypatch.setattr(_rng, "_generators", _rng._Generators())
+    monkeypatch.setattr(_random, "_threads", _random._Threads())
 
 
 def test_the_first_rebuild_of_one_thread_and_the_first_forward_of_another(fresh_generators):

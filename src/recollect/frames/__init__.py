@@ -4,13 +4,14 @@ Autograd has one interface between forward and backward, the tensors that it sav
 (:class:`torch.autograd.graph.saved_tensors_hooks`). A *frame* is a region of the forward pass whose saved tensors are
 not kept. Each is replaced by a token; the first token that backward unpacks makes the frame *rebuild*: it gets its
 inputs from its *source*, runs the region again under the conditions of the forward, and hands out what autograd saved
-the first time.
+the first time. What ran, and what it read and wrote, is observed in the forward; what is handed out is compared with
+the forward's by fingerprints.
 
 ========== =================================== ============================================
 source     the inputs come from                memory
 ========== =================================== ============================================
-checkpoint kept inputs                         one input per frame
-inverse    the function's inverse              one output for a whole chain of frames
+Kept       kept inputs: a checkpoint           one input per frame
+Inverse    the function's inverse              one output for a whole chain of frames
 coupling   subtraction of the blocks' outputs  the same, and one evaluation of each block
 ========== =================================== ============================================
 
@@ -18,8 +19,8 @@ Frames pull and nobody pushes: a stage whose output is the next stage's input ke
 No storage is resized behind a caller's back, except inside :func:`eager_release`, where that is asked for.
 """
 
-from recollect.frames._checkpoint import checkpoint, run_invertible
-from recollect.frames._coupling import couple, couple_by, uncouple, uncouple_by
+from recollect.frames._certificate import Certificate
+from recollect.frames._checkpoint import checkpoint, checkpoint_sequential
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
 from recollect.frames._eager import eager_release
 from recollect.frames._errors import (
@@ -30,25 +31,36 @@ from recollect.frames._errors import (
     RebuildError,
     ReleasedTensorError,
 )
-from recollect.frames._keep import devices_of
+from recollect.frames._frame import certificate_of_process, devices_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
-from recollect.frames._rng import RandomState
+from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
+from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
+from recollect.frames.sources._inverse import Inverse, run_invertible
+from recollect.frames.sources._kept import Kept
+from recollect.frames.sources._source import Held, Source
 
 __all__ = [
     "DRIFT_THRESHOLD",
     "Add",
+    "Certificate",
     "DriftGauge",
     "DriftWarning",
     "FrameError",
     "GraphFreedError",
+    "Held",
     "InPlaceError",
+    "Inverse",
+    "Kept",
     "RandomState",
     "RebuildError",
     "ReleasedTensorError",
+    "Source",
     "Transform",
     "backward_mode",
+    "certificate_of_process",
     "checkpoint",
+    "checkpoint_sequential",
     "couple",
     "couple_by",
     "devices_of",

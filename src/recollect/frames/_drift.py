@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.frames._describe import describe
-from recollect.frames._errors import DriftWarning
+from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.variable import Variable
 
+from recollect._torch import storage_use_count, tensor_use_count, when_backward_ends
+from recollect.frames._chain import Parts, Stage, whole
 from recollect.frames._errors import ReleasedTensorError
 from recollect.frames._modes import local
 
-__all__ = ["Released", "eager_release", "release", "restore_after_backward"]
+__all__ = ["eager_release"]
 
 
 @contextmanager
@@ -33,11 +34,11 @@ def eager_release(enabled: bool = True) -> Iterator[None]:
     Args:
         enabled: with ``False``, the normal behaviour.
     """
-    before, local.eager = local.eager, enabled
+    before, local.policy = local.policy, _Release() if enabled else None
     try:
         yield
     finally:
-        local.eager = before
+        local.policy = before
 
 
 # What may be asked of a tensor that has no values, and what is answered from the layout that it had.
@@ -167,39 +168,43 @@ class Released:
 
 def release(tensor: Tensor, name: str) -> Released | None:
     """Empty the tensor's storage if nobody but Python can reach it; return the way back, or ``None`` if left alone."""
-    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None or type(tensor) is not Tensor or tensor._is_view() or tensor.is_inference():
+    if type(tensor) is not Tensor or tensor._is_view() or tensor.is_inference() or tensor.layout is not torch.strided:
         return None
     storage = tensor.untyped_storage()
+    count = storage_use_count(storage)
     # The tensor and the Python storage made above; a leaf is also held by the node that accumulates its gradient.
     owners = 2 if tensor.is_leaf and tensor.requires_grad else 1
-    held: int = tensor._use_count()  # type: ignore[attr-defined]
-    if storage.nbytes() == 0 or count(storage._cdata) > 2 or held > owners:
+    if count is None or storage.nbytes() == 0 or count > 2 or tensor_use_count(tensor) > owners:
         return None
     return Released(tensor, name)
 
 
-def restore_after_backward(
-    outputs: Iterable[Any], released: Iterable[Released | None], invert: Callable[[], None]
-) -> None:
-    """Put values back after a backward pass that needed nothing of what a stage dropped, and so did not rebuild it.
+class _Release:
+    """The policy: what a stage can bring back is emptied when its forward is over."""
 
-    Args:
-        outputs: of the stage, through which backward comes.
-        released: the stage's inputs.
-        invert: the stage's.
-    """
-    waiting = [one for one in released if one is not None]
-    if not waiting:
-        return
+    def closed(self, stage: Stage, inputs: Sequence[Tensor], outputs: Sequence[Any], name: str) -> None:
+        """Release the inputs; they come back with the stage's next inversion, or when a backward pass ends."""
+        released = [release(tensor, name) for tensor in inputs]
+        waiting = [one for one in released if one is not None]
+        if not waiting:
+            return
 
-    def finish() -> None:
-        if any(one.waits for one in waiting):
-            invert()
+        def restore(values: Sequence[Tensor | Parts]) -> None:
+            for one, value in zip(released, values, strict=True):
+                if one is not None:
+                    one.restore(whole(value))
 
-    def note(_: tuple[Tensor, ...]) -> None:
-        Variable._execution_engine.queue_callback(finish)
+        stage.restored = restore
+        reference = weakref.ref(stage)
 
-    for tensor in outputs:
-        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(note)
+        def finish() -> None:
+            stage = reference()
+            if stage is not None and any(one.waits for one in waiting):
+                stage.invert()
+
+        def note(_: tuple[Tensor, ...]) -> None:
+            when_backward_ends(finish)
+
+        for tensor in outputs:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(note)

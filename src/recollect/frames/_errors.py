@@ -1,4 +1,12 @@
-"""What a frame says when a backward pass cannot be right."""
+"""What a frame says when a backward pass cannot be right, and how it names what the user gave."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 __all__ = [
     "DriftWarning",
@@ -7,6 +15,7 @@ __all__ = [
     "InPlaceError",
     "RebuildError",
     "ReleasedTensorError",
+    "describe",
 ]
 
 
@@ -32,3 +41,21 @@ class ReleasedTensorError(FrameError):
 
 class DriftWarning(UserWarning):
     """What a chain reconstructed differs from what the forward pass saw by more than the threshold."""
+
+
+def describe(function: Callable[..., Any]) -> str:
+    """Name a function in an error: a module by its ``repr``, anything else by its qualified name."""
+    owner: Any = function
+    while not isinstance(owner, nn.Module):  # bound methods, partials, and what says whom it works for
+        inner = next((getattr(owner, name) for name in ("owner", "__self__", "func") if hasattr(owner, name)), None)
+        if inner is None or isinstance(inner, types.ModuleType):
+            break
+        owner = inner
+    if isinstance(owner, nn.Module):
+        text = " ".join(repr(owner).split())
+        return text if len(text) <= 120 else f"{text[:117]}..."
+    while not hasattr(function, "__qualname__") and (hasattr(function, "owner") or hasattr(function, "func")):
+        function = getattr(function, "owner", None) or function.func  # type: ignore[attr-defined]
+    if isinstance(function, types.BuiltinFunctionType):
+        return f"{function.__module__ or 'torch'}.{function.__name__}"
+    return getattr(function, "__qualname__", None) or repr(function)

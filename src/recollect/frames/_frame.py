@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from recollect._arguments import pack
-from recollect.frames._describe import describe
-from recollect.frames._errors import GraphFreedError, InPlaceError, RebuildError
+from recollect._storages import storages_of
+from recollect._torch import node_sequence, sequence
+from recollect._util._tree import tensors_of
+from recollect.frames._certificate import (
+    Certificate,
+    Certify,
+    Fingerprint,
+    error_between,
+    fingerprint,
+    tolerance_of,
+)
+from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, enclosing, local
-from recollect.frames._modules import version_of
+from recollect.frames._record import Recorder, key_of, version_of
 from recollect.frames._region import Region
+from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["Frame", "Source"]
+__all__ = ["Frame", "certificate_of_process", "run_frame"]
 
 Meta = tuple[torch.Size, torch.dtype, torch.device]
 
-
-class Source(Protocol):
-    """Where the inputs of frames come from when they are rebuilt.
-
-    A source may serve several frames, which it tells apart by ``index``. Frames hold their source; a source must not
-    hold its frames, or the graph could only be freed by the garbage collector.
-    """
-
-    def inputs(self, index: int) -> tuple[Any, ...]:
-        """Return the region's arguments: tensors without history, with the forward's flags and strides."""
-
-    def evaluated(self, index: int, output: Any) -> None:
-        """Take notice of the region's output in a rebuild; an inverse may be made of it."""
+certificate_of_process = Certificate()
+"""What checkpoints certify that no module owns."""
 
 
 class _Token:
@@ -47,8 +47,8 @@ class _Token:
         self.index = index
 
 
-class _Leaf:
-    """A parameter that autograd saves: it lives on anyway, so it is held and not rebuilt."""
+class _Lasting:
+    """A parameter or buffer that autograd saves: it lives on anyway, so it is held and not rebuilt."""
 
     __slots__ = ("region", "tensor", "version")
 
@@ -58,20 +58,40 @@ class _Leaf:
         self.version = version_of(tensor)
 
 
-def _unpack(packed: _Token | _Leaf) -> Tensor:
+class _Emptied:
+    """What the graph of a rebuild holds of a saved tensor: nothing, once the rebuild is over."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
+class _Complete(BaseException):
+    """Ends a rebuild in which everything that is needed has been found."""
+
+
+def _unpack(packed: _Token | _Lasting) -> Tensor:
     if isinstance(packed, _Token):
         return packed.frame.saved(packed.index)
-    if version_of(packed.tensor) != packed.version:
+    tensor = packed.tensor
+    if version_of(tensor) != packed.version:
+        kind = "parameter" if tensor.is_leaf and tensor.requires_grad else "buffer"
         raise InPlaceError(
-            f"{packed.region.name}: a parameter of shape {list(packed.tensor.shape)} was changed in place between the "
-            f"forward pass (version {packed.version}) and backward (version {version_of(packed.tensor)}), most often "
+            f"{packed.region.name}: a {kind} of shape {list(tensor.shape)} was changed in place between the "
+            f"forward pass (version {packed.version}) and backward (version {version_of(tensor)}), most often "
             "by an optimizer step; call backward before the step, or run the forward pass again"
         )
-    return packed.tensor
-
-
-def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _unpack_rebuilt(packed: _Emptied) -> Tensor:
+    if packed.tensor is None:
+        raise RebuildError(
+            "backward through something that a rebuild left behind (a loss or feature that the region stored while "
+            "backward ran): use the one of the forward pass, and store it only if not recollect.in_backward()"
+        )
+    return packed.tensor
 
 
 class Frame(Scope):
@@ -79,47 +99,82 @@ class Frame(Scope):
 
     Args:
         region: what is run.
-        source: brings the region's arguments back.
-        index: which of the source's frames this is.
-        lock: held in a rebuild; frames of one source share it.
+        held: brings the region's arguments back.
+        certify: what is accepted of a rebuild.
+        certificate: where it is counted.
+        early_stop: whether a rebuild may end before the region does.
     """
 
-    __slots__ = ("_index", "_live", "_lock", "_metas", "_parent", "_rebuilt", "_region", "_saved", "_source", "_tokens")
+    __slots__ = (
+        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_live", "_lock", "_marks", "_metas",
+        "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens",
+    )  # fmt: skip
 
     def __init__(
-        self, region: Region, source: Source, index: int = 0, lock: AbstractContextManager[Any] | None = None
+        self,
+        region: Region,
+        held: Held,
+        *,
+        certify: Certify = True,
+        certificate: Certificate | None = None,
+        early_stop: bool = True,
     ) -> None:
         super().__init__()
         self._region = region
-        self._source = source
-        self._index = index
-        self._lock = lock if lock is not None else threading.RLock()
+        self._held = held
+        self._lock = held.lock if held.lock is not None else threading.RLock()
+        self._certify = certify
+        self._certificate = certificate if certificate is not None else certificate_of_process
+        self._drifts = held.drifts
+        self._early_stop = early_stop and not held.whole
         self._parent = enclosing()
         self._metas: list[Meta] = []
-        self._tokens: list[weakref.ref[_Token] | None] = []  # None: a leaf, which is never rebuilt
-        self._saved: list[tuple[weakref.ref[Tensor], int]] = []  # what autograd saved, while it lives, and its version
+        self._marks: list[Fingerprint | None] = []
+        self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
+        # What autograd saved, while it lives, its version, and its token.
+        self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
-        self._live: tuple[Any, ...] | None = None  # the arguments, while the forward runs
+        self._live: Arguments | None = None  # the arguments, while the forward runs
+        self._given: set[int] = set()  # keys of the arguments' storages, while the forward runs
+        self._recorder: Recorder | None = None  # while the forward runs
 
-    def run(self, args: tuple[Any, ...], devices: set[torch.device]) -> Any:
+    def run(self, arguments: Arguments, devices: set[torch.device]) -> Any:
         """Run the region for the first time and drop what autograd saves in it.
 
         Args:
-            args: the region's arguments.
+            arguments: the region's arguments.
             devices: the devices whose random state and autocast count.
         """
-        self._live = args
+        self._live = arguments
+        self._held.begins(self._region)
+        if self._certify and not self._drifts:
+            self._given = {key_of(s) for tensor in tensors_of(arguments) for s in storages_of(tensor)}
+        begin = sequence()
         try:
-            output = self._region.first(args, devices, self, saved_tensors_hooks(self._pack, _unpack))
+            hooks = saved_tensors_hooks(self._pack, _unpack)
+            output = self._region.first(arguments, devices, self, hooks, self._take)
         finally:
-            self._live = None
-        outputs = pack(output)
-        # What the region made is its callers' to change: a rebuild makes it anew.
-        self._saved = [(saved, version) for saved, version in self._saved if not any(saved() is o for o in outputs)]
+            self._live = self._recorder = None
+        self._given = set()
+        outputs = list(tensors_of(output))
+        kept = []
+        for reference, version, index in self._saved:
+            tensor = reference()
+            if tensor is not None:
+                if version_of(tensor) != version:
+                    self._spoiled[index] = tensor.shape
+                # What the region made is its callers' to change: a rebuild makes it anew.
+                if not any(tensor is o for o in outputs):
+                    kept.append((reference, version, index))
+        self._saved = kept
         for tensor in outputs:
-            if isinstance(tensor, Tensor) and not any(tensor is a for a in args):
-                self._guard(tensor)
+            self._guard(tensor, begin)
+        self._held.returned(output)
         return output
+
+    def _take(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     @property
     def needed(self) -> bool:
@@ -138,23 +193,34 @@ class Frame(Scope):
         """Drop what the last rebuild left over."""
         self._rebuilt = {}
 
-    def _pack(self, tensor: Tensor) -> _Token | _Leaf:
+    def _pack(self, tensor: Tensor) -> _Token | _Lasting:
+        index = len(self._tokens)
         self._metas.append((tensor.shape, tensor.dtype, tensor.device))
-        if tensor.requires_grad and tensor.is_leaf and not self._is_released(tensor):
+        lasts = tensor.is_leaf and tensor.requires_grad and not self._is_released(tensor)
+        if lasts or (self._recorder is not None and self._recorder.is_lasting(tensor)):
             self._tokens.append(None)
-            return _Leaf(self._region, tensor)
-        self._saved.append((weakref.ref(tensor), version_of(tensor)))
-        token = _Token(self, len(self._tokens))
+            self._marks.append(None)
+            return _Lasting(self._region, tensor)
+        self._saved.append((weakref.ref(tensor), version_of(tensor), index))
+        token = _Token(self, index)
         self._tokens.append(weakref.ref(token))
+        mark = None
+        if self._certify and not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
+            mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+        self._marks.append(mark)
         return token
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
-        return local.eager and self._live is not None and any(tensor is a for a in self._live)
+        return local.policy is not None and self._live is not None and any(tensor is a for a in tensors_of(self._live))
 
-    def _guard(self, output: Tensor) -> None:
-        """Make a second backward through freed saved tensors an error that names the module."""
-        if output.grad_fn is None or not self.needed:
+    def _guard(self, output: Tensor, begin: int) -> None:
+        """Make a second backward through freed saved tensors an error that names the module.
+
+        Nodes that the region did not make belong to others, who may go backward through them as often as they like.
+        """
+        node = output.grad_fn
+        if node is None or not begin <= node_sequence(node) < sequence() or not self.needed:
             return
         # The node must not hold the frame: then the frame's tokens would never be known to be freed.
         reference, function = weakref.ref(self), self._region.function
@@ -171,51 +237,108 @@ class Frame(Scope):
                 )
             passed = True
 
-        output.grad_fn.register_prehook(refuse_if_freed)
+        node.register_prehook(refuse_if_freed)
 
     def _rebuild(self) -> dict[int, Tensor]:
         running = self._live
-        args = self._source.inputs(self._index) if running is None else running
-        self._check_saved()
+        arguments = self._inputs() if running is None else running
+        needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
+        self._check_saved(needed)
         self._parent.now_rebuilds(self)
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
+        graph: list[_Emptied] = []
+        gross = 0.0
+        last = max(needed, default=-1) if self._early_stop or running is not None else -1
         count = 0
 
-        def collect(tensor: Tensor) -> Tensor:
-            nonlocal count
+        def collect(tensor: Tensor) -> _Emptied:
+            nonlocal count, gross
             bare = tensor.detach() if tensor.requires_grad else tensor  # some cache by identity
             if count < len(self._metas):
                 meta = (tensor.shape, tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
                     raise self._differs(f"saved tensor {count} is {_show(meta)}, and was {_show(self._metas[count])}")
-                token = self._tokens[count]
-                if token is not None and token() is not None:
+                if count in needed:
+                    gross = max(gross, self._certify_one(count, bare))
                     collected[count] = bare
                     versions[count] = version_of(bare)
+            kept = _Emptied(bare)
+            graph.append(kept)
             count += 1
-            return bare
+            if count == last + 1:
+                raise _Complete
+            return kept
 
-        output = self._region.again(args, self, saved_tensors_hooks(collect, _same))
+        output, is_whole = None, False
+        try:
+            output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt))
+            is_whole = True
+        except _Complete:
+            pass
+        finally:
+            for kept in graph:
+                kept.tensor = None
         for index, bare in collected.items():
-            if version_of(bare) != versions[index]:
+            if version_of(bare) != versions[index] or index in self._spoiled:
                 raise InPlaceError(
                     f"{self._region.name}: it changes in place a tensor of shape {list(bare.shape)} that backward "
                     "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
                 )
-        if running is None:
+        if is_whole and running is None:
             if count != len(self._metas):
                 raise self._differs(f"it saved {count} tensors, and {len(self._metas)} in the forward pass")
-            self._source.evaluated(self._index, output)
+            self._held.compared(gross)
+            self._held.evaluated(output)
         # else: a gradient taken inside the region itself, the rest of which has not run yet
         self._rebuilt = collected
         return collected
 
-    def _check_saved(self) -> None:
+    def _inputs(self) -> Arguments:
+        try:
+            return self._held.inputs()
+        except FrameError as error:
+            name = self._region.name
+            if name in str(error):
+                raise
+            raise type(error)(f"{name}: {error}") from error
+
+    def _certify_one(self, index: int, tensor: Tensor) -> float:
+        """Compare what is handed out with what autograd saved; return the relative error."""
+        then = self._marks[index]
+        if then is None:
+            return 0.0
+        now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+        error = 0.0 if now is None else error_between(then, now)
+        if self._drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
+            return error if self._counts(then, tensor.numel()) else 0.0
+        if error > 0.0:
+            allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
+            if self._certify == "exact" or error > allowed:
+                raise self._differs(
+                    f"saved tensor {index}, {_show(self._metas[index])}, has other values (relative error {error:.1e}; "
+                    + ("certify='exact' allows none)" if self._certify == "exact" else f"rounding: {allowed:.0e})")
+                )
+        self._certificate.note(error)
+        return error
+
+    def _counts(self, mark: Fingerprint, size: int) -> bool:
+        """Whether a saved tensor's values are at all large, beside those of the others."""
+        if not isinstance(mark.projections, list) or not mark.projections:
+            return True
+        norms = [
+            (m.projections[-1], shape.numel())
+            for m, (shape, _, _) in zip(self._marks, self._metas, strict=True)
+            if m is not None and isinstance(m.projections, list) and m.projections
+        ]
+        largest = max(norm**2 / max(count, 1) for norm, count in norms)
+        return mark.projections[-1] ** 2 / max(size, 1) >= 1e-4 * largest
+
+    def _check_saved(self, needed: set[int]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
-        for reference, version in self._saved:
+        for reference, version, index in self._saved:
             tensor = reference()
-            if tensor is not None and version_of(tensor) != version:
+            if index in needed and tensor is not None and version_of(tensor) != version:
                 raise InPlaceError(
                     f"{self._region.name}: a tensor of shape {list(tensor.shape)} that it reads was changed in place "
                     f"between the forward pass (version {version}) and backward (version {version_of(tensor)}); change "
@@ -226,9 +349,34 @@ class Frame(Scope):
         return RebuildError(
             f"{self._region.name}: running it again for backward differs from the forward pass: {what}. It must "
             "compute the same again. Most often it draws random numbers from somewhere other than torch's default "
-            "generators, or was called with seed=False, or reads something that was changed in between, or branches "
-            "on recollect.in_backward()"
+            "generators (NumPy, random), or was called with seed=False, or reads something that was changed in "
+            "between, or branches on recollect.in_backward(). Draw from torch, pass what changes as an argument, or "
+            "call it without a frame"
         )
+
+
+def run_frame(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    source: Source,
+    *,
+    seed: bool = True,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
+    early_stop: bool = True,
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
+) -> Any:
+    """Run ``function(*args, **kwargs)`` in a frame whose inputs come from ``source``."""
+    region = Region(function, seed, contexts)
+    held = source.keep(args, kwargs)
+    frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
+    return frame.run((args, kwargs), devices_of((args, kwargs)))
+
+
+def devices_of(arguments: Any) -> set[torch.device]:
+    """Return the devices of all tensors among the arguments."""
+    return {tensor.device for tensor in tensors_of(arguments)}
 
 
 def _show(meta: Meta) -> str:

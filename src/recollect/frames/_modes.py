@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
+from recollect._torch import hooks_are_enabled, is_in_transform
 from recollect.frames._errors import FrameError
 
 __all__ = [
     "Scope", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
-    "outside_transforms", "save_nothing",
+    "save_nothing",
 ]  # fmt: skip
 
 
@@ -60,9 +59,10 @@ class _Local(threading.local):
         self.backward = 0
         self.dry = 0
         self.first_call = 0
-        self.eager = False
+        self.policy: Any = None  # a StoragePolicy, if somebody does something to the inputs of stages
         self.scope: Scope | None = None  # the frame whose region this thread is running, if any
         self.outermost = Scope()
+        self.recorders: list[Any] = []  # of the regions that this thread runs for the first time, outermost first
 
 
 local = _Local()
@@ -149,34 +149,6 @@ def frames_apply() -> bool:
         torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and local.dry == 0
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        and _functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and hooks_are_enabled()
+        and not is_in_transform()
     )
-
-
-@contextmanager
-def outside_transforms() -> Iterator[None]:
-    """Leave batched-gradient (vmap) modes for the duration of a rebuild.
-
-    ``is_grads_batched=True`` runs backward under a vmap level that refuses random operations, although what a rebuild
-    computes has no batch of gradients in it.
-    """
-    decrement: Callable[[], int] = torch._C._vmapmode_decrement_nesting
-    increment: Callable[[], int] = torch._C._vmapmode_increment_nesting
-    increment()
-    levels = decrement()
-    for _ in range(levels):
-        decrement()
-    stack: AbstractContextManager[Any] = nullcontext()
-    if _functorch.peek_interpreter_stack() is not None:
-        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-        stack = temporarily_clear_interpreter_stack()
-    try:
-        with stack:
-            yield
-    finally:
-        for _ in range(levels):
-            increment()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from recollect.frames._conditions import Conditions
-from recollect.frames._describe import describe
-from recollect.frames._errors import RebuildError
+from recollect._torch import (
+    ScaledProductBackends,
+    cached_parametrizations,
+    outside_transforms,
+    parametrizations_as,
+    selective_storage,
+)
+from recollect.frames._certificate import tolerance_of
+from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, backward_mode, local
-from recollect.frames._rng import drawing
+from recollect.frames._random import Randomness
+from recollect.frames._record import Record, Recorder, Watch, check_unread
+from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]
 
@@ -21,53 +29,76 @@ class Region:
     """A function, and what its first run depended on beside its arguments.
 
     Args:
-        function: called with positional arguments.
+        function: what is run.
         seed: whether random state is captured and replayed.
+        contexts: of the forward and of the rebuild, entered in addition (selective checkpoints).
     """
 
-    __slots__ = ("_conditions", "function", "seed")
+    __slots__ = ("_conditions", "_contexts", "_random", "_record", "_recorder", "function", "seed")
 
-    def __init__(self, function: Callable[..., Any], seed: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        seed: bool,
+        contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self.function = function
         self.seed = seed
-        self._conditions: Conditions | None = None
+        self._contexts = contexts
+        self._conditions: _Conditions | None = None
+        self._random: Randomness | None = None
+        self._record: Record | None = None
+        self._recorder: Recorder | None = None  # while the first run lasts
 
     @property
     def name(self) -> str:
         """The region's module or function, for messages."""
         return describe(self.function)
 
+    @property
+    def tolerance(self) -> float:
+        """The relative error that is rounding in the type that autocast computed in; 0.0 without autocast."""
+        return self._conditions.tolerance() if self._conditions is not None else 0.0
+
     def first(
         self,
-        args: tuple[Any, ...],
+        arguments: Arguments,
         devices: set[torch.device],
         scope: Scope,
         hooks: AbstractContextManager[Any],
+        take: Callable[[Recorder], None] | None = None,
     ) -> Any:
         """Run the region for the first time.
 
         Args:
-            args: its arguments.
+            arguments: its arguments.
             devices: the devices whose random state and autocast count.
             scope: what frames made inside belong to.
             hooks: saved-tensor hooks for the duration.
+            take: is given the recorder before the run.
         """
-        with drawing(alone=self.seed):
-            conditions = self._conditions = Conditions(self.function, args, devices, self.seed)
-            outer, local.scope = local.scope, scope
-            local.first_call += 1
-            try:
-                with hooks:
-                    output = self.function(*args)
-            finally:
-                local.first_call -= 1
-                local.scope = outer
-            conditions.settle()
+        args, kwargs = arguments
+        self._conditions = _Conditions(devices)
+        recorder = self._recorder = Recorder(self.function, (*args, *kwargs.values()))
+        if take is not None:
+            take(recorder)
+        random = self._random = Randomness(devices) if self.seed else None
+        outer, local.scope = local.scope, scope
+        local.first_call += 1
+        try:
+            with random or nullcontext(), self._contexts[0] if self._contexts else nullcontext(), recorder, hooks:
+                output = self.function(*args, **kwargs)
+        finally:
+            local.first_call -= 1
+            local.scope = outer
+            self._recorder = None
+        self._random = random if random is not None and random.states else None
+        self._record = recorder.settle()
         return output
 
     def again(
         self,
-        args: tuple[Any, ...],
+        arguments: Arguments,
         scope: Scope,
         hooks: AbstractContextManager[Any],
         function: Callable[..., Any] | None = None,
@@ -75,17 +106,95 @@ class Region:
         """Run the region once more, as it ran the first time; see :meth:`first`.
 
         Args:
-            args: as in :meth:`first`.
+            arguments: as in :meth:`first`.
             scope: as in :meth:`first`.
             hooks: as in :meth:`first`.
             function: run this under the region's conditions instead (its inverse).
+
+        Raises:
+            InPlaceError: it reads a parameter or buffer that was changed in place since.
         """
-        if self._conditions is None:
+        # A gradient may be taken inside the region itself, while it runs for the first time.
+        record = self._record if self._recorder is None else self._recorder.so_far()
+        if self._conditions is None or record is None:
             raise RebuildError(f"{self.name}: asked to run again before it has run")
-        self._conditions.check(self.function)
+        args, kwargs = arguments
+        changed = record.changed()
+        watch = Watch(copies=False) if changed else None
         outer, local.scope = local.scope, scope
         try:
-            with backward_mode(), self._conditions.replayed(other=function is not None), torch.enable_grad(), hooks:
-                return (function or self.function)(*args)
+            with ExitStack() as stack:
+                stack.enter_context(backward_mode())
+                stack.enter_context(outside_transforms())
+                self._conditions.enter(stack)
+                if self._random is not None:
+                    stack.enter_context(self._random.replayed())
+                if self._contexts is not None and function is None:
+                    stack.enter_context(_repeatable(self._contexts[1]))
+                stack.enter_context(record.put_back())
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(hooks)
+                if watch is not None:
+                    stack.enter_context(watch)
+                return (function or self.function)(*args, **kwargs)
         finally:
             local.scope = outer
+            if watch is not None:
+                check_unread(self.name, changed, watch)
+
+
+@contextmanager
+def _repeatable(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter a context of a rebuild that may be entered again, which torch's selective checkpoints are not made for."""
+    storage = selective_storage(context)
+    before = None if storage is None else {key: dict(entries) for key, entries in storage.items()}
+    try:
+        with context:
+            yield
+    finally:
+        if storage is not None and before is not None:
+            for key, entries in before.items():
+                storage[key].update(entries)
+
+
+class _Conditions:
+    """Contexts at the start of a region: autocast, attention backends, default dtype and device, parametrizations.
+
+    Args:
+        devices: the devices of the arguments' tensors.
+    """
+
+    __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        types = {"cpu", *(d.type for d in devices if torch.amp.is_autocast_available(d.type))}
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(types)
+        ]
+        self._dtype = torch.get_default_dtype()
+        self._device = torch.get_default_device()
+        self._attention = ScaledProductBackends()
+        self._parametrizations = cached_parametrizations()
+
+    def enter(self, stack: ExitStack) -> None:
+        """Enter the contexts again, as far as they differ from the present ones."""
+        for kind, enabled, dtype in self._autocast:
+            if enabled or torch.is_autocast_enabled(kind):
+                # Without the cache: casts of a rebuild must not be handed to a later forward, nor the reverse.
+                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+        dtype = torch.get_default_dtype()
+        if dtype is not self._dtype:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(self._dtype)
+        if torch.get_default_device() != self._device:
+            stack.enter_context(self._device)
+        now = ScaledProductBackends()
+        if now != self._attention:
+            stack.callback(now.set)
+            self._attention.set()
+        if self._parametrizations is not None or cached_parametrizations() is not None:
+            stack.enter_context(parametrizations_as(self._parametrizations))
+
+    def tolerance(self) -> float:
+        """Return the largest tolerance of the types that autocast computes in; 0.0 without autocast."""
+        return max((tolerance_of(dtype) for _, enabled, dtype in self._autocast if enabled), default=0.0)

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recollect.frames._describe import describe
-from recollect.frames._errors import InPlaceError
-from recollect.frames._modules import version_of
+from recollect.frames._errors import InPlaceError, describe
+from recollect.frames._record import version_of
 
 __all__ = ["Add", "NewGroup", "Transform", "Transformed"]
 
@@ -46,38 +45,57 @@ class Add:
 
 
 class Transformed:
-    """A block and the transform that its output steers, run in one region: the transform may save tensors too."""
+    """A block and the transform that its output steers, run in one region: the transform may save tensors too.
 
-    __slots__ = ("__self__", "_dim", "_transform")
+    Attributes:
+        owner: the block, which messages name.
+        seen: is given the block's output in a forward pass.
+    """
+
+    __slots__ = ("_dim", "_transform", "owner", "seen")
 
     def __init__(self, block: Callable[..., Any], transform: Transform, dim: int) -> None:
-        self.__self__ = block
+        self.owner = block
+        self.seen: Callable[[Tensor], None] | None = None
         self._transform = transform
         self._dim = dim
 
-    def __call__(self, z: Tensor, group: Tensor | NewGroup, *args: Any) -> tuple[Tensor, ...]:
+    @property
+    def name(self) -> str:
+        """The block's name, for messages."""
+        return describe(self.owner)
+
+    def __call__(self, z: Tensor, group: Tensor | NewGroup, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the new group and what else the transform returns; in a rebuild, find the old group on the way."""
         version = 0 if torch.compiler.is_compiling() else version_of(z)  # which torch.compile cannot see
-        shape = z.shape  # a block that releases its input leaves it without one
-        output = self.__self__(z, *args)
+        shape = list(z.shape)  # a block that releases its input leaves it without one
+        output = self.owner(z, *args, **kwargs)
+        value = group.value if isinstance(group, NewGroup) else group
+        shape[self._dim] = value.size(self._dim) * self._transform.factor
         self._check(z, shape, version, output)
         if isinstance(group, NewGroup):
             group = group.solve(self._transform, output)
             if not self._transform.saves:
                 return ()
+        elif self.seen is not None:
+            self.seen(output.detach())
         return self._transform(group, output)
 
-    def invert(self, z: Tensor, group: NewGroup, *args: Any) -> None:
+    def invert(self, z: Tensor, group: NewGroup, *args: Any, **kwargs: Any) -> None:
         """Find the old group, and no more."""
-        group.solve(self._transform, self.__self__(z, *args))
+        group.solve(self._transform, self.owner(z, *args, **kwargs))
 
-    def _check(self, z: Tensor, given: torch.Size, version: int, output: Any) -> None:
+    def evaluate(self, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the block's output alone."""
+        output: Tensor = self.owner(z, *args, **kwargs)
+        return output.detach()
+
+    def _check(self, z: Tensor, shape: list[int], version: int, output: Any) -> None:
         """Raise unless the block left its input alone and returned a tensor of the right shape."""
-        factor, shape = self._transform.factor, list(given)
-        shape[self._dim] *= factor
+        factor = self._transform.factor
         if not isinstance(output, Tensor) or list(output.shape) != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            if factor == 1:
+            if list(z.shape) == shape:
                 allowed = f"its input's shape {shape}, got {found}"
                 if (
                     isinstance(output, Tensor)
@@ -86,11 +104,12 @@ class Transformed:
                 ):
                     allowed += "; give it as many output as input channels"
             else:
-                allowed = f"shape {shape}, {factor} times its input's size in dimension {self._dim}, got {found}"
-            raise ValueError(f"{describe(self)}: a block of a coupling must return a tensor of {allowed}")
+                times = "" if factor == 1 else f", {factor} times the size in dimension {self._dim} of what it changes"
+                allowed = f"shape {shape}{times}, got {found}"
+            raise ValueError(f"{self.name}: a block of a coupling must return a tensor of {allowed}")
         if not torch.compiler.is_compiling() and version_of(z) != version:
             raise InPlaceError(
-                f"{describe(self)}: the block changed its own input in place, which is also another group's output; "
+                f"{self.name}: the block changed its own input in place, which is also another group's output; "
                 "use the out-of-place form of its first operation (ReLU(inplace=False), x = x + 1)"
             )
 
@@ -102,18 +121,24 @@ class NewGroup:
         value: X'_i.
         dtype: X_i's.
         requires_grad: X_i's.
+
+    Attributes:
+        old: X_i, when it was found.
+        returned: what the block returned then.
     """
 
-    __slots__ = ("_dtype", "_requires_grad", "_value", "old")
+    __slots__ = ("_dtype", "_requires_grad", "old", "returned", "value")
 
     def __init__(self, value: Tensor, dtype: torch.dtype, requires_grad: bool) -> None:
-        self._value = value
+        self.value = value
         self._dtype = dtype
         self._requires_grad = requires_grad
         self.old: Tensor | None = None
+        self.returned: Tensor | None = None
 
     def solve(self, transform: Transform, output: Tensor) -> Tensor:
-        """Return X_i for the block's output, and note it."""
+        """Return X_i for the block's output, and note both."""
         with torch.no_grad():
-            self.old = transform.inverse(self._value, output.detach())[0].to(self._dtype)
+            self.returned = output.detach()
+            self.old = transform.inverse(self.value, self.returned)[0].to(self._dtype)
         return self.old.detach().requires_grad_(self._requires_grad)

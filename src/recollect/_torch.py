@@ -1,0 +1,304 @@
+"""What recollect uses of torch's private interface, in one place.
+
+Everything else in the package keeps to what torch documents. "Since" is the first release in which the name has the
+form that is used here; the package asks for torch 2.9.
+
+============================================================ ========================================= =====
+used                                                         for                                       since
+============================================================ ========================================= =====
+``torch._C._autograd._top_saved_tensors_default_hooks``      what surrounds a frame                    2.5
+``torch._C._autograd._saved_tensors_hooks_is_enabled``       whether frames can act                    2.1
+``torch._C._functorch.peek_interpreter_stack``               whether torch.func is at work             2.0
+``torch._functorch.pyfunctorch.temporarily_clear_...``       rebuilds in batched backward              2.0
+``torch._C._vmapmode_{in,de}crement_nesting``                the same                                  1.8
+``torch.autograd.forward_ad._current_level``                 whether forward mode is at work           1.8
+``torch._C._get_tracing_state``                              whether torch.jit traces                  1.0
+``torch._C._get_dispatch_mode``                              whether tensors are fake or proxies       2.1
+``torch._C._current_graph_task_id``                          telling backward passes apart             1.13
+``torch.autograd.variable.Variable._execution_engine``       a callback when backward ends             1.0
+``torch.autograd._get_sequence_nr``, ``Node._sequence_nr``   which nodes a region made                 2.1
+``torch.autograd._unsafe_preserve_version_counter``          writes that are undone                    2.0
+``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
+``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
+``torch.nn.utils.parametrize._cache``, ``_cache_enabled``    parametrize.cached in a rebuild           1.9
+``torch._C._get_*_sdp_enabled``, ``_get_sdp_priority_order`` sdpa_kernel in a rebuild                  2.5
+``torch.utils._python_dispatch.TorchDispatchMode``           what a region reads and writes            1.13
+``torch.utils._pytree.SUPPORTED_NODES``                      containers that others registered         1.8
+``_CachedTorchDispatchMode.storage``                         selective checkpoints, more than once     2.13
+============================================================ ========================================= =====
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.autograd.variable import Variable
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize as _parametrize
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+__all__ = [
+    "ScaledProductBackends",
+    "TorchDispatchMode",
+    "cached_parametrizations",
+    "graph_task_id",
+    "hooks_are_enabled",
+    "is_in_transform",
+    "is_recorded",
+    "is_traceable_wrapper_subclass",
+    "node_sequence",
+    "opened_by_pytree",
+    "outside_transforms",
+    "parametrizations_as",
+    "preserving_versions",
+    "saved_tensor_hooks",
+    "selective_storage",
+    "sequence",
+    "storage_use_count",
+    "tensor_use_count",
+    "transform_level_is_open",
+    "unwatch_modules",
+    "watch_modules",
+    "when_backward_ends",
+    "write_undeclared",
+]
+
+
+# Saved tensors, transforms and recordings.
+
+
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the innermost saved-tensor hooks that surround this code, if any."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
+
+
+def hooks_are_enabled() -> bool:
+    """Return whether saved-tensor hooks may be used here."""
+    enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return enabled
+
+
+def transform_level_is_open() -> bool:
+    """Return whether a transform of torch.func is at work here."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_in_transform() -> bool:
+    """Return whether saved-tensor hooks do not exist here: in torch.func, forward mode and under torch.jit.trace."""
+    return transform_level_is_open() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+
+
+def is_recorded() -> bool:
+    """Return whether this runs under torch.func, or is compiled or traced: tensors are then not what they seem to be."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transform_level_is_open():
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave batched-gradient (vmap) modes for the duration of a rebuild.
+
+    ``is_grads_batched=True`` runs backward under a vmap level that refuses random operations, although what a rebuild
+    computes has no batch of gradients in it.
+    """
+    decrement: Callable[[], int] = torch._C._vmapmode_decrement_nesting
+    increment: Callable[[], int] = torch._C._vmapmode_increment_nesting
+    increment()
+    levels = decrement()
+    for _ in range(levels):
+        decrement()
+    stack: AbstractContextManager[Any] = nullcontext()
+    if transform_level_is_open():
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        stack = temporarily_clear_interpreter_stack()
+    try:
+        with stack:
+            yield
+    finally:
+        for _ in range(levels):
+            increment()
+
+
+# The graph.
+
+
+def sequence() -> int:
+    """Return the number that the next node of this thread's graph will have; it only grows."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def node_sequence(node: Any) -> int:
+    """Return the number of a node; nodes that accumulate gradients have the largest there is."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def graph_task_id() -> int:
+    """Return which backward pass this is."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Call ``callback`` at the end of the backward pass that is running."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+# Storages and versions.
+
+
+def preserving_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Return a context in which writes to the tensors do not count: they are undone before it ends."""
+    if not tensors:
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[no-untyped-call]
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int | None:
+    """Return how many hold a storage, or ``None`` where torch does not say."""
+    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else count(storage._cdata)
+
+
+def tensor_use_count(tensor: Tensor) -> int:
+    """Return how many of torch's own references a tensor has."""
+    held: int = tensor._use_count()  # type: ignore[attr-defined]
+    return held
+
+
+# Operations that write to arguments without declaring it in their schema: positions, and where the flag stands that
+# says whether they do.
+_UNDECLARED: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "aten::native_batch_norm": ((3, 4), 5),
+    "aten::cudnn_batch_norm": ((3, 4), 5),
+    "aten::miopen_batch_norm": ((3, 4), 5),
+    "aten::batch_norm_update_stats": ((1, 2), None),
+    "aten::batch_norm_gather_stats": ((3, 4), None),
+    "aten::batch_norm_gather_stats_with_counts": ((3, 4), None),
+}
+
+
+def write_undeclared(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """Return the arguments that an operation writes to although its schema does not say so."""
+    found = _UNDECLARED.get(func._schema.name)
+    if found is None:
+        return []
+    positions, flag = found
+    if flag is not None and not (flag < len(args) and args[flag]):
+        return []
+    return [args[i] for i in positions if i < len(args)]
+
+
+# Modules that run.
+
+_WATCHING = "recollect"  # torch's own handles are numbers
+_lock = threading.Lock()
+_watchers = 0
+
+
+def watch_modules(enter: Callable[..., None], leave: Callable[..., None]) -> None:
+    """Call ``enter(module, args)`` before, and ``leave(module, args, output)`` after each module's forward.
+
+    One pair for the process, until :func:`unwatch_modules` is called as often. Modules of other threads are seen too.
+    """
+    global _watchers
+    with _lock:
+        _watchers += 1
+        if _watchers == 1:
+            _module._global_forward_hooks_always_called[_WATCHING] = True  # type: ignore[index]
+            _module._global_forward_hooks[_WATCHING] = leave  # type: ignore[index]
+            _module._global_forward_pre_hooks[_WATCHING] = enter  # type: ignore[index]
+
+
+def unwatch_modules() -> None:
+    """Undo one :func:`watch_modules`."""
+    global _watchers
+    with _lock:
+        _watchers -= 1
+        if _watchers == 0:
+            del _module._global_forward_pre_hooks[_WATCHING]  # type: ignore[arg-type]
+            del _module._global_forward_hooks[_WATCHING]  # type: ignore[arg-type]
+            del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
+
+
+STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+
+
+# Contexts that torch keeps for the process.
+
+
+def cached_parametrizations() -> dict[Any, Any] | None:
+    """Return what ``torch.nn.utils.parametrize.cached`` holds here; ``None`` outside of it."""
+    return dict(_parametrize._cache) if _parametrize._cache_enabled else None
+
+
+@contextmanager
+def parametrizations_as(cache: dict[Any, Any] | None) -> Iterator[None]:
+    """Run the body inside ``parametrize.cached`` that holds ``cache``, or outside of it for ``None``."""
+    before = _parametrize._cache_enabled, _parametrize._cache
+    _parametrize._cache_enabled, _parametrize._cache = int(cache is not None), dict(cache or {})
+    try:
+        yield
+    finally:
+        _parametrize._cache_enabled, _parametrize._cache = before
+
+
+class ScaledProductBackends:
+    """Which implementations of scaled_dot_product_attention are allowed at this moment, and in which order."""
+
+    _NAMES = tuple(
+        name
+        for name in ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+        if hasattr(torch._C, f"_get_{name}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{name}")
+    )
+    _GETTERS = tuple(getattr(torch._C, f"_get_{name}_sdp_enabled") for name in _NAMES)
+    _SETTERS = tuple(getattr(torch._C, f"_set_sdp_use_{name}") for name in _NAMES)
+
+    __slots__ = ("_enabled", "_order")
+
+    def __init__(self) -> None:
+        self._enabled = tuple([getter() for getter in self._GETTERS])
+        self._order: list[int] = torch._C._get_sdp_priority_order()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ScaledProductBackends) and self._enabled == other._enabled and self._order == other._order
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def set(self) -> None:
+        """Allow these again."""
+        for setter, enabled in zip(self._SETTERS, self._enabled, strict=True):
+            setter(enabled)
+        torch._C._set_sdp_priority_order(self._order)
+
+
+def selective_storage(context: Any) -> dict[Any, Any] | None:
+    """Return where a context of torch's selective checkpoints keeps what it saved; ``None`` for other contexts."""
+    storage = getattr(context, "storage", None)
+    is_selective = type(context).__name__ == "_CachedTorchDispatchMode" and isinstance(storage, dict)
+    return storage if is_selective else None
+
+
+def opened_by_pytree(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """Return the children of a container that was registered with torch's pytree, and how it is made of them."""
+    node = _pytree.SUPPORTED_NODES.get(type(value))
+    if node is None:
+        return None
+    children, context = node.flatten_fn(value)
+    unflatten = node.unflatten_fn
+    return list(children), lambda items: unflatten(items, context)

@@ -1,0 +1,1 @@
+"""What several parts do with arguments, containers and files."""

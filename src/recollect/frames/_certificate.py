@@ -1,0 +1,298 @@
+"""Fingerprints of tensors, and the proof that what was rebuilt is what was computed.
+
+A fingerprint reads every element and has a fixed size: four projections on pseudo-random directions and the norm
+(for floating-point types), or a weighted sum of bits (for all others, and where bits are to be equal). Elements are
+weighted by their position, so that tensors that hold the same values in another order differ. For two tensors a and b,
+the root mean square of the difference of their projections estimates ||a - b|| (Johnson and Lindenstrauss 1984).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recollect._torch import is_in_transform
+from recollect.frames._errors import RebuildError
+
+__all__ = [
+    "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "error_between", "fingerprint",
+    "tolerance_of",
+]  # fmt: skip
+
+Certify = bool | Literal["exact"]
+
+# Positions are weighted with this period: a prime, so that whole rows or samples never fall on one another.
+_PERIOD = 1021
+_PROJECTIONS = 4
+
+# Relative error (of the norm) that a repetition may have: what kernels that sum in another order every time may do.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+# Sampled elements where reading all of them would cost more than it proves.
+_SAMPLES = 4 * _PERIOD
+
+_directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+class Fingerprint(NamedTuple):
+    """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
+
+    projections: list[float] | Tensor  # the last is the norm; empty for types that are not floating-point
+    bits: int | Tensor  # 0 where they do not count
+
+
+class Certificate:
+    """Figures of what was certified since the last :meth:`reset`.
+
+    Attributes:
+        equal: how many rebuilt tensors had the fingerprint of the forward's.
+        rounded: how many differed within the rounding of their dtype.
+        largest: the largest relative error among the latter, as estimated from fingerprints; 0.0 if there was none.
+    """
+
+    __slots__ = ("equal", "largest", "rounded")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.equal = self.rounded = 0
+        self.largest = 0.0
+
+    def note(self, error: float) -> None:
+        """Count a tensor that was accepted with this relative error."""
+        if error == 0.0:
+            self.equal += 1
+        else:
+            self.rounded += 1
+            self.largest = max(self.largest, error)
+
+    def __repr__(self) -> str:
+        return f"Certificate(equal={self.equal}, rounded={self.rounded}, largest={self.largest:.1e})"
+
+
+def check_certify(value: Certify) -> Certify:
+    """Return the setting, or raise a ValueError."""
+    if value not in (True, False, "exact"):
+        raise ValueError(f"certify must be True, 'exact' or False (got {value!r})")
+    return value
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the relative error that is rounding for a dtype."""
+    return _TOLERANCES.get(dtype, _TOLERANCES[torch.float32] if not dtype.is_complex else 1e-10)
+
+
+def fingerprint(tensor: Tensor, *, exact: bool = False, sample: bool = False) -> Fingerprint | None:
+    """Return a tensor's fingerprint; ``None`` if it has no values (meta, fake) or hides them (transforms).
+
+    Args:
+        tensor: any.
+        exact: take its bits too.
+        sample: take at most some thousand elements, as floating-point numbers.
+    """
+    flat = _values(tensor.detach() if tensor.requires_grad else tensor)
+    if flat is None:
+        return None
+    if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
+        flat = flat[:: flat.numel() // _SAMPLES + 1] if flat.numel() > _SAMPLES else flat
+        flat = flat if flat.is_floating_point() else flat.float()
+    bits: int | Tensor = 0
+    if exact or not flat.is_floating_point():
+        bits = _bits_of(flat)
+    projections: list[float] | Tensor = []
+    if flat.is_floating_point():
+        projections = _project(flat)
+    return Fingerprint(projections, bits)
+
+
+def error_between(then: Fingerprint, now: Fingerprint) -> float:
+    """Return the estimate of ||now - then|| / ||then||; infinite where bits that count differ, 0.0 if all is equal."""
+    if not _equal(then.bits, now.bits):
+        return math.inf
+    a, b = _numbers(then.projections), _numbers(now.projections)
+    if a == b or not a:
+        return 0.0
+    square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
+    if square == 0.0:
+        return 0.0  # NaN where NaN was
+    norm = a[-1]
+    error = math.sqrt(square / _PROJECTIONS)
+    if not math.isfinite(error) or norm == 0.0:
+        return math.inf
+    return error / norm
+
+
+def _equal(a: int | Tensor, b: int | Tensor) -> bool:
+    return int(a) == int(b)
+
+
+def _numbers(projections: list[float] | Tensor) -> list[float]:
+    if isinstance(projections, Tensor):
+        numbers: list[float] = projections.tolist()
+        return numbers
+    return projections
+
+
+def _values(tensor: Tensor) -> Tensor | None:
+    """Return what a tensor holds, along one dimension; in the order of its memory, if that has no gaps."""
+    if is_in_transform() or tensor.device.type == "meta":
+        return None
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        return _values_of_subclass(tensor)
+    if tensor.layout is not torch.strided:
+        return _values_of_sparse(tensor)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    elif tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if not tensor.is_contiguous():
+        if tensor.dim() > 1:
+            order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+            tensor = tensor.permute(order)
+        tensor = tensor.contiguous()
+    return tensor.view(-1)
+
+
+def _values_of_sparse(tensor: Tensor) -> Tensor | None:
+    if tensor.layout is torch.sparse_coo:
+        return _values(tensor._values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return _values(tensor.values())
+    return None
+
+
+def _values_of_subclass(tensor: Tensor) -> Tensor | None:
+    """Return the values of a subclass that is a plain tensor underneath; of others nothing is known."""
+    if tensor.layout is torch.jagged:
+        return _values(tensor.values())
+    local = getattr(tensor, "_local_tensor", None)  # DTensor: this rank's part
+    if isinstance(local, Tensor):
+        return _values(local)
+    if kind_is_plain(type(tensor)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return _values(tensor.as_subclass(Tensor))
+    return None
+
+
+def kind_is_plain(kind: type[Tensor]) -> bool:
+    """Whether tensors of a subclass hold their values as tensors do."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _project(flat: Tensor) -> list[float] | Tensor:
+    device = flat.device
+    wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
+    size = flat.numel()
+    if size <= _PERIOD:
+        columns = flat.to(wide)
+        norm = torch.linalg.vector_norm(columns)
+    else:
+        rows = size // _PERIOD
+        columns = flat[: rows * _PERIOD].view(rows, _PERIOD).sum(0, dtype=wide)
+        if rows * _PERIOD < size:
+            columns[: size - rows * _PERIOD] += flat[rows * _PERIOD :]
+        norm = torch.linalg.vector_norm(flat, dtype=wide)
+    projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
+    if device.type != "cpu":
+        return torch.cat([projections, norm.view(1)])
+    numbers: list[float] = projections.tolist()
+    numbers.append(norm.item())
+    return numbers
+
+
+def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return pseudo-random directions [projections, period], the same in every process."""
+    known = _directions.get((dtype, device))
+    if known is None:
+        with torch.inference_mode(False), torch.device("cpu"):
+            generator = torch.Generator().manual_seed(0)
+            known = torch.randn(_PROJECTIONS, _PERIOD, generator=generator, dtype=torch.float64).to(device, dtype)
+        _directions[dtype, device] = known
+    return known
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_weights: dict[torch.device, Tensor] = {}
+
+
+def bits_of(tensor: Tensor) -> int | Tensor | None:
+    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values."""
+    flat = _values(tensor.detach() if tensor.requires_grad else tensor)
+    return None if flat is None else _bits_of(flat)
+
+
+def _bits_of(flat: Tensor) -> int | Tensor:
+    """Return the sum of the elements' bits, each times an odd number that depends on its position, modulo 2^64."""
+    if flat.dtype is torch.bool:
+        flat = flat.view(torch.uint8)
+    elif flat.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        flat = flat.view(_INTEGERS[flat.element_size()])
+    device, size = flat.device, flat.numel()
+    weights = _weights.get(device)
+    if weights is None:
+        with torch.inference_mode(False):
+            weights = _weights[device] = torch.arange(_PERIOD, device=device) * 2654435762 + 1
+    if size <= _PERIOD:
+        total = (flat * weights[:size]).sum()
+    else:
+        rows = size // _PERIOD
+        columns = flat[: rows * _PERIOD].view(rows, _PERIOD).sum(0, dtype=torch.int64)
+        columns[: size - rows * _PERIOD] += flat[rows * _PERIOD :]
+        total = (columns * weights).sum()
+    return int(total) if device.type == "cpu" else total
+
+
+def check_block(
+    name: str,
+    given: float,
+    returned: float,
+    tolerance: float,
+    amplification: Callable[[], float],
+    certify: Certify,
+    certificate: Certificate,
+) -> None:
+    """Tell a repetition that drifts by rounding from one that computed something else.
+
+    Args:
+        name: whose repetition it is.
+        given: relative error of what it was given.
+        returned: relative error of what it returned.
+        tolerance: relative error that is rounding.
+        amplification: measures how many times larger the error of what is returned is than that of what is given;
+            asked only where the errors alone do not tell.
+        certify: what is accepted.
+        certificate: where it is counted.
+
+    Raises:
+        RebuildError: it computed something else.
+    """
+    if certify == "exact":
+        accepted = returned == 0.0
+    else:
+        accepted = returned <= tolerance or returned <= _ORDINARY * given
+        if not accepted and math.isfinite(returned):
+            rounding = max(given, tolerance / _ORDINARY)
+            accepted = returned <= _SAFETY * amplification() * rounding
+    if not accepted:
+        allowed = "certify='exact' allows none" if certify == "exact" else f"rounding: {tolerance:.0e}"
+        raise RebuildError(
+            f"{name}: running it again for backward differs from the forward pass: what it returns has a relative "
+            f"error of {returned:.1e}, and what it was given one of {given:.1e} ({allowed}). It must compute the same "
+            "again, and an inverse give back what its function was given. Most often it draws random numbers from "
+            "somewhere other than torch's default generators (NumPy, random), or was called with seed=False, or reads "
+            "something that was changed in between. Draw from torch, pass what changes as an argument, or use a "
+            "checkpoint, which keeps the input"
+        )
+    certificate.note(returned)
+
+
+# How many times larger errors ordinary blocks make of small ones, and how uncertain a measured amplification is.
+_ORDINARY = 10.0
+_SAFETY = 30.0

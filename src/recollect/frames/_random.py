@@ -1,0 +1,229 @@
+"""Random state of the devices that a region may draw from, and of threads that draw side by side."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect._torch import TorchDispatchMode
+
+__all__ = ["RandomState", "Randomness"]
+
+States = list[tuple[torch.device, Tensor]]
+
+
+def _read(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _write(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
+    return [torch.device("cpu"), *(d for d in devices if d.type not in ("cpu", "meta"))]
+
+
+class RandomState:
+    """The generators' state at one moment: of the CPU, and of every device in ``devices``.
+
+    Args:
+        devices: devices beside the CPU; those without a generator (meta) are passed over.
+    """
+
+    __slots__ = ("states",)
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self.states: States = [(device, _read(device)) for device in _with_generators(devices)]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw in the body what was drawn after this moment; the generators go on as if nothing had happened."""
+        now = [(device, _read(device)) for device, _ in self.states]
+        try:
+            for device, state in self.states:
+                _write(device, state)
+            yield
+        finally:
+            for device, state in now:
+                _write(device, state)
+
+
+class _Threads:
+    """Which threads run regions.
+
+    The default generators belong to the process. A lone thread uses them as they are. Once a second thread has run a
+    region, each region draws from a stream of its own (:class:`_OwnStream`), so that nobody waits for the end of
+    another's region. Regions that began before that are drawn beside only when they have ended, for which a drawing
+    thread waits, but not for ever: such a region may in turn wait for threads that it started.
+    """
+
+    patience = 30.0  # seconds
+
+    def __init__(self) -> None:
+        self.drawing = threading.RLock()
+        self.first: weakref.ref[threading.Thread] | None = None
+        self.shared = False
+        self._ended = threading.Condition()
+        self._lone: dict[int, int] = {}  # thread: how many regions it runs on the process's generators
+
+    def note(self) -> None:
+        """Take notice of the running thread."""
+        if self.shared:
+            return
+        thread = threading.current_thread()
+        first = self.first() if self.first is not None else None
+        if first is thread:
+            return
+        if first is None or not first.is_alive():
+            self.first = weakref.ref(thread)
+        else:
+            self.shared = True
+
+    def enter(self) -> None:
+        """Begin to use the process's generators."""
+        thread = threading.get_ident()
+        self._lone[thread] = self._lone.get(thread, 0) + 1
+
+    def leave(self) -> None:
+        """End the use of the process's generators."""
+        thread = threading.get_ident()
+        left = self._lone[thread] - 1
+        if left:
+            self._lone[thread] = left
+        else:
+            del self._lone[thread]
+        if self.shared:
+            with self._ended:
+                self._ended.notify_all()
+
+    def wait_for_others(self) -> None:
+        """Wait until no other thread uses the process's generators."""
+        own = threading.get_ident()
+        if any(thread != own for thread in list(self._lone)):
+            with self._ended:
+                self._ended.wait_for(lambda: all(thread == own for thread in list(self._lone)), self.patience)
+
+
+_threads = _Threads()
+
+
+class _OwnStream(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
+    """Random operations of the body draw from generators of its own.
+
+    Args:
+        states: where they begin; ``None`` for a seed that the process's generator gives when it is needed.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled blocks are not to be compiled anew because of it."""
+        return True
+
+    def __init__(self, states: States | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.first: dict[torch.device, Tensor] = dict(states or ())
+        self._states = dict(self.first)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        devices = {torch.device("cpu")}
+        for value in (*args, *kwargs.values()):
+            device = value.device if isinstance(value, Tensor) else value
+            if isinstance(device, torch.device) and device.type not in ("cpu", "meta"):
+                devices.add(device)
+        with _threads.drawing:
+            _threads.wait_for_others()
+            for device in devices:
+                self._begin(device)
+            now = [(device, _read(device)) for device in devices]
+            try:
+                for device in devices:
+                    _write(device, self._states[device])
+                return func(*args, **kwargs)
+            finally:
+                self._states.update((device, _read(device)) for device in devices)
+                for device, state in now:
+                    _write(device, state)
+
+    def _begin(self, device: torch.device) -> None:
+        if device not in self._states:
+            seed = int(torch.randint(2**62, (), device="cpu"))  # moves the process's generator: streams differ
+            state = torch.Generator(device).manual_seed(seed).get_state()
+            self._states[device] = self.first[device] = state
+
+
+class Randomness:
+    """What one region draws: observed in its first run, and replayed.
+
+    Args:
+        devices: that the region's tensors are on, for their generators.
+    """
+
+    __slots__ = ("_before", "_devices", "_stream", "states")
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._devices = devices
+        self._stream: _OwnStream | None = None
+        self._before: RandomState | None = None
+        self.states: States = []
+
+    def __enter__(self) -> Randomness:
+        _threads.note()
+        if _threads.shared:
+            self._stream = _OwnStream(None)
+            self._stream.__enter__()
+        else:
+            _threads.enter()
+            self._before = RandomState(self._devices)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._stream is not None:
+            self._stream.__exit__(*exc_info)
+            self.states = list(self._stream.first.items())
+            self._stream = None
+        elif self._before is not None:
+            # Generators that nobody drew from are forgotten: a region without randomness then costs nothing.
+            self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _read(d))]
+            self._before = None
+            _threads.leave()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw in the body what was drawn in the first run; the generators go on as if nothing had happened."""
+        if self._stream is not None or self._before is not None:  # the first run lasts
+            states = list(self._stream.first.items()) if self._stream is not None else self._before.states  # type: ignore[union-attr]
+        else:
+            states = self.states
+        foreign = isinstance(threading.current_thread(), threading._DummyThread)  # autograd's own
+        if not foreign:
+            _threads.note()
+        if _threads.shared:
+            with _OwnStream(states):
+                yield
+            return
+        _threads.enter()
+        state = RandomState.__new__(RandomState)
+        state.states = states
+        try:
+            with state.replayed():
+                yield
+        finally:
+            _threads.leave()

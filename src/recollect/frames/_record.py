@@ -1,0 +1,495 @@
+"""What runs in a region, and what it reads and writes: observed, not searched for.
+
+While a region runs for the first time, module hooks tell which modules run. Their buffers are compared with what they
+held before: by version, and by value where no version is counted. The first call of each module and of each function
+also runs under a dispatch mode, which sees every operation: it copies what exists outside of the region before the
+first write to it. Modules and functions that write to more than buffers are watched in every call.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.nn.parameter import is_lazy
+
+from recollect._storages import storages_of, storages_within
+from recollect._torch import (
+    STANDARD_ATTRIBUTES,
+    TorchDispatchMode,
+    preserving_versions,
+    unwatch_modules,
+    watch_modules,
+    write_undeclared,
+)
+from recollect.frames._certificate import bits_of
+from recollect.frames._errors import InPlaceError
+from recollect.frames._modes import local
+from recollect.frames._state import PythonState, reached_by
+
+__all__ = ["Record", "Recorder", "Watch", "check_unread", "version_of"]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the in-place version of a tensor; inference tensors have none, and count as unchanged."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
+def key_of(storage: UntypedStorage) -> int:
+    """Return the number of a storage, which another may have when it is gone."""
+    number: int = storage._cdata
+    return number
+
+
+class _Known:
+    """What earlier calls of a module, or of a function, have taught."""
+
+    __slots__ = ("marks", "seen", "watched", "written")
+
+    def __init__(self) -> None:
+        self.seen: set[bool] = set()  # training flags under which a call was watched from begin to end
+        self.watched = False  # writes to more than buffers, and is watched at each call
+        self.written: set[str] = set()  # buffers that it was seen to write
+        self.marks: dict[str, tuple[weakref.ref[Tensor], int, Any]] = {}  # of buffers that it only read
+
+
+_modules_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_functions_known: weakref.WeakKeyDictionary[types.CodeType, _Known] = weakref.WeakKeyDictionary()
+
+
+def _known_module(module: nn.Module) -> _Known:
+    known = _modules_known.get(module)
+    if known is None:
+        known = _modules_known[module] = _Known()
+    return known
+
+
+def _code_of(function: Any) -> types.CodeType | None:
+    """Return the code that a call of the function runs, if it is no module and written in Python."""
+    while not isinstance(function, nn.Module):
+        if isinstance(function, types.FunctionType):
+            return function.__code__
+        if isinstance(function, types.MethodType):
+            function = function.__func__
+        elif hasattr(function, "func"):  # functools.partial
+            function = function.func
+        else:
+            return getattr(getattr(type(function), "__call__", None), "__code__", None)
+    return None
+
+
+# Writes.
+
+
+class _Copy:
+    """What a tensor or a storage held before it was written to, where that is known."""
+
+    __slots__ = ("_storage", "_tensor", "then")
+
+    def __init__(self, of: Tensor | UntypedStorage, then: Tensor | None) -> None:
+        self._tensor = of if isinstance(of, Tensor) else None
+        self._storage = None if isinstance(of, Tensor) else weakref.ref(of)
+        self.then = then
+
+    def target(self) -> Tensor | None:
+        """Return a tensor to write to that counts no versions; ``None`` if the storage is gone."""
+        if self._tensor is not None:
+            return self._tensor.data
+        storage = self._storage() if self._storage is not None else None
+        return None if storage is None else _bytes_of(storage)
+
+    def tensor(self) -> Tensor | None:
+        """Return the tensor itself, if this is of one."""
+        return self._tensor
+
+
+def _bytes_of(storage: UntypedStorage) -> Tensor:
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return whole.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload,no-any-return]
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
+    """Sees which storages from outside the operations of its body read and write.
+
+    Attributes:
+        read: keys of the storages that were read.
+        written: storages that were written, by key, with what they held before.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled blocks are not to be compiled anew because somebody watches."""
+        return True
+
+    def __init__(self, copies: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read: set[int] = set()
+        self.written: dict[int, _Copy] = {}
+        self._made: set[int] = set()
+        self._copies = copies
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind.__torch_dispatch__ is not _PLAIN_DISPATCH for kind in types):
+            return NotImplemented  # a subclass with operations of its own unwraps first; what it runs is seen
+        kwargs = kwargs or {}
+        inputs = {key_of(storage) for storage in storages_within((args, kwargs))}
+        if func is _LIFT_FRESH:  # torch.tensor(...): its argument was made a moment ago, unseen
+            self._made |= inputs
+        outside = inputs - self._made
+        if outside:
+            self.read |= outside
+            self._note_writes(func, args, kwargs, outside)
+        out = func(*args, **kwargs)
+        self._made.update(key for key in map(key_of, storages_within(out)) if key not in inputs)
+        return out
+
+    def _note_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outside: set[int]) -> None:
+        targets = write_undeclared(func, args)
+        schema = func._schema
+        if schema.is_mutable:
+            for i, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[i] if i < len(args) else kwargs.get(argument.name)
+                    targets.extend(given if isinstance(given, (list, tuple)) else [given])
+        for target in targets:
+            if isinstance(target, Tensor):
+                for storage in storages_of(target):
+                    key = key_of(storage)
+                    if key in outside and key not in self.written:
+                        then = _bytes_of(storage).clone() if self._copies else None
+                        self.written[key] = _Copy(storage, then)
+
+
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
+_LIFT_FRESH = torch.ops.aten.lift_fresh.default
+
+
+# Observation.
+
+
+class _Buffer:
+    """A buffer at the moment in which its module began to run."""
+
+    __slots__ = ("known", "mark", "module", "name", "registry", "tensor", "then", "version")
+
+    def __init__(self, module: nn.Module, registry: Any, name: str, tensor: Tensor, known: _Known) -> None:
+        self.module = module
+        self.registry = registry
+        self.name = name
+        self.tensor = tensor
+        self.known = known
+        self.version = version_of(tensor)
+        self.then: Tensor | None = None
+        self.mark: Any = None
+        if is_lazy(tensor):
+            return
+        if name in known.written:
+            self.then = tensor.detach().clone()
+        elif tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
+            before = known.marks.get(name)
+            if before is not None and before[0]() is tensor and before[1] == self.version:
+                self.mark = before[2]
+            else:
+                self.mark = bits_of(tensor)
+
+    def is_written(self) -> bool:
+        """Whether the region has written to it."""
+        if is_lazy(self.tensor):
+            return False
+        if version_of(self.tensor) != self.version:
+            return True
+        if self.mark is None:
+            return False
+        if bits_of(self.tensor) != self.mark:
+            return True
+        self.known.marks[self.name] = (weakref.ref(self.tensor), self.version, self.mark)
+        return False
+
+
+Registered = tuple[dict[str, Any], str, Tensor]
+
+
+class Recorder:
+    """Observes the first run of a region; :meth:`settle` returns what a rebuild must know.
+
+    Args:
+        function: what the region runs.
+        arguments: what it is called with, for objects among them.
+    """
+
+    __slots__ = (
+        "_buffers", "_entered", "_keys", "_known", "_lazy", "_parameters", "_registries", "_state", "_storages", "_watches",
+        "_watching",
+    )  # fmt: skip
+
+    def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
+        self._entered: set[int] = set()
+        self._state = PythonState()
+        self._buffers: list[_Buffer] = []
+        self._storages: set[int] = set()  # of buffers
+        self._parameters: list[Registered] = []
+        self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
+        self._watches: list[Watch] = []
+        self._known: list[_Known] = []  # entered while the mode was open
+        self._lazy: list[nn.Module] = []
+        code = _code_of(function)
+        self._keys = None if code is None else _functions_known.setdefault(code, _Known())
+        for found in reached_by(function, arguments):
+            if isinstance(found, torch.Generator):
+                self._state.add_generator(found)
+            else:
+                self._enter(found)
+
+    def __enter__(self) -> Recorder:
+        if self._keys is not None and (self._keys.watched or not self._keys.seen):
+            self._open_watch(self)
+        local.recorders.append(self)
+        watch_modules(_entering, _leaving)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        unwatch_modules()
+        local.recorders.remove(self)
+        while self._watching:
+            self._close_watch()
+
+    # Modules.
+
+    def enter(self, module: nn.Module) -> None:
+        """Note a module that is about to run, with all that it holds."""
+        known = _known_module(module)
+        if not self._watching and (known.watched or module.training not in known.seen):
+            self._open_watch(module)
+        if self._watching:
+            self._known.append(known)
+            known.seen.add(module.training)
+        if id(module) not in self._entered:
+            for part in module.modules():
+                self._enter(part)
+
+    def leave(self, module: nn.Module) -> None:
+        """Note that a module has run."""
+        if self._watching and self._watching[-1][0] is module:
+            self._close_watch()
+
+    def _enter(self, module: nn.Module) -> None:
+        if id(module) in self._entered:
+            return
+        self._entered.add(id(module))
+        names = vars(module)
+        parameters, buffers = names.get("_parameters"), names.get("_buffers")
+        if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
+            self._note_buffers(module, None, module.named_buffers(recurse=False))
+            return
+        if any(parameter is not None and is_lazy(parameter) for parameter in parameters.values()):
+            self._lazy.append(module)  # it becomes what it will be in its first call
+        else:
+            self._state.add_namespace(names, STANDARD_ATTRIBUTES)
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    self._parameters.append((parameters, name, parameter))
+            self._registries.append((buffers, dict(buffers)))
+            if names["_modules"]:
+                self._registries.append((names["_modules"], dict(names["_modules"])))
+        if buffers:
+            self._note_buffers(module, buffers, buffers.items())
+
+    def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
+        known = _known_module(module)
+        for name, buffer in buffers:
+            if buffer is not None:
+                self._buffers.append(_Buffer(module, registry, name, buffer, known))
+                if not is_lazy(buffer):
+                    self._storages.update(map(key_of, storages_of(buffer)))
+
+    # Watching.
+
+    def _open_watch(self, opener: Any) -> None:
+        watch = Watch()
+        watch.__enter__()
+        self._watching.append((opener, watch))
+
+    def _close_watch(self) -> None:
+        opener, watch = self._watching.pop()
+        watch.__exit__(None, None, None)
+        self._watches.append(watch)
+        if opener is self and self._keys is not None:
+            self._keys.seen.add(True)
+            self._known.append(self._keys)
+
+    def is_lasting(self, tensor: Tensor) -> bool:
+        """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
+        return bool(self._storages) and any(key_of(storage) in self._storages for storage in storages_of(tensor))
+
+    def so_far(self) -> Record:
+        """Return what a rebuild must know while the region has not run to its end."""
+        watches = [*self._watches, *(watch for _, watch in self._watching)]
+        copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
+        writes = [_Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
+        writes.extend(copied.values())
+        return Record(self._state, self._parameters, self._registries, [], writes)
+
+    def settle(self) -> Record:
+        """Return what a rebuild must know; to be called when the region has run."""
+        writes: list[_Copy] = []
+        constant: list[_Buffer] = []
+        covered: set[int] = set()
+        copied = {key: copy for watch in reversed(self._watches) for key, copy in watch.written.items()}
+        for buffer in self._buffers:
+            keys = set() if is_lazy(buffer.tensor) else set(map(key_of, storages_of(buffer.tensor)))
+            covered |= keys
+            if buffer.then is not None:
+                writes.append(_Copy(buffer.tensor, buffer.then))
+            elif buffer.is_written() or any(key in copied for key in keys):
+                buffer.known.written.add(buffer.name)
+                writes.extend(copied[key] for key in keys if key in copied)
+                if not any(key in copied for key in keys):
+                    writes.append(_Copy(buffer.tensor, None))
+            else:
+                constant.append(buffer)
+        more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
+        if more:
+            writes.extend(more)
+            for known in self._known:
+                known.watched = True
+        self._known.clear()
+        for module in self._lazy:  # what they will stay
+            parameters = vars(module)["_parameters"]
+            self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
+        return Record(self._state, self._parameters, self._registries, constant, writes)
+
+
+def _entering(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for recorder in local.recorders:
+            recorder.enter(module)
+
+
+def _leaving(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for recorder in reversed(local.recorders):
+            recorder.leave(module)
+
+
+class Record:
+    """What a rebuild must know of the first run: state of Python, parameters, buffers, and what was written.
+
+    Args:
+        state: of Python, before the run.
+        parameters: of the modules that ran, with where they are registered.
+        registries: of buffers and submodules, with what they held before the run.
+        constant: buffers that the run did not write to.
+        writes: what it wrote to.
+    """
+
+    __slots__ = ("_constant", "_parameters", "_registries", "_state", "_versions", "_writes")
+
+    def __init__(
+        self,
+        state: PythonState,
+        parameters: list[Registered],
+        registries: list[tuple[dict[str, Any], dict[str, Any]]],
+        constant: list[_Buffer],
+        writes: list[_Copy],
+    ) -> None:
+        self._state = state
+        self._parameters = parameters
+        self._registries = registries
+        self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
+        self._writes = writes
+        self._versions = [version_of(parameter) for _, _, parameter in parameters]
+
+    def changed(self) -> list[tuple[str, Tensor, int]]:
+        """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
+
+        That matters only if the region reads them.
+        """
+        changed = [
+            (f"parameter {name!r}", parameter, version)
+            for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
+            if version_of(parameter) != version
+        ]
+        changed.extend(
+            (f"buffer {name!r}", buffer, version)
+            for name, buffer, version in self._constant
+            if version_of(buffer) != version
+        )
+        return changed
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Give the body what the first run began with; afterwards everything is as it was before the body."""
+        registries = [(registry, dict(registry)) for registry, _ in self._registries]
+        parameters: list[Registered] = []
+        contents: list[tuple[_Copy, Tensor, Tensor]] = []
+        counted: list[Tensor] = []
+        with self._state.put_back():
+            try:
+                for copy in self._writes:
+                    target = copy.target()
+                    if target is None:
+                        continue
+                    contents.append((copy, target, target.clone()))
+                    tensor = copy.tensor()
+                    if tensor is not None and not tensor.is_inference():
+                        counted.append(tensor)
+                    if copy.then is not None:
+                        target.copy_(copy.then)
+                for registry, then in self._registries:
+                    _register(registry, then)
+                for registry, name, parameter in self._parameters:
+                    now = registry.get(name)
+                    if now is not parameter and _can_replace(now, parameter):
+                        parameters.append((registry, name, now))  # type: ignore[arg-type]
+                        registry[name] = parameter
+                with preserving_versions(counted):
+                    yield
+            finally:
+                for registry, name, tensor in reversed(parameters):
+                    registry[name] = tensor
+                for registry, now in registries:
+                    _register(registry, now)
+                for _, target, value in reversed(contents):
+                    target.copy_(value)
+                self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
+
+
+def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if name not in registry or registry[name] is not value:
+            registry[name] = value
+    if len(registry) != len(values):
+        for name in [name for name in registry if name not in values]:
+            del registry[name]
+
+
+def _can_replace(now: Any, then: Tensor) -> bool:
+    """Whether the forward's parameter takes the place of the present one.
+
+    Not where hooks bring parameters and take them away again (sharding, offloading): those that are there are used.
+    """
+    if not isinstance(now, Tensor) or type(now) is not type(then) or now.shape != then.shape:
+        return False
+    return then.numel() == 0 or any(storage.nbytes() > 0 for storage in storages_of(then))
+
+
+def check_unread(name: str, changed: list[tuple[str, Tensor, int]], watch: Watch) -> None:
+    """Raise an :class:`InPlaceError` if the region that ``watch`` has seen reads what was changed in between."""
+    for what, tensor, version in changed:
+        if any(key_of(storage) in watch.read for storage in storages_of(tensor)):
+            raise InPlaceError(
+                f"{name}: {what} of shape {list(tensor.shape)}, which it reads, was changed in place between the "
+                f"forward pass (version {version}) and backward (version {version_of(tensor)}), by an optimizer step, "
+                "a hook or an update of averages; call backward before that, or run the forward pass again"
+            )

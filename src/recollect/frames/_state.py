@@ -1,0 +1,307 @@
+"""What Python holds at one moment in the attributes of modules, and in generators of random numbers.
+
+A module may count its calls, switch its adapters or leave features behind. A rebuild starts from what its attributes
+were before the forward pass, and puts back what they were before the rebuild. What a region does to other objects is
+the region's own: it can ask :func:`recollect.in_backward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect._util._tree import ATOMS
+
+__all__ = ["PythonState", "reached_by"]
+
+# A container with more entries holds data, not settings.
+_MANY = 1024
+_DEPTH = 3
+
+_MISSING = object()
+
+_CLOSED = (
+    type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, Tensor,
+    nn.Module, torch.UntypedStorage, weakref.ref,
+)  # fmt: skip
+
+
+class _Past:
+    """A tensor with history, which would keep the graphs of past steps: its value, and itself while it lives."""
+
+    __slots__ = ("_tensor", "_value")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._value = tensor.detach().requires_grad_()
+
+    def get(self) -> Tensor:
+        tensor = self._tensor()
+        return self._value if tensor is None else tensor
+
+
+def _past(value: Any) -> Any:
+    return _Past(value) if isinstance(value, Tensor) and value.grad_fn is not None else value
+
+
+def _present(value: Any) -> Any:
+    return value.get() if type(value) is _Past else value
+
+
+def reached_by(function: Any, args: Iterable[Any]) -> Iterator[nn.Module | torch.Generator]:
+    """Yield the modules and generators that a function and its arguments name: what it is bound to, its variables.
+
+    The region may use them without running them as modules. It may also not use them: putting their attributes back
+    does no harm, and nothing else is concluded from it.
+    """
+    waiting = [(function, _DEPTH), *((argument, 1) for argument in args)]
+    seen: dict[int, Any] = {}
+    while waiting:
+        value, depth = waiting.pop()
+        if type(value) in ATOMS or isinstance(value, Tensor) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (nn.Module, torch.Generator)):
+            yield value
+        elif depth == 0:
+            continue
+        elif isinstance(value, types.MethodType):
+            waiting.extend([(value.__self__, depth), (value.__func__, depth)])
+        elif isinstance(value, types.FunctionType):
+            parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            for cell in value.__closure__ or ():
+                try:
+                    parts.append(cell.cell_contents)
+                except ValueError:  # a variable that is not bound yet
+                    continue
+            names = value.__globals__
+            parts.extend(names[name] for name in value.__code__.co_names if isinstance(names.get(name), nn.Module))
+            waiting.extend((part, depth - 1) for part in parts)
+        elif isinstance(value, functools.partial):
+            waiting.extend((part, depth - 1) for part in (value.func, *value.args, *value.keywords.values()))
+        elif hasattr(value, "owner"):  # what recollect itself puts around a block
+            waiting.append((value.owner, depth))
+
+
+class PythonState:
+    """What Python held when this was made, of the things that were added."""
+
+    __slots__ = ("_seen", "_things")
+
+    def __init__(self) -> None:
+        self._things: list[Any] = []
+        self._seen: set[int] = set()
+
+    def add_generator(self, generator: torch.Generator) -> None:
+        """Note the state of a generator."""
+        if id(generator) not in self._seen:
+            self._seen.add(id(generator))
+            self._things.append(_Generator(generator))
+
+    def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = _DEPTH) -> None:
+        """Note the attributes of an object."""
+        then = {}
+        for name, value in names.items():
+            if name not in skip:
+                if type(value) not in ATOMS:
+                    self._add(value, depth)
+                    value = _past(value)
+                then[name] = value
+        self._things.append(_Namespace(names, then, skip))
+
+    def _add(self, value: Any, depth: int) -> None:
+        """Note what a value holds, if it can change."""
+        kind = type(value)
+        if kind in ATOMS or isinstance(value, _CLOSED) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, torch.Generator):
+            self._things.append(_Generator(value))
+            return
+        items: Iterable[Any] = ()
+        if isinstance(value, (list, deque)):
+            if len(value) <= _MANY:
+                self._things.append(_List(value))
+                items = value
+        elif isinstance(value, dict):
+            if len(value) <= _MANY:
+                self._things.append(_Dict(value))
+                items = value.values()
+        elif isinstance(value, set):
+            self._things.append(_Set(value))
+        elif isinstance(value, tuple):
+            items = value
+        elif depth > 0 and not kind.__module__.startswith(("torch.", "numpy")):
+            names = getattr(value, "__dict__", None)
+            if type(names) is dict:
+                self.add_namespace(names, depth=depth - 1)
+            slots = [name for base in kind.__mro__ for name in _slots_of(base)]
+            if slots:
+                self._things.append(_Slots(value, slots))
+        if depth > 0:
+            for item in list(items):
+                if type(item) not in ATOMS:
+                    self._add(item, depth - 1)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Hold for the body what was held then; afterwards what is held now."""
+        now = [thing.read() for thing in self._things]
+        try:
+            for thing in self._things:
+                thing.write(thing.then)
+            yield
+        finally:
+            for thing, value in zip(reversed(self._things), reversed(now), strict=True):
+                thing.restore(value)
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+class _Namespace:
+    """Names and their values."""
+
+    __slots__ = ("_names", "_skip", "then")
+
+    def __init__(self, names: dict[str, Any], then: dict[str, Any], skip: frozenset[str]) -> None:
+        self._names = names
+        self._skip = skip
+        self.then = then
+
+    def read(self) -> dict[str, Any]:
+        return {name: value for name, value in self._names.items() if name not in self._skip}
+
+    def write(self, values: dict[str, Any]) -> None:
+        names = self._names
+        for name, value in values.items():
+            value = _present(value)
+            if names.get(name, _MISSING) is not value:
+                names[name] = value
+        if any(name not in values and name not in self._skip for name in names):
+            for name in [name for name in names if name not in values and name not in self._skip]:
+                del names[name]
+
+    restore = write
+
+
+class _Slots:
+    """The slots of an object."""
+
+    __slots__ = ("_names", "_owner", "then")
+
+    def __init__(self, owner: Any, names: list[str]) -> None:
+        self._owner = owner
+        self._names = names
+        self.then = [_past(value) for value in self.read()]
+
+    def read(self) -> list[Any]:
+        return [getattr(self._owner, name, _MISSING) for name in self._names]
+
+    def write(self, values: list[Any]) -> None:
+        for name, value in zip(self._names, map(_present, values), strict=True):
+            if getattr(self._owner, name, _MISSING) is not value:
+                if value is _MISSING:
+                    object.__delattr__(self._owner, name)
+                else:
+                    object.__setattr__(self._owner, name, value)
+
+    restore = write
+
+
+class _List:
+    """The items of a list or deque.
+
+    What a rebuild adds at the end stays: a list that grows is a log, and whoever keeps one wants to see the rebuild.
+    """
+
+    __slots__ = ("_items", "then")
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+        self.then = [_past(item) for item in items]
+
+    def read(self) -> list[Any]:
+        return list(self._items)
+
+    def write(self, values: list[Any]) -> None:
+        items, present = self._items, [_present(value) for value in values]
+        if len(items) != len(present) or any(a is not b for a, b in zip(items, present, strict=True)):
+            items.clear()
+            items.extend(present)
+
+    def restore(self, values: list[Any]) -> None:
+        added = list(self._items)[len(self.then) :] if type(self._items) is list else []
+        self.write(values + added)
+
+
+class _Dict:
+    """The items of a mapping."""
+
+    __slots__ = ("_mapping", "then")
+
+    def __init__(self, mapping: dict[Any, Any]) -> None:
+        self._mapping = mapping
+        self.then = {key: _past(value) for key, value in mapping.items()}
+
+    def read(self) -> dict[Any, Any]:
+        return dict(self._mapping)
+
+    def write(self, values: dict[Any, Any]) -> None:
+        mapping, present = self._mapping, {key: _present(value) for key, value in values.items()}
+        if list(map(id, mapping)) == list(map(id, present)) and all(mapping[key] is present[key] for key in present):
+            return
+        mapping.clear()
+        for key, value in present.items():
+            mapping[key] = value
+
+    restore = write
+
+
+class _Set:
+    """The members of a set."""
+
+    __slots__ = ("_members", "then")
+
+    def __init__(self, members: set[Any]) -> None:
+        self._members = members
+        self.then = set(members)
+
+    def read(self) -> set[Any]:
+        return set(self._members)
+
+    def write(self, values: set[Any]) -> None:
+        if self._members != values:
+            self._members.clear()
+            self._members.update(values)
+
+    restore = write
+
+
+class _Generator:
+    """The state of a generator of random numbers."""
+
+    __slots__ = ("_generator", "then")
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self.then = generator.get_state()
+
+    def read(self) -> Tensor:
+        return self._generator.get_state()
+
+    def write(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
+    restore = write

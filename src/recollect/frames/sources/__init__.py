@@ -1,0 +1,1 @@
+"""Where the inputs of frames come from in backward: one file for each source."""

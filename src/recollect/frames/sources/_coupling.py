@@ -1,0 +1,455 @@
+"""The grouped coupling: inverse and rebuild in one evaluation of each block.
+
+For groups X_1..X_C (Li et al. 2021, arXiv 2106.07476, equations 3 and 4)::
+
+    X'_0 = X_2 + ... + X_C,    X'_i = X_i + f_i(X'_{i-1}),    i = 1..C
+
+Evaluating f_i once more at X'_{i-1}, with autograd watching, gives back both X_i = X'_i - f_i(X'_{i-1}) and
+everything that autograd had saved in f_i. The same holds for X'_i = T(X_i, f_i(X'_{i-1})) with any T that can be solved
+for its first argument, such as the affine one of RealNVP (Dinh et al. 2017, arXiv 1605.08803, equations 7 and 8).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.frames._certificate import (
+    Certificate,
+    Certify,
+    Fingerprint,
+    check_block,
+    check_certify,
+    error_between,
+    fingerprint,
+    tolerance_of,
+)
+from recollect.frames._chain import Parts, Slot, Stage, whole
+from recollect.frames._drift import DriftGauge
+from recollect.frames._errors import RebuildError
+from recollect.frames._frame import Frame, certificate_of_process, devices_of
+from recollect.frames._modes import frames_apply, local, save_nothing
+from recollect.frames._region import Region
+from recollect.frames._transform import Add, NewGroup, Transform, Transformed
+from recollect.frames.sources._inverse import GROSS, moved
+from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
+from recollect.frames.sources._source import Arguments, Held
+
+__all__ = ["couple", "couple_by", "uncouple", "uncouple_by"]
+
+Block = Callable[..., Any]
+Layout = tuple[tuple[int, ...] | None, torch.dtype, bool]  # strides, dtype, requires_grad
+Extras = list[tuple[Tensor, ...]]
+Keywords = Sequence[Mapping[str, Any]] | None
+
+
+def couple(
+    blocks: Sequence[Block],
+    x: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    kwargs: Keywords = None,
+    sizes: Sequence[int] | None = None,
+    dim: int = -1,
+    gauge: DriftGauge | None = None,
+    anchor_every: int | None = None,
+    enabled: bool = True,
+    seed: bool = True,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
+) -> Tensor:
+    """Apply the additive coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
+
+    Args:
+        blocks: f_1..f_C; each is called as ``f_i(z, *args[i], **kwargs[i])`` and returns a tensor of ``z``'s shape.
+        x: a tensor whose size along ``dim`` is divisible by C.
+        args: for each block its further arguments.
+        kwargs: for each block its keyword arguments; ``None``: none.
+        sizes: of the groups along ``dim``, which sum up to its size; ``None``: equal ones. Two groups may differ: f_1
+            then maps the second group's size to the first's, and f_2 the first's to the second's.
+        dim: the dimension that is split into groups.
+        gauge: where a chain's drift is recorded.
+        anchor_every: keep the chain's every s-th activation.
+        enabled: with ``False``, plain autograd: everything is kept.
+        seed: replay random state in rebuilds.
+        certify: what is accepted of a rebuild; see :func:`~recollect.checkpoint`.
+        certificate: where it is counted.
+
+    Returns:
+        X'_1 || ... || X'_C, of the shape of ``x``.
+
+    Raises:
+        ValueError: the groups do not divide the size, or a block's output has another shape than it must.
+        InPlaceError: a block changed its input in place.
+    """
+    return couple_by(
+        Add(),
+        blocks,
+        x,
+        args,
+        kwargs=kwargs,
+        sizes=sizes,
+        dim=dim,
+        gauge=gauge,
+        anchor_every=anchor_every,
+        enabled=enabled,
+        seed=seed,
+        certify=certify,
+        certificate=certificate,
+    )[0]
+
+
+def uncouple(
+    blocks: Sequence[Block],
+    y: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    kwargs: Keywords = None,
+    sizes: Sequence[int] | None = None,
+    dim: int = -1,
+) -> Tensor:
+    """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
+    return uncouple_by(Add(), blocks, y, args, kwargs=kwargs, sizes=sizes, dim=dim)[0]
+
+
+def couple_by(
+    transform: Transform,
+    blocks: Sequence[Block],
+    x: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    kwargs: Keywords = None,
+    sizes: Sequence[int] | None = None,
+    dim: int = -1,
+    flip: bool = False,
+    gauge: DriftGauge | None = None,
+    anchor_every: int | None = None,
+    enabled: bool = True,
+    seed: bool = True,
+    keep: Iterable[Tensor] = (),
+    certify: Certify = True,
+    certificate: Certificate | None = None,
+) -> tuple[Tensor, Extras]:
+    """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
+
+    Args:
+        transform: T.
+        blocks: as in :func:`couple`; their outputs are ``transform.factor`` times as large as the group they change.
+        x: as in :func:`couple`.
+        args: as in :func:`couple`.
+        kwargs: as in :func:`couple`.
+        sizes: as in :func:`couple`.
+        dim: as in :func:`couple`.
+        flip: count the groups from the other end.
+        gauge: as in :func:`couple`.
+        anchor_every: as in :func:`couple`.
+        enabled: as in :func:`couple`.
+        seed: as in :func:`couple`.
+        keep: tensors that :func:`~recollect.eager_release` leaves alone.
+        certify: as in :func:`couple`.
+        certificate: as in :func:`couple`.
+
+    Returns:
+        X'_1 || ... || X'_C, and for each group what else the transform returned.
+    """
+    check_certify(certify)
+    sizes = _sizes(x, len(blocks), dim, sizes)
+    groups = _split(x, sizes, dim, flip)
+    regions = [Transformed(block, transform, dim) for block in blocks]
+    keywords = [{} for _ in blocks] if kwargs is None else kwargs
+    if not enabled or not frames_apply():
+        return _forward(regions, groups, args, keywords, dim, flip)
+    stage = _CouplingStage(dim, flip, sizes, seed, certify, certificate or certificate_of_process)
+    runs = [functools.partial(stage.run, region) for region in regions]
+    y, extras = _forward(runs, groups, args, keywords, dim, flip)
+    if y.requires_grad:
+        stage.close(x, groups, y, gauge, anchor_every)
+        del groups  # views of x
+        if local.policy is not None and storage_of(x) not in map(storage_of, keep):
+            outputs = [y, *(tensor for extra in extras for tensor in extra)]
+            local.policy.closed(stage, [x], outputs, regions[0].name)
+    return y, extras
+
+
+def uncouple_by(
+    transform: Transform,
+    blocks: Sequence[Block],
+    y: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    kwargs: Keywords = None,
+    sizes: Sequence[int] | None = None,
+    dim: int = -1,
+) -> tuple[Tensor, Extras]:
+    """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned."""
+    groups = _split(y, _sizes(y, len(blocks), dim, sizes), dim)
+    keywords = [{} for _ in blocks] if kwargs is None else kwargs
+    extras: Extras = []
+    for i in reversed(range(len(blocks))):
+        z = groups[i - 1] if i > 0 else _sum(groups[1:])
+        groups[i], *extra = transform.inverse(groups[i], blocks[i](z, *args[i], **keywords[i]))
+        extras.append(tuple(extra))
+    return torch.cat(groups, dim), extras
+
+
+def _sizes(x: Tensor, number: int, dim: int, sizes: Sequence[int] | None) -> list[int]:
+    """Return the groups' sizes, or raise a ValueError."""
+    size = x.size(dim)
+    if sizes is None:
+        if size % number:
+            raise ValueError(
+                f"a coupling of {number} groups needs a size that they divide in dimension {dim} (got "
+                f"{list(x.shape)}); sizes=(...) makes two groups of different sizes"
+            )
+        return [size // number] * number
+    sizes = list(sizes)
+    if len(sizes) != number or sum(sizes) != size or min(sizes) < 1:
+        raise ValueError(
+            f"sizes={tuple(sizes)} must be {number} positive numbers, one for each block, whose sum is the size of x "
+            f"in dimension {dim} (got {list(x.shape)})"
+        )
+    if number > 2 and len(set(sizes)) > 1:
+        raise ValueError(
+            f"sizes={tuple(sizes)}: more than two groups must be of one size, because the first block's input is the "
+            "sum of all other groups; use two groups, or equal ones"
+        )
+    return sizes
+
+
+def _split(x: Tensor, sizes: Sequence[int], dim: int, flip: bool = False) -> list[Tensor]:
+    if len(set(sizes)) == 1:
+        groups = list(torch.chunk(x, len(sizes), dim))
+    else:
+        groups = list(torch.split(x, list(sizes), dim))
+    return groups[::-1] if flip else groups
+
+
+def _sum(groups: Sequence[Tensor]) -> Tensor:
+    # A lone group is a strided view of the input; a copy is what a sum would be, and blocks run faster on it.
+    return functools.reduce(torch.add, groups) if len(groups) > 1 else groups[0].clone()
+
+
+def _forward(
+    regions: Sequence[Callable[..., tuple[Tensor, ...]]],
+    groups: Sequence[Tensor],
+    args: Sequence[tuple[Any, ...]],
+    kwargs: Sequence[Mapping[str, Any]],
+    dim: int,
+    flip: bool,
+) -> tuple[Tensor, Extras]:
+    z = _sum(groups[1:])
+    outputs: list[Tensor] = []
+    extras: Extras = []
+    for region, group, arguments, keywords in zip(regions, groups, args, kwargs, strict=True):
+        z, *extra = region(z, group, *arguments, **keywords)
+        outputs.append(z)
+        extras.append(tuple(extra))
+    return torch.cat(outputs[::-1] if flip else outputs, dim), extras
+
+
+class _Block:
+    """What a stage knows of one of its blocks."""
+
+    __slots__ = ("arguments", "given", "gross", "group", "input", "region", "returned", "transformed")
+
+    def __init__(self, transformed: Transformed, region: Region, z: Tensor, group: Tensor) -> None:
+        self.transformed = transformed
+        self.region = region  # the transformed block
+        self.input: Layout = (strides_of(z), z.dtype, z.requires_grad)
+        self.group = (group.dtype, group.requires_grad)
+        self.arguments: KeptArguments  # the further ones
+        self.given: Fingerprint | None = None  # of the block's input, and of its output
+        self.returned: Fingerprint | None = None
+        self.gross = 0.0  # how far what autograd saved in it was off in the last rebuild
+
+
+class _OfBlock(Held):
+    """What the frame of one block holds of the stage."""
+
+    __slots__ = ("_index", "_stage", "lock")
+    whole = True
+    drifts = True
+
+    def __init__(self, stage: _CouplingStage, index: int) -> None:
+        self._stage = stage
+        self._index = index
+        self.lock = stage.lock  # type: ignore[misc]
+
+    def inputs(self) -> Arguments:
+        return self._stage.inputs(self._index)
+
+    def compared(self, error: float) -> None:
+        self._stage.blocks[self._index].gross = error
+
+    def evaluated(self, output: Any) -> None:
+        self._stage.evaluated(self._index)
+
+
+class _CouplingStage(Stage):
+    """One coupling of a chain: a region for each block, over common groups."""
+
+    __slots__ = (
+        "_certificate", "_certify", "_dim", "_flip", "_groups", "_level", "_new", "_seed", "_sizes", "blocks",
+    )  # fmt: skip
+
+    def __init__(
+        self, dim: int, flip: bool, sizes: list[int], seed: bool, certify: Certify, certificate: Certificate
+    ) -> None:
+        super().__init__()
+        self._dim = dim
+        self._flip = flip
+        self._sizes = sizes
+        self._seed = seed
+        self._certify = certify
+        self._certificate = certificate
+        self.blocks: list[_Block] = []
+        # In a rebuild: groups at and above the level are inputs X_i again, those below are still outputs X'_i.
+        self._groups: list[Tensor] = []
+        self._level = 0
+        self._new: NewGroup | None = None  # the group that the running rebuild solves for
+
+    # Forward.
+
+    def run(self, transformed: Transformed, z: Tensor, group: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the next block and its transform under a frame."""
+        region = Region(transformed, self._seed)
+        block = _Block(transformed, region, z, group)
+        block.arguments = KeptArguments((args, kwargs))
+        block.given = self._fingerprint(z)
+        held = _OfBlock(self, len(self.blocks))
+        self.blocks.append(block)
+        frame = Frame(region, held, certify=self._certify, certificate=self._certificate)
+        arguments = (z, group, *args), kwargs
+        taken: list[Tensor] = []
+        transformed.seen = taken.append
+        try:
+            output = frame.run(arguments, devices_of(arguments))
+        finally:
+            transformed.seen = None
+        block.returned = self._fingerprint(taken.pop())
+        return output
+
+    def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
+        return fingerprint(tensor, exact=self._certify == "exact") if self._certify else None
+
+    def close(
+        self,
+        x: Tensor,
+        groups: Sequence[Tensor],
+        y: Tensor,
+        gauge: DriftGauge | None,
+        anchor_every: int | None,
+    ) -> None:
+        """Take the stage's place in the chain, when all blocks have run."""
+        function = self.blocks[-1].region.function
+        position = self.join([x], samples=groups, gauge=gauge, anchor_every=anchor_every, function=function)
+        self.outputs = [Slot(y, position + 1, function)]
+
+    # Backward: what the blocks' frames hold.
+
+    def inputs(self, index: int) -> Arguments:
+        """Return block ``index``'s arguments, inverting the blocks after it where that has not been done."""
+        if self._groups and self._level <= index:  # its group was inverted already: begin again from the output
+            self._groups = []
+        self._load()
+        while self._level > index + 1:
+            self._invert_one()
+        groups, block = self._groups, self.blocks[index]
+        strides, dtype, requires_grad = block.input
+        with torch.no_grad():
+            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
+        z = laid_out(z, strides, dtype).detach().requires_grad_(requires_grad)
+        self._new = NewGroup(groups[index], *block.group)
+        args, kwargs = block.arguments.get(block.region.function)
+        return (z, self._new, *args), kwargs
+
+    def evaluated(self, index: int) -> None:
+        """Take the old group that was found, and pass the input on when it is complete."""
+        new, self._new = self._new, None
+        block = self.blocks[index]
+        if new is None or new.old is None or new.returned is None:
+            raise RebuildError(f"{block.region.name}: the coupling was not solved for its input")
+        self._check(index, new.returned)
+        self._groups[index] = new.old
+        self._level = index
+        if index == 0:
+            groups, self._groups = self._groups, []
+            parts = groups[::-1] if self._flip else groups
+            self.hand_back([Parts(parts, self._dim)], groups)
+
+    def _load(self) -> None:
+        if self._groups:
+            return
+        if not self.outputs:
+            raise RuntimeError("a coupling was asked for gradients before its forward pass ended")
+        value = self.outputs[0].take()
+        sizes = self._sizes
+        if (
+            isinstance(value, Parts)
+            and value.dim == self._dim
+            and [part.size(self._dim) for part in value.tensors] == sizes
+        ):
+            self._groups = value.tensors[::-1] if self._flip else value.tensors
+        else:
+            self._groups = _split(whole(value), sizes, self._dim, self._flip)
+        self._level = len(self._groups)
+
+    def _invert_one(self) -> None:
+        index = self._level - 1
+        block, arguments = self.blocks[index], self.inputs(index)
+        block.gross = 0.0
+        block.region.again(arguments, self.scope, save_nothing(), block.transformed.invert)
+        self.evaluated(index)
+
+    # Backward: the stage of the slots.
+
+    def holds_outputs(self) -> bool:
+        """Whether the groups were taken already."""
+        return bool(self._groups)
+
+    def solve(self) -> None:
+        """Bring the input back; see :class:`~recollect.frames._chain.Stage`."""
+        self._load()
+        while self._groups:
+            self._invert_one()
+
+    # Proof.
+
+    def _check(self, index: int, output: Tensor) -> None:
+        """Raise unless a block returned what it did in the forward, but for the drift of its input."""
+        block = self.blocks[index]
+        if block.returned is None:
+            return
+        now = self._fingerprint(output)
+        returned = 0.0 if now is None else error_between(block.returned, now)
+        tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
+        if returned <= tolerance and block.gross <= GROSS and self._certify != "exact":
+            self._certificate.note(returned)
+            return
+        groups, (strides, dtype, _) = self._groups, block.input
+        with torch.no_grad():
+            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
+            z = laid_out(z, strides, dtype)
+        back = self._fingerprint(z)
+        given = 0.0 if block.given is None or back is None else error_between(block.given, back)
+        name = block.region.name
+        if block.gross > GROSS and given < 1e-4:
+            check_block(name, given, block.gross, 0.0, _none, self._certify, self._certificate)
+
+        def amplification() -> float:
+            step = max(given, tolerance)
+            args, kwargs = block.arguments.get(block.region.function)
+            again = block.region.again(
+                ((moved(z, step), *args), kwargs), self.scope, save_nothing(), block.transformed.evaluate
+            )
+            return float((again - output).norm() / output.norm().clamp_min(1e-30)) / step
+
+        check_block(name, given, returned, tolerance, amplification, self._certify, self._certificate)
+
+
+def _none() -> float:
+    return 0.0

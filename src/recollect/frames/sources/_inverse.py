@@ -1,0 +1,377 @@
+"""Inputs by the inverse of the function, from its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect._arguments import pack
+from recollect.frames._certificate import (
+    Certificate,
+    Certify,
+    Fingerprint,
+    check_block,
+    check_certify,
+    error_between,
+    fingerprint,
+    tolerance_of,
+)
+from recollect.frames._chain import Slot, Stage, slot_of, whole
+from recollect.frames._drift import DriftGauge
+from recollect.frames._errors import InPlaceError, RebuildError, describe
+from recollect.frames._frame import certificate_of_process, run_frame
+from recollect.frames._modes import local
+from recollect.frames._record import version_of
+from recollect.frames._region import Region
+from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
+from recollect.frames.sources._source import Arguments, Held, Source
+
+__all__ = ["GROSS", "Inverse", "moved", "run_invertible"]
+
+# Relative error above which a function that is applied to what its inverse returned is not that of the inverse; in
+# units of the rounding of the dtype.
+_ILL_CONDITIONED = 30.0
+GROSS = 0.25
+
+
+class Inverse(Source):
+    """The inputs are recollected from the outputs, by the inverse; nothing is kept but a chain's last outputs.
+
+    Checkpoints with an inverse whose outputs are the next one's inputs form a chain.
+
+    Args:
+        function: the inverse: called as ``function(*outputs)``; returns the arguments again, in order (those that it
+            need not return may be cut off at the end if they are kept).
+        keep: input tensors that stay in memory although there is an inverse.
+        inverted: how many leading arguments ``function`` brings back; it then takes the outputs followed by the other
+            arguments, which are kept. ``None``: all of them, from the outputs alone.
+        takes: ``function`` gets ``outputs[:takes]``, and the others are not kept for it.
+        gauge: where a chain's drift is recorded.
+        anchor_every: keep the chain's every s-th activation.
+        certify: what is accepted of a rebuild.
+        certificate: where it is counted.
+
+    Raises:
+        TypeError: ``function`` cannot be called.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        keep: Iterable[Tensor] = (),
+        *,
+        inverted: int | None = None,
+        takes: int | None = None,
+        gauge: DriftGauge | None = None,
+        anchor_every: int | None = None,
+        certify: Certify = True,
+        certificate: Certificate | None = None,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"inverse must be a function of the outputs (got {function!r})")
+        self.function = function
+        self.tensors = tuple(keep)
+        self.inverted = inverted
+        self.takes = takes
+        self.gauge = gauge
+        self.anchor_every = anchor_every
+        self.certify = check_certify(certify)
+        self.certificate = certificate if certificate is not None else certificate_of_process
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
+        """See :class:`Source`."""
+        return _InverseStage(self, (args, kwargs))
+
+
+def run_invertible(
+    function: Callable[..., Any],
+    inverse: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    seed: bool = True,
+    keep: Iterable[Tensor] = (),
+    inverted: int | None = None,
+    takes: int | None = None,
+    gauge: DriftGauge | None = None,
+    anchor_every: int | None = None,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
+) -> Any:
+    """Run an invertible function as a stage of a chain; see :func:`~recollect.checkpoint`.
+
+    Args:
+        function: takes ``args`` and ``kwargs``.
+        inverse: takes the outputs of ``function``, and ``kwargs``, and returns ``args`` again.
+        args: positional arguments. Floating-point tensors are dropped unless ``keep`` names them or they are returned
+            as they are; everything else is kept.
+        kwargs: keyword arguments, which are kept.
+        seed: replay random state.
+        keep: input tensors to keep.
+        inverted: how many leading arguments ``inverse`` brings back; it then takes the outputs followed by the other
+            arguments, which are kept. ``None``: all of them, from the outputs alone.
+        takes: ``inverse`` gets ``outputs[:takes]``, and the others are not kept for it.
+        gauge: where a chain's drift is recorded.
+        anchor_every: keep the chain's every s-th activation.
+        certify: what is accepted of a rebuild.
+        certificate: where it is counted.
+    """
+    source = Inverse(
+        inverse,
+        keep,
+        inverted=inverted,
+        takes=takes,
+        gauge=gauge if gauge is not None else DriftGauge(function),
+        anchor_every=anchor_every,
+        certify=certify,
+        certificate=certificate,
+    )
+    return run_frame(function, args, kwargs or {}, source, seed=seed, certify=certify, certificate=certificate)
+
+
+class _Layout:
+    """What is known of an argument that was dropped."""
+
+    __slots__ = ("dtype", "mark", "position", "requires_grad", "shape", "strides")
+
+    def __init__(self, position: int, tensor: Tensor, mark: Fingerprint | None) -> None:
+        self.position = position
+        self.shape = tensor.shape
+        self.strides = strides_of(tensor)
+        self.dtype = tensor.dtype
+        self.requires_grad = tensor.requires_grad
+        self.mark = mark
+
+
+class _InverseStage(Stage, Held):
+    """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
+
+    __slots__ = (
+        "_arguments", "_certificate", "_certify", "_errors", "_gross", "_inverted", "_kept", "_layouts", "_leading",
+        "_region", "_source", "_taken",
+    )  # fmt: skip
+    whole = True
+    drifts = True
+
+    def __init__(self, source: Inverse, arguments: Arguments) -> None:
+        super().__init__()
+        self._source = source
+        self._leading = source.inverted
+        self._certify = source.certify
+        self._certificate = source.certificate
+        self._region: Region
+        self._arguments: Arguments | None = arguments  # until the forward is over
+        self._layouts: list[_Layout] = []  # of the arguments that only the inverse brings back
+        self._kept: KeptArguments | None = None
+        self._inverted: list[Tensor] | None = None
+        self._taken: list[Fingerprint | None] = []  # of the outputs, as they came back
+        self._errors = (0.0, 0.0)  # of what came back: the outputs, and the inputs made of them
+        self._gross = 0.0
+
+    # Forward.
+
+    def begins(self, region: Region) -> None:
+        """Take notice of the region."""
+        self._region = region
+
+    def returned(self, output: Any) -> None:
+        """Decide which inputs are dropped, and take the stage's place in the chain."""
+        assert self._arguments is not None
+        arguments, self._arguments = self._arguments, None
+        args, name, function = arguments[0], self._region.name, self._region.function
+        outputs = pack(output)
+        if any(isinstance(o, dict) for o in outputs):
+            raise TypeError(
+                f"{name}: an invertible function returns a tensor, or a tuple whose items its inverse "
+                f"takes as arguments (got {', '.join(type(o).__name__ for o in outputs)})"
+            )
+        source = self._source
+        stay = {storage_of(t) for t in source.tensors}
+        returned = frozenset(id(o) for o in outputs if isinstance(o, Tensor))
+        dropped = [
+            i
+            for i, arg in enumerate(args[: self._leading])
+            if _can_drop(arg) and storage_of(arg) not in stay and not (local.policy and id(arg) in returned)
+        ]
+        self._kept = KeptArguments(arguments, frozenset(dropped))
+        if not dropped or not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
+            return
+        inputs = [args[i] for i in dropped]
+        self._layouts = [_Layout(i, args[i], self._mark_of(args[i])) for i in dropped]
+        position = self.join(
+            inputs, returned=returned, gauge=source.gauge, anchor_every=source.anchor_every, function=function
+        )
+        for tensor in outputs[: source.takes]:
+            if not isinstance(tensor, Tensor):
+                self.outputs.append(tensor)
+            elif id(tensor) in returned and (slot := self.passes(tensor)) is not None:
+                self.outputs.append(slot)
+            elif any(tensor is a for a in args):
+                self.outputs.append(tensor.detach())
+            else:
+                slot = Slot(tensor, position + 1, function)
+                slot.mark = self._fingerprint(tensor)
+                self.outputs.append(slot)
+        if local.policy is not None:
+            local.policy.closed(self, inputs, outputs, name)
+
+    def _mark_of(self, tensor: Tensor) -> Fingerprint | None:
+        slot = slot_of(tensor)
+        if slot is not None and slot.mark is not None:
+            return slot.mark
+        return self._fingerprint(tensor)
+
+    def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
+        return fingerprint(tensor, exact=self._certify == "exact") if self._certify else None
+
+    # Backward: what the frame holds.
+
+    def inputs(self) -> Arguments:
+        """Return the arguments, the dropped ones by the inverse."""
+        if self._kept is None:
+            raise RuntimeError(f"{self._region.name}: asked for gradients before its forward pass ended")
+        args, kwargs = self._kept.get(self._region.function)
+        if self._layouts:
+            full = list(args)
+            for layout, tensor in zip(self._layouts, self._invert((args, kwargs)), strict=True):
+                full[layout.position] = tensor.detach().requires_grad_(layout.requires_grad)
+            args = tuple(full)
+        return args, kwargs
+
+    def compared(self, error: float) -> None:
+        """Take notice of how far what autograd saves differs."""
+        self._gross = error
+
+    def evaluated(self, output: Any) -> None:
+        """Compare with the forward, and pass the inputs on to the stages before."""
+        if self._layouts:
+            self._check_function(pack(output))
+            self.invert()
+
+    def holds_outputs(self) -> bool:
+        """Whether the inverse has run already."""
+        return self._inverted is not None
+
+    def solve(self) -> None:
+        """Bring the inputs back; see :class:`~recollect.frames._chain.Stage`."""
+        tensors = self._invert(self._kept.get(self._region.function) if self._kept is not None else ((), {}))
+        self._inverted = None
+        self.hand_back(tensors, tensors)
+
+    def _invert(self, arguments: Arguments) -> list[Tensor]:
+        if self._inverted is None:
+            values = [whole(o.take()) if isinstance(o, Slot) else o for o in self.outputs]
+            versions = [(o, version_of(o)) for o in map(_held, self.outputs) if o is not None]
+            self._taken = [self._fingerprint(v) if isinstance(v, Tensor) else None for v in values]
+            self._inverted = self._apply_inverse(values, arguments)
+            for tensor, version in versions:
+                if version_of(tensor) != version:
+                    raise InPlaceError(
+                        f"{self._region.name}: its inverse changed in place its argument of shape "
+                        f"{list(tensor.shape)}, an output that is still held; compute a new tensor instead (y / 2, not "
+                        "y.div_(2))"
+                    )
+            if self._certify:
+                self._check_inverse(values, arguments)
+        return self._inverted
+
+    def _apply_inverse(self, values: Sequence[Any], arguments: Arguments) -> list[Tensor]:
+        args, kwargs = arguments
+        given = tuple(values) if self._leading is None else (*values, *args[self._leading :])
+        inverse = torch.no_grad()(self._source.function)
+        returned = pack(self._region.again((given, kwargs), self.scope, nullcontext(), inverse))
+        return [self._fit(layout, returned) for layout in self._layouts]
+
+    def _fit(self, layout: _Layout, returned: tuple[Any, ...]) -> Tensor:
+        """Check what the inverse returned for an argument, and give it the forward's layout."""
+        i, shape = layout.position, layout.shape
+        tensor = returned[i] if i < len(returned) else None
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            found = f"a tensor of shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise RebuildError(
+                f"{self._region.name}: the inverse {describe(self._source.function)} returned {len(returned)} value(s), and "
+                f"{found} for argument {i}, which was a tensor of shape {list(shape)}; it must return the function's "
+                "arguments in their order, or keep=(...) must name those that it does not return"
+            )
+        return laid_out(tensor.detach(), layout.strides, layout.dtype)
+
+    # Proof.
+
+    def _check_inverse(self, values: Sequence[Any], arguments: Arguments) -> None:
+        """Raise unless the inputs are the forward's, but for the drift of the outputs."""
+        given = max(
+            (_error(o.mark, mark) for o, mark in zip(self.outputs, self._taken, strict=True) if isinstance(o, Slot)),
+            default=0.0,
+        )
+        assert self._inverted is not None
+        worst = 0.0
+        for layout, tensor in zip(self._layouts, self._inverted, strict=True):
+            returned = _error(layout.mark, self._fingerprint(tensor))
+            worst = max(worst, returned)
+
+            def amplification(tensor: Tensor = tensor, layout: _Layout = layout) -> float:
+                step = max(given, self._tolerance(layout.dtype))
+                moved = self._apply_inverse([moved(v, step) for v in values], arguments)
+                other = moved[self._layouts.index(layout)]
+                return float((other - tensor).norm() / tensor.norm().clamp_min(1e-30)) / step
+
+            tolerance = self._tolerance(layout.dtype)
+            check_block(self._region.name, given, returned, tolerance, amplification, self._certify, self._certificate)
+        self._errors = (given, worst)
+
+    def _check_function(self, outputs: tuple[Any, ...]) -> None:
+        """Raise unless the function, applied to what its inverse returned, returns what that was given."""
+        if not self._certify:
+            return
+        for taken, tensor in zip(self._taken, outputs, strict=False):
+            if not isinstance(tensor, Tensor) or taken is None:
+                continue
+            error = _error(taken, self._fingerprint(tensor))
+            allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
+            check_block(self._region.name, self._errors[1], error, allowed, _none, self._certify, self._certificate)
+        if self._gross > GROSS and self._errors[1] < 1e-4:
+            check_block(self._region.name, self._errors[1], self._gross, 0.0, _none, self._certify, self._certificate)
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return max(tolerance_of(dtype), self._region.tolerance)
+
+
+def _none() -> float:
+    return 0.0
+
+
+def _error(then: Fingerprint | None, now: Fingerprint | None) -> float:
+    return 0.0 if then is None or now is None else error_between(then, now)
+
+
+def moved(value: Any, step: float) -> Any:
+    """Return a tensor with a relative error of ``step``, always the same."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    signs = torch.arange(value.numel(), device=value.device).mul_(2654435761).bitwise_and_(1 << 20).ne_(0)
+    return value + value * (signs.view(value.shape).to(value.dtype) * 2 - 1) * step
+
+
+def _can_drop(arg: Any) -> bool:
+    """Whether keeping an argument would cost memory that its inverse can save.
+
+    A leaf that requires grad stays alive as long as the graph does (but in a rebuild of a surrounding region, whose
+    inputs are leaves that were none in the forward); integer and sparse tensors describe the problem
+    (indices, graphs) and come back from nowhere.
+    """
+    return (
+        isinstance(arg, Tensor)
+        and arg.layout in (torch.strided, torch.jagged)
+        and (arg.is_floating_point() or arg.is_complex())
+        and (local.policy is not None or local.scope is not None or not (arg.is_leaf and arg.requires_grad))
+    )
+
+
+def _held(output: Any) -> Tensor | None:
+    """The tensor of the forward pass, if somebody but the chain may read it."""
+    tensor = output.tensor() if isinstance(output, Slot) else output
+    return tensor if isinstance(tensor, Tensor) else None

@@ -1,0 +1,142 @@
+"""Inputs that are kept, through whatever saved-tensor hooks surround them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect._storages import storages_of
+from recollect._torch import saved_tensor_hooks
+from recollect._util._tree import Tree
+from recollect.frames._errors import InPlaceError, describe
+from recollect.frames._record import key_of, version_of
+from recollect.frames.sources._source import Arguments, Held, Source
+
+__all__ = ["Kept", "KeptArguments", "KeptTensor", "laid_out", "storage_of", "strides_of"]
+
+
+class KeptTensor:
+    """One tensor, kept the way autograd would keep it here.
+
+    Inside another frame it becomes one of that frame's saved tensors and is dropped with them; inside
+    ``torch.autograd.graph.save_on_cpu`` it goes to host memory.
+
+    Args:
+        tensor: any tensor. Its history is not kept.
+    """
+
+    __slots__ = ("_packed", "_requires_grad", "_unpack", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._requires_grad = tensor.requires_grad
+        self._version = version_of(tensor)
+        self._unpack: Callable[[Any], Tensor] | None = None
+        # A tensor without history is kept as the object it is, for those who cache by identity.
+        bare = tensor.detach() if tensor.requires_grad else tensor
+        hooks = saved_tensor_hooks()
+        if hooks is None:
+            self._packed: Any = bare
+        else:
+            with torch.no_grad():
+                self._packed = hooks[0](bare)
+            self._unpack = hooks[1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether hooks hold the tensor, so that each :meth:`get` costs something."""
+        return self._unpack is not None
+
+    def get(self, function: Callable[..., Any] | None, role: str) -> Tensor:
+        """Return the tensor, without history and with the forward's ``requires_grad``.
+
+        Raises:
+            InPlaceError: it was changed in place since; the message names ``function`` and ``role``.
+        """
+        if self._unpack is not None:
+            tensor = self._unpack(self._packed)
+        else:
+            tensor = self._packed
+            if version_of(tensor) != self._version:
+                whose = f"{describe(function)}: its" if function is not None else "its"
+                raise InPlaceError(
+                    f"{whose} {role} of shape {list(tensor.shape)} was changed in place "
+                    f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); "
+                    "change a copy instead (x = x + 1, not x += 1)"
+                )
+        return tensor.detach().requires_grad_() if self._requires_grad else tensor
+
+
+class KeptArguments:
+    """The arguments of a call, in whatever containers: tensors kept, everything else by reference.
+
+    Arguments that are one tensor are one tensor again when they come back: modules ask (``query is key``). Containers
+    are made anew each time: a region may change them.
+
+    Args:
+        arguments: positional and keyword arguments.
+        skip: positions of positional arguments that another source will bring; ``None`` stands for them.
+    """
+
+    __slots__ = ("_tree",)
+
+    def __init__(self, arguments: Arguments, skip: frozenset[int] = frozenset()) -> None:
+        args, kwargs = arguments
+        if skip:
+            args = tuple(None if i in skip else arg for i, arg in enumerate(args))
+        self._tree = Tree((args, kwargs))
+        self._tree.tensors = [KeptTensor(tensor) for tensor in self._tree.tensors]
+
+    def get(self, function: Callable[..., Any] | None = None) -> Arguments:
+        """Return the arguments again; see :meth:`KeptTensor.get`."""
+        arguments: Arguments = self._tree.build([kept.get(function, "input") for kept in self._tree.tensors])
+        return arguments
+
+
+class Kept(Source):
+    """The inputs are kept: a checkpoint. The default.
+
+    Memory: one input for each frame.
+    """
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
+        """See :class:`Source`."""
+        return KeptCall(args, kwargs)
+
+
+class KeptCall(Held):
+    """The arguments of one call."""
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = KeptArguments((args, kwargs))
+
+    def inputs(self) -> Arguments:
+        """Return the kept arguments."""
+        return self._arguments.get()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share their memory."""
+    return next((key_of(storage) for storage in storages_of(tensor)), id(tensor))
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    """Return the values with the forward's strides and dtype, which compiled blocks and autograd go by.
+
+    Expanded layouts (elements that share memory) cannot be written to; they stay dense, and so do tensors that are not
+    strided, for which ``strides`` is ``None``.
+    """
+    with torch.no_grad():
+        tensor = tensor.to(dtype)
+        if strides is None or tensor.stride() == strides or 0 in strides:
+            return tensor
+        return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of a tensor that has some."""
+    return tensor.stride() if tensor.layout is torch.strided else None
