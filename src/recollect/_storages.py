@@ -20,7 +20,9 @@ def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     """Yield the storages of a tensor: one if strided, of indices and values if sparse, none if opaque."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor names its mesh too
+                yield from storages_of(part)
         return
     parts: tuple[Tensor, ...] = ()
     if tensor.layout is torch.strided:

@@ -1,0 +1,99 @@
+"""DistributedDataParallel over frames, against the same network on all shares under plain autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from networks import Block, Coupled, Net, Reversible, check
+from processes import Wrap
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import recollect.invertible as inn
+
+
+class Spare(Net):
+    """Some parameters are reached by no loss."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.spare = Block()
+
+
+class Routed(Net):
+    """Which blocks run depends on the batch, as in a mixture of experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks[:: 2 if x[0, 0] > 0 else 1]:
+            h = self.around(block, h)
+        return h
+
+
+class Wrapped(nn.Module):
+    """A network under DDP; its parameters are named as in the network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.data_parallel: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.data_parallel[0] if self.data_parallel else self.net)(x)
+        return y
+
+
+def around(wrap: Wrap, net: nn.Module) -> None:
+    net.around = wrap
+
+
+def inside(wrap: Wrap, net: nn.Module) -> None:
+    for block in net.blocks:
+        block.inside = wrap
+
+
+def nothing(wrap: Wrap, net: nn.Module) -> None:
+    """The frames are in the layers themselves."""
+
+
+CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
+
+
+def case(
+    name: str,
+    make: Callable[[], nn.Module],
+    place: Callable[[Wrap, nn.Module], None],
+    ddp: dict[str, Any],
+    **settings: Any,
+) -> None:
+    def run(wrap: Wrap, rank: int, world: int) -> None:
+        def prepare(wrapped: nn.Module) -> None:
+            place(wrap, wrapped.net)
+            wrapped.data_parallel = [DistributedDataParallel(wrapped.net, **ddp)]
+
+        check(lambda: Wrapped(make()), prepare, rank, world, averaged=False, **settings)
+
+    CASES[name] = run
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "static_graph": {"static_graph": True},
+    "find_unused": {"find_unused_parameters": True},
+    "views": {"gradient_as_bucket_view": True},
+    "small_buckets": {"bucket_cap_mb": 0.0005},
+}
+for way, ddp in WAYS.items():
+    case(f"around-{way}", Net, around, ddp)
+    case(f"inside-{way}", Net, inside, ddp)
+    case(f"rev-{way}", Reversible, nothing, ddp, tolerance=1e-9)
+    case(f"coupled-{way}", functools.partial(Coupled, inn.AffineCoupling, 2), nothing, ddp)
+case("around-spare", Spare, around, {"find_unused_parameters": True}, none_is_zero=True)
+case("around-spare-static", Spare, around, {"static_graph": True}, none_is_zero=True)
+case("routed", Routed, around, {"find_unused_parameters": True}, none_is_zero=True)
+case("dropout", functools.partial(Net, dropout=0.3), around, {"static_graph": True})
+case("accumulate", Net, around, {}, mode="accumulate", number=3)
+case("adam-float32", Net, around, {}, number=3, optimizer=torch.optim.Adam, dtype=torch.float32, tolerance=1e-4)
