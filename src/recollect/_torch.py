@@ -44,12 +44,13 @@ from torch.autograd.variable import Variable
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "ScaledProductBackends",
     "TorchDispatchMode",
     "cached_parametrizations",
+    "enabled_overrides",
     "graph_task_id",
     "hooks_are_enabled",
     "is_faked",
@@ -58,20 +59,20 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "node_sequence",
     "opened_by_pytree",
+    "outside_modes",
     "outside_transforms",
     "parametrizations_as",
     "preserving_versions",
     "saved_tensor_hooks",
     "selective_storage",
     "sequence",
+    "shape_of",
     "storage_use_count",
     "tensor_use_count",
-    "torch_functions_are_on",
     "transform_level_is_open",
     "unwatch_modules",
     "watch_modules",
     "when_backward_ends",
-    "with_torch_functions",
     "write_undeclared",
 ]
 
@@ -135,21 +136,32 @@ def outside_transforms() -> Iterator[None]:
             increment()
 
 
-def torch_functions_are_on() -> bool:
-    """Return whether subclasses of tensors are asked (``__torch_function__``) about what is done with them."""
-    on: bool = torch._C._is_torch_function_enabled()
-    return on
+def enabled_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which subclasses override operations (``__torch_function__``).
 
-
-def with_torch_functions() -> AbstractContextManager[Any]:
-    """Return a context in which they are: backward of a loss that is a subclass runs without."""
+    A backward that starts from a tensor of a subclass runs with that switched off, and a rebuild in it would too.
+    """
     context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()  # type: ignore[attr-defined]
     return context
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """Return a context without dispatch modes, for what recollect does for itself: fake tensors are no states."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    return _disable_current_modes()
 
 
 def is_faked() -> bool:
     """Return whether tensors have no values here (FakeTensorMode, torch.export)."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Return a tensor's shape; of a strided nested one, which has none, the sizes of all parts in a row."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return torch.Size(tensor._nested_tensor_size().flatten().tolist())
+    return tensor.shape
 
 
 # The graph.

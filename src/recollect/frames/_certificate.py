@@ -150,6 +150,8 @@ def values_of(tensor: Tensor) -> Tensor | None:
         return _values_of_subclass(tensor)
     if tensor.layout is not torch.strided:
         return _values_of_sparse(tensor)
+    if tensor.is_nested:
+        return values_of(tensor.contiguous().values())
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     elif tensor.is_neg():

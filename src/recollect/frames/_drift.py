@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from recollect.frames._certificate import values_of
+from recollect._torch import is_traceable_wrapper_subclass
 from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
@@ -60,6 +61,16 @@ class DriftGauge:
             )
 
 
+def parts_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the plain tensors that hold the values of tensors of all kinds; of those that have none, nothing."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            yield from parts_of(part for part in parts if isinstance(part, Tensor))
+        elif tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+            yield tensor
+
+
 class DriftProbe:
     """A small random sample of the tensors that a chain starts from.
 
@@ -73,21 +84,21 @@ class DriftProbe:
     def __init__(self, tensors: Sequence[Tensor], gauge: DriftGauge) -> None:
         self._gauge = gauge
         self._samples: list[tuple[Tensor, Tensor]] = []
-        for tensor in tensors:
-            values = values_of(tensor.detach())
-            if values is not None:
-                index = _sample(values.numel()).to(values.device)
-                self._samples.append((index, torch.take(values, index)))
+        with torch.no_grad():
+            for tensor in parts_of(tensors):
+                index = _sample(tensor.numel()).to(tensor.device)
+                self._samples.append((index, torch.take(tensor.detach(), index)))
 
     def measure(self, tensors: Sequence[Tensor]) -> None:
         """Record ``||x' - x|| / ||x||`` over the sample, for reconstructed tensors ``x'`` in the same order."""
         error = norm = 0.0
-        known = [values for tensor in tensors if (values := values_of(tensor.detach())) is not None]
-        for values, (index, value) in zip(known, self._samples, strict=True):
-            if value.is_floating_point():
-                difference = torch.take(values, index) - value
-                error += float(difference.double().square().sum())
-                norm += float(value.double().square().sum())
+        with torch.no_grad():
+            for tensor, (index, value) in zip(parts_of(tensors), self._samples, strict=True):
+                if not value.is_floating_point() and not value.is_complex():
+                    continue
+                difference = torch.take(tensor.detach(), index) - value
+                error += float(difference.abs().double().square().sum())
+                norm += float(value.abs().double().square().sum())
         if norm > 0 or error > 0:
             self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._storages import storages_of
-from recollect._torch import node_sequence, sequence, torch_functions_are_on, with_torch_functions
+from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_of
 from recollect.frames._certificate import (
     Certificate,
@@ -25,7 +26,7 @@ from recollect.frames._certificate import (
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, aside, enclosing, local
-from recollect.frames._record import Recorder, key_of, version_of
+from recollect.frames._record import Recorder, attributes_of, key_of, version_of
 from recollect.frames._region import Region
 from recollect.frames.sources._source import Arguments, Held, Source
 
@@ -119,6 +120,17 @@ def _unpack_rebuilt(packed: _Emptied) -> Tensor:
     return packed.tensor
 
 
+def _bare(tensor: Tensor) -> Tensor:
+    """Return a tensor without history; one that has none stays the object that it is: some cache by identity."""
+    if not tensor.requires_grad:
+        return tensor
+    bare = tensor.detach()
+    attributes = attributes_of(tensor)
+    if attributes:
+        bare.__dict__.update(attributes)
+    return bare
+
+
 class Frame(Scope):
     """One region: run once by :meth:`run`, and again whenever autograd asks for something that it saved there.
 
@@ -188,7 +200,7 @@ class Frame(Scope):
             tensor = reference()
             if tensor is not None:
                 if version_of(tensor) != version:
-                    self._spoiled[index] = tensor.shape
+                    self._spoiled[index] = shape_of(tensor)
                 # What the region made is its callers' to change: a rebuild makes it anew.
                 if not any(tensor is o for o in outputs):
                     kept.append((reference, version, index))
@@ -213,7 +225,7 @@ class Frame(Scope):
         with self._lock:
             rebuilt = self._rebuilt
             if index not in rebuilt:  # held here: a rebuild in another thread may make this frame forget
-                with nullcontext() if torch_functions_are_on() else with_torch_functions():
+                with enabled_overrides():
                     rebuilt = self._rebuild()
             return rebuilt.pop(index)
 
@@ -223,7 +235,7 @@ class Frame(Scope):
 
     def _pack(self, tensor: Tensor) -> _Token | _Lasting:
         index = len(self._tokens)
-        self._metas.append((tensor.shape, tensor.dtype, tensor.device))
+        self._metas.append((shape_of(tensor), tensor.dtype, tensor.device))
         lasts = tensor.is_leaf and tensor.requires_grad and not self._is_released(tensor)
         if lasts or (self._recorder is not None and self._recorder.is_lasting(tensor)):
             self._tokens.append(None)
@@ -270,6 +282,10 @@ class Frame(Scope):
         node.register_prehook(refuse_if_freed)
 
     def _rebuild(self) -> dict[int, Tensor]:
+        with enabled_overrides():
+            return self._run_again()
+
+    def _run_again(self) -> dict[int, Tensor]:
         running = self._live
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
@@ -284,9 +300,9 @@ class Frame(Scope):
 
         def collect(tensor: Tensor) -> _Emptied:
             nonlocal count, gross
-            bare = tensor.detach() if tensor.requires_grad else tensor  # some cache by identity
+            bare = _bare(tensor)
             if count < len(self._metas):
-                meta = (tensor.shape, tensor.dtype, tensor.device)
+                meta = (shape_of(tensor), tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
                     raise self._differs(f"saved tensor {count} is {_show(meta)}, and was {_show(self._metas[count])}")
                 if count in needed:
@@ -405,6 +421,11 @@ def run_frame(
 def devices_of(arguments: Any) -> set[torch.device]:
     """Return the devices of all tensors among the arguments."""
     return {tensor.device for tensor in tensors_of(arguments)}
+
+
+def _size(shape: torch.Size) -> int:
+    """Return the number of elements, with ragged sizes for one: to compare norms by."""
+    return math.prod(n for n in shape if isinstance(n, int))
 
 
 def _show(meta: Meta) -> str:

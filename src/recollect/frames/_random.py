@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._torch import TorchDispatchMode
+from recollect._torch import TorchDispatchMode, outside_modes
 
 __all__ = ["RandomState", "Randomness"]
 
@@ -18,6 +18,11 @@ States = list[tuple[torch.device, Tensor]]
 
 
 def _read(device: torch.device) -> Tensor:
+    with outside_modes():
+        return _state_of(device)
+
+
+def _state_of(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
@@ -25,10 +30,11 @@ def _read(device: torch.device) -> Tensor:
 
 
 def _write(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
+    with outside_modes():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
@@ -208,7 +214,8 @@ class Randomness:
             _threads.leave(alone=False)
         elif self._before is not None:
             # Generators that nobody drew from are forgotten: a region without randomness then costs nothing.
-            self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _read(d))]
+            with outside_modes():
+                self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _read(d))]
             self._before = None
             _threads.leave(alone=True)
 

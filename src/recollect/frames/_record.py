@@ -33,7 +33,7 @@ from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import aside, local
 from recollect.frames._state import PythonState, reached_by
 
-__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "check_unread", "version_of"]
+__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "version_of"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -42,6 +42,12 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
+
+
+def attributes_of(tensor: Tensor) -> dict[str, Any] | None:
+    """Return a copy of the attributes that Python holds of a tensor beside torch's own, which detaching loses."""
+    attributes = getattr(tensor, "__dict__", None)
+    return dict(attributes) if attributes else None
 
 
 def key_of(storage: UntypedStorage) -> int:
@@ -109,7 +115,7 @@ class _Copy:
 
     def lead_to(self, target: Tensor) -> None:
         """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
-        if self._tensor is not None and self._tensor.data_ptr() != target.data_ptr():
+        if self._tensor is not None and _place_of(self._tensor) != _place_of(target):
             self._tensor.data = target
 
     def tensor(self) -> Tensor | None:
@@ -145,6 +151,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if is_faked():  # also where a DTensor asks fake ones for the shape of its output
+            return func(*args, **(kwargs or {}))
         if any(kind.__torch_dispatch__ is not _PLAIN_DISPATCH for kind in types):
             return NotImplemented  # a subclass with operations of its own unwraps first; what it runs is seen
         kwargs = kwargs or {}
@@ -251,12 +259,17 @@ class Recorder:
     """
 
     __slots__ = (
-        "_buffers", "_entered", "_keys", "_known", "_lazy", "_parameters", "_registries", "_state", "_storages",
-        "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_parameters", "_ran", "_registries",
+        "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
         self._entered: set[int] = set()
+        self._ran: set[int] = set()  # those that ran, and their parts
+        # Modules whose parameters hooks may bring and take away, and the storages of what they brought: hooks do in a
+        # rebuild what they do, and the parameters that are there are used.
+        self._hooked: set[int] = set()
+        self._brought: set[int] = set()
         self._state = PythonState()
         self._buffers: list[_Buffer] = []
         self._storages: set[int] = set()  # of buffers
@@ -296,12 +309,17 @@ class Recorder:
             self._open_watch(module)
         if self._watching:
             self._known.append((known, module.training))
-        if id(module) not in self._entered:
+        if id(module) not in self._ran:
             for part in module.modules():
+                self._ran.add(id(part))
                 self._enter(part)
 
     def leave(self, module: nn.Module) -> None:
-        """Note that a module has run."""
+        """Note that a module has run; its own hooks have not yet taken anything away."""
+        if id(module) in self._hooked:
+            for parameter in vars(module)["_parameters"].values():
+                if parameter is not None and not is_lazy(parameter):
+                    self._brought.update(map(key_of, storages_of(parameter)))
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
@@ -310,6 +328,8 @@ class Recorder:
             return
         self._entered.add(id(module))
         names = vars(module)
+        if names.get("_forward_pre_hooks"):
+            self._hooked.update(map(id, module.modules()))
         parameters, buffers = names.get("_parameters"), names.get("_buffers")
         if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
             self._note_buffers(module, None, module.named_buffers(recurse=False))
@@ -319,7 +339,7 @@ class Recorder:
         else:
             self._state.add_namespace(names, STANDARD_ATTRIBUTES)
             for name, parameter in parameters.items():
-                if parameter is not None:
+                if parameter is not None and id(module) not in self._hooked:
                     self._parameters.append((parameters, name, parameter))
             self._registries.append((buffers, dict(buffers)))
             if names["_modules"]:
@@ -376,7 +396,12 @@ class Recorder:
         writes: list[_Copy] = []
         constant: list[_Buffer] = []
         covered: set[int] = set()
-        copied = {key: copy for watch in reversed(self._watches) for key, copy in watch.written.items()}
+        copied = {
+            key: copy
+            for watch in reversed(self._watches)
+            for key, copy in watch.written.items()
+            if key not in self._brought
+        }
         for buffer in self._buffers:
             keys = set(_place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys

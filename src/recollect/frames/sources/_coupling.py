@@ -36,13 +36,12 @@ from recollect.frames._modes import frames_apply, local, save_nothing
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 from recollect.frames.sources._inverse import GROSS, amplified, moved
-from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
+from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held
 
 __all__ = ["couple", "couple_by", "uncouple", "uncouple_by"]
 
 Block = Callable[..., Any]
-Layout = tuple[tuple[int, ...] | None, torch.dtype, bool]  # strides, dtype, requires_grad
 Extras = list[tuple[Tensor, ...]]
 Keywords = Sequence[Mapping[str, Any]] | None
 
@@ -257,7 +256,7 @@ class _Block:
     def __init__(self, transformed: Transformed, region: Region, z: Tensor, group: Tensor) -> None:
         self.transformed = transformed
         self.region = region  # the transformed block
-        self.input: Layout = (strides_of(z), z.dtype, z.requires_grad)
+        self.input = Layout(z)
         self.group = (group.dtype, group.requires_grad)
         self.arguments: KeptArguments  # the further ones
         self.given: Fingerprint | None = None  # of the block's input, and of its output
@@ -357,10 +356,9 @@ class _CouplingStage(Stage):
         while self._level > index + 1:
             self._invert_one()
         groups, block = self._groups, self.blocks[index]
-        strides, dtype, requires_grad = block.input
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-        z = laid_out(z, strides, dtype).detach().requires_grad_(requires_grad)
+        z = block.input.fresh(z)
         self._new = NewGroup(groups[index], *block.group)
         args, kwargs = block.arguments.get(block.region.function)
         return (z, self._new, *args), kwargs
@@ -428,10 +426,10 @@ class _CouplingStage(Stage):
         if returned <= tolerance and block.gross <= GROSS and self._certify != "exact":
             self._certificate.note(returned)
             return
-        groups, (strides, dtype, _) = self._groups, block.input
+        groups = self._groups
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-            z = laid_out(z, strides, dtype)
+            z = block.input.give(z)
         back = self._fingerprint(z)
         given = 0.0 if block.given is None or back is None else error_between(block.given, back)
         name = block.region.name

@@ -27,7 +27,7 @@ from recollect.frames._frame import certificate_of_process, run_frame
 from recollect.frames._modes import local
 from recollect.frames._record import version_of
 from recollect.frames._region import Region
-from recollect.frames.sources._kept import KeptArguments, laid_out, storage_of, strides_of
+from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = ["GROSS", "Inverse", "amplified", "moved", "run_invertible"]
@@ -133,17 +133,15 @@ def run_invertible(
     return run_frame(function, args, kwargs or {}, source, seed=seed, certify=certify, certificate=certificate)
 
 
-class _Layout:
+class _Dropped:
     """What is known of an argument that was dropped."""
 
-    __slots__ = ("dtype", "mark", "position", "requires_grad", "shape", "strides")
+    __slots__ = ("layout", "mark", "position", "shape")
 
     def __init__(self, position: int, tensor: Tensor, mark: Fingerprint | None) -> None:
         self.position = position
         self.shape = tensor.shape
-        self.strides = strides_of(tensor)
-        self.dtype = tensor.dtype
-        self.requires_grad = tensor.requires_grad
+        self.layout = Layout(tensor)
         self.mark = mark
 
 
@@ -169,7 +167,7 @@ class _InverseStage(Stage, Held):
         self._certificate = source.certificate
         self._region: Region
         self._arguments: Arguments | None = arguments  # until the forward is over
-        self._layouts: list[_Layout] = []  # of the arguments that only the inverse brings back
+        self._layouts: list[_Dropped] = []  # of the arguments that only the inverse brings back
         self._kept: KeptArguments | None = None
         self._inverted: list[Tensor] | None = None
         self._taken: list[Fingerprint | None] = []  # of the outputs, as they came back
@@ -205,7 +203,7 @@ class _InverseStage(Stage, Held):
         if not dropped or not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
             return
         inputs = [args[i] for i in dropped]
-        self._layouts = [_Layout(i, args[i], self._mark_of(args[i])) for i in dropped]
+        self._layouts = [_Dropped(i, args[i], self._mark_of(args[i])) for i in dropped]
         position = self.join(
             inputs, returned=returned, gauge=source.gauge, anchor_every=source.anchor_every, function=function
         )
@@ -242,7 +240,7 @@ class _InverseStage(Stage, Held):
         if self._layouts:
             full = list(args)
             for layout, tensor in zip(self._layouts, self._invert((args, kwargs)), strict=True):
-                full[layout.position] = tensor.detach().requires_grad_(layout.requires_grad)
+                full[layout.position] = layout.layout.fresh(tensor)
             args = tuple(full)
         return args, kwargs
 
@@ -290,7 +288,7 @@ class _InverseStage(Stage, Held):
         returned = pack(self._region.again((given, kwargs), self.scope, nullcontext(), inverse))
         return [self._fit(layout, returned) for layout in self._layouts]
 
-    def _fit(self, layout: _Layout, returned: tuple[Any, ...]) -> Tensor:
+    def _fit(self, layout: _Dropped, returned: tuple[Any, ...]) -> Tensor:
         """Check what the inverse returned for an argument, and give it the forward's layout."""
         i, shape = layout.position, layout.shape
         tensor = returned[i] if i < len(returned) else None
@@ -301,7 +299,7 @@ class _InverseStage(Stage, Held):
                 f"value(s), and {found} for argument {i}, which was a tensor of shape {list(shape)}; it must return "
                 "the function's arguments in their order, or keep=(...) must name those that it does not return"
             )
-        return laid_out(tensor.detach(), layout.strides, layout.dtype)
+        return layout.layout.give(tensor)
 
     # Proof.
 
@@ -317,14 +315,14 @@ class _InverseStage(Stage, Held):
             returned = _error(layout.mark, self._fingerprint(tensor))
             worst = max(worst, returned)
 
-            def amplification(tensor: Tensor = tensor, layout: _Layout = layout) -> float | None:
+            def amplification(tensor: Tensor = tensor, layout: _Dropped = layout) -> float | None:
                 index = self._layouts.index(layout)
-                step = max(given, self._tolerance(layout.dtype))
+                step = max(given, self._tolerance(layout.layout.dtype))
                 return amplified(
                     tensor, lambda by: self._apply_inverse([moved(v, by) for v in values], arguments)[index], step
                 )
 
-            tolerance = self._tolerance(layout.dtype)
+            tolerance = self._tolerance(layout.layout.dtype)
             check_block(self._region.name, given, returned, tolerance, amplification, self._certify, self._certificate)
         self._errors = (given, worst)
 

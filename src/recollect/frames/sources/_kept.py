@@ -12,10 +12,10 @@ from recollect._storages import storages_of
 from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree
 from recollect.frames._errors import InPlaceError, describe
-from recollect.frames._record import key_of, version_of
+from recollect.frames._record import attributes_of, key_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["Kept", "KeptArguments", "KeptTensor", "laid_out", "storage_of", "strides_of"]
+__all__ = ["Kept", "KeptArguments", "KeptTensor", "Layout", "storage_of"]
 
 
 class KeptTensor:
@@ -28,11 +28,12 @@ class KeptTensor:
         tensor: any tensor. Its history is not kept.
     """
 
-    __slots__ = ("_packed", "_requires_grad", "_unpack", "_version")
+    __slots__ = ("_attributes", "_packed", "_requires_grad", "_unpack", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         self._requires_grad = tensor.requires_grad
         self._version = version_of(tensor)
+        self._attributes = attributes_of(tensor)
         self._unpack: Callable[[Any], Tensor] | None = None
         # A tensor without history is kept as the object it is, for those who cache by identity, and a parameter too.
         if isinstance(tensor, nn.Parameter):
@@ -68,7 +69,12 @@ class KeptTensor:
                     f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); "
                     "change a copy instead (x = x + 1, not x += 1)"
                 )
-        return tensor.detach().requires_grad_() if self._requires_grad else tensor
+        if not self._requires_grad:
+            return tensor
+        fresh = tensor.detach().requires_grad_()
+        if self._attributes:
+            fresh.__dict__.update(self._attributes)
+        return fresh
 
 
 class KeptArguments:
@@ -126,19 +132,45 @@ def storage_of(tensor: Tensor) -> int:
     return next((key_of(storage) for storage in storages_of(tensor)), id(tensor))
 
 
-def laid_out(tensor: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
-    """Return the values with the forward's strides and dtype, which compiled blocks and autograd go by.
+class Layout:
+    """What a tensor was like beside its values and shape: compiled blocks and autograd go by it.
 
-    Expanded layouts (elements that share memory) cannot be written to; they stay dense, and so do tensors that are not
-    strided, for which ``strides`` is ``None``.
+    Args:
+        tensor: of the forward pass; it is not kept.
     """
-    with torch.no_grad():
-        tensor = tensor.to(dtype)
-        if strides is None or tensor.stride() == strides or 0 in strides:
-            return tensor
-        return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
 
+    __slots__ = ("_mesh", "_placements", "_strides", "attributes", "dtype", "requires_grad")
 
-def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return the strides of a tensor that has some."""
-    return tensor.stride() if tensor.layout is torch.strided else None
+    def __init__(self, tensor: Tensor) -> None:
+        has_strides = tensor.layout is torch.strided and not tensor.is_nested
+        self._strides = tensor.stride() if has_strides else None
+        self.dtype = tensor.dtype
+        self.requires_grad = tensor.requires_grad
+        self.attributes = attributes_of(tensor)
+        self._placements = getattr(tensor, "placements", None)  # of a DTensor
+        self._mesh = None if self._placements is None else tensor.device_mesh  # type: ignore[attr-defined]
+
+    def give(self, tensor: Tensor) -> Tensor:
+        """Return the values in this layout, without history.
+
+        Expanded layouts (elements that share memory) cannot be written to; they stay dense, and so do tensors that are
+        not strided, and subclasses where memory has gaps.
+        """
+        with torch.no_grad():
+            tensor = tensor.detach().to(self.dtype)
+            if self._placements is not None and tensor.placements != self._placements:  # type: ignore[attr-defined]
+                tensor = tensor.redistribute(self._mesh, self._placements)  # type: ignore[attr-defined]
+            strides = self._strides
+            if strides is None or tensor.stride() == strides or 0 in strides:
+                return tensor
+            if type(tensor) is Tensor:
+                return torch.empty_strided(tensor.shape, strides, dtype=self.dtype, device=tensor.device).copy_(tensor)
+            order = sorted(range(tensor.dim()), key=lambda i: -strides[i])
+            return tensor.permute(order).contiguous().permute([order.index(i) for i in range(tensor.dim())])
+
+    def fresh(self, tensor: Tensor) -> Tensor:
+        """Return the values as a leaf in this layout, with the flags and attributes."""
+        fresh = self.give(tensor).detach().requires_grad_(self.requires_grad)
+        if self.attributes:
+            fresh.__dict__.update(self.attributes)
+        return fresh
