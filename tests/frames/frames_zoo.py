@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ TOLERANCE = 1e-10
 each_source = pytest.mark.parametrize("source", SOURCES)
 
 
+_CALLS: weakref.WeakKeyDictionary[nn.Module, list[bool]] = weakref.WeakKeyDictionary()
+
+
 class Block(nn.Module):
     """Linear, tanh, optional normalisation and dropout, linear; counts its calls, and those made in a rebuild."""
 
@@ -30,7 +34,11 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(width, width)
-        self.calls: list[bool] = []
+
+    @property
+    def calls(self) -> list[bool]:
+        """Not an attribute: those are put back after a rebuild."""
+        return _CALLS.setdefault(self, [])
 
     def forward(self, z: Tensor) -> Tensor:
         self.calls.append(recollect.in_backward())

@@ -9,7 +9,7 @@ from frames_zoo import assert_same, make, wanted
 from torch import nn
 
 import recollect
-from recollect.frames import DRIFT_THRESHOLD, DriftGauge, DriftWarning, couple
+from recollect.frames import DRIFT_THRESHOLD, DriftGauge, DriftWarning, RebuildError, couple
 from recollect.frames._drift import DriftProbe
 
 
@@ -166,9 +166,9 @@ def test_an_anchored_chain_of_frames_with_dropout():
     assert gauge.last < 1e-10
 
 
-def test_a_wrong_inverse_of_a_checkpoint_warns():
+def test_a_wrong_inverse_of_a_checkpoint_is_refused():
     h = torch.randn(10, requires_grad=True) * 1.0
     y = recollect.checkpoint(lambda h: h.exp() + h.sin(), h, inverse=lambda y: y)
     del h
-    with pytest.warns(DriftWarning):
+    with pytest.raises(RebuildError, match="inverse"):
         y.sum().backward()

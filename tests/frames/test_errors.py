@@ -9,10 +9,6 @@ import recollect
 from recollect.frames import FrameError, GraphFreedError, InPlaceError, RebuildError, couple
 
 
-def undetected(reason):
-    return pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=reason)
-
-
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
@@ -113,6 +109,8 @@ def test_output_of_a_checkpoint_may_change():
 @each_source
 @pytest.mark.parametrize("which", ["first.weight", "first.bias", "last.bias"])
 def test_optimizer_step_between_forward_and_backward(source, which):
+    if which == "last.bias" and source in ("checkpoint", "offload", "file"):
+        pytest.skip("a rebuild ends before it reads the last bias")
     net, x = make(source)
     parameter = net.blocks[1].get_parameter(which)
     loss = net(x).sin().sum()
@@ -141,7 +139,6 @@ def test_a_closure_tensor_changed_in_place():
         y.sum().backward()
 
 
-@undetected("a bare parameter that autograd does not save has no version check: the gradient is silently wrong")
 def test_a_closure_parameter_that_autograd_does_not_save():
     x, bias = randn(50), nn.Parameter(torch.zeros(50, dtype=torch.float64))
     y = recollect.checkpoint(lambda x: torch.relu(x + bias), x)
@@ -162,9 +159,12 @@ def test_a_saved_tensor_changed_later_in_the_region():
 
     with pytest.raises(RuntimeError, match="inplace"):
         function(x).sum().backward()
-    y = recollect.checkpoint(function, x)
+    y = recollect.checkpoint(function, x, early_stop=False)
     with pytest.raises(RuntimeError):
         y.sum().backward()
+    x.grad = None
+    recollect.checkpoint(function, x).sum().backward()  # ends before the change
+    assert_same(x.grad, 2 * x.sin() * x.cos())
 
 
 def unsteady(second):
@@ -191,7 +191,7 @@ def test_a_rebuild_that_differs(second, message, source):
     function = unsteady(second)
     h = randn(3) * 1.0
     if source == "checkpoint":
-        loss = recollect.checkpoint(function, h).sum()
+        loss = recollect.checkpoint(function, h, early_stop=False).sum()
     else:
         loss = couple([function, function], torch.cat([h, h]), [(), ()]).sum()
     with pytest.raises(RebuildError, match=f"unsteady.*{message}.*seed=False") as caught:
@@ -283,29 +283,30 @@ def test_channels_that_are_not_divisible():
 
 
 class Fragile(Block):
-    """Fails on demand."""
+    """Fails on demand, of the class: a rebuild has the attributes of the forward."""
 
-    fail_forward = fail_rebuild = False
+    fail = ""
 
     def forward(self, z):
-        y = super().forward(z)
-        if recollect.in_backward():
-            if self.fail_rebuild:
-                raise KeyError("in rebuild")
-        elif self.fail_forward:
-            raise KeyError("in forward")
-        return y
+        if Fragile.fail == ("rebuild" if recollect.in_backward() else "forward"):
+            raise KeyError(f"in {Fragile.fail}")
+        return super().forward(z)
+
+
+@pytest.fixture
+def fragile_class():
+    yield Fragile
+    Fragile.fail = ""
 
 
 @each_source
 @pytest.mark.parametrize("where", ["forward", "rebuild"])
-def test_an_exception_in_a_block_leaves_nothing_behind(source, where):
+def test_an_exception_in_a_block_leaves_nothing_behind(source, where, fragile_class):
     net, x = make(source, dropout=0.3, norm=True)
     torch.manual_seed(1)
     expected = torch.autograd.grad(net(x, enabled=False).sin().sum(), wanted(net, x))
-    fragile = net.blocks[len(net.blocks) // 2]
-    fragile.__class__ = Fragile
-    setattr(fragile, f"fail_{where}", True)
+    net.blocks[len(net.blocks) // 2].__class__ = fragile_class
+    fragile_class.fail = where
     torch.manual_seed(1)
     if where == "forward":
         with pytest.raises(KeyError, match="in forward"):
@@ -327,25 +328,24 @@ def test_an_exception_in_a_block_leaves_nothing_behind(source, where):
         net.train()
         net.zero_grad()
     nothing_left()
-    fragile.fail_forward = fragile.fail_rebuild = False
+    fragile_class.fail = ""
     for _ in range(2):
         torch.manual_seed(1)
         assert_same(torch.autograd.grad(net(x).sin().sum(), wanted(net, x)), expected)
 
 
 @each_source
-def test_backward_can_be_tried_again_after_an_exception_in_a_rebuild(source):
+def test_backward_can_be_tried_again_after_an_exception_in_a_rebuild(source, fragile_class):
     net, x = make(source, dropout=0.3)
     torch.manual_seed(1)
     expected = torch.autograd.grad(net(x, enabled=False).sin().sum(), wanted(net, x))
-    fragile = net.blocks[len(net.blocks) // 2]
-    fragile.__class__ = Fragile
+    net.blocks[len(net.blocks) // 2].__class__ = fragile_class
     torch.manual_seed(1)
     loss = net(x).sin().sum()
-    fragile.fail_rebuild = True
+    fragile_class.fail = "rebuild"
     with pytest.raises(KeyError):
         torch.autograd.grad(loss, wanted(net, x), retain_graph=True)
-    fragile.fail_rebuild = False
+    fragile_class.fail = ""
     assert_same(torch.autograd.grad(loss, wanted(net, x)), expected)
 
 

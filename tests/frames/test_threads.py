@@ -135,9 +135,6 @@ def test_the_first_rebuild_of_one_thread_and_the_first_forward_of_another(fresh_
     assert torch.equal(masks[0][1], masks[1][1])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the lock of a region's forward blocks frames in threads that it starts"
-)
 def test_a_region_that_runs_frames_in_a_thread_of_its_own():
     x = torch.randn(3, requires_grad=True)
     finished = []

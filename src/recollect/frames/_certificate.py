@@ -20,7 +20,7 @@ from recollect.frames._errors import RebuildError
 
 __all__ = [
     "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "error_between", "fingerprint",
-    "tolerance_of",
+    "is_finite", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -118,7 +118,7 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     a, b = _numbers(then.projections), _numbers(now.projections)
     if a == b or not a:
         return 0.0
-    if not math.isfinite(a[-1]):
+    if not is_finite(then):
         return 0.0  # an overflow in the forward pass: there is nothing to prove
     square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
     if square == 0.0:
@@ -128,6 +128,12 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
     return error / norm
+
+
+def is_finite(mark: Fingerprint) -> bool:
+    """Return whether a tensor was free of infinities and NaN."""
+    numbers = _numbers(mark.projections)
+    return not numbers or math.isfinite(numbers[-1])
 
 
 def _equal(a: int | Tensor, b: int | Tensor) -> bool:

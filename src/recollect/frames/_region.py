@@ -125,6 +125,7 @@ class Region:
         changed = record.changed()
         watch = Watch(copies=False) if changed else None
         outer, local.scope = local.scope, scope
+        recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
         try:
             with ExitStack() as stack:
                 stack.enter_context(backward_mode())
@@ -145,6 +146,7 @@ class Region:
                 return (function or self.function)(*args, **kwargs)
         finally:
             local.scope = outer
+            local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
 

@@ -433,7 +433,7 @@ class _CouplingStage(Stage):
         back = self._fingerprint(z)
         given = 0.0 if block.given is None or back is None else error_between(block.given, back)
         name = block.region.name
-        if block.gross > GROSS and given < 1e-4:
+        if block.gross > max(GROSS, 10 * given) and given <= max(1e-4, tolerance):
             check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)
 
         def amplification() -> float | None:

@@ -18,6 +18,7 @@ from recollect.frames._certificate import (
     check_certify,
     error_between,
     fingerprint,
+    is_finite,
     tolerance_of,
 )
 from recollect.frames._chain import Slot, Stage, slot_of, whole
@@ -310,6 +311,8 @@ class _InverseStage(Stage, Held):
             default=0.0,
         )
         assert self._inverted is not None
+        if not all(mark is None or is_finite(mark) for mark in self._taken):
+            return  # an overflow in the forward pass: there is nothing to prove
         worst = 0.0
         for layout, tensor in zip(self._layouts, self._inverted, strict=True):
             returned = _error(layout.mark, self._fingerprint(tensor))
@@ -336,7 +339,9 @@ class _InverseStage(Stage, Held):
             error = _error(taken, self._fingerprint(tensor))
             allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
             check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
-        if self._gross > GROSS and self._errors[1] < 1e-4:
+        worst = self._errors[1]
+        rounding = max((self._tolerance(layout.layout.dtype) for layout in self._layouts), default=0.0)
+        if self._gross > max(GROSS, 10 * worst) and worst <= max(1e-4, rounding):
             check_block(self._region.name, self._errors[1], self._gross, 0.0, None, self._certify, self._certificate)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
