@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recollect.frames import Add, Transform, checkpoint, couple_by, frames_apply, uncouple_by
-from recollect.invertible._check import Subject
-from recollect.invertible._log_det import values_log_det, zero_log_det
+from recollect.invertible._algebra import values_log_det, zero_log_det
 from recollect.invertible._module import Module
+from recollect.invertible.checks import Subject
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from recollect._arguments import pack, unpack
 from recollect.frames import checkpoint, frames_apply, run_invertible
-from recollect.invertible._check import Subject, check_subject, plainly
 from recollect.invertible._measured import Measured
+from recollect.invertible.checks import Subject, check_subject, plainly
 
 __all__ = ["Module"]
 
