@@ -18,6 +18,7 @@ Frames pull and nobody pushes: a stage whose output is the next stage's input ke
 No storage is resized behind a caller's back, except inside :func:`eager_release`, where that is asked for.
 """
 
+from recollect.frames._certificate import Certificate
 from recollect.frames._checkpoint import checkpoint, run_invertible
 from recollect.frames._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
@@ -38,6 +39,7 @@ from recollect.frames._transform import Add, Transform
 __all__ = [
     "DRIFT_THRESHOLD",
     "Add",
+    "Certificate",
     "DriftGauge",
     "DriftWarning",
     "FrameError",

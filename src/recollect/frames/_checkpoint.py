@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import pack
+from recollect.frames._certificate import Certificate, Certify
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
@@ -33,6 +35,8 @@ def checkpoint(
     enabled: bool = True,
     inverse: Callable[..., Any] | None = None,
     keep: Iterable[Tensor] = (),
+    certify: Certify = True,
+    **kwargs: Any,
 ) -> Any:
     """Run ``function(*args)`` without keeping what autograd saves in it; rebuild that when backward asks for it.
 
@@ -54,6 +58,8 @@ def checkpoint(
         inverse: called as ``inverse(*outputs)``; returns the arguments again, in order (those that it need not return
             may be cut off at the end if they are kept).
         keep: input tensors that stay in memory although there is an inverse.
+        certify: whether what is rebuilt is compared with the forward.
+        **kwargs: keyword arguments of the function.
 
     Returns:
         What the function returns.
@@ -74,6 +80,7 @@ def checkpoint(
     """
     if inverse is not None and not callable(inverse):
         raise TypeError(f"inverse must be a function of the outputs (got {inverse!r})")
+    function = functools.partial(function, **kwargs) if kwargs else function
     if not enabled or not frames_apply():
         return function(*args)
     if inverse is None:
@@ -103,6 +110,7 @@ def run_invertible(
     function: Callable[..., Any],
     inverse: Callable[..., Any],
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
     *,
     seed: bool = True,
     keep: Iterable[Tensor] = (),
@@ -110,6 +118,8 @@ def run_invertible(
     takes: int | None = None,
     gauge: DriftGauge | None = None,
     anchor_every: int | None = None,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
 ) -> Any:
     """Run an invertible function as a stage of a chain; see :func:`checkpoint`.
 
@@ -125,7 +135,12 @@ def run_invertible(
         takes: ``inverse`` gets ``outputs[:takes]``, and the others are not kept for it.
         gauge: where a chain's drift is recorded.
         anchor_every: keep the chain's every s-th activation.
+        kwargs: keyword arguments of both functions, which are kept.
+        certify: whether what is rebuilt is compared with the forward.
+        certificate: where the figures of the comparison go.
     """
+    if kwargs:
+        function, inverse = functools.partial(function, **kwargs), functools.partial(inverse, **kwargs)
     region = Region(function, seed)
     stage = _InverseStage(region, inverse, inverted, takes)
     output = Frame(region, stage, lock=stage.lock).run(args, devices_of(args))

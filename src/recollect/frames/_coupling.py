@@ -15,12 +15,14 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recollect.frames._certificate import Certificate, Certify
 from recollect.frames._chain import Parts, Slot, slot_of
 from recollect.frames._describe import describe
 from recollect.frames._drift import DriftGauge, DriftProbe
@@ -28,7 +30,7 @@ from recollect.frames._eager import Released, release, restore_after_backward
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame
 from recollect.frames._keep import KeptArguments, devices_of, laid_out, storage_of
-from recollect.frames._modes import enclosing, frames_apply, local, save_nothing
+from recollect.frames._modes import enclosing, frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 
@@ -49,6 +51,10 @@ def couple(
     anchor_every: int | None = None,
     enabled: bool = True,
     seed: bool = True,
+    kwargs: Sequence[Mapping[str, Any]] | None = None,
+    sizes: Sequence[int] | None = None,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
 ) -> Tensor:
     """Apply the additive coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
 
@@ -61,6 +67,10 @@ def couple(
         anchor_every: keep the chain's every s-th activation.
         enabled: with ``False``, plain autograd: everything is kept.
         seed: replay random state in rebuilds.
+        kwargs: as in :func:`couple_by`.
+        sizes: as in :func:`couple_by`.
+        certify: as in :func:`couple_by`.
+        certificate: as in :func:`couple_by`.
 
     Returns:
         X'_1 || ... || X'_C, of the shape of ``x``.
@@ -70,13 +80,33 @@ def couple(
         InPlaceError: a block changed its input in place.
     """
     return couple_by(
-        Add(), blocks, x, args, dim=dim, gauge=gauge, anchor_every=anchor_every, enabled=enabled, seed=seed
+        Add(),
+        blocks,
+        x,
+        args,
+        kwargs=kwargs,
+        sizes=sizes,
+        dim=dim,
+        gauge=gauge,
+        anchor_every=anchor_every,
+        enabled=enabled,
+        seed=seed,
+        certify=certify,
+        certificate=certificate,
     )[0]
 
 
-def uncouple(blocks: Sequence[Block], y: Tensor, args: Sequence[tuple[Any, ...]], *, dim: int = -1) -> Tensor:
+def uncouple(
+    blocks: Sequence[Block],
+    y: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    dim: int = -1,
+    kwargs: Sequence[Mapping[str, Any]] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
     """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
-    return uncouple_by(Add(), blocks, y, args, dim=dim)[0]
+    return uncouple_by(Add(), blocks, y, args, dim=dim, kwargs=kwargs, sizes=sizes)[0]
 
 
 def couple_by(
@@ -92,6 +122,10 @@ def couple_by(
     enabled: bool = True,
     seed: bool = True,
     keep: Iterable[Tensor] = (),
+    kwargs: Sequence[Mapping[str, Any]] | None = None,
+    sizes: Sequence[int] | None = None,
+    certify: Certify = True,
+    certificate: Certificate | None = None,
 ) -> tuple[Tensor, Extras]:
     """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
 
@@ -107,19 +141,22 @@ def couple_by(
         enabled: as in :func:`couple`.
         seed: as in :func:`couple`.
         keep: tensors that :func:`~recollect.eager_release` leaves alone.
+        kwargs: for each block its keyword arguments.
+        sizes: of the groups along ``dim``, in their order; ``None``: equal ones. Two groups may differ in size: block i
+            maps the other group's size to its own (times ``transform.factor``).
+        certify: whether what is rebuilt is compared with the forward.
+        certificate: where the figures of the comparison go.
 
     Returns:
         X'_1 || ... || X'_C, and for each group what else the transform returned.
     """
-    if x.size(dim) % len(blocks):
-        raise ValueError(
-            f"a coupling of {len(blocks)} groups needs a size that they divide in dimension {dim} (got {list(x.shape)})"
-        )
-    groups = _split(x, len(blocks), dim, flip)
-    regions = [Transformed(block, transform, dim) for block in blocks]
+    sizes = _check_sizes(sizes, x, len(blocks), dim)
+    blocks = _with_keywords(blocks, kwargs)
+    groups = _split(x, sizes, dim, flip)
+    regions = [Transformed(block, transform, dim, group.size(dim)) for block, group in zip(blocks, groups, strict=True)]
     if not enabled or not frames_apply():
         return _forward(regions, groups, args, dim, flip)
-    stage = _CouplingStage(dim, flip, seed)
+    stage = _CouplingStage(sizes, dim, flip, seed)
     y, extras = _forward([functools.partial(stage.run, region) for region in regions], groups, args, dim, flip)
     if y.requires_grad:
         stage.close(x, groups, y, gauge, anchor_every)
@@ -131,10 +168,19 @@ def couple_by(
 
 
 def uncouple_by(
-    transform: Transform, blocks: Sequence[Block], y: Tensor, args: Sequence[tuple[Any, ...]], *, dim: int = -1
+    transform: Transform,
+    blocks: Sequence[Block],
+    y: Tensor,
+    args: Sequence[tuple[Any, ...]],
+    *,
+    dim: int = -1,
+    kwargs: Sequence[Mapping[str, Any]] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Extras]:
     """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned."""
-    groups = _split(y, len(blocks), dim)
+    sizes = _check_sizes(sizes, y, len(blocks), dim)
+    blocks = _with_keywords(blocks, kwargs)
+    groups = _split(y, sizes, dim)
     extras: Extras = []
     for i in reversed(range(len(blocks))):
         z = groups[i - 1] if i > 0 else _sum(groups[1:])
@@ -143,9 +189,46 @@ def uncouple_by(
     return torch.cat(groups, dim), extras
 
 
-def _split(x: Tensor, number: int, dim: int, flip: bool = False) -> list[Tensor]:
-    groups = torch.chunk(x, number, dim)
+def _check_sizes(sizes: Sequence[int] | None, x: Tensor, number: int, dim: int) -> list[int]:
+    """Return the sizes of the groups in dimension ``dim`` of x."""
+    whole = x.size(dim)
+    if sizes is None:
+        if whole % number:
+            raise ValueError(
+                f"a coupling of {number} groups needs a size that they divide in dimension {dim} (got "
+                f"{list(x.shape)}); "
+                "sizes=(...) allows two groups of different sizes"
+            )
+        return [whole // number] * number
+    if len(sizes) != number or sum(sizes) != whole or min(sizes) < 1:
+        raise ValueError(
+            f"sizes={tuple(sizes)} must be {number} positive numbers, one for each block, whose sum is the size of x "
+            f"in dimension {dim} (got shape {list(x.shape)})"
+        )
+    if number > 2 and len(set(sizes)) > 1:
+        raise ValueError(
+            f"sizes={tuple(sizes)}: the first block of a coupling gets the sum of all groups but the first, which "
+            "groups of different sizes do not have; use two groups, or equal sizes"
+        )
+    return list(sizes)
+
+
+def _with_keywords(blocks: Sequence[Block], kwargs: Sequence[Mapping[str, Any]] | None) -> list[Block]:
+    if kwargs is None:
+        return list(blocks)
+    return [
+        functools.partial(block, **keywords) if keywords else block
+        for block, keywords in zip(blocks, kwargs, strict=True)
+    ]
+
+
+def _split(x: Tensor, sizes: Sequence[int], dim: int, flip: bool = False) -> list[Tensor]:
+    groups = torch.split(x, list(sizes), dim)
     return list(reversed(groups) if flip else groups)
+
+
+def _sizes_of(value: Parts) -> list[int]:
+    return [tensor.size(value.dim) for tensor in value.tensors]
 
 
 def _sum(groups: Sequence[Tensor]) -> Tensor:
@@ -175,10 +258,11 @@ class _CouplingStage:
 
     __slots__ = (
         "__weakref__", "_args", "_dim", "_flip", "_groups", "_input", "_kinds", "_layouts", "_level", "_lock", "_new",
-        "_output", "_probe", "_regions", "_scope", "_seed", "_transformed", "released",
+        "_output", "_probe", "_regions", "_scope", "_seed", "_sizes", "_transformed", "released",
     )  # fmt: skip
 
-    def __init__(self, dim: int, flip: bool, seed: bool) -> None:
+    def __init__(self, sizes: Sequence[int], dim: int, flip: bool, seed: bool) -> None:
+        self._sizes = sizes
         self._dim = dim
         self._flip = flip
         self._seed = seed
@@ -271,17 +355,18 @@ class _CouplingStage:
         if self._output is None:
             raise RuntimeError("a coupling was asked for gradients before its forward pass ended")
         value = self._output.take()
-        if isinstance(value, Parts) and value.dim == self._dim and len(value.tensors) == len(self._regions):
+        if isinstance(value, Parts) and value.dim == self._dim and _sizes_of(value) == list(self._sizes):
             self._groups = value.tensors[::-1] if self._flip else value.tensors
         else:
             whole = value.whole() if isinstance(value, Parts) else value
-            self._groups = _split(whole, len(self._regions), self._dim, self._flip)
+            self._groups = _split(whole, self._sizes, self._dim, self._flip)
         self._level = len(self._groups)
 
     def _invert_one(self) -> None:
         index = self._level - 1
         inputs, invert = self.inputs(index), self._transformed[index].invert
-        self.evaluated(index, self._regions[index].again(inputs, self._scope, save_nothing(), invert))
+        # What autograd saves is freed at once, with the graph; a block may take a gradient inside, which needs it.
+        self.evaluated(index, self._regions[index].again(inputs, self._scope, nullcontext(), invert))
 
     # Backward: the stage of the slots.
 

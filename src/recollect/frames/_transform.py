@@ -48,10 +48,11 @@ class Add:
 class Transformed:
     """A block and the transform that its output steers, run in one region: the transform may save tensors too."""
 
-    __slots__ = ("__self__", "_dim", "_transform")
+    __slots__ = ("__self__", "_dim", "_size", "_transform")
 
-    def __init__(self, block: Callable[..., Any], transform: Transform, dim: int) -> None:
+    def __init__(self, block: Callable[..., Any], transform: Transform, dim: int, size: int) -> None:
         self.__self__ = block
+        self._size = size  # of the block's own group along ``dim``
         self._transform = transform
         self._dim = dim
 
@@ -74,10 +75,12 @@ class Transformed:
     def _check(self, z: Tensor, given: torch.Size, version: int, output: Any) -> None:
         """Raise unless the block left its input alone and returned a tensor of the right shape."""
         factor, shape = self._transform.factor, list(given)
-        shape[self._dim] *= factor
+        uneven, shape[self._dim] = shape[self._dim] != self._size, factor * self._size
         if not isinstance(output, Tensor) or list(output.shape) != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            if factor == 1:
+            if uneven:
+                allowed = f"shape {shape}, {factor} times the size {self._size} of its own group, got {found}"
+            elif factor == 1:
                 allowed = f"its input's shape {shape}, got {found}"
                 if (
                     isinstance(output, Tensor)
