@@ -61,6 +61,7 @@ _PLAIN = (type(None), Tensor, str, int, float)
 def _reachable(thing: Any, depth: int) -> Iterator[tuple[Any, int]]:
     """Yield what one sees from an object that is no module, with how many steps may still follow."""
     yield getattr(thing, "__self__", None), depth  # of bound methods, and of adapters that name it so
+    yield getattr(thing, "owner", None), depth
     if isinstance(thing, types.MethodType):
         yield thing.__func__, depth
     elif isinstance(thing, types.FunctionType):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -108,11 +109,7 @@ class MatrixModule(Module):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if not isinstance(value, Tensor) or value.shape != self._weight_shape:
-            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{type(self).__name__}: weight must be a tensor of shape {list(self._weight_shape)} (got {found})"
-            )
+        self._check_weight(value)
         assert self.matrices is not None  # else the weight is a parameter, and torch assigns it
         self.matrices.take(value.detach().reshape(self._shape))
 
@@ -121,6 +118,46 @@ class MatrixModule(Module):
             object.__setattr__(self, name, value)  # torch would register a parameter of that name
         else:
             super().__setattr__(name, value)
+
+    # State dicts of torch's layers.
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *messages: Any
+    ) -> None:
+        weight, own = state_dict.get(f"{prefix}weight"), f"{prefix}matrices."
+        if self.matrices is not None and weight is not None and not any(key.startswith(own) for key in state_dict):
+            del state_dict[f"{prefix}weight"]
+            state = self.matrices.state_dict()
+            try:
+                state = self._matrices_of(weight).state_dict()
+            except ValueError as error:
+                messages[-1].append(f"{prefix}weight: {error}")
+            state_dict.update({f"{own}{name}": value for name, value in state.items()})
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *messages)
+
+    def _matrices_of(self, weight: Tensor) -> Matrices:
+        """Return matrices of the layer's kind that equal a weight of torch's layer."""
+        assert self.matrices is not None
+        self._check_weight(weight)
+        made = copy.deepcopy(self.matrices).to_empty(device=weight.device)
+        made.take(weight.detach().reshape(self._shape))
+        return made
+
+    def _check_weight(self, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.shape != self._weight_shape:
+            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{type(self).__name__}: weight must be a tensor of shape {list(self._weight_shape)} (got {found})"
+            )
+
+    def torch_state_dict(self) -> dict[str, Tensor]:
+        """Return weight and bias for torch's layer of the same name, whatever the parametrisation.
+
+        The other way, ``load_state_dict`` takes the state of torch's layer: a weight that the parametrisation cannot
+        become is an error. Without parametrisation ``state_dict`` itself is that of torch's layer.
+        """
+        state = {"weight": self.weight.detach()}
+        return state if self.bias is None else {**state, "bias": self.bias.detach()}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""What every invertible module knows of its own accuracy."""
+"""What every invertible module knows of its own accuracy, and of its stream's precision."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recollect._arguments import check_count
 from recollect.frames import DRIFT_THRESHOLD, DriftGauge
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "under_autocast"]
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Return whether operations on x run under autocast."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Measured(nn.Module):
@@ -76,6 +82,19 @@ class Measured(nn.Module):
     @drift_threshold.setter
     def drift_threshold(self, value: float) -> None:
         self._gauge.threshold = value
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """Return x, under autocast in at least float32: a stream that is rounded to less does not come back.
+
+        The type is that of the parameters where theirs is wider. Without autocast x stays what it is.
+        """
+        if x.dtype not in (torch.float16, torch.bfloat16) or not under_autocast(x):
+            return x
+        wide = torch.float32
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                wide = torch.promote_types(wide, parameter.dtype)
+        return x.to(wide)
 
     def _lacks(self, name: str) -> bool:
         """Whether a method is still that of the class whose subclasses write it, and the module has none of its own."""

@@ -17,6 +17,26 @@ from recollect.invertible._module import Module
 __all__ = ["ActNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
+class _Read:
+    """A value that was read from a buffer, which waits for its device; good for as long as the buffer is unchanged."""
+
+    __slots__ = ("_buffer", "_version", "value")
+
+    def __init__(self, buffer: Tensor, value: int) -> None:
+        self._buffer = buffer
+        self._version = _version_of(buffer)
+        self.value = value
+
+    def holds(self, buffer: Tensor) -> bool:
+        """Whether this is the buffer, and nobody wrote to it since."""
+        return self._buffer is buffer and self._version == _version_of(buffer)
+
+
+def _version_of(buffer: Tensor) -> int:
+    # torch.compile does not see versions, and inference tensors have none.
+    return 0 if torch.compiler.is_compiling() or buffer.is_inference() else buffer._version
+
+
 class _BatchNorm(Module, batchnorm._BatchNorm):
     """Torch's batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), with an inverse.
 
@@ -62,6 +82,7 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        self._counted: _Read | None = None  # the number of batches
 
     @property
     def num_outputs(self) -> int:
@@ -107,11 +128,20 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
 
     def _factor(self) -> float:
         """Count the batch, and return its weight in the running statistics."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                return 1.0 / float(self.num_batches_tracked)
-        return 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        known = self._counted is not None and self._counted.holds(self.num_batches_tracked)
+        self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        if in_backward():  # where the statistics are copies, and nothing else depends on them
+            return 0.0
+        if torch.compiler.is_compiling():
+            return 1.0 / float(self.num_batches_tracked)
+        # The number is read once, and from then on counted here too.
+        number = self._counted.value + 1 if known and self._counted is not None else int(self.num_batches_tracked)
+        self._counted = _Read(self.num_batches_tracked, number)
+        return 1.0 / number
 
     def inverse(self, y: Tensor, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Return x for normalised values, by the given statistics or by the running ones."""
@@ -120,7 +150,10 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         if self.weight is not None:
             limits = torch.finfo(self.weight.dtype)
             lost = self.weight.abs() <= (limits.eps * self.bias.abs()).clamp_min(limits.tiny)
-            if lost.any():
+            if in_backward() and lost.device.type != "cpu":
+                # To ask would wait for the device, at every step: what is lost becomes no number, and so do gradients.
+                scale = torch.where(lost, torch.nan, scale)
+            elif lost.any():
                 raise ValueError(
                     f"{type(self).__name__}: the weight of channel(s) {lost.nonzero().flatten().tolist()} is 0, or so "
                     "small beside the bias that the output has lost the input; keep it away from 0, or set "
@@ -227,6 +260,7 @@ class ActNorm(Module):
         self.loc = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+        self._settled: _Read | None = None  # the flag, when it was found to be set
 
     @property
     def reversible(self) -> bool:
@@ -261,7 +295,7 @@ class ActNorm(Module):
 
     def _initialize(self, x: Tensor) -> None:
         """Let the first batch decide, in the direction that training runs in."""
-        if not self.training or in_backward() or self.initialized:
+        if not self.training or in_backward() or self._is_initialized():
             return
         values = x.detach().movedim(self.dim, 0).flatten(1)
         if values.size(1) < 2:
@@ -276,6 +310,13 @@ class ActNorm(Module):
             self.loc.copy_(-mean / deviation if self.reversed else mean)
             self.log_scale.copy_(deviation.log() if self.reversed else -deviation.log())
             self.initialized.fill_(True)
+
+    def _is_initialized(self) -> bool:
+        if self._settled is None or not self._settled.holds(self.initialized):
+            if not self.initialized:
+                return False
+            self._settled = _Read(self.initialized, True)
+        return True
 
     def _check(self, x: Tensor) -> None:
         if not -x.dim() <= self.dim < x.dim() or self.dim % x.dim() == 0 or x.size(self.dim) != self.num_features:

@@ -18,7 +18,8 @@ class InvertibleModule(Measured):
     """A module that trains without keeping its first input: it is recomputed from the output.
 
     Subclasses define ``_forward(x, *args)``, which returns a tensor or a tuple of tensors, and
-    ``_inverse(*outputs, *args)``, which returns ``x`` again. ``args`` are kept, and may be anything.
+    ``_inverse(*outputs, *args)``, which returns ``x`` again. ``args`` are kept, and may be anything. Keyword arguments
+    are kept too, and given to both.
 
     Args:
         disable: run plain, keeping everything. Can be changed between steps.
@@ -49,29 +50,29 @@ class InvertibleModule(Measured):
         self.disable = disable
         self.num_bwd_passes = num_bwd_passes
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_forward`; its first argument is not kept for backward."""
         if not self.disable:
             self._check_inverse("disable=True makes it a plain module, which keeps everything")
-        return self._run(self._forward, self._inverse, args)
+        return self._run(self._forward, self._inverse, args, kwargs)
 
-    def inverse(self, *args: Any) -> Any:
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_inverse`, trainable as :meth:`forward` is."""
-        return self._run(self._inverse, self._forward, args)
+        return self._run(self._inverse, self._forward, args, kwargs)
 
-    def _forward(self, *args: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define _forward(x, *args)")
 
-    def _inverse(self, *args: Any) -> Any:
+    def _inverse(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define _inverse(*outputs, *args)")
 
-    def _run(self, function: Any, inverse: Any, args: tuple[Any, ...]) -> Any:
+    def _run(self, function: Any, inverse: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget_drift()
         if self.disable:
-            output = function(*args)
+            output = function(*args, **kwargs)
         else:
             output = run_invertible(
-                function, inverse, args, inverted=1, gauge=self._gauge, anchor_every=self.anchor_every
+                function, inverse, args, kwargs, inverted=1, gauge=self._gauge, anchor_every=self.anchor_every
             )
         if isinstance(output, tuple) and len(output) == 1:
             output = output[0]
