@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from recollect._arguments import pack
@@ -38,6 +39,8 @@ class Takes:
         if isinstance(function, nn.Module):
             function = function.forward
         plain, bound = getattr(function, "__func__", function), hasattr(function, "__func__")
+        if torch.compiler.is_compiling():  # which knows no weak references
+            return cls._by_signature(plain, int(bound))
         try:
             found = _TAKES.get(plain)
         except TypeError:  # of a type that cannot be referred to weakly
@@ -203,11 +206,12 @@ class Passing:
             self.named.update(kwargs)
         return (*inputs, *extra), kwargs
 
-    def went(self, given: int, hidden: int, outputs: tuple[Any, ...], conditions: int) -> None:
+    def went(self, layer: Any, given: int, hidden: int, outputs: tuple[Any, ...], conditions: int) -> None:
         """Take a layer's outputs.
 
         Args:
-            given: how many arguments the layer got.
+            layer: the layer.
+            given: how many arguments it got.
             hidden: how many of them were neither stream nor further.
             outputs: the layer's.
             conditions: how many of its last arguments it did not change.
@@ -215,7 +219,8 @@ class Passing:
         kept = conditions - (given - hidden - len(self.stream))  # of the stream
         if kept > 0:
             values = self.stream[len(self.stream) - kept :]
-            self.taken.update(map(id, values))
+            if not layer._hands_on:
+                self.taken.update(map(id, values))
             self.further = values + self.further
         self.stream = outputs
 

@@ -180,7 +180,7 @@ class Sequential(Module, nn.Sequential):
             conditions = len(args) - len(passing.stream)
         else:
             conditions = layer._conditions(layer.call_function, layer.call_inverse, outputs, len(args))
-        passing.went(len(args), 0, outputs, conditions)
+        passing.went(layer, len(args), 0, outputs, conditions)
         return one
 
     def function(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +216,7 @@ class Sequential(Module, nn.Sequential):
                 conditions = len(given) - len(passing.stream)
             else:
                 conditions = layer._conditions(layer.call_function, layer.call_inverse, outputs, len(given))
-            passing.went(len(given), 0, shown, conditions)
+            passing.went(layer, len(given), 0, shown, conditions)
             rest = outputs[len(shown) :]
             hidden.extend(rest)
             counts.append(len(rest))
@@ -260,7 +260,7 @@ class Sequential(Module, nn.Sequential):
                 conditions = layer._conditions(layer.call_inverse, layer.call_function, inputs, len(given))
                 if own:  # which only its function makes
                     conditions = min(conditions, len(given) - len(own) - 1)
-            passing.went(len(given), len(own), inputs, conditions)
+            passing.went(layer, len(given), len(own), inputs, conditions)
         return passing
 
     def process(self, args: Any, inverse: bool = False) -> Any:

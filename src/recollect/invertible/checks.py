@@ -83,17 +83,17 @@ class Subject:
     seed: bool = True
 
 
-def plainly(function: Callable[..., Any], *args: Any) -> Any:
+def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function in which all frames, however deep inside, step aside."""
     state = RandomState(devices_of(args))
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(_PLAIN):
-            return function(*args)
+            return function(*args, **kwargs)
     except RuntimeError as error:
         if _PLAIN not in str(error):
             raise
     with state.replayed():  # hooks that are not ours belong to what is checked
-        return function(*args)
+        return function(*args, **kwargs)
 
 
 def check_subject(
