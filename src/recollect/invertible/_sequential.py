@@ -104,29 +104,27 @@ class Sequential(Module, nn.Sequential):
     def _layers(self) -> Iterator[Any]:
         return iter(self._modules.values())
 
-    def forward(self, *args: Any, keep: Iterable[Tensor] = (), passing: list[Any] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, keep: Iterable[Tensor] = (), _passing: list[Any] | None = None, **kwargs: Any) -> Any:
         """Return the last layer's visible outputs; see :meth:`Module.forward`.
 
         Args:
             *args: of the first layer, then further arguments.
             keep: input tensors that stay in memory.
-            passing: internal; of a Sequential around this one.
             **kwargs: further arguments by keyword.
         """
-        return self._forward(args, kwargs, keep, passing, log_det=False)[0]
+        return self._forward(args, kwargs, keep, _passing, log_det=False)[0]
 
     def forward_and_log_det(
-        self, *args: Any, keep: Iterable[Tensor] = (), passing: list[Any] | None = None, **kwargs: Any
+        self, *args: Any, keep: Iterable[Tensor] = (), _passing: list[Any] | None = None, **kwargs: Any
     ) -> tuple[Any, Tensor]:
         """Return the outputs and the sum of the layers' log-determinants; see :meth:`Module.forward_and_log_det`.
 
         Args:
             *args: as in :meth:`forward`.
             keep: as in :meth:`forward`.
-            passing: as in :meth:`forward`.
             **kwargs: as in :meth:`forward`.
         """
-        output, total = self._forward(args, kwargs, keep, passing, log_det=True)
+        output, total = self._forward(args, kwargs, keep, _passing, log_det=True)
         assert total is not None
         return output, total
 
@@ -143,7 +141,7 @@ class Sequential(Module, nn.Sequential):
         total: Tensor | None = None
         if not self.invertible or not frames_apply():
             streams = len(passing.stream) if outer else None
-            function = functools.partial(self._outputs, streams=streams, inner=outer is not None, log_det=log_det)
+            function = functools.partial(self._outputs, (streams, outer is not None, log_det))
             outputs = self._run(function, self.inverse, args, kwargs, keep)
             if log_det:
                 outputs, total = outputs[:-1], outputs[-1]
@@ -169,7 +167,7 @@ class Sequential(Module, nn.Sequential):
         args, kwargs = passing.give(layer, layer.call_function, layer.call_inverse, layer.num_inputs)
         inner: list[Any] = [passing]
         if isinstance(layer, Sequential):
-            kwargs["passing"] = inner
+            kwargs["_passing"] = inner  # of a Sequential around it
         run = layer.forward_and_log_det if log_det else layer
         output, one = run(*args, keep=keep, **kwargs) if log_det else (run(*args, keep=keep, **kwargs), None)
         outputs = pack(output)
@@ -185,16 +183,22 @@ class Sequential(Module, nn.Sequential):
 
     def function(self, *args: Any, **kwargs: Any) -> Any:
         """Return (*outputs, *hidden, counts); see the class."""
-        return self._outputs(*args, **kwargs)
+        return self._outputs((None, False, False), *args, **kwargs)
 
     def function_and_log_det(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return what :meth:`function` does, and last the sum of the layers' log-determinants."""
-        return self._outputs(*args, log_det=True, **kwargs)
+        return self._outputs((None, False, True), *args, **kwargs)
 
-    def _outputs(
-        self, *args: Any, streams: int | None = None, inner: bool = False, log_det: bool = False, **kwargs: Any
-    ) -> tuple[Any, ...]:
-        """Return outputs, what layers hide, counts, and the log-determinant if it is asked for."""
+    def _outputs(self, how: tuple[int | None, bool, bool], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return outputs, what layers hide, counts, and the log-determinant if it is asked for.
+
+        Args:
+            how: how many arguments are the stream, if that is known; whether this is inside of another Sequential;
+                whether the log-determinant is asked for.
+            *args: as in :meth:`forward`.
+            **kwargs: as in :meth:`forward`.
+        """
+        streams, inner, log_det = how
         passing = Passing(args, kwargs, streams)
         hidden: list[Any] = []
         counts: list[int] = []
@@ -202,7 +206,7 @@ class Sequential(Module, nn.Sequential):
         for layer in self._layers():
             given, named = passing.give(layer, layer.call_function, layer.call_inverse, layer.num_inputs)
             if isinstance(layer, Sequential):
-                outputs = layer._outputs(*given, streams=len(passing.stream), inner=True, log_det=log_det, **named)
+                outputs = layer._outputs((len(passing.stream), True, log_det), *given, **named)
             else:
                 outputs = pack((layer.call_function_and_log_det if log_det else layer.call_function)(*given, **named))
             if log_det:

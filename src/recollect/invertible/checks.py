@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recollect._arguments import pack
-from recollect.frames import FrameError, RandomState, backward_mode, devices_of, dry_mode
+from recollect.frames import FrameError, RandomState, backward_mode, devices_of
 
 __all__ = ["Subject", "check_subject", "plainly"]
 
@@ -149,7 +149,7 @@ def _inverse_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with _as_before(subject.module, state), dry_mode():
+    with _as_before(subject.module, state), torch.enable_grad():
         outputs = pack(subject.function(*_copies(args)))
     with _as_before(subject.module, state), torch.no_grad(), backward_mode():
         inputs = pack(subject.inverse(*outputs))
@@ -171,7 +171,7 @@ def _second_differs(
     subject: Subject, args: tuple[Any, ...], state: RandomState, rtol: float, atol: float
 ) -> str | None:
     name = type(subject.module).__name__
-    with _as_before(subject.module, state), dry_mode():
+    with _as_before(subject.module, state), torch.enable_grad():
         first = pack(subject.function(*_copies(args)))
         later = RandomState(devices_of(args))
     # With grad enabled as in a rebuild: some of torch's modules compute otherwise without.
