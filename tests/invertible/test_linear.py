@@ -764,3 +764,51 @@ def test_a_singular_free_weight_says_so():
         layer.weight.fill_(1.0)
     with pytest.raises(RuntimeError, match="singular"):
         layer.inverse(torch.ones(1, 2))
+
+
+FREE = [name for name in ALL if ALL[name][2].get("parametrization", "orthogonal") is None]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", FREE)
+def test_a_free_layer_and_torchs_have_the_same_state(name, assign):
+    layer, x = make(name)
+    theirs = torch_layer(name).double()
+    expected = theirs(x)
+    layer.load_state_dict(theirs.state_dict(), assign=assign)
+    torch.testing.assert_close(layer(x), expected)
+    back = torch_layer(name).double()
+    back.load_state_dict(layer.state_dict(), assign=assign)
+    assert torch.equal(back(x), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@every
+def test_any_layer_takes_a_weight_of_torchs_that_its_parametrisation_can_become(name, assign):
+    source, x = make(name)
+    theirs = torch_layer(name).double()
+    theirs.load_state_dict(source.torch_state_dict())
+    torch.testing.assert_close(theirs(x), source(x))
+    kind, args, keywords, _ = ALL[name]
+    other = nn.ModuleList([kind(*args, **keywords, dtype=torch.float64)])
+    other.load_state_dict({f"0.{key}": value for key, value in theirs.state_dict().items()}, assign=assign)
+    torch.testing.assert_close(other[0](x), theirs(x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(other[0].inverse(theirs(x)), x, rtol=1e-6, atol=1e-6)
+    assert all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("kind", [Linear, lambda a, b, **options: Conv1d(a, b, 1, **options)])
+def test_a_weight_of_torchs_that_the_parametrisation_cannot_become(kind):
+    layer = kind(3, 3)
+    plain = nn.Linear(3, 3) if isinstance(layer, Linear) else nn.Conv1d(3, 3, 1)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"orthogonal parametrization cannot become.*parametrization=None") as error:
+        layer.load_state_dict(plain.state_dict())
+    assert "Missing" not in str(error.value)
+    for name in ("matrices.base", "matrices.skew"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+    with pytest.raises(RuntimeError, match=r"weight must be a tensor of shape"):
+        layer.load_state_dict({**plain.state_dict(), "weight": torch.zeros(2, 3)})
+    free = kind(3, 3, parametrization="lu")
+    free.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(free.weight, plain.weight, rtol=1e-5, atol=1e-6)

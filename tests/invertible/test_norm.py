@@ -3,10 +3,12 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.invertible import ActNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Identity, Linear, Sequential
 
@@ -18,7 +20,7 @@ def pair(kind, channels, dtype=torch.float64, **options):
     for parameter in module.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     plain = getattr(nn, kind.__name__)(channels, **options).to(dtype)
-    plain.load_state_dict(module.state_dict(), strict=False)
+    plain.load_state_dict(module.state_dict())
     return module, plain
 
 
@@ -38,7 +40,7 @@ def test_another_number_of_channels_is_refused_before_anything_changes(training,
         with pytest.raises(ValueError, match=rf"has 3 channels in dimension 1 \(got shape \[4, {found}\]\)"):
             refused(torch.randn(4, found))
     for name, value in before.items():
-        assert name == "_extra_state" or torch.equal(module.state_dict()[name], value)
+        assert torch.equal(module.state_dict()[name], value)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(BatchNorm1d, (3,)), (BatchNorm2d, (4, 3)), (BatchNorm3d, (4, 3, 1, 1))])
@@ -340,3 +342,106 @@ def test_the_first_batch_on_cuda():
     found = torch.autograd.grad(y.sin().sum(), x)
     module.checkpoint = False
     torch.testing.assert_close(found, torch.autograd.grad(module(x * 1).sin().sum(), x), rtol=1e-4, atol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is read from a tensor, which waits for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(run):
+    with Reads() as reads:
+        run()
+    return reads.count
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
+def test_actnorm_waits_for_the_device_in_its_first_call_only(reverse):
+    module, x = ActNorm(3).reverse(reverse), torch.randn(20, 3, requires_grad=True)
+
+    def step():
+        module(x * 1)
+
+    assert reads_of(step) > 0
+    assert [reads_of(step) for _ in range(3)] == [0, 0, 0]
+    module.load_state_dict(copy.deepcopy(module).state_dict())
+    assert reads_of(step) == 1
+    assert reads_of(step) == 0
+    module.reset_parameters()
+    assert not module.initialized
+    assert reads_of(step) > 0  # initialises anew
+    assert module.initialized
+    module.initialized.fill_(False)
+    module(7 + x)
+    torch.testing.assert_close(module(7 + x).mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert reads_of(step) == 0
+
+
+def test_actnorm_reads_its_flag_again_after_a_load():
+    module, fresh = ActNorm(3), ActNorm(3)
+    module(5 + torch.randn(20, 3))
+    module.load_state_dict(fresh.state_dict())
+    y = module(9 + torch.randn(50, 3))
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(module).double()):
+        loc = twin.loc.detach().clone()
+        twin(torch.randn(5, 3).to(loc))
+        assert torch.equal(twin.loc, loc)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}], ids=str)
+def test_batch_norm_waits_for_no_device_in_forward(options):
+    module, plain = pair(BatchNorm1d, 3, **options)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+
+    def step():
+        module(x * 1).sum().backward()
+
+    step()
+    assert reads_of(lambda: module(x * 1)) == 0
+    step()
+    for _ in range(3):
+        plain(x)
+    for found, expected in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+    state = {name: value + 4 if name == "num_batches_tracked" else value for name, value in plain.state_dict().items()}
+    module.load_state_dict(state), plain.load_state_dict(state)
+    for _ in range(2):
+        module(x), plain(x)
+    for found, expected in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(BatchNorm1d, (6, 3)), (BatchNorm2d, (4, 3, 2, 2)), (BatchNorm3d, (4, 3, 2, 1, 2))]
+)
+def test_state_dicts_of_torchs_layers_and_back(kind, shape, options):
+    torch.manual_seed(0)
+    theirs = getattr(nn, kind.__name__)(3, **options)
+    for parameter in theirs.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    theirs(torch.randn(shape))
+    ours, back = kind(3, **options), getattr(nn, kind.__name__)(3, **options)
+    ours.load_state_dict(theirs.state_dict())
+    back.load_state_dict(ours.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for training in (True, False):
+        x = torch.randn(shape)
+        for layer in (ours, theirs, back):
+            layer.train(training)
+        expected = theirs(x)
+        torch.testing.assert_close(ours(x), expected)
+        torch.testing.assert_close(back(x), expected)
+
+
+def test_state_dicts_hold_tensors_only():
+    model = Sequential(ActNorm(4), Linear(4, 4), BatchNorm1d(4), Identity())
+    assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())

@@ -310,6 +310,7 @@ class ActNorm(Module):
             self.loc.copy_(-mean / deviation if self.reversed else mean)
             self.log_scale.copy_(deviation.log() if self.reversed else -deviation.log())
             self.initialized.fill_(True)
+        self._settled = _Read(self.initialized, True)
 
     def _is_initialized(self) -> bool:
         if self._settled is None or not self._settled.holds(self.initialized):
