@@ -164,6 +164,8 @@ class _Coupling(Module):
             anchor_every=self._anchors(x),
             seed=self.seed,
             keep=keep,
+            certify=self.certify,
+            certificate=self.certificate,
         )
 
     def _anchors(self, x: Tensor) -> int | None:
@@ -172,7 +174,7 @@ class _Coupling(Module):
 
     def _from_inputs(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         run = functools.partial(function, **kwargs) if kwargs else function
-        return checkpoint(run, *args, seed=self.seed) if self.checkpoint else run(*args)
+        return checkpoint(run, *args, seed=self.seed, certify=self.certify) if self.checkpoint else run(*args)
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -51,6 +51,8 @@ class Module(Measured):
         *args: of the next class, for modules that extend one of torch's.
         anchor_every: in a chain, keep every s-th activation, which bounds numerical drift; ``None`` keeps none.
         drift_threshold: relative reconstruction error above which a :class:`~recollect.frames.DriftWarning` is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
         **kwargs: of the next class.
 
     Raises:
@@ -213,7 +215,8 @@ class Module(Measured):
         if not self.checkpoint or not frames_apply():
             return function(*args, **kwargs)
         if not self.invertible:
-            return checkpoint(functools.partial(function, **kwargs) if kwargs else function, *args, seed=self.seed)
+            run = functools.partial(function, **kwargs) if kwargs else function
+            return checkpoint(run, *args, seed=self.seed, certify=self.certify)
         self._check_inverse("set its attribute invertible to False: it is then a checkpoint, which keeps its inputs")
         carried = Carried(self, function, inverse, log_det) if len(args) > 1 else None
         outputs = run_invertible(
@@ -226,6 +229,8 @@ class Module(Measured):
             takes=-1 if log_det else None,
             gauge=self._gauge,
             anchor_every=self.anchor_every,
+            certify=self.certify,
+            certificate=self.certificate,
         )
         return outputs if carried is None else carried.without(outputs)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recollect._arguments import pack, unpack
 from recollect.frames import frames_apply
 from recollect.invertible._conditions import Counts, Passing
-from recollect.invertible._measured import Measured
+from recollect.invertible._measured import Certify, Measured
 from recollect.invertible._module import Module
 
 __all__ = ["Sequential"]
@@ -37,6 +37,7 @@ class Sequential(Module, nn.Sequential):
         *layers: invertible modules, or one ordered dict of them.
         anchor_every: given to every layer; ``None`` leaves the layers' own.
         drift_threshold: the same.
+        certify: the same.
 
     Raises:
         TypeError: a layer that is not invertible; the message says which. A further argument that no layer takes.
@@ -50,13 +51,20 @@ class Sequential(Module, nn.Sequential):
         True
     """
 
-    def __init__(self, *layers: Any, anchor_every: int | None = None, drift_threshold: float | None = None) -> None:
-        super().__init__(*layers, anchor_every=anchor_every)
+    def __init__(
+        self,
+        *layers: Any,
+        anchor_every: int | None = None,
+        drift_threshold: float | None = None,
+        certify: Certify | None = None,
+    ) -> None:
+        super().__init__(*layers, anchor_every=anchor_every, certify=True if certify is None else certify)
         for layer in self._layers():
             for part in layer.modules():
                 if isinstance(part, Measured):
                     part.anchor_every = anchor_every or part.anchor_every
                     part.drift_threshold = part.drift_threshold if drift_threshold is None else drift_threshold
+                    part.certify = part.certify if certify is None else certify
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a layer; see :class:`torch.nn.Module`."""

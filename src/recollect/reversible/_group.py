@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recollect._parameters import reset_parameters
 from recollect.frames import DRIFT_THRESHOLD, checkpoint, couple, uncouple
 from recollect.messages import convolve
-from recollect.reversible._module import InvertibleModule
+from recollect.reversible._module import Certify, InvertibleModule
 
 __all__ = ["GroupAddRev", "GroupRevRes"]
 
@@ -55,6 +55,8 @@ class _Grouped(InvertibleModule):
                 gauge=self._gauge,
                 anchor_every=self.anchor_every,
                 enabled=not self.disable,
+                certify=self.certify,
+                certificate=self.certificate,
             )
         except Exception as error:
             part, whole = x.size(self.split_dim) // len(blocks), x.size(self.split_dim)
@@ -75,7 +77,7 @@ class _Grouped(InvertibleModule):
         not be replayed through that.
         """
         run = functools.partial(self._inverse, **kwargs) if kwargs else self._inverse
-        return run(*args) if self.disable else checkpoint(run, *args)
+        return run(*args) if self.disable else checkpoint(run, *args, certify=self.certify)
 
     def _arguments(
         self, x: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], groups: int
@@ -179,6 +181,8 @@ class GroupAddRev(_Grouped):
             ``x`` and its size in ``split_dim``.
         anchor_every: keep every s-th activation of a chain of layers; bounds drift.
         drift_threshold: relative reconstruction error above which a warning is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
         fuse: compute blocks that are convolutions of torch_geometric without a row for each edge, where
             :func:`recollect.messages.convolve` can; the same up to rounding, in less time and memory. ``False``: call
             them as they are.
@@ -214,6 +218,7 @@ class GroupAddRev(_Grouped):
         chunk_args: Sequence[int | str] | None = None,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
         fuse: bool = True,
     ) -> None:
         _check_module("conv", conv, "a module, or a torch.nn.ModuleList of one for each group")
@@ -235,6 +240,7 @@ class GroupAddRev(_Grouped):
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,
             drift_threshold=drift_threshold,
+            certify=certify,
         )
         self.convs = convs
         self.fuse = fuse
@@ -295,6 +301,7 @@ class GroupRevRes(_Grouped):
         chunk_args: as in :class:`GroupAddRev`.
         anchor_every: as in :class:`GroupAddRev`.
         drift_threshold: as in :class:`GroupAddRev`.
+        certify: as in :class:`GroupAddRev`.
 
     Shapes:
         - ``x``: [num_nodes, groups * channels]; output: the same.
@@ -314,6 +321,7 @@ class GroupRevRes(_Grouped):
         chunk_args: Sequence[int | str] | None = None,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
     ) -> None:
         _check_module("gnn_module", gnn_module, "one module, of which each group gets a copy", nn.ModuleList)
         modules = _copies(gnn_module, groups)
@@ -325,6 +333,7 @@ class GroupRevRes(_Grouped):
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,
             drift_threshold=drift_threshold,
+            certify=certify,
         )
         self.gnn_modules = modules
 

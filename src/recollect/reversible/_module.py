@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from recollect._arguments import check_count
 from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
 from recollect.invertible import Measured
 
-__all__ = ["InvertibleModule"]
+__all__ = ["Certify", "InvertibleModule"]
+
+Certify = bool | Literal["exact"]
 
 
 class InvertibleModule(Measured):
@@ -28,6 +30,8 @@ class InvertibleModule(Measured):
             the reconstruction; ``None`` keeps none.
         drift_threshold: relative error of the reconstructed input above which a
             :class:`~recollect.frames.DriftWarning` is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
 
     Raises:
         TypeError: a subclass defines ``forward`` and no ``_forward``.
@@ -44,8 +48,9 @@ class InvertibleModule(Measured):
         *,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
     ) -> None:
-        super().__init__(anchor_every=anchor_every, drift_threshold=drift_threshold)
+        super().__init__(anchor_every=anchor_every, drift_threshold=drift_threshold, certify=certify)
         check_count("num_bwd_passes", num_bwd_passes)
         self.disable = disable
         self.num_bwd_passes = num_bwd_passes
@@ -72,7 +77,15 @@ class InvertibleModule(Measured):
             output = function(*args, **kwargs)
         else:
             output = run_invertible(
-                function, inverse, args, kwargs, inverted=1, gauge=self._gauge, anchor_every=self.anchor_every
+                function,
+                inverse,
+                args,
+                kwargs,
+                inverted=1,
+                gauge=self._gauge,
+                anchor_every=self.anchor_every,
+                certify=self.certify,
+                certificate=self.certificate,
             )
         if isinstance(output, tuple) and len(output) == 1:
             output = output[0]
