@@ -337,10 +337,17 @@ def test_forward_hooks_of_nested_sequences_run_with_conditions():
     assert seen == [2]
 
 
-def test_under_torch_compile_conditions_arrive():
-    model = inn.Sequential(inn.AdditiveCoupling(Block(2, 3, 2), nn.Linear(2, 2)), Scale(4, 3))
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch.compile itself
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_under_torch_compile_conditions_arrive(what):
+    blocks = [Block(2, 3, 2), nn.Linear(2, 2)]
     x, c = inputs()
-    compiled = torch.compile(model, backend="eager")
+    scale = Scale(4, 3)
+    model = inn.Sequential(inn.AdditiveCoupling(*blocks), scale)
+    if what == "model":
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+    else:
+        compiled = inn.Sequential(inn.AdditiveCoupling(*(torch.compile(b, backend="eager") for b in blocks)), scale)
     torch.testing.assert_close(compiled(x, c), model(x, c))
 
 

@@ -36,6 +36,7 @@ class Takes:
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Takes:
         """Return what a function, or a module's ``forward``, takes."""
+        function = getattr(function, "_orig_mod", function)  # what torch.compile wrapped
         if isinstance(function, nn.Module):
             function = function.forward
         plain, bound = getattr(function, "__func__", function), hasattr(function, "__func__")
