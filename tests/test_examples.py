@@ -1,5 +1,6 @@
 """The examples run and reach what they are for."""
 
+import copy
 import importlib.util
 import math
 import sys
@@ -34,6 +35,33 @@ def test_a_flow_on_two_moons():
     points = flow.sample(result.flow, 500)
     assert torch.isfinite(points).all()
     assert torch.allclose(result.flow.inverse(result.flow(points)), points, atol=1e-3)
+
+
+def test_a_class_conditional_flow():
+    conditional = load("conditional_flow")
+    result = conditional.train()
+    flow = result.flow
+    assert result.negative_log_likelihood < 0.5  # nats
+    assert result.accuracy > 0.99
+    # Each class has a density of its own, which sums to one over the plane.
+    side = torch.linspace(-2.5, 3.5, 300)
+    grid = torch.cartesian_prod(side, side)
+    for label in range(2):
+        with torch.no_grad():
+            density = conditional.log_likelihood(flow, grid, torch.full((len(grid),), label)).exp()
+        assert density.sum().item() * (6 / 299) ** 2 == pytest.approx(1.0, abs=0.03)
+    labels = torch.arange(2).repeat(200)
+    drawn = conditional.sample(flow, labels)
+    assert (conditional.classify(flow, drawn) == labels).float().mean() > 0.97
+    # The log-determinant is that of the Jacobian, and the inverse needs the right class.
+    double = copy.deepcopy(flow).double()
+    x, label = drawn[:4].double(), labels[:4]
+    z, log_det = double.forward_and_log_det(x, label=label)
+    for i in range(4):
+        jacobian = torch.autograd.functional.jacobian(lambda r, i=i: double(r[None], label=label[i : i + 1])[0], x[i])
+        assert torch.linalg.slogdet(jacobian)[1].item() == pytest.approx(log_det[i].item(), abs=1e-8)
+    assert torch.allclose(double.inverse(z, label=label), x, atol=1e-8)
+    assert not torch.allclose(double.inverse(z, label=1 - label), x, atol=1e-2)
 
 
 def test_an_invertible_network_on_digits():

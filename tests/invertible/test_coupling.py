@@ -253,8 +253,9 @@ def test_copies_and_state(kind):
     model[1].checkpoint = False
     x = torch.randn(5, 8, dtype=torch.float64)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), make(kind, dropout=0.0)):
+        flag = twin[1].checkpoint
         twin.load_state_dict(model.state_dict())
-        assert not twin[1].checkpoint
+        assert twin[1].checkpoint == flag  # a setting, not state
         assert torch.equal(twin(x), model(x))
 
 
@@ -341,3 +342,189 @@ class TestErrors:
     def test_a_scale_without_bound(self):
         with pytest.raises(ValueError, match="max_log_scale must be positive"):
             AffineCoupling(nn.Linear(2, 4), nn.Linear(2, 4), max_log_scale=0.0)
+
+
+UNEVEN = [((2, 3), 1), ((4, 1), 1), ((1, 2), -1), ((3, 2), 2)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reversed"])
+@pytest.mark.parametrize(("sizes", "dim"), UNEVEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_uneven_groups(kind, sizes, dim, direction):
+    """X'_1 = T(X_1, f_1(X_2)) and X'_2 = T(X_2, f_2(X'_1))."""
+    coupling, factor = KINDS[kind]
+
+    class Along(nn.Module):
+        def __init__(self, given, made):
+            super().__init__()
+            self.linear = nn.Linear(given, factor * made)
+
+        def forward(self, z):
+            return F.dropout(self.linear(z.movedim(dim, -1)).tanh(), 0.2, self.training).movedim(-1, dim)
+
+    first, second = sizes
+    model = Sequential(
+        *(coupling(Along(second, first), Along(first, second), dim=dim, sizes=sizes) for _ in range(3))
+    ).double()
+    model.reverse(direction == "reversed")
+    shape = [4, 3, 3] if dim == 2 else [4, 3]
+    shape[dim] = sum(sizes)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))
+    with model.temp_mode(invertible=False):
+        assert_same(found, gradients(model, x))
+    model.eval()
+    y, log_det = model.forward_and_log_det(x)
+    assert torch.allclose(model.inverse(y), x, atol=1e-10)
+    assert model.check(x.detach(), rtol=1e-9, atol=1e-9)
+    for row, value in zip(x.detach(), log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda r: model(r[None])[0].flatten(), row)
+        assert torch.allclose(torch.linalg.slogdet(jacobian.flatten(1))[1], value, atol=1e-9)
+
+
+def test_what_uneven_groups_compute():
+    f, g = nn.Linear(3, 2).double(), nn.Linear(2, 3).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    y = AdditiveCoupling(f, g, sizes=(2, 3))(x)
+    first = x[:, :2] + f(x[:, 2:])
+    assert torch.allclose(y, torch.cat([first, x[:, 2:] + g(first)], 1), atol=1e-12)
+    f, g = nn.Linear(3, 4).double(), nn.Linear(2, 6).double()
+    y = AffineCoupling(f, g, sizes=(2, 3), max_log_scale=1.5)(x)
+    raw, shift = f(x[:, 2:]).chunk(2, 1)
+    first = x[:, :2] * (1.5 * (raw / 1.5).tanh()).exp() + shift
+    raw, shift = g(first).chunk(2, 1)
+    assert torch.allclose(y, torch.cat([first, x[:, 2:] * (1.5 * (raw / 1.5).tanh()).exp() + shift], 1), atol=1e-12)
+
+
+def test_equal_sizes_of_more_groups_may_be_named():
+    blocks = [nn.Linear(2, 2) for _ in range(3)]
+    x = torch.randn(3, 6)
+    named = AdditiveCoupling(*blocks, sizes=(2, 2, 2))
+    assert torch.equal(named(x), AdditiveCoupling(*blocks)(x))
+    assert "sizes=(2, 2, 2)" in repr(named)
+
+
+def test_sizes_that_cannot_be():
+    two, three = [nn.Linear(2, 2) for _ in range(2)], [nn.Linear(2, 2) for _ in range(3)]
+    with pytest.raises(ValueError, match="sum of all groups but the first"):
+        AdditiveCoupling(*three, sizes=(2, 1, 2))
+    for sizes in ((2,), (2, 0), (2, 2, 2), (3, -1)):
+        with pytest.raises(ValueError, match="sizes must be 2 positive numbers"):
+            AffineCoupling(*two, sizes=sizes)
+    with pytest.raises(ValueError, match=r"of sizes \(2, 3\): it must exist, and its size be 5"):
+        AdditiveCoupling(*two, sizes=(2, 3))(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"sizes=\(...\) allows two groups of different sizes"):
+        AdditiveCoupling(*two)(torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"\[3, 2\]"):
+        AdditiveCoupling(nn.Linear(3, 3), nn.Linear(2, 3), sizes=(2, 3))(torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_stream_is_as_wide_as_the_parameters(kind, wide, half):
+    coupling, factor = KINDS[kind]
+    model = Sequential(*(coupling(nn.Linear(3, 3 * factor), nn.Linear(3, 3 * factor)) for _ in range(2))).to(wide)
+    seen = []
+    model[1].blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    x = torch.randn(5, 6).to(half)
+    for flags in ({}, {"invertible": False}, {"checkpoint": False}):
+        with torch.autocast("cpu", half), model.temp_mode(**flags):
+            y, log_det = model.forward_and_log_det(x)
+            assert model(x).dtype == y.dtype == log_det.dtype == wide
+            back = model.inverse(y)
+            assert back.dtype == wide
+            assert torch.allclose(back, x.to(wide), atol=2e-2)
+    if wide is torch.float32:  # autocast leaves float64 alone
+        assert set(seen) == {half}
+    assert model.to(half)(x).dtype == half  # outside of autocast it stays what it is
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("direction", ["forward", "reversed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_gradients_are_those_with_everything_kept(kind, direction, groups):
+    torch.manual_seed(0)
+    coupling, factor = KINDS[kind]
+
+    def block():
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8 * factor))
+
+    first = nn.Linear(6, 8 * groups)
+    layers = Sequential(*(coupling(*(block() for _ in range(groups))) for _ in range(6)))
+    layers.reverse(direction == "reversed")
+    start = torch.randn(20, 6)
+
+    def step():
+        first.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layers(first(start))
+            assert y.dtype == torch.float32
+            loss = y.square().mean()
+        loss.backward()
+        return first.weight.grad.clone()
+
+    found = step()
+    with layers.temp_mode(checkpoint=False):
+        expected = step()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_takes_a_gradient_inside(kind, frozen):
+    coupling, factor = KINDS[kind]
+
+    class Energy(nn.Module):
+        """The gradient of an energy with respect to the group, as in Hamiltonian and score networks."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, z):
+            with torch.enable_grad():
+                given = z if z.requires_grad else z.detach().requires_grad_()
+                (force,) = torch.autograd.grad(self.linear(given).tanh().square().sum(), given, create_graph=True)
+            return torch.cat([force] * factor, 1)
+
+    model = Sequential(*(coupling(Energy(), nn.Linear(3, 3 * factor)) for _ in range(3))).double()
+    if frozen:  # so that this block is inverted and never rebuilt for its parameters
+        model[1].blocks[0].requires_grad_(False)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def step():
+        loss = model(x * 1).sin().sum()
+        return torch.autograd.grad(loss, [x, *(p for p in model.parameters() if p.requires_grad)])
+
+    found = step()
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, step(), 1e-9)
+    y = model(x)
+    assert torch.allclose(model.inverse(y), x, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(model.inverse(y), x, atol=1e-10)
+        assert torch.allclose(model[0].inverse(model[0](x)), x, atol=1e-10)
+    assert model.check(x.detach(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_later_output_is_needed_of_a_block_that_takes_a_gradient_inside(kind):
+    """The last coupling is inverted for the one before, and nothing of its first block is asked for."""
+    coupling, factor = KINDS[kind]
+
+    class Force(nn.Module):
+        def forward(self, z):
+            with torch.enable_grad():
+                given = z.detach().requires_grad_()
+                (force,) = torch.autograd.grad(given.sin().sum(), given)
+            return torch.cat([force] * factor, 1)
+
+    layers = [coupling(nn.Linear(3, 3 * factor), nn.Linear(3, 3 * factor)), coupling(Force(), Force())]
+    model = Sequential(*layers).double()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    found = gradients(model, x)
+    with model.temp_mode(checkpoint=False):
+        assert_same(found, gradients(model, x))

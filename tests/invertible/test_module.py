@@ -637,18 +637,40 @@ def test_without_seed_random_numbers_are_not_replayed():
     assert not torch.allclose(gradients[False][1], expected[1])
 
 
-def test_state_dict_carries_the_flags():
+def test_state_dict_holds_tensors_that_mean_the_same_in_either_direction():
     module = Scale().reverse()
     module.seed, module.invertible = False, False
+    assert all(isinstance(value, torch.Tensor) for value in module.state_dict().values())
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
     other = Scale()
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert flags_of(other) == flags_of(module) == (False, True, False, True)
-    assert torch.equal(other.s, module.s)
-    other.load_state_dict(Scale().state_dict())
     assert flags_of(other) == (True, True, True, False)
+    x = torch.randn(5, 4)
+    assert torch.equal(other.function(x), module.function(x))
+    assert torch.equal(other.reverse()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_dicts_with_flags_of_earlier_versions_set_them(strict):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = inn.Sequential(Scale(), Scale())
+
+    model, state = Nested(), Nested().state_dict()
+    flags = {"seed": False, "checkpoint": True, "invertible": False, "reversed": True}
+    for prefix in ("layers.", "layers.0.", "layers.1."):
+        state[f"{prefix}_extra_state"] = flags
+    before = dict(state)
+    model.load_state_dict(state, strict=strict)
+    assert list(state) == list(before)
+    for module in (model.layers, *model.layers):
+        assert flags_of(module) == (False, True, False, True)
+    assert torch.equal(model.layers[1].s, state["layers.0.s"])  # in the opposite order
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        model.load_state_dict({**Nested().state_dict(), "layers._extra_state": torch.zeros(())})
 
 
 def test_repr_shows_the_flags():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recollect.reversible import GroupAddRev, GroupRevRes
+from recollect.reversible import GroupAddRev, GroupRevRes, InvertibleModule
+from recollect.testing import check_invertible
 
 
 class Recorder(nn.Module):
@@ -213,3 +214,134 @@ def test_argument_changed_in_place_before_backward(edge_index, features):
     gate.mul_(2)
     with pytest.raises(RuntimeError, match=r"(?s)Weighted.*was changed in place"):
         y.sum().backward()
+
+
+class Keyed(nn.Module):
+    """A block of a keyword tensor beside positional ones."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, graph: Any, weight: Any = None, *, mask: Any = None, factor: float = 1.0) -> Tensor:
+        self.seen.append(tuple(mask.shape) if mask is not None else ())
+        h = self.linear(x if weight is None else x * weight).tanh() * factor
+        return h if mask is None else h * mask
+
+
+class ByGraph(Keyed):
+    """The same with the graph first."""
+
+    def forward(self, graph: Any, x: Tensor, weight: Any = None, *, mask: Any = None, factor: float = 1.0) -> Tensor:
+        return super().forward(x, graph, weight, mask=mask, factor=factor)
+
+
+class TestKeywords:
+    @pytest.fixture(autouse=True)
+    def _seed(self):
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("kind", ["add", "res"])
+    @pytest.mark.parametrize("fuse", [True, False])
+    @pytest.mark.parametrize("disable", [False, True])
+    def test_gradients_and_inverse(self, kind, fuse, disable):
+        if kind == "add":
+            layer = GroupAddRev(Keyed(4), num_groups=3, fuse=fuse, disable=disable).double()
+            blocks = list(layer.convs)
+
+            def run(x, *args, **kwargs):
+                return layer(x, None, *args, **kwargs)
+
+            def back(y, *args, **kwargs):
+                return layer.inverse(y, None, *args, **kwargs)
+        else:
+            layer = GroupRevRes(ByGraph(4), groups=3, disable=disable).double()
+            blocks = list(layer.gnn_modules)
+
+            def run(x, *args, **kwargs):
+                return layer(None, x, *args, **kwargs)
+
+            def back(y, *args, **kwargs):
+                return layer.inverse(None, y, *args, **kwargs)
+
+        x, mask = torch.randn(7, 12).double().requires_grad_(), torch.rand(7, 12).double().requires_grad_()
+        weight = torch.rand(7, 1).double().requires_grad_()
+
+        def naive():
+            z, outputs = x[:, 4:8] + x[:, 8:], []
+            for i, block in enumerate(blocks):
+                part = slice(4 * i, 4 * i + 4)
+                z = (block.linear(z * weight).tanh() * 0.5) * mask[:, part] + x[:, part]
+                outputs.append(z)
+            return torch.cat(outputs, 1)
+
+        wanted = [x, mask, weight, *layer.parameters()]
+        expected = torch.autograd.grad(naive().sin().sum(), wanted)
+        found = torch.autograd.grad(run(x * 1, weight, mask=mask, factor=0.5).sin().sum(), wanted)
+        torch.testing.assert_close(found, expected)
+        assert all(shape == (7, 4) for block in blocks for shape in block.seen)
+        y = run(x, weight=weight, mask=mask, factor=0.5)
+        torch.testing.assert_close(back(y, weight=weight, mask=mask, factor=0.5), x)
+        found = torch.autograd.grad(back(y.detach() * 1, weight, mask=mask).sum(), [mask, *layer.parameters()])
+        assert all(torch.isfinite(gradient).all() for gradient in found)
+
+    def test_which_keyword_tensors_are_split_can_be_named(self):
+        layer = GroupAddRev(Keyed(4), num_groups=2, chunk_args=("mask",))
+        mask = torch.rand(1, 8)  # not as many rows as x
+        layer(torch.randn(5, 8), None, mask=mask)
+        assert layer.convs[0].seen[-1] == (1, 4)
+        whole = GroupAddRev(Keyed(4), num_groups=2, chunk_args=())
+        whole(torch.randn(5, 8), None, mask=torch.rand(5, 4))
+        assert whole.convs[0].seen[-1] == (5, 4)
+        with pytest.raises(ValueError, match=r"chunk_args=\['mask'\] names positions \(from 0\) or keywords"):
+            layer(torch.randn(5, 8), None, factor=2.0)
+        with pytest.raises(ValueError, match="argument 'mask' is to be split over 2 groups"):
+            layer(torch.randn(5, 8), None, mask=torch.rand(5, 7))
+
+    def test_a_keyword_that_blocks_do_not_take(self):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'maks'"):
+            GroupAddRev(Keyed(4), num_groups=2)(torch.randn(5, 8), None, maks=torch.rand(5, 8))
+
+    def test_an_invertible_module(self):
+        class Scale(InvertibleModule):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(3, 4)
+
+            def _forward(self, x, *, given):
+                return x * self.net(given).tanh().exp()
+
+            def _inverse(self, y, *, given):
+                return y * (-self.net(given).tanh()).exp()
+
+        layer = Scale().double()
+        x, given = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 3).double().requires_grad_()
+        wanted = [x, given, *layer.parameters()]
+        found = torch.autograd.grad(layer(layer(x * 1, given=given), given=given).sin().sum(), wanted)
+        layer.disable = True
+        expected = torch.autograd.grad(layer(layer(x * 1, given=given), given=given).sin().sum(), wanted)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(layer.inverse(layer(x, given=given), given=given), x)
+        layer.disable = False
+        assert check_invertible(layer, x.detach(), given=given.detach())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["add", "res"])
+def test_under_autocast_the_stream_is_as_wide_as_the_parameters(kind, wide, half):
+    layer = GroupAddRev(Keyed(4), num_groups=2) if kind == "add" else GroupRevRes(ByGraph(4))
+    layer.to(wide)
+    x = torch.randn(6, 8).to(half)
+    order = (lambda x: (x, None)) if kind == "add" else (lambda x: (None, x))
+    with torch.autocast("cpu", half):
+        kept = None
+        for disable in (True, False):
+            layer.disable = disable
+            y = layer(*order(x))
+            assert y.dtype == wide
+            assert layer.inverse(*order(y)).dtype == wide
+            assert kept is None or torch.equal(y, kept)
+            kept = y
+    assert layer.to(half)(*order(x)).dtype == half

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import recollect.invertible as inn
+import recollect.invertible._coupling as coupling_file
+import recollect.invertible._module as module_file
+import recollect.reversible._group as group_file
 from recollect.memory import peak_memory
-from recollect.reversible import InvertibleModule
+from recollect.reversible import GroupAddRev, GroupRevRes, InvertibleModule
 
 
 class Sinh(InvertibleModule):
@@ -349,3 +353,60 @@ class TestErrors:
         (a.sum() + b.sum()).backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="more than 1 time"):
             b.sum().backward()
+
+
+@pytest.mark.parametrize("certify", [True, False, "exact"])
+@pytest.mark.parametrize("kind", ["add", "res", "coupling", "sequential", "layer"])
+def test_certify_is_handed_to_the_frames(kind, certify, monkeypatch):
+    block = nn.Linear(2, 2)
+    made = {
+        "add": lambda: GroupAddRev(_Second(), num_groups=2, certify=certify),
+        "res": lambda: GroupRevRes(_First(), certify=certify),
+        "coupling": lambda: inn.AffineCoupling(nn.Linear(2, 4), nn.Linear(2, 4), certify=certify),
+        "sequential": lambda: inn.Sequential(inn.AdditiveCoupling(block, block), inn.Asinh(), certify=certify),
+        "layer": lambda: inn.ActNorm(4, certify=certify),
+    }[kind]()
+    parts = [part for part in made.modules() if isinstance(part, inn.Measured)]
+    assert all(part.certify == certify for part in parts)
+    assert len({id(part.certificate) for part in parts}) == len(parts)
+    seen = []
+
+    def noting(inner):
+        def run(*args, **kwargs):
+            seen.append((kwargs["certify"], kwargs["certificate"]))
+            return inner(*args, **kwargs)
+
+        return run
+
+    for room, name in ((group_file, "couple"), (coupling_file, "couple_by"), (module_file, "run_invertible")):
+        monkeypatch.setattr(room, name, noting(getattr(room, name)))
+    x = torch.randn(3, 4, requires_grad=True) * 1
+    made(*((None, x) if kind == "res" else (x, None) if kind == "add" else (x,)))
+    assert seen
+    for found, certificate in seen:
+        assert found == certify
+        assert any(certificate is part.certificate for part in parts)
+
+
+def test_what_certify_may_be():
+    for refused in (1, 0, None, "loose"):
+        with pytest.raises(ValueError, match=r'certify must be True, False or "exact"'):
+            inn.ActNorm(4, certify=refused)
+    layer = inn.ActNorm(4)
+    with pytest.raises(ValueError, match="certify must be"):
+        layer.certify = "strict"
+    flow = inn.Sequential(inn.ActNorm(4, certify=False), inn.ActNorm(4))
+    assert [part.certify for part in flow] == [False, True]
+
+
+class _Second(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def forward(self, x, graph):
+        return super().forward(x)
+
+
+class _First(_Second):
+    def forward(self, graph, x):
+        return super().forward(x, graph)

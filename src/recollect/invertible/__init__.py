@@ -7,18 +7,14 @@ input, from the last to the first. Layers whose Jacobian determinant is known gi
 """
 
 from recollect.invertible._activation import SELU, Asinh, LeakyReLU
-from recollect.invertible._actnorm import ActNorm
-from recollect.invertible._conv import Conv1d, Conv2d, Conv3d
+from recollect.invertible._conv import Conv1d, Conv2d, Conv3d, PixelShuffle, PixelUnshuffle
 from recollect.invertible._coupling import AdditiveCoupling, AffineCoupling
-from recollect.invertible._identity import Identity
 from recollect.invertible._linear import Linear
 from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module
-from recollect.invertible._norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from recollect.invertible._pad import ConstantPad
-from recollect.invertible._pixel import PixelShuffle, PixelUnshuffle
+from recollect.invertible._norm import ActNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from recollect.invertible._sequential import Sequential
-from recollect.invertible._shape import Flatten, Permute, Unflatten
+from recollect.invertible._shape import ConstantPad, Flatten, Identity, Permute, Unflatten
 
 __all__ = [
     "SELU",

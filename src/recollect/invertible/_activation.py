@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recollect.invertible._algebra import wide
-from recollect.invertible._log_det import values_log_det
+from recollect.invertible._algebra import values_log_det, wide
 from recollect.invertible._module import Module
 
 __all__ = ["SELU", "Asinh", "LeakyReLU"]

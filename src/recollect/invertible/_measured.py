@@ -1,18 +1,37 @@
-"""What every invertible module knows of its own accuracy."""
+"""What every invertible module knows of its own accuracy, and of its stream's precision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recollect._arguments import check_count
-from recollect.frames import DRIFT_THRESHOLD, DriftGauge
+from recollect.frames import DRIFT_THRESHOLD, Certificate, DriftGauge
 
-__all__ = ["Measured"]
+__all__ = ["Certify", "Measured", "under_autocast"]
+
+Certify = bool | Literal["exact"]
+
+
+def check_certify(value: Any) -> Any:
+    """Return what ``certify`` may be.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is not True and value is not False and value != "exact":
+        raise ValueError(f'certify must be True, False or "exact" (got {value!r})')
+    return value
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Return whether operations on x run under autocast."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Measured(nn.Module):
@@ -24,11 +43,13 @@ class Measured(nn.Module):
             the reconstruction; ``None`` keeps none.
         drift_threshold: relative error of the reconstructed input above which a
             :class:`~recollect.frames.DriftWarning` is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
         **kwargs: of the next class.
 
     Raises:
         TypeError: a subclass defines ``forward`` alone, which would run plain.
-        ValueError: ``anchor_every`` is below 1.
+        ValueError: ``anchor_every`` is below 1; ``certify`` is none of the three.
     """
 
     # What subclasses of the class that says so write: what its forward runs, and the inverse.
@@ -39,9 +60,12 @@ class Measured(nn.Module):
         *args: Any,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._certify: Certify = check_certify(certify)
+        self._certificate = Certificate()
         check_count("anchor_every", anchor_every)
         if self._written is not None and self._lacks(self._written[0]) and not self._lacks("forward"):
             raise TypeError(
@@ -77,6 +101,33 @@ class Measured(nn.Module):
     def drift_threshold(self, value: float) -> None:
         self._gauge.threshold = value
 
+    @property
+    def certify(self) -> Certify:
+        """Whether, and how strictly, what backward rebuilds is compared with the forward."""
+        return self._certify
+
+    @certify.setter
+    def certify(self, value: Certify) -> None:
+        self._certify = check_certify(value)
+
+    @property
+    def certificate(self) -> Certificate:
+        """Figures of what was compared since the last forward of a training step."""
+        return self._certificate
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """Return x, under autocast in at least float32: a stream that is rounded to less does not come back.
+
+        The type is that of the parameters where theirs is wider. Without autocast x stays what it is.
+        """
+        if x.dtype not in (torch.float16, torch.bfloat16) or not under_autocast(x):
+            return x
+        wide = torch.float32
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                wide = torch.promote_types(wide, parameter.dtype)
+        return x.to(wide)
+
     def _lacks(self, name: str) -> bool:
         """Whether a method is still that of the class whose subclasses write it, and the module has none of its own."""
         base = next(kind for kind in type(self).__mro__ if "_written" in vars(kind))
@@ -96,3 +147,4 @@ class Measured(nn.Module):
         """Begin a training step; an evaluation in between leaves the last measurement to be read."""
         if torch.is_grad_enabled():
             self._gauge.last = None
+            self._certificate.reset()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from recollect._arguments import pack, unpack
 from recollect.frames import checkpoint, frames_apply, run_invertible
-from recollect.invertible._check import Subject, check_subject, plainly
+from recollect.invertible._conditions import Carried, Takes
 from recollect.invertible._measured import Measured
+from recollect.invertible.checks import Subject, check_subject, plainly
 
 __all__ = ["Module"]
 
@@ -26,18 +28,31 @@ class Module(Measured):
     for the inputs and runs :meth:`function` again. Modules whose outputs are the next one's inputs form a chain that
     keeps its last outputs only. Inputs that somebody else holds stay as they are.
 
+    *Conditions* are arguments that are not inverted: ``function(x, c)`` with ``inverse(y, c)``, which returns x alone.
+    They stand behind the inputs and outputs, or are given by keyword, which both then take; they are kept. How many
+    there are follows from the signatures, or from :attr:`num_conditions`.
+
+    A module that has a log-determinant says so by a third method, ``function_and_log_det``, with the arguments of
+    :meth:`function`: it returns the outputs, and last log|det dy/dx| of shape [batch]. That of the inverse follows
+    from it. Without one, :meth:`forward_and_log_det` raises.
+
     Attributes:
         checkpoint: ``False`` makes it an ordinary module that keeps everything.
         invertible: ``False`` makes it a checkpoint, which keeps its inputs.
         seed: whether a rebuild draws the same random numbers as the forward pass; without it the gradient of
             modules with randomness inside is wrong. It costs nothing where none are drawn.
 
-    All three can be changed at any time between steps, travel in ``state_dict`` and show in ``repr``.
+    All three, and the direction (:meth:`reverse`), can be changed at any time between steps and show in ``repr``. They
+    are settings and not state: ``state_dict`` holds tensors only, which mean the same function and inverse in whichever
+    direction the module runs. To load that of a reversed module is to load its function; call :meth:`reverse` for the
+    direction. (What earlier versions saved has the flags, and sets them.)
 
     Args:
         *args: of the next class, for modules that extend one of torch's.
         anchor_every: in a chain, keep every s-th activation, which bounds numerical drift; ``None`` keeps none.
         drift_threshold: relative reconstruction error above which a :class:`~recollect.frames.DriftWarning` is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
         **kwargs: of the next class.
 
     Raises:
@@ -57,10 +72,14 @@ class Module(Measured):
         ...
         ...     def inverse(self, y):
         ...         return y * (-self.log_scale).exp()
+        ...
+        ...     def function_and_log_det(self, x):
+        ...         return self.function(x), self.log_scale.sum().expand(len(x))
         >>> Scale().check(torch.randn(10, 3))
         True
     """
 
+    _hands_on: ClassVar[bool] = False  # its conditions to modules inside, which know what they take
     _written: ClassVar[tuple[str, str] | None] = ("function", "inverse")
     seed: bool = True
     _checkpoint: bool = True
@@ -69,16 +88,16 @@ class Module(Measured):
 
     # What subclasses write.
 
-    def function(self, *args: Any) -> Any:
-        """Return the outputs, a tensor or a tuple, for positional arguments.
+    def function(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs, a tensor or a tuple.
 
         Runs twice in a training step: in the forward pass (:func:`recollect.in_dry_mode` is true) and in backward
         (:func:`recollect.in_backward` is true).
         """
         raise NotImplementedError(f"{type(self).__name__} must define function(*args)")
 
-    def inverse(self, *args: Any) -> Any:
-        """Return the arguments of :meth:`function`, in their order, for its outputs."""
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the arguments of :meth:`function`, in their order, less its conditions, for outputs and conditions."""
         raise NotImplementedError(f"{type(self).__name__} must define inverse(*outputs)")
 
     @property
@@ -99,32 +118,47 @@ class Module(Measured):
         """How many of :attr:`call_inverse`'s outputs are inputs again when inverses are composed; ``None``: all."""
         return None
 
-    def function_and_log_det(self, *args: Any) -> tuple[Any, ...]:
-        """Return the outputs of :meth:`function`, and last the logarithm of |det dy/dx|, one for each batch element."""
-        raise NotImplementedError(f"{type(self).__name__} has no log-determinant")
+    @property
+    def num_conditions(self) -> int | None:
+        """How many of the last positional arguments are conditions.
 
-    def inverse_and_log_det(self, *args: Any) -> tuple[Any, ...]:
+        ``None``: as many as :meth:`inverse` needs beyond what :meth:`function` returns, and as both take by default
+        values of theirs. Override it where one of them takes ``*args``.
+        """
+        return None
+
+    def function_and_log_det(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the outputs of :meth:`function`, and last the logarithm of |det dy/dx|, one for each batch element."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no log-determinant; if it can have one, define function_and_log_det(*args) "
+            "returning (*outputs, log_det of shape [batch])"
+        )
+
+    def inverse_and_log_det(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs of :meth:`inverse`, and last the logarithm of |det dx/dy|, one for each batch element."""
-        inputs = pack(self.inverse(*args))
-        return (*inputs, -self.function_and_log_det(*inputs)[-1])
+        inputs = pack(self.inverse(*args, **kwargs))
+        conditions = args[len(args) - self._conditions(self.inverse, self.function, inputs, len(args)) :]
+        return (*inputs, -self.function_and_log_det(*inputs, *conditions, **kwargs)[-1])
 
     # What users call.
 
-    def forward(self, *args: Any, keep: Iterable[Tensor] = ()) -> Any:
+    def forward(self, *args: Any, keep: Iterable[Tensor] = (), **kwargs: Any) -> Any:
         """Return what :attr:`call_function` returns, less its hidden outputs.
 
         Args:
-            *args: positional arguments.
+            *args: positional arguments: inputs, then conditions.
             keep: input tensors that stay in memory, although the inverse could bring them back.
+            **kwargs: conditions by keyword; function and inverse both get them.
         """
-        return self.process(self._run(self.call_function, self.call_inverse, args, keep))
+        return self.process(self._run(self.call_function, self.call_inverse, args, kwargs, keep))
 
-    def forward_and_log_det(self, *args: Any, keep: Iterable[Tensor] = ()) -> tuple[Any, Tensor]:
+    def forward_and_log_det(self, *args: Any, keep: Iterable[Tensor] = (), **kwargs: Any) -> tuple[Any, Tensor]:
         """Return :meth:`forward`'s result and the logarithm of its Jacobian determinant's absolute value.
 
         Args:
             *args: positional arguments, of which the first dimension is the batch.
             keep: input tensors that stay in memory.
+            **kwargs: as in :meth:`forward`.
 
         Returns:
             The outputs, and log|det| of shape [batch].
@@ -132,10 +166,11 @@ class Module(Measured):
         Raises:
             NotImplementedError: the module has no log-determinant.
         """
-        *outputs, log_det = self._run(self.call_function_and_log_det, self.call_inverse, args, keep, takes=-1)
+        run = self.call_function_and_log_det
+        *outputs, log_det = self._run(run, self.call_inverse, args, kwargs, keep, log_det=True)
         return self.process(tuple(outputs)), log_det
 
-    def check(self, *args: Any, rtol: float = 1e-3, atol: float = 1e-5) -> bool:
+    def check(self, *args: Any, rtol: float = 1e-3, atol: float = 1e-5, **kwargs: Any) -> bool:
         """Check that the module is what it says: its inverse, its repetition, its gradients.
 
         The module, its gradients, its buffers and the random state are left as they were.
@@ -144,6 +179,7 @@ class Module(Measured):
             *args: inputs to try it on.
             rtol: relative tolerance, against the largest value of each tensor.
             atol: absolute tolerance.
+            **kwargs: keyword arguments of function and inverse.
 
         Returns:
             ``True``.
@@ -152,41 +188,81 @@ class Module(Measured):
             AssertionError: the inverse does not give back the inputs, or a second run gives other outputs, or the
                 gradients are not those of plain autograd; the message says which, and by how much.
         """
-        return check_subject(self._subject(), args, rtol, atol, lambda duplicate: duplicate._subject())
+        return check_subject(self._subject(kwargs), args, rtol, atol, lambda duplicate: duplicate._subject(kwargs))
 
-    def _subject(self) -> Subject:
+    def _subject(self, kwargs: Mapping[str, Any]) -> Subject:
         """What is checked: the module in its present direction, with its present flags."""
 
-        def plain(*args: Any) -> Any:
+        def plain(*args: Any, **keywords: Any) -> Any:
             with self.temp_mode(checkpoint=False):
-                return plainly(self, *args)
+                return plainly(self, *args, **keywords)
 
-        return Subject(self, self.call_function, self.call_inverse, self, plain, self.seed)
+        carried = Carried(self, self.call_function, self.call_inverse)
+        runs: list[Callable[..., Any]] = [carried, carried.inverse, self, plain]
+        function, inverse, framed, plain = (functools.partial(run, **kwargs) if kwargs else run for run in runs)
+        return Subject(self, function, inverse, framed, plain, self.seed)
 
     def _run(
         self,
         function: Callable[..., Any],
         inverse: Callable[..., Any],
         args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         keep: Iterable[Tensor],
-        takes: int | None = None,
+        log_det: bool = False,
     ) -> Any:
         self._forget_drift()
         if not self.checkpoint or not frames_apply():
-            return function(*args)
+            return function(*args, **kwargs)
         if not self.invertible:
-            return checkpoint(function, *args, seed=self.seed)
+            run = functools.partial(function, **kwargs) if kwargs else function
+            return checkpoint(run, *args, seed=self.seed, certify=self.certify)
         self._check_inverse("set its attribute invertible to False: it is then a checkpoint, which keeps its inputs")
-        return run_invertible(
-            function,
-            inverse,
+        carried = Carried(self, function, inverse, log_det) if len(args) > 1 else None
+        outputs = run_invertible(
+            function if carried is None else carried,
+            inverse if carried is None else carried.inverse,
             args,
+            kwargs,
             seed=self.seed,
             keep=keep,
-            takes=takes,
+            takes=-1 if log_det else None,
             gauge=self._gauge,
             anchor_every=self.anchor_every,
+            certify=self.certify,
+            certificate=self.certificate,
         )
+        return outputs if carried is None else carried.without(outputs)
+
+    def _conditions(
+        self, function: Callable[..., Any], inverse: Callable[..., Any], outputs: tuple[Any, ...], given: int
+    ) -> int:
+        """Return how many of so many arguments of ``function`` are conditions; see :attr:`num_conditions`."""
+        if given < 2:
+            return 0
+        takes, back, declared = Takes.of(function), Takes.of(inverse), self.num_conditions
+        if declared is not None:
+            return min(declared, given - 1) if takes.most is None else max(0, given - max(takes.most - declared, 1))
+        number = back.least - len(outputs)
+        if takes.most is not None and back.most is not None:
+            number = max(number, min(given - takes.least, back.most - len(outputs)))
+        return min(max(number, 0), given - 1)
+
+    def _takes_most(self, function: Callable[..., Any]) -> int | None:
+        """Return how many positional arguments ``function`` takes; ``None``: any number."""
+        return Takes.of(function).most
+
+    def _named(self, function: Callable[..., Any], kwargs: Mapping[str, Any], given: int) -> dict[str, Any]:
+        """Return the keyword arguments that ``function`` takes behind so many positional ones."""
+        return Takes.of(function).named(kwargs, given)
+
+    def _takes_further(self, function: Callable[..., Any], inverse: Callable[..., Any], given: int) -> int | None:
+        """Return how many conditions ``function`` takes behind so many other arguments; ``None``: any number."""
+        takes, back, declared = Takes.of(function), Takes.of(inverse), self.num_conditions
+        if takes.most is None:
+            return declared or 0
+        numbers = [takes.most - given, *([] if back.most is None else [back.most - 1])]
+        return max(0, min(numbers if declared is None else [*numbers, declared]))
 
     def process(self, args: Any, inverse: bool = False) -> Any:
         """Cut off what is hidden.
@@ -301,20 +377,14 @@ class Module(Measured):
             if self.reversed != reversed_before:
                 self.reverse(reversed_before)
 
-    def get_extra_state(self) -> dict[str, bool]:
-        """Return the flags, for ``state_dict``."""
-        return {
-            "seed": self.seed,
-            "checkpoint": self._checkpoint,
-            "invertible": self._invertible,
-            "reversed": self.reversed,
-        }
-
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Take the flags out of a ``state_dict``."""
-        self.seed, self._checkpoint, self._invertible = state["seed"], state["checkpoint"], state["invertible"]
-        if self.reversed != state["reversed"]:
-            self.reverse(state["reversed"])
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        flags = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(flags, dict) and set(flags) == set(_FLAGS):  # of versions that saved them
+            del state_dict[f"{prefix}_extra_state"]
+            self.seed, self._checkpoint, self._invertible = (bool(flags[name]) for name in _FLAGS[:3])
+            if self.reversed != flags["reversed"]:
+                self.reverse(flags["reversed"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Return the module's own settings and the flags."""

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from recollect._arguments import pack, unpack
 from recollect.frames import frames_apply
-from recollect.invertible._measured import Measured
+from recollect.invertible._conditions import Counts, Passing
+from recollect.invertible._measured import Certify, Measured
 from recollect.invertible._module import Module
 
 __all__ = ["Sequential"]
 
 
-class _Counts(tuple[int, ...]):
-    """How many hidden outputs each layer of a Sequential has; the last output of its function."""
-
-    __slots__ = ()
-
-
 class Sequential(Module, nn.Sequential):
     """Invertible modules one after the other: a chain that keeps its last outputs only.
 
-    Several outputs of a layer are the arguments of the next. With ``invertible`` (the default) every layer acts by its
-    own flags and is rebuilt by itself, so that memory does not grow with their number; with ``invertible=False`` the
-    whole is one checkpoint, and with ``checkpoint=False`` everything in it is kept.
+    Several outputs of a layer are the arguments of the next. Further arguments (conditions: a class, a time, features),
+    positional and keyword, go to every layer that takes them: ``flow(x, c)`` and ``flow.inverse(y, c)`` call each layer
+    as ``layer(x, c)`` where the signature of its function, or of a coupling's blocks, has room for ``c`` behind its
+    input (see :attr:`Module.num_conditions`), and as ``layer(x)`` elsewhere.
+
+    With ``invertible`` (the default) every layer acts by its own flags and is rebuilt by itself, so that memory does
+    not grow with their number; with ``invertible=False`` the whole is one checkpoint, and with ``checkpoint=False``
+    everything in it is kept.
 
     :meth:`function` returns the last layer's outputs, then what the layers hide, and last how many those are;
     :meth:`inverse` takes all of that, or the outputs alone where the layers can be inverted from them. A reversed
@@ -36,9 +37,10 @@ class Sequential(Module, nn.Sequential):
         *layers: invertible modules, or one ordered dict of them.
         anchor_every: given to every layer; ``None`` leaves the layers' own.
         drift_threshold: the same.
+        certify: the same.
 
     Raises:
-        TypeError: a layer that is not invertible; the message says which.
+        TypeError: a layer that is not invertible; the message says which. A further argument that no layer takes.
 
     Example:
         >>> import torch, recollect.invertible as inn
@@ -49,13 +51,20 @@ class Sequential(Module, nn.Sequential):
         True
     """
 
-    def __init__(self, *layers: Any, anchor_every: int | None = None, drift_threshold: float | None = None) -> None:
-        super().__init__(*layers, anchor_every=anchor_every)
+    def __init__(
+        self,
+        *layers: Any,
+        anchor_every: int | None = None,
+        drift_threshold: float | None = None,
+        certify: Certify | None = None,
+    ) -> None:
+        super().__init__(*layers, anchor_every=anchor_every, certify=True if certify is None else certify)
         for layer in self._layers():
             for part in layer.modules():
                 if isinstance(part, Measured):
                     part.anchor_every = anchor_every or part.anchor_every
                     part.drift_threshold = part.drift_threshold if drift_threshold is None else drift_threshold
+                    part.certify = part.certify if certify is None else certify
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a layer; see :class:`torch.nn.Module`."""
@@ -103,87 +112,196 @@ class Sequential(Module, nn.Sequential):
     def _layers(self) -> Iterator[Any]:
         return iter(self._modules.values())
 
-    def forward(self, *args: Any, keep: Iterable[Tensor] = ()) -> Any:
-        """Return the last layer's visible outputs; see :meth:`Module.forward`."""
-        if not self.invertible or not frames_apply():
-            return super().forward(*args, keep=keep)
-        self._forget_drift()
-        keep = tuple(keep)
-        for layer in self._layers():
-            args = pack(layer(*args, keep=keep))
-        return unpack(args)
+    def forward(self, *args: Any, keep: Iterable[Tensor] = (), _passing: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Return the last layer's visible outputs; see :meth:`Module.forward`.
 
-    def forward_and_log_det(self, *args: Any, keep: Iterable[Tensor] = ()) -> tuple[Any, Tensor]:
-        """Return the outputs and the sum of the layers' log-determinants; see :meth:`Module.forward_and_log_det`."""
-        if not self.invertible or not frames_apply():
-            return super().forward_and_log_det(*args, keep=keep)
-        keep = tuple(keep)
+        Args:
+            *args: of the first layer, then further arguments.
+            keep: input tensors that stay in memory.
+            **kwargs: further arguments by keyword.
+        """
+        return self._forward(args, kwargs, keep, _passing, log_det=False)[0]
+
+    def forward_and_log_det(
+        self, *args: Any, keep: Iterable[Tensor] = (), _passing: list[Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
+        """Return the outputs and the sum of the layers' log-determinants; see :meth:`Module.forward_and_log_det`.
+
+        Args:
+            *args: as in :meth:`forward`.
+            keep: as in :meth:`forward`.
+            **kwargs: as in :meth:`forward`.
+        """
+        output, total = self._forward(args, kwargs, keep, _passing, log_det=True)
+        assert total is not None
+        return output, total
+
+    def _forward(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep: Iterable[Tensor],
+        outer: list[Any] | None,
+        log_det: bool,
+    ) -> tuple[Any, Tensor | None]:
+        """Return outputs and log-determinant, and to a Sequential around this one what is left of the arguments."""
+        passing = Passing(args, kwargs, len(outer[0].stream) if outer else None)
         total: Tensor | None = None
-        for layer in self._layers():
-            output, log_det = layer.forward_and_log_det(*args, keep=keep)
-            args = pack(output)
-            total = log_det if total is None else total + log_det
-        return unpack(args), self._total(total, args)
+        if not self.invertible or not frames_apply():
+            streams = len(passing.stream) if outer else None
+            function = functools.partial(self._outputs, (streams, outer is not None, log_det))
+            outputs = self._run(function, self.inverse, args, kwargs, keep)
+            if log_det:
+                outputs, total = outputs[:-1], outputs[-1]
+            output, counts = self.process(outputs), outputs[-1]
+        else:
+            self._forget_drift()
+            keep = tuple(keep)
+            for layer in self._layers():
+                one = self._step(layer, passing, keep, log_det)
+                total = one if total is None else total + one
+            output = unpack(passing.stream)
+            total = self._total(total, passing.stream) if log_det else None
+            counts = passing.counts()
+            if outer is None:
+                passing.check(type(self).__name__)
+        if outer is not None:
+            outer.append(counts)
+        return output, total
 
-    def function(self, *args: Any) -> Any:
+    @staticmethod
+    def _step(layer: Any, passing: Passing, keep: tuple[Tensor, ...], log_det: bool) -> Any:
+        """Run one layer in frames of its own, and return its log-determinant, if that is asked for."""
+        args, kwargs = passing.give(layer, layer.call_function, layer.call_inverse, layer.num_inputs)
+        inner: list[Any] = [passing]
+        if isinstance(layer, Sequential):
+            kwargs["_passing"] = inner  # of a Sequential around it
+        run = layer.forward_and_log_det if log_det else layer
+        output, one = run(*args, keep=keep, **kwargs) if log_det else (run(*args, keep=keep, **kwargs), None)
+        outputs = pack(output)
+        if isinstance(layer, Sequential):
+            passing.merge(inner[1], args)
+            conditions = inner[1].left
+        elif layer.num_outputs is not None and layer.num_conditions is None:  # there may be hidden ones, uncounted
+            conditions = len(args) - len(passing.stream)
+        else:
+            conditions = layer._conditions(layer.call_function, layer.call_inverse, outputs, len(args))
+        passing.went(layer, len(args), 0, outputs, conditions)
+        return one
+
+    def function(self, *args: Any, **kwargs: Any) -> Any:
         """Return (*outputs, *hidden, counts); see the class."""
-        outputs, hidden, _ = self._compose(args)
-        return (*outputs, *hidden)
+        return self._outputs((None, False, False), *args, **kwargs)
 
-    def function_and_log_det(self, *args: Any) -> tuple[Any, ...]:
+    def function_and_log_det(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return what :meth:`function` does, and last the sum of the layers' log-determinants."""
-        outputs, hidden, total = self._compose(args, log_det=True)
-        return (*outputs, *hidden, self._total(total, outputs))
+        return self._outputs((None, False, True), *args, **kwargs)
 
-    def _compose(
-        self, args: tuple[Any, ...], log_det: bool = False
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Tensor | None]:
+    def _outputs(self, how: tuple[int | None, bool, bool], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return outputs, what layers hide, counts, and the log-determinant if it is asked for.
+
+        Args:
+            how: how many arguments are the stream, if that is known; whether this is inside of another Sequential;
+                whether the log-determinant is asked for.
+            *args: as in :meth:`forward`.
+            **kwargs: as in :meth:`forward`.
+        """
+        streams, inner, log_det = how
+        passing = Passing(args, kwargs, streams)
         hidden: list[Any] = []
         counts: list[int] = []
         total: Tensor | None = None
         for layer in self._layers():
-            outputs = pack((layer.call_function_and_log_det if log_det else layer.call_function)(*args))
+            given, named = passing.give(layer, layer.call_function, layer.call_inverse, layer.num_inputs)
+            if isinstance(layer, Sequential):
+                outputs = layer._outputs((len(passing.stream), True, log_det), *given, **named)
+            else:
+                outputs = pack((layer.call_function_and_log_det if log_det else layer.call_function)(*given, **named))
             if log_det:
                 outputs, one = outputs[:-1], outputs[-1]
                 total = one if total is None else total + one
-            args = pack(layer.process(outputs))
-            rest = outputs[len(args) :]
+            shown = pack(layer.process(outputs))
+            if isinstance(layer, Sequential):
+                passing.merge(outputs[-1], given)
+                conditions = outputs[-1].left
+            elif layer.num_outputs is not None and layer.num_conditions is None:
+                conditions = len(given) - len(passing.stream)
+            else:
+                conditions = layer._conditions(layer.call_function, layer.call_inverse, outputs, len(given))
+            passing.went(layer, len(given), 0, shown, conditions)
+            rest = outputs[len(shown) :]
             hidden.extend(rest)
             counts.append(len(rest))
-        return args, (*hidden, _Counts(counts)), total
+        if not inner:
+            passing.check(type(self).__name__)
+        outputs = (*passing.stream, *hidden, passing.counts(counts))
+        return (*outputs, self._total(total, passing.stream)) if log_det else outputs
 
     @staticmethod
     def _total(total: Tensor | None, outputs: tuple[Any, ...]) -> Tensor:
         return outputs[0].new_zeros(outputs[0].shape[:1]) if total is None else total
 
-    def inverse(self, *args: Any) -> Any:
-        """Return the first layer's arguments, from the last's outputs and what the layers hid."""
-        *outputs, hidden, counts = self._split(args)
-        args = tuple(outputs)
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first layer's arguments, from the last's outputs, what the layers hid, and further arguments."""
+        passing = self._inputs(args, kwargs)
+        passing.check(type(self).__name__)
+        return unpack(passing.stream)
+
+    def inverse_and_log_det(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return what :meth:`inverse` does, and last the log-determinant of its Jacobian."""
+        passing = self._inputs(args, kwargs)
+        passing.check(type(self).__name__)
+        return (*passing.stream, -self.function_and_log_det(*passing.stream, *passing.further, **kwargs)[-1])
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], streams: int | None = None) -> Passing:
+        """Return what is left of the arguments of :meth:`inverse`; without counts among them nothing is hidden."""
+        where = [i for i, value in enumerate(args) if isinstance(value, Counts)]
+        counts: tuple[int, ...] = args[where[-1]] if where else (0,) * len(self._modules)
+        end = where[-1] - sum(counts) if where else None
+        hidden, further = (args[end : where[-1]], args[where[-1] + 1 :]) if where else ((), ())
+        passing = Passing((*args[:end], *further), kwargs, len(args[:end]) if where else streams)
         for layer, count in zip(reversed(tuple(self._layers())), reversed(counts), strict=True):
             own, hidden = hidden[len(hidden) - count :], hidden[: len(hidden) - count]
-            args = pack(layer.process(layer.call_inverse(*args, *own), inverse=True))
-        return unpack(args)
-
-    def inverse_and_log_det(self, *args: Any) -> tuple[Any, ...]:
-        """Return what :meth:`inverse` does, and last the log-determinant of its Jacobian."""
-        inputs = pack(self.inverse(*args))
-        return (*inputs, -self.function_and_log_det(*inputs)[-1])
-
-    def _split(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return outputs, hidden ones, counts; without counts nothing is hidden."""
-        if not args or not isinstance(args[-1], _Counts):
-            return (*args, (), _Counts([0] * len(self._modules)))
-        counts = args[-1]
-        end = len(args) - 1 - sum(counts)
-        return (*args[:end], args[end:-1], counts)
+            given, named = passing.give(layer, layer.call_inverse, layer.call_function, layer.num_outputs, own)
+            if isinstance(layer, Sequential):
+                inner = layer._inputs(given, named, len(passing.stream))
+                passing.merge(inner.counts(), given)
+                inputs, conditions = inner.stream, len(inner.further)
+            else:
+                inputs = pack(layer.process(layer.call_inverse(*given, **named), inverse=True))
+                conditions = layer._conditions(layer.call_inverse, layer.call_function, inputs, len(given))
+                if own:  # which only its function makes
+                    conditions = min(conditions, len(given) - len(own) - 1)
+            passing.went(layer, len(given), len(own), inputs, conditions)
+        return passing
 
     def process(self, args: Any, inverse: bool = False) -> Any:
         """Cut off what the layers hide."""
         args = pack(args)
-        if not inverse and isinstance(args[-1], _Counts):
+        if not inverse and isinstance(args[-1], Counts):
             args = args[: len(args) - 1 - sum(args[-1])]
         return unpack(args)
+
+    def _conditions(
+        self, function: Callable[..., Any], inverse: Callable[..., Any], outputs: tuple[Any, ...], given: int
+    ) -> int:
+        counts = [value for value in outputs if isinstance(value, Counts)]
+        return counts[-1].left if counts else 0
+
+    _hands_on: ClassVar[bool] = True
+
+    def _takes_most(self, function: Callable[..., Any]) -> int | None:
+        return None
+
+    def _takes_further(self, function: Callable[..., Any], inverse: Callable[..., Any], given: int) -> int | None:
+        return None  # it hands on what its layers take
+
+    def _named(self, function: Callable[..., Any], kwargs: Mapping[str, Any], given: int) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in kwargs.items()
+            if any(layer._named(layer.call_function, {name: value}, 1) for layer in self._layers())
+        }
 
     # A reversed Sequential is the reversed layers in reverse order: its own function stays what it is.
 

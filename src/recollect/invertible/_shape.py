@@ -6,10 +6,43 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from recollect.invertible._moves import Moves
+from recollect._arguments import pack, unpack
+from recollect.invertible._algebra import zero_log_det
+from recollect.invertible._module import Module
 
-__all__ = ["Flatten", "Permute", "Unflatten"]
+__all__ = ["ConstantPad", "Flatten", "Identity", "Moves", "Permute", "Unflatten"]
+
+
+class Moves(Module):
+    """A bijection with determinant one, as long as the batch, dimension 0, stays what it is."""
+
+    def _moves_batch(self, x: Tensor) -> bool:
+        """Whether dimension 0 of an argument of :meth:`function` does not stay what it is."""
+        raise NotImplementedError
+
+    @property
+    def reversible(self) -> bool:
+        """Always."""
+        return True
+
+    def function_and_log_det(self, x: Tensor) -> tuple[Any, ...]:
+        """Return the outputs and zeros of shape [batch]."""
+        return (*pack(self.function(x)), self._log_det(x))
+
+    def inverse_and_log_det(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Return the input and zeros of shape [batch]."""
+        x: Tensor = self.inverse(*args)
+        return x, self._log_det(x)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or self._moves_batch(x):
+            raise NotImplementedError(
+                f"{self} moves the batch, dimension 0 of an input of shape {list(x.shape)}: there is no "
+                "log-determinant for each of its elements"
+            )
+        return zero_log_det(x)
 
 
 class Flatten(Moves):
@@ -174,3 +207,74 @@ class Permute(Moves):
     def extra_repr(self) -> str:
         """Return the settings and the flags."""
         return f"{self.dims}, {super().extra_repr()}"
+
+
+class Identity(Module):
+    """Return the arguments as they are.
+
+    Args:
+        *args: taken and not used, as by :class:`torch.nn.Identity`.
+        **kwargs: the same.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @property
+    def reversible(self) -> bool:
+        """Always."""
+        return True
+
+    def function(self, *args: Any) -> Any:
+        """Return the arguments."""
+        return unpack(args)
+
+    def inverse(self, *args: Any) -> Any:
+        """Return the arguments."""
+        return unpack(args)
+
+    def function_and_log_det(self, x: Tensor, *args: Any) -> tuple[Any, ...]:
+        """Return the arguments and zeros."""
+        return (*pack(self.function(x, *args)), zero_log_det(x))
+
+
+class ConstantPad(Module):
+    """Pad with a constant, as :func:`torch.nn.functional.pad`; the inverse crops. There is no log-determinant.
+
+    Args:
+        padding: how many values before and after, for the last dimension, then for the one before it, ...
+        value: the constant.
+        **options: of :class:`Module`.
+
+    Shapes:
+        - x: at least as many dimensions as are padded; output: as torch's.
+
+    Raises:
+        ValueError: an odd number of values, or negative ones, which would crop.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> inn.ConstantPad((1, 2))(torch.ones(1, 2))
+        tensor([[0., 1., 1., 0., 0.]])
+    """
+
+    def __init__(self, padding: Sequence[int], value: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.padding = tuple(padding) if isinstance(padding, Sequence) else (padding,)
+        self.value = value
+        if len(self.padding) % 2 or any(number < 0 for number in self.padding):
+            raise ValueError(
+                f"ConstantPad: padding is two numbers, 0 or more, for each dimension from the last (got {padding})"
+            )
+
+    def function(self, x: Tensor) -> Tensor:
+        """Return x with the constant around it."""
+        return F.pad(x, self.padding, value=self.value)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return y without what is around it."""
+        return F.pad(y, [-number for number in self.padding])
+
+    def extra_repr(self) -> str:
+        """Return the settings and the flags."""
+        return f"padding={self.padding}, value={self.value}, {super().extra_repr()}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from recollect._parameters import reset_parameters
 from recollect.frames import DRIFT_THRESHOLD, checkpoint, couple, uncouple
 from recollect.messages import convolve
-from recollect.reversible._module import InvertibleModule
+from recollect.reversible._module import Certify, InvertibleModule
 
 __all__ = ["GroupAddRev", "GroupRevRes"]
 
@@ -23,12 +24,14 @@ class _Grouped(InvertibleModule):
     Args:
         blocks: f_1..f_C.
         split_dim: the dimension of ``x`` that holds the groups.
-        chunk_args: which extra arguments are split over the groups, by position; ``None``: those that look like node
-            features.
+        chunk_args: which extra arguments are split over the groups, by position or name; ``None``: those that look like
+            node features.
         **options: of :class:`InvertibleModule`.
     """
 
-    def __init__(self, blocks: nn.ModuleList, split_dim: int, chunk_args: Sequence[int] | None, **options: Any) -> None:
+    def __init__(
+        self, blocks: nn.ModuleList, split_dim: int, chunk_args: Sequence[int | str] | None, **options: Any
+    ) -> None:
         super().__init__(**options)
         _check_groups(len(blocks))
         self.split_dim = split_dim
@@ -37,19 +40,23 @@ class _Grouped(InvertibleModule):
     def _blocks(self) -> Sequence[Any]:
         raise NotImplementedError
 
-    def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
+    def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         blocks = self._blocks()
-        arguments = self._arguments(x, graph, args, len(blocks))
+        arguments, keywords = self._arguments(x, graph, args, kwargs, len(blocks))
+        x = self._widened(x)
         self._forget_drift()
         try:
             y = couple(
                 blocks,
                 x,
                 arguments,
+                kwargs=keywords,
                 dim=self.split_dim,
                 gauge=self._gauge,
                 anchor_every=self.anchor_every,
                 enabled=not self.disable,
+                certify=self.certify,
+                certificate=self.certificate,
             )
         except Exception as error:
             part, whole = x.size(self.split_dim) // len(blocks), x.size(self.split_dim)
@@ -58,20 +65,24 @@ class _Grouped(InvertibleModule):
         self._limit_passes(y)
         return y
 
-    def _uncouple(self, y: Tensor, graph: Any, args: tuple[Any, ...]) -> Tensor:
+    def _uncouple(self, y: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         blocks = self._blocks()
-        return uncouple(blocks, y, self._arguments(y, graph, args, len(blocks)), dim=self.split_dim)
+        arguments, keywords = self._arguments(y, graph, args, kwargs, len(blocks))
+        return uncouple(blocks, self._widened(y), arguments, kwargs=keywords, dim=self.split_dim)
 
-    def inverse(self, *args: Any) -> Any:
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_inverse`, trainable as :meth:`forward` is.
 
         Its input is kept: the blocks run in another order than in :meth:`forward`, and what they draw (dropout) could
         not be replayed through that.
         """
-        return self._inverse(*args) if self.disable else checkpoint(self._inverse, *args)
+        run = functools.partial(self._inverse, **kwargs) if kwargs else self._inverse
+        return run(*args) if self.disable else checkpoint(run, *args, certify=self.certify)
 
-    def _arguments(self, x: Tensor, graph: Any, args: tuple[Any, ...], groups: int) -> list[tuple[Any, ...]]:
-        """Return what each block gets beside its group."""
+    def _arguments(
+        self, x: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], groups: int
+    ) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
+        """Return what each block gets beside its group, by position and by keyword."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(self).__name__}: x must be a tensor (got {type(x).__name__})")
         if not -x.dim() <= self.split_dim < x.dim():
@@ -84,28 +95,31 @@ class _Grouped(InvertibleModule):
                 f"{type(self).__name__}: the size of x in dimension {self.split_dim} must be divisible by the number "
                 f"of groups, {groups} (got {channels}); the nearest allowed: {' or '.join(nearest)}"
             )
-        if self.chunk_args is not None and args and not self.chunk_args <= set(range(len(args))):
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update(kwargs)
+        if self.chunk_args is not None and given and not self.chunk_args <= set(given):
             raise ValueError(
-                f"{type(self).__name__}: chunk_args={sorted(self.chunk_args)} names positions that are not among the "
-                f"{len(args)} extra argument(s), counted from 0"
+                f"{type(self).__name__}: chunk_args={sorted(self.chunk_args, key=str)} names positions (from 0) or "
+                f"keywords that are not among the extra arguments {list(given)}"
             )
-        split = [
-            torch.chunk(arg, groups, self.split_dim) if self._is_chunked(i, arg, x) else (arg,) * groups
-            for i, arg in enumerate(args)
-        ]
-        return [(graph, *(pieces[i] for pieces in split)) for i in range(groups)]
+        split = {
+            key: torch.chunk(arg, groups, self.split_dim) if self._is_chunked(key, arg, x) else (arg,) * groups
+            for key, arg in given.items()
+        }
+        positional = [(graph, *(split[i][group] for i in range(len(args)))) for group in range(groups)]
+        return positional, [{name: split[name][group] for name in kwargs} for group in range(groups)]
 
-    def _is_chunked(self, position: int, arg: Any, x: Tensor) -> bool:
+    def _is_chunked(self, key: int | str, arg: Any, x: Tensor) -> bool:
         if not isinstance(arg, Tensor):
             return False
         has_dim = -arg.dim() <= self.split_dim < arg.dim()
         if self.chunk_args is not None:
-            if position in self.chunk_args and (not has_dim or arg.size(self.split_dim) % self.num_groups):
+            if key in self.chunk_args and (not has_dim or arg.size(self.split_dim) % self.num_groups):
                 raise ValueError(
-                    f"{type(self).__name__}: argument {position} is to be split over {self.num_groups} groups in "
+                    f"{type(self).__name__}: argument {key!r} is to be split over {self.num_groups} groups in "
                     f"split_dim={self.split_dim}, which must exist and be divisible (got shape {list(arg.shape)})"
                 )
-            return position in self.chunk_args
+            return key in self.chunk_args
         # Along the first dimension of an argument lie its nodes or edges, unless the groups lie there in x too.
         if not has_dim or (self.split_dim % arg.dim() == 0 and self.split_dim % x.dim() != 0):
             return False
@@ -119,7 +133,7 @@ class _Grouped(InvertibleModule):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, in blocks that can."""
         for block in self._blocks():
-            reset_parameters(block.__self__ if isinstance(block, _Called) else block)
+            reset_parameters(block.module if isinstance(block, _Called) else block)
 
 
 def _check_module(name: str, module: Any, allowed: str, refused: tuple[type, ...] | type = ()) -> None:
@@ -162,17 +176,20 @@ class GroupAddRev(_Grouped):
         num_groups: C, at least 2; needed for a single ``conv``.
         disable: run plain, keeping everything.
         num_bwd_passes: ``None`` for any number of backward passes; an integer is enforced.
-        chunk_args: positions (from 0) among the extra arguments of those that are split over the groups. By default
-            those are split that look like node features: tensors with as many rows as ``x`` and its size in
-            ``split_dim``.
+        chunk_args: which extra arguments are split over the groups: positions among the positional ones (from 0), and
+            names of keyword ones. By default those are split that look like node features: tensors with as many rows as
+            ``x`` and its size in ``split_dim``.
         anchor_every: keep every s-th activation of a chain of layers; bounds drift.
         drift_threshold: relative reconstruction error above which a warning is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
         fuse: compute blocks that are convolutions of torch_geometric without a row for each edge, where
             :func:`recollect.messages.convolve` can; the same up to rounding, in less time and memory. ``False``: call
             them as they are.
 
     Shapes:
-        - ``x``: [num_nodes, C * channels]; output: the same.
+        - ``x``: [num_nodes, C * channels]; output: the same. Under autocast x is widened to float32, or to the
+          parameters' type if that is wider: a stream in half precision does not come back.
 
     Raises:
         TypeError: ``conv`` is no module, but a list or a class.
@@ -198,9 +215,10 @@ class GroupAddRev(_Grouped):
         disable: bool = False,
         num_bwd_passes: int | None = None,
         *,
-        chunk_args: Sequence[int] | None = None,
+        chunk_args: Sequence[int | str] | None = None,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
         fuse: bool = True,
     ) -> None:
         _check_module("conv", conv, "a module, or a torch.nn.ModuleList of one for each group")
@@ -222,25 +240,27 @@ class GroupAddRev(_Grouped):
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,
             drift_threshold=drift_threshold,
+            certify=certify,
         )
         self.convs = convs
         self.fuse = fuse
 
-    def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the coupled features, of the shape of ``x``.
 
         Args:
             x: node features [num_nodes, C * channels].
             edge_index: the graph, in whatever form the blocks take.
             *args: further arguments of the blocks; see ``chunk_args``.
+            **kwargs: further arguments of the blocks by keyword; the same.
         """
-        return self._couple(x, edge_index, args)
+        return self._couple(x, edge_index, args, kwargs)
 
-    def _forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
-        return couple(self._blocks(), x, self._arguments(x, edge_index, args, len(self.convs)), dim=self.split_dim)
+    def _forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self._couple(x, edge_index, args, kwargs)
 
-    def _inverse(self, y: Tensor, edge_index: Any, *args: Any) -> Tensor:
-        return self._uncouple(y, edge_index, args)
+    def _inverse(self, y: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self._uncouple(y, edge_index, args, kwargs)
 
     def _blocks(self) -> Sequence[Any]:
         return [_Called(conv, convolve) for conv in self.convs] if self.fuse else list(self.convs)
@@ -252,17 +272,18 @@ class GroupAddRev(_Grouped):
 class _Called:
     """A module as a block ``f(z, graph, *args)``, which is called as ``how(module, z, graph, *args)``."""
 
-    __slots__ = ("__self__", "_how")
+    __slots__ = ("_how", "module", "owner")
 
     def __init__(self, module: nn.Module, how: Callable[..., Any]) -> None:
-        self.__self__ = module
+        self.module = module
+        self.owner = module  # whom messages name
         self._how = how
 
-    def __call__(self, z: Tensor, graph: Any, *args: Any) -> Any:
-        return self._how(self.__self__, z, graph, *args)
+    def __call__(self, z: Tensor, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._how(functools.partial(self.module, **kwargs) if kwargs else self.module, z, graph, *args)
 
 
-def _graph_first(module: nn.Module, z: Tensor, graph: Any, *args: Any) -> Any:
+def _graph_first(module: Callable[..., Any], z: Tensor, graph: Any, *args: Any) -> Any:
     return module(graph, z, *args)
 
 
@@ -280,6 +301,7 @@ class GroupRevRes(_Grouped):
         chunk_args: as in :class:`GroupAddRev`.
         anchor_every: as in :class:`GroupAddRev`.
         drift_threshold: as in :class:`GroupAddRev`.
+        certify: as in :class:`GroupAddRev`.
 
     Shapes:
         - ``x``: [num_nodes, groups * channels]; output: the same.
@@ -296,9 +318,10 @@ class GroupRevRes(_Grouped):
         disable: bool = False,
         num_bwd_passes: int | None = None,
         *,
-        chunk_args: Sequence[int] | None = None,
+        chunk_args: Sequence[int | str] | None = None,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
     ) -> None:
         _check_module("gnn_module", gnn_module, "one module, of which each group gets a copy", nn.ModuleList)
         modules = _copies(gnn_module, groups)
@@ -310,29 +333,31 @@ class GroupRevRes(_Grouped):
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,
             drift_threshold=drift_threshold,
+            certify=certify,
         )
         self.gnn_modules = modules
 
-    def forward(self, g: Any, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, g: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the coupled features, of the shape of ``x``.
 
         Args:
             g: any graph object.
             x: node features [num_nodes, groups * channels].
             *args: further arguments of the modules.
+            **kwargs: further arguments of the modules by keyword.
         """
-        return self._couple(x, g, args)
+        return self._couple(x, g, args, kwargs)
 
-    def inverse(self, g: Any, y: Tensor, *args: Any) -> Tensor:
+    def inverse(self, g: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``x`` of ``y = forward(g, x, *args)``, trainable as :meth:`forward` is."""
-        output: Tensor = super().inverse(y, g, *args)
+        output: Tensor = super().inverse(y, g, *args, **kwargs)
         return output
 
-    def _forward(self, x: Tensor, g: Any, *args: Any) -> Tensor:
-        return couple(self._blocks(), x, self._arguments(x, g, args, len(self.gnn_modules)), dim=self.split_dim)
+    def _forward(self, x: Tensor, g: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self._couple(x, g, args, kwargs)
 
-    def _inverse(self, y: Tensor, g: Any, *args: Any) -> Tensor:
-        return self._uncouple(y, g, args)
+    def _inverse(self, y: Tensor, g: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self._uncouple(y, g, args, kwargs)
 
     def _blocks(self) -> Sequence[Any]:
         return [_Called(module, _graph_first) for module in self.gnn_modules]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +11,17 @@ from recollect._arguments import check_count
 from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
 from recollect.invertible import Measured
 
-__all__ = ["InvertibleModule"]
+__all__ = ["Certify", "InvertibleModule"]
+
+Certify = bool | Literal["exact"]
 
 
 class InvertibleModule(Measured):
     """A module that trains without keeping its first input: it is recomputed from the output.
 
     Subclasses define ``_forward(x, *args)``, which returns a tensor or a tuple of tensors, and
-    ``_inverse(*outputs, *args)``, which returns ``x`` again. ``args`` are kept, and may be anything.
+    ``_inverse(*outputs, *args)``, which returns ``x`` again. ``args`` are kept, and may be anything. Keyword arguments
+    are kept too, and given to both.
 
     Args:
         disable: run plain, keeping everything. Can be changed between steps.
@@ -27,6 +30,8 @@ class InvertibleModule(Measured):
             the reconstruction; ``None`` keeps none.
         drift_threshold: relative error of the reconstructed input above which a
             :class:`~recollect.frames.DriftWarning` is given.
+        certify: whether what backward rebuilds is compared with the forward: ``True`` allows for rounding, ``"exact"``
+            takes equal bits alone, ``False`` compares nothing.
 
     Raises:
         TypeError: a subclass defines ``forward`` and no ``_forward``.
@@ -43,35 +48,44 @@ class InvertibleModule(Measured):
         *,
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
+        certify: Certify = True,
     ) -> None:
-        super().__init__(anchor_every=anchor_every, drift_threshold=drift_threshold)
+        super().__init__(anchor_every=anchor_every, drift_threshold=drift_threshold, certify=certify)
         check_count("num_bwd_passes", num_bwd_passes)
         self.disable = disable
         self.num_bwd_passes = num_bwd_passes
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_forward`; its first argument is not kept for backward."""
         if not self.disable:
             self._check_inverse("disable=True makes it a plain module, which keeps everything")
-        return self._run(self._forward, self._inverse, args)
+        return self._run(self._forward, self._inverse, args, kwargs)
 
-    def inverse(self, *args: Any) -> Any:
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_inverse`, trainable as :meth:`forward` is."""
-        return self._run(self._inverse, self._forward, args)
+        return self._run(self._inverse, self._forward, args, kwargs)
 
-    def _forward(self, *args: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define _forward(x, *args)")
 
-    def _inverse(self, *args: Any) -> Any:
+    def _inverse(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define _inverse(*outputs, *args)")
 
-    def _run(self, function: Any, inverse: Any, args: tuple[Any, ...]) -> Any:
+    def _run(self, function: Any, inverse: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget_drift()
         if self.disable:
-            output = function(*args)
+            output = function(*args, **kwargs)
         else:
             output = run_invertible(
-                function, inverse, args, inverted=1, gauge=self._gauge, anchor_every=self.anchor_every
+                function,
+                inverse,
+                args,
+                kwargs,
+                inverted=1,
+                gauge=self._gauge,
+                anchor_every=self.anchor_every,
+                certify=self.certify,
+                certificate=self.certificate,
             )
         if isinstance(output, tuple) and len(output) == 1:
             output = output[0]

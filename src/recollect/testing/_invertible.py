@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from recollect.reversible import GroupRevRes, InvertibleModule
 __all__ = ["check_invertible"]
 
 
-def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: float = 1e-5) -> bool:
+def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: float = 1e-5, **kwargs: Any) -> bool:
     """Check that a module's inverse, its repetition and its gradients are right.
 
     Tried are the module's own mode and, for the gradients, training mode too. The module, its gradients, its buffers
@@ -30,6 +31,7 @@ def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: 
             the inverse; ``edge_index`` (or the graph) and what follows is passed on to it.
         rtol: relative tolerance, against the largest value of each tensor.
         atol: absolute tolerance.
+        **kwargs: keyword arguments of the module and of its inverse.
 
     Returns:
         ``True``.
@@ -56,7 +58,7 @@ def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: 
         True
     """
     if isinstance(module, invertible.Module):
-        return module.check(*inputs, rtol=rtol, atol=atol)
+        return module.check(*inputs, rtol=rtol, atol=atol, **kwargs)
     if isinstance(module, InvertibleModule):
         make = _features_second if isinstance(module, GroupRevRes) else _features_first
     elif isinstance(module, nn.Module) and callable(getattr(module, "inverse", None)):
@@ -66,12 +68,21 @@ def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: 
             f"check_invertible takes a module with an inverse: one of recollect.invertible, one of "
             f"recollect.reversible, or any with a method inverse(*outputs) (got {type(module).__name__})"
         )
-    return check_subject(make(module), inputs, rtol, atol, make)
+
+    def subject(module: Any) -> Subject:
+        made = make(module)
+        if not kwargs:
+            return made
+        runs = (made.function, made.inverse, made.framed, made.plain)
+        function, inverse, framed, plain = (functools.partial(run, **kwargs) for run in runs)
+        return Subject(module, function, inverse, framed, plain, made.seed)
+
+    return check_subject(subject(module), inputs, rtol, atol, subject)
 
 
 def _ordinary(module: Any) -> Subject:
-    def framed(*args: Any) -> Any:
-        return run_invertible(module, module.inverse, args)
+    def framed(*args: Any, **kwargs: Any) -> Any:
+        return run_invertible(module, module.inverse, args, kwargs)
 
     return Subject(module, module, module.inverse, framed, _plain(module))
 
@@ -79,12 +90,12 @@ def _ordinary(module: Any) -> Subject:
 def _features_first(module: Any) -> Subject:
     """Of ``forward(x, *others)`` and ``inverse(*outputs, *others)``, which returns x."""
 
-    def function(x: Any, *others: Any) -> Any:
-        return (*pack(module(x, *others)), others)
+    def function(x: Any, *others: Any, **kwargs: Any) -> Any:
+        return (*pack(module(x, *others, **kwargs)), others)
 
-    def inverse(*values: Any) -> Any:
+    def inverse(*values: Any, **kwargs: Any) -> Any:
         *outputs, others = values
-        return (*pack(module.inverse(*outputs, *others)), *others)
+        return (*pack(module.inverse(*outputs, *others, **kwargs)), *others)
 
     return Subject(module, function, inverse, module, _plain(module))
 
@@ -92,14 +103,14 @@ def _features_first(module: Any) -> Subject:
 def _features_second(module: Any) -> Subject:
     """Of ``forward(graph, x, *others)`` and ``inverse(graph, y, *others)``, which returns x."""
 
-    def function(graph: Any, x: Any, *others: Any) -> Any:
-        return graph, module(graph, x, *others), others
+    def function(graph: Any, x: Any, *others: Any, **kwargs: Any) -> Any:
+        return graph, module(graph, x, *others, **kwargs), others
 
-    def inverse(graph: Any, y: Any, others: Any) -> Any:
-        return graph, module.inverse(graph, y, *others), *others
+    def inverse(graph: Any, y: Any, others: Any, **kwargs: Any) -> Any:
+        return graph, module.inverse(graph, y, *others, **kwargs), *others
 
     return Subject(module, function, inverse, module, _plain(module))
 
 
 def _plain(module: nn.Module) -> Callable[..., Any]:
-    return lambda *args: plainly(module, *args)
+    return functools.partial(plainly, module)
