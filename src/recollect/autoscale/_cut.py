@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from recollect._csr import rows_of, sparse_csr
+from recollect.messages import rows_of, sparse_csr
 from recollect.autoscale._kinds import Kind, kinds_of
 from recollect.autoscale._ranges import Ranges
 from recollect.autoscale._require import require

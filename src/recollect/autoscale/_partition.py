@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect._csr import rows_of
+from recollect.messages import rows_of
 from recollect.autoscale._cache import cached
 from recollect.autoscale._checks import check_square
 from recollect.autoscale._kaminpar import kaminpar_clusters

@@ -21,10 +21,10 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
 from torch_geometric.nn.aggr import MaxAggregation
 
 import recollect
-from recollect._csr import sparse_csr
+from recollect.messages import sparse_csr
 from recollect.memory import peak_memory
-from recollect.messages import _convolve, _edges, convolve
-from recollect.messages._propagate import propagate
+from recollect.messages import _adjacency, _convolutions, convolve
+from recollect.messages._products import propagate
 from recollect.reversible import GroupAddRev
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
@@ -171,7 +171,7 @@ def products(monkeypatch):
         calls.append(adj_t)
         return propagate(adj_t, x)
 
-    monkeypatch.setattr(_convolve, "propagate", counting)
+    monkeypatch.setattr(_convolutions, "propagate", counting)
     return calls
 
 
@@ -352,17 +352,17 @@ class TestCost:
     def test_what_is_kept_dies_with_the_graph(self, x, edge_index, products):
         gc.collect()  # the graphs of other tests
         convolve(SAGEConv(CHANNELS, CHANNELS), x, edge_index).sum().backward()
-        before, gone = len(_edges._KNOWN), weakref.ref(products.pop())
+        before, gone = len(_adjacency._KNOWN), weakref.ref(products.pop())
         del edge_index
         gc.collect()
         assert gone() is not None  # the fixture holds it
         clone = torch.randint(5, (2, 9))
         convolve(SAGEConv(CHANNELS, CHANNELS), x, clone).sum().backward()
         gone = weakref.ref(products.pop())
-        assert len(_edges._KNOWN) == before + 1
+        assert len(_adjacency._KNOWN) == before + 1
         del clone
         gc.collect()
-        assert len(_edges._KNOWN) == before
+        assert len(_adjacency._KNOWN) == before
         assert gone() is None
 
 

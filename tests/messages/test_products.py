@@ -12,7 +12,7 @@ import recollect
 from recollect.autoscale import edge_index_of, to_adj_t
 from recollect.memory import peak_memory
 from recollect.messages import propagate
-from recollect.messages._propagate import _TRANSPOSES
+from recollect.messages._products import _TRANSPOSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
 
