@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import types
@@ -102,7 +101,7 @@ def _hold(conv: nn.Module) -> bool:
             _note_called(conv)
             return False
         if not _HELD[id(conv)]:
-            own["forward"] = types.MethodType(_forward, conv)
+            own["forward"] = types.MethodType(forward, conv)
         _HELD[id(conv)] += 1
     _RUNNING.convs[id(conv)] += 1
     return True
@@ -121,12 +120,13 @@ def _let_go(conv: nn.Module) -> None:
                 del own["forward"]
 
 
-def _forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
+def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
     """What a convolution has as ``forward`` while a block runs that it is in.
 
-    Of the class alone where it is not this thread's block, and in copies that were made meanwhile and so kept it.
+    The class's own where it is not this thread's block, and in copies that were made meanwhile and so kept it. (Its
+    name is that of a method, as pickle finds methods by name.)
     """
-    if id(conv) in _RUNNING.convs:
+    if not torch.compiler.is_compiling() and id(conv) in _RUNNING.convs:
         given = _given(*args, **kwargs)
         rule = None if given is None else _rule_of(conv, *given)
         if given is not None and rule is not None:
@@ -137,8 +137,8 @@ def _forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
     return type(conv).forward(conv, *args, **kwargs)
 
 
-def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, types.MethodType) and forward.__func__ is _forward
+def _is_ours(method: Any) -> bool:
+    return isinstance(method, types.MethodType) and method.__func__ is forward
 
 
 def _given(x: Any = None, edge_index: Any = None, *further: Any, **options: Any) -> tuple[Any, Any] | None:
@@ -233,7 +233,6 @@ _RULES: dict[str, tuple[Rule, dict[str, str]]] = {
 }
 
 
-@functools.lru_cache(maxsize=1024)
 def _known(kind: type) -> tuple[Rule, dict[str, str]] | None:
     return _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
 
@@ -301,4 +300,4 @@ def _are_plain(x: Any, edge_index: Any) -> bool:
         return False
     if x.device.type not in ("cpu", "cuda") or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    return x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device
+    return bool(x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device)

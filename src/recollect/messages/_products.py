@@ -90,8 +90,13 @@ class _Constant:
 def _product(adj_t: Tensor, x: Tensor) -> Tensor:
     """``adj_t @ x``. On the CPU torch's own kernel for reductions is several times as fast as the library's product."""
     if x.device.type == "cpu" and x.is_floating_point():
-        return torch.sparse.mm(adj_t, x, "sum")  # type: ignore[call-arg, arg-type]
+        return _reduced(adj_t, x, "sum")
     return adj_t @ x
+
+
+def _reduced(adj_t: Tensor, x: Tensor, how: str) -> Tensor:
+    out: Tensor = torch.sparse.mm(adj_t, x, how)
+    return out
 
 
 class _Propagate(torch.autograd.Function):
@@ -155,7 +160,7 @@ class _Extreme(torch.autograd.Function):
         adj_t, dtype = constant.adj_t, torch.promote_types(x.dtype, torch.float32)
         ones = torch.ones_like(adj_t.values(), dtype=dtype)
         plain = sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), ones, (adj_t.size(0), adj_t.size(1)))
-        return torch.sparse.mm(plain, x.to(dtype), f"a{which}").to(x.dtype)  # type: ignore[call-arg, arg-type]
+        return _reduced(plain, x.to(dtype), f"a{which}").to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant, str], output: Tensor) -> None:
@@ -191,37 +196,10 @@ class _Shared(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        values: Tensor, x: Tensor, out: Tensor, rowptr: Tensor, col: Tensor, to_sources: bool, with_zero: bool
-    ) -> Tensor:
-        """Return what the sources get [num_sources, channels], or what the targets get [num_targets, channels].
-
-        Args:
-            values: of the targets, [num_targets, channels]; the other way round of the sources.
-            x: [num_sources, channels], the messages.
-            out: [num_targets, channels], the extremes.
-            rowptr: where each target's edges begin, [num_targets + 1].
-            col: the source of each edge, [num_edges].
-            to_sources: the way.
-            with_zero: an extreme that is 0 has one more to share with.
-        """
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        found = torch.zeros_like(x if to_sources else out, dtype=dtype)
-        for rows, edges, channels in _pieces(rowptr.tolist(), x):
-            source, top, given = col[edges], out[rows, channels], values[:, channels]
-            degrees = rowptr[rows.start : rows.stop + 1].diff()
-            target = torch.repeat_interleave(degrees, output_size=source.numel())
-            is_top = (x[:, channels].index_select(0, source) == top.index_select(0, target)).to(dtype)
-            number = torch.zeros_like(top, dtype=dtype).index_add_(0, target, is_top)
-            if with_zero:
-                number += top == 0
-            if to_sources:
-                share = given[rows] / number
-                found[:, channels].index_add_(0, source, is_top.mul_(share.index_select(0, target)))
-            else:
-                whole = torch.zeros_like(number).index_add_(0, target, is_top.mul_(given.index_select(0, source)))
-                found[rows, channels] = whole / number.clamp_(min=1)
-        return found.to(values.dtype)
+    def forward(*args: Any) -> Tensor:
+        """Arguments as of :func:`_share`."""
+        shared: Tensor = _share(*args)
+        return shared
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,6 +227,45 @@ class _Shared(torch.autograd.Function):
             for i in range(info.batch_size)
         ]
         return torch.stack(each), 0
+
+
+@torch.library.custom_op("recollect::share", mutates_args=())  # an operator, over which batched gradients can loop
+def _share(
+    values: Tensor, x: Tensor, out: Tensor, rowptr: Tensor, col: Tensor, to_sources: bool, with_zero: bool
+) -> Tensor:
+    """Return what the sources get [num_sources, channels], or what the targets get [num_targets, channels].
+
+    Args:
+        values: of the targets, [num_targets, channels]; the other way round of the sources.
+        x: [num_sources, channels], the messages.
+        out: [num_targets, channels], the extremes.
+        rowptr: where each target's edges begin, [num_targets + 1].
+        col: the source of each edge, [num_edges].
+        to_sources: the way.
+        with_zero: an extreme that is 0 has one more to share with.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    found = torch.zeros_like(x if to_sources else out, dtype=dtype)
+    for rows, edges, channels in _pieces(rowptr.tolist(), x):
+        source, top, given = col[edges], out[rows, channels], values[:, channels]
+        degrees = rowptr[rows.start : rows.stop + 1].diff()
+        target = torch.repeat_interleave(degrees, output_size=source.numel())
+        is_top = (x[:, channels].index_select(0, source) == top.index_select(0, target)).to(dtype)
+        number = torch.zeros_like(top, dtype=dtype).index_add_(0, target, is_top)
+        if with_zero:
+            number += top == 0
+        if to_sources:
+            share = given[rows] / number
+            found[:, channels].index_add_(0, source, is_top.mul_(share.index_select(0, target)))
+        else:
+            whole = torch.zeros_like(number).index_add_(0, target, is_top.mul_(given.index_select(0, source)))
+            found[rows, channels] = whole / number.clamp_(min=1)
+    return found.to(values.dtype)
+
+
+@_share.register_fake
+def _(values: Tensor, x: Tensor, out: Tensor, rowptr: Tensor, col: Tensor, to_sources: bool, with_zero: bool) -> Tensor:
+    return torch.empty_like(x if to_sources else out, dtype=values.dtype)
 
 
 def _pieces(rowptr: list[int], x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
