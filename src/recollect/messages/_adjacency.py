@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Edges", "check_csr", "described", "edges_of", "make_adj_t", "rows_of", "sparse_csr"]
+__all__ = ["Edges", "check_csr", "described", "edges_of", "make_adj_t", "narrow_adj_t", "rows_of", "sparse_csr"]
 
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,11 +47,24 @@ def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: 
         ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
         edge ``order[k]``.
     """
+    rowptr, col, order = _sorted(source, target, num_nodes)
+    value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
+    return sparse_csr(rowptr, col, value, (num_nodes, num_nodes)), order
+
+
+def narrow_adj_t(edge_index: Tensor, value: Tensor, num_nodes: int) -> Tensor:
+    """The same adjacency, with 32-bit indices where they suffice: for one that is kept."""
+    rowptr, col, order = _sorted(edge_index[0], edge_index[1], num_nodes)
+    # Not taken from an adjacency with wide ones: its parts are views, which would keep it.
+    dtype = torch.int32 if max(num_nodes, order.numel()) < 2**31 else torch.int64
+    return sparse_csr(rowptr.to(dtype), col.to(dtype), value[order], (num_nodes, num_nodes))
+
+
+def _sorted(source: Tensor, target: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.argsort(target * num_nodes + source, stable=True)
     rowptr = source.new_zeros(num_nodes + 1)
     torch.cumsum(torch.bincount(target, minlength=num_nodes), 0, out=rowptr[1:])
-    value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
-    return sparse_csr(rowptr, source[order], value, (num_nodes, num_nodes)), order
+    return rowptr, source[order], order
 
 
 def described(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recollect.messages._adjacency import Edges, edges_of, make_adj_t, sparse_csr
+from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
 from recollect.messages._products import extreme, propagate
 
 __all__ = ["convolve"]
@@ -170,15 +170,15 @@ class _Sources:
 
         def make() -> Tensor:
             norm = sys.modules[type(conv).__module__].gcn_norm
-            (source, target), weight = norm(self._edge_index, None, x.size(0), *options, dtype)
-            return make_adj_t(source, target, weight, self._edges.num_nodes)[0]
+            edge_index, weight = norm(self._edge_index, None, x.size(0), *options, dtype)
+            return narrow_adj_t(edge_index, weight, self._edges.num_nodes)
 
         return propagate(self._edges.adj_t(("gcn", *options, dtype), make), x)
 
     def _ones(self, dtype: torch.dtype) -> Tensor:
         def make() -> Tensor:
-            source, target = self._edge_index
-            return make_adj_t(source, target, torch.ones_like(source, dtype=dtype), self._edges.num_nodes)[0]
+            value = torch.ones_like(self._edge_index[0], dtype=dtype)
+            return narrow_adj_t(self._edge_index, value, self._edges.num_nodes)
 
         return self._edges.adj_t(("ones", dtype), make)
 

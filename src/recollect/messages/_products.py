@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect.messages._adjacency import check_csr, rows_of, sparse_csr
+from recollect.messages._adjacency import check_csr, sparse_csr
 
 __all__ = ["extreme", "propagate"]
 
@@ -143,10 +143,13 @@ def _transposed(adj_t: Tensor) -> Tensor:
     transpose = known() if isinstance(known, weakref.ref) else known
     if transpose is None:
         with temporarily_clear_interpreter_stack():  # what is kept must be no tensor of a torch.func transform
-            col, size = adj_t.col_indices(), (adj_t.size(1), adj_t.size(0))
-            order = col.argsort(stable=True)
-            rowptr = torch._convert_indices_from_coo_to_csr(col[order], adj_t.size(1))
-            transpose = sparse_csr(rowptr, rows_of(adj_t)[order], adj_t.values()[order], size)
+            begins, col = adj_t.crow_indices(), adj_t.col_indices()
+            rowptr, order = begins.new_zeros(adj_t.size(1) + 1), col.argsort(stable=True)
+            torch.cumsum(col.bincount(minlength=adj_t.size(1)), 0, dtype=begins.dtype, out=rowptr[1:])
+            # The row of an entry is the last that begins with it or before it. (Sought, as memory may be short here.)
+            narrow = begins.dtype == torch.int32
+            row = torch.searchsorted(begins, order.to(begins.dtype), right=True, out_int32=narrow).sub_(1)
+            transpose = sparse_csr(rowptr, row, adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
         _TRANSPOSES[adj_t] = transpose
         _TRANSPOSES[transpose] = weakref.ref(adj_t)
     return transpose
