@@ -416,6 +416,30 @@ class TestLeftAlone:
         expected = run(layers, x, graph, keep=True, fuse=False)
         assert_close(run(layers, x, graph, keep=False, fuse=True), expected, rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda conv, x, graph: conv(x, graph, None, None),
+            lambda conv, x, graph: conv(x, graph, edge_weight=None),
+            lambda conv, x, graph: conv(x, graph, None, size=None),
+            lambda conv, x, graph: conv(x),
+        ],
+    )
+    def test_arguments_that_the_convolution_does_not_take(self, wrong, conv, x):
+        class Wrong(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = conv
+
+            def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+                return wrong(self.conv, x, edge_index)
+
+        with pytest.raises(TypeError) as expected:
+            Wrong()(x, a_graph())
+        with pytest.raises(TypeError) as found:
+            convolve(Wrong(), x, a_graph())
+        assert str(found.value) == str(expected.value)
+
     def test_a_hook_that_is_taken_off_before_backward(self, conv):
         """Backward runs what forward ran."""
         block, graph = Usual(conv, CHANNELS).double(), a_graph()

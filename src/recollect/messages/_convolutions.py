@@ -77,7 +77,7 @@ def _by_products(block: Any) -> Iterator[None]:
 def _reached(block: Any) -> list[nn.Module]:
     """Return the convolutions among the modules of a block, but for those in what is compiled."""
     found: list[nn.Module] = []
-    if not isinstance(block, nn.Module) or _is_recorded():
+    if "torch_geometric" not in sys.modules or not isinstance(block, nn.Module) or _is_recorded():
         return found
     waiting, seen = [block], {id(block)}
     while waiting:
@@ -127,7 +127,7 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
     name is that of a method, as pickle finds methods by name.)
     """
     if not torch.compiler.is_compiling() and id(conv) in _RUNNING.convs:
-        given = _given(*args, **kwargs)
+        given = _given(conv, *args, **kwargs)
         rule = None if given is None else _rule_of(conv, *given)
         if given is not None and rule is not None:
             x, edge_index = given
@@ -141,9 +141,16 @@ def _is_ours(method: Any) -> bool:
     return isinstance(method, types.MethodType) and method.__func__ is forward
 
 
-def _given(x: Any = None, edge_index: Any = None, *further: Any, **options: Any) -> tuple[Any, Any] | None:
-    """Return the two arguments of a convolution that is given no others."""
-    return None if any(value is not None for value in (*further, *options.values())) else (x, edge_index)
+def _given(conv: Any, x: Any = None, edge_index: Any = None, *further: Any, **options: Any) -> tuple[Any, Any] | None:
+    """Return the two arguments of a convolution that is given no others, but for such that are ``None``."""
+    if further or options:
+        code = type(conv).forward.__code__
+        names = code.co_varnames[3 : code.co_argcount]  # after self, x and edge_index
+        if len(further) > len(names) or not options.keys() <= set(names[len(further) :]):
+            return None  # the convolution says that it takes no such arguments
+        if any(value is not None for value in (*further, *options.values())):
+            return None
+    return x, edge_index
 
 
 # How the convolutions are computed.
