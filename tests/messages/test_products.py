@@ -11,7 +11,7 @@ from graph_zoo import every_graph
 import recollect
 from recollect.autoscale import edge_index_of, to_adj_t
 from recollect.memory import peak_memory
-from recollect.messages import _products, extreme, make_adj_t, propagate
+from recollect.messages import _products, extreme, make_adj_t, propagate, sparse_csr
 from recollect.messages._products import _TRANSPOSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
@@ -43,6 +43,18 @@ def test_on_hazardous_graphs(make):
     grad = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, x, grad)
     torch.testing.assert_close(found, dense.t() @ grad, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("channels", [1, 31, 64, 200])
+def test_rows_of_any_length_and_both_kinds_of_indices(channels, index, dtype, adj_t):
+    """The product is computed in two ways, by the length of the rows."""
+    dense, x = adj_t.to_dense().to(dtype), torch.randn(6, channels, dtype=dtype, requires_grad=True)
+    parts = adj_t.crow_indices().to(index), adj_t.col_indices().to(index), adj_t.values().to(dtype)
+    out = propagate(sparse_csr(*parts, (4, 6)), x)
+    torch.testing.assert_close(out, dense @ x)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x) for y in (out, dense @ x)))
 
 
 def test_gradients_of_first_and_second_order(adj_t, x):
