@@ -14,7 +14,10 @@ from recollect.memory import peak_memory
 from recollect.messages import _products, extreme, make_adj_t, propagate, sparse_csr
 from recollect.messages._products import _TRANSPOSES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of torch's own forward mode
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),  # the tests make some themselves
+]
 
 
 @pytest.fixture
