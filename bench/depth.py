@@ -38,7 +38,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--timed", type=int, nargs="*", default=[16], help="depths at which steps are timed")
-    parser.add_argument("--csr-timed", type=int, nargs="*", default=[4, 16, 64], help="the same in the first table")
+    parser.add_argument("--csr-timed", type=int, nargs="*", default=[4, 16, 32], help="the same in the first table")
     parser.add_argument("--nodes", type=int, default=20_000)
     parser.add_argument("--edges", type=int, default=200_000)
     parser.add_argument("--channels", type=int, default=128)
