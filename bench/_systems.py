@@ -1,9 +1,10 @@
 """The systems that `bench.depth` compares: one grouped additive coupling, six ways to train it.
 
 All of them run the same block modules, with the same weights, on the same graph:
-y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" computes bare convolutions by products with the
-adjacency, as it does by default; "unfused" calls them as they are, as all the others do. (With a norm, the blocks are
-RevGNN's, which compute their convolutions by products in every system.)
+y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" gets a plain `edge_index`, and computes the
+convolutions in the blocks by products with the adjacency, as it does by default; "unfused" calls them as they are. All
+others get the `edge_index` too, or, as a careful user would have it, the adjacency in CSR form, for which
+torch_geometric computes such products itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench._step import Step, System, UnavailableError, imported
+from recollect.messages import make_adj_t
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
@@ -118,6 +120,10 @@ SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
 }
 
 
+# On a CSR adjacency: what else there is for somebody who cares for time and memory. Only recollect gets edges.
+ON_CSR = ("plain", "checkpoint", "pyg", "recollect")
+
+
 def make_step(name: str, blocks: Blocks, x: Tensor, graph: Tensor) -> Step:
     """A step of one of `SYSTEMS` over blocks that it shares with the others.
 
@@ -133,12 +139,19 @@ class Workload:
 
     Attributes:
         norm: "bare" for convolutions alone, "layer" or "batch" for (norm, ReLU, dropout, conv).
+        csr: the peers get the adjacency in CSR form.
     """
 
     nodes: int
     edges: int
     channels: int
     norm: str
+    csr: bool = False
+
+    @property
+    def systems(self) -> Sequence[str]:
+        """The names of those that it is for."""
+        return ON_CSR if self.csr else list(SYSTEMS)
 
     def steps(
         self, depth: int, device: torch.device, dtype: torch.dtype = torch.float32, dropout: float = 0.0
@@ -148,8 +161,14 @@ class Workload:
         graph = torch.randint(self.nodes, (2, self.edges), device=device)
         x = torch.randn(self.nodes, self.channels, dtype=dtype, device=device, requires_grad=True)
         blocks = build_blocks(depth, self.channels, self.norm, dropout=dropout, dtype=dtype, device=device)
-        return {name: functools.partial(make_step, name, blocks, x, graph) for name in SYSTEMS}
+        graphs = dict.fromkeys(self.systems, graph)
+        if self.csr:
+            ones = torch.ones(self.edges, dtype=dtype, device=device)
+            adj_t, _ = make_adj_t(*graph, ones, self.nodes)  # equal edges stay two, as they are in `graph`
+            graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph}
+        return {name: functools.partial(make_step, name, blocks, x, graphs[name]) for name in self.systems}
 
     def __str__(self) -> str:
         blocks = "bare SAGE" if self.norm == "bare" else f"{self.norm} norm, ReLU, SAGE"
-        return f"{self.nodes:,} nodes, {self.edges:,} edges, {self.channels} channels, 2 groups, {blocks}"
+        form = "; the peers on a CSR adjacency" if self.csr else ""
+        return f"{self.nodes:,} nodes, {self.edges:,} edges, {self.channels} channels, 2 groups, {blocks}{form}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench._exactness import LAYERS, Errors
 from bench._measure import Row
@@ -13,19 +13,27 @@ from bench._systems import Workload
 WORKLOAD = Workload(nodes=20_000, edges=200_000, channels=128, norm="bare")
 TIMED_DEPTH = 16
 TIMES = {"pyg": 0.70, "plain": 1.40, "checkpoint": 1.0}
+CSR_WORKLOAD = Workload(nodes=20_000, edges=200_000, channels=128, norm="layer", csr=True)
+CSR_TIMES = {"plain": 1.25, "pyg": 0.80, "checkpoint": 1.0}
 SHALLOW, DEEP = 8, 256
 GRADIENTS = {"float64, dropout": 1e-10, "float32, dropout": 1e-5}
 
 
 def depth_targets(work: Workload, rows: Sequence[Row], errors: Errors) -> list[Target]:
     """Hold rows of one workload, and gradient errors at 64 layers, against the numbers to reach."""
-    return [*_times(work, rows), *_peaks(rows), *_gradients(errors)]
+    return [*_times(work, WORKLOAD, TIMES, rows), _flat(rows), _peaks("pyg", rows), *_gradients(errors)]
 
 
-def _times(work: Workload, rows: Sequence[Row]) -> list[Target]:
+def csr_targets(work: Workload, rows: Sequence[Row], errors: Errors) -> list[Target]:
+    """The same where the peers have the adjacency in CSR form."""
+    peaks = [_peaks(peer, rows) for peer in ("pyg", "checkpoint")]
+    return [*_times(work, CSR_WORKLOAD, CSR_TIMES, rows), _flat(rows), *peaks, *_gradients(errors)]
+
+
+def _times(work: Workload, meant: Workload, limits: Mapping[str, float], rows: Sequence[Row]) -> list[Target]:
     row = next((row for row in rows if row["depth"] == TIMED_DEPTH), {})
-    seconds = row.get("seconds", {}) if work == WORKLOAD else {}
-    why = OTHER_SIZE if work != WORKLOAD else "not timed" if seconds else OTHER_PART
+    seconds = row.get("seconds", {}) if work == meant else {}
+    why = OTHER_SIZE if work != meant else "not timed" if seconds else OTHER_PART
     return [
         Target(
             f"step time at L={TIMED_DEPTH}, recollect / {peer}",
@@ -33,30 +41,32 @@ def _times(work: Workload, rows: Sequence[Row]) -> list[Target]:
             limit,
             why_not_measured=why,
         )
-        for peer, limit in TIMES.items()
+        for peer, limit in limits.items()
     ]
 
 
-def _peaks(rows: Sequence[Row]) -> list[Target]:
+def _flat(rows: Sequence[Row]) -> Target:
     ours = {row["depth"]: row["peak_bytes"].get("recollect") for row in rows}
-    against = [ratio(row["peak_bytes"].get("recollect"), row["peak_bytes"].get("pyg")) for row in rows]
+    return Target(
+        f"peak of a step, L={DEEP} / L={SHALLOW}",
+        ratio(ours.get(DEEP), ours.get(SHALLOW)),
+        1.05,
+        why_not_measured="not measured at both" if {SHALLOW, DEEP} <= ours.keys() else OTHER_PART,
+    )
+
+
+def _peaks(peer: str, rows: Sequence[Row]) -> Target:
+    """Depths at which the peer was skipped, as it would need too much, are none to lose at."""
+    measured = [row for row in rows if "would need" not in row.get("skipped", {}).get(peer, "")]
+    against = [ratio(row["peak_bytes"].get("recollect"), row["peak_bytes"].get(peer)) for row in measured]
     known = [value for value in against if value is not None]
-    everywhere = bool(known) and len(known) == len(rows)
-    return [
-        Target(
-            f"peak of a step, L={DEEP} / L={SHALLOW}",
-            ratio(ours.get(DEEP), ours.get(SHALLOW)),
-            1.05,
-            why_not_measured="not measured at both" if {SHALLOW, DEEP} <= ours.keys() else OTHER_PART,
-        ),
-        Target(
-            "peak of a step, recollect / pyg, the worst depth",
-            max(known) if everywhere else None,
-            1.0,
-            strict=True,
-            why_not_measured="not measured at every depth",
-        ),
-    ]
+    return Target(
+        f"peak of a step, recollect / {peer}, the worst depth",
+        max(known) if known and len(known) == len(measured) else None,
+        1.0,
+        strict=True,
+        why_not_measured="not measured at every depth",
+    )
 
 
 def _gradients(errors: Errors) -> list[Target]:

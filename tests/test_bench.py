@@ -22,11 +22,11 @@ from bench._exactness import gradient_errors
 from bench._measure import expected_bytes, measure
 from bench._report import OTHER_DEVICE, OTHER_PART, OTHER_SIZE, Target, finish, write_json
 from bench._step import relative_error
-from bench._systems import SYSTEMS, Workload
-from bench._targets import WORKLOAD, depth_targets
+from bench._systems import ON_CSR, SYSTEMS, Workload
+from bench._targets import CSR_WORKLOAD, WORKLOAD, csr_targets, depth_targets
 
 CPU = torch.device("cpu")
-QUICK = ["--quick", "--timed", "4", "--repeats", "2"]
+QUICK = ["--quick", "--timed", "4", "--csr-timed", "8", "--repeats", "2"]
 LONG = ["--long", "--long-depths", "4", "12", "--long-nodes", "60", "--long-edges", "200"]
 
 
@@ -46,6 +46,24 @@ def table(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def long(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "depth-long-quick-cpu.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def csr(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "depth-csr-quick-cpu.json").read_text())
+
+
+def test_the_peers_on_a_csr_adjacency(csr: dict[str, Any]) -> None:
+    """All compute the same network, and the reversible ones have a flat peak."""
+    for row in csr["rows"]:
+        assert set(row["peak_bytes"]) == set(ON_CSR)
+        assert row["peak_bytes"]["recollect"] < min(row["peak_bytes"]["pyg"], row["peak_bytes"]["checkpoint"])
+    ours = [row["peak_bytes"]["recollect"] for row in csr["rows"]]
+    assert max(ours) <= 1.05 * min(ours)
+    assert [set(row.get("seconds", ())) for row in csr["rows"]] == [set(), set(ON_CSR), set()]
+    for case, by_system in csr["gradient_errors"].items():
+        exact = by_system if "no dropout" in case else {"recollect": by_system["recollect"]}
+        assert max(exact.values()) <= (1e-10 if "float64" in case else 1e-5)
 
 
 def test_reports_say_where_they_come_from(folder: Path, table: dict[str, Any], long: dict[str, Any]) -> None:
@@ -161,6 +179,28 @@ def test_targets_are_computed_from_the_rows() -> None:
     missed = depth_targets(WORKLOAD, rows_of(4.5, 106, 106), errors_of(1e-9, 1e-4))
     assert [target.value for target in missed] == pytest.approx([0.9, 1.8, 1.125, 1.06, 1.0, 1e-9, 1e-4])
     assert [target.reached for target in missed] == [False] * 7
+
+
+def test_targets_against_a_csr_adjacency() -> None:
+    rows = rows_of(3.0, 104, 120)
+    for row, checkpoint in zip(rows, (200, 110, 1000), strict=True):
+        row["peak_bytes"]["checkpoint"] = checkpoint
+    found = csr_targets(CSR_WORKLOAD, rows, errors_of(1e-12, 1e-6))
+    values = [1.2, 0.6, 0.75, 1.04, 104 / 120, 100 / 110, 1e-12, 1e-6]
+    assert [target.value for target in found] == pytest.approx(values)
+    assert all(target.reached for target in found)
+    missed = csr_targets(CSR_WORKLOAD, rows_of(4.1, 106, 106), errors_of(1e-9, 1e-4))
+    assert [target.reached for target in missed] == [False, False, False, False, False, None, False, False]
+
+
+def test_depths_that_a_peer_cannot_reach_are_not_lost() -> None:
+    rows = rows_of(3.0, 104, 120)
+    del rows[2]["peak_bytes"]["pyg"]
+    (peak,) = (target for target in depth_targets(WORKLOAD, rows, errors_of(0, 0)) if "worst" in target.name)
+    assert (peak.value, peak.why_not_measured) == (None, "not measured at every depth")
+    rows[2]["skipped"] = {"pyg": "would need about 7.0 GB, more than --max-plain-gb 6"}
+    (peak,) = (target for target in depth_targets(WORKLOAD, rows, errors_of(0, 0)) if "worst" in target.name)
+    assert peak.value == 100 / 120
 
 
 def test_targets_without_a_measurement_say_why() -> None:

@@ -40,7 +40,6 @@ APPLICATION = "hydra omegaconf yaml lightning_fabric rich matplotlib sklearn ten
 # A part that is not here yet has its place all the same; a part without a place fails.
 FLOORS = {
     "_arguments": floor(),
-    "_csr": floor(),
     "_parameters": floor(),
     "_heap": floor(),
     "_storages": floor(),
@@ -49,11 +48,11 @@ FLOORS = {
     "frames": floor("_arguments _parameters"),
     "autogram": floor("_parameters"),
     "aggregation": floor(),
-    "messages": floor("_csr"),
+    "messages": floor(),
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters frames invertible messages"),
     "data": floor("", "torch_geometric sklearn ogb"),
-    "autoscale": floor("_arguments _csr _parameters frames messages data", "torch_geometric pymetis kaminpar"),
+    "autoscale": floor("_arguments _parameters frames messages data", "torch_geometric pymetis kaminpar"),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
     "testing": floor("_arguments _parameters frames invertible reversible"),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from recollect._csr import make_adj_t
 from recollect.autoscale._checks import check_nodes
 from recollect.autoscale._kinds import Kind, kinds_of
+from recollect.messages import make_adj_t
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._csr import check_csr, described
+from recollect.messages import check_csr, described
 
 __all__ = ["check_data", "check_nodes", "check_square"]
 

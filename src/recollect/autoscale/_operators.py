@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._csr import check_csr, described, make_adj_t, rows_of, sparse_csr
 from recollect.autoscale._checks import check_square
+from recollect.messages import check_csr, described, make_adj_t, rows_of, sparse_csr
 
 __all__ = ["add_self_loops", "adjacency_of", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
 

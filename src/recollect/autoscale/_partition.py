@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect._csr import rows_of
 from recollect.autoscale._cache import cached
 from recollect.autoscale._checks import check_square
 from recollect.autoscale._kaminpar import kaminpar_clusters
 from recollect.autoscale._metis import metis_clusters
 from recollect.autoscale._operators import as_csr
+from recollect.messages import rows_of
 
 __all__ = ["Method", "Partition", "PartitionQuality", "metis", "partition", "partition_quality"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recollect._csr import make_adj_t, rows_of
 from recollect.autoscale._checks import check_nodes
 from recollect.autoscale._kinds import Kind, kinds_of
+from recollect.messages import make_adj_t, rows_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from recollect._csr import sparse_csr
+from recollect.messages import sparse_csr
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recollect._csr import rows_of
+from recollect.messages import rows_of
 
 __all__ = ["Undirected", "undirected"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from recollect._csr import check_csr, sparse_csr
+from recollect.messages import check_csr, sparse_csr
 
 __all__ = ["compute_micro_f1", "dropout", "gen_masks"]
 

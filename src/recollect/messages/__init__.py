@@ -1,11 +1,24 @@
 """Message passing without messages.
 
-Where each target sums up (or averages) the rows of its sources, the sums are the product of the adjacency with these
+Where each target reduces the rows of its sources, the sum (or the mean) is the product of the adjacency with these
 rows, and nothing with a row for each edge is made: neither in forward nor in backward, which is the product with the
-transpose. :func:`propagate` is that product, and :func:`convolve` calls convolutions of torch_geometric by means of it.
+transpose. :func:`propagate` is that product, :func:`extreme` the largest or smallest of the rows, and :func:`convolve`
+calls a convolution of torch_geometric, or a block with convolutions in it, by means of them.
+
+The other names are what the package shares about sparse CSR adjacencies.
 """
 
-from recollect.messages._convolve import convolve
-from recollect.messages._propagate import propagate
+from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr
+from recollect.messages._convolutions import convolve
+from recollect.messages._products import extreme, propagate
 
-__all__ = ["convolve", "propagate"]
+__all__ = [
+    "check_csr",
+    "convolve",
+    "described",
+    "extreme",
+    "make_adj_t",
+    "propagate",
+    "rows_of",
+    "sparse_csr",
+]

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
-from recollect.messages import convolve
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -52,7 +51,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, edge_index: Any, mask: Tensor | None = None, *args: Any) -> Tensor:
         x = self.norm(x).relu()
         x = dropout(x, self.dropout, self.training) if mask is None else x * mask
-        output: Tensor = convolve(self.conv, x, edge_index, *args)
+        output: Tensor = self.conv(x, edge_index, *args)
         return output
 
 

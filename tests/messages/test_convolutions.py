@@ -21,10 +21,9 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
 from torch_geometric.nn.aggr import MaxAggregation
 
 import recollect
-from recollect._csr import sparse_csr
 from recollect.memory import peak_memory
-from recollect.messages import _convolve, _edges, convolve
-from recollect.messages._propagate import propagate
+from recollect.messages import _adjacency, _convolutions, convolve, sparse_csr
+from recollect.messages._products import extreme, propagate
 from recollect.reversible import GroupAddRev
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode
@@ -42,10 +41,16 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     "sage, project, normalize": lambda: SAGEConv(CHANNELS, CHANNELS, project=True, normalize=True),
     "sage, no root, no bias": lambda: SAGEConv(CHANNELS, CHANNELS, root_weight=False, bias=False),
     "sage, lazy": lambda: SAGEConv(-1, CHANNELS),
+    "sage, max": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="max"),
+    "sage, min, project": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="min", project=True),
     "graphconv": lambda: GraphConv(CHANNELS, CHANNELS),
+    "graphconv, max": lambda: GraphConv(CHANNELS, CHANNELS, aggr="max"),
+    "graphconv, min": lambda: GraphConv(CHANNELS, CHANNELS, aggr="min"),
     "graphconv, mean": lambda: GraphConv(CHANNELS, CHANNELS, aggr="mean", bias=False),
     "gin": lambda: GINConv(mlp()),
     "gin, mean, trained eps": lambda: GINConv(mlp(), eps=0.3, train_eps=True, aggr="mean"),
+    "gin, max": lambda: GINConv(mlp(), aggr="max"),
+    "gin, min": lambda: GINConv(mlp(), aggr="min"),
     "gcn": lambda: GCNConv(CHANNELS, CHANNELS),
     "gcn, improved": lambda: GCNConv(CHANNELS, CHANNELS, improved=True, bias=False),
     "gcn, no loops": lambda: GCNConv(CHANNELS, CHANNELS, add_self_loops=False),
@@ -107,9 +112,10 @@ class Doubled(SAGEConv):
 
 LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
     "gat": lambda: GATConv(CHANNELS, CHANNELS),
-    "sage, max": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="max"),
     "sage, two aggregations": lambda: SAGEConv(CHANNELS, CHANNELS, aggr=["mean", "max"]),
     "sage, aggregation exchanged": with_other_aggregation,
+    "gcn, max": lambda: GCNConv(CHANNELS, CHANNELS, aggr="max"),
+    "sage, product": lambda: SAGEConv(CHANNELS, CHANNELS, aggr="mul"),
     "gcn, mean": lambda: GCNConv(CHANNELS, CHANNELS, aggr="mean"),
     "against the edges": lambda: SAGEConv(CHANNELS, CHANNELS, flow="target_to_source"),
     "gcn, cached": lambda: GCNConv(CHANNELS, CHANNELS, cached=True),
@@ -164,14 +170,18 @@ def edge_index():
 
 @pytest.fixture
 def products(monkeypatch):
-    """The number of products with an adjacency."""
+    """The adjacencies of the products and of the reductions that ran, one after the other."""
     calls = []
 
-    def counting(adj_t: Tensor, x: Tensor) -> Tensor:
-        calls.append(adj_t)
-        return propagate(adj_t, x)
+    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(adj_t: Tensor, *args: object) -> Tensor:
+            calls.append(adj_t)
+            return function(adj_t, *args)
 
-    monkeypatch.setattr(_convolve, "propagate", counting)
+        return counted
+
+    monkeypatch.setattr(_convolutions, "propagate", counting(propagate))
+    monkeypatch.setattr(_convolutions, "extreme", counting(extreme))
     return calls
 
 
@@ -352,17 +362,17 @@ class TestCost:
     def test_what_is_kept_dies_with_the_graph(self, x, edge_index, products):
         gc.collect()  # the graphs of other tests
         convolve(SAGEConv(CHANNELS, CHANNELS), x, edge_index).sum().backward()
-        before, gone = len(_edges._KNOWN), weakref.ref(products.pop())
+        before, gone = len(_adjacency._KNOWN), weakref.ref(products.pop())
         del edge_index
         gc.collect()
         assert gone() is not None  # the fixture holds it
         clone = torch.randint(5, (2, 9))
         convolve(SAGEConv(CHANNELS, CHANNELS), x, clone).sum().backward()
         gone = weakref.ref(products.pop())
-        assert len(_edges._KNOWN) == before + 1
+        assert len(_adjacency._KNOWN) == before + 1
         del clone
         gc.collect()
-        assert len(_edges._KNOWN) == before
+        assert len(_adjacency._KNOWN) == before
         assert gone() is None
 
 

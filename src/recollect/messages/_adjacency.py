@@ -1,0 +1,130 @@
+"""Adjacencies as sparse CSR tensors, and those of an ``edge_index``, kept while it lives and stays the same."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Edges", "check_csr", "described", "edges_of", "make_adj_t", "narrow_adj_t", "rows_of", "sparse_csr"]
+
+
+def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse CSR tensor without a check of its parts, which are known to fit."""
+    _hear_of_state()
+    # On the device of its parts, not on the default device.
+    return torch.sparse_csr_tensor(rowptr, col, value, size, device=value.device, check_invariants=False)
+
+
+@functools.cache
+def _hear_of_state() -> None:
+    """Make a first sparse CSR tensor: torch tells each process once that they are in beta state, and unchecked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")  # torch 2.11
+        with torch.device("cpu"):
+            nothing = torch.zeros(0, dtype=torch.int64)
+            torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), nothing, nothing, (0, 0), check_invariants=False)
+
+
+def rows_of(adj_t: Tensor) -> Tensor:
+    """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it."""
+    end = adj_t.crow_indices()[1:]
+    ends = torch.zeros(adj_t.col_indices().numel() + 1, dtype=torch.int64, device=end.device)
+    ends.index_add_(0, end, torch.ones_like(end, dtype=torch.int64))
+    return ends[:-1].cumsum_(0)
+
+
+def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Sort edges by target, then source; equal edges stay apart, in their order.
+
+    Returns:
+        ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
+        edge ``order[k]``.
+    """
+    rowptr, col, order = _sorted(source, target, num_nodes)
+    value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
+    return sparse_csr(rowptr, col, value, (num_nodes, num_nodes)), order
+
+
+def narrow_adj_t(edge_index: Tensor, value: Tensor, num_nodes: int) -> Tensor:
+    """The same adjacency, with 32-bit indices where they suffice: for one that is kept."""
+    rowptr, col, order = _sorted(edge_index[0], edge_index[1], num_nodes)
+    # Not taken from an adjacency with wide ones: its parts are views, which would keep it.
+    dtype = torch.int32 if max(num_nodes, order.numel()) < 2**31 else torch.int64
+    return sparse_csr(rowptr.to(dtype), col.to(dtype), value[order], (num_nodes, num_nodes))
+
+
+def _sorted(source: Tensor, target: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.argsort(target * num_nodes + source, stable=True)
+    rowptr = source.new_zeros(num_nodes + 1)
+    torch.cumsum(torch.bincount(target, minlength=num_nodes), 0, out=rowptr[1:])
+    return rowptr, source[order], order
+
+
+def described(value: Any) -> str:
+    """Say what was given in the place of an adjacency or a graph."""
+    return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def check_csr(adj_t: Any) -> None:
+    """Refuse what is not in sparse CSR form."""
+    if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
+        raise TypeError(
+            f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor; to_adj_t(data).adj_t is one"
+        )
+
+
+class Edges:
+    """One state of an ``edge_index``, which is not held, and the adjacencies made of it.
+
+    Attributes:
+        num_nodes: N.
+        state: what is another one when the ``edge_index`` is, as far as torch knows.
+        inside: whether all its nodes are among the N.
+    """
+
+    def __init__(self, edge_index: Tensor, num_nodes: int) -> None:
+        self.num_nodes = num_nodes
+        self.state = _state_of(edge_index)
+        self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes
+        self._adjacencies: dict[Hashable, Tensor] = {}
+
+    def adj_t(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the adjacency of one kind, sparse CSR [N, N], which is made at the first call.
+
+        Args:
+            kind: what tells it from others of the same edges.
+            make: returns it.
+        """
+        if kind not in self._adjacencies:
+            with torch.inference_mode(False), torch.no_grad():  # backward will need it, whoever asks first
+                self._adjacencies[kind] = make()
+        return self._adjacencies[kind]
+
+
+# As long as an edge_index lives, what is known of it does.
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def edges_of(edge_index: Tensor, num_nodes: int) -> Edges:
+    """Return what is known of the edges [2, E], int64, E at least 1.
+
+    The first call for an ``edge_index`` reads it, which waits for its device; the later ones do not. Another number of
+    nodes and a change in place make another graph of it; a change that torch does not count (through ``.data`` or
+    NumPy) is not seen.
+    """
+    known: Edges | None = _KNOWN.get(edge_index, None)  # type: ignore[no-untyped-call]
+    if known is None or (known.num_nodes, known.state) != (num_nodes, _state_of(edge_index)):
+        known = Edges(edge_index, num_nodes)
+        _KNOWN[edge_index] = known
+    return known
+
+
+def _state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:
+    return edge_index._version, edge_index.data_ptr(), edge_index.shape  # the last two: ``edge_index.data`` was set

@@ -1,0 +1,310 @@
+"""Convolutions of torch_geometric, by products with the adjacency, wherever they stand in a block."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
+from recollect.messages._products import extreme, propagate
+
+__all__ = ["convolve"]
+
+
+def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return ``block(*args, **kwargs)``, its convolutions computed without a row for each edge where they allow it.
+
+    ``block`` is a convolution, or any module with convolutions among its modules: behind a norm, several, nested. Those
+    that allow it are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
+    sum, average, or on the CPU take the largest or smallest of the rows of the sources, on a plain ``edge_index`` and
+    without further arguments. All others are called as they are; so are convolutions that are compiled, that cache a
+    graph of their own (``cached=True``), with a hook on them or under explanation, and all under torch.func transforms
+    and in what is compiled, traced or captured in a CUDA graph. The result is the same up to rounding. The edges are
+    sorted once for an ``edge_index``, and the adjacency is kept as long as that lives and is not changed; changes that
+    torch does not count, made through ``.data`` or NumPy, are not seen.
+
+    While the block runs, its convolutions have a ``forward`` of their own, which does this in the thread of the call
+    and is the class's own in all others.
+
+    Args:
+        block: the convolution, or the block; any callable.
+        *args: its arguments.
+        **kwargs: its arguments by name.
+    """
+    with _by_products(block):
+        return block(*args, **kwargs)
+
+
+# Reaching the convolutions of a block.
+
+
+class _Running(threading.local):
+    """By id, the convolutions of the blocks that run in this thread; how many times."""
+
+    def __init__(self) -> None:
+        self.convs: Counter[int] = Counter()
+
+
+_RUNNING = _Running()
+_CHANGING = threading.Lock()
+_HELD: Counter[int] = Counter()  # by id, how many blocks of all threads hold a convolution's ``forward``
+
+
+@contextmanager
+def _by_products(block: Any) -> Iterator[None]:
+    """Compute the convolutions in a block by products, in this thread, until the end."""
+    held: list[nn.Module] = []
+    try:
+        for conv in _reached(block):
+            if _hold(conv):
+                held.append(conv)
+        yield
+    finally:
+        for conv in held:
+            _let_go(conv)
+
+
+def _reached(block: Any) -> list[nn.Module]:
+    """Return the convolutions among the modules of a block, but for those in what is compiled."""
+    found: list[nn.Module] = []
+    if "torch_geometric" not in sys.modules or not isinstance(block, nn.Module) or _is_recorded():
+        return found
+    waiting, seen = [block], {id(block)}
+    while waiting:
+        module = waiting.pop()
+        if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo."):
+            continue
+        if _known(type(module)) is not None:
+            found.append(module)
+        for child in module.children():
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return found
+
+
+def _hold(conv: nn.Module) -> bool:
+    """Give a convolution the ``forward`` of this file; ``False`` where somebody gave it another."""
+    own = vars(conv)
+    with _CHANGING:
+        if "forward" in own and not _is_ours(own["forward"]):
+            _note_called(conv)
+            return False
+        if not _HELD[id(conv)]:
+            own["forward"] = types.MethodType(forward, conv)
+        _HELD[id(conv)] += 1
+    _RUNNING.convs[id(conv)] += 1
+    return True
+
+
+def _let_go(conv: nn.Module) -> None:
+    _RUNNING.convs[id(conv)] -= 1
+    if not _RUNNING.convs[id(conv)]:
+        del _RUNNING.convs[id(conv)]
+    own = vars(conv)
+    with _CHANGING:
+        _HELD[id(conv)] -= 1
+        if not _HELD[id(conv)]:
+            del _HELD[id(conv)]
+            if _is_ours(own.get("forward")):
+                del own["forward"]
+
+
+def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a convolution has as ``forward`` while a block runs that it is in.
+
+    The class's own where it is not this thread's block, and in copies that were made meanwhile and so kept it. (Its
+    name is that of a method, as pickle finds methods by name.)
+    """
+    if not torch.compiler.is_compiling() and id(conv) in _RUNNING.convs:
+        given = _given(conv, *args, **kwargs)
+        rule = None if given is None else _rule_of(conv, *given)
+        if given is not None and rule is not None:
+            x, edge_index = given
+            edges = edges_of(edge_index, x.size(0))
+            if edges.inside:  # the convolution says what is wrong
+                return rule(conv, x, _Sources(edges, edge_index))
+    return type(conv).forward(conv, *args, **kwargs)
+
+
+def _is_ours(method: Any) -> bool:
+    return isinstance(method, types.MethodType) and method.__func__ is forward
+
+
+def _given(conv: Any, x: Any = None, edge_index: Any = None, *further: Any, **options: Any) -> tuple[Any, Any] | None:
+    """Return the two arguments of a convolution that is given no others, but for such that are ``None``."""
+    if further or options:
+        code = type(conv).forward.__code__
+        names = code.co_varnames[3 : code.co_argcount]  # after self, x and edge_index
+        if len(further) > len(names) or not options.keys() <= set(names[len(further) :]):
+            return None  # the convolution says that it takes no such arguments
+        if any(value is not None for value in (*further, *options.values())):
+            return None
+    return x, edge_index
+
+
+# How the convolutions are computed.
+
+
+class _Sources:
+    """What each node reduces the rows of its sources to."""
+
+    def __init__(self, edges: Edges, edge_index: Tensor) -> None:
+        self._edges = edges
+        self._edge_index = edge_index
+
+    def reduced(self, conv: Any, x: Tensor) -> Tensor:
+        """Return the sum, the mean, the largest or the smallest of the sources' rows, as the convolution is set."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if conv.aggr in ("max", "min"):
+            return extreme(self._ones(dtype), x, conv.aggr)
+        return propagate(self._means(dtype) if conv.aggr == "mean" else self._ones(dtype), x)
+
+    def normalized(self, conv: Any, x: Tensor) -> Tensor:
+        """Return the sum of the sources' rows, with the weights that GCNConv gives the edges."""
+        options = (conv.improved, conv.add_self_loops, conv.flow)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+
+        def make() -> Tensor:
+            norm = sys.modules[type(conv).__module__].gcn_norm
+            edge_index, weight = norm(self._edge_index, None, x.size(0), *options, dtype)
+            return narrow_adj_t(edge_index, weight, self._edges.num_nodes)
+
+        return propagate(self._edges.adj_t(("gcn", *options, dtype), make), x)
+
+    def _ones(self, dtype: torch.dtype) -> Tensor:
+        def make() -> Tensor:
+            value = torch.ones_like(self._edge_index[0], dtype=dtype)
+            return narrow_adj_t(self._edge_index, value, self._edges.num_nodes)
+
+        return self._edges.adj_t(("ones", dtype), make)
+
+    def _means(self, dtype: torch.dtype) -> Tensor:
+        def make() -> Tensor:
+            ones = self._ones(dtype)
+            degree = ones.crow_indices().diff()
+            value = degree.to(dtype).reciprocal_().repeat_interleave(degree, output_size=ones.values().numel())
+            return sparse_csr(ones.crow_indices(), ones.col_indices(), value, (ones.size(0), ones.size(1)))
+
+        return self._edges.adj_t(("means", dtype), make)
+
+
+Rule = Callable[[Any, Tensor, _Sources], Tensor]
+
+
+def _sage(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
+    out: Tensor = conv.lin_l(sources.reduced(conv, conv.lin(x).relu() if conv.project else x))
+    if conv.root_weight:
+        out = out + conv.lin_r(x)
+    return F.normalize(out, dim=-1) if conv.normalize else out
+
+
+def _graph_conv(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
+    out: Tensor = conv.lin_rel(sources.reduced(conv, x)) + conv.lin_root(x)
+    return out
+
+
+def _gin(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
+    out: Tensor = conv.nn(sources.reduced(conv, x) + (1 + conv.eps) * x)
+    return out
+
+
+def _gcn(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
+    weighted_in, x = x.dtype, conv.lin(x)
+    if conv.normalize:  # under autocast the weights have the type of the features, and what is summed up is in half
+        out = sources.normalized(conv, x.to(torch.promote_types(x.dtype, weighted_in)))
+    else:
+        out = sources.reduced(conv, x)
+    return out if conv.bias is None else out + conv.bias
+
+
+_SUM = {"add": "SumAggregation", "sum": "SumAggregation"}
+_ALL = {**_SUM, "mean": "MeanAggregation", "max": "MaxAggregation", "min": "MinAggregation"}
+
+# The convolutions, by name, as torch_geometric need not be there; how each is computed, and its aggregations.
+_RULES: dict[str, tuple[Rule, dict[str, str]]] = {
+    "torch_geometric.nn.conv.gcn_conv.GCNConv": (_gcn, _SUM),
+    "torch_geometric.nn.conv.gin_conv.GINConv": (_gin, _ALL),
+    "torch_geometric.nn.conv.graph_conv.GraphConv": (_graph_conv, _ALL),
+    "torch_geometric.nn.conv.sage_conv.SAGEConv": (_sage, _ALL),
+}
+
+
+def _known(kind: type) -> tuple[Rule, dict[str, str]] | None:
+    return _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+# When they are.
+
+# Convolutions that were called for what was on them: a backward pass that repeats the call must find it the same, even
+# if that (a hook) was taken off in between.
+_CALLED: WeakSet[nn.Module] = WeakSet()
+
+
+def _note_called(conv: nn.Module) -> None:
+    if torch.is_grad_enabled():
+        _CALLED.add(conv)
+
+
+def _rule_of(conv: Any, x: Any, edge_index: Any) -> Rule | None:
+    """Return how a convolution, as it is set, is computed on these; ``None`` where it must be called."""
+    known = _known(type(conv))
+    if known is None or conv in _CALLED or not isinstance(conv.aggr, str):
+        return None
+    rule, aggregations = known
+    if aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
+        return None
+    if not (_is_untouched(conv) and _is_untouched(conv.aggr_module)):
+        _note_called(conv)
+        return None
+    cached = getattr(conv, "cached", False)  # goes by the first graph that it meets, whatever it is called with
+    if conv.flow != "source_to_target" or conv.node_dim != -2 or conv.explain or cached:
+        return None
+    if not _are_plain(x, edge_index) or (x.is_cuda and conv.aggr in ("max", "min")):
+        return None
+    return rule
+
+
+_METHODS = frozenset({"forward", "propagate", "message", "aggregate", "message_and_aggregate", "update"})
+
+
+def _is_untouched(conv: nn.Module) -> bool:
+    """Whether no hook and no method was put on this one, and it is not compiled."""
+    own = vars(conv)
+    methods = _METHODS.intersection(own)
+    if any(not _is_ours(own[name]) for name in methods) or own.get("_compiled_call_impl") is not None:
+        return False
+    return not any(value for name, value in own.items() if name.endswith("_hooks"))
+
+
+def _is_recorded() -> bool:
+    """Whether this runs under torch.func, or is compiled or traced: the tensors are then not what they seem to be."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
+
+
+def _are_plain(x: Any, edge_index: Any) -> bool:
+    """Whether these are the tensors that products are made for, and not what will be run again with other numbers."""
+    if _is_recorded() or type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if edge_index.dtype != torch.int64 or edge_index.layout != torch.strided or edge_index.is_inference():
+        return False
+    if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.numel() == 0:
+        return False
+    if x.device.type not in ("cpu", "cuda") or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device)
