@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from frames_zoo import WIDTH, Block, assert_same, wanted
+from frames_zoo import WIDTH, assert_same, wanted
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -110,9 +110,18 @@ def test_compiled_blocks_on_batches_of_all_sizes():
     assert counter.frame_count <= 2 * len(blocks)  # one for the first size, one for any other
 
 
+class Broken(Plain):
+    """A block of which the graph breaks in the middle."""
+
+    def forward(self, z):
+        h = torch.tanh(self.first(z))
+        torch._dynamo.graph_break()
+        return self.last(h)
+
+
 def test_a_block_that_breaks_the_graph():
     torch.manual_seed(0)
-    blocks = nn.ModuleList(Block(WIDTH // 2) for _ in range(2)).double()
+    blocks = nn.ModuleList(Broken(WIDTH // 2) for _ in range(2)).double()
     compiled = [torch.compile(block, backend="aot_eager") for block in blocks]
     x = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(run(blocks, x, "coupling", False).sin().sum(), wanted(blocks, x))

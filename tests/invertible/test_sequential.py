@@ -134,16 +134,16 @@ def compare(run, modules, wanted):
 @pytest.fixture
 def bounded(monkeypatch):
     """Make a search for values that would never end an error."""
-    from recollect.frames import _checkpoint
+    from recollect.frames.sources import _inverse
 
-    missing, count = _checkpoint._InverseStage.missing, []
+    missing, count = _inverse._InverseStage.missing, []
 
     def counted(stage):
         count.append(1)
         assert len(count) < 2000, "the stages ask one another in a circle"
         return missing(stage)
 
-    monkeypatch.setattr(_checkpoint._InverseStage, "missing", counted)
+    monkeypatch.setattr(_inverse._InverseStage, "missing", counted)
 
 
 # Sequential.

@@ -8,6 +8,7 @@ first write to it. Modules and functions that write to more than buffers are wat
 
 from __future__ import annotations
 
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -113,6 +114,11 @@ class _Copy:
         storage = self._storage() if self._storage is not None else None
         return None if storage is None else _bytes_of(storage)
 
+    def brings_back(self, tensor: Tensor) -> bool:
+        """Whether this has what a tensor held."""
+        storage = self._storage() if self._storage is not None else None
+        return self.then is not None and storage is not None and key_of(storage) in _place_of(tensor)
+
     def lead_to(self, target: Tensor) -> None:
         """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
         if self._tensor is not None and _place_of(self._tensor) != _place_of(target):
@@ -192,6 +198,9 @@ _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 # Observation.
 
+
+# So many modules are noted without having run, where a function names them.
+_FEW = 64
 
 # A buffer with more elements is a table, and not copied on the chance that a first call writes to it unseen.
 _LARGE = 1 << 20
@@ -285,7 +294,10 @@ class Recorder:
             if isinstance(found, torch.Generator):
                 self._state.add_generator(found)
             else:
-                self._enter(found)
+                # A part of it may be used without being called as a module; of a large one that would be too many.
+                parts = list(itertools.islice(found.modules(), _FEW + 1))
+                for part in parts if len(parts) <= _FEW else [found]:
+                    self._enter(part)
 
     def __enter__(self) -> Recorder:
         if self._keys is not None and (self._keys.watched or not self._keys.seen):
@@ -473,12 +485,12 @@ class Record:
     def changed(self) -> list[tuple[str, Tensor, int]]:
         """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
 
-        That matters only if the region reads them.
+        That matters only if the region reads them, and does not get back what they held.
         """
         changed = [
             (f"parameter {name!r}", parameter, version)
             for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
-            if version_of(parameter) != version
+            if version_of(parameter) != version and not any(copy.brings_back(parameter) for copy in self._writes)
         ]
         changed.extend(
             (f"buffer {name!r}", buffer, version)

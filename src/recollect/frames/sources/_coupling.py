@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from recollect.frames._chain import Parts, Slot, Stage, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame, certificate_of_process, devices_of
-from recollect.frames._modes import frames_apply, local, save_nothing
+from recollect.frames._modes import frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 from recollect.frames.sources._inverse import GROSS, amplified, moved
@@ -398,7 +399,7 @@ class _CouplingStage(Stage):
         index = self._level - 1
         block, arguments = self.blocks[index], self.inputs(index)
         block.gross = 0.0
-        block.region.again(arguments, self.scope, save_nothing(), block.transformed.invert)
+        block.region.again(arguments, self.scope, nullcontext(), block.transformed.invert)
         self.evaluated(index)
 
     # Backward: the stage of the slots.
@@ -441,7 +442,7 @@ class _CouplingStage(Stage):
 
             def evaluate(by: float) -> Tensor:
                 arguments = (moved(z, by), *args), kwargs
-                again: Tensor = block.region.again(arguments, self.scope, save_nothing(), block.transformed.evaluate)
+                again: Tensor = block.region.again(arguments, self.scope, nullcontext(), block.transformed.evaluate)
                 return again
 
             return amplified(output, evaluate, max(given, tolerance))
