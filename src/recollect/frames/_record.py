@@ -8,6 +8,7 @@ first write to it. Modules and functions that write to more than buffers are wat
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 import weakref
@@ -87,8 +88,10 @@ def _code_of(function: Any) -> types.CodeType | None:
             return function.__code__
         if isinstance(function, types.MethodType):
             function = function.__func__
-        elif hasattr(function, "func"):  # functools.partial
+        elif isinstance(function, functools.partial):
             function = function.func
+        elif type(function).__module__.partition(".")[0] == "recollect" and hasattr(function, "owner"):
+            function = function.owner  # what recollect puts around a block
         else:
             return getattr(vars(type(function)).get("__call__"), "__code__", None)
     return None
@@ -500,15 +503,23 @@ class Record:
         return changed
 
     @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Give the body what the first run began with; afterwards everything is as it was before the body."""
+    def put_back(self, other: bool = False) -> Iterator[None]:
+        """Give the body what the first run began with; afterwards everything is as it was before the body.
+
+        Args:
+            other: the body is another function, the region's inverse: parameters that the first run has set
+                (initialised by the data) are as it has left them.
+        """
         registries = [(registry, dict(registry)) for registry, _ in self._registries]
         parameters: list[Registered] = []
         contents: list[tuple[_Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
         with self._state.put_back():
             try:
+                kept = [parameter for _, _, parameter in self._parameters] if other else []
                 for copy in self._writes:
+                    if any(copy.brings_back(parameter) for parameter in kept):
+                        continue
                     target = copy.target()
                     if target is None:
                         continue

@@ -87,7 +87,7 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[nn.Module | torch
             waiting.extend((part, depth - 1) for part in parts)
         elif isinstance(value, functools.partial):
             waiting.extend((part, depth - 1) for part in (value.func, *value.args, *value.keywords.values()))
-        elif hasattr(value, "owner"):  # what recollect itself puts around a block
+        elif type(value).__module__.partition(".")[0] == "recollect" and hasattr(value, "owner"):  # around a block
             waiting.append((value.owner, depth))
 
 

@@ -25,7 +25,7 @@ from recollect.frames._certificate import (
     Fingerprint,
     check_block,
     check_certify,
-    error_between,
+    difference,
     fingerprint,
     tolerance_of,
 )
@@ -421,8 +421,8 @@ class _CouplingStage(Stage):
         block = self.blocks[index]
         if block.returned is None:
             return
-        now = self._fingerprint(output)
-        returned = 0.0 if now is None else error_between(block.returned, now)
+        exact = self._certify == "exact"
+        returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         if returned <= tolerance and block.gross <= GROSS and self._certify != "exact":
             self._certificate.note(returned)
@@ -431,8 +431,7 @@ class _CouplingStage(Stage):
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
             z = block.input.give(z)
-        back = self._fingerprint(z)
-        given = 0.0 if block.given is None or back is None else error_between(block.given, back)
+        given = difference(block.given, z, exact=exact)
         name = block.region.name
         if block.gross > max(GROSS, 10 * given) and given <= max(1e-4, tolerance):
             check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)

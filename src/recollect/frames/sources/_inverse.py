@@ -16,7 +16,7 @@ from recollect.frames._certificate import (
     Fingerprint,
     check_block,
     check_certify,
-    error_between,
+    difference,
     fingerprint,
     is_finite,
     tolerance_of,
@@ -231,6 +231,9 @@ class _InverseStage(Stage, Held):
     def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
         return fingerprint(tensor, exact=self._certify == "exact") if self._certify else None
 
+    def _difference(self, then: Fingerprint | None, tensor: Tensor) -> float:
+        return difference(then, tensor, exact=self._certify == "exact")
+
     # Backward: what the frame holds.
 
     def inputs(self) -> Arguments:
@@ -307,7 +310,7 @@ class _InverseStage(Stage, Held):
     def _check_inverse(self, values: Sequence[Any], arguments: Arguments) -> None:
         """Raise unless the inputs are the forward's, but for the drift of the outputs."""
         given = max(
-            (_error(o.mark, mark) for o, mark in zip(self.outputs, self._taken, strict=True) if isinstance(o, Slot)),
+            (self._difference(o.mark, v) for o, v in zip(self.outputs, values, strict=True) if isinstance(o, Slot)),
             default=0.0,
         )
         assert self._inverted is not None
@@ -315,7 +318,7 @@ class _InverseStage(Stage, Held):
             return  # an overflow in the forward pass: there is nothing to prove
         worst = 0.0
         for layout, tensor in zip(self._layouts, self._inverted, strict=True):
-            returned = _error(layout.mark, self._fingerprint(tensor))
+            returned = self._difference(layout.mark, tensor)
             worst = max(worst, returned)
 
             def amplification(tensor: Tensor = tensor, layout: _Dropped = layout) -> float | None:
@@ -336,7 +339,7 @@ class _InverseStage(Stage, Held):
         for taken, tensor in zip(self._taken, outputs, strict=False):
             if not isinstance(tensor, Tensor) or taken is None:
                 continue
-            error = _error(taken, self._fingerprint(tensor))
+            error = self._difference(taken, tensor)
             allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
             check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
         worst = self._errors[1]
@@ -363,10 +366,6 @@ def amplified(tensor: Tensor, evaluate: Callable[[float], Tensor], step: float) 
     if float((evaluate(0.0) - tensor).norm() / norm) > tolerance_of(tensor.dtype) / 10:
         return None
     return float((evaluate(step) - tensor).norm() / norm) / step
-
-
-def _error(then: Fingerprint | None, now: Fingerprint | None) -> float:
-    return 0.0 if then is None or now is None else error_between(then, now)
 
 
 def moved(value: Any, step: float) -> Any:
