@@ -19,8 +19,8 @@ from recollect._torch import is_in_transform
 from recollect.frames._errors import RebuildError
 
 __all__ = [
-    "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference", "error_between",
-    "fingerprint", "is_finite", "tolerance_of",
+    "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
+    "error_between", "fingerprint", "is_finite", "is_gross", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -325,9 +325,24 @@ def check_block(
     certificate.note(returned)
 
 
+def is_gross(error: float, given: float, tolerance: float) -> bool:
+    """Return whether what a block saves differs by more than drift of its input explains.
+
+    Args:
+        error: relative error of what it saves.
+        given: relative error of what it was given.
+        tolerance: relative error that is rounding.
+    """
+    return given <= max(1e-4, tolerance) and error > min(_STEEP * max(given, tolerance), max(GROSS, 10 * given))
+
+
 # How many times larger errors ordinary blocks make of small ones, and how uncertain a measured amplification is.
 _ORDINARY = 10.0
 _SAFETY = 30.0
+# Relative error of flags and indices that a block saves, above which it is another block, and of other tensors in terms
+# of the error of its input.
+GROSS = 0.25
+_STEEP = 1e3
 _DRIFTED = 1e-2
 
 for _type in (torch.float32, torch.float64):  # now, so that nobody takes them for what a frame keeps

@@ -17,6 +17,7 @@ from recollect._storages import storages_of
 from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_of
 from recollect.frames._certificate import (
+    GROSS,
     Certificate,
     Certify,
     Fingerprint,
@@ -384,8 +385,10 @@ class Frame(Scope):
             return 0.0
         with aside():
             error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
-        if self._held.drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
-            return error if self._counts(then) else 0.0
+        if self._held.drifts:  # for the source to judge
+            # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
+            counts = self._counts(then) and (tensor.is_floating_point() or error > GROSS)
+            return error if counts else 0.0
         if error > 0.0:
             allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
             if self._certify == "exact" or error > allowed:

@@ -27,6 +27,7 @@ from recollect.frames._certificate import (
     check_certify,
     difference,
     fingerprint,
+    is_gross,
     tolerance_of,
 )
 from recollect.frames._chain import Parts, Slot, Stage, whole
@@ -36,7 +37,7 @@ from recollect.frames._frame import Frame, certificate_of_process, devices_of
 from recollect.frames._modes import frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
-from recollect.frames.sources._inverse import GROSS, amplified, moved
+from recollect.frames.sources._inverse import amplified, moved
 from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held
 
@@ -424,7 +425,7 @@ class _CouplingStage(Stage):
         exact = self._certify == "exact"
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
-        if returned <= tolerance and block.gross <= GROSS and self._certify != "exact":
+        if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
             self._certificate.note(returned)
             return
         groups = self._groups
@@ -433,7 +434,7 @@ class _CouplingStage(Stage):
             z = block.input.give(z)
         given = difference(block.given, z, exact=exact)
         name = block.region.name
-        if block.gross > max(GROSS, 10 * given) and given <= max(1e-4, tolerance):
+        if is_gross(block.gross, given, tolerance):
             check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)
 
         def amplification() -> float | None:

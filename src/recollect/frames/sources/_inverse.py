@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recollect._arguments import pack
 from recollect.frames._certificate import (
+    GROSS,
     Certificate,
     Certify,
     Fingerprint,
@@ -19,6 +20,7 @@ from recollect.frames._certificate import (
     difference,
     fingerprint,
     is_finite,
+    is_gross,
     tolerance_of,
 )
 from recollect.frames._chain import Slot, Stage, slot_of, whole
@@ -31,12 +33,11 @@ from recollect.frames._region import Region
 from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["GROSS", "Inverse", "amplified", "moved", "run_invertible"]
+__all__ = ["Inverse", "amplified", "moved", "run_invertible"]
 
 # Relative error above which a function that is applied to what its inverse returned is not that of the inverse; in
 # units of the rounding of the dtype.
 _ILL_CONDITIONED = 30.0
-GROSS = 0.25
 
 
 class Inverse(Source):
@@ -344,7 +345,7 @@ class _InverseStage(Stage, Held):
             check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
         worst = self._errors[1]
         rounding = max((self._tolerance(layout.layout.dtype) for layout in self._layouts), default=0.0)
-        if self._gross > max(GROSS, 10 * worst) and worst <= max(1e-4, rounding):
+        if is_gross(self._gross, worst, rounding):
             check_block(self._region.name, self._errors[1], self._gross, 0.0, None, self._certify, self._certificate)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
