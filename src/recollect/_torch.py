@@ -32,6 +32,7 @@ used                                                         for                
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -238,6 +239,8 @@ def write_undeclared(func: Any, args: tuple[Any, ...]) -> list[Any]:
 # Modules that run.
 
 _WATCHING = "recollect"  # torch's own handles are numbers
+# The hooks below do nothing that could be done twice.
+warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks on modules")
 _lock = threading.Lock()
 _watchers = 0
 

@@ -313,9 +313,6 @@ def embed(nested):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.xfail(
-    strict=True, raises=InPlaceError, reason="a renormalisation by another frame passes for a change by the user"
-)
 def test_an_embedding_with_max_norm_in_two_frames(nested):
     embed(nested)
 

@@ -60,7 +60,7 @@ def generator_of_the_module(world: World, width: int) -> Piece:
 
 @hazard(refusable=True, weight=1.5)
 def random_of_others(world: World, width: int) -> Piece:
-    kind = world.choose("numpy", "python", "rows", "numpy's generator", "dropped layer", "hidden")
+    kind = world.choose("numpy", "python", "rows", "numpy's generator")
 
     def body(cell, h):
         h = cell.lin(h)
@@ -70,11 +70,6 @@ def random_of_others(world: World, width: int) -> Piece:
             return h * random.random()
         if kind == "rows":
             return h[random.sample(range(len(h)), len(h))]
-        if kind == "dropped layer":
-            return h.tanh() if random.random() < 0.5 else cell.lin(h).tanh()
-        if kind == "hidden":
-            np.random.rand()  # noqa: NPY002 - moves the stream, and changes nothing else
-            return h
         return h * float(cell.generator.random())
 
     return world.cell(width, body, generator=np.random.default_rng(5))
@@ -183,15 +178,6 @@ def forward_hook(world: World, width: int) -> Piece:
         cell.lin.register_forward_hook(lambda module, args, output: output * 2)
     else:
         cell.lin.register_forward_pre_hook(lambda module, args: (args[0].sin(),))
-    return cell
-
-
-@hazard(refusable=True)
-def forward_hook_that_collects(world: World, width: int) -> Piece:
-    collected: list[Tensor] = []
-    world.watched.append(lambda: collected)
-    cell = world.cell(width, lambda cell, h: cell.lin(h).tanh())
-    cell.lin.register_forward_hook(lambda module, args, output: collected.append(output.detach()))
     return cell
 
 

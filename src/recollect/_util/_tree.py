@@ -140,7 +140,7 @@ def _open(value: Any) -> Opened | None:
         return list(value), list
     if isinstance(value, set) and kind is set:
         return list(value), set
-    if hasattr(value, "stores") and kind.__module__.partition(".")[0] == "torch_geometric":
+    if kind.__module__.partition(".")[0] == "torch_geometric" and hasattr(value, "stores"):
         return _open_graph(value)
     return opened_by_pytree(value)
 

@@ -19,8 +19,8 @@ from recollect._torch import is_in_transform
 from recollect.frames._errors import RebuildError
 
 __all__ = [
-    "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "error_between", "fingerprint",
-    "is_finite", "tolerance_of",
+    "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
+    "error_between", "fingerprint", "is_finite", "is_gross", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -30,7 +30,7 @@ _PERIOD = 1021
 _PROJECTIONS = 4
 
 # Relative error (of the norm) that a repetition may have: what kernels that sum in another order every time may do.
-_TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 
 # Sampled elements where reading all of them would cost more than it proves.
 _SAMPLES = 4 * _PERIOD
@@ -43,6 +43,7 @@ class Fingerprint(NamedTuple):
 
     projections: list[float] | Tensor  # the last is the norm; empty for types that are not floating-point
     bits: int | Tensor  # 0 where they do not count
+    order: tuple[int, ...] | None = None  # of the dimensions, in which the elements were read; None: as they are
 
 
 class Certificate:
@@ -85,18 +86,21 @@ def check_certify(value: Certify) -> Certify:
 
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return the relative error that is rounding for a dtype."""
-    return _TOLERANCES.get(dtype, _TOLERANCES[torch.float32] if not dtype.is_complex else 1e-10)
+    return _TOLERANCES.get(dtype.to_real() if dtype.is_complex else dtype, _TOLERANCES[torch.float32])
 
 
-def fingerprint(tensor: Tensor, *, exact: bool = False, sample: bool = False) -> Fingerprint | None:
+def fingerprint(
+    tensor: Tensor, *, exact: bool = False, sample: bool = False, like: Fingerprint | None = None
+) -> Fingerprint | None:
     """Return a tensor's fingerprint; ``None`` if it has no values (meta, fake) or hides them (transforms).
 
     Args:
         tensor: any.
         exact: take its bits too.
         sample: take at most some thousand elements, as floating-point numbers.
+        like: another fingerprint, to be compared with: elements are read in its order.
     """
-    flat = values_of(tensor.detach() if tensor.requires_grad else tensor)
+    flat, order = values_of(tensor.detach() if tensor.requires_grad else tensor, None if like is None else like.order)
     if flat is None:
         return None
     if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
@@ -108,7 +112,15 @@ def fingerprint(tensor: Tensor, *, exact: bool = False, sample: bool = False) ->
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
         projections = _project(flat)
-    return Fingerprint(projections, bits)
+    return Fingerprint(projections, bits, order)
+
+
+def difference(then: Fingerprint | None, tensor: Tensor, *, exact: bool = False, sample: bool = False) -> float:
+    """Return the relative error of a tensor whose fingerprint was taken then; 0.0 where there is none."""
+    if then is None:
+        return 0.0
+    now = fingerprint(tensor, exact=exact, sample=sample, like=then)
+    return 0.0 if now is None else error_between(then, now)
 
 
 def error_between(then: Fingerprint, now: Fingerprint) -> float:
@@ -147,13 +159,22 @@ def _numbers(projections: list[float] | Tensor) -> list[float]:
     return projections
 
 
-def values_of(tensor: Tensor) -> Tensor | None:
-    """Return what a tensor holds, along one dimension; in the order of its memory, if that has no gaps."""
+Order = tuple[int, ...] | None
+Values = tuple[Tensor | None, Order]
+
+
+def values_of(tensor: Tensor, order: Order = None) -> Values:
+    """Return what a tensor holds along one dimension, and the order of the dimensions in which it was read.
+
+    Args:
+        tensor: any.
+        order: to read it in; ``None``: that of its memory.
+    """
     if is_in_transform() or tensor.device.type == "meta":
-        return None
+        return None, None
     kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:
-        return _values_of_subclass(tensor)
+        return _values_of_subclass(tensor, order)
     if tensor.layout is not torch.strided:
         return _values_of_sparse(tensor)
     if tensor.is_nested:
@@ -162,33 +183,33 @@ def values_of(tensor: Tensor) -> Tensor | None:
         tensor = torch.view_as_real(tensor.resolve_conj())
     elif tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        strides = [tensor.stride(i) if tensor.size(i) > 1 else 1 for i in range(tensor.dim())]
-        if 0 not in strides:  # elements that share memory need not do so when they come back
-            tensor = tensor.permute(sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True))
-        tensor = tensor.contiguous()
-    return tensor.view(-1)
+    if order is None and not tensor.is_contiguous():
+        strides = [tensor.stride(i) if tensor.size(i) > 1 else 0 for i in range(tensor.dim())]
+        order = tuple(sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True))
+    if order is not None:
+        tensor = tensor.permute(order)
+    return tensor.reshape(-1), order
 
 
-def _values_of_sparse(tensor: Tensor) -> Tensor | None:
+def _values_of_sparse(tensor: Tensor) -> Values:
     if tensor.layout is torch.sparse_coo:
         return values_of(tensor._values())
     if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         return values_of(tensor.values())
-    return None
+    return None, None
 
 
-def _values_of_subclass(tensor: Tensor) -> Tensor | None:
+def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
     """Return the values of a subclass that is a plain tensor underneath; of others nothing is known."""
     if tensor.layout is torch.jagged:
         return values_of(tensor.values())
     local = getattr(tensor, "_local_tensor", None)  # DTensor: this rank's part
     if isinstance(local, Tensor):
-        return values_of(local)
+        return values_of(local, order)
     if kind_is_plain(type(tensor)):
         with torch._C.DisableTorchFunctionSubclass():
-            return values_of(tensor.as_subclass(Tensor))
-    return None
+            return values_of(tensor.as_subclass(Tensor), order)
+    return None, None
 
 
 def kind_is_plain(kind: type[Tensor]) -> bool:
@@ -234,7 +255,7 @@ _weights: dict[torch.device, Tensor] = {}
 
 def bits_of(tensor: Tensor) -> int | Tensor | None:
     """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values."""
-    flat = values_of(tensor.detach() if tensor.requires_grad else tensor)
+    flat, _ = values_of(tensor.detach() if tensor.requires_grad else tensor)
     return None if flat is None else _bits_of(flat)
 
 
@@ -304,10 +325,25 @@ def check_block(
     certificate.note(returned)
 
 
+def is_gross(error: float, given: float, tolerance: float) -> bool:
+    """Return whether what a block saves differs by more than drift of its input explains.
+
+    Args:
+        error: relative error of what it saves.
+        given: relative error of what it was given.
+        tolerance: relative error that is rounding.
+    """
+    return given <= max(1e-4, tolerance) and error > min(_STEEP * max(given, tolerance), max(GROSS, 10 * given))
+
+
 # How many times larger errors ordinary blocks make of small ones, and how uncertain a measured amplification is.
 _ORDINARY = 10.0
 _SAFETY = 30.0
-_DRIFTED = 0.1
+# Relative error of flags and indices that a block saves, above which it is another block, and of other tensors in terms
+# of the error of its input.
+GROSS = 0.25
+_STEEP = 1e3
+_DRIFTED = 1e-2
 
 for _type in (torch.float32, torch.float64):  # now, so that nobody takes them for what a frame keeps
     _direction(_type, torch.device("cpu"))

@@ -17,10 +17,11 @@ from recollect._storages import storages_of
 from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_of
 from recollect.frames._certificate import (
+    GROSS,
     Certificate,
     Certify,
     Fingerprint,
-    error_between,
+    difference,
     fingerprint,
     tolerance_of,
 )
@@ -144,7 +145,7 @@ class Frame(Scope):
 
     __slots__ = (
         "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_live", "_lock", "_marks", "_metas",
-        "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens",
+        "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -170,6 +171,7 @@ class Frame(Scope):
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
@@ -191,8 +193,10 @@ class Frame(Scope):
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
             output = self._region.first(arguments, devices, self, hooks, self._take)
+            self._mark_earlier(end=True)
         finally:
             self._live = self._recorder = None
+            self._unmarked.clear()
         self._given = set()
         outputs = list(tensors_of(output))
         kept = []
@@ -244,12 +248,24 @@ class Frame(Scope):
         self._saved.append((weakref.ref(tensor), version_of(tensor), index))
         token = _Token(self, index)
         self._tokens.append(weakref.ref(token))
-        mark = None
-        if self._certify and not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
-            with aside():
-                mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
-        self._marks.append(mark)
+        self._marks.append(None)
+        if self._certify:
+            self._mark_earlier()
+            if not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
+                self._unmarked.append((index, tensor, sequence()))
         return token
+
+    def _mark_earlier(self, end: bool = False) -> None:
+        """Take the fingerprints of what was saved before the running operation.
+
+        Not at once: operations may fill what they save (the noise of rrelu).
+        """
+        unmarked = self._unmarked
+        if unmarked and (end or unmarked[-1][2] != sequence()):
+            with aside():
+                for index, tensor, _ in unmarked:
+                    self._marks[index] = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+            unmarked.clear()
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
@@ -294,19 +310,29 @@ class Frame(Scope):
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
         graph: list[_Emptied] = []
+        waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation; see _mark_earlier
         gross = 0.0
         last = max(needed, default=-1) if self._early_stop or running is not None else -1
         count = 0
 
+        def compare() -> None:
+            nonlocal gross
+            for index, tensor, _ in waiting:
+                gross = max(gross, self._certify_one(index, tensor))
+            waiting.clear()
+
         def collect(tensor: Tensor) -> _Emptied:
-            nonlocal count, gross
+            nonlocal count
             bare = _bare(tensor)
             if count < len(self._metas):
                 meta = (shape_of(tensor), tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
                     raise self._differs(f"saved tensor {count} is {_show(meta)}, and was {_show(self._metas[count])}")
                 if count in needed:
-                    gross = max(gross, self._certify_one(count, bare))
+                    if waiting and waiting[-1][2] != sequence():
+                        compare()
+                    if self._marks[count] is not None:
+                        waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
             kept = _Emptied(bare)
@@ -322,11 +348,12 @@ class Frame(Scope):
             is_whole = True
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
-            if isinstance(error, InPlaceError) or not 0 < count == last + 1:
+            if isinstance(error, FrameError) or not 0 < count == last + 1:
                 raise
         finally:
             for kept in graph:
                 kept.tensor = None
+        compare()
         for index, bare in collected.items():
             if version_of(bare) != versions[index] or index in self._spoiled:
                 raise InPlaceError(
@@ -357,10 +384,11 @@ class Frame(Scope):
         if then is None:
             return 0.0
         with aside():
-            now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
-        error = 0.0 if now is None else error_between(then, now)
-        if self._held.drifts:  # for the source to judge; what is next to nothing beside the rest may be mere rounding
-            return error if self._counts(then) else 0.0
+            error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
+        if self._held.drifts:  # for the source to judge
+            # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
+            counts = self._counts(then) and (tensor.is_floating_point() or error > GROSS)
+            return error if counts else 0.0
         if error > 0.0:
             allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
             if self._certify == "exact" or error > allowed:

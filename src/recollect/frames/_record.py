@@ -8,11 +8,12 @@ first write to it. Modules and functions that write to more than buffers are wat
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -60,13 +61,24 @@ def key_of(storage: UntypedStorage) -> int:
 class _Known:
     """What earlier calls of a module, or of a function, have taught."""
 
-    __slots__ = ("marks", "seen", "watched", "written")
+    __slots__ = ("_objects", "marks", "seen", "watched", "written")
 
     def __init__(self) -> None:
+        self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # that a function named
         self.seen: set[bool] = set()  # training flags under which a call was watched from begin to end
         self.watched = False  # writes to more than buffers, and is watched at each call
         self.written: set[str] = set()  # buffers that it was seen to write
         self.marks: dict[str, tuple[weakref.ref[Tensor], int, Any]] = {}  # of buffers that it only read
+
+    def knows(self, thing: Any) -> bool:
+        """Whether a function was watched with this object among those that it names."""
+        return self._objects.get(id(thing)) is thing
+
+    def learn(self, things: Iterable[Any]) -> None:
+        """Note that it was; what has no weak references is not remembered."""
+        for thing in things:
+            with suppress(TypeError):
+                self._objects[id(thing)] = thing
 
 
 _modules_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -87,8 +99,10 @@ def _code_of(function: Any) -> types.CodeType | None:
             return function.__code__
         if isinstance(function, types.MethodType):
             function = function.__func__
-        elif hasattr(function, "func"):  # functools.partial
+        elif isinstance(function, functools.partial):
             function = function.func
+        elif type(function).__module__.partition(".")[0] == "recollect" and hasattr(function, "owner"):
+            function = function.owner  # what recollect puts around a block
         else:
             return getattr(vars(type(function)).get("__call__"), "__code__", None)
     return None
@@ -207,7 +221,7 @@ _LARGE = 1 << 20
 
 
 def _place_of(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(key_of(storage) for storage in storages_of(tensor))
+    return () if is_lazy(tensor) else tuple(key_of(storage) for storage in storages_of(tensor))
 
 
 class _Buffer:
@@ -268,8 +282,8 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_parameters", "_ran", "_registries",
-        "_state", "_storages", "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_named", "_parameters", "_ran",
+        "_registries", "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -290,17 +304,20 @@ class Recorder:
         self._lazy: list[nn.Module] = []
         code = _code_of(function)
         self._keys = None if code is None else _functions_known.setdefault(code, _Known())
+        self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
         for found in reached_by(function, arguments):
+            if self._keys is not None and not self._keys.knows(found):
+                self._named.append(found)
             if isinstance(found, torch.Generator):
                 self._state.add_generator(found)
-            else:
+            elif isinstance(found, nn.Module):
                 # A part of it may be used without being called as a module; of a large one that would be too many.
                 parts = list(itertools.islice(found.modules(), _FEW + 1))
                 for part in parts if len(parts) <= _FEW else [found]:
                     self._enter(part)
 
     def __enter__(self) -> Recorder:
-        if self._keys is not None and (self._keys.watched or not self._keys.seen):
+        if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
             self._open_watch(self)
         local.recorders.append(self)
         watch_modules(*MODULE_HOOKS)
@@ -430,6 +447,8 @@ class Recorder:
             writes.extend(more)
             for known, _ in self._known:
                 known.watched = True
+        if self._keys is not None:
+            self._keys.learn(self._named)
         for known, training in self._known:  # not before: recorders of regions around this one look too
             known.seen.add(training)
         self._known.clear()
@@ -500,15 +519,23 @@ class Record:
         return changed
 
     @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Give the body what the first run began with; afterwards everything is as it was before the body."""
+    def put_back(self, other: bool = False) -> Iterator[None]:
+        """Give the body what the first run began with; afterwards everything is as it was before the body.
+
+        Args:
+            other: the body is another function, the region's inverse: parameters that the first run has set
+                (initialised by the data) are as it has left them.
+        """
         registries = [(registry, dict(registry)) for registry, _ in self._registries]
         parameters: list[Registered] = []
         contents: list[tuple[_Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
         with self._state.put_back():
             try:
+                kept = [parameter for _, _, parameter in self._parameters] if other else []
                 for copy in self._writes:
+                    if any(copy.brings_back(parameter) for parameter in kept):
+                        continue
                     target = copy.target()
                     if target is None:
                         continue

@@ -138,7 +138,7 @@ class Region:
                     stack.enter_context(self._random.replayed())
                 if self._contexts is not None and function is None:
                     stack.enter_context(_repeatable(self._contexts[1]))
-                stack.enter_context(record.put_back())
+                stack.enter_context(record.put_back(other=function is not None))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(hooks)
                 if watch is not None:

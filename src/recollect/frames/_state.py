@@ -8,10 +8,11 @@ the region's own: it can ask :func:`recollect.in_backward`.
 from __future__ import annotations
 
 import functools
+import random
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,9 @@ __all__ = ["PythonState", "reached_by"]
 # A container with more entries holds data, not settings.
 _MANY = 1024
 _DEPTH = 3
+_FEW = 64
+_STEPS = 8  # from a function to what it names
+_REACH = 256  # objects in all
 
 _MISSING = object()
 
@@ -56,39 +60,55 @@ def _present(value: Any) -> Any:
     return value.get() if type(value) is _Past else value
 
 
-def reached_by(function: Any, args: Iterable[Any]) -> Iterator[nn.Module | torch.Generator]:
-    """Yield the modules and generators that a function and its arguments name: what it is bound to, its variables.
+def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
+    """Yield the modules, generators and other objects that a function and its arguments name.
 
-    The region may use them without running them as modules. It may also not use them: putting their attributes back
-    does no harm, and nothing else is concluded from it.
+    These are what it is bound to, its variables, and what these hold. The region may use a module without running it as
+    one. It may also not use it: putting its attributes back does no harm, and nothing else is concluded from it.
     """
-    waiting = [(function, _DEPTH), *((argument, 1) for argument in args)]
+    waiting = [(function, _STEPS), *((argument, 1) for argument in args)]
     seen: dict[int, Any] = {}
-    while waiting:
-        value, depth = waiting.pop()
+    while waiting and len(seen) < _REACH:
+        value, steps = waiting.pop()
         if type(value) in ATOMS or isinstance(value, Tensor) or id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, (nn.Module, torch.Generator)):
             yield value
-        elif depth == 0:
+        elif steps == 0:
             continue
+        elif isinstance(value, (list, tuple, dict)):
+            if len(value) <= _FEW:
+                items = value.values() if isinstance(value, dict) else value
+                waiting.extend((item, steps - 1) for item in items)
         elif isinstance(value, types.MethodType):
-            waiting.extend([(value.__self__, depth), (value.__func__, depth)])
+            waiting.extend([(value.__self__, steps), (value.__func__, steps)])
         elif isinstance(value, types.FunctionType):
-            parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            for cell in value.__closure__ or ():
-                try:
-                    parts.append(cell.cell_contents)
-                except ValueError:  # a variable that is not bound yet
-                    continue
-            names = value.__globals__
-            parts.extend(names[name] for name in value.__code__.co_names if isinstance(names.get(name), nn.Module))
-            waiting.extend((part, depth - 1) for part in parts)
+            waiting.extend((part, steps - 1) for part in _variables_of(value))
         elif isinstance(value, functools.partial):
-            waiting.extend((part, depth - 1) for part in (value.func, *value.args, *value.keywords.values()))
-        elif hasattr(value, "owner"):  # what recollect itself puts around a block
-            waiting.append((value.owner, depth))
+            waiting.extend((part, steps - 1) for part in (value.func, *value.args, *value.keywords.values()))
+        elif type(value).__module__.partition(".")[0] == "recollect" and hasattr(value, "owner"):  # around a block
+            waiting.append((value.owner, steps))
+        elif steps > 1 and not isinstance(value, _CLOSED) and not type(value).__module__.startswith("torch"):
+            yield value
+            names = getattr(value, "__dict__", None)
+            if type(names) is dict and len(names) <= _FEW:
+                waiting.extend((item, steps - 1) for item in names.values())
+
+
+def _variables_of(function: types.FunctionType) -> Iterator[Any]:
+    """Yield the values of a function's variables from outside: defaults, closure, and modules among its globals."""
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable that is not bound yet
+            continue
+    names = function.__globals__
+    for name in function.__code__.co_names:
+        if isinstance(names.get(name), nn.Module):
+            yield names[name]
 
 
 class PythonState:
@@ -123,7 +143,7 @@ class PythonState:
         if kind in ATOMS or isinstance(value, _CLOSED) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, torch.Generator):
+        if _state_of(value) is not None:
             self._things.append(_Generator(value))
             return
         items: Iterable[Any] = ()
@@ -279,12 +299,31 @@ class _Generator:
 
     __slots__ = ("_generator", "then")
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: Any) -> None:
         self._generator = generator
-        self.then = generator.get_state()
+        self.then = self.read()
 
-    def read(self) -> Tensor:
-        return self._generator.get_state()
+    def read(self) -> Any:
+        state = _state_of(self._generator)
+        return state[0]() if state is not None else None
 
-    def write(self, state: Tensor) -> None:
-        self._generator.set_state(state)
+    def write(self, value: Any) -> None:
+        state = _state_of(self._generator)
+        if state is not None:
+            state[1](value)
+
+
+def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """Return how the state of a generator of torch, Python or NumPy is read and written; ``None`` for other things."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state, generator.set_state
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    kind = type(generator)
+    if kind.__module__.startswith("numpy.random"):
+        bits = getattr(generator, "bit_generator", None)
+        if bits is not None:
+            return lambda: bits.state, lambda state: setattr(bits, "state", state)
+        if kind.__name__ == "RandomState":
+            return generator.get_state, generator.set_state
+    return None

@@ -295,7 +295,7 @@ class ActNorm(Module):
 
     def _initialize(self, x: Tensor) -> None:
         """Let the first batch decide, in the direction that training runs in."""
-        if not self.training or in_backward() or self._is_initialized():
+        if not self.training or self._is_initialized():
             return
         values = x.detach().movedim(self.dim, 0).flatten(1)
         if values.size(1) < 2:

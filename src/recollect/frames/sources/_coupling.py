@@ -25,8 +25,9 @@ from recollect.frames._certificate import (
     Fingerprint,
     check_block,
     check_certify,
-    error_between,
+    difference,
     fingerprint,
+    is_gross,
     tolerance_of,
 )
 from recollect.frames._chain import Parts, Slot, Stage, whole
@@ -36,7 +37,7 @@ from recollect.frames._frame import Frame, certificate_of_process, devices_of
 from recollect.frames._modes import frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
-from recollect.frames.sources._inverse import GROSS, amplified, moved
+from recollect.frames.sources._inverse import amplified, moved
 from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held
 
@@ -421,20 +422,19 @@ class _CouplingStage(Stage):
         block = self.blocks[index]
         if block.returned is None:
             return
-        now = self._fingerprint(output)
-        returned = 0.0 if now is None else error_between(block.returned, now)
+        exact = self._certify == "exact"
+        returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
-        if returned <= tolerance and block.gross <= GROSS and self._certify != "exact":
+        if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
             self._certificate.note(returned)
             return
         groups = self._groups
         with torch.no_grad():
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
             z = block.input.give(z)
-        back = self._fingerprint(z)
-        given = 0.0 if block.given is None or back is None else error_between(block.given, back)
+        given = difference(block.given, z, exact=exact)
         name = block.region.name
-        if block.gross > max(GROSS, 10 * given) and given <= max(1e-4, tolerance):
+        if is_gross(block.gross, given, tolerance):
             check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)
 
         def amplification() -> float | None:

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from recollect._arguments import pack
 from recollect.frames._certificate import (
+    GROSS,
     Certificate,
     Certify,
     Fingerprint,
     check_block,
     check_certify,
-    error_between,
+    difference,
     fingerprint,
     is_finite,
+    is_gross,
     tolerance_of,
 )
 from recollect.frames._chain import Slot, Stage, slot_of, whole
@@ -31,12 +33,11 @@ from recollect.frames._region import Region
 from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["GROSS", "Inverse", "amplified", "moved", "run_invertible"]
+__all__ = ["Inverse", "amplified", "moved", "run_invertible"]
 
 # Relative error above which a function that is applied to what its inverse returned is not that of the inverse; in
 # units of the rounding of the dtype.
 _ILL_CONDITIONED = 30.0
-GROSS = 0.25
 
 
 class Inverse(Source):
@@ -231,6 +232,9 @@ class _InverseStage(Stage, Held):
     def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
         return fingerprint(tensor, exact=self._certify == "exact") if self._certify else None
 
+    def _difference(self, then: Fingerprint | None, tensor: Tensor) -> float:
+        return difference(then, tensor, exact=self._certify == "exact")
+
     # Backward: what the frame holds.
 
     def inputs(self) -> Arguments:
@@ -307,7 +311,7 @@ class _InverseStage(Stage, Held):
     def _check_inverse(self, values: Sequence[Any], arguments: Arguments) -> None:
         """Raise unless the inputs are the forward's, but for the drift of the outputs."""
         given = max(
-            (_error(o.mark, mark) for o, mark in zip(self.outputs, self._taken, strict=True) if isinstance(o, Slot)),
+            (self._difference(o.mark, v) for o, v in zip(self.outputs, values, strict=True) if isinstance(o, Slot)),
             default=0.0,
         )
         assert self._inverted is not None
@@ -315,7 +319,7 @@ class _InverseStage(Stage, Held):
             return  # an overflow in the forward pass: there is nothing to prove
         worst = 0.0
         for layout, tensor in zip(self._layouts, self._inverted, strict=True):
-            returned = _error(layout.mark, self._fingerprint(tensor))
+            returned = self._difference(layout.mark, tensor)
             worst = max(worst, returned)
 
             def amplification(tensor: Tensor = tensor, layout: _Dropped = layout) -> float | None:
@@ -336,12 +340,12 @@ class _InverseStage(Stage, Held):
         for taken, tensor in zip(self._taken, outputs, strict=False):
             if not isinstance(tensor, Tensor) or taken is None:
                 continue
-            error = _error(taken, self._fingerprint(tensor))
+            error = self._difference(taken, tensor)
             allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
             check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
         worst = self._errors[1]
         rounding = max((self._tolerance(layout.layout.dtype) for layout in self._layouts), default=0.0)
-        if self._gross > max(GROSS, 10 * worst) and worst <= max(1e-4, rounding):
+        if is_gross(self._gross, worst, rounding):
             check_block(self._region.name, self._errors[1], self._gross, 0.0, None, self._certify, self._certificate)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
@@ -363,10 +367,6 @@ def amplified(tensor: Tensor, evaluate: Callable[[float], Tensor], step: float) 
     if float((evaluate(0.0) - tensor).norm() / norm) > tolerance_of(tensor.dtype) / 10:
         return None
     return float((evaluate(step) - tensor).norm() / norm) / step
-
-
-def _error(then: Fingerprint | None, now: Fingerprint | None) -> float:
-    return 0.0 if then is None or now is None else error_between(then, now)
 
 
 def moved(value: Any, step: float) -> Any:
