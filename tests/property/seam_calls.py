@@ -292,9 +292,8 @@ def outputs(world: World, run: Piece) -> Call:
     kinds = ("aux", "dict", "dataclass", "namedtuple", "nested", "input", "view", "constant", "leaf", "integer")
     kind = world.choose(*kinds, "others", "detached", "twice", *GRAPHS)
     leaf = world.leaf(WIDTH)
-    others: list[Tensor] = []
 
-    def region(h: Tensor) -> Any:
+    def region(other: Tensor, h: Tensor) -> Any:
         y = run(h)
         return {
             "aux": lambda: (y, y.square().mean()),
@@ -307,15 +306,15 @@ def outputs(world: World, run: Piece) -> Call:
             "constant": lambda: (y, torch.ones(3)),
             "leaf": lambda: (y * leaf, leaf),
             "integer": lambda: (y, y.detach().argmax(1)),
-            "others": lambda: (y * others[-1], others[-1]),
+            "others": lambda: (y * other, other),
             "detached": lambda: (y, y.detach() * 2),
             "twice": lambda: (y, y),
             "data": lambda: _close("data", y, y.sin()),
         }[kind]()
 
     def call(h: Tensor) -> tuple[Tensor, list[Any]]:
-        others.append(leaf * 1.5)
-        out = world.wrap.checkpoint(region, h)
+        other = leaf * 1.5
+        out = world.wrap.checkpoint(lambda h: region(other, h), h)
         if isinstance(out, dict):
             return out["y"], [out["aux"]["more"]]
         if kind in ("dataclass", "data"):

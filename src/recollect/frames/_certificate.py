@@ -179,6 +179,8 @@ def values_of(tensor: Tensor, order: Order = None) -> Values:
         return _values_of_sparse(tensor)
     if tensor.is_nested:
         return values_of(tensor.contiguous().values())
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:  # somebody has taken the memory away
+        return None, None
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     elif tensor.is_neg():

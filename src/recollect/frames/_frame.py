@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._storages import storages_of
-from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
+from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_of
 from recollect.frames._certificate import (
     GROSS,
@@ -76,10 +76,11 @@ class _Before:
     thousands would overflow the stack.
     """
 
-    __slots__ = ("_nodes",)
+    __slots__ = ("_nodes", "passes")
 
     def __init__(self, nodes: list[Any]) -> None:
         self._nodes = nodes
+        self.passes: dict[int, bool] = {}  # the backward pass that is running, and whether the region could be rebuilt
 
     def __del__(self) -> None:
         waiting = local.freed
@@ -280,13 +281,17 @@ class Frame(Scope):
         if node is None or not begin <= node_sequence(node) < sequence():
             return
         # The node must not hold the frame: then the frame's tokens would never be known to be freed.
-        reference, function = weakref.ref(self), self._region.function
+        reference, function, passes = weakref.ref(self), self._region.function, before.passes
         passed = False
 
         def refuse_if_freed(_: tuple[Tensor, ...]) -> None:
             nonlocal passed
-            frame = reference()
-            if passed and (frame is None or not frame.needed):
+            task = graph_task_id()
+            if task not in passes:  # the first of the outputs that this backward pass comes through
+                frame = reference()
+                passes.clear()
+                passes[task] = frame is not None and frame.needed
+            if passed and not passes[task]:
                 raise GraphFreedError(
                     f"{describe(function)}: backward through this part of the graph a second time, but its saved "
                     "tensors were freed by the first; pass retain_graph=True to the first backward, or run the "
@@ -349,6 +354,8 @@ class Frame(Scope):
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
             if isinstance(error, FrameError) or not 0 < count == last + 1:
+                if not isinstance(error, FrameError) and hasattr(error, "add_note"):
+                    error.add_note(f"This happened while {self._region.name} ran again for backward.")
                 raise
         finally:
             for kept in graph:

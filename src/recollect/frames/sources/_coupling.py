@@ -81,7 +81,7 @@ def couple(
         certificate: where it is counted.
 
     Returns:
-        X'_1 || ... || X'_C, of the shape of ``x``.
+        X'_1 || ... || X'_C, of the shape of ``x``; in float32 where autocast is on and ``x`` in half precision.
 
     Raises:
         ValueError: the groups do not divide the size, or a block's output has another shape than it must.
@@ -158,6 +158,8 @@ def couple_by(
         X'_1 || ... || X'_C, and for each group what else the transform returned.
     """
     check_certify(certify)
+    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+        x = x.float()  # the blocks compute in half precision, and the stream keeps what they add
     sizes = _sizes(x, len(blocks), dim, sizes)
     groups = _split(x, sizes, dim, flip)
     regions = [Transformed(block, transform, dim) for block in blocks]
