@@ -458,7 +458,9 @@ def run_frame(
 def _empty(arguments: Arguments) -> None:
     """Take the memory of the leaves that a rebuild began with: a graph that the region leaves behind holds them."""
     for tensor in tensors_of(arguments):
-        if type(tensor) is Tensor and tensor.requires_grad and tensor.is_leaf and tensor.device.type != "meta":
+        if type(tensor) is not Tensor or not tensor.requires_grad or not tensor.is_leaf or tensor.is_nested:
+            continue
+        if tensor.layout is torch.strided and tensor.device.type != "meta":
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
