@@ -373,6 +373,8 @@ class Frame(Scope):
             self._held.compared(gross)
             self._held.evaluated(output)
         # else: a gradient taken inside the region itself, the rest of which has not run yet
+        if running is None and self._held.makes_leaves:
+            _empty(arguments)
         self._rebuilt = collected
         return collected
 
@@ -451,6 +453,15 @@ def run_frame(
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
     return frame.run((args, kwargs), devices_of((args, kwargs)))
+
+
+def _empty(arguments: Arguments) -> None:
+    """Take the memory of the leaves that a rebuild began with: a graph that the region leaves behind holds them."""
+    for tensor in tensors_of(arguments):
+        if type(tensor) is not Tensor or not tensor.requires_grad or not tensor.is_leaf or tensor.is_nested:
+            continue
+        if tensor.layout is torch.strided and tensor.device.type != "meta":
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def devices_of(arguments: Any) -> set[torch.device]:

@@ -274,6 +274,7 @@ class _OfBlock(Held):
     __slots__ = ("_index", "_stage", "lock")
     whole = True
     drifts = True
+    makes_leaves = True
 
     def __init__(self, stage: _CouplingStage, index: int) -> None:
         self._stage = stage

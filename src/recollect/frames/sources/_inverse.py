@@ -155,6 +155,7 @@ class _InverseStage(Stage, Held):
         "_region", "_source", "_taken",
     )  # fmt: skip
     whole = True
+    makes_leaves = True
 
     @property
     def drifts(self) -> bool:  # type: ignore[override]

@@ -118,6 +118,7 @@ class KeptCall(Held):
     """The arguments of one call."""
 
     __slots__ = ("_arguments",)
+    makes_leaves = True
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = KeptArguments((args, kwargs))

@@ -27,6 +27,9 @@ class Held(ABC):
     """Whether every rebuild must run to the region's end, because :meth:`evaluated` needs its output."""
     drifts: bool = False
     """Whether the inputs come back with rounding errors, for which this answers (:meth:`compared`)."""
+    makes_leaves: bool = False
+    """Whether tensors that :meth:`inputs` returns and that require grad are new ones each time, on memory that others
+    may hold; they are emptied after a rebuild."""
     lock: AbstractContextManager[Any] | None = None
     """Held in a rebuild, if several frames share this; ``None``: every frame has a lock of its own."""
 
