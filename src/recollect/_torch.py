@@ -31,6 +31,7 @@ used                                                         for                
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,11 +51,14 @@ __all__ = [
     "ScaledProductBackends",
     "TorchDispatchMode",
     "cached_parametrizations",
+    "compiled_blocks_exist",
+    "default_device",
     "enabled_overrides",
     "graph_task_id",
     "hooks_are_enabled",
     "is_faked",
     "is_in_transform",
+    "is_batched",
     "is_recorded",
     "is_traceable_wrapper_subclass",
     "node_sequence",
@@ -108,6 +112,12 @@ def is_recorded() -> bool:
         return True
     modes = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
+
+
+def is_batched() -> bool:
+    """Return whether this runs under vmap or another transform of torch.func."""
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting() > 0 or transform_level_is_open()
 
 
 @contextmanager
@@ -287,6 +297,20 @@ def parametrizations_as(cache: dict[Any, Any] | None) -> Iterator[None]:
         yield
     finally:
         _parametrize._cache_enabled, _parametrize._cache = before
+
+
+def default_device() -> torch.device | None:
+    """Return :func:`torch.get_default_device`; ``None`` where nobody has set any."""
+    # A default device is a mode on this stack; torch lists and searches it each time.
+    if torch._C._len_torch_function_stack() == 0:  # type: ignore[attr-defined]
+        return None
+    return torch.get_default_device()
+
+
+def compiled_blocks_exist() -> bool:
+    """Return whether torch.compile has compiled anything in this process."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return compiler is not None and compiler.FRAME_COUNTER > 0
 
 
 class ScaledProductBackends:

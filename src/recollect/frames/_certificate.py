@@ -8,6 +8,7 @@ the root mean square of the difference of their projections estimates ||a - b|| 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -201,7 +202,11 @@ def _project(flat: Tensor) -> list[float] | Tensor:
     wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
     size = flat.numel()
     if size <= _PERIOD:
-        columns = flat.to(wide)
+        columns = flat if flat.dtype is wide else flat.to(wide)
+        if device.type == "cpu":  # the same in fewer steps: small regions spend their time on these
+            numbers: list[float] = torch.mv(_columns(wide, size), columns).tolist()
+            numbers.append(math.sqrt(torch.dot(columns, columns).item()))
+            return numbers
         norm = torch.linalg.vector_norm(columns)
     else:
         rows = size // _PERIOD
@@ -212,9 +217,15 @@ def _project(flat: Tensor) -> list[float] | Tensor:
     projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
     if device.type != "cpu":
         return torch.cat([projections, norm.view(1)])
-    numbers: list[float] = projections.tolist()
+    numbers = projections.tolist()
     numbers.append(norm.item())
     return numbers
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(dtype: torch.dtype, size: int) -> Tensor:
+    """Return the first columns of the CPU's directions."""
+    return _direction(dtype, torch.device("cpu"))[:, :size]
 
 
 def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:

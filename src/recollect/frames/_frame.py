@@ -185,8 +185,9 @@ class Frame(Scope):
         """
         self._live = arguments
         self._held.begins(self._region)
+        given = list(tensors_of(arguments))
         if self._certify and not self._drifts:
-            self._given = {key_of(s) for tensor in tensors_of(arguments) for s in storages_of(tensor)}
+            self._given = {key_of(s) for tensor in given for s in storages_of(tensor)}
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -206,9 +207,10 @@ class Frame(Scope):
                     kept.append((reference, version, index))
         self._saved = kept
         if self.needed:
-            before = _Before([t.grad_fn for t in tensors_of(arguments) if not t.is_leaf])
+            before = _Before([t.grad_fn for t in given if not t.is_leaf])
             for tensor in outputs:
                 self._guard(tensor, begin, before)
+        del given  # the source may drop them now
         self._held.returned(output)
         return output
 
@@ -225,8 +227,7 @@ class Frame(Scope):
         with self._lock:
             rebuilt = self._rebuilt
             if index not in rebuilt:  # held here: a rebuild in another thread may make this frame forget
-                with enabled_overrides():
-                    rebuilt = self._rebuild()
+                rebuilt = self._rebuild()
             return rebuilt.pop(index)
 
     def forget(self) -> None:
@@ -236,7 +237,9 @@ class Frame(Scope):
     def _pack(self, tensor: Tensor) -> _Token | _Lasting:
         index = len(self._tokens)
         self._metas.append((shape_of(tensor), tensor.dtype, tensor.device))
-        lasts = tensor.is_leaf and tensor.requires_grad and not self._is_released(tensor)
+        # Of a view (a Linear saves its transposed weight), the tensor that it is a view of.
+        base = tensor if tensor.is_leaf else tensor._base
+        lasts = base is not None and base.is_leaf and base.requires_grad and not self._is_released(base)
         if lasts or (self._recorder is not None and self._recorder.is_lasting(tensor)):
             self._tokens.append(None)
             self._marks.append(None)
@@ -245,11 +248,15 @@ class Frame(Scope):
         token = _Token(self, index)
         self._tokens.append(weakref.ref(token))
         mark = None
-        if self._certify and not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
+        if self._certify and not (self._given and self._is_given(tensor)):
             with aside():
                 mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
         self._marks.append(mark)
         return token
+
+    def _is_given(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the memory of an argument."""
+        return any(key_of(storage) in self._given for storage in storages_of(tensor))
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""

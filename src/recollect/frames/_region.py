@@ -11,6 +11,9 @@ import torch
 from recollect._torch import (
     ScaledProductBackends,
     cached_parametrizations,
+    compiled_blocks_exist,
+    default_device,
+    is_batched,
     is_faked,
     outside_transforms,
     parametrizations_as,
@@ -20,7 +23,7 @@ from recollect._torch import (
 )
 from recollect.frames._certificate import tolerance_of
 from recollect.frames._errors import RebuildError, describe
-from recollect.frames._modes import Scope, backward_mode, local
+from recollect.frames._modes import Scope, local
 from recollect.frames._random import Randomness
 from recollect.frames._record import MODULE_HOOKS, Record, Recorder, Watch, check_unread
 from recollect.frames.sources._source import Arguments
@@ -125,14 +128,15 @@ class Region:
         changed = record.changed()
         watch = Watch(copies=False) if changed else None
         outer, local.scope = local.scope, scope
+        backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
         try:
             with ExitStack() as stack:
-                stack.enter_context(backward_mode())
-                stack.enter_context(outside_transforms())
-                # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
-                watch_modules(*MODULE_HOOKS)
-                stack.callback(unwatch_modules)
+                if is_batched():
+                    stack.enter_context(outside_transforms())
+                if compiled_blocks_exist():  # hooks that tell nobody anything: these depend on whether there are some
+                    watch_modules(*MODULE_HOOKS)
+                    stack.callback(unwatch_modules)
                 self._conditions.enter(stack)
                 if self._random is not None:
                     stack.enter_context(self._random.replayed())
@@ -146,6 +150,7 @@ class Region:
                 return (function or self.function)(*args, **kwargs)
         finally:
             local.scope = outer
+            local.backward = backward
             local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
@@ -175,12 +180,12 @@ class _Conditions:
     __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
 
     def __init__(self, devices: set[torch.device]) -> None:
-        types = {"cpu", *(d.type for d in devices if torch.amp.is_autocast_available(d.type))}
+        types = {"cpu", *(d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type))}
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(types)
         ]
         self._dtype = torch.get_default_dtype()
-        self._device = torch.get_default_device()
+        self._device = default_device()
         self._attention = ScaledProductBackends()
         self._parametrizations = cached_parametrizations()
 
@@ -194,8 +199,8 @@ class _Conditions:
         if dtype is not self._dtype:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(self._dtype)
-        if torch.get_default_device() != self._device:
-            stack.enter_context(self._device)
+        if default_device() != self._device:
+            stack.enter_context(self._device or torch.device("cpu"))
         now = ScaledProductBackends()
         if now != self._attention:
             stack.callback(now.set)
