@@ -42,7 +42,8 @@ _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 class Fingerprint(NamedTuple):
     """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
 
-    projections: list[float] | Tensor  # the last is the norm; empty for types that are not floating-point
+    # Four, and the norm, which small tensors do without; empty for types that are not floating-point.
+    projections: list[float] | Tensor
     bits: int | Tensor  # 0 where they do not count
 
 
@@ -108,7 +109,7 @@ def fingerprint(tensor: Tensor, *, exact: bool = False, sample: bool = False) ->
         bits = _bits_of(flat)
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
-        projections = _project(flat)
+        projections = _project(flat, sample)
     return Fingerprint(projections, bits)
 
 
@@ -124,7 +125,7 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
     if square == 0.0:
         return 0.0  # NaN where NaN was
-    norm = a[-1]
+    norm = a[-1] if len(a) > _PROJECTIONS else math.sqrt(sum(p**2 for p in a) / _PROJECTIONS)
     error = math.sqrt(square / _PROJECTIONS)
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
@@ -197,7 +198,7 @@ def kind_is_plain(kind: type[Tensor]) -> bool:
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _project(flat: Tensor) -> list[float] | Tensor:
+def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
     device = flat.device
     wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
     size = flat.numel()
@@ -205,7 +206,8 @@ def _project(flat: Tensor) -> list[float] | Tensor:
         columns = flat if flat.dtype is wide else flat.to(wide)
         if device.type == "cpu":  # the same in fewer steps: small regions spend their time on these
             numbers: list[float] = torch.mv(_columns(wide, size), columns).tolist()
-            numbers.append(math.sqrt(torch.dot(columns, columns).item()))
+            if with_norm:
+                numbers.append(math.sqrt(torch.dot(columns, columns).item()))
             return numbers
         norm = torch.linalg.vector_norm(columns)
     else:

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._storages import storages_of
 from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
-from recollect._util._tree import tensors_of
+from recollect._util._tree import tensors_among, tensors_of
 from recollect.frames._certificate import (
     Certificate,
     Certify,
@@ -176,16 +176,12 @@ class Frame(Scope):
         self._given: set[int] = set()  # keys of the arguments' storages, while the forward runs
         self._recorder: Recorder | None = None  # while the forward runs
 
-    def run(self, arguments: Arguments, devices: set[torch.device]) -> Any:
-        """Run the region for the first time and drop what autograd saves in it.
-
-        Args:
-            arguments: the region's arguments.
-            devices: the devices whose random state and autocast count.
-        """
+    def run(self, arguments: Arguments) -> Any:
+        """Run the region for the first time, on its arguments, and drop what autograd saves in it."""
         self._live = arguments
         self._held.begins(self._region)
-        given = list(tensors_of(arguments))
+        given = tensors_among(*arguments)
+        devices = {tensor.device for tensor in given}
         if self._certify and not self._drifts:
             self._given = {key_of(s) for tensor in given for s in storages_of(tensor)}
         begin = sequence()
@@ -195,7 +191,7 @@ class Frame(Scope):
         finally:
             self._live = self._recorder = None
         self._given = set()
-        outputs = list(tensors_of(output))
+        outputs = [output] if isinstance(output, Tensor) else list(tensors_of(output))
         kept = []
         for reference, version, index in self._saved:
             tensor = reference()
@@ -220,7 +216,10 @@ class Frame(Scope):
     @property
     def needed(self) -> bool:
         """Whether autograd still holds something that only a rebuild can bring back."""
-        return any(token is not None and token() is not None for token in self._tokens)
+        for token in self._tokens:
+            if token is not None and token() is not None:
+                return True
+        return False
 
     def saved(self, index: int) -> Tensor:
         """Return what autograd saved ``index``-th, rebuilding the region if it is not at hand."""
@@ -422,7 +421,7 @@ def run_frame(
     region = Region(function, seed, contexts)
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
-    return frame.run((args, kwargs), devices_of((args, kwargs)))
+    return frame.run((args, kwargs))
 
 
 def devices_of(arguments: Any) -> set[torch.device]:

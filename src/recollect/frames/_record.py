@@ -32,7 +32,7 @@ from recollect._torch import (
 from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import aside, local
-from recollect.frames._state import PythonState, reached_by
+from recollect.frames._state import PythonState, reached_by, same_items
 
 __all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "version_of"]
 
@@ -346,13 +346,14 @@ class Recorder:
         if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
             self._note_buffers(module, None, module.named_buffers(recurse=False))
             return
-        if any(parameter is not None and is_lazy(parameter) for parameter in parameters.values()):
+        if parameters and any(map(is_lazy, parameters.values())):
             self._lazy.append(module)  # it becomes what it will be in its first call
         else:
             self._state.add_namespace(names, STANDARD_ATTRIBUTES)
-            for name, parameter in parameters.items():
-                if parameter is not None and id(module) not in self._hooked:
-                    self._parameters.append((parameters, name, parameter))
+            if id(module) not in self._hooked:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        self._parameters.append((parameters, name, parameter))
             self._registries.append((buffers, dict(buffers)))
             if names["_modules"]:
                 self._registries.append((names["_modules"], dict(names["_modules"])))
@@ -408,12 +409,9 @@ class Recorder:
         writes: list[_Copy] = []
         constant: list[_Buffer] = []
         covered: set[int] = set()
-        copied = {
-            key: copy
-            for watch in reversed(self._watches)
-            for key, copy in watch.written.items()
-            if key not in self._brought
-        }
+        copied: dict[int, _Copy] = {}
+        for watch in reversed(self._watches):
+            copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
         for buffer in self._buffers:
             keys = set(_place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys
@@ -480,13 +478,15 @@ class Record:
         self._registries = registries
         self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
         self._writes = writes
-        self._versions = [version_of(parameter) for _, _, parameter in parameters]
+        self._versions = _versions_of(parameters)
 
     def changed(self) -> list[tuple[str, Tensor, int]]:
         """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
 
         That matters only if the region reads them, and does not get back what they held.
         """
+        if self._versions == _versions_of(self._parameters) and not self._constant:
+            return []
         changed = [
             (f"parameter {name!r}", parameter, version)
             for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
@@ -502,7 +502,9 @@ class Record:
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Give the body what the first run began with; afterwards everything is as it was before the body."""
-        registries = [(registry, dict(registry)) for registry, _ in self._registries]
+        registries = [
+            (registry, then if same_items(registry, then) else dict(registry)) for registry, then in self._registries
+        ]
         parameters: list[Registered] = []
         contents: list[tuple[_Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
@@ -518,8 +520,9 @@ class Record:
                         counted.append(tensor)
                     if copy.then is not None:
                         target.copy_(copy.then)
-                for registry, then in self._registries:
-                    _register(registry, then)
+                for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
+                    if now is not then:
+                        _register(registry, then)
                 for registry, name, parameter in self._parameters:
                     now = registry.get(name)
                     if now is not parameter and _can_replace(now, parameter):
@@ -535,10 +538,19 @@ class Record:
                 for copy, target, value in reversed(contents):
                     target.copy_(value)
                     copy.lead_to(target)
-                self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
+                self._versions = _versions_of(self._parameters)
+
+
+def _versions_of(registered: list[Registered]) -> list[int]:
+    try:
+        return [parameter._version for _, _, parameter in registered]
+    except RuntimeError:
+        return [version_of(parameter) for _, _, parameter in registered]
 
 
 def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:
+    if same_items(registry, values):
+        return
     for name, value in values.items():
         if name not in registry or registry[name] is not value:
             registry[name] = value

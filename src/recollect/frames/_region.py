@@ -92,7 +92,7 @@ class Region:
         outer, local.scope = local.scope, scope
         local.first_call += 1
         try:
-            with random or nullcontext(), self._contexts[0] if self._contexts else nullcontext(), recorder, hooks:
+            with random or _NULL, self._contexts[0] if self._contexts else _NULL, recorder, hooks:
                 output = self.function(*args, **kwargs)
         finally:
             local.first_call -= 1
@@ -131,22 +131,18 @@ class Region:
         backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
         try:
-            with ExitStack() as stack:
-                if is_batched():
-                    stack.enter_context(outside_transforms())
-                if compiled_blocks_exist():  # hooks that tell nobody anything: these depend on whether there are some
-                    watch_modules(*MODULE_HOOKS)
-                    stack.callback(unwatch_modules)
-                self._conditions.enter(stack)
-                if self._random is not None:
-                    stack.enter_context(self._random.replayed())
-                if self._contexts is not None and function is None:
-                    stack.enter_context(_repeatable(self._contexts[1]))
-                stack.enter_context(record.put_back())
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(hooks)
-                if watch is not None:
-                    stack.enter_context(watch)
+            with (
+                outside_transforms() if is_batched() else _NULL,
+                # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
+                _seen_modules() if compiled_blocks_exist() else _NULL,
+                _NULL if self._conditions.hold() else self._conditions.again(),
+                _NULL if self._random is None else self._random.replayed(),
+                _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
+                record.put_back(),
+                torch.enable_grad(),
+                hooks,
+                _NULL if watch is None else watch,
+            ):
                 return (function or self.function)(*args, **kwargs)
         finally:
             local.scope = outer
@@ -154,6 +150,18 @@ class Region:
             local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
+
+
+_NULL: AbstractContextManager[Any] = nullcontext()
+
+
+@contextmanager
+def _seen_modules() -> Iterator[None]:
+    watch_modules(*MODULE_HOOKS)
+    try:
+        yield
+    finally:
+        unwatch_modules()
 
 
 @contextmanager
@@ -189,8 +197,25 @@ class _Conditions:
         self._attention = ScaledProductBackends()
         self._parametrizations = cached_parametrizations()
 
-    def enter(self, stack: ExitStack) -> None:
+    def hold(self) -> bool:
+        """Whether nothing of this differs from what is now, without autocast and cached parametrizations."""
+        return (
+            self._device is default_device() is None
+            and self._dtype is torch.get_default_dtype()
+            and not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast)
+            and self._parametrizations is None
+            and cached_parametrizations() is None
+            and self._attention == ScaledProductBackends()
+        )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
         """Enter the contexts again, as far as they differ from the present ones."""
+        with ExitStack() as stack:
+            self._enter(stack)
+            yield
+
+    def _enter(self, stack: ExitStack) -> None:
         for kind, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(kind):
                 # Without the cache: casts of a rebuild must not be handed to a later forward, nor the reverse.

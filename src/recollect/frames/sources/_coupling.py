@@ -325,7 +325,7 @@ class _CouplingStage(Stage):
         taken: list[Tensor] = []
         transformed.seen = taken.append
         try:
-            output = frame.run(arguments, devices_of(arguments))
+            output = frame.run(arguments)
         finally:
             transformed.seen = None
         block.returned = self._fingerprint(taken.pop())
