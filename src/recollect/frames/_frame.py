@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from recollect._storages import storages_of
 from recollect._torch import enabled_overrides, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
 from recollect.frames._certificate import (
@@ -26,7 +25,7 @@ from recollect.frames._certificate import (
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, aside, enclosing, local
-from recollect.frames._record import Recorder, attributes_of, key_of, version_of
+from recollect.frames._record import Recorder, attributes_of, place_of, version_of
 from recollect.frames._region import Region
 from recollect.frames.sources._source import Arguments, Held, Source
 
@@ -183,7 +182,7 @@ class Frame(Scope):
         given = tensors_among(*arguments)
         devices = {tensor.device for tensor in given}
         if self._certify and not self._drifts:
-            self._given = {key_of(s) for tensor in given for s in storages_of(tensor)}
+            self._given = {key for tensor in given for key in place_of(tensor)}
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -255,7 +254,7 @@ class Frame(Scope):
 
     def _is_given(self, tensor: Tensor) -> bool:
         """Whether a tensor has the memory of an argument."""
-        return any(key_of(storage) in self._given for storage in storages_of(tensor))
+        return not self._given.isdisjoint(place_of(tensor))
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""

@@ -34,7 +34,7 @@ from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import aside, local
 from recollect.frames._state import PythonState, reached_by, same_items
 
-__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "version_of"]
+__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "place_of", "version_of"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -117,11 +117,11 @@ class _Copy:
     def brings_back(self, tensor: Tensor) -> bool:
         """Whether this has what a tensor held."""
         storage = self._storage() if self._storage is not None else None
-        return self.then is not None and storage is not None and key_of(storage) in _place_of(tensor)
+        return self.then is not None and storage is not None and key_of(storage) in place_of(tensor)
 
     def lead_to(self, target: Tensor) -> None:
         """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
-        if self._tensor is not None and _place_of(self._tensor) != _place_of(target):
+        if self._tensor is not None and place_of(self._tensor) != place_of(target):
             self._tensor.data = target
 
     def tensor(self) -> Tensor | None:
@@ -206,7 +206,11 @@ _FEW = 64
 _LARGE = 1 << 20
 
 
-def _place_of(tensor: Tensor) -> tuple[int, ...]:
+def place_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the keys of a tensor's storages."""
+    kind = type(tensor)
+    if (kind is Tensor or kind is nn.Parameter) and tensor.layout is torch.strided:
+        return (tensor.untyped_storage()._cdata,)
     return tuple(key_of(storage) for storage in storages_of(tensor))
 
 
@@ -223,7 +227,7 @@ class _Buffer:
         self.known = known
         self.version = version_of(tensor)
         self.was_lazy = is_lazy(tensor)
-        self.place = None if self.was_lazy else _place_of(tensor)
+        self.place = None if self.was_lazy else place_of(tensor)
         self.then: Tensor | None = None
         self.mark: Any = None
         if self.was_lazy:
@@ -245,7 +249,7 @@ class _Buffer:
         """Whether the region has written to it."""
         if self.name in self.known.written or self.was_lazy:
             return True
-        if version_of(self.tensor) != self.version or _place_of(self.tensor) != self.place:
+        if version_of(self.tensor) != self.version or place_of(self.tensor) != self.place:
             return True
         if self.mark is None:
             return False
@@ -268,7 +272,7 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_parameters", "_ran", "_registries",
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_parameters", "_parts", "_ran", "_registries",
         "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
@@ -279,6 +283,7 @@ class Recorder:
         # rebuild what they do, and the parameters that are there are used.
         self._hooked: set[int] = set()
         self._brought: set[int] = set()
+        self._parts: tuple[int, list[int]] | None = None  # of the function, if it is a module
         self._state = PythonState()
         self._buffers: list[_Buffer] = []
         self._storages: set[int] = set()  # of buffers
@@ -296,6 +301,8 @@ class Recorder:
             else:
                 # A part of it may be used without being called as a module; of a large one that would be too many.
                 parts = list(itertools.islice(found.modules(), _FEW + 1))
+                if found is function and len(parts) <= _FEW:  # nothing runs before it that could give it others
+                    self._parts = (id(found), [id(part) for part in parts])
                 for part in parts if len(parts) <= _FEW else [found]:
                     self._enter(part)
 
@@ -322,6 +329,9 @@ class Recorder:
         if self._watching:
             self._known.append((known, module.training))
         if id(module) not in self._ran:
+            if self._parts is not None and self._parts[0] == id(module):
+                self._ran.update(self._parts[1])
+                return
             for part in module.modules():
                 self._ran.add(id(part))
                 self._enter(part)
@@ -331,7 +341,7 @@ class Recorder:
         if id(module) in self._hooked:
             for parameter in vars(module)["_parameters"].values():
                 if parameter is not None and not is_lazy(parameter):
-                    self._brought.update(map(key_of, storages_of(parameter)))
+                    self._brought.update(place_of(parameter))
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
@@ -366,7 +376,7 @@ class Recorder:
             if buffer is not None:
                 self._buffers.append(_Buffer(module, registry, name, buffer, known))
                 if not is_lazy(buffer):
-                    self._storages.update(map(key_of, storages_of(buffer)))
+                    self._storages.update(place_of(buffer))
 
     # Watching.
 
@@ -388,9 +398,11 @@ class Recorder:
         """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
         if not self._storages and not self._lazy:
             return False
-        keys = _place_of(tensor)
-        return any(key in self._storages for key in keys) or any(
-            keys == _place_of(buffer)
+        keys = place_of(tensor)
+        if not self._storages.isdisjoint(keys):
+            return True
+        return bool(self._lazy) and any(
+            keys == place_of(buffer)
             for module in self._lazy
             for buffer in module.buffers(recurse=False)
             if not is_lazy(buffer)
@@ -413,7 +425,7 @@ class Recorder:
         for watch in reversed(self._watches):
             copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
         for buffer in self._buffers:
-            keys = set(_place_of(buffer.tensor)) | set(buffer.place or ())
+            keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys
             if not buffer.is_written() and not any(key in copied for key in keys):
                 constant.append(buffer)
