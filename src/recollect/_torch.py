@@ -74,7 +74,9 @@ __all__ = [
     "storage_use_count",
     "tensor_use_count",
     "transform_level_is_open",
+    "unwatch_leaving",
     "unwatch_modules",
+    "watch_leaving",
     "watch_modules",
     "when_backward_ends",
     "write_undeclared",
@@ -250,19 +252,18 @@ def write_undeclared(func: Any, args: tuple[Any, ...]) -> list[Any]:
 _WATCHING = "recollect"  # torch's own handles are numbers
 _lock = threading.Lock()
 _watchers = 0
+_leavers = 0
 
 
-def watch_modules(enter: Callable[..., None], leave: Callable[..., None]) -> None:
-    """Call ``enter(module, args)`` before, and ``leave(module, args, output)`` after each module's forward.
+def watch_modules(enter: Callable[..., None]) -> None:
+    """Call ``enter(module, args)`` before each module's forward.
 
-    One pair for the process, until :func:`unwatch_modules` is called as often. Modules of other threads are seen too.
+    One hook for the process, until :func:`unwatch_modules` is called as often. Modules of other threads are seen too.
     """
     global _watchers
     with _lock:
         _watchers += 1
         if _watchers == 1:
-            _module._global_forward_hooks_always_called[_WATCHING] = True  # type: ignore[index]
-            _module._global_forward_hooks[_WATCHING] = leave  # type: ignore[index]
             _module._global_forward_pre_hooks[_WATCHING] = enter  # type: ignore[index]
 
 
@@ -273,6 +274,24 @@ def unwatch_modules() -> None:
         _watchers -= 1
         if _watchers == 0:
             del _module._global_forward_pre_hooks[_WATCHING]  # type: ignore[arg-type]
+
+
+def watch_leaving(leave: Callable[..., None]) -> None:
+    """Call ``leave(module, args, output)`` after each module's forward, also of one that was entered already."""
+    global _leavers
+    with _lock:
+        _leavers += 1
+        if _leavers == 1:
+            _module._global_forward_hooks_always_called[_WATCHING] = True  # type: ignore[index]
+            _module._global_forward_hooks[_WATCHING] = leave  # type: ignore[index]
+
+
+def unwatch_leaving() -> None:
+    """Undo one :func:`watch_leaving`."""
+    global _leavers
+    with _lock:
+        _leavers -= 1
+        if _leavers == 0:
             del _module._global_forward_hooks[_WATCHING]  # type: ignore[arg-type]
             del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
 

@@ -23,9 +23,12 @@ from recollect._storages import storages_of, storages_within
 from recollect._torch import (
     STANDARD_ATTRIBUTES,
     TorchDispatchMode,
+    compiled_blocks_exist,
     is_faked,
     preserving_versions,
+    unwatch_leaving,
     unwatch_modules,
+    watch_leaving,
     watch_modules,
     write_undeclared,
 )
@@ -34,7 +37,9 @@ from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import aside, local
 from recollect.frames._state import PythonState, reached_by, same_items
 
-__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "place_of", "version_of"]
+__all__ = [
+    "Record", "Recorder", "Watch", "attributes_of", "check_unread", "entering", "leaving", "place_of", "version_of",
+]  # fmt: skip
 
 
 def version_of(tensor: Tensor) -> int:
@@ -272,8 +277,8 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_parameters", "_parts", "_ran", "_registries",
-        "_state", "_storages", "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_parameters", "_parts", "_ran", "_registries",
+        "_runs", "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -293,6 +298,7 @@ class Recorder:
         self._watches: list[Watch] = []
         self._known: list[tuple[_Known, bool]] = []  # entered while the mode was open, and in which training mode
         self._lazy: list[nn.Module] = []
+        self._runs = self._leaves = False  # whether it observes, and also when modules have run
         code = _code_of(function)
         self._keys = None if code is None else _functions_known.setdefault(code, _Known())
         for found in reached_by(function, arguments):
@@ -310,11 +316,24 @@ class Recorder:
         if self._keys is not None and (self._keys.watched or not self._keys.seen):
             self._open_watch(self)
         local.recorders.append(self)
-        watch_modules(*MODULE_HOOKS)
+        watch_modules(entering)
+        self._runs = True
+        if self._hooked or self._watching or compiled_blocks_exist():  # the latter depend on which hooks there are
+            self._watch_leaving()
         return self
+
+    def _watch_leaving(self) -> None:
+        """Call :meth:`leave` from now on, which costs something at each module."""
+        if self._runs and not self._leaves:
+            self._leaves = True
+            watch_leaving(leaving)
 
     def __exit__(self, *exc_info: object) -> None:
         unwatch_modules()
+        self._runs = False
+        if self._leaves:
+            self._leaves = False
+            unwatch_leaving()
         local.recorders.remove(self)
         while self._watching:
             self._close_watch()
@@ -326,6 +345,7 @@ class Recorder:
         known = _known_module(module)
         if not self._watching and (known.watched or module.training not in known.seen):
             self._open_watch(module)
+            self._watch_leaving()
         if self._watching:
             self._known.append((known, module.training))
         if id(module) not in self._ran:
@@ -352,6 +372,8 @@ class Recorder:
         names = vars(module)
         if names.get("_forward_pre_hooks"):
             self._hooked.update(map(id, module.modules()))
+        if id(module) in self._hooked:
+            self._watch_leaving()
         parameters, buffers = names.get("_parameters"), names.get("_buffers")
         if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
             self._note_buffers(module, None, module.named_buffers(recurse=False))
@@ -449,19 +471,16 @@ class Recorder:
         return Record(self._state, self._parameters, self._registries, constant, writes)
 
 
-def _entering(module: nn.Module, args: Any) -> None:
+def entering(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         for recorder in local.recorders:
             recorder.enter(module)
 
 
-def _leaving(module: nn.Module, args: Any, output: Any) -> None:
+def leaving(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         for recorder in reversed(local.recorders):
             recorder.leave(module)
-
-
-MODULE_HOOKS = (_entering, _leaving)
 
 
 class Record:
@@ -515,42 +534,46 @@ class Record:
     def put_back(self) -> Iterator[None]:
         """Give the body what the first run began with; afterwards everything is as it was before the body."""
         registries = [
-            (registry, then if same_items(registry, then) else dict(registry)) for registry, then in self._registries
+            (registry, then if not (registry or then) or same_items(registry, then) else dict(registry))
+            for registry, then in self._registries
         ]
         parameters: list[Registered] = []
         contents: list[tuple[_Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
-        with self._state.put_back():
-            try:
-                for copy in self._writes:
-                    target = copy.target()
-                    if target is None:
-                        continue
-                    contents.append((copy, target, target.clone()))
-                    tensor = copy.tensor()
-                    if tensor is not None and not tensor.is_inference():
-                        counted.append(tensor)
-                    if copy.then is not None:
-                        target.copy_(copy.then)
-                for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
-                    if now is not then:
-                        _register(registry, then)
-                for registry, name, parameter in self._parameters:
-                    now = registry.get(name)
-                    if now is not parameter and _can_replace(now, parameter):
-                        parameters.append((registry, name, now))  # type: ignore[arg-type]
-                        registry[name] = parameter
-                with preserving_versions(counted):
-                    yield
-            finally:
-                for registry, name, tensor in reversed(parameters):
-                    registry[name] = tensor
-                for registry, now in registries:
+        state = self._state.now()
+        try:
+            self._state.write_then(state)
+            for copy in self._writes:
+                target = copy.target()
+                if target is None:
+                    continue
+                contents.append((copy, target, target.clone()))
+                tensor = copy.tensor()
+                if tensor is not None and not tensor.is_inference():
+                    counted.append(tensor)
+                if copy.then is not None:
+                    target.copy_(copy.then)
+            for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
+                if now is not then:
+                    _register(registry, then)
+            for registry, name, parameter in self._parameters:
+                now = registry.get(name)
+                if now is not parameter and _can_replace(now, parameter):
+                    parameters.append((registry, name, now))  # type: ignore[arg-type]
+                    registry[name] = parameter
+            with preserving_versions(counted):
+                yield
+        finally:
+            for registry, name, tensor in reversed(parameters):
+                registry[name] = tensor
+            for registry, now in registries:
+                if registry or now:
                     _register(registry, now)
-                for copy, target, value in reversed(contents):
-                    target.copy_(value)
-                    copy.lead_to(target)
-                self._versions = _versions_of(self._parameters)
+            for copy, target, value in reversed(contents):
+                target.copy_(value)
+                copy.lead_to(target)
+            self._versions = _versions_of(self._parameters)
+            self._state.write(state)
 
 
 def _versions_of(registered: list[Registered]) -> list[int]:

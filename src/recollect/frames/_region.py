@@ -18,14 +18,16 @@ from recollect._torch import (
     outside_transforms,
     parametrizations_as,
     selective_storage,
+    unwatch_leaving,
     unwatch_modules,
+    watch_leaving,
     watch_modules,
 )
 from recollect.frames._certificate import tolerance_of
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, local
 from recollect.frames._random import Randomness
-from recollect.frames._record import MODULE_HOOKS, Record, Recorder, Watch, check_unread
+from recollect.frames._record import Record, Recorder, Watch, check_unread, entering, leaving
 from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]
@@ -157,10 +159,12 @@ _NULL: AbstractContextManager[Any] = nullcontext()
 
 @contextmanager
 def _seen_modules() -> Iterator[None]:
-    watch_modules(*MODULE_HOOKS)
+    watch_modules(entering)
+    watch_leaving(leaving)
     try:
         yield
     finally:
+        unwatch_leaving()
         unwatch_modules()
 
 

@@ -12,7 +12,6 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -151,18 +150,20 @@ class PythonState:
                 if type(item) not in ATOMS:
                     self._add(item, depth - 1)
 
-    @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Hold for the body what was held then; afterwards what is held now."""
-        now = [thing.read() for thing in self._things]
-        try:
-            for thing, value in zip(self._things, now, strict=True):
-                if value is not thing.then:
-                    thing.write(thing.then)
-            yield
-        finally:
-            for thing, value in zip(reversed(self._things), reversed(now), strict=True):
-                thing.write(value)
+    def now(self) -> list[Any]:
+        """Return what is held now, for :meth:`write`."""
+        return [thing.read() for thing in self._things]
+
+    def write_then(self, now: list[Any]) -> None:
+        """Hold what was held then, where that is something else than ``now``."""
+        for thing, value in zip(self._things, now, strict=True):
+            if value is not thing.then:
+                thing.write(thing.then)
+
+    def write(self, values: list[Any]) -> None:
+        """Hold these again."""
+        for thing, value in zip(reversed(self._things), reversed(values), strict=True):
+            thing.write(value)
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
