@@ -31,6 +31,7 @@ used                                                         for                
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,12 @@ __all__ = [
     "ScaledProductBackends",
     "TorchDispatchMode",
     "cached_parametrizations",
+    "compiled_blocks_exist",
+    "default_device",
     "enabled_overrides",
     "graph_task_id",
     "hooks_are_enabled",
+    "is_batched",
     "is_faked",
     "is_in_transform",
     "is_recorded",
@@ -71,7 +75,9 @@ __all__ = [
     "storage_use_count",
     "tensor_use_count",
     "transform_level_is_open",
+    "unwatch_leaving",
     "unwatch_modules",
+    "watch_leaving",
     "watch_modules",
     "when_backward_ends",
     "write_undeclared",
@@ -109,6 +115,12 @@ def is_recorded() -> bool:
         return True
     modes = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
+
+
+def is_batched() -> bool:
+    """Return whether this runs under vmap or another transform of torch.func."""
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting() > 0 or transform_level_is_open()
 
 
 @contextmanager
@@ -243,19 +255,18 @@ _WATCHING = "recollect"  # torch's own handles are numbers
 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks on modules")
 _lock = threading.Lock()
 _watchers = 0
+_leavers = 0
 
 
-def watch_modules(enter: Callable[..., None], leave: Callable[..., None]) -> None:
-    """Call ``enter(module, args)`` before, and ``leave(module, args, output)`` after each module's forward.
+def watch_modules(enter: Callable[..., None]) -> None:
+    """Call ``enter(module, args)`` before each module's forward.
 
-    One pair for the process, until :func:`unwatch_modules` is called as often. Modules of other threads are seen too.
+    One hook for the process, until :func:`unwatch_modules` is called as often. Modules of other threads are seen too.
     """
     global _watchers
     with _lock:
         _watchers += 1
         if _watchers == 1:
-            _module._global_forward_hooks_always_called[_WATCHING] = True  # type: ignore[index]
-            _module._global_forward_hooks[_WATCHING] = leave  # type: ignore[index]
             _module._global_forward_pre_hooks[_WATCHING] = enter  # type: ignore[index]
 
 
@@ -266,6 +277,24 @@ def unwatch_modules() -> None:
         _watchers -= 1
         if _watchers == 0:
             del _module._global_forward_pre_hooks[_WATCHING]  # type: ignore[arg-type]
+
+
+def watch_leaving(leave: Callable[..., None]) -> None:
+    """Call ``leave(module, args, output)`` after each module's forward, also of one that was entered already."""
+    global _leavers
+    with _lock:
+        _leavers += 1
+        if _leavers == 1:
+            _module._global_forward_hooks_always_called[_WATCHING] = True  # type: ignore[index]
+            _module._global_forward_hooks[_WATCHING] = leave  # type: ignore[index]
+
+
+def unwatch_leaving() -> None:
+    """Undo one :func:`watch_leaving`."""
+    global _leavers
+    with _lock:
+        _leavers -= 1
+        if _leavers == 0:
             del _module._global_forward_hooks[_WATCHING]  # type: ignore[arg-type]
             del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
 
@@ -290,6 +319,20 @@ def parametrizations_as(cache: dict[Any, Any] | None) -> Iterator[None]:
         yield
     finally:
         _parametrize._cache_enabled, _parametrize._cache = before
+
+
+def default_device() -> torch.device | None:
+    """Return :func:`torch.get_default_device`; ``None`` where nobody has set any."""
+    # A default device is a mode on this stack; torch lists and searches it each time.
+    if torch._C._len_torch_function_stack() == 0:  # type: ignore[attr-defined]
+        return None
+    return torch.get_default_device()
+
+
+def compiled_blocks_exist() -> bool:
+    """Return whether torch.compile has compiled anything in this process."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return compiler is not None and compiler.FRAME_COUNTER > 0
 
 
 class ScaledProductBackends:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recollect._torch import opened_by_pytree
 
-__all__ = ["Tree", "tensors_of"]
+__all__ = ["Tree", "tensors_among", "tensors_of"]
 
 # Without tensors, and immutable.
 ATOMS = frozenset(
@@ -98,6 +98,19 @@ def _build(spec: Any, tensors: list[Any]) -> Any:
     if type(spec) is _Node:
         return spec.make([_build(item, tensors) for item in spec.items])
     return spec
+
+
+def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a call, as :func:`tensors_of` yields them."""
+    found: list[Tensor] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) not in ATOMS:
+            found.extend(tensors_of(value))
+    if kwargs:
+        found.extend(tensors_of(kwargs))
+    return found
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

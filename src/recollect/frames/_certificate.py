@@ -8,6 +8,7 @@ the root mean square of the difference of their projections estimates ||a - b|| 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -41,7 +42,8 @@ _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 class Fingerprint(NamedTuple):
     """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
 
-    projections: list[float] | Tensor  # the last is the norm; empty for types that are not floating-point
+    # Four, and the norm, which small tensors do without; empty for types that are not floating-point.
+    projections: list[float] | Tensor
     bits: int | Tensor  # 0 where they do not count
     order: tuple[int, ...] | None = None  # of the dimensions, in which the elements were read; None: as they are
 
@@ -100,7 +102,17 @@ def fingerprint(
         sample: take at most some thousand elements, as floating-point numbers.
         like: another fingerprint, to be compared with: elements are read in its order.
     """
-    flat, order = values_of(tensor.detach() if tensor.requires_grad else tensor, None if like is None else like.order)
+    size, order = tensor.numel(), None if like is None else like.order
+    if (
+        size <= _PERIOD
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and not (exact or sample or order)
+        and _is_simple(tensor)
+    ):
+        # The same as below in fewer steps: small regions spend their time on these.
+        return Fingerprint(torch.mv(_columns(tensor.dtype, size), tensor.detach().view(-1)).tolist(), 0)
+    flat, order = values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if flat is None:
         return None
     if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
@@ -111,7 +123,7 @@ def fingerprint(
         bits = _bits_of(flat)
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
-        projections = _project(flat)
+        projections = _project(flat, sample)
     return Fingerprint(projections, bits, order)
 
 
@@ -121,6 +133,18 @@ def difference(then: Fingerprint | None, tensor: Tensor, *, exact: bool = False,
         return 0.0
     now = fingerprint(tensor, exact=exact, sample=sample, like=then)
     return 0.0 if now is None else error_between(then, now)
+
+
+def _is_simple(tensor: Tensor) -> bool:
+    """Whether a tensor on the CPU is one block of floating-point numbers that can be read here."""
+    return (
+        (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not is_in_transform()
+    )
 
 
 def error_between(then: Fingerprint, now: Fingerprint) -> float:
@@ -135,7 +159,7 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
     if square == 0.0:
         return 0.0  # NaN where NaN was
-    norm = a[-1]
+    norm = a[-1] if len(a) > _PROJECTIONS else math.sqrt(sum(p**2 for p in a) / _PROJECTIONS)
     error = math.sqrt(square / _PROJECTIONS)
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
@@ -219,12 +243,15 @@ def kind_is_plain(kind: type[Tensor]) -> bool:
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _project(flat: Tensor) -> list[float] | Tensor:
+def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
     device = flat.device
     wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
     size = flat.numel()
     if size <= _PERIOD:
-        columns = flat.to(wide)
+        columns = flat if flat.dtype is wide else flat.to(wide)
+        if not with_norm:
+            projections = torch.mv(_direction(wide, device)[:, :size], columns)
+            return projections.tolist() if device.type == "cpu" else projections
         norm = torch.linalg.vector_norm(columns)
     else:
         rows = size // _PERIOD
@@ -238,6 +265,12 @@ def _project(flat: Tensor) -> list[float] | Tensor:
     numbers: list[float] = projections.tolist()
     numbers.append(norm.item())
     return numbers
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(dtype: torch.dtype, size: int) -> Tensor:
+    """Return the first columns of the CPU's directions."""
+    return _direction(dtype, torch.device("cpu"))[:, :size]
 
 
 def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from recollect._storages import storages_of
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
-from recollect._util._tree import tensors_of
+from recollect._util._tree import tensors_among, tensors_of
 from recollect.frames._certificate import (
     GROSS,
     Certificate,
@@ -27,7 +26,7 @@ from recollect.frames._certificate import (
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, aside, enclosing, local
-from recollect.frames._record import Recorder, attributes_of, key_of, version_of
+from recollect.frames._record import Recorder, attributes_of, place_of, version_of
 from recollect.frames._region import Region
 from recollect.frames.sources._source import Arguments, Held, Source
 
@@ -179,17 +178,14 @@ class Frame(Scope):
         self._given: set[int] = set()  # keys of the arguments' storages, while the forward runs
         self._recorder: Recorder | None = None  # while the forward runs
 
-    def run(self, arguments: Arguments, devices: set[torch.device]) -> Any:
-        """Run the region for the first time and drop what autograd saves in it.
-
-        Args:
-            arguments: the region's arguments.
-            devices: the devices whose random state and autocast count.
-        """
+    def run(self, arguments: Arguments) -> Any:
+        """Run the region for the first time, on its arguments, and drop what autograd saves in it."""
         self._live = arguments
         self._held.begins(self._region)
+        given = tensors_among(*arguments)
+        devices = {tensor.device for tensor in given}
         if self._certify and not self._drifts:
-            self._given = {key_of(s) for tensor in tensors_of(arguments) for s in storages_of(tensor)}
+            self._given = {key for tensor in given for key in place_of(tensor)}
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -199,7 +195,7 @@ class Frame(Scope):
             self._live = self._recorder = None
             self._unmarked.clear()
         self._given = set()
-        outputs = list(tensors_of(output))
+        outputs = [output] if isinstance(output, Tensor) else list(tensors_of(output))
         kept = []
         for reference, version, index in self._saved:
             tensor = reference()
@@ -211,9 +207,10 @@ class Frame(Scope):
                     kept.append((reference, version, index))
         self._saved = kept
         if self.needed:
-            before = _Before([t.grad_fn for t in tensors_of(arguments) if not t.is_leaf])
+            before = _Before([t.grad_fn for t in given if not t.is_leaf])
             for tensor in outputs:
                 self._guard(tensor, begin, before)
+        del given  # the source may drop them now
         self._held.returned(output)
         return output
 
@@ -223,15 +220,17 @@ class Frame(Scope):
     @property
     def needed(self) -> bool:
         """Whether autograd still holds something that only a rebuild can bring back."""
-        return any(token is not None and token() is not None for token in self._tokens)
+        for token in self._tokens:
+            if token is not None and token() is not None:
+                return True
+        return False
 
     def saved(self, index: int) -> Tensor:
         """Return what autograd saved ``index``-th, rebuilding the region if it is not at hand."""
         with self._lock:
             rebuilt = self._rebuilt
             if index not in rebuilt:  # held here: a rebuild in another thread may make this frame forget
-                with enabled_overrides():
-                    rebuilt = self._rebuild()
+                rebuilt = self._rebuild()
             return rebuilt.pop(index)
 
     def forget(self) -> None:
@@ -241,7 +240,9 @@ class Frame(Scope):
     def _pack(self, tensor: Tensor) -> _Token | _Lasting:
         index = len(self._tokens)
         self._metas.append((shape_of(tensor), tensor.dtype, tensor.device))
-        lasts = tensor.is_leaf and tensor.requires_grad and not self._is_released(tensor)
+        # Of a view (a Linear saves its transposed weight), the tensor that it is a view of.
+        base = tensor if tensor.is_leaf else tensor._base
+        lasts = base is not None and base.is_leaf and base.requires_grad and not self._is_released(base)
         if lasts or (self._recorder is not None and self._recorder.is_lasting(tensor)):
             self._tokens.append(None)
             self._marks.append(None)
@@ -251,10 +252,15 @@ class Frame(Scope):
         self._tokens.append(weakref.ref(token))
         self._marks.append(None)
         if self._certify:
-            self._mark_earlier()
-            if not (self._given and any(key_of(s) in self._given for s in storages_of(tensor))):
+            if self._unmarked:
+                self._mark_earlier()
+            if not (self._given and self._is_given(tensor)):
                 self._unmarked.append((index, tensor, sequence()))
         return token
+
+    def _is_given(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the memory of an argument."""
+        return not self._given.isdisjoint(place_of(tensor))
 
     def _mark_earlier(self, end: bool = False) -> None:
         """Take the fingerprints of what was saved before the running operation.
@@ -452,7 +458,7 @@ def run_frame(
     region = Region(function, seed, contexts)
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
-    return frame.run((args, kwargs), devices_of((args, kwargs)))
+    return frame.run((args, kwargs))
 
 
 def _empty(arguments: Arguments) -> None:

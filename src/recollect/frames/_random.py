@@ -16,6 +16,8 @@ __all__ = ["RandomState", "Randomness"]
 
 States = list[tuple[torch.device, Tensor]]
 
+_CPU = torch.device("cpu")
+
 
 def _read(device: torch.device) -> Tensor:
     with outside_modes():
@@ -24,7 +26,7 @@ def _read(device: torch.device) -> Tensor:
 
 def _state_of(device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return torch.get_rng_state()
+        return torch.default_generator.get_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
@@ -38,7 +40,7 @@ def _write(device: torch.device, state: Tensor) -> None:
 
 
 def _with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
-    return [torch.device("cpu"), *(d for d in devices if d.type not in ("cpu", "meta"))]
+    return [_CPU, *(d for d in devices if d.type not in ("cpu", "meta"))]
 
 
 class RandomState:
@@ -51,7 +53,8 @@ class RandomState:
     __slots__ = ("states",)
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self.states: States = [(device, _read(device)) for device in _with_generators(devices)]
+        with outside_modes():
+            self.states: States = [(device, _state_of(device)) for device in _with_generators(devices)]
 
     def replayed(self) -> AbstractContextManager[None]:
         """Draw in the body what was drawn after this moment; the generators go on as if nothing had happened."""
@@ -60,7 +63,8 @@ class RandomState:
 
 @contextmanager
 def _replay(states: States) -> Iterator[None]:
-    now = [(device, _read(device)) for device, _ in states]
+    with outside_modes():
+        now = [(device, _state_of(device)) for device, _ in states]
     try:
         for device, state in states:
             _write(device, state)
@@ -215,7 +219,7 @@ class Randomness:
         elif self._before is not None:
             # Generators that nobody drew from are forgotten: a region without randomness then costs nothing.
             with outside_modes():
-                self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _read(d))]
+                self.states = [(d, s) for d, s in self._before.states if not torch.equal(s, _state_of(d))]
             self._before = None
             _threads.leave(alone=True)
 

@@ -24,18 +24,23 @@ from recollect._storages import storages_of, storages_within
 from recollect._torch import (
     STANDARD_ATTRIBUTES,
     TorchDispatchMode,
+    compiled_blocks_exist,
     is_faked,
     preserving_versions,
+    unwatch_leaving,
     unwatch_modules,
+    watch_leaving,
     watch_modules,
     write_undeclared,
 )
 from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
 from recollect.frames._modes import aside, local
-from recollect.frames._state import PythonState, reached_by
+from recollect.frames._state import PythonState, reached_by, same_items
 
-__all__ = ["MODULE_HOOKS", "Record", "Recorder", "Watch", "attributes_of", "check_unread", "version_of"]
+__all__ = [
+    "Record", "Recorder", "Watch", "attributes_of", "check_unread", "entering", "leaving", "place_of", "version_of",
+]  # fmt: skip
 
 
 def version_of(tensor: Tensor) -> int:
@@ -131,11 +136,11 @@ class _Copy:
     def brings_back(self, tensor: Tensor) -> bool:
         """Whether this has what a tensor held."""
         storage = self._storage() if self._storage is not None else None
-        return self.then is not None and storage is not None and key_of(storage) in _place_of(tensor)
+        return self.then is not None and storage is not None and key_of(storage) in place_of(tensor)
 
     def lead_to(self, target: Tensor) -> None:
         """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
-        if self._tensor is not None and _place_of(self._tensor) != _place_of(target):
+        if self._tensor is not None and place_of(self._tensor) != place_of(target):
             self._tensor.data = target
 
     def tensor(self) -> Tensor | None:
@@ -220,7 +225,11 @@ _FEW = 64
 _LARGE = 1 << 20
 
 
-def _place_of(tensor: Tensor) -> tuple[int, ...]:
+def place_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the keys of a tensor's storages."""
+    kind = type(tensor)
+    if (kind is Tensor or kind is nn.Parameter) and tensor.layout is torch.strided:
+        return (tensor.untyped_storage()._cdata,)
     return () if is_lazy(tensor) else tuple(key_of(storage) for storage in storages_of(tensor))
 
 
@@ -237,7 +246,7 @@ class _Buffer:
         self.known = known
         self.version = version_of(tensor)
         self.was_lazy = is_lazy(tensor)
-        self.place = None if self.was_lazy else _place_of(tensor)
+        self.place = None if self.was_lazy else place_of(tensor)
         self.then: Tensor | None = None
         self.mark: Any = None
         if self.was_lazy:
@@ -259,7 +268,7 @@ class _Buffer:
         """Whether the region has written to it."""
         if self.name in self.known.written or self.was_lazy:
             return True
-        if version_of(self.tensor) != self.version or _place_of(self.tensor) != self.place:
+        if version_of(self.tensor) != self.version or place_of(self.tensor) != self.place:
             return True
         if self.mark is None:
             return False
@@ -282,8 +291,8 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_named", "_parameters", "_ran",
-        "_registries", "_state", "_storages", "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
+        "_parts", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -293,6 +302,7 @@ class Recorder:
         # rebuild what they do, and the parameters that are there are used.
         self._hooked: set[int] = set()
         self._brought: set[int] = set()
+        self._parts: tuple[int, list[int]] | None = None  # of the function, if it is a module
         self._state = PythonState()
         self._buffers: list[_Buffer] = []
         self._storages: set[int] = set()  # of buffers
@@ -302,6 +312,7 @@ class Recorder:
         self._watches: list[Watch] = []
         self._known: list[tuple[_Known, bool]] = []  # entered while the mode was open, and in which training mode
         self._lazy: list[nn.Module] = []
+        self._runs = self._leaves = False  # whether it observes, and also when modules have run
         code = _code_of(function)
         self._keys = None if code is None else _functions_known.setdefault(code, _Known())
         self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
@@ -313,6 +324,8 @@ class Recorder:
             elif isinstance(found, nn.Module):
                 # A part of it may be used without being called as a module; of a large one that would be too many.
                 parts = list(itertools.islice(found.modules(), _FEW + 1))
+                if found is function and len(parts) <= _FEW:  # nothing runs before it that could give it others
+                    self._parts = (id(found), [id(part) for part in parts])
                 for part in parts if len(parts) <= _FEW else [found]:
                     self._enter(part)
 
@@ -320,11 +333,24 @@ class Recorder:
         if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
             self._open_watch(self)
         local.recorders.append(self)
-        watch_modules(*MODULE_HOOKS)
+        watch_modules(entering)
+        self._runs = True
+        if self._hooked or self._watching or compiled_blocks_exist():  # the latter depend on which hooks there are
+            self._watch_leaving()
         return self
+
+    def _watch_leaving(self) -> None:
+        """Call :meth:`leave` from now on, which costs something at each module."""
+        if self._runs and not self._leaves:
+            self._leaves = True
+            watch_leaving(leaving)
 
     def __exit__(self, *exc_info: object) -> None:
         unwatch_modules()
+        self._runs = False
+        if self._leaves:
+            self._leaves = False
+            unwatch_leaving()
         local.recorders.remove(self)
         while self._watching:
             self._close_watch()
@@ -336,9 +362,13 @@ class Recorder:
         known = _known_module(module)
         if not self._watching and (known.watched or module.training not in known.seen):
             self._open_watch(module)
+            self._watch_leaving()
         if self._watching:
             self._known.append((known, module.training))
         if id(module) not in self._ran:
+            if self._parts is not None and self._parts[0] == id(module):
+                self._ran.update(self._parts[1])
+                return
             for part in module.modules():
                 self._ran.add(id(part))
                 self._enter(part)
@@ -348,7 +378,7 @@ class Recorder:
         if id(module) in self._hooked:
             for parameter in vars(module)["_parameters"].values():
                 if parameter is not None and not is_lazy(parameter):
-                    self._brought.update(map(key_of, storages_of(parameter)))
+                    self._brought.update(place_of(parameter))
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
@@ -359,17 +389,20 @@ class Recorder:
         names = vars(module)
         if names.get("_forward_pre_hooks"):
             self._hooked.update(map(id, module.modules()))
+        if id(module) in self._hooked:
+            self._watch_leaving()
         parameters, buffers = names.get("_parameters"), names.get("_buffers")
         if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
             self._note_buffers(module, None, module.named_buffers(recurse=False))
             return
-        if any(parameter is not None and is_lazy(parameter) for parameter in parameters.values()):
+        if parameters and any(map(is_lazy, parameters.values())):
             self._lazy.append(module)  # it becomes what it will be in its first call
         else:
             self._state.add_namespace(names, STANDARD_ATTRIBUTES)
-            for name, parameter in parameters.items():
-                if parameter is not None and id(module) not in self._hooked:
-                    self._parameters.append((parameters, name, parameter))
+            if id(module) not in self._hooked:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        self._parameters.append((parameters, name, parameter))
             self._registries.append((buffers, dict(buffers)))
             if names["_modules"]:
                 self._registries.append((names["_modules"], dict(names["_modules"])))
@@ -382,7 +415,7 @@ class Recorder:
             if buffer is not None:
                 self._buffers.append(_Buffer(module, registry, name, buffer, known))
                 if not is_lazy(buffer):
-                    self._storages.update(map(key_of, storages_of(buffer)))
+                    self._storages.update(place_of(buffer))
 
     # Watching.
 
@@ -404,9 +437,11 @@ class Recorder:
         """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
         if not self._storages and not self._lazy:
             return False
-        keys = _place_of(tensor)
-        return any(key in self._storages for key in keys) or any(
-            keys == _place_of(buffer)
+        keys = place_of(tensor)
+        if not self._storages.isdisjoint(keys):
+            return True
+        return bool(self._lazy) and any(
+            keys == place_of(buffer)
             for module in self._lazy
             for buffer in module.buffers(recurse=False)
             if not is_lazy(buffer)
@@ -425,14 +460,11 @@ class Recorder:
         writes: list[_Copy] = []
         constant: list[_Buffer] = []
         covered: set[int] = set()
-        copied = {
-            key: copy
-            for watch in reversed(self._watches)
-            for key, copy in watch.written.items()
-            if key not in self._brought
-        }
+        copied: dict[int, _Copy] = {}
+        for watch in reversed(self._watches):
+            copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
         for buffer in self._buffers:
-            keys = set(_place_of(buffer.tensor)) | set(buffer.place or ())
+            keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys
             if not buffer.is_written() and not any(key in copied for key in keys):
                 constant.append(buffer)
@@ -458,19 +490,16 @@ class Recorder:
         return Record(self._state, self._parameters, self._registries, constant, writes)
 
 
-def _entering(module: nn.Module, args: Any) -> None:
+def entering(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         for recorder in local.recorders:
             recorder.enter(module)
 
 
-def _leaving(module: nn.Module, args: Any, output: Any) -> None:
+def leaving(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         for recorder in reversed(local.recorders):
             recorder.leave(module)
-
-
-MODULE_HOOKS = (_entering, _leaving)
 
 
 class Record:
@@ -499,13 +528,15 @@ class Record:
         self._registries = registries
         self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
         self._writes = writes
-        self._versions = [version_of(parameter) for _, _, parameter in parameters]
+        self._versions = _versions_of(parameters)
 
     def changed(self) -> list[tuple[str, Tensor, int]]:
         """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
 
         That matters only if the region reads them, and does not get back what they held.
         """
+        if self._versions == _versions_of(self._parameters) and not self._constant:
+            return []
         changed = [
             (f"parameter {name!r}", parameter, version)
             for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
@@ -526,46 +557,62 @@ class Record:
             other: the body is another function, the region's inverse: parameters that the first run has set
                 (initialised by the data) are as it has left them.
         """
-        registries = [(registry, dict(registry)) for registry, _ in self._registries]
+        registries = [
+            (registry, then if not (registry or then) or same_items(registry, then) else dict(registry))
+            for registry, then in self._registries
+        ]
         parameters: list[Registered] = []
         contents: list[tuple[_Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
-        with self._state.put_back():
-            try:
-                kept = [parameter for _, _, parameter in self._parameters] if other else []
-                for copy in self._writes:
-                    if any(copy.brings_back(parameter) for parameter in kept):
-                        continue
-                    target = copy.target()
-                    if target is None:
-                        continue
-                    contents.append((copy, target, target.clone()))
-                    tensor = copy.tensor()
-                    if tensor is not None and not tensor.is_inference():
-                        counted.append(tensor)
-                    if copy.then is not None:
-                        target.copy_(copy.then)
-                for registry, then in self._registries:
+        kept = [parameter for _, _, parameter in self._parameters] if other and self._writes else []
+        state = self._state.now()
+        try:
+            self._state.write_then(state)
+            for copy in self._writes:
+                if any(copy.brings_back(parameter) for parameter in kept):
+                    continue
+                target = copy.target()
+                if target is None:
+                    continue
+                contents.append((copy, target, target.clone()))
+                tensor = copy.tensor()
+                if tensor is not None and not tensor.is_inference():
+                    counted.append(tensor)
+                if copy.then is not None:
+                    target.copy_(copy.then)
+            for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
+                if now is not then:
                     _register(registry, then)
-                for registry, name, parameter in self._parameters:
-                    now = registry.get(name)
-                    if now is not parameter and _can_replace(now, parameter):
-                        parameters.append((registry, name, now))  # type: ignore[arg-type]
-                        registry[name] = parameter
-                with preserving_versions(counted):
-                    yield
-            finally:
-                for registry, name, tensor in reversed(parameters):
-                    registry[name] = tensor
-                for registry, now in registries:
+            for registry, name, parameter in self._parameters:
+                now = registry.get(name)
+                if now is not parameter and _can_replace(now, parameter):
+                    parameters.append((registry, name, now))  # type: ignore[arg-type]
+                    registry[name] = parameter
+            with preserving_versions(counted):
+                yield
+        finally:
+            for registry, name, tensor in reversed(parameters):
+                registry[name] = tensor
+            for registry, now in registries:
+                if registry or now:
                     _register(registry, now)
-                for copy, target, value in reversed(contents):
-                    target.copy_(value)
-                    copy.lead_to(target)
-                self._versions = [version_of(parameter) for _, _, parameter in self._parameters]
+            for copy, target, value in reversed(contents):
+                target.copy_(value)
+                copy.lead_to(target)
+            self._versions = _versions_of(self._parameters)
+            self._state.write(state)
+
+
+def _versions_of(registered: list[Registered]) -> list[int]:
+    try:
+        return [parameter._version for _, _, parameter in registered]
+    except RuntimeError:
+        return [version_of(parameter) for _, _, parameter in registered]
 
 
 def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:
+    if same_items(registry, values):
+        return
     for name, value in values.items():
         if name not in registry or registry[name] is not value:
             registry[name] = value

@@ -11,18 +11,23 @@ import torch
 from recollect._torch import (
     ScaledProductBackends,
     cached_parametrizations,
+    compiled_blocks_exist,
+    default_device,
+    is_batched,
     is_faked,
     outside_transforms,
     parametrizations_as,
     selective_storage,
+    unwatch_leaving,
     unwatch_modules,
+    watch_leaving,
     watch_modules,
 )
 from recollect.frames._certificate import tolerance_of
 from recollect.frames._errors import RebuildError, describe
-from recollect.frames._modes import Scope, backward_mode, local
+from recollect.frames._modes import Scope, local
 from recollect.frames._random import Randomness
-from recollect.frames._record import MODULE_HOOKS, Record, Recorder, Watch, check_unread
+from recollect.frames._record import Record, Recorder, Watch, check_unread, entering, leaving
 from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]
@@ -89,7 +94,7 @@ class Region:
         outer, local.scope = local.scope, scope
         local.first_call += 1
         try:
-            with random or nullcontext(), self._contexts[0] if self._contexts else nullcontext(), recorder, hooks:
+            with random or _NULL, self._contexts[0] if self._contexts else _NULL, recorder, hooks:
                 output = self.function(*args, **kwargs)
         finally:
             local.first_call -= 1
@@ -125,30 +130,42 @@ class Region:
         changed = record.changed()
         watch = Watch(copies=False) if changed else None
         outer, local.scope = local.scope, scope
+        backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
         try:
-            with ExitStack() as stack:
-                stack.enter_context(backward_mode())
-                stack.enter_context(outside_transforms())
+            with (
+                outside_transforms() if is_batched() else _NULL,
                 # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
-                watch_modules(*MODULE_HOOKS)
-                stack.callback(unwatch_modules)
-                self._conditions.enter(stack)
-                if self._random is not None:
-                    stack.enter_context(self._random.replayed())
-                if self._contexts is not None and function is None:
-                    stack.enter_context(_repeatable(self._contexts[1]))
-                stack.enter_context(record.put_back(other=function is not None))
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(hooks)
-                if watch is not None:
-                    stack.enter_context(watch)
+                _seen_modules() if compiled_blocks_exist() else _NULL,
+                _NULL if self._conditions.hold() else self._conditions.again(),
+                _NULL if self._random is None else self._random.replayed(),
+                _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
+                record.put_back(other=function is not None),
+                torch.enable_grad(),
+                hooks,
+                _NULL if watch is None else watch,
+            ):
                 return (function or self.function)(*args, **kwargs)
         finally:
             local.scope = outer
+            local.backward = backward
             local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
+
+
+_NULL: AbstractContextManager[Any] = nullcontext()
+
+
+@contextmanager
+def _seen_modules() -> Iterator[None]:
+    watch_modules(entering)
+    watch_leaving(leaving)
+    try:
+        yield
+    finally:
+        unwatch_leaving()
+        unwatch_modules()
 
 
 @contextmanager
@@ -175,17 +192,34 @@ class _Conditions:
     __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
 
     def __init__(self, devices: set[torch.device]) -> None:
-        types = {"cpu", *(d.type for d in devices if torch.amp.is_autocast_available(d.type))}
+        types = {"cpu", *(d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type))}
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(types)
         ]
         self._dtype = torch.get_default_dtype()
-        self._device = torch.get_default_device()
+        self._device = default_device()
         self._attention = ScaledProductBackends()
         self._parametrizations = cached_parametrizations()
 
-    def enter(self, stack: ExitStack) -> None:
+    def hold(self) -> bool:
+        """Whether nothing of this differs from what is now, without autocast and cached parametrizations."""
+        return (
+            self._device is default_device() is None
+            and self._dtype is torch.get_default_dtype()
+            and not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast)
+            and self._parametrizations is None
+            and cached_parametrizations() is None
+            and self._attention == ScaledProductBackends()
+        )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
         """Enter the contexts again, as far as they differ from the present ones."""
+        with ExitStack() as stack:
+            self._enter(stack)
+            yield
+
+    def _enter(self, stack: ExitStack) -> None:
         for kind, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(kind):
                 # Without the cache: casts of a rebuild must not be handed to a later forward, nor the reverse.
@@ -194,8 +228,8 @@ class _Conditions:
         if dtype is not self._dtype:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(self._dtype)
-        if torch.get_default_device() != self._device:
-            stack.enter_context(self._device)
+        if default_device() != self._device:
+            stack.enter_context(self._device or torch.device("cpu"))
         now = ScaledProductBackends()
         if now != self._attention:
             stack.callback(now.set)

@@ -13,7 +13,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from recollect._util._tree import ATOMS
 
-__all__ = ["PythonState", "reached_by"]
+__all__ = ["PythonState", "reached_by", "same_items"]
 
 # A container with more entries holds data, not settings.
 _MANY = 1024
@@ -128,14 +128,13 @@ class PythonState:
 
     def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = _DEPTH) -> None:
         """Note the attributes of an object."""
-        then = {}
+        whole: dict[str, Any] | None = names.copy()
         for name, value in names.items():
-            if name not in skip:
-                if type(value) not in ATOMS:
-                    self._add(value, depth)
-                    value = _past(value)
-                then[name] = value
-        self._things.append(_Namespace(names, then, skip))
+            if type(value) not in ATOMS and name not in skip:
+                self._add(value, depth)
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    whole = None
+        self._things.append(_Namespace(names, whole, skip))
 
     def _add(self, value: Any, depth: int) -> None:
         """Note what a value holds, if it can change."""
@@ -171,17 +170,20 @@ class PythonState:
                 if type(item) not in ATOMS:
                     self._add(item, depth - 1)
 
-    @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Hold for the body what was held then; afterwards what is held now."""
-        now = [thing.read() for thing in self._things]
-        try:
-            for thing in self._things:
+    def now(self) -> list[Any]:
+        """Return what is held now, for :meth:`write`."""
+        return [thing.read() for thing in self._things]
+
+    def write_then(self, now: list[Any]) -> None:
+        """Hold what was held then, where that is something else than ``now``."""
+        for thing, value in zip(self._things, now, strict=True):
+            if value is not thing.then:
                 thing.write(thing.then)
-            yield
-        finally:
-            for thing, value in zip(reversed(self._things), reversed(now), strict=True):
-                thing.write(value)
+
+    def write(self, values: list[Any]) -> None:
+        """Hold these again."""
+        for thing, value in zip(reversed(self._things), reversed(values), strict=True):
+            thing.write(value)
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
@@ -190,21 +192,42 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("__"))
 
 
+def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    """Whether two mappings hold the same objects in the same order."""
+    return len(a) == len(b) and (not a or (all(map(is_, a.values(), b.values())) and list(a) == list(b)))
+
+
 class _Namespace:
-    """Names and their values."""
+    """Names and their values.
 
-    __slots__ = ("_names", "_skip", "then")
+    Args:
+        names: and their values.
+        whole: a copy of all of them; ``None`` if some have a history, which is not to be kept.
+        skip: names that do not count.
+    """
 
-    def __init__(self, names: dict[str, Any], then: dict[str, Any], skip: frozenset[str]) -> None:
+    __slots__ = ("_names", "_skip", "_whole", "then")
+
+    def __init__(self, names: dict[str, Any], whole: dict[str, Any] | None, skip: frozenset[str]) -> None:
         self._names = names
         self._skip = skip
-        self.then = then
+        self._whole = whole
+        self.then = whole if whole is not None else {name: _past(value) for name, value in self._counting().items()}
+
+    def _counting(self) -> dict[str, Any]:
+        return {name: value for name, value in self._names.items() if name not in self._skip}
 
     def read(self) -> dict[str, Any]:
-        return {name: value for name, value in self._names.items() if name not in self._skip}
+        if self._whole is not None and same_items(self._names, self._whole):
+            return self._whole
+        return self._counting()
 
     def write(self, values: dict[str, Any]) -> None:
         names = self._names
+        if values is self._whole:
+            if same_items(names, values):
+                return
+            values = {name: value for name, value in values.items() if name not in self._skip}
         for name, value in values.items():
             value = _present(value)
             if names.get(name, _MISSING) is not value:

@@ -33,7 +33,7 @@ from recollect.frames._certificate import (
 from recollect.frames._chain import Parts, Slot, Stage, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError
-from recollect.frames._frame import Frame, certificate_of_process, devices_of
+from recollect.frames._frame import Frame, certificate_of_process
 from recollect.frames._modes import frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
@@ -329,7 +329,7 @@ class _CouplingStage(Stage):
         taken: list[Tensor] = []
         transformed.seen = taken.append
         try:
-            output = frame.run(arguments, devices_of(arguments))
+            output = frame.run(arguments)
         finally:
             transformed.seen = None
         block.returned = self._fingerprint(taken.pop())

@@ -88,10 +88,14 @@ class KeptArguments:
         skip: positions of positional arguments that another source will bring; ``None`` stands for them.
     """
 
-    __slots__ = ("_tree",)
+    __slots__ = ("_alone", "_tree")
 
     def __init__(self, arguments: Arguments, skip: frozenset[int] = frozenset()) -> None:
         args, kwargs = arguments
+        self._alone = None
+        if len(args) == 1 and not kwargs and not skip and isinstance(args[0], Tensor):  # most calls
+            self._alone = KeptTensor(args[0])
+            return
         if skip:
             args = tuple(None if i in skip else arg for i, arg in enumerate(args))
         self._tree = Tree((args, kwargs))
@@ -99,6 +103,8 @@ class KeptArguments:
 
     def get(self, function: Callable[..., Any] | None = None) -> Arguments:
         """Return the arguments again; see :meth:`KeptTensor.get`."""
+        if self._alone is not None:
+            return (self._alone.get(function, "input"),), {}
         arguments: Arguments = self._tree.build([kept.get(function, "input") for kept in self._tree.tensors])
         return arguments
 
