@@ -28,6 +28,7 @@ Certify = bool | Literal["exact"]
 
 # Positions are weighted with this period: a prime, so that whole rows or samples never fall on one another.
 _PERIOD = 1021
+_OTHER_PERIOD = 1019  # where the first divides the size
 _PROJECTIONS = 4
 
 # Relative error (of the norm) that a repetition may have: what kernels that sum in another order every time may do.
@@ -121,6 +122,8 @@ def fingerprint(
     bits: int | Tensor = 0
     if exact or not flat.is_floating_point():
         bits = _bits_of(flat)
+    for indices in _indices_of(tensor):
+        bits = bits * 31 + _bits_of(indices.reshape(-1))
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
         projections = _project(flat, sample)
@@ -217,6 +220,17 @@ def values_of(tensor: Tensor, order: Order = None) -> Values:
     return tensor.reshape(-1), order
 
 
+def _indices_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return where the values of a sparse tensor stand."""
+    if tensor.layout is torch.sparse_coo:
+        return (tensor._indices(),)
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices()
+    return ()
+
+
 def _values_of_sparse(tensor: Tensor) -> Values:
     if tensor.layout is torch.sparse_coo:
         return values_of(tensor._values())
@@ -254,10 +268,11 @@ def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
             return projections.tolist() if device.type == "cpu" else projections
         norm = torch.linalg.vector_norm(columns)
     else:
-        rows = size // _PERIOD
-        columns = flat[: rows * _PERIOD].view(rows, _PERIOD).sum(0, dtype=wide)
-        if rows * _PERIOD < size:
-            columns[: size - rows * _PERIOD] += flat[rows * _PERIOD :]
+        period = _PERIOD if size % _PERIOD else _OTHER_PERIOD
+        rows = size // period
+        columns = flat[: rows * period].view(rows, period).sum(0, dtype=wide)
+        if rows * period < size:
+            columns[: size - rows * period] += flat[rows * period :]
         norm = torch.linalg.vector_norm(flat, dtype=wide)
     projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
     if device.type != "cpu":
@@ -308,10 +323,11 @@ def _bits_of(flat: Tensor) -> int | Tensor:
     if size <= _PERIOD:
         total = (flat * weights[:size]).sum()
     else:
-        rows = size // _PERIOD
-        columns = flat[: rows * _PERIOD].view(rows, _PERIOD).sum(0, dtype=torch.int64)
-        columns[: size - rows * _PERIOD] += flat[rows * _PERIOD :]
-        total = (columns * weights).sum()
+        period = _PERIOD if size % _PERIOD else _OTHER_PERIOD
+        rows = size // period
+        columns = flat[: rows * period].view(rows, period).sum(0, dtype=torch.int64)
+        columns[: size - rows * period] += flat[rows * period :]
+        total = (columns * weights[:period]).sum()
     return int(total) if device.type == "cpu" else total
 
 

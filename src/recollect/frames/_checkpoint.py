@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from recollect.frames._certificate import Certify, check_certify
-from recollect.frames._drift import DriftGauge
 from recollect.frames._frame import run_frame
 from recollect.frames._modes import frames_apply
 from recollect.frames.sources._inverse import Inverse
@@ -109,7 +108,7 @@ def checkpoint(
     if not enabled or not frames_apply():
         return function(*args, **kwargs)
     if inverse is not None:
-        source = Inverse(inverse, keep, gauge=DriftGauge(function), certify=certify)
+        source = Inverse(inverse, keep)
     return run_frame(
         function,
         args,

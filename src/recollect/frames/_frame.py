@@ -310,7 +310,22 @@ class Frame(Scope):
 
     def _rebuild(self) -> dict[int, Tensor]:
         with enabled_overrides():
-            return self._run_again()
+            try:
+                return self._run_again()
+            except RebuildError as error:
+                suspects = self._suspects()
+                if not suspects:
+                    raise
+                raise RebuildError(f"{error}. Found: {', '.join(suspects)}") from error
+
+    def _suspects(self) -> list[str]:
+        """Find out what differs, after a rebuild that did."""
+        if self._live is not None or not isinstance(self._held, KeptCall):
+            return []
+        try:
+            return self._region.suspects(self._held.inputs(), self)
+        except FrameError:
+            return []
 
     def _run_again(self) -> dict[int, Tensor]:
         running = self._live
@@ -355,7 +370,8 @@ class Frame(Scope):
 
         output, is_whole = None, False
         try:
-            output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt))
+            changed = [] if running is not None else self._held.changed()
+            output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt), changed=changed)
             is_whole = True
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
@@ -366,13 +382,13 @@ class Frame(Scope):
         finally:
             for kept in graph:
                 kept.tensor = None
-        compare()
         for index, bare in collected.items():
             if version_of(bare) != versions[index] or index in self._spoiled:
                 raise InPlaceError(
                     f"{self._region.name}: it changes in place a tensor of shape {list(bare.shape)} that backward "
                     "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
                 )
+        compare()
         if is_whole and running is None:
             if count != len(self._metas):
                 raise self._differs(f"it saved {count} tensors, and {len(self._metas)} in the forward pass")
@@ -455,7 +471,7 @@ def run_frame(
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
 ) -> Any:
     """Run ``function(*args, **kwargs)`` in a frame whose inputs come from ``source``."""
-    region = Region(function, seed, contexts)
+    region = Region(function, seed, contexts, certify, certificate)
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
     return frame.run((args, kwargs))

@@ -280,6 +280,8 @@ class _Buffer:
 
 
 Registered = tuple[dict[str, Any], str, Tensor]
+Changed = tuple[str, Tensor, int]
+"""What was changed in place (kind and name), the tensor, and the version that it had."""
 
 
 class Recorder:
@@ -513,7 +515,7 @@ class Record:
         writes: what it wrote to.
     """
 
-    __slots__ = ("_constant", "_parameters", "_registries", "_state", "_versions", "_writes")
+    __slots__ = ("_constant", "_marks", "_parameters", "_registries", "_state", "_versions", "_writes")
 
     def __init__(
         self,
@@ -527,10 +529,15 @@ class Record:
         self._parameters = parameters
         self._registries = registries
         self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
+        self._marks = [(b.name, b.tensor, b.mark) for b in constant if b.mark is not None]
         self._writes = writes
         self._versions = _versions_of(parameters)
 
-    def changed(self) -> list[tuple[str, Tensor, int]]:
+    def suspects(self) -> list[str]:
+        """Return the buffers that hold other values than in the first run, although no version says so."""
+        return [f"buffer {name!r} holds other values" for name, tensor, mark in self._marks if bits_of(tensor) != mark]
+
+    def changed(self) -> list[Changed]:
         """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
 
         That matters only if the region reads them, and does not get back what they held.
@@ -634,12 +641,15 @@ def _can_replace(now: Any, then: Tensor) -> bool:
     return then.numel() == 0 or any(storage.nbytes() > 0 for storage in storages_of(then))
 
 
-def check_unread(name: str, changed: list[tuple[str, Tensor, int]], watch: Watch) -> None:
+def check_unread(name: str, changed: Iterable[Changed], watch: Watch) -> None:
     """Raise an :class:`InPlaceError` if the region that ``watch`` has seen reads what was changed in between."""
     for what, tensor, version in changed:
         if any(key_of(storage) in watch.read for storage in storages_of(tensor)):
+            remedy = "change a copy instead (x = x + 1, not x += 1)"
+            if not what.startswith("its"):
+                remedy = "by an optimizer step, a hook or an update of averages; call backward before that"
             raise InPlaceError(
                 f"{name}: {what} of shape {list(tensor.shape)}, which it reads, was changed in place between the "
-                f"forward pass (version {version}) and backward (version {version_of(tensor)}), by an optimizer step, "
-                "a hook or an update of averages; call backward before that, or run the forward pass again"
+                f"forward pass (version {version}) and backward (version {version_of(tensor)}); {remedy}, or run the "
+                "forward pass again"
             )

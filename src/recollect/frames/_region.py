@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -23,11 +25,11 @@ from recollect._torch import (
     watch_leaving,
     watch_modules,
 )
-from recollect.frames._certificate import tolerance_of
+from recollect.frames._certificate import Certificate, Certify, tolerance_of
 from recollect.frames._errors import RebuildError, describe
-from recollect.frames._modes import Scope, local
+from recollect.frames._modes import Scope, local, save_nothing
 from recollect.frames._random import Randomness
-from recollect.frames._record import Record, Recorder, Watch, check_unread, entering, leaving
+from recollect.frames._record import Changed, Record, Recorder, Watch, check_unread, entering, leaving
 from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]
@@ -40,16 +42,24 @@ class Region:
         function: what is run.
         seed: whether random state is captured and replayed.
         contexts: of the forward and of the rebuild, entered in addition (selective checkpoints).
+        certify: what is accepted of a rebuild.
+        certificate: where it is counted.
     """
 
-    __slots__ = ("_conditions", "_contexts", "_random", "_record", "_recorder", "function", "seed")
+    __slots__ = (
+        "_conditions", "_contexts", "_random", "_record", "_recorder", "certificate", "certify", "function", "seed",
+    )  # fmt: skip
 
     def __init__(
         self,
         function: Callable[..., Any],
         seed: bool,
         contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
+        certify: Certify = True,
+        certificate: Certificate | None = None,
     ) -> None:
+        self.certify = certify
+        self.certificate = certificate
         self.function = function
         self.seed = seed
         self._contexts = contexts
@@ -90,17 +100,17 @@ class Region:
         recorder = self._recorder = Recorder(self.function, (*args, *kwargs.values()))
         if take is not None:
             take(recorder)
-        random = self._random = Randomness(devices) if self.seed and not is_faked() else None
+        draws = self._random = Randomness(devices) if self.seed and not is_faked() else None
         outer, local.scope = local.scope, scope
         local.first_call += 1
         try:
-            with random or _NULL, self._contexts[0] if self._contexts else _NULL, recorder, hooks:
+            with draws or _NULL, self._contexts[0] if self._contexts else _NULL, recorder, hooks:
                 output = self.function(*args, **kwargs)
         finally:
             local.first_call -= 1
             local.scope = outer
             self._recorder = None
-        self._random = random if random is not None and random.states else None
+        self._random = draws if draws is not None and draws.states else None
         self._record = recorder.settle()
         return output
 
@@ -110,6 +120,7 @@ class Region:
         scope: Scope,
         hooks: AbstractContextManager[Any],
         function: Callable[..., Any] | None = None,
+        changed: Sequence[Changed] = (),
     ) -> Any:
         """Run the region once more, as it ran the first time; see :meth:`first`.
 
@@ -118,16 +129,17 @@ class Region:
             scope: as in :meth:`first`.
             hooks: as in :meth:`first`.
             function: run this under the region's conditions instead (its inverse).
+            changed: arguments that were changed in place since.
 
         Raises:
-            InPlaceError: it reads a parameter or buffer that was changed in place since.
+            InPlaceError: it reads a parameter, buffer or argument that was changed in place since.
         """
         # A gradient may be taken inside the region itself, while it runs for the first time.
         record = self._record if self._recorder is None else self._recorder.so_far()
         if self._conditions is None or record is None:
             raise RebuildError(f"{self.name}: asked to run again before it has run")
         args, kwargs = arguments
-        changed = record.changed()
+        changed = [*changed, *record.changed()]
         watch = Watch(copies=False) if changed else None
         outer, local.scope = local.scope, scope
         backward, local.backward = local.backward, 1
@@ -152,6 +164,28 @@ class Region:
             local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
+
+    def suspects(self, arguments: Arguments, scope: Scope) -> list[str]:
+        """Return what a repetition that computes something else may be due to; runs the region once more."""
+        found = self._record.suspects() if self._record is not None else []
+        before = _states_of_others()
+        try:
+            self.again(arguments, scope, save_nothing())
+        except Exception:  # what is wrong with it, another error has said already
+            return found
+        for name, state in _states_of_others().items():
+            if state != before.get(name):
+                found.append(f"it draws random numbers from {name}")
+        return found
+
+
+def _states_of_others() -> dict[str, Any]:
+    """Return the states of random generators that are not torch's."""
+    states: dict[str, Any] = {"Python's random": random.getstate()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states["numpy.random"] = str(numpy.random.get_state())
+    return states
 
 
 _NULL: AbstractContextManager[Any] = nullcontext()

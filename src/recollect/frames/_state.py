@@ -97,7 +97,7 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
 
 
 def _variables_of(function: types.FunctionType) -> Iterator[Any]:
-    """Yield the values of a function's variables from outside: defaults, closure, and modules among its globals."""
+    """Yield the values of a function's variables from outside: defaults, closure, modules and generators among its globals."""
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
@@ -107,7 +107,7 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
             continue
     names = function.__globals__
     for name in function.__code__.co_names:
-        if isinstance(names.get(name), nn.Module):
+        if isinstance(names.get(name), (nn.Module, torch.Generator)):
             yield names[name]
 
 

@@ -438,7 +438,7 @@ class _CouplingStage(Stage):
         given = difference(block.given, z, exact=exact)
         name = block.region.name
         if is_gross(block.gross, given, tolerance):
-            check_block(name, given, block.gross, 0.0, None, self._certify, self._certificate)
+            check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate)
 
         def amplification() -> float | None:
             args, kwargs = block.arguments.get(block.region.function)

@@ -16,7 +16,6 @@ from recollect.frames._certificate import (
     Certify,
     Fingerprint,
     check_block,
-    check_certify,
     difference,
     fingerprint,
     is_finite,
@@ -54,8 +53,6 @@ class Inverse(Source):
         takes: ``function`` gets ``outputs[:takes]``, and the others are not kept for it.
         gauge: where a chain's drift is recorded.
         anchor_every: keep the chain's every s-th activation.
-        certify: what is accepted of a rebuild.
-        certificate: where it is counted.
 
     Raises:
         TypeError: ``function`` cannot be called.
@@ -70,8 +67,6 @@ class Inverse(Source):
         takes: int | None = None,
         gauge: DriftGauge | None = None,
         anchor_every: int | None = None,
-        certify: Certify = True,
-        certificate: Certificate | None = None,
     ) -> None:
         if not callable(function):
             raise TypeError(f"inverse must be a function of the outputs (got {function!r})")
@@ -81,8 +76,6 @@ class Inverse(Source):
         self.takes = takes
         self.gauge = gauge
         self.anchor_every = anchor_every
-        self.certify = check_certify(certify)
-        self.certificate = certificate if certificate is not None else certificate_of_process
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
         """See :class:`Source`."""
@@ -127,10 +120,8 @@ def run_invertible(
         keep,
         inverted=inverted,
         takes=takes,
-        gauge=gauge if gauge is not None else DriftGauge(function),
+        gauge=gauge,
         anchor_every=anchor_every,
-        certify=certify,
-        certificate=certificate,
     )
     return run_frame(function, args, kwargs or {}, source, seed=seed, certify=certify, certificate=certificate)
 
@@ -151,7 +142,7 @@ class _InverseStage(Stage, Held):
     """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
 
     __slots__ = (
-        "_arguments", "_certificate", "_certify", "_errors", "_gross", "_inverted", "_kept", "_layouts", "_leading",
+        "_arguments", "_certificate", "_certify", "_errors", "_gauge", "_gross", "_inverted", "_kept", "_layouts", "_leading",
         "_region", "_source", "_taken",
     )  # fmt: skip
     whole = True
@@ -166,8 +157,9 @@ class _InverseStage(Stage, Held):
         super().__init__()
         self._source = source
         self._leading = source.inverted
-        self._certify = source.certify
-        self._certificate = source.certificate
+        self._certify: Certify = True
+        self._certificate = certificate_of_process
+        self._gauge = source.gauge
         self._region: Region
         self._arguments: Arguments | None = arguments  # until the forward is over
         self._layouts: list[_Dropped] = []  # of the arguments that only the inverse brings back
@@ -182,6 +174,10 @@ class _InverseStage(Stage, Held):
     def begins(self, region: Region) -> None:
         """Take notice of the region."""
         self._region = region
+        self._certify = region.certify
+        self._certificate = region.certificate if region.certificate is not None else certificate_of_process
+        if self._gauge is None:
+            self._gauge = DriftGauge(region.function)
 
     def returned(self, output: Any) -> None:
         """Decide which inputs are dropped, and take the stage's place in the chain."""
@@ -208,7 +204,7 @@ class _InverseStage(Stage, Held):
         inputs = [args[i] for i in dropped]
         self._layouts = [_Dropped(i, args[i], self._mark_of(args[i])) for i in dropped]
         position = self.join(
-            inputs, returned=returned, gauge=source.gauge, anchor_every=source.anchor_every, function=function
+            inputs, returned=returned, gauge=self._gauge, anchor_every=source.anchor_every, function=function
         )
         for tensor in outputs[: source.takes]:
             if not isinstance(tensor, Tensor):
@@ -347,7 +343,9 @@ class _InverseStage(Stage, Held):
         worst = self._errors[1]
         rounding = max((self._tolerance(layout.layout.dtype) for layout in self._layouts), default=0.0)
         if is_gross(self._gross, worst, rounding):
-            check_block(self._region.name, self._errors[1], self._gross, 0.0, None, self._certify, self._certificate)
+            check_block(
+                self._region.name, self._errors[1], self._gross, rounding, None, self._certify, self._certificate
+            )
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return max(tolerance_of(dtype), self._region.tolerance)

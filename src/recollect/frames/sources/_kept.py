@@ -52,17 +52,26 @@ class KeptTensor:
         """Whether hooks hold the tensor, so that each :meth:`get` costs something."""
         return self._unpack is not None
 
-    def get(self, function: Callable[..., Any] | None, role: str) -> Tensor:
+    def get(
+        self, function: Callable[..., Any] | None, role: str, changed: list[tuple[str, Tensor, int]] | None = None
+    ) -> Tensor:
         """Return the tensor, without history and with the forward's ``requires_grad``.
 
+        Args:
+            function: for messages.
+            role: for messages.
+            changed: takes note of the tensor if it was changed in place since, for who can tell whether it is read.
+
         Raises:
-            InPlaceError: it was changed in place since; the message names ``function`` and ``role``.
+            InPlaceError: it was changed in place since, and there is no ``changed``; the message names ``function``.
         """
         if self._unpack is not None:
             tensor = self._unpack(self._packed)
         else:
             tensor = self._packed
-            if version_of(tensor) != self._version:
+            if version_of(tensor) != self._version and changed is not None:
+                changed.append((f"its {role}", tensor, self._version))
+            elif version_of(tensor) != self._version:
                 whose = f"{describe(function)}: its" if function is not None else "its"
                 raise InPlaceError(
                     f"{whose} {role} of shape {list(tensor.shape)} was changed in place "
@@ -101,11 +110,13 @@ class KeptArguments:
         self._tree = Tree((args, kwargs))
         self._tree.tensors = [KeptTensor(tensor) for tensor in self._tree.tensors]
 
-    def get(self, function: Callable[..., Any] | None = None) -> Arguments:
+    def get(
+        self, function: Callable[..., Any] | None = None, changed: list[tuple[str, Tensor, int]] | None = None
+    ) -> Arguments:
         """Return the arguments again; see :meth:`KeptTensor.get`."""
         if self._alone is not None:
-            return (self._alone.get(function, "input"),), {}
-        arguments: Arguments = self._tree.build([kept.get(function, "input") for kept in self._tree.tensors])
+            return (self._alone.get(function, "input", changed),), {}
+        arguments: Arguments = self._tree.build([kept.get(function, "input", changed) for kept in self._tree.tensors])
         return arguments
 
 
@@ -123,15 +134,22 @@ class Kept(Source):
 class KeptCall(Held):
     """The arguments of one call."""
 
-    __slots__ = ("_arguments",)
+    __slots__ = ("_arguments", "_changed")
     makes_leaves = True
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = KeptArguments((args, kwargs))
+        self._changed: list[tuple[str, Tensor, int]] = []
 
     def inputs(self) -> Arguments:
         """Return the kept arguments."""
-        return self._arguments.get()
+        self._changed = []
+        return self._arguments.get(None, self._changed)
+
+    def changed(self) -> list[tuple[str, Tensor, int]]:
+        """Return those that were changed in place since."""
+        changed, self._changed = self._changed, []
+        return changed
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from recollect.frames._region import Region
 
@@ -44,6 +46,13 @@ class Held(ABC):
     @abstractmethod
     def inputs(self) -> Arguments:
         """Return the arguments again: tensors without history, with the forward's values, flags and strides."""
+
+    def changed(self) -> list[tuple[str, Tensor, int]]:
+        """Return which of the arguments last returned were changed in place since: what to call it, tensor, version.
+
+        That is an error only if the region reads them.
+        """
+        return []
 
     def compared(self, error: float) -> None:
         """Take notice, if it ``drifts``, of the largest relative error of what autograd saves in a rebuild."""
