@@ -48,7 +48,7 @@ FLOORS = {
     "_ledger": floor("_storages"),
     "memory": floor("_heap _ledger _storages"),
     "frames": floor("_arguments _storages _torch _util"),
-    "autogram": floor("_parameters"),
+    "autogram": floor("_parameters _torch"),
     "aggregation": floor(),
     "messages": floor(),
     "invertible": floor("_arguments _parameters frames"),

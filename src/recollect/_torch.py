@@ -52,6 +52,7 @@ __all__ = [
     "cached_parametrizations",
     "enabled_overrides",
     "graph_task_id",
+    "has_global_forward_hooks",
     "hooks_are_enabled",
     "is_faked",
     "is_in_transform",
@@ -265,6 +266,12 @@ def unwatch_modules() -> None:
             del _module._global_forward_pre_hooks[_WATCHING]  # type: ignore[arg-type]
             del _module._global_forward_hooks[_WATCHING]  # type: ignore[arg-type]
             del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
+
+
+def has_global_forward_hooks() -> bool:
+    """Return whether hooks of somebody else see, and may change, what every module returns."""
+    hooks = _module._global_forward_hooks
+    return len(hooks) > (_WATCHING in hooks)
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
