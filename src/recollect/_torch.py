@@ -270,7 +270,7 @@ def unwatch_modules() -> None:
 
 def has_global_forward_hooks() -> bool:
     """Return whether hooks of somebody else see, and may change, what every module returns."""
-    hooks = _module._global_forward_hooks
+    hooks: Any = _module._global_forward_hooks
     return len(hooks) > (_WATCHING in hooks)
 
 
