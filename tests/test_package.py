@@ -71,7 +71,13 @@ def test_the_named_interface():
     from recollect.reversible import GroupAddRev, GroupRevRes
 
     assert list(inspect.signature(recollect.checkpoint).parameters) == [
-        "function", "args", "seed", "enabled", "inverse", "keep",
+        "function", "args", "seed", "enabled", "inverse", "keep", "source", "certify",
+        # torch.utils.checkpoint's own
+        "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop",
+        "kwargs",
+    ]  # fmt: skip
+    assert list(inspect.signature(recollect.checkpoint_sequential).parameters) == [
+        "functions", "segments", "input", "use_reentrant", "options",
     ]  # fmt: skip
     ported = list(inspect.signature(GroupAddRev).parameters)[:5]
     assert ported == ["conv", "split_dim", "num_groups", "disable", "num_bwd_passes"]

@@ -56,6 +56,7 @@ __all__ = [
     "default_device",
     "enabled_overrides",
     "graph_task_id",
+    "has_global_forward_hooks",
     "hooks_are_enabled",
     "is_batched",
     "is_faked",
@@ -297,6 +298,12 @@ def unwatch_leaving() -> None:
         if _leavers == 0:
             del _module._global_forward_hooks[_WATCHING]  # type: ignore[arg-type]
             del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
+
+
+def has_global_forward_hooks() -> bool:
+    """Return whether hooks of somebody else see, and may change, what every module returns."""
+    hooks: Any = _module._global_forward_hooks
+    return len(hooks) > (_WATCHING in hooks)
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}

@@ -156,8 +156,15 @@ def test_a_wrong_inverse():
     assert "double" not in message
     assert "shape [5, 4] instead of [6, 4]" in failure(WrongShape())
     assert "the inverse returned 1 value(s) and no tensor for input 0" in failure(NoInput())
+
+
+def test_what_the_tolerance_forgives_the_certificate_may_not():
+    message = failure(WrongInverse(), inputs(), atol=10.0)
+    assert message.startswith("WrongInverse: there are no gradients, and there are with plain autograd: WrongInverse(")
+    module = WrongInverse()
+    module.certify = False
     with pytest.warns(DriftWarning):
-        assert WrongInverse().check(inputs(), atol=10.0)
+        assert module.check(inputs(), atol=10.0)
 
 
 def test_precision_as_the_cause():
@@ -186,11 +193,17 @@ def test_wrong_gradients():
     assert message.startswith(
         "WrongGradient: the gradient of input 0 is not that of plain autograd: largest difference"
     )
+    assert message.endswith("; a training step raises RebuildError instead, unless certify is False")
+    module = WrongGradient()
+    module.certify = False
+    assert failure(module) == message.removesuffix(
+        "; a training step raises RebuildError instead, unless certify is False"
+    )
+    assert module.certify is False
     message = failure(OtherSaved())
     assert message.startswith("OtherSaved: there are no gradients, and there are with plain autograd: OtherSaved(")
 
 
-@pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 def test_draws_in_another_order():
     torch.manual_seed(0)
     message = failure(SwappedNoise(), inputs(), inputs())
@@ -211,7 +224,6 @@ def test_parts_that_draw_each_by_itself():
     assert coupling.reverse().check(inputs())
 
 
-@pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 def test_training_mode_is_tried_in_evaluation_too():
     assert "the gradient of s" in failure(WrongInverseInTraining().eval())
     assert "the inverse does not" in failure(WrongInverseInTraining())

@@ -13,11 +13,14 @@ from torch import nn
 
 import recollect
 import recollect.invertible as inn
-from recollect.frames import DriftWarning, FrameError, GraphFreedError, InPlaceError
+from recollect.frames import DriftWarning, FrameError, GraphFreedError, InPlaceError, RebuildError
 from recollect.memory import peak_memory
 from recollect.testing._zoo import ZOO
 
 WIDTH = 4
+
+
+CALLS = weakref.WeakKeyDictionary()
 
 
 class Swap(inn.Module):
@@ -26,7 +29,11 @@ class Swap(inn.Module):
     def __init__(self, width=WIDTH, dropout=0.0):
         super().__init__()
         self.block = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout))
-        self.calls = []
+
+    @property
+    def calls(self):
+        """Not an attribute: those are put back after a rebuild."""
+        return CALLS.setdefault(self, [])
 
     def note(self, name):
         self.calls.append((name, recollect.in_dry_mode(), recollect.in_backward(), torch.is_grad_enabled()))
@@ -629,12 +636,15 @@ def test_without_seed_random_numbers_are_not_replayed():
     module.checkpoint = True
     gradients = {}
     for seed in (True, False):
-        module.seed = seed
+        module.seed = module.certify = seed
         torch.manual_seed(0)
         with nullcontext() if seed else pytest.warns(DriftWarning):
             gradients[seed] = torch.autograd.grad(module(x * 1, x * 1)[0].sum(), list(module.parameters()))
     assert_same(gradients[True], expected)
     assert not torch.allclose(gradients[False][1], expected[1])
+    module.certify = True
+    with pytest.raises(RebuildError, match=r"Swap.*seed=False"):
+        module(x * 1, x * 1)[0].sum().backward()
 
 
 def test_state_dict_holds_tensors_that_mean_the_same_in_either_direction():

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from recollect._torch import has_global_forward_hooks
 from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
@@ -180,7 +180,7 @@ def _condition(layer: nn.Module) -> tuple[Any, ...]:
 
 def _is_first(layer: nn.Module) -> bool:
     """Whether no hook of somebody else's comes before an engine's, which may change what the layer returned."""
-    if _global_forward_hooks:
+    if has_global_forward_hooks():
         return False
     for hook in layer._forward_hooks.values():
         if isinstance(hook, Hook):

@@ -223,7 +223,7 @@ class Module(Measured):
             function if carried is None else carried,
             inverse if carried is None else carried.inverse,
             args,
-            kwargs,
+            dict(kwargs),
             seed=self.seed,
             keep=keep,
             takes=-1 if log_det else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recollect._arguments import pack
-from recollect.frames import FrameError, RandomState, backward_mode, devices_of
+from recollect.frames import DriftWarning, FrameError, RandomState, RebuildError, backward_mode, devices_of
+from recollect.invertible._measured import Measured
 
 __all__ = ["Subject", "check_subject", "plainly"]
 
@@ -29,6 +31,21 @@ def _training_as(module: nn.Module, mode: bool) -> Iterator[None]:
     finally:
         for part, training in flags:
             part.training = training
+
+
+@contextmanager
+def _uncertified(module: nn.Module) -> Iterator[None]:
+    """Let modules certify nothing for the body: then a wrong rebuild ends in gradients, which can be compared."""
+    parts = [(part, part.certify) for part in module.modules() if isinstance(part, Measured)]
+    try:
+        for part, _ in parts:
+            part.certify = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DriftWarning)  # the comparison says more
+            yield
+    finally:
+        for part, certify in parts:
+            part.certify = certify
 
 
 @contextmanager
@@ -73,6 +90,7 @@ class Subject:
         framed: from the arguments to the visible outputs, as in training.
         plain: the same with plain autograd.
         seed: whether random numbers are replayed.
+        uncertified: ``framed`` without a certificate, where that is not the ``certify`` of the modules inside.
     """
 
     module: nn.Module
@@ -81,6 +99,7 @@ class Subject:
     framed: Callable[..., Any]
     plain: Callable[..., Any]
     seed: bool = True
+    uncertified: Callable[..., Any] | None = None
 
 
 def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -207,18 +226,33 @@ def _gradients_differ(
         with _training_as(subject.module, mode):
             with _as_before(subject.module, state):
                 expected, needed = _gradients(subject.plain, subject, args)
+            refusal = None
             try:
                 with _as_before(subject.module, state):
                     found, made = _gradients(subject.framed, subject, args)
             except FrameError as error:
-                return f"{name}: there are no gradients, and there are with plain autograd: {error}"
+                refusal = f"{name}: there are no gradients, and there are with plain autograd: {error}"
+                if not isinstance(error, RebuildError):
+                    return refusal
+            if refusal is not None:  # which gradients it would spoil says more
+                try:
+                    with _as_before(subject.module, state), _uncertified(subject.module):
+                        found, made = _gradients(subject.uncertified or subject.framed, subject, args)
+                except FrameError:
+                    return refusal
         if needed != made:
             return f"{name}: the outputs' requires_grad is {made}, and {needed} with plain autograd"
         for key, gradient in expected.items():
             difference = _difference(found[key], gradient, rtol, atol)
             if difference:
-                return f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
+                failure = f"{name}: the gradient of {key} is not that of plain autograd: {difference}"
+                return failure if refusal is None else f"{failure}; {_REFUSED}"
+        if refusal is not None:
+            return refusal
     return None
+
+
+_REFUSED = "a training step raises RebuildError instead, unless certify is False"
 
 
 def _gradients(

@@ -75,16 +75,18 @@ def check_invertible(module: nn.Module, *inputs: Any, rtol: float = 1e-3, atol: 
             return made
         runs = (made.function, made.inverse, made.framed, made.plain)
         function, inverse, framed, plain = (functools.partial(run, **kwargs) for run in runs)
-        return Subject(module, function, inverse, framed, plain, made.seed)
+        uncertified = None if made.uncertified is None else functools.partial(made.uncertified, **kwargs)
+        return Subject(module, function, inverse, framed, plain, made.seed, uncertified)
 
     return check_subject(subject(module), inputs, rtol, atol, subject)
 
 
 def _ordinary(module: Any) -> Subject:
-    def framed(*args: Any, **kwargs: Any) -> Any:
-        return run_invertible(module, module.inverse, args, kwargs)
+    def framed(*args: Any, certify: bool = True, **kwargs: Any) -> Any:
+        return run_invertible(module, module.inverse, args, kwargs, certify=certify)
 
-    return Subject(module, module, module.inverse, framed, _plain(module))
+    uncertified = functools.partial(framed, certify=False)
+    return Subject(module, module, module.inverse, framed, _plain(module), uncertified=uncertified)
 
 
 def _features_first(module: Any) -> Subject:
