@@ -26,7 +26,7 @@ from recollect.frames._certificate import (
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, aside, enclosing, local
-from recollect.frames._record import Recorder, attributes_of, place_of, version_of
+from recollect.frames._record import Changed, Recorder, attributes_of, place_of, version_of
 from recollect.frames._region import Region
 from recollect.frames.sources._source import Arguments, Held, Source
 
@@ -220,7 +220,7 @@ class Frame(Scope):
     @property
     def needed(self) -> bool:
         """Whether autograd still holds something that only a rebuild can bring back."""
-        for token in self._tokens:
+        for token in self._tokens:  # noqa: SIM110  (any() takes twice as long, and this is asked at each step)
             if token is not None and token() is not None:
                 return True
         return False
@@ -320,7 +320,7 @@ class Frame(Scope):
 
     def _suspects(self) -> list[str]:
         """Find out what differs, after a rebuild that did."""
-        if self._live is not None or not isinstance(self._held, KeptCall):
+        if self._live is not None or self._held.whole:
             return []
         try:
             return self._region.suspects(self._held.inputs(), self)
@@ -331,7 +331,8 @@ class Frame(Scope):
         running = self._live
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
-        self._check_saved(needed)
+        changed = [] if running is not None else self._held.changed()
+        self._check_saved(needed, changed)
         self._parent.now_rebuilds(self)
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
@@ -370,7 +371,6 @@ class Frame(Scope):
 
         output, is_whole = None, False
         try:
-            changed = [] if running is not None else self._held.changed()
             output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt), changed=changed)
             is_whole = True
         except BaseException as error:
@@ -437,13 +437,15 @@ class Frame(Scope):
         norms = [m.projections[-1] for m in self._marks if m and isinstance(m.projections, list) and m.projections]
         return mark.projections[-1] >= 1e-2 * max(norms)
 
-    def _check_saved(self, needed: set[int]) -> None:
+    def _check_saved(self, needed: set[int], changed: list[Changed]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
         for reference, version, index in self._saved:
             tensor = reference()
             if index in needed and tensor is not None and version_of(tensor) != version:
+                is_input = any(place_of(tensor) == place_of(other) for _, other, _ in changed)
+                what = "its input" if is_input else "a tensor that it reads,"
                 raise InPlaceError(
-                    f"{self._region.name}: a tensor of shape {list(tensor.shape)} that it reads was changed in place "
+                    f"{self._region.name}: {what} of shape {list(tensor.shape)} was changed in place "
                     f"between the forward pass (version {version}) and backward (version {version_of(tensor)}); change "
                     "a copy instead (x = x + 1, not x += 1)"
                 )

@@ -97,7 +97,7 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
 
 
 def _variables_of(function: types.FunctionType) -> Iterator[Any]:
-    """Yield the values of a function's variables from outside: defaults, closure, modules and generators among its globals."""
+    """Yield the values of a function's variables from outside: defaults, closure, some of its globals."""
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():

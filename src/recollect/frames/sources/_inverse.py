@@ -142,8 +142,8 @@ class _InverseStage(Stage, Held):
     """One invertible function of a chain: a frame whose inputs are the inverse of its outputs."""
 
     __slots__ = (
-        "_arguments", "_certificate", "_certify", "_errors", "_gauge", "_gross", "_inverted", "_kept", "_layouts", "_leading",
-        "_region", "_source", "_taken",
+        "_arguments", "_certificate", "_certify", "_errors", "_gauge", "_gross", "_inverted", "_kept", "_layouts",
+        "_leading", "_region", "_source", "_taken",
     )  # fmt: skip
     whole = True
     makes_leaves = True
