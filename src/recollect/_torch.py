@@ -17,7 +17,7 @@ used                                                         for                
 ``torch._C._current_graph_task_id``                          telling backward passes apart             1.13
 ``torch.autograd.variable.Variable._execution_engine``       a callback when backward ends             1.0
 ``torch.autograd._get_sequence_nr``, ``Node._sequence_nr``   which nodes a region made                 2.1
-``torch.autograd._unsafe_preserve_version_counter``          writes that are undone                    2.0
+``..grad_mode._unsafe_preserve_version_counter``             writes that are undone                    2.0
 ``torch._C._EnableTorchFunction``                            subclasses in a rebuild                   2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
 ``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.variable import Variable
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
@@ -155,7 +156,7 @@ def enabled_overrides() -> AbstractContextManager[Any]:
 
     A backward that starts from a tensor of a subclass runs with that switched off, and a rebuild in it would too.
     """
-    context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()  # type: ignore[attr-defined]
+    context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()
     return context
 
 
@@ -211,7 +212,8 @@ def preserving_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any
     """Return a context in which writes to the tensors do not count: they are undone before it ends."""
     if not tensors:
         return nullcontext()
-    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))  # type: ignore[no-untyped-call]
+    preserving: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tuple(tensors))
+    return preserving
 
 
 def storage_use_count(storage: torch.UntypedStorage) -> int | None:
@@ -331,7 +333,7 @@ def parametrizations_as(cache: dict[Any, Any] | None) -> Iterator[None]:
 def default_device() -> torch.device | None:
     """Return :func:`torch.get_default_device`; ``None`` where nobody has set any."""
     # A default device is a mode on this stack; torch lists and searches it each time.
-    if torch._C._len_torch_function_stack() == 0:  # type: ignore[attr-defined]
+    if torch._C._len_torch_function_stack() == 0:
         return None
     return torch.get_default_device()
 

@@ -163,7 +163,7 @@ def _open_dict(value: dict[Any, Any]) -> Opened:
     if kind in (dict, OrderedDict):
         return list(value.values()), lambda items: kind(zip(keys, items, strict=True))
     if kind is defaultdict:
-        factory = value.default_factory
+        factory = getattr(value, "default_factory")  # noqa: B009  (mypy sees a dict)
         return list(value.values()), lambda items: defaultdict(factory, zip(keys, items, strict=True))
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
     # Attributes of its own come along; those of model outputs are the items once more.

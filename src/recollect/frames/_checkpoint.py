@@ -151,6 +151,7 @@ def checkpoint_sequential(
         >>> recollect.checkpoint_sequential(layers, 3, torch.randn(2, 4)).shape
         torch.Size([2, 4])
     """
+    layers: list[Callable[..., Any]]
     layers = list(functions.children()) if isinstance(functions, nn.Sequential) else list(functions)
     if not 1 <= segments <= max(len(layers), 1):
         raise ValueError(f"segments must be from 1 to the number of functions, {len(layers)} (got {segments})")

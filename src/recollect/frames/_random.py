@@ -138,7 +138,7 @@ def _is_foreign() -> bool:
 _threads = _Threads()
 
 
-class _OwnStream(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
+class _OwnStream(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random operations of the body draw from generators of its own.
 
     Args:
@@ -207,12 +207,12 @@ class Randomness:
             self._before = RandomState(self._devices)
         else:
             self._stream = _OwnStream(None)
-            self._stream.__enter__()
+            self._stream.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         if self._stream is not None:
-            self._stream.__exit__(*exc_info)
+            self._stream.__exit__(*exc_info)  # type: ignore[no-untyped-call]
             self.states = list(self._stream.first.items())
             self._stream = None
             _threads.leave(alone=False)

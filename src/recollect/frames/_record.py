@@ -150,10 +150,10 @@ class _Copy:
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    return whole.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload,no-any-return]
+    return whole.set_(storage, 0, (storage.nbytes(),), (1,))
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,misc]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees which storages from outside the operations of its body read and write.
 
     Attributes:
@@ -425,12 +425,12 @@ class Recorder:
         if is_faked():
             return  # there are no values that could be written
         watch = Watch()
-        watch.__enter__()
+        watch.__enter__()  # type: ignore[no-untyped-call]
         self._watching.append((opener, watch))
 
     def _close_watch(self) -> None:
         opener, watch = self._watching.pop()
-        watch.__exit__(None, None, None)
+        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._watches.append(watch)
         if opener is self and self._keys is not None:
             self._known.append((self._keys, True))
@@ -591,9 +591,9 @@ class Record:
                 if now is not then:
                     _register(registry, then)
             for registry, name, parameter in self._parameters:
-                now = registry.get(name)
-                if now is not parameter and _can_replace(now, parameter):
-                    parameters.append((registry, name, now))  # type: ignore[arg-type]
+                present = registry.get(name)
+                if present is not parameter and _can_replace(present, parameter):
+                    parameters.append((registry, name, present))  # type: ignore[arg-type]
                     registry[name] = parameter
             with preserving_versions(counted):
                 yield

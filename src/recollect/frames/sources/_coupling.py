@@ -279,7 +279,7 @@ class _OfBlock(Held):
     def __init__(self, stage: _CouplingStage, index: int) -> None:
         self._stage = stage
         self._index = index
-        self.lock = stage.lock  # type: ignore[misc]
+        self.lock = stage.lock
 
     def inputs(self) -> Arguments:
         return self._stage.inputs(self._index)

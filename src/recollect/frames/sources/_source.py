@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -32,7 +31,7 @@ class Held(ABC):
     makes_leaves: bool = False
     """Whether tensors that :meth:`inputs` returns and that require grad are new ones each time, on memory that others
     may hold; they are emptied after a rebuild."""
-    lock: AbstractContextManager[Any] | None = None
+    lock: Any = None
     """Held in a rebuild, if several frames share this; ``None``: every frame has a lock of its own."""
 
     def begins(self, region: Region) -> None:
