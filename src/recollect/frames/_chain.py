@@ -21,7 +21,7 @@ from recollect.frames._certificate import Fingerprint
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import enclosing, local
-from recollect.frames._record import version_of
+from recollect.frames._watch import version_of
 from recollect.frames.sources._kept import KeptTensor, storage_of
 
 __all__ = ["Parts", "Slot", "Stage", "StoragePolicy", "slot_of"]

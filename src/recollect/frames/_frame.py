@@ -26,8 +26,10 @@ from recollect.frames._certificate import (
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
 from recollect.frames._modes import Scope, aside, enclosing, local
-from recollect.frames._record import Changed, Recorder, attributes_of, place_of, version_of
+from recollect.frames._record import Changed
+from recollect.frames._recorder import Recorder
 from recollect.frames._region import Region
+from recollect.frames._watch import attributes_of, place_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = ["Frame", "certificate_of_process", "run_frame"]

@@ -1,69 +1,34 @@
-"""What runs in a region, and what it reads and writes: observed, not searched for.
-
-While a region runs for the first time, module hooks tell which modules run. Their buffers are compared with what they
-held before: by version, and by value where no version is counted. The first call of each module and of each function
-also runs under a dispatch mode, which sees every operation: it copies what exists outside of the region before the
-first write to it. Modules and functions that write to more than buffers are watched in every call.
-"""
+"""What a rebuild must know of a region's first run, and how it is put back."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from recollect._storages import storages_of, storages_within
+from recollect._storages import storages_of
 from recollect._torch import (
-    STANDARD_ATTRIBUTES,
-    TorchDispatchMode,
-    compiled_blocks_exist,
-    is_faked,
     preserving_versions,
-    unwatch_leaving,
-    unwatch_modules,
-    watch_leaving,
-    watch_modules,
-    write_undeclared,
 )
 from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
-from recollect.frames._modes import aside, local
-from recollect.frames._state import PythonState, reached_by, same_items
+from recollect.frames._modes import aside
+from recollect.frames._state import PythonState, same_items
+from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
 
-__all__ = [
-    "Record", "Recorder", "Watch", "attributes_of", "check_unread", "entering", "leaving", "place_of", "version_of",
-]  # fmt: skip
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return the in-place version of a tensor; inference tensors have none, and count as unchanged."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0
+__all__ = ["Buffer", "Changed", "Known", "Record", "Registered", "check_unread"]
 
 
-def attributes_of(tensor: Tensor) -> dict[str, Any] | None:
-    """Return a copy of the attributes that Python holds of a tensor beside torch's own, which detaching loses."""
-    attributes = getattr(tensor, "__dict__", None)
-    return dict(attributes) if attributes else None
+Registered = tuple[dict[str, Any], str, Tensor]
+Changed = tuple[str, Tensor, int]
+"""What was changed in place (kind and name), the tensor, and the version that it had."""
 
 
-def key_of(storage: UntypedStorage) -> int:
-    """Return the number of a storage, which another may have when it is gone."""
-    number: int = storage._cdata
-    return number
-
-
-class _Known:
+class Known:
     """What earlier calls of a module, or of a function, have taught."""
 
     __slots__ = ("_objects", "marks", "seen", "watched", "written")
@@ -86,159 +51,16 @@ class _Known:
                 self._objects[id(thing)] = thing
 
 
-_modules_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-_functions_known: weakref.WeakKeyDictionary[types.CodeType, _Known] = weakref.WeakKeyDictionary()
-
-
-def _known_module(module: nn.Module) -> _Known:
-    known = _modules_known.get(module)
-    if known is None:
-        known = _modules_known[module] = _Known()
-    return known
-
-
-def _code_of(function: Any) -> types.CodeType | None:
-    """Return the code that a call of the function runs, if it is no module and written in Python."""
-    while not isinstance(function, nn.Module):
-        if isinstance(function, types.FunctionType):
-            return function.__code__
-        if isinstance(function, types.MethodType):
-            function = function.__func__
-        elif isinstance(function, functools.partial):
-            function = function.func
-        elif type(function).__module__.partition(".")[0] == "recollect" and hasattr(function, "owner"):
-            function = function.owner  # what recollect puts around a block
-        else:
-            return getattr(vars(type(function)).get("__call__"), "__code__", None)
-    return None
-
-
-# Writes.
-
-
-class _Copy:
-    """What a tensor or a storage held before it was written to, where that is known."""
-
-    __slots__ = ("_storage", "_tensor", "then")
-
-    def __init__(self, of: Tensor | UntypedStorage, then: Tensor | None) -> None:
-        self._tensor = of if isinstance(of, Tensor) else None
-        self._storage = None if isinstance(of, Tensor) else weakref.ref(of)
-        self.then = then
-
-    def target(self) -> Tensor | None:
-        """Return a tensor to write to that counts no versions; ``None`` if the storage is gone."""
-        if self._tensor is not None:
-            return self._tensor.data
-        storage = self._storage() if self._storage is not None else None
-        return None if storage is None else _bytes_of(storage)
-
-    def brings_back(self, tensor: Tensor) -> bool:
-        """Whether this has what a tensor held."""
-        storage = self._storage() if self._storage is not None else None
-        return self.then is not None and storage is not None and key_of(storage) in place_of(tensor)
-
-    def lead_to(self, target: Tensor) -> None:
-        """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
-        if self._tensor is not None and place_of(self._tensor) != place_of(target):
-            self._tensor.data = target
-
-    def tensor(self) -> Tensor | None:
-        """Return the tensor itself, if this is of one."""
-        return self._tensor
-
-
-def _bytes_of(storage: UntypedStorage) -> Tensor:
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    return whole.set_(storage, 0, (storage.nbytes(),), (1,))
-
-
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees which storages from outside the operations of its body read and write.
-
-    Attributes:
-        read: keys of the storages that were read.
-        written: storages that were written, by key, with what they held before.
-    """
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled blocks are not to be compiled anew because somebody watches."""
-        return True
-
-    def __init__(self, copies: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.read: set[int] = set()
-        self.written: dict[int, _Copy] = {}
-        self._made: set[int] = set()
-        self._copies = copies
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if is_faked():  # also where a DTensor asks fake ones for the shape of its output
-            return func(*args, **(kwargs or {}))
-        if any(kind.__torch_dispatch__ is not _PLAIN_DISPATCH for kind in types):
-            return NotImplemented  # a subclass with operations of its own unwraps first; what it runs is seen
-        kwargs = kwargs or {}
-        if local.aside:
-            return func(*args, **kwargs)
-        inputs = {key_of(storage) for storage in storages_within((args, kwargs))}
-        if func is _LIFT_FRESH:  # torch.tensor(...): its argument was made a moment ago, unseen
-            self._made |= inputs
-        outside = inputs - self._made
-        if outside:
-            self.read |= outside
-            self._note_writes(func, args, kwargs, outside)
-        out = func(*args, **kwargs)
-        self._made.update(key for key in map(key_of, storages_within(out)) if key not in inputs)
-        return out
-
-    def _note_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outside: set[int]) -> None:
-        targets = write_undeclared(func, args)
-        schema = func._schema
-        if schema.is_mutable:
-            for i, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    given = args[i] if i < len(args) else kwargs.get(argument.name)
-                    targets.extend(given if isinstance(given, (list, tuple)) else [given])
-        for target in targets:
-            if isinstance(target, Tensor):
-                for storage in storages_of(target):
-                    key = key_of(storage)
-                    if key in outside and key not in self.written:
-                        then = _bytes_of(storage).clone() if self._copies else None
-                        self.written[key] = _Copy(storage, then)
-
-
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__
-_LIFT_FRESH = torch.ops.aten.lift_fresh.default
-
-
-# Observation.
-
-
-# So many modules are noted without having run, where a function names them.
-_FEW = 64
-
 # A buffer with more elements is a table, and not copied on the chance that a first call writes to it unseen.
 _LARGE = 1 << 20
 
 
-def place_of(tensor: Tensor) -> tuple[int, ...]:
-    """Return the keys of a tensor's storages."""
-    kind = type(tensor)
-    if (kind is Tensor or kind is nn.Parameter) and tensor.layout is torch.strided:
-        return (tensor.untyped_storage()._cdata,)
-    return () if is_lazy(tensor) else tuple(key_of(storage) for storage in storages_of(tensor))
-
-
-class _Buffer:
+class Buffer:
     """A buffer at the moment in which its module began to run."""
 
     __slots__ = ("known", "mark", "module", "name", "place", "registry", "tensor", "then", "version", "was_lazy")
 
-    def __init__(self, module: nn.Module, registry: Any, name: str, tensor: Tensor, known: _Known) -> None:
+    def __init__(self, module: nn.Module, registry: Any, name: str, tensor: Tensor, known: Known) -> None:
         self.module = module
         self.registry = registry
         self.name = name
@@ -279,231 +101,6 @@ class _Buffer:
         return False
 
 
-Registered = tuple[dict[str, Any], str, Tensor]
-Changed = tuple[str, Tensor, int]
-"""What was changed in place (kind and name), the tensor, and the version that it had."""
-
-
-class Recorder:
-    """Observes the first run of a region; :meth:`settle` returns what a rebuild must know.
-
-    Args:
-        function: what the region runs.
-        arguments: what it is called with, for objects among them.
-    """
-
-    __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
-        "_parts", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
-    )  # fmt: skip
-
-    def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
-        self._entered: set[int] = set()
-        self._ran: set[int] = set()  # those that ran, and their parts
-        # Modules whose parameters hooks may bring and take away, and the storages of what they brought: hooks do in a
-        # rebuild what they do, and the parameters that are there are used.
-        self._hooked: set[int] = set()
-        self._brought: set[int] = set()
-        self._parts: tuple[int, list[int]] | None = None  # of the function, if it is a module
-        self._state = PythonState()
-        self._buffers: list[_Buffer] = []
-        self._storages: set[int] = set()  # of buffers
-        self._parameters: list[Registered] = []
-        self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
-        self._watches: list[Watch] = []
-        self._known: list[tuple[_Known, bool]] = []  # entered while the mode was open, and in which training mode
-        self._lazy: list[nn.Module] = []
-        self._runs = self._leaves = False  # whether it observes, and also when modules have run
-        code = _code_of(function)
-        self._keys = None if code is None else _functions_known.setdefault(code, _Known())
-        self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
-        for found in reached_by(function, arguments):
-            if self._keys is not None and not self._keys.knows(found):
-                self._named.append(found)
-            if isinstance(found, torch.Generator):
-                self._state.add_generator(found)
-            elif isinstance(found, nn.Module):
-                # A part of it may be used without being called as a module; of a large one that would be too many.
-                parts = list(itertools.islice(found.modules(), _FEW + 1))
-                if found is function and len(parts) <= _FEW:  # nothing runs before it that could give it others
-                    self._parts = (id(found), [id(part) for part in parts])
-                for part in parts if len(parts) <= _FEW else [found]:
-                    self._enter(part)
-
-    def __enter__(self) -> Recorder:
-        if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
-            self._open_watch(self)
-        local.recorders.append(self)
-        watch_modules(entering)
-        self._runs = True
-        if self._hooked or self._watching or compiled_blocks_exist():  # the latter depend on which hooks there are
-            self._watch_leaving()
-        return self
-
-    def _watch_leaving(self) -> None:
-        """Call :meth:`leave` from now on, which costs something at each module."""
-        if self._runs and not self._leaves:
-            self._leaves = True
-            watch_leaving(leaving)
-
-    def __exit__(self, *exc_info: object) -> None:
-        unwatch_modules()
-        self._runs = False
-        if self._leaves:
-            self._leaves = False
-            unwatch_leaving()
-        local.recorders.remove(self)
-        while self._watching:
-            self._close_watch()
-
-    # Modules.
-
-    def enter(self, module: nn.Module) -> None:
-        """Note a module that is about to run, with all that it holds."""
-        known = _known_module(module)
-        if not self._watching and (known.watched or module.training not in known.seen):
-            self._open_watch(module)
-            self._watch_leaving()
-        if self._watching:
-            self._known.append((known, module.training))
-        if id(module) not in self._ran:
-            if self._parts is not None and self._parts[0] == id(module):
-                self._ran.update(self._parts[1])
-                return
-            for part in module.modules():
-                self._ran.add(id(part))
-                self._enter(part)
-
-    def leave(self, module: nn.Module) -> None:
-        """Note that a module has run; its own hooks have not yet taken anything away."""
-        if id(module) in self._hooked:
-            for parameter in vars(module)["_parameters"].values():
-                if parameter is not None and not is_lazy(parameter):
-                    self._brought.update(place_of(parameter))
-        if self._watching and self._watching[-1][0] is module:
-            self._close_watch()
-
-    def _enter(self, module: nn.Module) -> None:
-        if id(module) in self._entered:
-            return
-        self._entered.add(id(module))
-        names = vars(module)
-        if names.get("_forward_pre_hooks"):
-            self._hooked.update(map(id, module.modules()))
-        if id(module) in self._hooked:
-            self._watch_leaving()
-        parameters, buffers = names.get("_parameters"), names.get("_buffers")
-        if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
-            self._note_buffers(module, None, module.named_buffers(recurse=False))
-            return
-        if parameters and any(map(is_lazy, parameters.values())):
-            self._lazy.append(module)  # it becomes what it will be in its first call
-        else:
-            self._state.add_namespace(names, STANDARD_ATTRIBUTES)
-            if id(module) not in self._hooked:
-                for name, parameter in parameters.items():
-                    if parameter is not None:
-                        self._parameters.append((parameters, name, parameter))
-            self._registries.append((buffers, dict(buffers)))
-            if names["_modules"]:
-                self._registries.append((names["_modules"], dict(names["_modules"])))
-        if buffers:
-            self._note_buffers(module, buffers, buffers.items())
-
-    def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
-        known = _known_module(module)
-        for name, buffer in buffers:
-            if buffer is not None:
-                self._buffers.append(_Buffer(module, registry, name, buffer, known))
-                if not is_lazy(buffer):
-                    self._storages.update(place_of(buffer))
-
-    # Watching.
-
-    def _open_watch(self, opener: Any) -> None:
-        if is_faked():
-            return  # there are no values that could be written
-        watch = Watch()
-        watch.__enter__()  # type: ignore[no-untyped-call]
-        self._watching.append((opener, watch))
-
-    def _close_watch(self) -> None:
-        opener, watch = self._watching.pop()
-        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._watches.append(watch)
-        if opener is self and self._keys is not None:
-            self._known.append((self._keys, True))
-
-    def is_lasting(self, tensor: Tensor) -> bool:
-        """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
-        if not self._storages and not self._lazy:
-            return False
-        keys = place_of(tensor)
-        if not self._storages.isdisjoint(keys):
-            return True
-        return bool(self._lazy) and any(
-            keys == place_of(buffer)
-            for module in self._lazy
-            for buffer in module.buffers(recurse=False)
-            if not is_lazy(buffer)
-        )
-
-    def so_far(self) -> Record:
-        """Return what a rebuild must know while the region has not run to its end."""
-        watches = [*self._watches, *(watch for _, watch in self._watching)]
-        copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
-        writes = [_Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
-        writes.extend(copied.values())
-        return Record(self._state, self._parameters, self._registries, [], writes)
-
-    def settle(self) -> Record:
-        """Return what a rebuild must know; to be called when the region has run."""
-        writes: list[_Copy] = []
-        constant: list[_Buffer] = []
-        covered: set[int] = set()
-        copied: dict[int, _Copy] = {}
-        for watch in reversed(self._watches):
-            copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
-        for buffer in self._buffers:
-            keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
-            covered |= keys
-            if not buffer.is_written() and not any(key in copied for key in keys):
-                constant.append(buffer)
-                continue
-            buffer.known.written.add(buffer.name)
-            if buffer.then is not None or not any(key in copied for key in keys):
-                writes.append(_Copy(buffer.tensor, buffer.then))
-            else:
-                writes.extend(copied[key] for key in keys if key in copied)
-        more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
-        if more:
-            writes.extend(more)
-            for known, _ in self._known:
-                known.watched = True
-        if self._keys is not None:
-            self._keys.learn(self._named)
-        for known, training in self._known:  # not before: recorders of regions around this one look too
-            known.seen.add(training)
-        self._known.clear()
-        for module in self._lazy:  # what they will stay
-            parameters = vars(module)["_parameters"]
-            self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
-        return Record(self._state, self._parameters, self._registries, constant, writes)
-
-
-def entering(module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        for recorder in local.recorders:
-            recorder.enter(module)
-
-
-def leaving(module: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        for recorder in reversed(local.recorders):
-            recorder.leave(module)
-
-
 class Record:
     """What a rebuild must know of the first run: state of Python, parameters, buffers, and what was written.
 
@@ -522,8 +119,8 @@ class Record:
         state: PythonState,
         parameters: list[Registered],
         registries: list[tuple[dict[str, Any], dict[str, Any]]],
-        constant: list[_Buffer],
-        writes: list[_Copy],
+        constant: list[Buffer],
+        writes: list[Copy],
     ) -> None:
         self._state = state
         self._parameters = parameters
@@ -569,7 +166,7 @@ class Record:
             for registry, then in self._registries
         ]
         parameters: list[Registered] = []
-        contents: list[tuple[_Copy, Tensor, Tensor]] = []
+        contents: list[tuple[Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
         kept = [parameter for _, _, parameter in self._parameters] if other and self._writes else []
         state = self._state.now()

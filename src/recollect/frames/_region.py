@@ -29,7 +29,9 @@ from recollect.frames._certificate import Certificate, Certify, tolerance_of
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, local, save_nothing
 from recollect.frames._random import Randomness
-from recollect.frames._record import Changed, Record, Recorder, Watch, check_unread, entering, leaving
+from recollect.frames._record import Changed, Record, check_unread
+from recollect.frames._recorder import Recorder, entering, leaving
+from recollect.frames._watch import Watch
 from recollect.frames.sources._source import Arguments
 
 __all__ = ["Region"]

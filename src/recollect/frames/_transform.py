@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames._errors import InPlaceError, describe
-from recollect.frames._record import version_of
+from recollect.frames._watch import version_of
 
 __all__ = ["Add", "NewGroup", "Transform", "Transformed"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames._errors import InPlaceError
-from recollect.frames._record import version_of
+from recollect.frames._watch import version_of
 from recollect.frames.sources._stores import Fetch, Layout, Store, Stored
 
 __all__ = ["Copies", "HostStore", "host_store"]

@@ -27,8 +27,8 @@ from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import InPlaceError, RebuildError, describe
 from recollect.frames._frame import certificate_of_process, run_frame
 from recollect.frames._modes import local
-from recollect.frames._record import version_of
 from recollect.frames._region import Region
+from recollect.frames._watch import version_of
 from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
 from recollect.frames.sources._source import Arguments, Held, Source
 

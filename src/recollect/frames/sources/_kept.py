@@ -12,7 +12,7 @@ from recollect._storages import storages_of
 from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree
 from recollect.frames._errors import InPlaceError, describe
-from recollect.frames._record import attributes_of, key_of, version_of
+from recollect.frames._watch import attributes_of, key_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = ["Kept", "KeptArguments", "KeptTensor", "Layout", "storage_of"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.frames._record import version_of
+from recollect.frames._watch import version_of
 
 __all__ = ["Fetch", "Layout", "Store", "Stored"]
 

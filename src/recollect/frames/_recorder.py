@@ -1,0 +1,290 @@
+"""What runs in a region, and what it reads and writes: observed, not searched for.
+
+While a region runs for the first time, module hooks tell which modules run. Their buffers are compared with what they
+held before: by version, and by value where no version is counted. The first call of each module and of each function
+also runs under a dispatch mode, which sees every operation: it copies what exists outside of the region before the
+first write to it. Modules and functions that write to more than buffers are watched in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from recollect._torch import (
+    STANDARD_ATTRIBUTES,
+    compiled_blocks_exist,
+    is_faked,
+    unwatch_leaving,
+    unwatch_modules,
+    watch_leaving,
+    watch_modules,
+)
+from recollect.frames._modes import local
+from recollect.frames._record import Buffer, Known, Record, Registered
+from recollect.frames._state import PythonState, reached_by
+from recollect.frames._watch import Copy, Watch, place_of
+
+__all__ = ["Recorder", "entering", "leaving"]
+
+
+_modules_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+_functions_known: weakref.WeakKeyDictionary[types.CodeType, Known] = weakref.WeakKeyDictionary()
+
+
+def _known_module(module: nn.Module) -> Known:
+    known = _modules_known.get(module)
+    if known is None:
+        known = _modules_known[module] = Known()
+    return known
+
+
+def _code_of(function: Any) -> types.CodeType | None:
+    """Return the code that a call of the function runs, if it is no module and written in Python."""
+    while not isinstance(function, nn.Module):
+        if isinstance(function, types.FunctionType):
+            return function.__code__
+        if isinstance(function, types.MethodType):
+            function = function.__func__
+        elif isinstance(function, functools.partial):
+            function = function.func
+        elif type(function).__module__.partition(".")[0] == "recollect" and hasattr(function, "owner"):
+            function = function.owner  # what recollect puts around a block
+        else:
+            return getattr(vars(type(function)).get("__call__"), "__code__", None)
+    return None
+
+
+# Observation.
+
+
+# So many modules are noted without having run, where a function names them.
+_FEW = 64
+
+
+class Recorder:
+    """Observes the first run of a region; :meth:`settle` returns what a rebuild must know.
+
+    Args:
+        function: what the region runs.
+        arguments: what it is called with, for objects among them.
+    """
+
+    __slots__ = (
+        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
+        "_parts", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
+    )  # fmt: skip
+
+    def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
+        self._entered: set[int] = set()
+        self._ran: set[int] = set()  # those that ran, and their parts
+        # Modules whose parameters hooks may bring and take away, and the storages of what they brought: hooks do in a
+        # rebuild what they do, and the parameters that are there are used.
+        self._hooked: set[int] = set()
+        self._brought: set[int] = set()
+        self._parts: tuple[int, list[int]] | None = None  # of the function, if it is a module
+        self._state = PythonState()
+        self._buffers: list[Buffer] = []
+        self._storages: set[int] = set()  # of buffers
+        self._parameters: list[Registered] = []
+        self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
+        self._watches: list[Watch] = []
+        self._known: list[tuple[Known, bool]] = []  # entered while the mode was open, and in which training mode
+        self._lazy: list[nn.Module] = []
+        self._runs = self._leaves = False  # whether it observes, and also when modules have run
+        code = _code_of(function)
+        self._keys = None if code is None else _functions_known.setdefault(code, Known())
+        self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
+        for found in reached_by(function, arguments):
+            if self._keys is not None and not self._keys.knows(found):
+                self._named.append(found)
+            if isinstance(found, torch.Generator):
+                self._state.add_generator(found)
+            elif isinstance(found, nn.Module):
+                # A part of it may be used without being called as a module; of a large one that would be too many.
+                parts = list(itertools.islice(found.modules(), _FEW + 1))
+                if found is function and len(parts) <= _FEW:  # nothing runs before it that could give it others
+                    self._parts = (id(found), [id(part) for part in parts])
+                for part in parts if len(parts) <= _FEW else [found]:
+                    self._enter(part)
+
+    def __enter__(self) -> Recorder:
+        if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
+            self._open_watch(self)
+        local.recorders.append(self)
+        watch_modules(entering)
+        self._runs = True
+        if self._hooked or self._watching or compiled_blocks_exist():  # the latter depend on which hooks there are
+            self._watch_leaving()
+        return self
+
+    def _watch_leaving(self) -> None:
+        """Call :meth:`leave` from now on, which costs something at each module."""
+        if self._runs and not self._leaves:
+            self._leaves = True
+            watch_leaving(leaving)
+
+    def __exit__(self, *exc_info: object) -> None:
+        unwatch_modules()
+        self._runs = False
+        if self._leaves:
+            self._leaves = False
+            unwatch_leaving()
+        local.recorders.remove(self)
+        while self._watching:
+            self._close_watch()
+
+    # Modules.
+
+    def enter(self, module: nn.Module) -> None:
+        """Note a module that is about to run, with all that it holds."""
+        known = _known_module(module)
+        if not self._watching and (known.watched or module.training not in known.seen):
+            self._open_watch(module)
+            self._watch_leaving()
+        if self._watching:
+            self._known.append((known, module.training))
+        if id(module) not in self._ran:
+            if self._parts is not None and self._parts[0] == id(module):
+                self._ran.update(self._parts[1])
+                return
+            for part in module.modules():
+                self._ran.add(id(part))
+                self._enter(part)
+
+    def leave(self, module: nn.Module) -> None:
+        """Note that a module has run; its own hooks have not yet taken anything away."""
+        if id(module) in self._hooked:
+            for parameter in vars(module)["_parameters"].values():
+                if parameter is not None and not is_lazy(parameter):
+                    self._brought.update(place_of(parameter))
+        if self._watching and self._watching[-1][0] is module:
+            self._close_watch()
+
+    def _enter(self, module: nn.Module) -> None:
+        if id(module) in self._entered:
+            return
+        self._entered.add(id(module))
+        names = vars(module)
+        if names.get("_forward_pre_hooks"):
+            self._hooked.update(map(id, module.modules()))
+        if id(module) in self._hooked:
+            self._watch_leaving()
+        parameters, buffers = names.get("_parameters"), names.get("_buffers")
+        if type(parameters) is not dict or type(buffers) is not dict:  # a scripted module, whose state is torch's
+            self._note_buffers(module, None, module.named_buffers(recurse=False))
+            return
+        if parameters and any(map(is_lazy, parameters.values())):
+            self._lazy.append(module)  # it becomes what it will be in its first call
+        else:
+            self._state.add_namespace(names, STANDARD_ATTRIBUTES)
+            if id(module) not in self._hooked:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        self._parameters.append((parameters, name, parameter))
+            self._registries.append((buffers, dict(buffers)))
+            if names["_modules"]:
+                self._registries.append((names["_modules"], dict(names["_modules"])))
+        if buffers:
+            self._note_buffers(module, buffers, buffers.items())
+
+    def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
+        known = _known_module(module)
+        for name, buffer in buffers:
+            if buffer is not None:
+                self._buffers.append(Buffer(module, registry, name, buffer, known))
+                if not is_lazy(buffer):
+                    self._storages.update(place_of(buffer))
+
+    # Watching.
+
+    def _open_watch(self, opener: Any) -> None:
+        if is_faked():
+            return  # there are no values that could be written
+        watch = Watch()
+        watch.__enter__()  # type: ignore[no-untyped-call]
+        self._watching.append((opener, watch))
+
+    def _close_watch(self) -> None:
+        opener, watch = self._watching.pop()
+        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._watches.append(watch)
+        if opener is self and self._keys is not None:
+            self._known.append((self._keys, True))
+
+    def is_lasting(self, tensor: Tensor) -> bool:
+        """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
+        if not self._storages and not self._lazy:
+            return False
+        keys = place_of(tensor)
+        if not self._storages.isdisjoint(keys):
+            return True
+        return bool(self._lazy) and any(
+            keys == place_of(buffer)
+            for module in self._lazy
+            for buffer in module.buffers(recurse=False)
+            if not is_lazy(buffer)
+        )
+
+    def so_far(self) -> Record:
+        """Return what a rebuild must know while the region has not run to its end."""
+        watches = [*self._watches, *(watch for _, watch in self._watching)]
+        copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
+        writes = [Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
+        writes.extend(copied.values())
+        return Record(self._state, self._parameters, self._registries, [], writes)
+
+    def settle(self) -> Record:
+        """Return what a rebuild must know; to be called when the region has run."""
+        writes: list[Copy] = []
+        constant: list[Buffer] = []
+        covered: set[int] = set()
+        copied: dict[int, Copy] = {}
+        for watch in reversed(self._watches):
+            copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
+        for buffer in self._buffers:
+            keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
+            covered |= keys
+            if not buffer.is_written() and not any(key in copied for key in keys):
+                constant.append(buffer)
+                continue
+            buffer.known.written.add(buffer.name)
+            if buffer.then is not None or not any(key in copied for key in keys):
+                writes.append(Copy(buffer.tensor, buffer.then))
+            else:
+                writes.extend(copied[key] for key in keys if key in copied)
+        more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
+        if more:
+            writes.extend(more)
+            for known, _ in self._known:
+                known.watched = True
+        if self._keys is not None:
+            self._keys.learn(self._named)
+        for known, training in self._known:  # not before: recorders of regions around this one look too
+            known.seen.add(training)
+        self._known.clear()
+        for module in self._lazy:  # what they will stay
+            parameters = vars(module)["_parameters"]
+            self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
+        return Record(self._state, self._parameters, self._registries, constant, writes)
+
+
+def entering(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for recorder in local.recorders:
+            recorder.enter(module)
+
+
+def leaving(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for recorder in reversed(local.recorders):
+            recorder.leave(module)
