@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recollect._torch import is_in_transform
-from recollect.frames._errors import RebuildError
+from recollect._torch import graph_task_id, is_in_transform, when_backward_ends
+from recollect.frames._errors import FrameError, RebuildError
+from recollect.frames._modes import local
 
 __all__ = [
     "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
-    "error_between", "fingerprint", "is_finite", "is_gross", "tolerance_of",
+    "error_between", "fingerprint", "is_finite", "is_gross", "is_late", "judge", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -36,6 +37,9 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2.5e-3,
 
 # Sampled elements where reading all of them would cost more than it proves.
 _SAMPLES = 4 * _PERIOD
+
+# Devices whose values can be read without waiting for them. What is compared on others is judged when backward ends.
+_READ_AT_ONCE = {"cpu"}
 
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -108,6 +112,7 @@ def fingerprint(
         size <= _PERIOD
         and type(tensor) is Tensor
         and tensor.is_cpu
+        and "cpu" in _READ_AT_ONCE
         and not (exact or sample or order)
         and _is_simple(tensor)
     ):
@@ -167,6 +172,52 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
     return error / norm
+
+
+def judge(
+    pairs: Sequence[tuple[Fingerprint | None, Fingerprint | None]], verdict: Callable[[list[float]], None]
+) -> None:
+    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or on other devices when backward ends."""
+
+    def read() -> None:
+        verdict([0.0 if then is None or now is None else error_between(then, now) for then, now in pairs])
+
+    if any(is_late(mark) for pair in pairs for mark in pair):
+        _at_the_end(read)
+    else:
+        read()
+
+
+def is_late(mark: Fingerprint | None) -> bool:
+    """Return whether reading a fingerprint would wait for its device."""
+    return mark is not None and (isinstance(mark.projections, Tensor) or isinstance(mark.bits, Tensor))
+
+
+def _at_the_end(read: Callable[[], None]) -> None:
+    """Call ``read`` when the backward pass ends that is running; now if there is none."""
+    task = graph_task_id()
+    if local.verdicts[0] != task:
+        waiting: list[Callable[[], None]] = []
+
+        def read_all() -> None:
+            errors = []
+            for one in waiting:
+                try:
+                    one()
+                except FrameError as error:
+                    errors.append(error)
+            waiting.clear()
+            local.verdicts = (-1, [])
+            if errors:
+                raise errors[0]
+
+        try:
+            when_backward_ends(read_all)
+        except RuntimeError:
+            read()
+            return
+        local.verdicts = (task, waiting)
+    local.verdicts[1].append(read)
 
 
 def is_finite(mark: Fingerprint) -> bool:
@@ -265,7 +316,7 @@ def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
         columns = flat if flat.dtype is wide else flat.to(wide)
         if not with_norm:
             projections = torch.mv(_direction(wide, device)[:, :size], columns)
-            return projections.tolist() if device.type == "cpu" else projections
+            return projections.tolist() if device.type in _READ_AT_ONCE else projections
         norm = torch.linalg.vector_norm(columns)
     else:
         period = _PERIOD if size % _PERIOD else _OTHER_PERIOD
@@ -275,7 +326,7 @@ def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
             columns[: size - rows * period] += flat[rows * period :]
         norm = torch.linalg.vector_norm(flat, dtype=wide)
     projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
-    if device.type != "cpu":
+    if device.type not in _READ_AT_ONCE:
         return torch.cat([projections, norm.view(1)])
     numbers: list[float] = projections.tolist()
     numbers.append(norm.item())
@@ -328,7 +379,7 @@ def _bits_of(flat: Tensor) -> int | Tensor:
         columns = flat[: rows * period].view(rows, period).sum(0, dtype=torch.int64)
         columns[: size - rows * period] += flat[rows * period :]
         total = (columns * weights[:period]).sum()
-    return int(total) if device.type == "cpu" else total
+    return int(total) if device.type in _READ_AT_ONCE else total
 
 
 def check_block(

@@ -22,6 +22,8 @@ from recollect.frames._certificate import (
     Fingerprint,
     difference,
     fingerprint,
+    is_late,
+    judge,
     tolerance_of,
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
@@ -417,20 +419,33 @@ class Frame(Scope):
         if then is None:
             return 0.0
         with aside():
+            if is_late(then):
+                self._certify_late(index, then, tensor)
+                return 0.0
             error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
         if self._held.drifts:  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = self._counts(then) and (tensor.is_floating_point() or error > GROSS)
             return error if counts else 0.0
+        self._accept(index, tensor.dtype, error)
+        return error
+
+    def _certify_late(self, index: int, then: Fingerprint, tensor: Tensor) -> None:
+        """Compare on a device that is not waited for; of what drifts, the source compares what blocks return alone."""
+        if not self._held.drifts:
+            now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, like=then)
+            dtype = tensor.dtype
+            judge([(then, now)], lambda errors: self._accept(index, dtype, errors[0]))
+
+    def _accept(self, index: int, dtype: torch.dtype, error: float) -> None:
         if error > 0.0:
-            allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
+            allowed = max(tolerance_of(dtype), self._region.tolerance)
             if self._certify == "exact" or error > allowed:
                 raise self._differs(
                     f"saved tensor {index}, {_show(self._metas[index])}, has other values (relative error {error:.1e}; "
                     + ("certify='exact' allows none)" if self._certify == "exact" else f"rounding: {allowed:.0e})")
                 )
         self._certificate.note(error)
-        return error
 
     def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""

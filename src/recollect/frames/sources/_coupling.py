@@ -28,6 +28,8 @@ from recollect.frames._certificate import (
     difference,
     fingerprint,
     is_gross,
+    is_late,
+    judge,
     tolerance_of,
 )
 from recollect.frames._chain import Parts, Slot, Stage, whole
@@ -426,15 +428,15 @@ class _CouplingStage(Stage):
         if block.returned is None:
             return
         exact = self._certify == "exact"
+        if is_late(block.returned):
+            self._check_late(index, output)
+            return
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
             self._certificate.note(returned)
             return
-        groups = self._groups
-        with torch.no_grad():
-            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-            z = block.input.give(z)
+        z = self._input_of(index)
         given = difference(block.given, z, exact=exact)
         name = block.region.name
         if is_gross(block.gross, given, tolerance):
@@ -459,3 +461,21 @@ class _CouplingStage(Stage):
             self._certify,
             self._certificate,
         )
+
+    def _check_late(self, index: int, output: Tensor) -> None:
+        """Do the same on a device that is not waited for."""
+        block, exact = self.blocks[index], self._certify == "exact"
+        tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
+        given = fingerprint(self._input_of(index), exact=exact, like=block.given)
+        returned = fingerprint(output, exact=exact, like=block.returned)
+        name, certify, certificate = block.region.name, self._certify, self._certificate
+        judge(
+            [(block.given, given), (block.returned, returned)],
+            lambda errors: check_block(name, errors[0], errors[1], tolerance, None, certify, certificate),
+        )
+
+    def _input_of(self, index: int) -> Tensor:
+        groups = self._groups
+        with torch.no_grad():
+            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
+            return self.blocks[index].input.give(z)
