@@ -177,7 +177,7 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
 def judge(
     pairs: Sequence[tuple[Fingerprint | None, Fingerprint | None]], verdict: Callable[[list[float]], None]
 ) -> None:
-    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or on other devices when backward ends."""
+    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or on other devices as backward ends."""
 
     def read() -> None:
         verdict([0.0 if then is None or now is None else error_between(then, now) for then, now in pairs])
