@@ -105,7 +105,8 @@ def fingerprint(
         tensor: any.
         exact: take its bits too.
         sample: take at most some thousand elements, as floating-point numbers.
-        like: another fingerprint, to be compared with: elements are read in its order.
+        like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
+            errors are relative, is not taken again.
     """
     size, order = tensor.numel(), None if like is None else like.order
     if (
@@ -131,7 +132,7 @@ def fingerprint(
         bits = bits * 31 + _bits_of(indices.reshape(-1))
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
-        projections = _project(flat, sample)
+        projections = _project(flat, like is None and (sample or flat.numel() > _PERIOD))
     return Fingerprint(projections, bits, order)
 
 
@@ -160,11 +161,15 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if not _equal(then.bits, now.bits):
         return math.inf
     a, b = _numbers(then.projections), _numbers(now.projections)
-    if a == b or not a:
+    if not a or a[:_PROJECTIONS] == b[:_PROJECTIONS]:
         return 0.0
     if not is_finite(then):
         return 0.0  # an overflow in the forward pass: there is nothing to prove
-    square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
+    square = sum(
+        (p - q) ** 2
+        for p, q in zip(a[:_PROJECTIONS], b, strict=False)
+        if not (math.isnan(p) and math.isnan(q)) and p != q
+    )
     if square == 0.0:
         return 0.0  # NaN where NaN was
     norm = a[-1] if len(a) > _PROJECTIONS else math.sqrt(sum(p**2 for p in a) / _PROJECTIONS)
@@ -309,27 +314,23 @@ def kind_is_plain(kind: type[Tensor]) -> bool:
 
 
 def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
-    device = flat.device
+    device, size = flat.device, flat.numel()
     wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
-    size = flat.numel()
     if size <= _PERIOD:
         columns = flat if flat.dtype is wide else flat.to(wide)
-        if not with_norm:
-            projections = torch.mv(_direction(wide, device)[:, :size], columns)
-            return projections.tolist() if device.type in _READ_AT_ONCE else projections
-        norm = torch.linalg.vector_norm(columns)
     else:
         period = _PERIOD if size % _PERIOD else _OTHER_PERIOD
         rows = size // period
         columns = flat[: rows * period].view(rows, period).sum(0, dtype=wide)
         if rows * period < size:
             columns[: size - rows * period] += flat[rows * period :]
-        norm = torch.linalg.vector_norm(flat, dtype=wide)
     projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
+    norm = torch.linalg.vector_norm(flat, dtype=wide) if with_norm else None
     if device.type not in _READ_AT_ONCE:
-        return torch.cat([projections, norm.view(1)])
+        return projections if norm is None else torch.cat([projections, norm.view(1)])
     numbers: list[float] = projections.tolist()
-    numbers.append(norm.item())
+    if norm is not None:
+        numbers.append(norm.item())
     return numbers
 
 
