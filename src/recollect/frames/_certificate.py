@@ -414,7 +414,7 @@ def check_block(
         accepted = returned <= tolerance or returned <= _ORDINARY * given or given > _DRIFTED
         if not accepted and amplification is not None and math.isfinite(returned):
             times = amplification()
-            accepted = times is not None and returned <= _SAFETY * times * max(given, tolerance / _ORDINARY)
+            accepted = times is not None and returned <= _SAFETY * times * max(given, tolerance)
     if not accepted:
         allowed = "certify='exact' allows none" if certify == "exact" else f"rounding: {tolerance:.0e}"
         raise RebuildError(
