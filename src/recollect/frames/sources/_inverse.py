@@ -393,10 +393,12 @@ def amplified(tensor: Tensor, evaluate: Callable[[float], Tensor], step: float) 
     Returns:
         ``None`` if without an error the result is another.
     """
-    norm = tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny)
-    if float((evaluate(0.0) - tensor).norm() / norm) > tolerance_of(tensor.dtype) / 10:
+    wide = torch.promote_types(tensor.dtype, torch.float64)
+    result = tensor.to(wide)
+    norm = result.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    if float((evaluate(0.0).to(wide) - result).norm() / norm) > tolerance_of(tensor.dtype) / 10:
         return None
-    return float((evaluate(step) - tensor).norm() / norm) / step
+    return float((evaluate(step).to(wide) - result).norm() / norm) / step
 
 
 def moved(value: Any, step: float) -> Any:
