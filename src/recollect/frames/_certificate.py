@@ -172,7 +172,8 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     )
     if square == 0.0:
         return 0.0  # NaN where NaN was
-    norm = a[-1] if len(a) > _PROJECTIONS else math.sqrt(sum(p**2 for p in a) / _PROJECTIONS)
+    # The norm of values whose squares overflow is infinite, and that of small tensors is not taken.
+    norm = a[-1] if len(a) > _PROJECTIONS and math.isfinite(a[-1]) else _root_mean_square(a)
     error = math.sqrt(square / _PROJECTIONS)
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
@@ -225,10 +226,14 @@ def _at_the_end(read: Callable[[], None]) -> None:
     local.verdicts[1].append(read)
 
 
+def _root_mean_square(projections: list[float]) -> float:
+    return math.sqrt(sum(p**2 for p in projections[:_PROJECTIONS]) / _PROJECTIONS)
+
+
 def is_finite(mark: Fingerprint) -> bool:
     """Return whether a tensor was free of infinities and NaN."""
     numbers = _numbers(mark.projections)
-    return not numbers or math.isfinite(numbers[-1])
+    return all(map(math.isfinite, numbers[:_PROJECTIONS]))
 
 
 def _equal(a: int | Tensor, b: int | Tensor) -> bool:
