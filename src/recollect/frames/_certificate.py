@@ -166,7 +166,7 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if not is_finite(then):
         return 0.0  # an overflow in the forward pass: there is nothing to prove
     square = sum(
-        (p - q) ** 2
+        (p - q) * (p - q)  # a power raises where this overflows
         for p, q in zip(a[:_PROJECTIONS], b, strict=False)
         if not (math.isnan(p) and math.isnan(q)) and p != q
     )
@@ -227,7 +227,7 @@ def _at_the_end(read: Callable[[], None]) -> None:
 
 
 def _root_mean_square(projections: list[float]) -> float:
-    return math.sqrt(sum(p**2 for p in projections[:_PROJECTIONS]) / _PROJECTIONS)
+    return math.hypot(*projections[:_PROJECTIONS]) / math.sqrt(_PROJECTIONS)
 
 
 def is_finite(mark: Fingerprint) -> bool:

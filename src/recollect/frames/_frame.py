@@ -66,7 +66,7 @@ class _Lasting:
 class _Emptied:
     """What the graph of a rebuild holds of a saved tensor: nothing, once the rebuild is over."""
 
-    __slots__ = ("tensor",)
+    __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
@@ -195,6 +195,8 @@ class Frame(Scope):
             hooks = saved_tensors_hooks(self._pack, _unpack)
             output = self._region.first(arguments, devices, self, hooks, self._take)
             self._mark_earlier(end=True)
+            if self._recorder is not None and self._recorder.filled:
+                self._early_stop = False  # it would end before an operation fills what it has saved
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
@@ -273,8 +275,11 @@ class Frame(Scope):
         """
         unmarked = self._unmarked
         if unmarked and (end or unmarked[-1][2] != sequence()):
+            filled = self._recorder.filled if self._recorder is not None else ()
             with aside():
                 for index, tensor, _ in unmarked:
+                    if filled and not filled.isdisjoint(place_of(tensor)):
+                        continue  # noise that an operation fills, or in evaluation leaves as it was
                     self._marks[index] = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
             unmarked.clear()
 
@@ -317,6 +322,12 @@ class Frame(Scope):
             try:
                 return self._run_again()
             except RebuildError as error:
+                if self._region.watched and not self._region.rewatched:
+                    self._region.rewatched = True  # some operations save other tensors under a dispatch mode
+                    try:
+                        return self._run_again()
+                    except RebuildError:
+                        self._region.rewatched = False
                 suspects = self._suspects()
                 if not suspects:
                     raise
@@ -340,7 +351,7 @@ class Frame(Scope):
         self._parent.now_rebuilds(self)
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
-        graph: list[_Emptied] = []
+        graph: list[weakref.ref[_Emptied]] = []
         waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation; see _mark_earlier
         gross = 0.0
         last = max(needed, default=-1) if self._early_stop or running is not None else -1
@@ -367,7 +378,7 @@ class Frame(Scope):
                     collected[count] = bare
                     versions[count] = version_of(bare)
             kept = _Emptied(bare)
-            graph.append(kept)
+            graph.append(weakref.ref(kept))
             count += 1
             if count == last + 1:
                 raise _Complete
@@ -384,8 +395,10 @@ class Frame(Scope):
                     error.add_note(f"This happened while {self._region.name} ran again for backward.")
                 raise
         finally:
-            for kept in graph:
-                kept.tensor = None
+            for reference in graph:
+                kept = reference()
+                if kept is not None:
+                    kept.tensor = None
         for index, bare in collected.items():
             if version_of(bare) != versions[index] or index in self._spoiled:
                 raise InPlaceError(

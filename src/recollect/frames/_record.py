@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -35,7 +35,7 @@ class Known:
 
     def __init__(self) -> None:
         self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # that a function named
-        self.seen: set[bool] = set()  # training flags under which a call was watched from begin to end
+        self.seen: set[Hashable] = set()  # training flags and hooks under which a call was watched from begin to end
         self.watched = False  # writes to more than buffers, and is watched at each call
         self.written: set[str] = set()  # buffers that it was seen to write
         self.marks: dict[str, tuple[weakref.ref[Tensor], int, Any]] = {}  # of buffers that it only read
@@ -112,7 +112,7 @@ class Record:
         writes: what it wrote to.
     """
 
-    __slots__ = ("_constant", "_marks", "_parameters", "_registries", "_state", "_versions", "_writes")
+    __slots__ = ("_constant", "_flags", "_marks", "_parameters", "_registries", "_state", "_versions", "_writes")
 
     def __init__(
         self,
@@ -129,6 +129,7 @@ class Record:
         self._marks = [(b.name, b.tensor, b.mark) for b in constant if b.mark is not None]
         self._writes = writes
         self._versions = _versions_of(parameters)
+        self._flags = [p.requires_grad for _, _, p in parameters]
 
     def suspects(self) -> list[str]:
         """Return the buffers that hold other values than in the first run, although no version says so."""
@@ -170,6 +171,7 @@ class Record:
         counted: list[Tensor] = []
         kept = [parameter for _, _, parameter in self._parameters] if other and self._writes else []
         state = self._state.now()
+        toggled: list[Tensor] = []
         try:
             self._state.write_then(state)
             for copy in self._writes:
@@ -192,9 +194,14 @@ class Record:
                 if present is not parameter and _can_replace(present, parameter):
                     parameters.append((registry, name, present))  # type: ignore[arg-type]
                     registry[name] = parameter
+            for (_, _, parameter), flag in zip(self._parameters, self._flags, strict=True):
+                if parameter.requires_grad is not flag and parameter.is_leaf:
+                    toggled.append(parameter.requires_grad_(flag))
             with preserving_versions(counted):
                 yield
         finally:
+            for tensor in toggled:
+                tensor.requires_grad_(not tensor.requires_grad)
             for registry, name, tensor in reversed(parameters):
                 registry[name] = tensor
             for registry, now in registries:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from recollect._torch import (
 from recollect.frames._modes import local
 from recollect.frames._record import Buffer, Known, Record, Registered
 from recollect.frames._state import PythonState, reached_by
-from recollect.frames._watch import Copy, Watch, place_of
+from recollect.frames._watch import Copy, Watch, place_of, version_of
 
 __all__ = ["Recorder", "entering", "leaving"]
 
@@ -80,7 +80,7 @@ class Recorder:
 
     __slots__ = (
         "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
-        "_parts", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
+        "_parts", "_places", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -95,20 +95,26 @@ class Recorder:
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()  # of buffers
         self._parameters: list[Registered] = []
+        # Tensors that are no buffers, where their values are, and their versions.
+        self._places: list[tuple[nn.Module | None, Tensor, Tensor, int]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
         self._watches: list[Watch] = []
-        self._known: list[tuple[Known, bool]] = []  # entered while the mode was open, and in which training mode
+        self._known: list[tuple[Known, Hashable]] = []  # entered while the mode was open, and in which state
         self._lazy: list[nn.Module] = []
         self._runs = self._leaves = False  # whether it observes, and also when modules have run
+        if not isinstance(function, nn.Module):
+            self._state.add_variables(function)
         code = _code_of(function)
         self._keys = None if code is None else _functions_known.setdefault(code, Known())
         self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
         for found in reached_by(function, arguments):
-            if self._keys is not None and not self._keys.knows(found):
+            if self._keys is not None and not isinstance(found, Tensor) and not self._keys.knows(found):
                 self._named.append(found)
             if isinstance(found, torch.Generator):
                 self._state.add_generator(found)
+            elif isinstance(found, Tensor):
+                self._note_place(None, found)
             elif isinstance(found, nn.Module):
                 # A part of it may be used without being called as a module; of a large one that would be too many.
                 parts = list(itertools.islice(found.modules(), _FEW + 1))
@@ -148,11 +154,12 @@ class Recorder:
     def enter(self, module: nn.Module) -> None:
         """Note a module that is about to run, with all that it holds."""
         known = _known_module(module)
-        if not self._watching and (known.watched or module.training not in known.seen):
+        state = _state_of(module)
+        if not self._watching and (known.watched or state not in known.seen):
             self._open_watch(module)
             self._watch_leaving()
         if self._watching:
-            self._known.append((known, module.training))
+            self._known.append((known, state))
         if id(module) not in self._ran:
             if self._parts is not None and self._parts[0] == id(module):
                 self._ran.update(self._parts[1])
@@ -187,15 +194,24 @@ class Recorder:
             self._lazy.append(module)  # it becomes what it will be in its first call
         else:
             self._state.add_namespace(names, STANDARD_ATTRIBUTES)
+            for value in names.values():
+                if type(value) is Tensor:
+                    self._note_place(module, value)
             if id(module) not in self._hooked:
                 for name, parameter in parameters.items():
                     if parameter is not None:
                         self._parameters.append((parameters, name, parameter))
+                        self._note_place(module, parameter)
             self._registries.append((buffers, dict(buffers)))
             if names["_modules"]:
                 self._registries.append((names["_modules"], dict(names["_modules"])))
         if buffers:
             self._note_buffers(module, buffers, buffers.items())
+
+    def _note_place(self, module: nn.Module | None, tensor: Tensor) -> None:
+        """Note where the values of a tensor are that the region may write to, or give others."""
+        if tensor.is_leaf and (type(tensor) is Tensor or type(tensor) is nn.Parameter) and not is_lazy(tensor):
+            self._places.append((module, tensor, tensor.data, version_of(tensor)))
 
     def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
         known = _known_module(module)
@@ -235,6 +251,17 @@ class Recorder:
             if not is_lazy(buffer)
         )
 
+    @property
+    def has_watched(self) -> bool:
+        """Whether a dispatch mode was open, under which some operations save other tensors."""
+        return bool(self._watches)
+
+    @property
+    def filled(self) -> set[int]:
+        """Storages that operations fill after autograd has saved them."""
+        watches = [*self._watches, *(watch for _, watch in self._watching)]
+        return set().union(*(watch.filled for watch in watches)) if watches else set()
+
     def so_far(self) -> Record:
         """Return what a rebuild must know while the region has not run to its end."""
         watches = [*self._watches, *(watch for _, watch in self._watching)]
@@ -263,10 +290,22 @@ class Recorder:
             else:
                 writes.extend(copied[key] for key in keys if key in copied)
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
-        if more:
+        if more or self.filled:
             writes.extend(more)
             for known, _ in self._known:
                 known.watched = True
+        for module, tensor, then, version in self._places:
+            if module is not None and id(module) in self._hooked:
+                continue
+            replaced = place_of(tensor) != place_of(then)
+            if replaced or (version_of(tensor) != version and not any(key in copied for key in place_of(tensor))):
+                writes.append(Copy(tensor, then if replaced else None))
+                for known, _ in self._known:
+                    known.watched = True
+                for one in (self._keys, None if module is None else _known_module(module)):
+                    if one is not None:
+                        one.watched = True
+        self._state.settle()
         if self._keys is not None:
             self._keys.learn(self._named)
         for known, training in self._known:  # not before: recorders of regions around this one look too
@@ -276,6 +315,12 @@ class Recorder:
             parameters = vars(module)["_parameters"]
             self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
         return Record(self._state, self._parameters, self._registries, constant, writes)
+
+
+def _state_of(module: nn.Module) -> Hashable:
+    """Return what decides, beside its arguments, what a module does: its training flag and its hooks."""
+    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+    return (module.training, hooks) if hooks else module.training
 
 
 def entering(module: nn.Module, args: Any) -> None:

@@ -49,7 +49,8 @@ class Region:
     """
 
     __slots__ = (
-        "_conditions", "_contexts", "_random", "_record", "_recorder", "certificate", "certify", "function", "seed",
+        "_conditions", "_contexts", "_random", "_record", "_recorder", "certificate", "certify", "function",
+        "rewatched", "seed", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +61,8 @@ class Region:
         certify: Certify = True,
         certificate: Certificate | None = None,
     ) -> None:
+        self.watched = False  # whether the first run was, and whether repetitions are
+        self.rewatched = False
         self.certify = certify
         self.certificate = certificate
         self.function = function
@@ -113,6 +116,7 @@ class Region:
             local.scope = outer
             self._recorder = None
         self._random = draws if draws is not None and draws.states else None
+        self.watched = recorder.has_watched
         self._record = recorder.settle()
         return output
 
@@ -142,7 +146,7 @@ class Region:
             raise RebuildError(f"{self.name}: asked to run again before it has run")
         args, kwargs = arguments
         changed = [*changed, *record.changed()]
-        watch = Watch(copies=False) if changed else None
+        watch = Watch(copies=False) if changed or self.rewatched else None
         outer, local.scope = local.scope, scope
         backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
@@ -153,8 +157,8 @@ class Region:
                 _seen_modules() if compiled_blocks_exist() else _NULL,
                 _NULL if self._conditions.hold() else self._conditions.again(),
                 _NULL if self._random is None else self._random.replayed(),
-                _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
                 record.put_back(other=function is not None),
+                _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
                 torch.enable_grad(),
                 hooks,
                 _NULL if watch is None else watch,

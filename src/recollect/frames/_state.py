@@ -61,7 +61,7 @@ def _present(value: Any) -> Any:
 
 
 def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
-    """Yield the modules, generators and other objects that a function and its arguments name.
+    """Yield the modules, generators, tensors and other objects that a function and its arguments name.
 
     These are what it is bound to, its variables, and what these hold. The region may use a module without running it as
     one. It may also not use it: putting its attributes back does no harm, and nothing else is concluded from it.
@@ -70,10 +70,10 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
     seen: dict[int, Any] = {}
     while waiting and len(seen) < _REACH:
         value, steps = waiting.pop()
-        if type(value) in ATOMS or isinstance(value, Tensor) or id(value) in seen:
+        if type(value) in ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, (nn.Module, torch.Generator)):
+        if isinstance(value, (nn.Module, torch.Generator, Tensor)):
             yield value
         elif steps == 0:
             continue
@@ -114,9 +114,10 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
 class PythonState:
     """What Python held when this was made, of the things that were added."""
 
-    __slots__ = ("_seen", "_things")
+    __slots__ = ("_cells", "_seen", "_things")
 
     def __init__(self) -> None:
+        self._cells: list[_Cell] = []
         self._things: list[Any] = []
         self._seen: set[int] = set()
 
@@ -125,6 +126,24 @@ class PythonState:
         if id(generator) not in self._seen:
             self._seen.add(id(generator))
             self._things.append(_Generator(generator))
+
+    def add_variables(self, function: Any) -> None:
+        """Note the variables of a function's closure."""
+        while not isinstance(function, types.FunctionType):
+            inner = next((n for n in ("owner", "__func__", "func") if hasattr(function, n)), None)
+            if inner is None or isinstance(function, nn.Module):
+                return
+            function = getattr(function, inner)
+        for cell in function.__closure__ or ():
+            try:
+                self._cells.append(_Cell(cell, cell.cell_contents))
+            except ValueError:  # not bound yet
+                continue
+
+    def settle(self) -> None:
+        """Keep the variables that the region did not bind anew; those that it does are its own to count with."""
+        self._things.extend(cell for cell in self._cells if cell.is_read_only)
+        self._cells = []
 
     def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = _DEPTH) -> None:
         """Note the attributes of an object."""
@@ -150,6 +169,8 @@ class PythonState:
             if len(value) <= _MANY:
                 self._things.append(_List(value))
                 items = value
+            elif type(value) is list:
+                self._things.append(_LongList(value))
         elif isinstance(value, dict):
             if len(value) <= _MANY:
                 self._things.append(_Dict(value))
@@ -259,6 +280,34 @@ class _Slots:
                     object.__setattr__(self._owner, name, value)
 
 
+class _Cell:
+    """A variable of a closure that the region only reads: a loop may have given it another value since."""
+
+    __slots__ = ("_cell", "then")
+
+    def __init__(self, cell: types.CellType, value: Any) -> None:
+        self._cell = cell
+        self.then = _past(value)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it still has the value that it had."""
+        return self.read() is _present(self.then)
+
+    def read(self) -> Any:
+        try:
+            return self._cell.cell_contents
+        except ValueError:  # deleted
+            return _MISSING
+
+    def write(self, value: Any) -> None:
+        value = _present(value)
+        if value is _MISSING:
+            del self._cell.cell_contents
+        elif self.read() is not value:
+            self._cell.cell_contents = value
+
+
 class _List:
     """The items of a list or deque."""
 
@@ -276,6 +325,23 @@ class _List:
         if len(items) != len(present) or any(a is not b for a, b in zip(items, present, strict=True)):
             items.clear()
             items.extend(present)
+
+
+class _LongList:
+    """The length of a long list, to which things may be added."""
+
+    __slots__ = ("_items", "then")
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+        self.then: tuple[int, list[Any]] = (len(items), [])
+
+    def read(self) -> tuple[int, list[Any]]:
+        return len(self._items), self._items[self.then[0] :]
+
+    def write(self, value: tuple[int, list[Any]]) -> None:
+        _, added = value
+        self._items[self.then[0] :] = added
 
 
 class _Dict:

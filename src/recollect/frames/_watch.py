@@ -91,6 +91,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         read: keys of the storages that were read.
         written: storages that were written, by key, with what they held before.
+        filled: storages that operations fill after autograd has saved them.
     """
 
     @classmethod
@@ -102,6 +103,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
         self.written: dict[int, Copy] = {}
+        self.filled: set[int] = set()  # made by the body, saved by an operation, and filled by it then
         self._made: set[int] = set()
         self._copies = copies
 
@@ -118,6 +120,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = {key_of(storage) for storage in storages_within((args, kwargs))}
         if func is _LIFT_FRESH:  # torch.tensor(...): its argument was made a moment ago, unseen
             self._made |= inputs
+        if func._schema.name in _FILLING:
+            self.filled.update(key for value in args[1:2] for key in place_of(value))
         outside = inputs - self._made
         if outside:
             self.read |= outside
@@ -145,3 +149,5 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _PLAIN_DISPATCH = Tensor.__torch_dispatch__
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
+# Operations that autograd lets save an argument before they fill it (the second).
+_FILLING = frozenset(["aten::rrelu_with_noise", "aten::rrelu_with_noise_"])
