@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -146,8 +145,8 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_live", "_lock", "_marks", "_metas",
-        "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
+        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live", "_lock", "_marks",
+        "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -174,6 +173,7 @@ class Frame(Scope):
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
+        self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
@@ -420,7 +420,7 @@ class Frame(Scope):
             error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
         if self._held.drifts:  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
-            counts = self._counts(then) and (tensor.is_floating_point() or error > GROSS)
+            counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
         if error > 0.0:
             allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
@@ -436,8 +436,10 @@ class Frame(Scope):
         """Whether a saved tensor's values are at all large, beside those of the others."""
         if not isinstance(mark.projections, list) or not mark.projections:
             return True
-        norms = [m.projections[-1] for m in self._marks if m and isinstance(m.projections, list) and m.projections]
-        return mark.projections[-1] >= 1e-2 * max(norms)
+        if self._largest is None:
+            lists = (m.projections for m in self._marks if m is not None)
+            self._largest = max(numbers[-1] for numbers in lists if isinstance(numbers, list) and numbers)
+        return mark.projections[-1] >= 1e-2 * self._largest
 
     def _check_saved(self, needed: set[int], changed: list[Changed]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
@@ -493,11 +495,6 @@ def _empty(arguments: Arguments) -> None:
 def devices_of(arguments: Any) -> set[torch.device]:
     """Return the devices of all tensors among the arguments."""
     return {tensor.device for tensor in tensors_of(arguments)}
-
-
-def _size(shape: torch.Size) -> int:
-    """Return the number of elements, with ragged sizes for one: to compare norms by."""
-    return math.prod(n for n in shape if isinstance(n, int))
 
 
 def _show(meta: Meta) -> str:
