@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect._torch import is_in_transform
+from recollect._torch import is_in_transform, without_overrides
 from recollect.frames._errors import RebuildError
 
 __all__ = [
@@ -247,7 +247,7 @@ def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
     if isinstance(local, Tensor):
         return values_of(local, order)
     if kind_is_plain(type(tensor)):
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             return values_of(tensor.as_subclass(Tensor), order)
     return None, None
 

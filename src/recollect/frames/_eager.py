@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._torch import storage_use_count, tensor_use_count, when_backward_ends
+from recollect._torch import storage_use_count, tensor_use_count, when_backward_ends, without_overrides
 from recollect.frames._chain import Parts, Stage, whole
 from recollect.frames._errors import ReleasedTensorError
 from recollect.frames._modes import local
@@ -111,7 +111,7 @@ class _ReleasedTensor(Tensor):
         if name in _LAYOUT:
             return func(args[0]._like, *args[1:], **(kwargs or {}))
         if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_overrides():
                 return func(*args, **(kwargs or {}))
         owner = next(_owners((args, kwargs)), "an invertible function")
         raise ReleasedTensorError(
