@@ -206,3 +206,17 @@ class _Release:
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(note)
+
+        # A leaf gets its gradient before backward ends, and then must have its shape. The graph holds the stage.
+        reference, handles = weakref.ref(stage), []
+
+        def return_to_leaf(_: Tensor) -> None:
+            for handle in handles:
+                handle.remove()
+            maker = reference()
+            if maker is not None and any(one.waits for one in waiting):
+                maker.invert()
+
+        for tensor, one in zip(inputs, released, strict=True):
+            if one is not None and tensor.is_leaf and tensor.requires_grad:
+                handles.append(tensor.register_hook(return_to_leaf))  # type: ignore[no-untyped-call]
