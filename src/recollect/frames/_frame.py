@@ -273,7 +273,9 @@ class Frame(Scope):
         if unmarked and (end or unmarked[-1][2] != sequence()):
             with aside():
                 for index, tensor, _ in unmarked:
-                    self._marks[index] = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+                    self._marks[index] = fingerprint(
+                        tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
+                    )
             unmarked.clear()
 
     def _is_released(self, tensor: Tensor) -> bool:
@@ -417,7 +419,9 @@ class Frame(Scope):
         if then is None:
             return 0.0
         with aside():
-            error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
+            error = difference(
+                then, tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
+            )
         if self._held.drifts:  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
