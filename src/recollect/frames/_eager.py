@@ -208,7 +208,8 @@ class _Release:
                 tensor.grad_fn.register_prehook(note)
 
         # A leaf gets its gradient before backward ends, and then must have its shape. The graph holds the stage.
-        reference, handles = weakref.ref(stage), []
+        reference = weakref.ref(stage)
+        handles: list[Any] = []
 
         def return_to_leaf(_: Tensor) -> None:
             for handle in handles:
