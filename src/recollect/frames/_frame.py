@@ -345,6 +345,9 @@ class Frame(Scope):
         gross = 0.0
         last = max(needed, default=-1) if self._early_stop or running is not None else -1
         count = 0
+        filling = (
+            done
+        ) = -1  # numbers of operations: what it saved may be filled later; it saved the last that is needed
 
         def compare() -> None:
             nonlocal gross
@@ -353,7 +356,9 @@ class Frame(Scope):
             waiting.clear()
 
         def collect(tensor: Tensor) -> _Emptied:
-            nonlocal count
+            nonlocal count, filling, done
+            if done >= 0 and done != sequence():
+                raise _Complete
             bare = _bare(tensor)
             if count < len(self._metas):
                 meta = (shape_of(tensor), tensor.dtype, tensor.device)
@@ -366,11 +371,15 @@ class Frame(Scope):
                         waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
+                    if not tensor.requires_grad:
+                        filling = sequence()
             kept = _Emptied(bare)
             graph.append(kept)
             count += 1
             if count == last + 1:
-                raise _Complete
+                if filling != sequence():
+                    raise _Complete
+                done = filling  # it fills the noise of rrelu after it has saved it
             return kept
 
         output, is_whole = None, False
@@ -379,7 +388,7 @@ class Frame(Scope):
             is_whole = True
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
-            if isinstance(error, FrameError) or not 0 < count == last + 1:
+            if isinstance(error, FrameError) or not 0 < last + 1 <= count:
                 if not isinstance(error, FrameError) and hasattr(error, "add_note"):
                     error.add_note(f"This happened while {self._region.name} ran again for backward.")
                 raise
