@@ -65,6 +65,7 @@ $(BENCH_READY): $(READY)
 
 bench: $(BENCH_READY)
 	$(BIN)/python -m bench.depth $(ARGS)
+	$(BIN)/python -m bench.regions $(ARGS)
 	$(BIN)/python -m bench.invertible $(ARGS)
 	$(BIN)/python -m bench.graph $(ARGS)
 	$(BIN)/python -m bench.objectives $(ARGS)

@@ -1,10 +1,10 @@
-"""The systems that `bench.depth` compares: one grouped additive coupling, six ways to train it.
+"""The systems that `bench.depth` compares: one grouped additive coupling, seven ways to train it.
 
 All of them run the same block modules, with the same weights, on the same graph:
 y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_{i-1}). "recollect" gets a plain `edge_index`, and computes the
-convolutions in the blocks by products with the adjacency, as it does by default; "unfused" calls them as they are. All
-others get the `edge_index` too, or, as a careful user would have it, the adjacency in CSR form, for which
-torch_geometric computes such products itself.
+convolutions in the blocks by products with the adjacency, as it does by default; "unfused" calls them as they are, and
+"uncertified" does not compare what backward rebuilds with the forward. All others get the `edge_index` too, or, as a
+careful user would have it, the adjacency in CSR form, for which torch_geometric computes such products itself.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _memcnn(blocks: Blocks, graph: Tensor) -> System:
     return System([layer(stack) for stack in blocks], refills=True)
 
 
-def _recollect(blocks: Blocks, graph: Tensor, fuse: bool = True) -> System:
-    return Recollect([GroupAddRev(stack, fuse=fuse) for stack in blocks], graph)
+def _recollect(blocks: Blocks, graph: Tensor, fuse: bool = True, certify: bool = True) -> System:
+    return Recollect([GroupAddRev(stack, fuse=fuse, certify=certify) for stack in blocks], graph)
 
 
 SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
@@ -117,11 +117,13 @@ SYSTEMS: dict[str, Callable[[Blocks, Tensor], System]] = {
     "memcnn": _memcnn,
     "recollect": _recollect,
     "unfused": functools.partial(_recollect, fuse=False),
+    "uncertified": functools.partial(_recollect, certify=False),
 }
 
 
 # On a CSR adjacency: what else there is for somebody who cares for time and memory. Only recollect gets edges.
-ON_CSR = ("plain", "checkpoint", "pyg", "recollect")
+ON_CSR = ("plain", "checkpoint", "pyg", "recollect", "uncertified")
+ON_EDGES = tuple(name for name in SYSTEMS if name != "uncertified")
 
 
 def make_step(name: str, blocks: Blocks, x: Tensor, graph: Tensor) -> Step:
@@ -151,7 +153,7 @@ class Workload:
     @property
     def systems(self) -> Sequence[str]:
         """The names of those that it is for."""
-        return ON_CSR if self.csr else list(SYSTEMS)
+        return ON_CSR if self.csr else ON_EDGES
 
     def steps(
         self, depth: int, device: torch.device, dtype: torch.dtype = torch.float32, dropout: float = 0.0
@@ -165,7 +167,7 @@ class Workload:
         if self.csr:
             ones = torch.ones(self.edges, dtype=dtype, device=device)
             adj_t, _ = make_adj_t(*graph, ones, self.nodes)  # equal edges stay two, as they are in `graph`
-            graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph}
+            graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph, "uncertified": graph}
         return {name: functools.partial(make_step, name, blocks, x, graphs[name]) for name in self.systems}
 
     def __str__(self) -> str:

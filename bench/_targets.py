@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench._exactness import LAYERS, Errors
+from bench._harness import median
 from bench._measure import Row
 from bench._report import OTHER_PART, OTHER_SIZE, Target, ratio
 from bench._systems import Workload
@@ -15,6 +16,7 @@ TIMED_DEPTH = 16
 TIMES = {"pyg": 0.70, "plain": 1.40, "checkpoint": 1.0}
 CSR_WORKLOAD = Workload(nodes=20_000, edges=200_000, channels=128, norm="layer", csr=True)
 CSR_TIMES = {"plain": 1.25, "pyg": 0.80, "checkpoint": 1.0}
+CERTIFICATE = 1.03
 SHALLOW, DEEP = 8, 256
 GRADIENTS = {"float64, dropout": 1e-10, "float32, dropout": 1e-5}
 
@@ -27,7 +29,8 @@ def depth_targets(work: Workload, rows: Sequence[Row], errors: Errors) -> list[T
 def csr_targets(work: Workload, rows: Sequence[Row], errors: Errors) -> list[Target]:
     """The same where the peers have the adjacency in CSR form."""
     peaks = [_peaks(peer, rows) for peer in ("pyg", "checkpoint")]
-    return [*_times(work, CSR_WORKLOAD, CSR_TIMES, rows), _flat(rows), *peaks, *_gradients(errors)]
+    times = [*_times(work, CSR_WORKLOAD, CSR_TIMES, rows), _certificate_time(work, rows)]
+    return [*times, _flat(rows), *peaks, _certificate_peak(rows), *_gradients(errors)]
 
 
 def _times(work: Workload, meant: Workload, limits: Mapping[str, float], rows: Sequence[Row]) -> list[Target]:
@@ -43,6 +46,30 @@ def _times(work: Workload, meant: Workload, limits: Mapping[str, float], rows: S
         )
         for peer, limit in limits.items()
     ]
+
+
+def _certificate_time(work: Workload, rows: Sequence[Row]) -> Target:
+    """By rounds, in which both run: a slow spell of the machine is longer than a few percent."""
+    row = next((row for row in rows if row["depth"] == TIMED_DEPTH), {})
+    found = row.get("all_seconds", {}) if work == CSR_WORKLOAD else {}
+    pairs = zip(found.get("recollect", ()), found.get("uncertified", ()), strict=True)
+    return Target(
+        f"step time at L={TIMED_DEPTH}, with the certificate / without",
+        median([with_it / without for with_it, without in pairs]),
+        CERTIFICATE,
+        why_not_measured=OTHER_SIZE if work != CSR_WORKLOAD else OTHER_PART,
+    )
+
+
+def _certificate_peak(rows: Sequence[Row]) -> Target:
+    peaks = [row["peak_bytes"] for row in rows if {"recollect", "uncertified"} <= row["peak_bytes"].keys()]
+    found = [ratio(peak["recollect"], peak["uncertified"]) for peak in peaks]
+    return Target(
+        "peak of a step, with the certificate / without, the worst depth",
+        max((value for value in found if value is not None), default=None),
+        1.0,
+        why_not_measured=OTHER_PART,
+    )
 
 
 def _flat(rows: Sequence[Row]) -> Target:

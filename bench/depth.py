@@ -7,7 +7,8 @@
     python -m bench.depth --tolokers ROOT    # one step of 1001 x 80 on a real graph too; ROOT holds the raw files
 
 The first table is of blocks of (norm, ReLU, SAGE); the peers have what a careful user would give them, the adjacency
-in CSR form. In the second all have a plain `edge_index`, and the blocks are bare convolutions.
+in CSR form. Its last column is recollect without the certificate. In the second table all have a plain `edge_index`,
+and the blocks are bare convolutions.
 
 Times are medians of repeats in one run, the systems taking turns. Peaks are of tensor bytes beyond the inputs, the
 parameters and their gradients. Gradients are compared with plain autograd's, in the same precision and with the same

@@ -22,6 +22,8 @@ used                                                         for                
 ``torch._C.DisableTorchFunctionSubclass``                    what subclasses are underneath            2.0
 ``torch._subclasses.FakeTensor``                             whether a tensor has values               2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
+``torch._C._len_torch_function_stack``                       whether a default device is set           2.1
+``torch._dynamo.convert_frame.FRAME_COUNTER``                whether anything was compiled             2.1
 ``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
 ``torch.nn.utils.parametrize._cache``, ``_cache_enabled``    parametrize.cached in a rebuild           1.9
 ``torch._C._get_*_sdp_enabled``, ``_get_sdp_priority_order`` sdpa_kernel in a rebuild                  2.5

@@ -32,7 +32,7 @@ from recollect.frames._errors import (
     RebuildError,
     ReleasedTensorError,
 )
-from recollect.frames._frame import certificate_of_process, devices_of
+from recollect.frames._frame import certificate_of_process, devices_of, run_frame
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
 from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
@@ -73,6 +73,7 @@ __all__ = [
     "frames_apply",
     "in_backward",
     "in_dry_mode",
+    "run_frame",
     "run_invertible",
     "uncouple",
     "uncouple_by",

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recollect._torch import is_in_transform, without_overrides
-from recollect.frames._errors import RebuildError
+from recollect._torch import graph_task_id, is_in_transform, when_backward_ends, without_overrides
+from recollect.frames._errors import FrameError, RebuildError
+from recollect.frames._modes import local
 
 __all__ = [
     "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
-    "error_between", "fingerprint", "is_finite", "is_gross", "tolerance_of",
+    "error_between", "fingerprint", "is_finite", "is_gross", "is_late", "judge", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -36,6 +37,9 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2.5e-3,
 
 # Sampled elements where reading all of them would cost more than it proves.
 _SAMPLES = 4 * _PERIOD
+
+# Devices whose values can be read without waiting for them. What is compared on others is judged when backward ends.
+_READ_AT_ONCE = {"cpu"}
 
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -108,13 +112,15 @@ def fingerprint(
         exact: take its bits too.
         sample: take at most some thousand elements, as floating-point numbers.
         apart: on the CPU, take infinities and NaN apart from the values that are finite.
-        like: another fingerprint, to be compared with: elements are read in its order.
+        like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
+            errors are relative, is not taken again.
     """
     size, order = tensor.numel(), None if like is None else like.order
     if (
         size <= _PERIOD
         and type(tensor) is Tensor
         and tensor.is_cpu
+        and "cpu" in _READ_AT_ONCE
         and not (exact or sample or order)
         and _is_simple(tensor)
     ):
@@ -135,12 +141,13 @@ def fingerprint(
         bits = bits * 31 + _bits_of(indices.reshape(-1))
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
-        projections = _project(flat, sample)
-    if apart and isinstance(projections, list) and projections and not math.isfinite(projections[-1]):
-        where = flat.eq(math.inf).byte() + 2 * flat.eq(-math.inf).byte() + 3 * flat.isnan().byte()
-        if where.any():  # else a sum has overflowed
-            values = _project(flat.masked_fill(where.bool(), 0.0), sample)
-            return Fingerprint(projections, bits, order, Fingerprint(values, _bits_of(where)))
+        with_norm = like is None and (sample or flat.numel() > _PERIOD)
+        projections = _project(flat, with_norm)
+        if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
+            where = flat.eq(math.inf).byte() + 2 * flat.eq(-math.inf).byte() + 3 * flat.isnan().byte()
+            if where.any():  # else a sum has overflowed
+                values = _project(flat.masked_fill(where.bool(), 0.0), with_norm)
+                return Fingerprint(projections, bits, order, Fingerprint(values, _bits_of(where)))
     return Fingerprint(projections, bits, order)
 
 
@@ -173,24 +180,79 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if then.finite is not None:
         return math.inf if now.finite is None else error_between(then.finite, now.finite)
     a, b = _numbers(then.projections), _numbers(now.projections)
-    if a == b or not a:
+    if not a or a[:_PROJECTIONS] == b[:_PROJECTIONS]:
         return 0.0
     if not is_finite(then):
         return 0.0  # an overflow in the forward pass: there is nothing to prove
-    square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True) if not (math.isnan(p) and math.isnan(q)) and p != q)
+    square = sum(
+        (p - q) ** 2
+        for p, q in zip(a[:_PROJECTIONS], b, strict=False)
+        if not (math.isnan(p) and math.isnan(q)) and p != q
+    )
     if square == 0.0:
         return 0.0  # NaN where NaN was
-    norm = a[-1] if len(a) > _PROJECTIONS else math.sqrt(sum(p**2 for p in a) / _PROJECTIONS)
+    # The norm of values whose squares overflow is infinite, and that of small tensors is not taken.
+    norm = a[-1] if len(a) > _PROJECTIONS and math.isfinite(a[-1]) else _root_mean_square(a)
     error = math.sqrt(square / _PROJECTIONS)
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
     return error / norm
 
 
+def judge(
+    pairs: Sequence[tuple[Fingerprint | None, Fingerprint | None]], verdict: Callable[[list[float]], None]
+) -> None:
+    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or on other devices as backward ends."""
+
+    def read() -> None:
+        verdict([0.0 if then is None or now is None else error_between(then, now) for then, now in pairs])
+
+    if any(is_late(mark) for pair in pairs for mark in pair):
+        _at_the_end(read)
+    else:
+        read()
+
+
+def is_late(mark: Fingerprint | None) -> bool:
+    """Return whether reading a fingerprint would wait for its device."""
+    return mark is not None and (isinstance(mark.projections, Tensor) or isinstance(mark.bits, Tensor))
+
+
+def _at_the_end(read: Callable[[], None]) -> None:
+    """Call ``read`` when the backward pass ends that is running; now if there is none."""
+    task = graph_task_id()
+    if local.verdicts[0] != task:
+        waiting: list[Callable[[], None]] = []
+
+        def read_all() -> None:
+            errors = []
+            for one in waiting:
+                try:
+                    one()
+                except FrameError as error:
+                    errors.append(error)
+            waiting.clear()
+            local.verdicts = (-1, [])
+            if errors:
+                raise errors[0]
+
+        try:
+            when_backward_ends(read_all)
+        except RuntimeError:
+            read()
+            return
+        local.verdicts = (task, waiting)
+    local.verdicts[1].append(read)
+
+
+def _root_mean_square(projections: list[float]) -> float:
+    return math.sqrt(sum(p**2 for p in projections[:_PROJECTIONS]) / _PROJECTIONS)
+
+
 def is_finite(mark: Fingerprint) -> bool:
     """Return whether a tensor was free of infinities and NaN."""
     numbers = _numbers(mark.projections)
-    return not numbers or math.isfinite(numbers[-1])
+    return all(map(math.isfinite, numbers[:_PROJECTIONS]))
 
 
 def _equal(a: int | Tensor, b: int | Tensor) -> bool:
@@ -276,27 +338,23 @@ def kind_is_plain(kind: type[Tensor]) -> bool:
 
 
 def _project(flat: Tensor, with_norm: bool) -> list[float] | Tensor:
-    device = flat.device
+    device, size = flat.device, flat.numel()
     wide = flat.dtype if flat.dtype is torch.float64 else torch.float32
-    size = flat.numel()
     if size <= _PERIOD:
         columns = flat if flat.dtype is wide else flat.to(wide)
-        if not with_norm:
-            projections = torch.mv(_direction(wide, device)[:, :size], columns)
-            return projections.tolist() if device.type == "cpu" else projections
-        norm = torch.linalg.vector_norm(columns)
     else:
         period = _PERIOD if size % _PERIOD else _OTHER_PERIOD
         rows = size // period
         columns = flat[: rows * period].view(rows, period).sum(0, dtype=wide)
         if rows * period < size:
             columns[: size - rows * period] += flat[rows * period :]
-        norm = torch.linalg.vector_norm(flat, dtype=wide)
     projections = torch.mv(_direction(wide, device)[:, : columns.numel()], columns)
-    if device.type != "cpu":
-        return torch.cat([projections, norm.view(1)])
+    norm = torch.linalg.vector_norm(flat, dtype=wide) if with_norm else None
+    if device.type not in _READ_AT_ONCE:
+        return projections if norm is None else torch.cat([projections, norm.view(1)])
     numbers: list[float] = projections.tolist()
-    numbers.append(norm.item())
+    if norm is not None:
+        numbers.append(norm.item())
     return numbers
 
 
@@ -346,7 +404,7 @@ def _bits_of(flat: Tensor) -> int | Tensor:
         columns = flat[: rows * period].view(rows, period).sum(0, dtype=torch.int64)
         columns[: size - rows * period] += flat[rows * period :]
         total = (columns * weights[:period]).sum()
-    return int(total) if device.type == "cpu" else total
+    return int(total) if device.type in _READ_AT_ONCE else total
 
 
 def check_block(
@@ -380,7 +438,9 @@ def check_block(
         accepted = returned <= tolerance or returned <= _ORDINARY * given or given > _DRIFTED
         if not accepted and amplification is not None and math.isfinite(returned):
             times = amplification()
-            accepted = times is not None and returned <= _SAFETY * times * max(given, tolerance / _ORDINARY)
+            # Errors below the precision of the projections show as none.
+            unseen = min(tolerance, max(tolerance / _ORDINARY, _TOLERANCES[torch.float32]))
+            accepted = times is not None and returned <= _SAFETY * times * max(given, unseen)
     if not accepted:
         allowed = "certify='exact' allows none" if certify == "exact" else f"rounding: {tolerance:.0e}"
         raise RebuildError(

@@ -21,6 +21,8 @@ from recollect.frames._certificate import (
     Fingerprint,
     difference,
     fingerprint,
+    is_late,
+    judge,
     tolerance_of,
 )
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
@@ -104,7 +106,7 @@ def _unpack(packed: _Token | _Lasting) -> Tensor:
         return packed.frame.saved(packed.index)
     tensor = packed.tensor
     if version_of(tensor) != packed.version:
-        kind = "parameter" if tensor.is_leaf and tensor.requires_grad else "buffer"
+        kind = "parameter" if tensor.requires_grad else "buffer"
         raise InPlaceError(
             f"{packed.region.name}: a {kind} of shape {list(tensor.shape)} was changed in place between the "
             f"forward pass (version {packed.version}) and backward (version {version_of(tensor)}), most often "
@@ -428,6 +430,9 @@ class Frame(Scope):
         if then is None:
             return 0.0
         with aside():
+            if is_late(then):
+                self._certify_late(index, then, tensor)
+                return 0.0
             error = difference(
                 then, tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
             )
@@ -435,15 +440,25 @@ class Frame(Scope):
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
+        self._accept(index, tensor.dtype, error)
+        return error
+
+    def _certify_late(self, index: int, then: Fingerprint, tensor: Tensor) -> None:
+        """Compare on a device that is not waited for; of what drifts, the source compares what blocks return alone."""
+        if not self._held.drifts:
+            now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, like=then)
+            dtype = tensor.dtype
+            judge([(then, now)], lambda errors: self._accept(index, dtype, errors[0]))
+
+    def _accept(self, index: int, dtype: torch.dtype, error: float) -> None:
         if error > 0.0:
-            allowed = max(tolerance_of(tensor.dtype), self._region.tolerance)
+            allowed = max(tolerance_of(dtype), self._region.tolerance)
             if self._certify == "exact" or error > allowed:
                 raise self._differs(
                     f"saved tensor {index}, {_show(self._metas[index])}, has other values (relative error {error:.1e}; "
                     + ("certify='exact' allows none)" if self._certify == "exact" else f"rounding: {allowed:.0e})")
                 )
         self._certificate.note(error)
-        return error
 
     def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import Add, Transform, checkpoint, couple_by, frames_apply, uncouple_by
+from recollect.frames import Add, Transform, couple_by, frames_apply, uncouple_by
 from recollect.invertible._algebra import values_log_det, zero_log_det
 from recollect.invertible._conditions import Takes
 from recollect.invertible._measured import under_autocast
@@ -174,7 +174,7 @@ class _Coupling(Module):
 
     def _from_inputs(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         run = functools.partial(function, **kwargs) if kwargs else function
-        return checkpoint(run, *args, seed=self.seed, certify=self.certify) if self.checkpoint else run(*args)
+        return self._kept(run, args) if self.checkpoint else run(*args)
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]

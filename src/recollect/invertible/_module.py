@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from recollect._arguments import pack, unpack
-from recollect.frames import checkpoint, frames_apply, run_invertible
+from recollect.frames import Kept, frames_apply, run_frame, run_invertible
 from recollect.invertible._conditions import Carried, Takes
 from recollect.invertible._measured import Measured
 from recollect.invertible.checks import Subject, check_subject, plainly
@@ -216,7 +216,7 @@ class Module(Measured):
             return function(*args, **kwargs)
         if not self.invertible:
             run = functools.partial(function, **kwargs) if kwargs else function
-            return checkpoint(run, *args, seed=self.seed, certify=self.certify)
+            return self._kept(run, args)
         self._check_inverse("set its attribute invertible to False: it is then a checkpoint, which keeps its inputs")
         carried = Carried(self, function, inverse, log_det) if len(args) > 1 else None
         outputs = run_invertible(
@@ -263,6 +263,12 @@ class Module(Measured):
             return declared or 0
         numbers = [takes.most - given, *([] if back.most is None else [back.most - 1])]
         return max(0, min(numbers if declared is None else [*numbers, declared]))
+
+    def _kept(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a checkpoint, which keeps its inputs."""
+        if not frames_apply():
+            return run(*args)
+        return run_frame(run, args, {}, Kept(), seed=self.seed, certify=self.certify, certificate=self.certificate)
 
     def process(self, args: Any, inverse: bool = False) -> Any:
         """Cut off what is hidden.

@@ -79,6 +79,7 @@ class RevGNN(nn.Module):
             for ``"gen"``, whose softmax amplifies rounding, every 8th.
         disable: run plain, keeping everything.
         conv_kwargs: options of a conv that is given by name.
+        certify: as in :class:`~recollect.reversible.GroupAddRev`.
 
     Shapes:
         - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels].
@@ -104,6 +105,7 @@ class RevGNN(nn.Module):
         anchor_every: int | None = None,
         disable: bool = False,
         conv_kwargs: dict[str, Any] | None = None,
+        certify: bool | Literal["exact"] = True,
     ) -> None:
         super().__init__()
         if anchor_every is None and isinstance(conv, str):
@@ -135,6 +137,7 @@ class RevGNN(nn.Module):
                 disable=disable,
                 chunk_args=(0,),
                 anchor_every=anchor_every,
+                certify=certify,
             )
             for _ in range(1 if tied else num_layers)
         )

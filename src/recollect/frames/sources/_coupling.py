@@ -28,6 +28,8 @@ from recollect.frames._certificate import (
     difference,
     fingerprint,
     is_gross,
+    is_late,
+    judge,
     tolerance_of,
 )
 from recollect.frames._chain import Parts, Slot, Stage, whole
@@ -321,7 +323,8 @@ class _CouplingStage(Stage):
         region = Region(transformed, self._seed)
         block = _Block(transformed, region, z, group)
         block.arguments = KeptArguments((args, kwargs))
-        block.given = self._fingerprint(z)
+        # Of what it is given a part tells how far it drifts; of what it returns, every element counts.
+        block.given = self._fingerprint(z, sample=True)
         held = _OfBlock(self, len(self.blocks))
         self.blocks.append(block)
         frame = Frame(region, held, certify=self._certify, certificate=self._certificate)
@@ -335,8 +338,8 @@ class _CouplingStage(Stage):
         block.returned = self._fingerprint(taken.pop())
         return output
 
-    def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
-        return fingerprint(tensor, exact=self._certify == "exact") if self._certify else None
+    def _fingerprint(self, tensor: Tensor, sample: bool = False) -> Fingerprint | None:
+        return fingerprint(tensor, exact=self._certify == "exact", sample=sample) if self._certify else None
 
     def close(
         self,
@@ -426,16 +429,16 @@ class _CouplingStage(Stage):
         if block.returned is None:
             return
         exact = self._certify == "exact"
+        if is_late(block.returned):
+            self._check_late(index, output)
+            return
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
             self._certificate.note(returned)
             return
-        groups = self._groups
-        with torch.no_grad():
-            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-            z = block.input.give(z)
-        given = difference(block.given, z, exact=exact)
+        z = self._input_of(index)
+        given = difference(block.given, z, exact=exact, sample=True)
         name = block.region.name
         if is_gross(block.gross, given, tolerance):
             check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate)
@@ -455,7 +458,25 @@ class _CouplingStage(Stage):
             given,
             returned,
             tolerance,
-            amplification if given > 0.0 else None,  # drift explains nothing where there is none
+            amplification,
             self._certify,
             self._certificate,
         )
+
+    def _check_late(self, index: int, output: Tensor) -> None:
+        """Do the same on a device that is not waited for."""
+        block, exact = self.blocks[index], self._certify == "exact"
+        tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
+        given = fingerprint(self._input_of(index), exact=exact, sample=True, like=block.given)
+        returned = fingerprint(output, exact=exact, like=block.returned)
+        name, certify, certificate = block.region.name, self._certify, self._certificate
+        judge(
+            [(block.given, given), (block.returned, returned)],
+            lambda errors: check_block(name, errors[0], errors[1], tolerance, None, certify, certificate),
+        )
+
+    def _input_of(self, index: int) -> Tensor:
+        groups = self._groups
+        with torch.no_grad():
+            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
+            return self.blocks[index].input.give(z)

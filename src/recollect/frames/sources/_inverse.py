@@ -20,6 +20,8 @@ from recollect.frames._certificate import (
     fingerprint,
     is_finite,
     is_gross,
+    is_late,
+    judge,
     tolerance_of,
 )
 from recollect.frames._chain import Slot, Stage, slot_of, whole
@@ -307,6 +309,9 @@ class _InverseStage(Stage, Held):
 
     def _check_inverse(self, values: Sequence[Any], arguments: Arguments) -> None:
         """Raise unless the inputs are the forward's, but for the drift of the outputs."""
+        if any(map(is_late, self._taken)):
+            self._check_late()
+            return
         given = max(
             (self._difference(o.mark, v) for o, v in zip(self.outputs, values, strict=True) if isinstance(o, Slot)),
             default=0.0,
@@ -334,6 +339,13 @@ class _InverseStage(Stage, Held):
         """Raise unless the function, applied to what its inverse returned, returns what that was given."""
         if not self._certify:
             return
+        if any(map(is_late, self._taken)):
+            exact, name = self._certify == "exact", self._region.name
+            for taken, tensor in zip(self._taken, outputs, strict=False):
+                if isinstance(tensor, Tensor) and taken is not None:
+                    allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
+                    judge([(taken, fingerprint(tensor, exact=exact, like=taken))], self._verdict(name, allowed))
+            return
         for taken, tensor in zip(self._taken, outputs, strict=False):
             if not isinstance(tensor, Tensor) or taken is None:
                 continue
@@ -346,6 +358,25 @@ class _InverseStage(Stage, Held):
             check_block(
                 self._region.name, self._errors[1], self._gross, rounding, None, self._certify, self._certificate
             )
+
+    def _check_late(self) -> None:
+        """Do as :meth:`_check_inverse` on a device that is not waited for."""
+        assert self._inverted is not None
+        exact = self._certify == "exact"
+        outputs = [(o.mark, taken) for o, taken in zip(self.outputs, self._taken, strict=True) if isinstance(o, Slot)]
+        for layout, tensor in zip(self._layouts, self._inverted, strict=True):
+            now = fingerprint(tensor, exact=exact, like=layout.mark)
+            allowed = min(_ILL_CONDITIONED * self._tolerance(layout.layout.dtype), GROSS)
+            judge([*outputs, (layout.mark, now)], self._verdict(self._region.name, allowed))
+
+    def _verdict(self, name: str, allowed: float) -> Callable[[list[float]], None]:
+        certify, certificate = self._certify, self._certificate
+
+        def verdict(errors: list[float]) -> None:
+            given = max(errors[:-1], default=0.0)
+            check_block(name, given, errors[-1], allowed, None, certify, certificate)
+
+        return verdict
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return max(tolerance_of(dtype), self._region.tolerance)
@@ -362,10 +393,12 @@ def amplified(tensor: Tensor, evaluate: Callable[[float], Tensor], step: float) 
     Returns:
         ``None`` if without an error the result is another.
     """
-    norm = tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny)
-    if float((evaluate(0.0) - tensor).norm() / norm) > tolerance_of(tensor.dtype) / 10:
+    wide = torch.promote_types(tensor.dtype, torch.float64)
+    result = tensor.to(wide)
+    norm = result.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    if float((evaluate(0.0).to(wide) - result).norm() / norm) > tolerance_of(tensor.dtype) / 10:
         return None
-    return float((evaluate(step) - tensor).norm() / norm) / step
+    return float((evaluate(step).to(wide) - result).norm() / norm) / step
 
 
 def moved(value: Any, step: float) -> Any:
