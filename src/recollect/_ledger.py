@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect._storages import storages_within
+from recollect._torch import TorchDispatchMode
 
 __all__ = ["StorageLedger"]
 

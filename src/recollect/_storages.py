@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from recollect._torch import is_traceable_wrapper_subclass
 
 __all__ = ["storages_of", "storages_within", "tensors_in"]
 

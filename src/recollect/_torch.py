@@ -19,6 +19,8 @@ used                                                         for                
 ``torch.autograd._get_sequence_nr``, ``Node._sequence_nr``   which nodes a region made                 2.1
 ``..grad_mode._unsafe_preserve_version_counter``             writes that are undone                    2.0
 ``torch._C._EnableTorchFunction``                            subclasses in a rebuild                   2.0
+``torch._C.DisableTorchFunctionSubclass``                    what subclasses are underneath            2.0
+``torch._subclasses.FakeTensor``                             whether a tensor has values               2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
 ``torch._C._len_torch_function_stack``                       whether a default device is set           2.1
 ``torch._dynamo.convert_frame.FRAME_COUNTER``                whether anything was compiled             2.1
@@ -43,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.variable import Variable
@@ -62,12 +65,14 @@ __all__ = [
     "has_global_forward_hooks",
     "hooks_are_enabled",
     "is_batched",
+    "is_fake",
     "is_faked",
     "is_in_transform",
     "is_recorded",
     "is_traceable_wrapper_subclass",
     "node_sequence",
     "opened_by_pytree",
+    "outside_functorch",
     "outside_modes",
     "outside_transforms",
     "parametrizations_as",
@@ -84,6 +89,7 @@ __all__ = [
     "watch_leaving",
     "watch_modules",
     "when_backward_ends",
+    "without_overrides",
     "write_undeclared",
 ]
 
@@ -140,17 +146,20 @@ def outside_transforms() -> Iterator[None]:
     levels = decrement()
     for _ in range(levels):
         decrement()
-    stack: AbstractContextManager[Any] = nullcontext()
-    if transform_level_is_open():
-        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-        stack = temporarily_clear_interpreter_stack()
     try:
-        with stack:
+        with outside_functorch() if transform_level_is_open() else nullcontext():
             yield
     finally:
         for _ in range(levels):
             increment()
+
+
+def outside_functorch() -> AbstractContextManager[Any]:
+    """Return a context without transforms of torch.func: tensors that are made there belong to none."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # takes long to import
+
+    context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return context
 
 
 def enabled_overrides() -> AbstractContextManager[Any]:
@@ -159,6 +168,12 @@ def enabled_overrides() -> AbstractContextManager[Any]:
     A backward that starts from a tensor of a subclass runs with that switched off, and a rebuild in it would too.
     """
     context: AbstractContextManager[Any] = torch._C._EnableTorchFunction()
+    return context
+
+
+def without_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which subclasses do not override operations: they are plain tensors there."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
 
 
@@ -172,6 +187,11 @@ def outside_modes() -> AbstractContextManager[Any]:
 def is_faked() -> bool:
     """Return whether tensors have no values here (FakeTensorMode, torch.export)."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for one and has no values itself."""
+    return isinstance(tensor, FakeTensor)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:

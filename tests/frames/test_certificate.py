@@ -1,5 +1,7 @@
 """What is rebuilt is compared with what was computed: a region that is not the same again is refused."""
 
+import itertools
+import math
 import random
 
 import numpy as np
@@ -335,3 +337,44 @@ def test_under_autocast_a_rebuild_is_within_rounding(source, kind):
         h.square().mean().backward()
         grads.append(block.first.weight.grad.clone())
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < (1e-6 if source == "checkpoint" else 2e-2)
+
+
+class TestInfinities:
+    """Values that are finite are compared beside infinities and NaN, and so is where those stand."""
+
+    def refused(self, function, size):
+        x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        y = recollect.checkpoint(function, x * 1)
+        with pytest.raises(RebuildError, match="has other values"):
+            y.nan_to_num(neginf=0.0).sum().backward()
+
+    @pytest.mark.parametrize("size", [6, 3000])
+    @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+    def test_values_beside_them(self, size, value):
+        def function(x):
+            noise = torch.from_numpy(np.random.default_rng().random(size))
+            noise[0] = value
+            return torch.logaddexp(x + noise, x.new_zeros(()))
+
+        self.refused(function, size)
+
+    @pytest.mark.parametrize("size", [6, 3000])
+    def test_their_places(self, size):
+        calls = itertools.count()
+
+        def function(x):
+            shift = torch.zeros(size, dtype=torch.float64)
+            shift[next(calls)] = -math.inf
+            return torch.logaddexp(shift, x)
+
+        self.refused(function, size)
+
+    @pytest.mark.parametrize("size", [6, 3000])
+    def test_what_is_the_same_again_is_accepted(self, size):
+        shift = torch.zeros(size, dtype=torch.float64)
+        shift[::2] = -math.inf
+        x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        torch.logaddexp(x + shift, x).sum().backward()
+        expected, x.grad = x.grad, None
+        recollect.checkpoint(lambda x: torch.logaddexp(x + shift, x), x * 1).sum().backward()
+        assert torch.equal(x.grad, expected)

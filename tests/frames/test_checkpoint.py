@@ -429,3 +429,28 @@ def test_a_checkpoint_keeps_its_input_only():
 def test_an_inverse_is_a_function(enabled):
     with pytest.raises(TypeError, match=r"inverse must be a function of the outputs \(got True\)"):
         recollect.checkpoint(torch.exp, torch.randn(3, requires_grad=True), inverse=True, enabled=enabled)
+
+
+class TestEarlyStop:
+    @pytest.mark.parametrize("certify", [True, False])
+    @pytest.mark.parametrize("after", [nn.Identity(), nn.Linear(4, 4, dtype=torch.float64), nn.Tanh()])
+    def test_noise_that_an_operation_fills_after_it_has_saved_it(self, certify, after):
+        region = nn.Sequential(nn.RReLU(), after)
+        gradients = []
+        for enabled in (False, True):
+            torch.manual_seed(0)
+            x = randn(8, 4)
+            y = recollect.checkpoint(region, x * 1, certify=certify, enabled=enabled)
+            gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
+        assert torch.equal(*gradients)
+
+    def test_what_comes_after_the_last_that_is_needed_does_not_run_again(self):
+        calls = []
+
+        def region(x):
+            y = x.sin()
+            calls.append(recollect.in_backward())
+            return y * 2
+
+        recollect.checkpoint(region, randn(4) * 1).sum().backward()
+        assert calls == [False]

@@ -1,6 +1,7 @@
 """``eager_release``: what is freed, what is left alone, and what reading a freed tensor does."""
 
 import copy
+import functools
 import gc
 import weakref
 from contextlib import suppress
@@ -218,6 +219,23 @@ def test_values_come_back_where_nothing_was_saved_for_backward(run) -> None:
     torch.testing.assert_close(x.detach(), leaf.detach())
     y.sum().backward()
     assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("block", [Halve, lambda: Shift().requires_grad_(False)], ids=["no parameters", "frozen"])
+def test_leaf_of_which_nothing_was_saved_gets_its_gradient(block, layers) -> None:
+    stack = [GroupAddRev(block(), num_groups=2) for _ in range(layers)]
+    x = features(requires_grad=True)
+    values = x.detach().clone()
+    (expected,) = torch.autograd.grad(functools.reduce(lambda h, layer: layer(h, None), stack, x).sum(), x)
+    with recollect.eager_release():
+        y = functools.reduce(lambda h, layer: layer(h, None), stack, x)
+    assert size(x) == 0
+    for times in (1, 2):
+        y.sum().backward(retain_graph=True)
+        torch.testing.assert_close(x.grad, times * expected)
+        torch.testing.assert_close(x.detach(), values)
+    assert not x._backward_hooks
 
 
 def test_values_come_back_after_a_gradient_that_needs_no_rebuild() -> None:

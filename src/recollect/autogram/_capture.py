@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from recollect._torch import has_global_forward_hooks
+from recollect._torch import has_global_forward_hooks, transform_level_is_open
 from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
 from recollect.autogram._registry import Entry, Registry
@@ -158,7 +158,7 @@ class Hook:
         self._recorder = weakref.ref(recorder)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transform_level_is_open():
             return None
         recorder = self._recorder()
         return None if recorder is None else recorder.record(layer, args, kwargs, output)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect._torch import graph_task_id, is_in_transform, when_backward_ends
+from recollect._torch import graph_task_id, is_in_transform, when_backward_ends, without_overrides
 from recollect.frames._errors import FrameError, RebuildError
 from recollect.frames._modes import local
 
@@ -51,6 +51,7 @@ class Fingerprint(NamedTuple):
     projections: list[float] | Tensor
     bits: int | Tensor  # 0 where they do not count
     order: tuple[int, ...] | None = None  # of the dimensions, in which the elements were read; None: as they are
+    finite: Fingerprint | None = None  # of a tensor with infinities or NaN: its other values, and where those stand
 
 
 class Certificate:
@@ -97,7 +98,12 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def fingerprint(
-    tensor: Tensor, *, exact: bool = False, sample: bool = False, like: Fingerprint | None = None
+    tensor: Tensor,
+    *,
+    exact: bool = False,
+    sample: bool = False,
+    apart: bool = False,
+    like: Fingerprint | None = None,
 ) -> Fingerprint | None:
     """Return a tensor's fingerprint; ``None`` if it has no values (meta, fake) or hides them (transforms).
 
@@ -105,6 +111,7 @@ def fingerprint(
         tensor: any.
         exact: take its bits too.
         sample: take at most some thousand elements, as floating-point numbers.
+        apart: on the CPU, take infinities and NaN apart from the values that are finite.
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
             errors are relative, is not taken again.
     """
@@ -118,7 +125,9 @@ def fingerprint(
         and _is_simple(tensor)
     ):
         # The same as below in fewer steps: small regions spend their time on these.
-        return Fingerprint(torch.mv(_columns(tensor.dtype, size), tensor.detach().view(-1)).tolist(), 0)
+        numbers: list[float] = torch.mv(_columns(tensor.dtype, size), tensor.detach().view(-1)).tolist()
+        if not apart or math.isfinite(numbers[0]):
+            return Fingerprint(numbers, 0)
     flat, order = values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if flat is None:
         return None
@@ -132,15 +141,23 @@ def fingerprint(
         bits = bits * 31 + _bits_of(indices.reshape(-1))
     projections: list[float] | Tensor = []
     if flat.is_floating_point():
-        projections = _project(flat, like is None and (sample or flat.numel() > _PERIOD))
+        with_norm = like is None and (sample or flat.numel() > _PERIOD)
+        projections = _project(flat, with_norm)
+        if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
+            where = flat.eq(math.inf).byte() + 2 * flat.eq(-math.inf).byte() + 3 * flat.isnan().byte()
+            if where.any():  # else a sum has overflowed
+                values = _project(flat.masked_fill(where.bool(), 0.0), with_norm)
+                return Fingerprint(projections, bits, order, Fingerprint(values, _bits_of(where)))
     return Fingerprint(projections, bits, order)
 
 
-def difference(then: Fingerprint | None, tensor: Tensor, *, exact: bool = False, sample: bool = False) -> float:
+def difference(
+    then: Fingerprint | None, tensor: Tensor, *, exact: bool = False, sample: bool = False, apart: bool = False
+) -> float:
     """Return the relative error of a tensor whose fingerprint was taken then; 0.0 where there is none."""
     if then is None:
         return 0.0
-    now = fingerprint(tensor, exact=exact, sample=sample, like=then)
+    now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
     return 0.0 if now is None else error_between(then, now)
 
 
@@ -160,6 +177,8 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     """Return the estimate of ||now - then|| / ||then||; infinite where bits that count differ, 0.0 if all is equal."""
     if not _equal(then.bits, now.bits):
         return math.inf
+    if then.finite is not None:
+        return math.inf if now.finite is None else error_between(then.finite, now.finite)
     a, b = _numbers(then.projections), _numbers(now.projections)
     if not a or a[:_PROJECTIONS] == b[:_PROJECTIONS]:
         return 0.0
@@ -308,7 +327,7 @@ def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
     if isinstance(local, Tensor):
         return values_of(local, order)
     if kind_is_plain(type(tensor)):
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             return values_of(tensor.as_subclass(Tensor), order)
     return None, None
 

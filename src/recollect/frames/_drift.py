@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from recollect._torch import is_traceable_wrapper_subclass
+from recollect._torch import is_fake, is_traceable_wrapper_subclass
 from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
@@ -67,7 +66,7 @@ def parts_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         if is_traceable_wrapper_subclass(tensor):
             parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
             yield from parts_of(part for part in parts if isinstance(part, Tensor))
-        elif tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+        elif tensor.device.type != "meta" and not is_fake(tensor):
             yield tensor
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._torch import storage_use_count, tensor_use_count, when_backward_ends
+from recollect._torch import storage_use_count, tensor_use_count, when_backward_ends, without_overrides
 from recollect.frames._chain import Parts, Stage, whole
 from recollect.frames._errors import ReleasedTensorError
 from recollect.frames._modes import local
@@ -111,7 +111,7 @@ class _ReleasedTensor(Tensor):
         if name in _LAYOUT:
             return func(args[0]._like, *args[1:], **(kwargs or {}))
         if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_overrides():
                 return func(*args, **(kwargs or {}))
         owner = next(_owners((args, kwargs)), "an invertible function")
         raise ReleasedTensorError(
@@ -206,3 +206,18 @@ class _Release:
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(note)
+
+        # A leaf gets its gradient before backward ends, and then must have its shape. The graph holds the stage.
+        reference = weakref.ref(stage)
+        handles: list[Any] = []
+
+        def return_to_leaf(_: Tensor) -> None:
+            for handle in handles:
+                handle.remove()
+            maker = reference()
+            if maker is not None and any(one.waits for one in waiting):
+                maker.invert()
+
+        for tensor, one in zip(inputs, released, strict=True):
+            if one is not None and tensor.is_leaf and tensor.requires_grad:
+                handles.append(tensor.register_hook(return_to_leaf))  # type: ignore[no-untyped-call]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -148,8 +147,8 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_live", "_lock", "_marks", "_metas",
-        "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
+        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live", "_lock", "_marks",
+        "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -176,6 +175,7 @@ class Frame(Scope):
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
+        self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
@@ -195,8 +195,6 @@ class Frame(Scope):
             hooks = saved_tensors_hooks(self._pack, _unpack)
             output = self._region.first(arguments, devices, self, hooks, self._take)
             self._mark_earlier(end=True)
-            if self._recorder is not None and self._recorder.filled:
-                self._early_stop = False  # it would end before an operation fills what it has saved
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
@@ -280,7 +278,9 @@ class Frame(Scope):
                 for index, tensor, _ in unmarked:
                     if filled and not filled.isdisjoint(place_of(tensor)):
                         continue  # noise that an operation fills, or in evaluation leaves as it was
-                    self._marks[index] = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts)
+                    self._marks[index] = fingerprint(
+                        tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
+                    )
             unmarked.clear()
 
     def _is_released(self, tensor: Tensor) -> bool:
@@ -356,6 +356,9 @@ class Frame(Scope):
         gross = 0.0
         last = max(needed, default=-1) if self._early_stop or running is not None else -1
         count = 0
+        filling = (
+            done
+        ) = -1  # numbers of operations: what it saved may be filled later; it saved the last that is needed
 
         def compare() -> None:
             nonlocal gross
@@ -364,7 +367,9 @@ class Frame(Scope):
             waiting.clear()
 
         def collect(tensor: Tensor) -> _Emptied:
-            nonlocal count
+            nonlocal count, filling, done
+            if done >= 0 and done != sequence():
+                raise _Complete
             bare = _bare(tensor)
             if count < len(self._metas):
                 meta = (shape_of(tensor), tensor.dtype, tensor.device)
@@ -377,11 +382,15 @@ class Frame(Scope):
                         waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
+                    if not tensor.requires_grad:
+                        filling = sequence()
             kept = _Emptied(bare)
             graph.append(weakref.ref(kept))
             count += 1
             if count == last + 1:
-                raise _Complete
+                if filling != sequence():
+                    raise _Complete
+                done = filling  # it fills the noise of rrelu after it has saved it
             return kept
 
         output, is_whole = None, False
@@ -390,7 +399,7 @@ class Frame(Scope):
             is_whole = True
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
-            if isinstance(error, FrameError) or not 0 < count == last + 1:
+            if isinstance(error, FrameError) or not 0 < last + 1 <= count:
                 if not isinstance(error, FrameError) and hasattr(error, "add_note"):
                     error.add_note(f"This happened while {self._region.name} ran again for backward.")
                 raise
@@ -435,10 +444,12 @@ class Frame(Scope):
             if is_late(then):
                 self._certify_late(index, then, tensor)
                 return 0.0
-            error = difference(then, tensor, exact=self._certify == "exact", sample=self._drifts)
+            error = difference(
+                then, tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
+            )
         if self._held.drifts:  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
-            counts = self._counts(then) and (tensor.is_floating_point() or error > GROSS)
+            counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
         self._accept(index, tensor.dtype, error)
         return error
@@ -464,8 +475,10 @@ class Frame(Scope):
         """Whether a saved tensor's values are at all large, beside those of the others."""
         if not isinstance(mark.projections, list) or not mark.projections:
             return True
-        norms = [m.projections[-1] for m in self._marks if m and isinstance(m.projections, list) and m.projections]
-        return mark.projections[-1] >= 1e-2 * max(norms)
+        if self._largest is None:
+            lists = (m.projections for m in self._marks if m is not None)
+            self._largest = max(numbers[-1] for numbers in lists if isinstance(numbers, list) and numbers)
+        return mark.projections[-1] >= 1e-2 * self._largest
 
     def _check_saved(self, needed: set[int], changed: list[Changed]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
@@ -521,11 +534,6 @@ def _empty(arguments: Arguments) -> None:
 def devices_of(arguments: Any) -> set[torch.device]:
     """Return the devices of all tensors among the arguments."""
     return {tensor.device for tensor in tensors_of(arguments)}
-
-
-def _size(shape: torch.Size) -> int:
-    """Return the number of elements, with ragged sizes for one: to compare norms by."""
-    return math.prod(n for n in shape if isinstance(n, int))
 
 
 def _show(meta: Meta) -> str:

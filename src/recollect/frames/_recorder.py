@@ -28,7 +28,7 @@ from recollect._torch import (
     watch_leaving,
     watch_modules,
 )
-from recollect.frames._modes import local
+from recollect.frames._modes import aside, local
 from recollect.frames._record import Buffer, Known, Record, Registered
 from recollect.frames._state import PythonState, reached_by
 from recollect.frames._watch import Copy, Watch, place_of, version_of
@@ -211,7 +211,8 @@ class Recorder:
     def _note_place(self, module: nn.Module | None, tensor: Tensor) -> None:
         """Note where the values of a tensor are that the region may write to, or give others."""
         if tensor.is_leaf and (type(tensor) is Tensor or type(tensor) is nn.Parameter) and not is_lazy(tensor):
-            self._places.append((module, tensor, tensor.data, version_of(tensor)))
+            with aside():
+                self._places.append((module, tensor, tensor.data, version_of(tensor)))
 
     def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
         known = _known_module(module)

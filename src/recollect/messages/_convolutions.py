@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._torch import is_recorded
 from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
 from recollect.messages._products import extreme, propagate
 
@@ -77,7 +78,7 @@ def _by_products(block: Any) -> Iterator[None]:
 def _reached(block: Any) -> list[nn.Module]:
     """Return the convolutions among the modules of a block, but for those in what is compiled."""
     found: list[nn.Module] = []
-    if "torch_geometric" not in sys.modules or not isinstance(block, nn.Module) or _is_recorded():
+    if "torch_geometric" not in sys.modules or not isinstance(block, nn.Module) or is_recorded():
         return found
     waiting, seen = [block], {id(block)}
     while waiting:
@@ -287,19 +288,9 @@ def _is_untouched(conv: nn.Module) -> bool:
     return not any(value for name, value in own.items() if name.endswith("_hooks"))
 
 
-def _is_recorded() -> bool:
-    """Whether this runs under torch.func, or is compiled or traced: the tensors are then not what they seem to be."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    modes = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY))
-
-
 def _are_plain(x: Any, edge_index: Any) -> bool:
     """Whether these are the tensors that products are made for, and not what will be run again with other numbers."""
-    if _is_recorded() or type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
+    if is_recorded() or type(edge_index) is not Tensor or type(x) not in (Tensor, nn.Parameter):
         return False
     if edge_index.dtype != torch.int64 or edge_index.layout != torch.strided or edge_index.is_inference():
         return False

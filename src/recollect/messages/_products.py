@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from recollect._torch import outside_functorch
 from recollect.messages._adjacency import check_csr, sparse_csr
 
 __all__ = ["extreme", "propagate"]
@@ -119,7 +119,7 @@ class _Propagate(torch.autograd.Function):
         # saved, as that is what frames can drop.
         adj_t = inputs[1].adj_t
         ctx.kept, ctx.size = weakref.ref(adj_t), adj_t.shape
-        with temporarily_clear_interpreter_stack():  # torch.func cannot take sparse tensors apart
+        with outside_functorch():  # torch.func cannot take sparse tensors apart
             ctx.save_for_backward(adj_t.crow_indices(), adj_t.col_indices(), adj_t.values())
 
     @staticmethod
@@ -146,7 +146,7 @@ def _transposed(adj_t: Tensor) -> Tensor:
     known: Tensor | weakref.ref[Tensor] | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
     transpose = known() if isinstance(known, weakref.ref) else known
     if transpose is None:
-        with temporarily_clear_interpreter_stack():  # what is kept must be no tensor of a torch.func transform
+        with outside_functorch():  # what is kept must be no tensor of a torch.func transform
             begins, col = adj_t.crow_indices(), adj_t.col_indices()
             rowptr, order = begins.new_zeros(adj_t.size(1) + 1), col.argsort(stable=True)
             torch.cumsum(col.bincount(minlength=adj_t.size(1)), 0, dtype=begins.dtype, out=rowptr[1:])
@@ -172,7 +172,7 @@ class _Extreme(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant, str], output: Tensor) -> None:
         x, constant, _ = inputs
-        with temporarily_clear_interpreter_stack():
+        with outside_functorch():
             rowptr, col = constant.adj_t.crow_indices(), constant.adj_t.col_indices()
         ctx.save_for_backward(x, output, rowptr, col)
         ctx.save_for_forward(x, output, rowptr, col)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from recollect._arguments import check_count
+from recollect._torch import graph_task_id
 from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
 from recollect.invertible import Measured
 
@@ -100,7 +100,7 @@ class InvertibleModule(Measured):
         passes: set[int] = set()  # one backward may come through several outputs
 
         def count(_: tuple[Tensor, ...]) -> None:
-            passes.add(torch._C._current_graph_task_id())
+            passes.add(graph_task_id())
             if len(passes) > allowed:
                 raise RuntimeError(
                     f"Trying to perform a backward pass through {type(self).__name__} more than {allowed} time(s); "
