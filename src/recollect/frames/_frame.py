@@ -322,7 +322,7 @@ class Frame(Scope):
             try:
                 return self._run_again()
             except RebuildError as error:
-                if self._region.watched and not self._region.rewatched:
+                if self._region.watched and not self._region.rewatched and not self._held.whole:
                     self._region.rewatched = True  # some operations save other tensors under a dispatch mode
                     try:
                         return self._run_again()

@@ -282,7 +282,11 @@ class _InverseStage(Stage, Held):
                         "y.div_(2))"
                     )
             if self._certify:
-                self._check_inverse(values, arguments)
+                try:
+                    self._check_inverse(values, arguments)
+                except RebuildError:
+                    self._inverted = None  # or another attempt would take it as it is
+                    raise
         return self._inverted
 
     def _apply_inverse(self, values: Sequence[Any], arguments: Arguments) -> list[Tensor]:
