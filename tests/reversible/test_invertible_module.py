@@ -323,7 +323,7 @@ class TestErrors:
             def _inverse(self, y: Tensor) -> Tensor:
                 return super()._inverse(y) * (1 + 1e-5)
 
-        with pytest.raises(RebuildError, match=r"relative error of .*e-06.*rounding: 1e-10"):
+        with pytest.raises(RebuildError, match=r"relative error of .*e-0[56].*rounding: 1e-10"):
             Rough()(features(4) * 1).sum().backward()
         module = Rough(certify=False)
         module(features(4) * 1).sum().backward()

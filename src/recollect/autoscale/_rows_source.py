@@ -110,7 +110,17 @@ class Rows(Source):
 class _PulledCall(Held):
     """The arguments of one call, one of which is pulled again."""
 
-    __slots__ = ("_argument", "_device", "_dtype", "_history", "_kept", "_requires_grad", "_since", "_strides")
+    __slots__ = (
+        "_argument",
+        "_changed",
+        "_device",
+        "_dtype",
+        "_history",
+        "_kept",
+        "_requires_grad",
+        "_since",
+        "_strides",
+    )
 
     def __init__(self, rows: Rows, found: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._history = rows.history
@@ -119,10 +129,22 @@ class _PulledCall(Held):
         self._dtype, self._device, self._strides = found.dtype, found.device, found.stride()
         self._requires_grad = found.requires_grad
         self._kept = Kept().keep((rows.n_id, args), kwargs)
+        self._changed: list[tuple[str, Tensor, int]] = []
+
+    def changed(self) -> list[tuple[str, Tensor, int]]:
+        """See :class:`~recollect.frames.Held`."""
+        return self._changed
 
     def inputs(self) -> Arguments:
         """See :class:`~recollect.frames.Held`."""
         (n_id, args), kwargs = self._kept.inputs()
+        self._changed = self._kept.changed()
+        for _, tensor, version in self._changed:
+            if tensor is n_id:
+                raise InPlaceError(
+                    f"the node numbers of shape {list(n_id.shape)} were changed in place between the forward pass "
+                    f"(version {version}) and backward, which pulls these rows again; give Rows a copy"
+                )
         argument = self._argument
         first = kwargs[argument] if isinstance(argument, str) else args[argument]
         what = "rows that a frame got" if first is None else "halo rows that a mini-batch pulled"

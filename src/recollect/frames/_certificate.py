@@ -22,7 +22,7 @@ from recollect.frames._modes import local
 
 __all__ = [
     "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
-    "error_between", "fingerprint", "is_finite", "is_gross", "is_late", "judge", "tolerance_of",
+    "error_between", "fingerprint", "is_finite", "is_gross", "is_late", "judge", "norm_of", "tolerance_of",
 ]  # fmt: skip
 
 Certify = bool | Literal["exact"]
@@ -243,6 +243,14 @@ def _at_the_end(read: Callable[[], None]) -> None:
             return
         local.verdicts = (task, waiting)
     local.verdicts[1].append(read)
+
+
+def norm_of(mark: Fingerprint | None) -> float:
+    """Return the norm of a tensor, or its estimate; infinite where it is not known."""
+    numbers = [] if mark is None else _numbers(mark.projections)
+    if not numbers:
+        return math.inf
+    return numbers[_PROJECTIONS] if len(numbers) > _PROJECTIONS else _root_mean_square(numbers)
 
 
 def _root_mean_square(projections: list[float]) -> float:
