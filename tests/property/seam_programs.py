@@ -55,10 +55,13 @@ class Plain:
 
 
 class Framed:
-    """The same with frames."""
+    """The same with frames; checkpoints have their inputs from ``source``."""
+
+    def __init__(self, source: Any = None) -> None:
+        self.source = source
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return recollect.checkpoint(function, *args, **kwargs)
+        return recollect.checkpoint(function, *args, source=self.source, **kwargs)
 
     def inverse(self, function: Piece, inverse: Piece, h: Tensor) -> Tensor:
         return recollect.checkpoint(function, h, inverse=inverse)

@@ -13,6 +13,8 @@ from seam_calls import CALLS
 from seam_programs import SOURCES, Plain
 from seam_world import HAZARDS
 
+from recollect.frames import Offload
+
 PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "3000"))
 PARTS = 12
 
@@ -30,7 +32,7 @@ def test_programs(part):
     assert not failures, told(failures)
     kinds = Counter(one.kind for one in verdicts)
     assert kinds["right"] > 0.6 * len(verdicts), kinds
-    assert kinds["void"] < 0.05 * len(verdicts), kinds
+    assert kinds["void"] <= max(4, 0.05 * len(verdicts)), kinds
 
 
 @pytest.mark.parametrize(("name", "source"), ALONE)
@@ -39,6 +41,15 @@ def test_each_hazard_alone(name, source):
     failures = [one for one in verdicts if one.fails]
     assert not failures, told(failures)
     assert any(name in one.used for one in verdicts)
+
+
+@pytest.mark.parametrize("name", [name for name, source in ALONE if source == "checkpoint"])
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_each_hazard_over_other_sources(name, place, tmp_path):
+    source = Offload() if place == "host" else Offload(path=tmp_path)
+    verdicts = [seam_programs.run(seed, {name}, ("checkpoint",), seam_programs.Framed(source)) for seed in range(3)]
+    failures = [one for one in verdicts if one.fails]
+    assert not failures, told(failures)
 
 
 def test_the_generator_agrees_with_itself():

@@ -95,10 +95,11 @@ class _Threads:
     def enter(self) -> bool:
         """Begin a region; return whether it may use the process's generators."""
         thread = threading.get_ident()
-        self._active[thread] = self._active.get(thread, 0) + 1
-        alone = len(self._active) == 1
-        if alone:
-            self._alone[thread] = self._alone.get(thread, 0) + 1
+        with self._ended:  # nobody may look between the two
+            self._active[thread] = self._active.get(thread, 0) + 1
+            alone = len(self._active) == 1
+            if alone:
+                self._alone[thread] = self._alone.get(thread, 0) + 1
         return alone
 
     def leave(self, alone: bool) -> None:

@@ -112,7 +112,17 @@ class Record:
         writes: what it wrote to.
     """
 
-    __slots__ = ("_constant", "_flags", "_marks", "_parameters", "_registries", "_state", "_versions", "_writes")
+    __slots__ = (
+        "_brought",
+        "_constant",
+        "_flags",
+        "_marks",
+        "_parameters",
+        "_registries",
+        "_state",
+        "_versions",
+        "_writes",
+    )
 
     def __init__(
         self,
@@ -129,6 +139,7 @@ class Record:
         self._marks = [(b.name, b.tensor, b.mark) for b in constant if b.mark is not None]
         self._writes = writes
         self._versions = _versions_of(parameters)
+        self._brought = {key for copy in writes for key in copy.keys_brought_back()}
         self._flags = [p.requires_grad for _, _, p in parameters]
 
     def suspects(self) -> list[str]:
@@ -145,7 +156,7 @@ class Record:
         changed = [
             (f"parameter {name!r}", parameter, version)
             for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
-            if version_of(parameter) != version and not any(copy.brings_back(parameter) for copy in self._writes)
+            if version_of(parameter) != version and self._brought.isdisjoint(place_of(parameter))
         ]
         changed.extend(
             (f"buffer {name!r}", buffer, version)
@@ -169,13 +180,15 @@ class Record:
         parameters: list[Registered] = []
         contents: list[tuple[Copy, Tensor, Tensor]] = []
         counted: list[Tensor] = []
-        kept = [parameter for _, _, parameter in self._parameters] if other and self._writes else []
+        kept: set[int] = set()
+        if other and self._writes:
+            kept = {key for _, _, parameter in self._parameters for key in place_of(parameter)}
         state = self._state.now()
         toggled: list[Tensor] = []
         try:
             self._state.write_then(state)
             for copy in self._writes:
-                if any(copy.brings_back(parameter) for parameter in kept):
+                if kept and not kept.isdisjoint(copy.keys_brought_back()):
                     continue
                 target = copy.target()
                 if target is None:

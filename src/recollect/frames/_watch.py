@@ -65,10 +65,10 @@ class Copy:
         storage = self._storage() if self._storage is not None else None
         return None if storage is None else _bytes_of(storage)
 
-    def brings_back(self, tensor: Tensor) -> bool:
-        """Whether this has what a tensor held."""
+    def keys_brought_back(self) -> tuple[int, ...]:
+        """Return the keys of the storage whose contents this has."""
         storage = self._storage() if self._storage is not None else None
-        return self.then is not None and storage is not None and key_of(storage) in place_of(tensor)
+        return () if self.then is None or storage is None else (key_of(storage),)
 
     def lead_to(self, target: Tensor) -> None:
         """Let the tensor, if this is of one, have the memory of ``target`` again (it may have been given another)."""
