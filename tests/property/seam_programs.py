@@ -298,8 +298,6 @@ class _Execution:
         else:
             self._one()
         self.note("gradients", [t.grad for t in self.leaves()])
-        self.note("numpy", [int(np.random.get_state()[2]), str(np.random.get_state()[1][:3])])  # noqa: NPY002
-        self.note("python", random.getstate()[1][-1])
         self.note("default dtype", torch.get_default_dtype())
         for watch in self.world.watched:
             self.note("watched", watch())

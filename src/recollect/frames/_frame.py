@@ -147,8 +147,8 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live", "_lock", "_marks",
-        "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
+        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live", "_lock",
+        "_marks", "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -176,6 +176,7 @@ class Frame(Scope):
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
+        self._changes: torch.Size | None = None  # of an argument that the region itself has changed in place
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
@@ -188,6 +189,7 @@ class Frame(Scope):
         self._held.begins(self._region)
         given = tensors_among(*arguments)
         devices = {tensor.device for tensor in given}
+        versions = [version_of(tensor) for tensor in given]
         if self._certify and not self._drifts:
             self._given = {key for tensor in given for key in place_of(tensor)}
         begin = sequence()
@@ -199,6 +201,10 @@ class Frame(Scope):
             self._live = self._recorder = None
             self._unmarked.clear()
         self._given = set()
+        if not self._drifts:
+            self._changes = next(
+                (shape_of(t) for t, v in zip(given, versions, strict=True) if version_of(t) != v), None
+            )
         outputs = [output] if isinstance(output, Tensor) else list(tensors_of(output))
         kept = []
         for reference, version, index in self._saved:
@@ -344,6 +350,11 @@ class Frame(Scope):
 
     def _run_again(self) -> dict[int, Tensor]:
         running = self._live
+        if running is None and self._changes is not None:
+            raise InPlaceError(
+                f"{self._region.name}: its input of shape {list(self._changes)} was changed in place by itself, so that it "
+                "cannot run again from it; change a copy instead (x = x + 1, not x += 1)"
+            )
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
         changed = [] if running is not None else self._held.changed()

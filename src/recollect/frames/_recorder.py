@@ -280,6 +280,8 @@ class Recorder:
         for watch in reversed(self._watches):
             copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
         for buffer in self._buffers:
+            if is_lazy(buffer.tensor):
+                continue  # its module has not run
             keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
             covered |= keys
             if not buffer.is_written() and not any(key in copied for key in keys):

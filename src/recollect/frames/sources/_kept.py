@@ -48,11 +48,6 @@ class KeptTensor:
             self._unpack = hooks[1]
 
     @property
-    def is_changed(self) -> bool:
-        """Whether the tensor was changed in place since."""
-        return self._unpack is None and version_of(self._packed) != self._version
-
-    @property
     def packed(self) -> bool:
         """Whether hooks hold the tensor, so that each :meth:`get` costs something."""
         return self._unpack is not None
@@ -124,13 +119,6 @@ class KeptArguments:
         arguments: Arguments = self._tree.build([kept.get(function, "input", changed) for kept in self._tree.tensors])
         return arguments
 
-    @property
-    def are_changed(self) -> bool:
-        """Whether one was changed in place since."""
-        if self._alone is not None:
-            return self._alone.is_changed
-        return any(kept.is_changed for kept in self._tree.tensors)
-
 
 class Kept(Source):
     """The inputs are kept: a checkpoint. The default.
@@ -146,22 +134,17 @@ class Kept(Source):
 class KeptCall(Held):
     """The arguments of one call."""
 
-    __slots__ = ("_arguments", "_changed", "_changed_inside")
+    __slots__ = ("_arguments", "_changed")
     makes_leaves = True
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = KeptArguments((args, kwargs))
         self._changed: list[tuple[str, Tensor, int]] = []
-        self._changed_inside = False  # by the region itself, which cannot be run again from them
-
-    def returned(self, output: Any) -> None:
-        """See whether the region has left its arguments as they were."""
-        self._changed_inside = self._arguments.are_changed
 
     def inputs(self) -> Arguments:
         """Return the kept arguments."""
         self._changed = []
-        return self._arguments.get(None, None if self._changed_inside else self._changed)
+        return self._arguments.get(None, self._changed)
 
     def changed(self) -> list[tuple[str, Tensor, int]]:
         """Return those that were changed in place since."""
