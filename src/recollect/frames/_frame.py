@@ -353,8 +353,8 @@ class Frame(Scope):
         running = self._live
         if running is None and self._changes is not None:
             raise InPlaceError(
-                f"{self._region.name}: its input of shape {list(self._changes)} was changed in place by itself, so that "
-                "it cannot run again from it; change a copy instead (x = x + 1, not x += 1)"
+                f"{self._region.name}: its input of shape {list(self._changes)} was changed in place by itself, so "
+                "that it cannot run again from it; change a copy instead (x = x + 1, not x += 1)"
             )
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
