@@ -265,7 +265,12 @@ class Frame(Scope):
         if self._certify:
             if self._unmarked:
                 self._mark_earlier()
-            if not (self._given and self._is_given(tensor)):
+            if self._given and self._is_given(tensor):
+                pass  # it comes back with the arguments
+            elif tensor.requires_grad:
+                with aside():
+                    self._marks[index] = self._mark(tensor)
+            else:
                 self._unmarked.append((index, tensor, sequence()))
         return token
 
@@ -274,7 +279,7 @@ class Frame(Scope):
         return not self._given.isdisjoint(place_of(tensor))
 
     def _mark_earlier(self, end: bool = False) -> None:
-        """Take the fingerprints of what was saved before the running operation.
+        """Take the fingerprints of constants that were saved before the running operation.
 
         Not at once: operations may fill what they save (the noise of rrelu).
         """
@@ -285,10 +290,11 @@ class Frame(Scope):
                 for index, tensor, _ in unmarked:
                     if filled and not filled.isdisjoint(place_of(tensor)):
                         continue  # noise that an operation fills, or in evaluation leaves as it was
-                    self._marks[index] = fingerprint(
-                        tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
-                    )
+                    self._marks[index] = self._mark(tensor)
             unmarked.clear()
+
+    def _mark(self, tensor: Tensor) -> Fingerprint | None:
+        return fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts)
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
@@ -379,7 +385,7 @@ class Frame(Scope):
             waiting.clear()
 
         def collect(tensor: Tensor) -> _Emptied:
-            nonlocal count, filling, done
+            nonlocal count, filling, done, gross
             if done >= 0 and done != sequence():
                 raise _Complete
             bare = _bare(tensor)
@@ -390,7 +396,9 @@ class Frame(Scope):
                 if count in needed:
                     if waiting and waiting[-1][2] != sequence():
                         compare()
-                    if self._marks[count] is not None:
+                    if self._marks[count] is not None and tensor.requires_grad:
+                        gross = max(gross, self._certify_one(count, bare))
+                    elif self._marks[count] is not None:
                         waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
