@@ -36,7 +36,7 @@ from recollect.frames._chain import Parts, Slot, Stage, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError
 from recollect.frames._frame import Frame, certificate_of_process
-from recollect.frames._modes import frames_apply, local
+from recollect.frames._modes import aside, frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 from recollect.frames.sources._inverse import amplified, moved
@@ -329,14 +329,16 @@ class _CouplingStage(Stage):
         self.blocks.append(block)
         frame = Frame(region, held, certify=self._certify, certificate=self._certificate)
         arguments = (z, group, *args), kwargs
-        taken: list[Tensor] = []
-        transformed.seen = taken.append
+
+        def see(output: Tensor) -> None:
+            with aside():
+                block.returned = self._fingerprint(output)
+
+        transformed.seen = see if self._certify else None
         try:
-            output = frame.run(arguments)
+            return frame.run(arguments)
         finally:
             transformed.seen = None
-        block.returned = self._fingerprint(taken.pop())
-        return output
 
     def _fingerprint(self, tensor: Tensor, sample: bool = False) -> Fingerprint | None:
         return fingerprint(tensor, exact=self._certify == "exact", sample=sample) if self._certify else None
