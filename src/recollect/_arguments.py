@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["as_count", "check_count", "pack", "unpack"]
+__all__ = ["Certify", "as_count", "check_certify", "check_count", "pack", "unpack"]
+
+Certify = bool | Literal["exact"]
 
 
 def as_count(name: str, value: Any, hint: str = "", *, least: int = 1) -> int:
@@ -33,6 +35,17 @@ def check_count(name: str, value: int | None) -> None:
     """Raise a ValueError unless ``value`` is ``None`` or an integer of at least 1."""
     if value is not None:
         as_count(name, value, ", or None")
+
+
+def check_certify(value: Certify) -> Certify:
+    """Return what ``certify`` may be.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is not True and value is not False and value != "exact":
+        raise ValueError(f'certify must be True, False or "exact" (got {value!r})')
+    return value
 
 
 def pack(value: Any) -> tuple[Any, ...]:

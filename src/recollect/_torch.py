@@ -53,6 +53,7 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize as _parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils.checkpoint import _CachedTorchDispatchMode
 
 __all__ = [
     "ScaledProductBackends",
@@ -399,9 +400,8 @@ class ScaledProductBackends:
 
 def selective_storage(context: Any) -> dict[Any, Any] | None:
     """Return where a context of torch's selective checkpoints keeps what it saved; ``None`` for other contexts."""
-    storage = getattr(context, "storage", None)
-    is_selective = type(context).__name__ == "_CachedTorchDispatchMode" and isinstance(storage, dict)
-    return storage if is_selective else None
+    storage = getattr(context, "storage", None)  # a dict since torch 2.13
+    return storage if isinstance(context, _CachedTorchDispatchMode) and isinstance(storage, dict) else None
 
 
 def opened_by_pytree(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:

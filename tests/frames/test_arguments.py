@@ -52,6 +52,12 @@ def _data(h, scale):
     return pytest.importorskip("torch_geometric.data").Data(x=h, scale=scale)
 
 
+def _own_data(h, scale):
+    """Of a class that a user derives from ``Data``."""
+    graph = pytest.importorskip("torch_geometric.data").Data
+    return type("Molecule", (graph,), {"__module__": __name__})(x=h, scale=scale)
+
+
 def _read(value):
     """Return ``h`` and ``scale`` of any of the containers."""
     if isinstance(value, (dict, UserDict, ChainMap)):
@@ -73,6 +79,7 @@ CONTAINERS = {
     "frozen dataclass": Frozen,
     "ModelOutput": lambda h, s: ModelOutput(h=h, scale=s),
     "Data": _data,
+    "class of its own from Data": _own_data,
 }
 each_container = pytest.mark.parametrize("kind", CONTAINERS)
 mutable = pytest.mark.parametrize(

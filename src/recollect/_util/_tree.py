@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,7 +154,7 @@ def _open(value: Any) -> Opened | None:
         return list(value), list
     if isinstance(value, set) and kind is set:
         return list(value), set
-    if kind.__module__.partition(".")[0] == "torch_geometric" and hasattr(value, "stores"):
+    if _is_graph(value):
         return _open_graph(value)
     return opened_by_pytree(value)
 
@@ -194,6 +195,12 @@ def _open_dataclass(value: Any) -> Opened:
         return filled
 
     return [getattr(value, name) for name in names], make
+
+
+def _is_graph(value: Any) -> bool:
+    """Whether this is torch_geometric's ``Data`` or ``HeteroData``, or extends them."""
+    module = sys.modules.get("torch_geometric.data.data")  # not imported: then nothing is
+    return module is not None and isinstance(value, module.BaseData) and hasattr(value, "stores")
 
 
 def _open_graph(value: Any) -> Opened:

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from recollect.autoscale._history import History
 from recollect.autoscale._selection import select_rows
-from recollect.frames import Held, InPlaceError, Kept, Source
+from recollect.frames import Arguments, Held, InPlaceError, Kept, Source
 
 __all__ = ["Rows", "check_not_pushed", "pushes_of"]
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def pushes_of(history: History) -> int:

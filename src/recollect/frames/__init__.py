@@ -40,11 +40,12 @@ from recollect.frames.sources._coupling import couple, couple_by, uncouple, unco
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
 from recollect.frames.sources._offload import Offload, OffloadError
-from recollect.frames.sources._source import Held, Source
+from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = [
     "DRIFT_THRESHOLD",
     "Add",
+    "Arguments",
     "Certificate",
     "DriftGauge",
     "DriftWarning",

@@ -11,21 +11,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from recollect._arguments import Certify
 from recollect._torch import graph_task_id, is_in_transform, when_backward_ends, without_overrides
 from recollect.frames._errors import FrameError, RebuildError
 from recollect.frames._modes import local
 
 __all__ = [
-    "GROSS", "Certificate", "Certify", "Fingerprint", "bits_of", "check_block", "check_certify", "difference",
+    "GROSS", "Certificate", "Fingerprint", "bits_of", "check_block", "difference",
     "error_between", "fingerprint", "is_finite", "is_gross", "is_late", "judge", "norm_of", "tolerance_of",
 ]  # fmt: skip
-
-Certify = bool | Literal["exact"]
 
 # Positions are weighted with this period: a prime, so that whole rows or samples never fall on one another.
 _PERIOD = 1021
@@ -83,13 +82,6 @@ class Certificate:
 
     def __repr__(self) -> str:
         return f"Certificate(equal={self.equal}, rounded={self.rounded}, largest={self.largest:.1e})"
-
-
-def check_certify(value: Certify) -> Certify:
-    """Return the setting, or raise a ValueError."""
-    if value not in (True, False, "exact"):
-        raise ValueError(f"certify must be True, 'exact' or False (got {value!r})")
-    return value
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -334,13 +326,13 @@ def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
     local = getattr(tensor, "_local_tensor", None)  # DTensor: this rank's part
     if isinstance(local, Tensor):
         return values_of(local, order)
-    if kind_is_plain(type(tensor)):
+    if _kind_is_plain(type(tensor)):
         with without_overrides():
             return values_of(tensor.as_subclass(Tensor), order)
     return None, None
 
 
-def kind_is_plain(kind: type[Tensor]) -> bool:
+def _kind_is_plain(kind: type[Tensor]) -> bool:
     """Whether tensors of a subclass hold their values as tensors do."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recollect.frames._certificate import Certify, check_certify
+from recollect._arguments import Certify, check_certify
 from recollect.frames._frame import run_frame
 from recollect.frames._modes import frames_apply
 from recollect.frames.sources._inverse import Inverse

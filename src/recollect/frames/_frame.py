@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from recollect._arguments import Certify
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
 from recollect.frames._certificate import (
     GROSS,
     Certificate,
-    Certify,
     Fingerprint,
     difference,
     fingerprint,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from recollect._arguments import Certify
 from recollect._torch import (
     ScaledProductBackends,
     cached_parametrizations,
@@ -25,7 +26,7 @@ from recollect._torch import (
     watch_leaving,
     watch_modules,
 )
-from recollect.frames._certificate import Certificate, Certify, tolerance_of
+from recollect.frames._certificate import Certificate, tolerance_of
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, local, save_nothing
 from recollect.frames._random import Randomness

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import types
 import weakref
 from collections import deque
@@ -408,11 +409,11 @@ def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] 
         return generator.get_state, generator.set_state
     if isinstance(generator, random.Random):
         return generator.getstate, generator.setstate
-    kind = type(generator)
-    if kind.__module__.startswith("numpy.random"):
-        bits = getattr(generator, "bit_generator", None)
-        if bits is not None:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        if isinstance(generator, numpy.random.Generator):
+            bits = generator.bit_generator
             return lambda: bits.state, lambda state: setattr(bits, "state", state)
-        if kind.__name__ == "RandomState":
+        if isinstance(generator, numpy.random.RandomState):
             return generator.get_state, generator.set_state
     return None

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from recollect._arguments import check_count
+from recollect._arguments import Certify, check_certify, check_count
 from recollect.frames import DRIFT_THRESHOLD, Certificate, DriftGauge
 
-__all__ = ["Certify", "Measured", "under_autocast"]
-
-Certify = bool | Literal["exact"]
-
-
-def check_certify(value: Any) -> Any:
-    """Return what ``certify`` may be.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if value is not True and value is not False and value != "exact":
-        raise ValueError(f'certify must be True, False or "exact" (got {value!r})')
-    return value
+__all__ = ["Measured", "under_autocast"]
 
 
 def under_autocast(x: Tensor) -> bool:

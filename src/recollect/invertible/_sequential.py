@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from recollect._arguments import pack, unpack
+from recollect._arguments import Certify, pack, unpack
 from recollect.frames import frames_apply
 from recollect.invertible._conditions import Counts, Passing
-from recollect.invertible._measured import Certify, Measured
+from recollect.invertible._measured import Measured
 from recollect.invertible._module import Module
 
 __all__ = ["Sequential"]

@@ -10,10 +10,11 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from recollect._arguments import Certify
 from recollect._parameters import reset_parameters
 from recollect.frames import DRIFT_THRESHOLD, checkpoint, couple, uncouple
 from recollect.messages import convolve
-from recollect.reversible._module import Certify, InvertibleModule
+from recollect.reversible._module import InvertibleModule
 
 __all__ = ["GroupAddRev", "GroupRevRes"]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from recollect._arguments import check_count
+from recollect._arguments import Certify, check_count
 from recollect._torch import graph_task_id
 from recollect.frames import DRIFT_THRESHOLD, frames_apply, run_invertible
 from recollect.invertible import Measured
 
-__all__ = ["Certify", "InvertibleModule"]
-
-Certify = bool | Literal["exact"]
+__all__ = ["InvertibleModule"]
 
 
 class InvertibleModule(Measured):

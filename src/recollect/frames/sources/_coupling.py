@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._arguments import Certify, check_certify
 from recollect.frames._certificate import (
     Certificate,
-    Certify,
     Fingerprint,
     check_block,
-    check_certify,
     difference,
     fingerprint,
     is_gross,

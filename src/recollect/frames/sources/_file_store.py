@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames._errors import FrameError
-from recollect.frames.sources._stores import Fetch, Layout, Store, Stored
+from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
 
 __all__ = ["FileStore", "OffloadError", "file_store"]
 
@@ -131,16 +131,16 @@ class FileStore(Store):
         return True
 
     def _put(self, tensors: list[Tensor]) -> list[Stored]:
-        layouts, places, end = [], [], 0
+        extents, places, end = [], [], 0
         for tensor in tensors:
-            layouts.append(Layout(tensor))
+            extents.append(Extent(tensor))
             places.append(end)
-            end += -(-layouts[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
+            end += -(-extents[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
         with self._writing:
             self._finish_latest()
             staged = torch.empty(end, dtype=torch.uint8, device="cpu")
-            for tensor, layout, at in zip(tensors, layouts, places, strict=True):
-                staged[at : at + layout.nbytes].view(layout.dtype).copy_(layout.flat(tensor))
+            for tensor, extent, at in zip(tensors, extents, places, strict=True):
+                staged[at : at + extent.nbytes].view(extent.dtype).copy_(extent.flat(tensor))
             path = self._folder.next()
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -149,7 +149,7 @@ class FileStore(Store):
             file = _File(self._folder, path)
             file.written = self._submit(_write, path, descriptor, [staged])
             self._latest = file.written, weakref.ref(file)
-        return [Stored(tensor, layout, (file, at)) for tensor, layout, at in zip(tensors, layouts, places, strict=True)]
+        return [Stored(tensor, extent, (file, at)) for tensor, extent, at in zip(tensors, extents, places, strict=True)]
 
     def _finish_latest(self) -> None:
         """Wait for the call before; raise if it failed and anybody still needs it."""
@@ -162,18 +162,18 @@ class FileStore(Store):
     def fetch(self, stored: Sequence[Stored]) -> Fetch:
         """See :class:`Store`."""
         with torch.inference_mode(False), torch.no_grad():
-            flats = [one.layout.empty("cpu") for one in stored]
+            flats = [one.extent.empty("cpu") for one in stored]
         wanted = [(flat, *one.place) for flat, one in zip(flats, stored, strict=True)]
         # The thread does not live on in a forked child; what it had to do was done before.
         read = self._submit(_read, wanted) if os.getpid() == self.process else None
-        layouts = [one.layout for one in stored]
+        extents = [one.extent for one in stored]
 
         def wait() -> list[Tensor]:
             wrong = _read(wanted) if read is None else read.result()
             if wrong is not None:
                 raise OffloadError(wrong)
             with torch.inference_mode(False), torch.no_grad():
-                return [layout.restored(flat.to(layout.device)) for flat, layout in zip(flats, layouts, strict=True)]
+                return [extent.restored(flat.to(extent.device)) for flat, extent in zip(flats, extents, strict=True)]
 
         return wait
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recollect.frames._errors import InPlaceError
 from recollect.frames._watch import version_of
-from recollect.frames.sources._stores import Fetch, Layout, Store, Stored
+from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
 
 __all__ = ["Copies", "HostStore", "host_store"]
 
@@ -38,14 +38,14 @@ class Copies:
         self._stream = self._backend.Stream(device) if streams else None
         self._pin = pin and streams
 
-    def leave(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, _Copy]:
+    def leave(self, tensor: Tensor, extent: Extent) -> tuple[Tensor, _Copy]:
         """Begin to copy a tensor to host memory, as it is after what was asked of the current stream until now."""
-        host, flat = layout.empty("cpu", self._pin), layout.flat(tensor)
+        host, flat = extent.empty("cpu", self._pin), extent.flat(tensor)
         return host, self._begin(host, flat, flat)
 
-    def arrive(self, host: Tensor, layout: Layout) -> _Copy:
+    def arrive(self, host: Tensor, extent: Extent) -> _Copy:
         """Begin to copy what :meth:`leave` has copied back to the device."""
-        flat = layout.empty(self._device)
+        flat = extent.empty(self._device)
         return self._begin(flat, host, flat)
 
     def _begin(self, out: Tensor, source: Tensor, on_device: Tensor) -> _Copy:
@@ -111,13 +111,13 @@ class _OnHost:
 
     __slots__ = ("copies", "host", "leaving", "torn", "version", "watched")
 
-    def __init__(self, copies: Copies, tensor: Tensor, layout: Layout) -> None:
+    def __init__(self, copies: Copies, tensor: Tensor, extent: Extent) -> None:
         self.copies = copies
         self.torn = False
         self.watched: Any = weakref.ref(tensor)
         self.version = version_of(tensor)
         self.leaving: _Copy | None
-        self.host, self.leaving = copies.leave(tensor, layout)
+        self.host, self.leaving = copies.leave(tensor, extent)
 
 
 @functools.cache
@@ -145,8 +145,8 @@ class HostStore(Store):
     def _put(self, tensors: list[Tensor]) -> list[Stored]:
         stored = []
         for tensor in tensors:
-            layout = Layout(tensor)
-            stored.append(Stored(tensor, layout, _OnHost(self._copies(tensor.device, self._pin), tensor, layout)))
+            extent = Extent(tensor)
+            stored.append(Stored(tensor, extent, _OnHost(self._copies(tensor.device, self._pin), tensor, extent)))
         return stored
 
     def returned(self, stored: Sequence[Stored]) -> None:
@@ -161,18 +161,18 @@ class HostStore(Store):
     def fetch(self, stored: Sequence[Stored]) -> Fetch:
         """See :class:`Store`."""
         with torch.inference_mode(False), torch.no_grad():
-            begun = [one.place.copies.arrive(one.place.host, one.layout) for one in stored]
-        layouts = [(one.layout, one.place.torn) for one in stored]
+            begun = [one.place.copies.arrive(one.place.host, one.extent) for one in stored]
+        extents = [(one.extent, one.place.torn) for one in stored]
 
         def wait() -> list[Tensor]:
             tensors = []
-            for copy, (layout, torn) in zip(begun, layouts, strict=True):
+            for copy, (extent, torn) in zip(begun, extents, strict=True):
                 if torn:
                     raise InPlaceError(
-                        f"an input of shape {list(layout.shape)} was changed in place by the region that got it, while "
+                        f"an input of shape {list(extent.shape)} was changed in place by the region that got it, while "
                         "it was copied to host memory; change a copy instead (x = x + 1, not x += 1)"
                     )
-                tensors.append(layout.restored(copy.take()))
+                tensors.append(extent.restored(copy.take()))
             return tensors
 
         return wait

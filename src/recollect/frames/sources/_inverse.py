@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._arguments import pack
+from recollect._arguments import Certify, pack
 from recollect.frames._certificate import (
     GROSS,
     Certificate,
-    Certify,
     Fingerprint,
     check_block,
     difference,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from recollect.frames._watch import version_of
 
-__all__ = ["Fetch", "Layout", "Store", "Stored"]
+__all__ = ["Extent", "Fetch", "Store", "Stored"]
 
 Fetch = Callable[[], list[Tensor]]
 """Waits for tensors that were asked for, and returns them; called once."""
 
 
-class Layout:
+class Extent:
     """What of a tensor is stored, as one flat piece, and how the tensor is made of it again.
 
     That is the memory that the tensor covers, where it covers no more than it has elements (also if they overlap, as
@@ -73,10 +73,10 @@ class Layout:
 class Stored:
     """One tensor in a store; what it takes there is given back when this dies."""
 
-    __slots__ = ("__weakref__", "layout", "of", "place")
+    __slots__ = ("__weakref__", "extent", "of", "place")
 
-    def __init__(self, tensor: Tensor, layout: Layout, place: Any) -> None:
-        self.layout = layout
+    def __init__(self, tensor: Tensor, extent: Extent, place: Any) -> None:
+        self.extent = extent
         self.place = place
         self.of = weakref.ref(tensor.untyped_storage())
 
