@@ -524,19 +524,20 @@ class Scale(nn.Module):
         return x * self.scale + self.shift
 
 
-def test_registering_a_rule(registry):
+@pytest.mark.parametrize("sharing", [None, lambda layer, inputs, axes: axes], ids=["unknown", "declared"])
+def test_registering_a_rule(registry, sharing):
     seen = []
 
     def rule(layer, inputs, grads):
         seen.append((layer, inputs[0].shape, grads[0].shape))
         return {"scale": Rows((inputs[0] * grads[0]).sum(1)), "shift": Rows(grads[0].sum(1))}
 
-    register_rule(Scale, rule)
+    register_rule(Scale, rule, sharing)
     net = nn.Sequential(nn.Linear(4, 5), Scale()).double()
     engine = Engine(net, batch_dim=0)
     losses = losses_of(net, data())
     torch.testing.assert_close(engine.compute_gramian(losses), gramian(losses, net.parameters()))
-    assert seen == [(net[1], (6, 1, 5), (6, 1, 5))]
+    assert seen == [(net[1], (1, 6, 5) if sharing is None else (6, 1, 5), (6, 6, 5) if sharing is None else (6, 1, 5))]
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])
@@ -555,7 +556,7 @@ def test_a_rule_that_leaves_a_parameter_out(registry, batch_dim):
         (
             lambda g: Rows(g),
             ValueError,
-            r"of Scale gives 6 rows of shape \[1, 5\] for 'shift'; .* 6 rows of shape \[5\]",
+            r"of Scale gives 6 rows of shape \[6, 5\] for 'shift'; .* 6 rows of shape \[5\]",
         ),
         (lambda g: Rows(g.sum(1)[:4]), ValueError, r"4 rows of shape \[5\] for 'shift'"),
         (lambda g: g.sum(1), TypeError, "of Scale gives a Tensor for 'shift'; a rule gives Rows, Outer"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from autogram_zoo import explicit_gramian, relative_error
 from torch import nn
 
 from recollect.autogram import Engine
@@ -85,19 +86,19 @@ def test_what_has_no_batch_is_not_refused(size):
     torch.testing.assert_close(Engine(model, batch_dim=0).compute_gramian(losses), rows @ rows.T)
 
 
-def test_the_probe_runs_once_for_a_form(monkeypatch):
-    from recollect.autogram import _recall
+def test_a_choice_is_made_once_for_a_form(monkeypatch):
+    from recollect.autogram import _engine
 
     calls = []
-    original = _recall.probe
-    monkeypatch.setattr(_recall, "probe", lambda *args: calls.append(1) or original(*args))
+    original = _engine.find_structure
+    monkeypatch.setattr(_engine, "find_structure", lambda *args: calls.append(1) or original(*args))
     model = net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     engine = Engine(model, batch_dim=0)
-    for batch in (5, 5, 7, 2):
+    for batch in (5, 5, 7, 5, 7):
         engine.compute_gramian(losses_of(model, batch))
-    assert len(calls) == 1
-    engine.compute_gramian(losses_of(model).sin())
     assert len(calls) == 2
+    engine.compute_gramian(losses_of(model).sin())
+    assert len(calls) == 3
 
 
 class Leak(nn.Module):
@@ -111,11 +112,14 @@ class Leak(nn.Module):
         return x + self.share * x.roll(1, 0)
 
 
+@pytest.mark.parametrize("batch_dim", [0, "auto"])
 @pytest.mark.parametrize("batch", [2, 3, 16, 17])
-def test_a_little_of_another_element_is_seen(batch):
+def test_a_little_of_another_element_counts(batch, batch_dim):
+    """Where elements go is not looked at, so what is behind goes by rows."""
     model = net(nn.Linear(4, 3), nn.Tanh(), Leak(1e-4), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="mixed"):
-        Engine(model, batch_dim=0).compute_gramian(losses_of(model, batch))
+    engine = Engine(model, batch_dim=batch_dim)
+    losses = losses_of(model, batch)
+    assert relative_error(engine.compute_gramian(losses), explicit_gramian(losses, list(model.parameters()))) <= 1e-12
 
 
 @pytest.mark.parametrize("batch", [2, 16])

@@ -60,7 +60,7 @@ def refuse(job, plan):
 
 def test_one_after_another(passes):
     net = Mixed()
-    engine, losses = Engine(net), losses_of(net)
+    engine, losses = Engine(net, batch_dim=None), losses_of(net)
     found = engine.compute_gramian(losses)
     assert passes == [1] * 18
     torch.testing.assert_close(found, expected(net))
@@ -68,7 +68,7 @@ def test_one_after_another(passes):
 
 def test_in_groups(passes, monkeypatch):
     net = Mixed()
-    engine, losses = Engine(net, row_bytes=5_000), losses_of(net)
+    engine, losses = Engine(net, batch_dim=None, row_bytes=5_000), losses_of(net)
     monkeypatch.setattr(_passes, "_rows_at_once", refuse)
     found = engine.compute_gramian(losses)
     assert passes == [1] * len(passes)
@@ -78,7 +78,7 @@ def test_in_groups(passes, monkeypatch):
 
 def test_at_once(passes, monkeypatch):
     net = Mixed()
-    engine, losses = Engine(net), losses_of(net)
+    engine, losses = Engine(net, batch_dim=None), losses_of(net)
     monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**20})
     found = engine.compute_gramian(losses)
     assert passes == [18]

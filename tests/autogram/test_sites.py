@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from recollect.autogram import Engine, _sites
 from recollect.autogram._contract import gramian
 from recollect.autogram._factors import Outer, Rows
-from recollect.autogram._layout import Layout
+from recollect.autogram._layout import Axis, Layout
 from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
 
@@ -48,11 +48,11 @@ def test_rows_at_a_node(name):
     function, shape, position = SITES[name]
     p = parameter(*shape)
     y = function(p)
-    layout = Layout(0)
+    layout = Layout((Axis(0, B),))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (factor,) = rows_at(y.grad_fn, (grad,), (layout,), B, [(position, p.shape)])
     found = form_rows([factor], slice(0, B))
-    masks = [layout.mask(grad, B, i) for i in range(B)]
+    masks = [layout.mask(grad, i) for i in range(B)]
     rows = torch.stack([torch.autograd.grad(y, p, mask, retain_graph=True)[0].flatten() for mask in masks])
     torch.testing.assert_close(found, rows)
     torch.testing.assert_close(gramian([factor]), rows @ rows.T)
@@ -66,7 +66,7 @@ def test_common_nodes_are_asked_once_at_most(name, monkeypatch):
     function, shape, position = SITES[name]
     p = parameter(*shape)
     y = function(p)
-    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout(0),), B, [(position, p.shape)])
+    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout((Axis(0, B),)),), B, [(position, p.shape)])
     assert len(calls) == (1 if name in ("a bias", "a scale") else 0)
     assert isinstance(factor, Outer if name == "a matrix product" else Rows)
 
@@ -76,7 +76,7 @@ def test_several_outputs_of_which_one_has_no_gradient():
     first, _ = (p * 1).unbind(2)[:2]
     node = first.grad_fn
     grads = (torch.ones(B, 4, dtype=torch.float64), *[None] * 4)
-    (factor,) = rows_at(node, grads, (Layout(0), *[None] * 4), B, [(0, p.shape)])
+    (factor,) = rows_at(node, grads, (Layout((Axis(0, B),)), *[None] * 4), B, [(0, p.shape)])
     rows = form_rows([factor], slice(0, B)).view(B, B, 4, 5)
     assert all(torch.equal(rows[i, i, :, 0], torch.ones(4, dtype=torch.float64)) for i in range(B))
     assert rows.sum() == B * 4
@@ -99,7 +99,7 @@ class Product(torch.autograd.Function):
 def test_a_node_in_python():
     p = parameter(5)
     y = Product.apply(X, p)
-    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout(0),), B, [(1, p.shape)])
+    (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout((Axis(0, B),)),), B, [(1, p.shape)])
     torch.testing.assert_close(form_rows([factor], slice(0, B)), X.sum(1))
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recollect.autogram import Engine
+from recollect.autogram._capture import Capture
 from recollect.autogram._walk import walk
 
 
@@ -100,5 +101,5 @@ def test_the_nodes_towards_captures():
     engine = Engine(net)
     output = net(torch.rand(5, 3)) * nn.Parameter(torch.rand(4)).exp()
     graph = graph_of(engine, output, net)
-    names = {graph.names[k] for k in graph.towards_captures}
-    assert names == {"MulBackward0", "TanhBackward0", "CaptureBackward"}
+    kinds = {graph.kinds[k] for k in graph.towards_captures}
+    assert kinds == {"MulBackward0", "TanhBackward0", Capture}

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from recollect._torch import has_global_forward_hooks, transform_level_is_open
 from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
+from recollect.autogram._operations import declare, handed_on
 from recollect.autogram._registry import Entry, Registry
 
 __all__ = ["Call", "Capture", "Hook", "Recorder", "can_record"]
@@ -36,16 +37,18 @@ class Call:
         entry: its rule.
         sources: the graph's nodes that the inputs come from; the layer's own part of the graph ends there.
         elements: of inputs and outputs together.
+        shapes: of the tensors among the inputs.
         stand_ins: tensors of the inputs' forms with one element each, where no values of theirs are kept.
     """
 
-    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "sources", "stand_ins")
+    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "shapes", "sources", "stand_ins")
 
     def __init__(self, layer: nn.Module, entry: Entry, inputs: tuple[Any, ...], tensors: list[Tensor]) -> None:
         self.layer = layer
         self.entry = entry
         self.sources = tuple(t.grad_fn for t in tensors if t.grad_fn is not None)
         self.elements = sum(t.numel() for t in tensors)
+        self.shapes = tuple(t.shape for t in tensors)
         self._condition = _condition(layer)
         self._constants: list[Any] | None = None
         self._spec: TreeSpec | None = None
@@ -70,6 +73,10 @@ class Call:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise NotCovered(f"an input of {type(self.layer).__name__} was changed in place") from error
+        return self.arguments(tensors)
+
+    def arguments(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Return the layer's arguments with these tensors."""
         if self._constants is None or self._spec is None:
             return tensors
         waiting = iter(tensors)
@@ -99,6 +106,9 @@ class Capture(torch.autograd.Function):
         if visit is not None:
             visit(ctx, grads)
         return None, None, None, None, *grads
+
+
+declare(Capture, handed_on)
 
 
 class Recorder:

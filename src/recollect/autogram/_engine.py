@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recollect.autogram._capture import Hook, Recorder, can_record
-from recollect.autogram._independence import Independence
+from recollect.autogram._choice import BatchDim, Choice, choose
+from recollect.autogram._independence import check_independence, explain
 from recollect.autogram._losses import check_weighting, check_weights, checked_dim
 from recollect.autogram._modules import check_modules, counted_parameters
-from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
-from recollect.autogram._plan import EntangledError, changed_layers
-from recollect.autogram._recall import Known
+from recollect.autogram._passes import Job, Known, gramian_of
+from recollect.autogram._plan import changed_layers
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
+from recollect.autogram._structure import find_structure
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
 
@@ -29,18 +30,23 @@ _REGISTRY = Registry(RULES)
 _FORMS = 64
 
 
-def register_rule(layer_type: type[nn.Module] | str, rule: Rule, sharing: Sharing | None = None) -> None:
+def register_rule(
+    layer_type: type[nn.Module] | str, rule: Rule, sharing: Sharing | None = None, constant: Iterable[str] = ()
+) -> None:
     """Teach all engines a type of layer, in place of the exact but slower fallback.
 
     Args:
         layer_type: the type, or its full name ("package.module.Class").
         rule: ``rule(layer, inputs, grads) -> {parameter's name: factor}``.
-        sharing: which inputs have a batch; None: all those of the first output's size in its batch dimension.
+        sharing: along which axes the layer's elements are independent; None: it is not known, and where losses are
+            apart in the layer's output, the rule gets its gradient masked for each of them.
+        constant: names of parameters whose Jacobian does not depend on the inputs' values, as that of a bias. Where no
+            others are trained, the inputs are not kept.
 
     Raises:
         ValueError: the type has a rule already.
     """
-    _REGISTRY.register(layer_type, Entry(rule, sharing))
+    _REGISTRY.register(layer_type, Entry(rule, sharing, frozenset(constant)))
 
 
 class Engine:
@@ -64,7 +70,7 @@ class Engine:
         ValueError: there is no module, or one contains another.
     """
 
-    def __init__(self, *modules: nn.Module, batch_dim: int | None = None, row_bytes: int = 2**28) -> None:
+    def __init__(self, *modules: nn.Module, batch_dim: BatchDim = "auto", row_bytes: int = 2**28) -> None:
         check_modules(modules)
         self._modules = modules
         self._batch_dim = batch_dim
@@ -116,56 +122,71 @@ class Engine:
         torch.autograd.backward(losses, weights.to(losses))
         return weights
 
+    def explain(self, output: Tensor) -> str:
+        """Return which backward passes the Gramian of these losses takes, and which parameters go by rows, and why.
+
+        Args:
+            output: losses of any shape; their graph stays.
+
+        Raises:
+            TypeError: the output is no tensor of floating point, or a parameter is complex.
+            ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
+        """
+        job, _ = self._job(output, True)
+        return explain(job.graph, self._choose(job), self._modules)
+
     def _gramian(self, output: Tensor, retain: bool) -> Tensor:
-        batch_dim = checked_dim(output, self._batch_dim)
-        with torch.enable_grad():
-            output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
-        parameters = counted_parameters(self._modules)
+        checked_dim(output, self._batch_dim)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(*output.shape, *reversed(output.shape))
-            if batch_dim is None or output.shape[batch_dim] == 1:
-                return self._of_rows(output, parameters, retain).to(output.dtype)
-            return self._of_batch(output, parameters, batch_dim, retain).to(output.dtype)
+            while True:
+                job, output = self._job(output, retain)
+                result = gramian_of(job, self._choose(job))
+                if isinstance(result, Tensor):
+                    job.known.settled = True
+                    return _generalise(result, output).to(output.dtype)
+                job.known.declined |= result
 
-    def _of_rows(self, output: Tensor, parameters: Mapping[int, Tensor], retain: bool) -> Tensor:
-        job = self._job(output, parameters, None, retain)
-        return _generalise(gramian_of_rows(job), output, None)
-
-    def _of_batch(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int, retain: bool) -> Tensor:
-        # A hook on a parameter is made for one loss' gradient, not for those of a whole batch.
-        by_rows = {key: p for key, p in parameters.items() if p._backward_hooks}
-        independence = Independence(self._modules, batch_dim)
-        while True:
-            free = {key: p for key, p in parameters.items() if key not in by_rows}
-            try:
-                job = self._job(output, free, batch_dim, retain or bool(by_rows))
-                gramian = _generalise(gramian_of_batch(job, batch_dim, independence), output, batch_dim)
-                return gramian + self._of_rows(output, by_rows, retain) if by_rows else gramian
-            except EntangledError as entangled:
-                by_rows.update((key, parameters[key]) for key in entangled.parameters)
-
-    def _job(self, output: Tensor, parameters: Mapping[int, Tensor], batch_dim: int | None, retain: bool) -> Job:
+    def _job(self, output: Tensor, retain: bool) -> tuple[Job, Tensor]:
+        checked_dim(output, self._batch_dim)
+        with torch.enable_grad():
+            output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
+        parameters = counted_parameters(self._modules)
         graph = walk(output, self._recorder, parameters)
         if parameters and not graph.leaves:
-            self._warn_if_apart(output)
-        known, changed = self._recall(graph, batch_dim), changed_layers(graph)
-        return Job(output, graph, parameters, self._recorder, known, changed, self._row_bytes, retain)
+            self._warn_that_it_is_zero()
+        known = self._recall(graph)
+        declined = known.declined | changed_layers(graph)
+        return Job(output, graph, parameters, self._recorder, known, declined, self._row_bytes, retain), output
 
-    def _warn_if_apart(self, output: Tensor) -> None:
-        """Say so if the output depends on no parameter at all, and not only on none of those that a pass is for."""
-        if not walk(output, self._recorder, counted_parameters(self._modules)).leaves:
-            names = ", ".join(type(module).__name__ for module in self._modules)
-            warnings.warn(
-                f"the Gramian is zero: the losses depend on no trainable parameter of the engine's modules ({names}). "
-                "Compute the losses with these modules, or make the engine of those that computed them",
-                UserWarning,
-                stacklevel=6,  # where the engine was called
-            )
+    def _choose(self, job: Job) -> Choice:
+        """Return the passes, as they were chosen for a graph of this form."""
+        batch_dim = checked_dim(job.output, self._batch_dim)
+        hooked = frozenset(key for key in job.graph.uses if job.parameters[key]._backward_hooks)
+        key = (frozenset(job.declined), hooked)
+        choice = job.known.choices.get(key)
+        if choice is None:
+            structure = find_structure(job.graph, job.output.shape)
+            bound = self._row_bytes // job.dtype.itemsize
+            choice = choose(job.graph, job.parameters, job.declined, structure, batch_dim, bound)
+            if isinstance(batch_dim, int):
+                check_independence(job.graph, choice, self._modules, batch_dim)
+            job.known.choices[key] = choice
+        return choice
 
-    def _recall(self, graph: Graph, batch_dim: int | None) -> Known:
+    def _warn_that_it_is_zero(self) -> None:
+        names = ", ".join(type(module).__name__ for module in self._modules)
+        warnings.warn(
+            f"the Gramian is zero: the losses depend on no trainable parameter of the engine's modules ({names}). "
+            "Compute the losses with these modules, or make the engine of those that computed them",
+            UserWarning,
+            stacklevel=5,  # where the engine was called
+        )
+
+    def _recall(self, graph: Graph) -> Known:
         training = tuple(child.training for module in self._modules for child in module.modules())
-        form = (graph.form, tuple(graph.leaves), training, batch_dim)
+        form = (graph.form, training)
         known = self._known.get(form)
         if known is None:
             if len(self._known) >= _FORMS:
@@ -174,13 +195,8 @@ class Engine:
         return known
 
 
-def _generalise(square: Tensor, output: Tensor, batch_dim: int | None) -> Tensor:
-    """Lay [m, m] out as [m1..mk, mk..m1]; with a batch, the rows come with its dimension last."""
+def _generalise(square: Tensor, output: Tensor) -> Tensor:
+    """Lay [m, m] out as [m1..mk, mk..m1]."""
     k = output.dim()
-    order = list(range(k))
-    if batch_dim is not None:
-        order = [*(d for d in order if d != batch_dim), batch_dim]
-    shape = [output.shape[d] for d in order]
-    back = [order.index(d) for d in range(k)]
-    laid = square.view([*shape, *shape]).permute([*back, *reversed([k + d for d in back])])
-    return laid.contiguous()
+    laid = square.view([*output.shape, *output.shape])
+    return laid.permute([*range(k), *reversed(range(k, 2 * k))]).contiguous()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["in_groups"]
+
+Other = TypeVar("Other")
 
 
 def in_groups(
@@ -16,9 +19,9 @@ def in_groups(
     fit: int,
     device: torch.device,
     dtype: torch.dtype,
-    gramian: Callable[[Sequence[int]], Tensor],
+    gramian: Callable[[Sequence[int]], Tensor | Other],
     rows: int = 1,
-) -> Tensor:
+) -> Tensor | Other:
     """Return the Gramian of all passes, of which only some can be held at once.
 
     Args:
@@ -26,7 +29,7 @@ def in_groups(
         fit: how many may be held; two are, at the least.
         device: of the Gramian.
         dtype: of the Gramian.
-        gramian: returns that of some of the passes.
+        gramian: returns that of some of the passes; anything else ends it, and is returned.
         rows: in each pass.
     """
     if passes <= max(fit, 2):
@@ -37,6 +40,9 @@ def in_groups(
     for first, second in itertools.combinations(groups, 2):
         chosen = [*first, *second]
         index = torch.tensor(chosen, device=device)
-        part = gramian(chosen).view(len(chosen), rows, len(chosen), rows)
+        part = gramian(chosen)
+        if not isinstance(part, Tensor):
+            return part
+        part = part.view(len(chosen), rows, len(chosen), rows)
         whole[index[:, None], :, index] = part.transpose(1, 2)
     return whole.view(passes * rows, passes * rows)

@@ -1,89 +1,105 @@
-"""The error for modules that mix the elements of a batch, and which module it is."""
+"""What is said of losses that are not apart: an error for a batch dimension that is none, and an explanation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from recollect.autogram._probe import Layouts
-from recollect.autogram._walk import Graph, Use
+from recollect.autogram._choice import Choice
+from recollect.autogram._walk import Graph
 
-__all__ = ["Independence"]
+__all__ = ["check_independence", "explain"]
+
+_REASONS = {
+    "unknown": "nothing is known of how {kind} treats the losses' elements",
+    "mixed": "{kind} works along the losses' axis",
+    "moved": "{kind} picks or places elements along the losses' axis",
+    "summed": "{kind} sums over the losses' axis what goes on behind it, which depends on data",
+    "met": "{kind} uses what other losses use too",
+}
 
 
-# Edges to weights, in which a batch's size is a coincidence.
-_RIGHT_SIDES = {("AddmmBackward0", 2), ("MmBackward0", 1), ("ConvolutionBackward0", 1)}
+def check_independence(graph: Graph, choice: Choice, modules: Sequence[nn.Module], batch_dim: int) -> None:
+    """Raise if elements of a batch are mixed on the way from the losses to parameters.
 
-
-class Independence:
-    """Tells what mixes the batch from what has none, as the embedding of positions.
+    Where that cannot be told, as behind an operation that is not known, it raises nothing.
 
     Args:
+        graph: the losses'.
+        choice: made for this batch dimension.
         modules: the engine's.
         batch_dim: the engine's.
+
+    Raises:
+        ValueError: it is so; the message names modules.
     """
+    for stuck in choice.plan.by_rows.values():
+        use, lost = stuck.use, stuck.lost
+        if use is not None and lost is not None and lost.why in ("mixed", "met"):
+            below = _users(graph, modules, [use.node if use.capture is None else use.capture])
+            above = _users(graph, modules, [lost.node])
+            place = f"after {', '.join(below)}" + (f", in or before {', '.join(above)}" if above else "")
+            raise ValueError(
+                f"batch_dim={batch_dim} is for modules that treat the elements of a batch independently, but the loss "
+                f"of one element depends on other elements; they are mixed {place}. Put something that does not mix "
+                "the batch in its place (GroupNorm for BatchNorm, or BatchNorm in eval mode), or leave batch_dim out: "
+                "then what is not independent goes by rows (batch_dim='auto'), or all does (batch_dim=None)"
+            )
 
-    def __init__(self, modules: Sequence[nn.Module], batch_dim: int) -> None:
-        self._modules = modules
-        self._batch_dim = batch_dim
 
-    def check(self, graph: Graph, use: Use, node: int, position: int, layouts: Layouts) -> None:
-        """Raise if what a node takes in has the batch in the same axis, though its gradient mixes the batch.
+def explain(graph: Graph, choice: Choice, modules: Sequence[nn.Module]) -> str:
+    """Return what passes there are, and which parameters go by rows, and why.
 
-        What has no batch is broadcast, or is the other side of a product.
+    Args:
+        graph: the losses'.
+        choice: what was chosen for them.
+        modules: the engine's.
+    """
+    losses, names = math.prod(choice.structure.sizes), _parameter_names(modules)
+    by_rows = choice.plan.by_rows
+    if len(by_rows) == len(graph.uses):
+        lines = [f"one backward pass for each of {losses} losses"]
+    else:
+        passes = "1 backward pass" if choice.passes == 1 else f"{choice.passes} backward passes"
+        lines = [f"{passes} of {choice.layouts.batch} losses each for {len(graph.uses) - len(by_rows)} parameters"]
+        if by_rows:
+            lines.append(f"by rows, a backward pass for each of {losses} losses:")
+    for key, stuck in by_rows.items():
+        if stuck.hooked:
+            lines.append(f"  {names[key]}: it has a hook, which is made for one loss' gradient")
+        elif stuck.lost is not None:
+            kind = _kind(graph, modules, stuck.lost.node)
+            lines.append(f"  {names[key]}: {_REASONS[stuck.lost.why].format(kind=kind)}")
+    return "\n".join(lines)
 
-        Args:
-            graph: the output's.
-            use: the use of a parameter that is looked at.
-            node: the number of the nearest node towards the output whose gradient does not.
-            position: the edge of that node that leads towards that use.
-            layouts: where the batch is.
 
-        Raises:
-            ValueError: it is so; the message names modules.
-        """
-        child, index = graph.edges[node][position], graph.indices[node][position]
-        if (graph.names[node], position) in _RIGHT_SIDES or not graph.touches_data(child):
-            return
-        taken = graph.shape(child, index)
-        for k, layout in enumerate(layouts.found[node]):
-            if layout is None:
-                continue
-            shape = graph.shape(node, k)
-            dim = layout.dim - len(shape) + len(taken)
-            if dim >= 0 and taken[dim] == shape[layout.dim]:
-                raise ValueError(self._message(graph, use, node))
+def _kind(graph: Graph, modules: Sequence[nn.Module], node: int) -> str:
+    kind = graph.kinds[node]
+    name = kind if isinstance(kind, str) else kind.__qualname__
+    users = _users(graph, modules, [node]) if node in graph.owners else []
+    return f"{name} of {', '.join(users)}" if users else name
 
-    def _message(self, graph: Graph, use: Use, node: int) -> str:
-        below = self._users(graph, [use.node if use.capture is None else use.capture])
-        above = self._users(graph, [node])
-        place = f"after {', '.join(below)}" + (f", in or before {', '.join(above)}" if above else "")
-        return (
-            f"batch_dim={self._batch_dim} is for modules that treat the elements of a batch independently, but the "
-            f"loss of one element depends on other elements; they are mixed {place}. Put something that does not mix "
-            "the batch in its place (GroupNorm for BatchNorm, or BatchNorm in eval mode), or give batch_dim=None, "
-            "which asks for no independence"
-        )
 
-    def _users(self, graph: Graph, nodes: list[int]) -> list[str]:
-        """Return the names of the modules that these nodes belong to, or else the next ones towards the output."""
-        names, parents = _names(self._modules), graph.parents
-        seen = set(nodes)
-        while nodes:
-            found: dict[str, None] = {}
-            for node in nodes:
-                if node in graph.captures:
-                    found[names.get(id(graph.nodes[node].call.layer), "a layer")] = None
-                for child in graph.edges[node]:
-                    for leaf in (child, *(graph.edges[child] if child >= 0 else ())):
-                        if leaf in graph.leaves:
-                            found[names.get(graph.leaves[leaf], "a module")] = None
-            if found:
-                return list(found)
-            nodes = [parent for parent in {p for node in nodes for p in parents[node]} if parent not in seen]
-            seen.update(nodes)
-        return []
+def _users(graph: Graph, modules: Sequence[nn.Module], nodes: list[int]) -> list[str]:
+    """Return the names of the modules that these nodes belong to, or else the next ones towards the output."""
+    names, parents = _names(modules), graph.parents
+    seen = set(nodes)
+    while nodes:
+        found: dict[str, None] = {}
+        for node in nodes:
+            if node in graph.captures:
+                found[names.get(id(graph.nodes[node].call.layer), "a layer")] = None
+            for child in graph.edges[node]:
+                for leaf in (child, *(graph.edges[child] if child >= 0 else ())):
+                    if leaf in graph.leaves:
+                        found[names.get(graph.leaves[leaf], "a module")] = None
+        if found:
+            return list(found)
+        nodes = [parent for parent in {p for node in nodes for p in parents[node]} if parent not in seen]
+        seen.update(nodes)
+    return []
 
 
 def _names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
@@ -97,3 +113,7 @@ def _names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
                 if isinstance(parameter, Tensor):
                     names.setdefault(id(parameter), shown)
     return names
+
+
+def _parameter_names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
+    return {id(parameter): name for module in modules for name, parameter in module.named_parameters()}

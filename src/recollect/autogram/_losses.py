@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from recollect.autogram._choice import BatchDim
+
 __all__ = ["check_weighting", "check_weights", "checked_dim"]
 
 
-def checked_dim(output: Tensor, batch_dim: int | None) -> int | None:
+def checked_dim(output: Tensor, batch_dim: BatchDim) -> BatchDim:
     """Return the batch dimension of losses, counted from the first one, or raise if they have no Gramian."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
@@ -17,12 +19,12 @@ def checked_dim(output: Tensor, batch_dim: int | None) -> int | None:
             "output has no graph: nothing that it was computed from requires a gradient, or it was computed under "
             "no_grad or detached"
         )
-    if batch_dim is None:
-        return None
+    if batch_dim is None or batch_dim == "auto":
+        return batch_dim
     if not -output.dim() <= batch_dim < output.dim():
         raise ValueError(
             f"batch_dim is {batch_dim}, and output has the shape {list(output.shape)}; compute the Gramian of losses "
-            "that have the batch dimension (reduction='none'), or give batch_dim=None"
+            "that have the batch dimension (reduction='none'), or leave batch_dim out"
         )
     return batch_dim % output.dim()
 

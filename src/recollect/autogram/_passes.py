@@ -1,4 +1,4 @@
-"""Which backward passes give a Gramian: one for each loss, several at once, or one for the whole batch.
+"""Which backward passes give a Gramian: one for each loss, several at once, or one for many losses that are apart.
 
 What passes bring has to be held until the last of them, for every pair of rows meets in the Gramian. Passes that run
 at once bring all rows of a layer together, which can be squared and forgotten, but hold each layer's gradient for all
@@ -7,28 +7,46 @@ losses. Where neither fits a bound, the losses are taken in groups, and each pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from recollect.autogram._capture import Recorder
+from recollect.autogram._choice import Choice
 from recollect.autogram._gather import Gather
 from recollect.autogram._groups import in_groups
-from recollect.autogram._independence import Independence
-from recollect.autogram._moves import MovedError
 from recollect.autogram._plan import Plan, plan_rows
-from recollect.autogram._recall import Known, plan_by_layouts
 from recollect.autogram._square import SquareSum, of_device, wide
-from recollect.autogram._sweep import DeclinedError, Sweep
+from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Graph
 
-__all__ = ["Job", "gramian_of_batch", "gramian_of_rows"]
+__all__ = ["Declines", "Job", "Known", "gramian_of"]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
 _SMALL = {"cpu": 0, "cuda": 2**20}
+
+Declines = frozenset[tuple[int, str]]
+"""Captures, and names of parameters of theirs, for which a rule gave nothing."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What was found out about graphs of one form.
+
+    Attributes:
+        declined: what rules do not cover.
+        in_turn: whether passes do not run at once.
+        settled: whether passes came to their end, and so will not have to be planned anew.
+        choices: by what rules do not cover, and by which parameters have hooks.
+    """
+
+    declined: Declines = frozenset()
+    in_turn: bool = False
+    settled: bool = False
+    choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +59,7 @@ class Job:
         parameters: those that count, by id.
         recorder: whose captures are in the graph.
         known: of graphs of this form.
-        changed: what rules do not cover, because a layer has changed since it was called.
+        declined: what rules do not cover.
         bound: how many bytes of rows may be held.
         retain: whether the graph must stay.
     """
@@ -51,7 +69,7 @@ class Job:
     parameters: Mapping[int, Tensor]
     recorder: Recorder
     known: Known
-    changed: Collection[tuple[int, str]]
+    declined: Collection[tuple[int, str]]
     bound: int
     retain: bool
 
@@ -59,23 +77,6 @@ class Job:
     def dtype(self) -> torch.dtype:
         """What the Gramian is summed in."""
         return wide(self.output.dtype, *(p.dtype for p in self.parameters.values() if p.is_floating_point()))
-
-    @property
-    def declined(self) -> Collection[tuple[int, str]]:
-        """What rules do not cover."""
-        return {*self.known.declined, *self.changed} if self.changed else self.known.declined
-
-    def until_planned(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute once more as long as rules cover less than was planned for, or the batch is not where it was."""
-        while True:
-            try:
-                gramian = compute()
-                self.known.settled = True
-                return gramian
-            except DeclinedError as declined:
-                self.known.declined.update(declined.pairs)
-            except MovedError:
-                self.known.layouts = None
 
     def retains(self, plan: Plan, is_last: bool) -> bool:
         """Whether the graph must stay after a pass: for the caller, the next pass, or another plan."""
@@ -86,24 +87,26 @@ class Job:
         return max((self.graph.nodes[capture].call.elements for capture in self.graph.captures), default=0)
 
 
-def gramian_of_rows(job: Job) -> Tensor:
-    """Return the Gramian [m, m] of the losses, flattened."""
-    return job.until_planned(lambda: _all_rows(job))
+def gramian_of(job: Job, choice: Choice) -> Tensor | Declines:
+    """Return the Gramian [m, m] of the losses, flattened; or what rules declined after all."""
+    rest = {key: job.parameters[key] for key in choice.plan.by_rows}
+    if len(rest) == len(job.graph.uses):
+        return _all_rows(job, rest)
+    gramian = _all_passes(job, choice, retain=bool(rest))
+    if not rest or not isinstance(gramian, Tensor):
+        return gramian
+    others = _all_rows(job, rest)
+    return gramian + others if isinstance(others, Tensor) else others
 
 
-def gramian_of_batch(job: Job, batch_dim: int, independence: Independence) -> Tensor:
-    """Return the Gramian [K B, K B] of K losses for each of B elements, the elements last."""
-    return job.until_planned(lambda: _all_tasks(job, batch_dim, independence))
-
-
-def _all_rows(job: Job) -> Tensor:
+def _all_rows(job: Job, parameters: Mapping[int, Tensor]) -> Tensor | Declines:
     m, device = job.output.numel(), job.output.device
-    lean = plan_rows(job.graph, job.parameters, job.declined)
+    lean = plan_rows(job.graph, parameters, job.declined)
     held = _held_elements(job, lean) * job.dtype.itemsize
     small = job.elements() < of_device(_SMALL, device)
     at_once = m * 3 * job.elements() * job.dtype.itemsize
     if m > 1 and (small or m * held > job.bound) and at_once <= job.bound and not job.known.in_turn:
-        eager = plan_rows(job.graph, job.parameters, job.declined, prefer_rules=True)
+        eager = plan_rows(job.graph, parameters, job.declined, prefer_rules=True)
         if m * sum(job.parameters[k].numel() for k in eager.dense) * job.dtype.itemsize <= job.bound:
             try:
                 return _rows_at_once(job, eager)
@@ -119,13 +122,15 @@ def _held_elements(job: Job, plan: Plan) -> int:
     return dense + factors
 
 
-def _rows_at_once(job: Job, plan: Plan) -> Tensor:
+def _rows_at_once(job: Job, plan: Plan) -> Tensor | Declines:
     m = job.output.numel()
     total = SquareSum(m, job.dtype, job.output.device)
     gather = Gather(total, job.parameters, plan.events(), 1, m)
-    sweep = Sweep(job.graph, plan, job.parameters, gather, None, 1)
+    sweep = Sweep(job.graph, plan, job.parameters, gather, None)
     cotangents = torch.eye(m, dtype=job.output.dtype, device=job.output.device).view(m, *job.output.shape)
     grads = sweep.run(job.output, job.recorder, cotangents, at_once=m)
+    if sweep.declined:
+        return frozenset(sweep.declined)
     for grad in grads:
         if grad is not None:
             total.add_product(grad.reshape(m, -1))
@@ -133,17 +138,19 @@ def _rows_at_once(job: Job, plan: Plan) -> Tensor:
     return total.total()
 
 
-def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
+def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor | Declines:
     """Return the Gramian of these rows, a backward pass for each."""
     total = SquareSum(len(rows), job.dtype, job.output.device)
     gather = Gather(total, job.parameters, plan.events(), len(rows), 1)
-    sweep = Sweep(job.graph, plan, job.parameters, gather, None, 1)
+    sweep = Sweep(job.graph, plan, job.parameters, gather, None)
     dense = [total.new_rows(job.parameters[k].numel()) for k in plan.dense]
     for i, row in enumerate(rows):
         cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)  # some gradients may be it
         cotangent.view(-1)[row] = 1
         is_last = i == len(rows) - 1 and len(rows) == job.output.numel()
         grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, is_last))
+        if sweep.declined:
+            return frozenset(sweep.declined)
         for values, grad in zip(dense, grads, strict=True):
             if grad is not None:
                 values[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
@@ -153,25 +160,38 @@ def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor:
     return total.total()
 
 
-def _all_tasks(job: Job, batch_dim: int, independence: Independence) -> Tensor:
-    plan, layouts = plan_by_layouts(
-        job.output, job.graph, job.parameters, job.recorder.leaf, job.known, job.declined, independence, batch_dim
-    )
-    batch = job.output.shape[batch_dim]
-    tasks = job.output.numel() // batch
-    held = job.dtype.itemsize * sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
-    rest = [n for dim, n in enumerate(job.output.shape) if dim != batch_dim]
+def _all_passes(job: Job, choice: Choice, retain: bool) -> Tensor | Declines:
+    """Return the Gramian from passes for many losses each.
 
-    def some(chosen: Sequence[int]) -> Tensor:
+    Args:
+        job: the Gramian.
+        choice: which passes.
+        retain: whether the graph must stay for passes that follow.
+    """
+    plan, layouts, sizes = choice.plan, choice.layouts, choice.structure.sizes
+    others = tuple(axis for axis in range(len(sizes)) if axis not in layouts.axes)
+    order = (*others, *layouts.axes)
+    back = [order.index(axis) for axis in range(len(sizes))]
+    laid = [sizes[axis] for axis in order]
+    passes, batch = choice.passes, layouts.batch
+    held = job.dtype.itemsize * sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
+
+    def some(chosen: Sequence[int]) -> Tensor | Declines:
         total = SquareSum(len(chosen) * batch, job.dtype, job.output.device)
         gather = Gather(total, job.parameters, plan.events(), len(chosen), batch)
-        sweep = Sweep(job.graph, plan, job.parameters, gather, layouts, batch)
+        sweep = Sweep(job.graph, plan, job.parameters, gather, layouts)
         for task in chosen:
-            ones = job.output.new_zeros(tasks, batch)
+            ones = job.output.new_zeros(passes, batch)
             ones[task] = 1
-            cotangent = ones.view(*rest, batch).movedim(-1, batch_dim)
-            sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, tasks == 1) or bool(layouts.moved))
+            cotangent = ones.view(laid).permute(back).reshape(job.output.shape)
+            sweep.run(job.output, job.recorder, cotangent, retain=retain or job.retains(plan, passes == 1))
+            if sweep.declined:
+                return frozenset(sweep.declined)
         gather.finish()
         return total.total()
 
-    return in_groups(tasks, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)
+    gramian = in_groups(passes, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)
+    if not isinstance(gramian, Tensor):
+        return gramian
+    both = [*back, *(len(sizes) + axis for axis in back)]
+    return gramian.view(*laid, *laid).permute(both).reshape(len(gramian), len(gramian))

@@ -7,27 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from recollect.autogram._independence import Independence
-from recollect.autogram._probe import Layouts
-from recollect.autogram._targets import Target, TargetFinder, mixing_captures
+from recollect.autogram._structure import Layouts
+from recollect.autogram._targets import Stuck, Target, TargetFinder
+from recollect.autogram._uniform import InputLayouts, input_layouts
 from recollect.autogram._walk import Graph
 
-__all__ = ["Declined", "EntangledError", "Plan", "changed_layers", "plan_batch", "plan_rows"]
+__all__ = ["Declined", "Plan", "changed_layers", "plan_batch", "plan_rows"]
 
 Declined = Collection[tuple[int, str]]
 """Captures, and the names of parameters of theirs, for which their rule gave nothing."""
-
-
-class EntangledError(Exception):
-    """The rows of some parameters do not come apart in a pass for the whole batch: they go row by row.
-
-    Attributes:
-        parameters: their ids.
-    """
-
-    def __init__(self, parameters: Collection[int]) -> None:
-        super().__init__(f"{len(parameters)} parameters")
-        self.parameters = tuple(parameters)
 
 
 @dataclass(slots=True)
@@ -38,15 +26,16 @@ class Plan:
         rules: for each capture whose rule is asked, the parameters' ids by their names in the layer.
         dense: the ids of parameters whose rows autograd computes.
         sites: for each node whose rows are taken, the edges.
+        inputs: for each capture whose rule is asked for rows of several losses at once, where its layer's arguments
+            have them apart; None: they have them not, and the gradient is masked for each.
+        by_rows: the ids of parameters whose rows do not come apart in such a pass, and why.
     """
 
     rules: dict[int, dict[str, int]] = field(default_factory=dict)
     dense: list[int] = field(default_factory=list)
     sites: dict[int, list[Target]] = field(default_factory=dict)
-
-    def nodes(self) -> set[int]:
-        """Return the nodes at which rows are taken from gradients."""
-        return self.rules.keys() | self.sites.keys()
+    inputs: dict[int, InputLayouts | None] = field(default_factory=dict)
+    by_rows: dict[int, Stuck] = field(default_factory=dict)
 
     def targets(self, graph: Graph) -> list[int]:
         """Return the ids of parameters that a backward pass must go down to, so that it comes by all sites.
@@ -80,7 +69,7 @@ def plan_rows(
 
     Args:
         graph: the output's.
-        parameters: by id.
+        parameters: those whose rows are wanted, by id.
         declined: what rules do not cover.
         prefer_rules: ask a rule wherever there is one; otherwise only where what it gives is smaller than the
             parameter's gradient, which autograd computes faster.
@@ -88,6 +77,8 @@ def plan_rows(
     plan = Plan()
     names = {capture: _names(graph, capture, declined) for capture in graph.captures}
     for parameter, uses in graph.uses.items():
+        if parameter not in parameters:
+            continue
         captures = {use.capture for use in uses}
         if all(capture is not None and parameter in names[capture].values() for capture in captures):
             elements = sum(graph.nodes[capture].call.elements for capture in captures if capture is not None)
@@ -99,37 +90,59 @@ def plan_rows(
 
 
 def plan_batch(
-    graph: Graph, parameters: Mapping[int, Tensor], declined: Declined, layouts: Layouts, independence: Independence
+    graph: Graph, parameters: Mapping[int, Tensor], declined: Declined, layouts: Layouts, bound: int
 ) -> Plan:
-    """Plan backward passes of one loss for each element of the batch.
+    """Plan backward passes of many losses each, which are apart as these layouts say.
 
-    Raises:
-        ValueError: the elements of the batch are not independent.
-        EntangledError: some parameters' rows do not come apart in passes for the whole batch.
+    Args:
+        graph: the output's.
+        parameters: those that count, by id.
+        declined: what rules do not cover.
+        layouts: where the losses are apart.
+        bound: how many elements of one layer's gradient, masked for every loss, may be held.
     """
-    plan = Plan()
+    # A hook on a parameter is made for one loss' gradient, not for those of many.
+    hooked = {key: Stuck(hooked=True) for key in graph.uses if parameters[key]._backward_hooks}
+    plan = Plan(by_rows=hooked)
     names = {capture: _names(graph, capture, declined) for capture in graph.captures}
-    mixing = mixing_captures(graph, layouts)
-    finder = TargetFinder(graph, layouts, independence)
-    for parameter, uses in graph.uses.items():
-        for use in uses:
-            capture = use.capture
-            if capture is not None and capture not in layouts.found:
-                continue  # its outputs are not used
-            if capture is None or capture in mixing or parameter not in names[capture].values():
-                finder.find(use, parameter)
-            else:
-                _ask(plan, {capture}, parameter, names)
-    if finder.entangled:
-        raise EntangledError(finder.entangled)
-    plan.sites = finder.sites
-    return plan
+    inputs = _inputs(graph, layouts, bound)
+    while True:
+        finder = TargetFinder(graph, layouts, plan.by_rows)
+        for parameter, uses in graph.uses.items():
+            if parameter in plan.by_rows:
+                continue
+            for use in uses:
+                capture = use.capture
+                if capture is not None and capture not in layouts.found:
+                    continue  # its outputs are not used
+                if capture is None or capture not in inputs or parameter not in names[capture].values():
+                    finder.find(use, parameter)
+                else:
+                    _ask(plan, {capture}, parameter, names)
+        if not finder.entangled:
+            plan.sites = finder.sites
+            plan.inputs = {capture: inputs[capture] for capture in plan.rules}
+            return plan
+        plan = Plan(by_rows={**plan.by_rows, **finder.entangled})
 
 
-def changed_layers(graph: Graph) -> Declined:
+def _inputs(graph: Graph, layouts: Layouts, bound: int) -> dict[int, InputLayouts | None]:
+    """Return where the arguments of captured layers have the losses, for those whose rule may take rows of them."""
+    found: dict[int, InputLayouts | None] = {}
+    for capture in graph.captures:
+        outputs, shapes = layouts.found.get(capture, ()), graph.shapes[capture]
+        if capture in layouts.free or all(layout is None for layout in outputs):
+            continue
+        split = input_layouts(graph.nodes[capture].call, outputs, shapes)
+        if split is not None or layouts.batch * sum(shape.numel() for shape in shapes if shape is not None) <= bound:
+            found[capture] = split
+    return found
+
+
+def changed_layers(graph: Graph) -> frozenset[tuple[int, str]]:
     """Return the captures whose layers have changed since they were called, so that rules would speak of others."""
     changed = [capture for capture in graph.captures if graph.nodes[capture].call.has_changed()]
-    return {(capture, name) for capture in changed for name in _names(graph, capture, ())}
+    return frozenset((capture, name) for capture in changed for name in _names(graph, capture, ()))
 
 
 def _ask(plan: Plan, captures: Collection[int | None], parameter: int, names: Mapping[int, dict[str, int]]) -> None:

@@ -19,7 +19,8 @@ Row i is the layer applied to row i of the inputs, with row i of the gradients a
 
 ``inputs`` are the layer's arguments in the order of its forward, keywords put in their places (trailing ones that were
 not given are missing). Each tensor among them has one axis more than the layer was called with, in front: [r, *shape],
-where r is m, or 1 where all objectives share it. With ``batch_dim``, row i is element i alone, as a batch of one.
+where r is m, or 1 where all objectives share it. Where the layer's elements are independent along an axis
+(:data:`Sharing`), row i may be element i alone, as a batch of one.
 
 ``grads`` are the gradients of the output's tensors, flattened: each is [m, *shape], or None where there is none.
 
@@ -27,11 +28,14 @@ A rule that does not cover how the layer was called raises :class:`recollect.aut
 fallback takes the call), and never guesses. Names of parameters that need no gradient may be left out.
 """
 
-Sharing = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
-"""Which inputs have the batch in them: ``sharing(layer, inputs)`` returns one entry for each argument.
+Sharing = Callable[[Any, tuple[Any, ...], tuple[int | None, ...]], tuple[int | None, ...] | None]
+"""Along which axes a layer's elements are independent: ``sharing(layer, inputs, axes)``.
 
-An entry is the index of the output tensor (flattened) whose batch axis the argument's tensor has too, or None where the
-tensor has no batch axis: every row shares it.
+``axes`` has, for each of the output's tensors (flattened), an axis along which every loss has entries of its own; None
+where that tensor gets no gradient. ``inputs`` are the arguments, of whose tensors only the shapes are there. If the
+layer's elements are independent along these axes, it returns for each argument the axis of its tensors that has the
+same elements, or None for one that every row shares. If they are not, or it cannot tell, it returns None: then the rule
+gets inputs that all rows share, and for each row the output's gradient with zeros in place of the others' entries.
 """
 
 
@@ -65,7 +69,7 @@ class Entry:
 
     Attributes:
         rule: see :data:`Rule`.
-        sharing: see :data:`Sharing`; None: every tensor among the inputs has the batch where the first output has it.
+        sharing: see :data:`Sharing`; None: no axis is known of.
         constant: parameters whose Jacobian does not depend on the inputs' values, such as biases. Where no others are
             trained, the rule gets tensors of the inputs' forms, and their values are not kept.
     """

@@ -33,7 +33,9 @@ def is_product(node: Any, position: int, layouts: tuple[Layout | None, ...]) -> 
     """Whether an edge leads to the right side of a matrix product whose left side has the batch in its rows."""
     names = _PRODUCTS.get((type(node).__name__, position))
     layout = layouts[0]
-    return names is not None and getattr(node, names[1], 1) == 1 and layout is not None and layout.dim == 0
+    if names is None or layout is None or getattr(node, names[1], 1) != 1:
+        return False
+    return all(axis.dim == 0 for axis in layout.axes)
 
 
 def _call(node: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -66,7 +68,7 @@ def rows_at(
     called: tuple[Tensor | None, ...] | None = None
     for k, (position, shape) in enumerate(targets):
         if is_product(node, position, layouts):
-            found[k] = _product(node, position, grads[0], layouts[0], batch, shape)
+            found[k] = _product(node, position, grads[0], layouts[0], shape)
             continue
         if is_passed_on(node, position):
             full = grads[0]
@@ -75,7 +77,7 @@ def rows_at(
             full = called[position]
         if full is None:
             continue
-        rows = _unsummed(full, grads, layouts, batch, shape)
+        rows = _unsummed(full, grads, layouts, shape)
         if rows is None:
             left.append(k)
         else:
@@ -92,34 +94,30 @@ def _unsummed(
     full: Tensor,
     grads: tuple[Tensor | None, ...],
     layouts: tuple[Layout | None, ...],
-    batch: int,
     shape: torch.Size,
 ) -> Tensor | None:
     """Sum what a node that works element by element gives, and autograd would sum for what was broadcast."""
     grad, layout = grads[0], layouts[0]
     if len(grads) != 1 or grad is None or layout is None or full.shape != grad.shape:
         return None
-    natural = list(grad.shape)
-    natural[layout.dim] //= batch
+    natural = layout.left(grad.shape)
     lead = len(natural) - len(shape)
     if lead < 0 or any(n not in (1, natural[lead + k]) for k, n in enumerate(shape)):
         return None
     if grad.shape == shape:
         return None  # nothing was broadcast: each row has a place of its own in the parameter
-    rows = layout.rows(full, batch)
+    rows = layout.rows(full)
     if lead:
         rows = rows.flatten(1, lead).sum(1)
     over = [k + 1 for k, n in enumerate(shape) if n == 1 and rows.shape[k + 1] != 1]
     return rows.sum(over, keepdim=True) if over else rows
 
 
-def _product(
-    node: Any, position: int, grad: Tensor | None, layout: Layout | None, batch: int, shape: torch.Size
-) -> Outer | None:
+def _product(node: Any, position: int, grad: Tensor | None, layout: Layout | None, shape: torch.Size) -> Outer | None:
     if grad is None or layout is None:
         return None
     left = getattr(node, _PRODUCTS[type(node).__name__, position][0])
-    return Outer(layout.rows(left, batch).unsqueeze(2), layout.rows(grad, batch).unsqueeze(2), shape)
+    return Outer(layout.rows(left).unsqueeze(2), layout.rows(grad).unsqueeze(2), shape)
 
 
 def _one_by_one(
@@ -133,7 +131,7 @@ def _one_by_one(
     passed_on = all(is_passed_on(node, position) for position, _ in targets)  # for these autograd computes nothing
     for row in range(batch):
         masked = [
-            None if grad is None or layout is None else layout.mask(grad, batch, row)
+            None if grad is None or layout is None else layout.mask(grad, row)
             for grad, layout in zip(grads, layouts, strict=True)
         ]
         gradients = () if passed_on else _call(node, masked)

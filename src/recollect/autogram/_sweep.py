@@ -13,25 +13,16 @@ from torch.autograd.graph import GradientEdge
 from recollect.autogram._capture import Recorder
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
 from recollect.autogram._gather import Gather
-from recollect.autogram._moves import comparing
 from recollect.autogram._plan import Plan
-from recollect.autogram._probe import Layouts
 from recollect.autogram._registry import check_factor
 from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
+from recollect.autogram._structure import Layouts
 from recollect.autogram._targets import Target
 from recollect.autogram._uniform import shared, with_rows
 from recollect.autogram._walk import Graph
 
-__all__ = ["DeclinedError", "Sweep"]
-
-
-class DeclinedError(Exception):
-    """A rule gave nothing for some of its parameters: who accounts for them is to be planned anew."""
-
-    def __init__(self, capture: int, names: Sequence[str]) -> None:
-        super().__init__(f"capture {capture}: {names}")
-        self.pairs = [(capture, name) for name in names]
+__all__ = ["Sweep"]
 
 
 class Sweep:
@@ -42,8 +33,11 @@ class Sweep:
         plan: who accounts for which parameter.
         parameters: by id.
         gather: takes the factors.
-        layouts: where the batch is; None: each pass has one row, which is everything.
-        batch: B, or 1.
+        layouts: where the losses of a pass are apart; None: each pass has one row, which is everything.
+
+    Attributes:
+        declined: captures, and names of parameters, for which a rule gave nothing after all: then what was gathered is
+            not the whole.
     """
 
     def __init__(
@@ -53,14 +47,14 @@ class Sweep:
         parameters: Mapping[int, Tensor],
         gather: Gather,
         layouts: Layouts | None,
-        batch: int,
     ) -> None:
+        self.declined: set[tuple[int, str]] = set()
         self._graph = graph
         self._plan = plan
         self._parameters = parameters
         self._gather = gather
         self._layouts = layouts
-        self._batch = batch
+        self._batch = 1 if layouts is None else layouts.batch
         self._numbers = {graph.nodes[capture]: capture for capture in plan.rules}
         self._at_once: int | None = None
         self._beyond: dict[tuple[int, int], tuple[Target, Tensor]] = {}
@@ -93,8 +87,6 @@ class Sweep:
         try:
             for node, targets in self._plan.sites.items():
                 handles.append(self._graph.nodes[node].register_prehook(self._at_site(node, targets)))
-            for node, expected in () if self._layouts is None else self._layouts.moved.items():
-                handles.append(self._graph.nodes[node].register_prehook(comparing(self._graph.nodes[node], expected)))
             recorder.visit = self._visit
             yield
         finally:
@@ -107,7 +99,6 @@ class Sweep:
         if capture is None:
             return
         names = self._plan.rules[capture]
-        grads = grads if self._layouts is None else self._layouts.without_zeros(capture, grads)
         if all(grad is None for grad in grads):
             for parameter in names.values():
                 self._gather.add(parameter, None)
@@ -115,7 +106,8 @@ class Sweep:
         factors = self._factors(capture, node, grads)
         missing = [name for name in names if name not in factors]
         if missing:
-            raise DeclinedError(capture, missing)
+            self.declined.update((capture, name) for name in missing)
+            return
         rows = self._batch if self._at_once is None else self._at_once
         for name, parameter in names.items():
             check_factor(node.call.layer, name, factors[name], rows, self._parameters[parameter])
@@ -134,12 +126,11 @@ class Sweep:
             rows = shared(inputs)
             grads = tuple(None if grad is None else self._with_rows(grad) for grad in grads)
         else:
-            layouts = self._layouts.found[capture]
-            shapes = [self._graph.shape(capture, k) for k in range(len(layouts))]
-            rows = with_rows(call, inputs, layouts, shapes, self._batch)
+            split = self._plan.inputs[capture]
+            rows = shared(inputs) if split is None else with_rows(inputs, split)
             grads = tuple(
-                None if grad is None or layout is None else layout.rows(grad, self._batch)
-                for grad, layout in zip(grads, layouts, strict=True)
+                None if grad is None or layout is None else layout.masks(grad) if split is None else layout.rows(grad)
+                for grad, layout in zip(grads, self._layouts.found[capture], strict=True)
             )
         factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
         return factors

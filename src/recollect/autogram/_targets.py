@@ -1,17 +1,18 @@
-"""Where, on its way from the output, the gradient of the batch meets something that has none."""
+"""Where, on its way from the output, a gradient that has the losses apart meets something that has them not."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from recollect.autogram._independence import Independence
-from recollect.autogram._probe import Layouts
+from recollect.autogram._operations import Lost
 from recollect.autogram._sites import is_passed_on, is_product
+from recollect.autogram._structure import Layouts
 from recollect.autogram._walk import Graph, Use
 
-__all__ = ["Target", "TargetFinder", "mixing_captures"]
+__all__ = ["Stuck", "Target", "TargetFinder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,61 +40,58 @@ class Target:
     called: bool
 
 
-def mixing_captures(graph: Graph, layouts: Layouts) -> set[int]:
-    """Return the captures of layers that mix the batch or have none: no rule may take rows of theirs for elements.
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Why the rows of a parameter do not come apart.
 
-    Inside a layer only what is made of its parameters may have a gradient that mixes the batch. Where layouts
-    along several axes fit a layer's gradient, its inputs may have the batch in another one of them.
+    Attributes:
+        use: the use of it where they do not.
+        lost: what happened on the way there.
+        hooked: whether it is that the parameter has a hook, which is made for one loss' gradient.
     """
-    mixing = {capture for capture in graph.captures if capture in layouts.free or capture in layouts.crossed}
-    for node in layouts.free:
-        owner = graph.owners.get(node)
-        if owner is not None and owner not in mixing and graph.touches_data(node):
-            mixing.add(owner)
-    return mixing
+
+    use: Use | None = None
+    lost: Lost | None = None
+    hooked: bool = False
 
 
 class TargetFinder:
-    """Finds the nodes at which a batch's rows come apart, for uses of parameters that no rule accounts for.
+    """Finds the nodes at which a pass' losses come apart, for uses of parameters that no rule accounts for.
 
     Args:
         graph: the output's.
-        layouts: where the batch is.
-        independence: refuses what mixes it.
+        layouts: where the losses are apart.
+        without: the ids of parameters that are not looked for.
 
     Attributes:
-        sites: for each such node, the edges to what has no batch.
-        entangled: the ids of parameters whose rows do not come apart: where the batch lies in no regular order; and
-            those that are used at such a node, and behind that where the batch is again, for what reaches them one way
-            cannot be told from what reaches them the other.
+        sites: for each such node, the edges to what has no losses apart.
+        entangled: the ids of parameters whose rows do not come apart, and why: something that
+            depends on data lies between it and such a node. (Rows of it could be as large as those of a whole network.)
     """
 
-    def __init__(self, graph: Graph, layouts: Layouts, independence: Independence) -> None:
+    def __init__(self, graph: Graph, layouts: Layouts, without: Collection[int]) -> None:
         self.sites: dict[int, list[Target]] = {}
-        self.entangled: set[int] = set()
+        self.entangled: dict[int, Stuck] = {}
         self._graph = graph
         self._layouts = layouts
-        self._independence = independence
+        self._without = without
 
     def find(self, use: Use, parameter: int) -> None:
-        """Go from a use of a parameter towards the output as long as nodes have no batch, and note where one does."""
+        """Go from a use of a parameter towards the output as long as nodes have no losses apart, and note what does."""
         start = (use.node, use.position)
         edges, seen = [start], {start}
         while edges:
             node, position = edges.pop()
             if node not in self._layouts.found:
                 continue  # nothing comes this way
-            if node in self._layouts.scattered:
-                self.entangled.add(parameter)
-                continue
             if node in self._layouts.free:
                 above = [edge for edge in self._edges_to(node) if edge not in seen]
                 seen.update(above)
                 edges.extend(above)
-                continue
-            if (node, position) != start:
-                self._independence.check(self._graph, use, node, position, self._layouts)
-            self._note(node, position)
+            elif (node, position) != start and self._graph.touches_data(self._graph.edges[node][position]):
+                self.entangled[parameter] = Stuck(use, self._layouts.free[use.node])
+            else:
+                self._note(node, position)
 
     def _edges_to(self, node: int) -> list[tuple[int, int]]:
         parents, edges = set(self._graph.parents[node]), self._graph.edges
@@ -105,36 +103,30 @@ class TargetFinder:
             return
         graph, at = self._graph, self._graph.nodes[node]
         number, index = graph.edges[node][position], graph.indices[node][position]
-        free, ends = self._reached(number, stop=True)
-        for end in ends:
-            self.entangled.update(free.keys() & self._reached(end, stop=False)[0].keys())
         targets.append(
             Target(
                 position,
                 number,
                 index,
                 graph.shape(number, index),
-                tuple(free),
+                self._reached(number),
                 direct=number in graph.leaves,
-                transposed=graph.names[number] == "TBackward0" and graph.edges[number][0] in graph.leaves,
+                transposed=graph.kinds[number] == "TBackward0" and graph.edges[number][0] in graph.leaves,
                 called=not (is_passed_on(at, position) or is_product(at, position, self._layouts.found[node])),
             )
         )
 
-    def _reached(self, start: int, stop: bool) -> tuple[dict[int, None], set[int]]:
-        """Return the ids of the parameters behind a node, and the nodes where the search stopped at the batch."""
-        graph, layouts = self._graph, self._layouts
+    def _reached(self, start: int) -> tuple[int, ...]:
+        """Return the ids of the parameters behind a node."""
         found: dict[int, None] = {}
-        ends: set[int] = set()
         waiting, seen = [start], {start}
         while waiting:
             node = waiting.pop()
-            if node in graph.leaves:
-                found[graph.leaves[node]] = None
+            if node in self._graph.leaves:
+                found[self._graph.leaves[node]] = None
                 continue
-            for child in graph.edges[node]:
-                if child < 0 or child in seen:
-                    continue
-                seen.add(child)
-                (ends.add if stop and child in layouts.found and child not in layouts.free else waiting.append)(child)
-        return found, ends
+            for child in self._graph.edges[node]:
+                if child >= 0 and child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+        return tuple(parameter for parameter in found if parameter not in self._without)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._capture import Call
-from recollect.autogram._factors import NotCovered
-from recollect.autogram._layout import Layout
+from recollect.autogram._layout import Axis, Layout
 
-__all__ = ["shared", "with_rows"]
+__all__ = ["input_layouts", "shared", "with_rows"]
+
+InputLayouts = tuple[Layout | None, ...]
+"""Where each argument's tensors have the losses apart; None: all losses share them."""
 
 
 def shared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -21,48 +23,61 @@ def shared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return rows
 
 
-def with_rows(
-    call: Call, inputs: tuple[Any, ...], layouts: Sequence[Layout | None], shapes: Sequence[torch.Size], batch: int
-) -> tuple[Any, ...]:
-    """Return a layer's arguments with a row for each element of the batch, [B, *shape], or [1, *shape] without one.
+def with_rows(inputs: tuple[Any, ...], layouts: InputLayouts) -> tuple[Any, ...]:
+    """Return a layer's arguments with a row for each loss, [B, *shape], or [1, *shape] where all share one."""
+    pairs = zip(inputs, layouts, strict=True)
+    return tuple(
+        _map_tensors(value, layout.rows) if layout is not None else shared((value,))[0] for value, layout in pairs
+    )
+
+
+def input_layouts(
+    call: Call, outputs: Sequence[Layout | None], shapes: Sequence[torch.Size | None]
+) -> InputLayouts | None:
+    """Return where a layer's arguments have the losses, or None if its elements are not independent there.
 
     Args:
         call: the layer's.
-        inputs: its arguments.
-        layouts: where its outputs have the batch; None where one had no gradient.
+        outputs: where its outputs have them; None for one without a gradient.
         shapes: the outputs'.
-        batch: B.
-
-    Raises:
-        NotCovered: it cannot be told where an input has the batch.
     """
-    sharing = call.entry.sharing
-    owners = (0,) * len(inputs) if sharing is None else sharing(call.layer, inputs)
-    rows = []
-    for value, owner in zip(inputs, owners, strict=True):
-        if owner is None:
-            rows.append(shared((value,))[0])
-            continue
-        layout = layouts[owner] or _only_layout(shapes[owner], batch)
-        rows.append(_map_tensors(value, _splitter(layout, shapes[owner], batch)))
-    return tuple(rows)
+    if call.entry.sharing is None:
+        return None
+    blank = torch.zeros((), device="meta")
+    inputs = call.arguments(tuple(blank.expand(shape) for shape in call.shapes))
+    count = next(len(layout.axes) for layout in outputs if layout is not None)
+    found: list[list[Axis | None]] = [[] for _ in inputs]
+    for k in range(count):
+        axes = tuple(None if layout is None else layout.axes[k].dim for layout in outputs)
+        taken = call.entry.sharing(call.layer, inputs, axes)
+        if taken is None:
+            return None
+        size = next(axis.size for axis in (layout.axes[k] for layout in outputs if layout is not None))
+        inner = {layout.axes[k].inner for layout in outputs if layout is not None}
+        lengths = {shape[axis] for shape, axis in zip(shapes, axes, strict=True) if axis is not None and shape}
+        if len(inner) > 1 or len(lengths) > 1:
+            return None
+        for own, value, axis in zip(found, inputs, taken, strict=True):
+            if axis is not None and any(tensor.shape[axis : axis + 1] != (*lengths,) for tensor in _tensors(value)):
+                return None
+            own.append(None if axis is None else Axis(axis, size, *inner))
+    if any(None in axes and axes != [None] * count for axes in found):
+        return None
+    return tuple(
+        Layout(tuple(axis for axis in axes if axis is not None)) if axes and axes[0] is not None else None
+        for axes in found
+    )
 
 
-def _splitter(layout: Layout, like: torch.Size, batch: int) -> Callable[[Tensor], Tensor]:
-    def split(tensor: Tensor) -> Tensor:
-        if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != like[layout.dim]:
-            return tensor.unsqueeze(0)
-        return layout.rows(tensor, batch)
+def _tensors(value: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
 
-    return split
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
 
-
-def _only_layout(shape: torch.Size, batch: int) -> Layout:
-    """Return where an output that had no gradient must have the batch."""
-    dims = [dim for dim, n in enumerate(shape) if n % batch == 0]
-    if len(dims) != 1 or shape[dims[0]] != batch:
-        raise NotCovered("an output without a gradient, that may have the batch in several places")
-    return Layout(dims[0])
+    _map_tensors(value, note)
+    return tensors
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

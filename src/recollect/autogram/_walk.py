@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from recollect.autogram._capture import Recorder
-from recollect.autogram._settings import settings_of
+from recollect.autogram._capture import Capture, Recorder
+from recollect.autogram._operations import Step, kind_of, settings_of
 
 __all__ = ["Graph", "Use", "walk"]
 
@@ -42,9 +42,10 @@ class Graph:
         captures: the numbers of an engine's captures, outermost first.
         uses: for each parameter (by id) that is reached, all edges that end there.
         owners: for each node inside a layer that has a rule, the number of its capture.
-        settings: along which axes operations work, how far they shift, and whether a batch normalisation is by the
-            statistics of the batch.
-        names: the kinds of the nodes.
+        kinds: of the nodes.
+        settings: what each keeps of how its operation was called.
+        shapes: of each node's outputs; None for a tensor that has none, as a nested one.
+        output: which output of the first node the losses are.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
         parents: for each node, the numbers of those with an edge to it.
@@ -54,11 +55,13 @@ class Graph:
     nodes: list[Any] = field(default_factory=list)
     edges: list[tuple[int, ...]] = field(default_factory=list)
     indices: list[tuple[int, ...]] = field(default_factory=list)
-    settings: list[Any] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
+    settings: list[tuple[Any, ...]] = field(default_factory=list)
+    shapes: list[tuple[torch.Size | None, ...]] = field(default_factory=list)
+    output: int = 0
     captures: list[int] = field(default_factory=list)
     uses: dict[int, list[Use]] = field(default_factory=dict)
     owners: dict[int, int] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
     leaves: dict[int, int] = field(default_factory=dict)
     towards_captures: set[int] = field(default_factory=set)
     parents: list[list[int]] = field(default_factory=list)
@@ -66,7 +69,9 @@ class Graph:
     @property
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
-        return tuple(self.names), tuple(self.edges), tuple(self.indices), tuple(self.settings)
+        calls = [self.nodes[capture].call for capture in self.captures]
+        parts = (self.kinds, self.edges, self.indices, self.settings, self.shapes, self.captures, self.leaves.items())
+        return self.output, tuple((call.layer, call.shapes) for call in calls), *map(tuple, parts)
 
     def touches_data(self, node: int) -> bool:
         """Whether anything that needs no gradient comes in behind a node, as data does."""
@@ -82,8 +87,17 @@ class Graph:
 
     def shape(self, node: int, output: int) -> torch.Size:
         """Return the shape of a node's output, which is that of its gradient."""
-        found = self.nodes[node]
-        return torch.Size(found.variable.shape if hasattr(found, "variable") else found._input_metadata[output].shape)
+        shape = self.shapes[node][output]
+        assert shape is not None
+        return shape
+
+    def step(self, node: int) -> Step:
+        """Return a node's operation."""
+        ins = [
+            None if child < 0 else self.shapes[child][index]
+            for child, index in zip(self.edges[node], self.indices[node], strict=True)
+        ]
+        return Step(self.kinds[node], self.settings[node], self.shapes[node], ins)
 
 
 def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -> Graph:
@@ -95,7 +109,9 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
         parameters: those that count, by id.
     """
     graph = Graph()
-    numbers = _number(get_gradient_edge(output).node, graph)
+    edge = get_gradient_edge(output)
+    graph.output = edge.output_nr
+    numbers = _number(edge.node, graph)
     _find_leaves(graph, parameters)
     owners = graph.owners
     leaky: set[int] = set()
@@ -152,21 +168,28 @@ def _number(root: Any, graph: Graph) -> dict[Any, int]:
             children.append(number)
         graph.edges.append(tuple(children))
         graph.indices.append(tuple(index for _, index in node.next_functions))
-        name = type(node).__name__
-        graph.names.append(name)
-        if name == "CaptureBackward":
+        kind = kind_of(node)
+        graph.kinds.append(kind)
+        graph.shapes.append(_shapes(node, kind))
+        graph.settings.append(settings_of(node, kind))
+        if kind is Capture:
             graph.captures.append(k)
-        graph.settings.extend(settings_of(node, name))
         k += 1
     return numbers
 
 
+def _shapes(node: Any, kind: Any) -> tuple[torch.Size | None, ...]:
+    if kind == "AccumulateGrad":
+        return (None if node.variable.is_nested else node.variable.shape,)
+    return tuple(None if out.is_nested_tensor else torch.Size(out.shape) for out in node._input_metadata)
+
+
 def _find_leaves(graph: Graph, parameters: Mapping[int, Tensor]) -> None:
-    for number, name in enumerate(graph.names):
-        if name == "AccumulateGrad" and id(graph.nodes[number].variable) in parameters:
+    for number, kind in enumerate(graph.kinds):
+        if kind == "AccumulateGrad" and id(graph.nodes[number].variable) in parameters:
             graph.leaves[number] = id(graph.nodes[number].variable)
-    for number, name in enumerate(graph.names):
-        if name == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
+    for number, kind in enumerate(graph.kinds):
+        if kind == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
             graph.leaves[number] = graph.leaves[graph.edges[number][0]]
 
 
@@ -176,7 +199,7 @@ def _claim(graph: Graph, capture: int, numbers: Mapping[Any, int], owners: dict[
     waiting = list(graph.edges[capture][1:])  # the first leads to the engine's leaf
     while waiting:
         node = waiting.pop()
-        if node < 0 or node in ends or graph.names[node] == "AccumulateGrad" or node in graph.leaves:
+        if node < 0 or node in ends or graph.kinds[node] == "AccumulateGrad" or node in graph.leaves:
             continue
         if node not in owners:
             owners[node] = capture

@@ -106,6 +106,8 @@ def _reduced(adj_t: Tensor, x: Tensor, how: str) -> Tensor:
 class _Propagate(torch.autograd.Function):
     """Linear in ``x``; the adjacency is a constant."""
 
+    independent_axes = ({1: 1},)
+
     @staticmethod
     def forward(x: Tensor, constant: _Constant) -> Tensor:
         adj_t = constant.adj_t
@@ -161,6 +163,8 @@ def _transposed(adj_t: Tensor) -> Tensor:
 
 class _Extreme(torch.autograd.Function):
     """The largest or smallest row of each target's sources."""
+
+    independent_axes = ({1: 1},)
 
     @staticmethod
     def forward(x: Tensor, constant: _Constant, which: str) -> Tensor:

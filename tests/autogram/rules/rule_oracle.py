@@ -62,10 +62,10 @@ def batch_form(
 
     cotangents = [[only(grad, axis, i) for grad, axis in zip(grads, axes, strict=True)] for i in range(count)]
     sharing = REGISTRY.find(type(layer)).sharing
-    sources = (0,) * len(inputs) if sharing is None else sharing(layer, tuple(inputs))
+    sources = sharing(layer, tuple(inputs), tuple(axes))
 
     def view(value: Any, source: int | None) -> Any:
-        change = (lambda x: x.detach().unsqueeze(0)) if source is None else (lambda x: split(x, axes[source]))
+        change = (lambda x: x.detach().unsqueeze(0)) if source is None else (lambda x: split(x, source))
         return pytree.tree_map_only(Tensor, change, value)
 
     rows = tuple(view(value, source) for value, source in zip(inputs, sources, strict=True))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rule_layers import NORMS, drawn_norm, tracked
-from rule_oracle import apply, batch_form, check, rows_form
+from rule_oracle import apply, check, rows_form
 from torch import nn
 
 from recollect.autogram._factors import NotCovered
@@ -57,7 +57,7 @@ def test_single_precision(name):
 def test_half_precision_is_summed_in_single(name):
     layer, x = drawn_norm(name)
     layer, x = layer.bfloat16(), x.bfloat16()
-    _, views, grads = batch_form(layer, (x,), (0,))
+    views, grads = (x.unsqueeze(1),), [torch.ones_like(x).unsqueeze(1)]
     found = apply(layer, views, grads)
     wider = apply(layer.float(), (views[0].float(),), [grads[0].float()])
     for key, factor in found.items():
@@ -76,7 +76,7 @@ def test_batch_norm_by_the_batch_where_all_objectives_share_it(eval_without_trac
     layer = nn.BatchNorm2d(4, track_running_stats=not eval_without_tracking).double().train(not eval_without_tracking)
     x = torch.randn(3, 4, 5, 2, dtype=torch.float64)
     check(layer, x)
-    _, views, grads = batch_form(layer, (x,), (0,))
+    views, grads = (x.unsqueeze(1),), [torch.ones_like(x).unsqueeze(1)]
     with pytest.raises(NotCovered, match="more than one row"):
         apply(layer, views, grads)
 

@@ -25,42 +25,55 @@ from recollect.autogram.rules._bilinear import bilinear
 from recollect.autogram.rules._conv import conv
 from recollect.autogram.rules._embedding import embedding, embedding_bag, embedding_bag_sharing
 from recollect.autogram.rules._linear import linear
-from recollect.autogram.rules._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from recollect.autogram.rules._norm import (
+    batch_norm,
+    batch_norm_sharing,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 from recollect.autogram.rules._recurrent import recurrent, recurrent_cell, recurrent_sharing
-from recollect.autogram.rules._scale import prelu
+from recollect.autogram.rules._scale import prelu, prelu_sharing
+from recollect.autogram.rules._view import along_batch, along_positions
 
 __all__ = ["RULES"]
 
 # Of a linear layer, autograd keeps the input for the weight alone; of convolutions and norms it does so in any case.
 _BIAS = frozenset({"bias"})
 
+
+def _normalised(layer: nn.LayerNorm | nn.RMSNorm) -> int:
+    return len(layer.normalized_shape)
+
+
 RULES: dict[type[nn.Module] | str, Entry] = {
-    nn.Linear: Entry(linear, constant=_BIAS),
-    "torch_geometric.nn.dense.linear.Linear": Entry(linear, constant=_BIAS),
-    nn.Bilinear: Entry(bilinear),
-    nn.Conv1d: Entry(conv),
-    nn.Conv2d: Entry(conv),
-    nn.Conv3d: Entry(conv),
-    nn.ConvTranspose1d: Entry(conv),
-    nn.ConvTranspose2d: Entry(conv),
-    nn.ConvTranspose3d: Entry(conv),
-    nn.LayerNorm: Entry(layer_norm),
-    nn.RMSNorm: Entry(rms_norm),
-    nn.GroupNorm: Entry(group_norm),
-    nn.InstanceNorm1d: Entry(instance_norm(1)),
-    nn.InstanceNorm2d: Entry(instance_norm(2)),
-    nn.InstanceNorm3d: Entry(instance_norm(3)),
-    nn.BatchNorm1d: Entry(batch_norm),
-    nn.BatchNorm2d: Entry(batch_norm),
-    nn.BatchNorm3d: Entry(batch_norm),
-    nn.SyncBatchNorm: Entry(batch_norm),
-    nn.PReLU: Entry(prelu),
-    nn.Embedding: Entry(embedding),
+    nn.Linear: Entry(linear, along_positions(), constant=_BIAS),
+    "torch_geometric.nn.dense.linear.Linear": Entry(linear, along_positions(), constant=_BIAS),
+    nn.Bilinear: Entry(bilinear, along_positions()),
+    nn.Conv1d: Entry(conv, along_batch(3)),
+    nn.Conv2d: Entry(conv, along_batch(4)),
+    nn.Conv3d: Entry(conv, along_batch(5)),
+    nn.ConvTranspose1d: Entry(conv, along_batch(3)),
+    nn.ConvTranspose2d: Entry(conv, along_batch(4)),
+    nn.ConvTranspose3d: Entry(conv, along_batch(5)),
+    nn.LayerNorm: Entry(layer_norm, along_positions(_normalised)),
+    nn.RMSNorm: Entry(rms_norm, along_positions(_normalised)),
+    nn.GroupNorm: Entry(group_norm, along_batch()),
+    nn.InstanceNorm1d: Entry(instance_norm(1), along_batch(3)),
+    nn.InstanceNorm2d: Entry(instance_norm(2), along_batch(4)),
+    nn.InstanceNorm3d: Entry(instance_norm(3), along_batch(5)),
+    nn.BatchNorm1d: Entry(batch_norm, batch_norm_sharing),
+    nn.BatchNorm2d: Entry(batch_norm, batch_norm_sharing),
+    nn.BatchNorm3d: Entry(batch_norm, batch_norm_sharing),
+    nn.SyncBatchNorm: Entry(batch_norm, batch_norm_sharing),
+    nn.PReLU: Entry(prelu, prelu_sharing),
+    nn.Embedding: Entry(embedding, along_positions(lambda layer: 0)),
     nn.EmbeddingBag: Entry(embedding_bag, embedding_bag_sharing),
     nn.RNN: Entry(recurrent, recurrent_sharing),
     nn.LSTM: Entry(recurrent, recurrent_sharing),
     nn.GRU: Entry(recurrent, recurrent_sharing),
-    nn.RNNCell: Entry(recurrent_cell),
-    nn.LSTMCell: Entry(recurrent_cell),
-    nn.GRUCell: Entry(recurrent_cell),
+    nn.RNNCell: Entry(recurrent_cell, along_batch(2)),
+    nn.LSTMCell: Entry(recurrent_cell, along_batch(2)),
+    nn.GRUCell: Entry(recurrent_cell, along_batch(2)),
 }

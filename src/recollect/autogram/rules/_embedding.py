@@ -36,10 +36,12 @@ def embedding(layer: nn.Embedding, index: Tensor, grad: Tensor) -> dict[str, Fac
     return {"weight": Picked(grad, index, layer.num_embeddings)}
 
 
-def embedding_bag_sharing(layer: nn.EmbeddingBag, inputs: tuple[Any, ...]) -> tuple[int | None, ...]:
+def embedding_bag_sharing(
+    layer: nn.EmbeddingBag, inputs: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[int | None, ...] | None:
     """Bags that stand one behind the other, [T] with offsets, have no axis of the batch: every row sees them all."""
     with_offsets = len(inputs) > 1 and inputs[1] is not None
-    return tuple(None if with_offsets else 0 for _ in inputs)
+    return (None if with_offsets else 0,) * len(inputs) if axes == (0,) else None
 
 
 def embedding_bag(

@@ -6,6 +6,8 @@ computed again from the layer's input: that costs less than keeping it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +15,7 @@ from recollect.autogram._factors import Factor, NotCovered, Rows
 from recollect.autogram._registry import Rule
 from recollect.autogram.rules._view import bias_rows, needs, one_input, sum_to, wide
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "batch_norm_sharing", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 @one_input
@@ -50,6 +52,14 @@ def instance_norm(spatial: int) -> Rule:
         return _affine(layer, normed, grad, channel)
 
     return rule
+
+
+def batch_norm_sharing(
+    layer: nn.BatchNorm1d, inputs: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[int | None, ...] | None:
+    """Elements are independent if their statistics are not those of the batch."""
+    fixed = not layer.training and layer.running_mean is not None
+    return (0,) if fixed and axes == (0,) else None
 
 
 @one_input

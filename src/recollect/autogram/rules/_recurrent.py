@@ -24,9 +24,13 @@ __all__ = ["recurrent", "recurrent_cell", "recurrent_sharing"]
 Factors = dict[str, Factor]
 
 
-def recurrent_sharing(layer: nn.RNNBase, inputs: tuple[Any, ...]) -> tuple[int | None, ...]:
-    """The first state's axes are those of the last state, which is the second output."""
-    return (0, 1)[: len(inputs)]
+def recurrent_sharing(
+    layer: nn.RNNBase, inputs: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[int | None, ...] | None:
+    """Elements are along the first or second axis of inputs and outputs, and along the second one of states."""
+    own = 0 if layer.batch_first else 1
+    batched = inputs[0].dim() == 3 and axes[0] in (own, None) and set(axes[1:]) <= {1, None}
+    return (own, 1)[: len(inputs)] if batched else None
 
 
 @torch.no_grad()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, Rows
 from recollect.autogram.rules._view import needs, one_input, sum_to, wide
 
-__all__ = ["prelu"]
+__all__ = ["prelu", "prelu_sharing"]
+
+
+def prelu_sharing(
+    layer: nn.PReLU, inputs: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[int | None, ...] | None:
+    """Entries are independent; channels, if each has a weight, are along the second axis."""
+    return None if layer.num_parameters > 1 and axes == (1,) else axes
 
 
 @one_input

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, Rows
-from recollect.autogram._registry import Rule
+from recollect.autogram._registry import Rule, Sharing
 
-__all__ = ["bias_rows", "needs", "one_input", "sum_to", "wide"]
+__all__ = ["along_batch", "along_positions", "bias_rows", "needs", "one_input", "sum_to", "wide"]
 
 
 def one_input(formula: Callable[[Any, Tensor, Tensor], Mapping[str, Factor]]) -> Rule:
@@ -50,3 +50,28 @@ def sum_to(tensor: Tensor, kept: tuple[int, ...]) -> Tensor:
 def bias_rows(layer: nn.Module, grad: Tensor, *kept: int) -> dict[str, Factor]:
     """Return the factor of ``bias``, if the layer needs one: gradients [m, *] summed to the dimensions ``kept``."""
     return {"bias": Rows(sum_to(grad, kept))} if needs(layer, "bias") else {}
+
+
+def along_positions(behind: Callable[[Any], int] = lambda layer: 1) -> Sharing:
+    """Return the sharing of a layer that works along its last axes alone: so many, as ``behind(layer)`` says."""
+
+    def sharing(layer: Any, inputs: tuple[Any, ...], axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+        (axis,) = axes
+        independent = axis is not None and axis < inputs[0].dim() - behind(layer)
+        return (axis,) * len(inputs) if independent else None
+
+    return sharing
+
+
+def along_batch(dims: int | None = None) -> Sharing:
+    """Return the sharing of a layer whose elements are along the first axis.
+
+    Args:
+        dims: with fewer axes than so many there is a single element; None: any number.
+    """
+
+    def sharing(layer: Any, inputs: tuple[Any, ...], axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+        independent = set(axes) <= {0, None} and (dims is None or inputs[0].dim() >= dims)
+        return (0,) * len(inputs) if independent else None
+
+    return sharing
