@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.autogram._capture import Hook, Recorder, can_record
+from recollect.autogram._capture import Recorder, watch
 from recollect.autogram._independence import Independence
 from recollect.autogram._losses import check_weighting, check_weights, checked_dim
 from recollect.autogram._modules import check_modules, counted_parameters
@@ -69,11 +69,22 @@ class Engine:
         self._modules = modules
         self._batch_dim = batch_dim
         self._row_bytes = row_bytes
-        self._recorder = Recorder(_REGISTRY)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what is no setting: what captures lead to, and what was found out about graphs."""
+        self._recorder = Recorder(_REGISTRY, self._modules)
         self._known: dict[Any, Known] = {}
-        hook = Hook(self._recorder)
-        for layer in dict.fromkeys(layer for module in modules for layer in module.modules() if can_record(layer)):
-            weakref.finalize(self, layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        weakref.finalize(self, watch(self._recorder))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the modules and the settings, for copies and pickles."""
+        return {name: value for name, value in vars(self).items() if name not in ("_recorder", "_known")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be an engine of these modules, some of which may be whole only later, where they hold the engine."""
+        vars(self).update(state)
+        self._begin()
 
     def compute_gramian(self, output: Tensor, *, retain_graph: bool = True) -> Tensor:
         """Return the Gramian of the losses' gradients.
