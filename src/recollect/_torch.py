@@ -24,7 +24,7 @@ used                                                         for                
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
 ``torch._C._len_torch_function_stack``                       whether a default device is set           2.1
 ``torch._dynamo.convert_frame.FRAME_COUNTER``                whether anything was compiled             2.1
-``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
+``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run, and what they return   2.0
 ``torch.nn.utils.parametrize._cache``, ``_cache_enabled``    parametrize.cached in a rebuild           1.9
 ``torch._C._get_*_sdp_enabled``, ``_get_sdp_priority_order`` sdpa_kernel in a rebuild                  2.5
 ``torch.utils._python_dispatch.TorchDispatchMode``           what a region reads and writes            1.13
@@ -333,8 +333,8 @@ _CAPTURING = "recollect.autogram"
 def watch_outputs(hook: Callable[..., Any]) -> None:
     """Call ``hook(module, args, kwargs, output)`` right after each module's forward, before all other hooks.
 
-    What it returns is the module's output, unless it is None. One hook for the process, until :func:`unwatch_outputs`; a
-    module that runs at that moment may still call it, and without ``kwargs``.
+    What it returns is the module's output, unless it is None. One hook for the process, until :func:`unwatch_outputs`;
+    a module that runs at that moment may still call it, and without ``kwargs``.
     """
     hooks: Any = _module._global_forward_hooks
     _module._global_forward_hooks_with_kwargs[_CAPTURING] = True  # type: ignore[index]

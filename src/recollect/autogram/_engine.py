@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from recollect.autogram._capture import Recorder, watch
 from recollect.autogram._independence import Independence
-from recollect.autogram._losses import check_weighting, check_weights, checked_dim
+from recollect.autogram._losses import as_square, check_overflow, check_weighting, check_weights, checked_dim, joined
 from recollect.autogram._modules import check_modules, counted_parameters
 from recollect.autogram._passes import Job, gramian_of_batch, gramian_of_rows
 from recollect.autogram._plan import EntangledError, changed_layers
@@ -49,6 +49,10 @@ class Engine:
     After Algorithm 3 of "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232), for any graph. Make the
     engine before the forward pass, once.
 
+    It puts nothing on the modules, which are copied, saved, traced, scripted, exported and compiled as if there were no
+    engine. Copies and pickles of an engine are engines of the copies of its modules, also where a module holds its
+    engine.
+
     Args:
         *modules: the modules whose parameters count, those that require a gradient when the Gramian is computed. None
             may contain another.
@@ -62,6 +66,18 @@ class Engine:
     Raises:
         TypeError: something is no module.
         ValueError: there is no module, or one contains another.
+
+    Example:
+        >>> import copy, torch
+        >>> from recollect.autogram import Engine
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> engine = Engine(model, batch_dim=0)
+        >>> losses = model(torch.randn(5, 4)).square().sum(1)  # [5]
+        >>> engine.compute_gramian(losses).shape
+        torch.Size([5, 5])
+        >>> twin, its_engine = copy.deepcopy((model, engine))
+        >>> its_engine.compute_gramian(twin(torch.randn(5, 4)).square().sum(1)).shape
+        torch.Size([5, 5])
     """
 
     def __init__(self, *modules: nn.Module, batch_dim: int | None = None, row_bytes: int = 2**28) -> None:
@@ -86,45 +102,106 @@ class Engine:
         vars(self).update(state)
         self._begin()
 
-    def compute_gramian(self, output: Tensor, *, retain_graph: bool = True) -> Tensor:
+    def compute_gramian(
+        self, output: Tensor | Sequence[Tensor], *, flat: bool = False, retain_graph: bool = True
+    ) -> Tensor:
         """Return the Gramian of the losses' gradients.
 
         Args:
-            output: losses of any shape [m1, ..., mk], floating point.
+            output: losses of any shape [m1, ..., mk], floating point; or a list or tuple of losses, whatever the shape
+                of each, of one dtype and on one device: they count as one vector [m], each flattened, one behind the
+                other.
+            flat: whether a Gramian [m, m] of the losses ``output.flatten()`` is wanted in place of the generalised one.
+                That of a list, or of a vector, is [m, m] anyway.
             retain_graph: whether the graph must stay for a backward pass that follows; otherwise what it saved may be
                 freed on the way, as an ordinary backward pass does.
 
         Returns:
             [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
-            gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient.
+            gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient. If
+            flat, and for a list: [m, m].
 
         Raises:
-            TypeError: the output is no tensor of floating point, or a parameter is complex.
-            ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
+            TypeError: the output is no tensor of floating point, or a list of several dtypes, or a parameter is
+                complex.
+            ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent; or a
+                list is empty, or on several devices.
 
         Warns:
             UserWarning: none of the parameters is in the output's graph; their Gramian is zero.
-        """
-        return self._gramian(output, retain_graph)
 
-    def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
+        Example:
+            >>> import torch
+            >>> from recollect.autogram import Engine
+            >>> model = torch.nn.Linear(4, 3)
+            >>> engine = Engine(model)
+            >>> outputs = model(torch.randn(5, 4))
+            >>> engine.compute_gramian(outputs).shape
+            torch.Size([5, 3, 3, 5])
+            >>> engine.compute_gramian(outputs, flat=True).shape
+            torch.Size([15, 15])
+            >>> engine.compute_gramian([outputs.square().mean(), outputs[:, 0]]).shape  # a loss, and five
+            torch.Size([6, 6])
+        """
+        losses = joined(output)
+        gramian = self._gramian(losses, retain_graph)
+        return as_square(gramian, losses.dim()) if flat else gramian
+
+    def backward(
+        self,
+        losses: Tensor | Sequence[Tensor],
+        weighting: Callable[[Tensor], Tensor],
+        *,
+        on_overflow: Literal["raise", "pass"] = "raise",
+    ) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
 
         Args:
-            losses: of any shape.
-            weighting: from the Gramian to weights of the losses' shape.
+            losses: of any shape, or a list or tuple of losses, as in :meth:`compute_gramian`.
+            weighting: from the Gramian to weights of the losses' shape; for a list, from [m, m] to [m].
+            on_overflow: what becomes of a Gramian that is not finite, as happens where losses are scaled for float16.
+                ``"raise"``: the weighting is called with it, and those of :mod:`recollect.aggregation` raise a
+                ValueError. ``"pass"``: the weighting is not called, the weights are NaN, and so the gradients are not
+                finite: ``torch.amp.GradScaler`` sees that, skips the step and lowers its scale. Give it only where
+                something looks at the gradients before they are used.
 
         Returns:
             The weights.
 
         Raises:
             TypeError: ``weighting`` is a class, or cannot be called, or returns no tensor.
-            ValueError: the weights have another shape than the losses.
+            ValueError: the weights have another shape than the losses, or ``on_overflow`` is none of the two.
+
+        Example:
+            >>> import torch
+            >>> from recollect.aggregation import UPGradWeighting
+            >>> from recollect.autogram import Engine
+            >>> model = torch.nn.Linear(4, 3)
+            >>> engine = Engine(model)
+            >>> outputs = model(torch.randn(5, 4))
+            >>> weights = engine.backward([outputs.square().mean(), outputs.sin().mean()], UPGradWeighting())
+            >>> weights.shape, model.weight.grad.shape
+            (torch.Size([2]), torch.Size([3, 4]))
+
+            Under a GradScaler, which is allowed to find overflow:
+
+            >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            >>> scaler = torch.amp.GradScaler("cpu")
+            >>> losses = model(torch.randn(5, 4)).square().mean(1)
+            >>> weights = engine.backward(scaler.scale(losses), UPGradWeighting(), on_overflow="pass")
+            >>> scaler.step(optimizer)
+            >>> scaler.update()
         """
         check_weighting(weighting)
-        weights = weighting(self._gramian(losses, True))
-        check_weights(weights, losses)
-        torch.autograd.backward(losses, weights.to(losses))
+        check_overflow(on_overflow)
+        vector = joined(losses)
+        gramian = self._gramian(vector, True)
+        if on_overflow == "pass" and not bool(gramian.isfinite().all()):
+            weights = torch.full_like(vector, torch.nan, requires_grad=False)
+        else:
+            weights = weighting(gramian)
+            check_weights(weights, vector)
+        torch.autograd.backward(vector, weights.to(vector))
         return weights
 
     def _gramian(self, output: Tensor, retain: bool) -> Tensor:
