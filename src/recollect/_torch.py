@@ -24,7 +24,7 @@ used                                                         for                
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
 ``torch._C._len_torch_function_stack``                       whether a default device is set           2.1
 ``torch._dynamo.convert_frame.FRAME_COUNTER``                whether anything was compiled             2.1
-``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run in a region             2.0
+``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run, and what they return   2.0
 ``torch.nn.utils.parametrize._cache``, ``_cache_enabled``    parametrize.cached in a rebuild           1.9
 ``torch._C._get_*_sdp_enabled``, ``_get_sdp_priority_order`` sdpa_kernel in a rebuild                  2.5
 ``torch.utils._python_dispatch.TorchDispatchMode``           what a region reads and writes            1.13
@@ -63,7 +63,6 @@ __all__ = [
     "default_device",
     "enabled_overrides",
     "graph_task_id",
-    "has_global_forward_hooks",
     "hooks_are_enabled",
     "is_batched",
     "is_fake",
@@ -73,6 +72,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "node_sequence",
     "opened_by_pytree",
+    "outputs_come_first_hand",
     "outside_functorch",
     "outside_modes",
     "outside_transforms",
@@ -87,8 +87,10 @@ __all__ = [
     "transform_level_is_open",
     "unwatch_leaving",
     "unwatch_modules",
+    "unwatch_outputs",
     "watch_leaving",
     "watch_modules",
+    "watch_outputs",
     "when_backward_ends",
     "without_overrides",
     "write_undeclared",
@@ -325,10 +327,32 @@ def unwatch_leaving() -> None:
             del _module._global_forward_hooks_always_called[_WATCHING]  # type: ignore[arg-type]
 
 
-def has_global_forward_hooks() -> bool:
-    """Return whether hooks of somebody else see, and may change, what every module returns."""
+_CAPTURING = "recollect.autogram"
+
+
+def watch_outputs(hook: Callable[..., Any]) -> None:
+    """Call ``hook(module, args, kwargs, output)`` right after each module's forward, before all other hooks.
+
+    What it returns is the module's output, unless it is None. One hook for the process, until :func:`unwatch_outputs`;
+    a module that runs at that moment may still call it, and without ``kwargs``.
+    """
     hooks: Any = _module._global_forward_hooks
-    return len(hooks) > (_WATCHING in hooks)
+    _module._global_forward_hooks_with_kwargs[_CAPTURING] = True  # type: ignore[index]
+    hooks[_CAPTURING] = hook
+    hooks.move_to_end(_CAPTURING, last=False)
+
+
+def unwatch_outputs() -> None:
+    """Undo :func:`watch_outputs`."""
+    hooks: Any = _module._global_forward_hooks
+    hooks.pop(_CAPTURING, None)
+    _module._global_forward_hooks_with_kwargs.pop(_CAPTURING, None)  # type: ignore[call-overload]
+
+
+def outputs_come_first_hand() -> bool:
+    """Return whether no hook of somebody else's, which may change outputs, comes before that of watch_outputs."""
+    hooks: Any = _module._global_forward_hooks
+    return next(iter(hooks), None) == _CAPTURING
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}

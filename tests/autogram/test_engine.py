@@ -398,11 +398,11 @@ def test_several_engines(batch_dim):
     torch.testing.assert_close(again.compute_gramian(losses), gramian(losses, net.parameters()))
 
 
-def test_hooks_go_with_the_engine():
+def test_captures_go_with_the_engine():
     net = model()
     engine = Engine(net)
     reference = weakref.ref(engine)
-    assert len(hooks_of(net)) == 2
+    assert "CaptureBackward" in str(net[0](data()).grad_fn)
     gc.disable()
     try:
         engine.compute_gramian(losses_of(net, data()))
@@ -410,7 +410,14 @@ def test_hooks_go_with_the_engine():
         assert reference() is None  # no cycle holds it
     finally:
         gc.enable()
+    assert "CaptureBackward" not in str(net[0](data()).grad_fn)
+
+
+def test_a_model_gets_no_hooks():
+    net = model()
+    engine = Engine(net)
     assert hooks_of(net) == []
+    assert engine is not None
 
 
 def test_a_graph_that_outlives_its_engine():

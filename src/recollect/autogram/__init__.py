@@ -5,18 +5,27 @@ is put behind each layer that has a *rule*; it keeps the layer's inputs where au
 Gramian, one backward pass goes down to these nodes and computes gradients of inputs only. Where a layer's gradient
 comes by, its rule gives the layer's Jacobian as a *factor*, which is squared and forgotten.
 
-================ ================================================== =======================================
-``batch_dim``    backward passes                                    what it asks for
-================ ================================================== =======================================
-a dimension      one for all elements of the batch                  elements that do not depend on others
-None             one for each loss, or all at once                  nothing
-================ ================================================== =======================================
+Which losses one backward pass stands for follows from the graph's operations: those along an axis that all of them keep
+apart, as the elements of a batch are; never from values. Where they are not apart, parameters go by rows, with a pass
+for each loss. Every Gramian in use is certified: wᵀ G w = ‖Jᵀ w‖², the squared norm of the gradient that it weighs.
 
 What no rule accounts for, parameters used by functions, by a parent, in modules of no known type, is found in the graph
 and taken from there, exactly: nothing is run twice. A parameter that is used several times has its cross terms.
 """
 
+from recollect.autogram._certificate import Certificate, GramianError
 from recollect.autogram._engine import Engine, register_rule
 from recollect.autogram._factors import Blocks, Factor, NotCovered, Outer, Picked, Rows
 
-__all__ = ["Blocks", "Engine", "Factor", "NotCovered", "Outer", "Picked", "Rows", "register_rule"]
+__all__ = [
+    "Blocks",
+    "Certificate",
+    "Engine",
+    "Factor",
+    "GramianError",
+    "NotCovered",
+    "Outer",
+    "Picked",
+    "Rows",
+    "register_rule",
+]

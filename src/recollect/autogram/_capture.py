@@ -3,30 +3,36 @@
 The node keeps the layer's inputs the way autograd keeps them, so what hooks on saved tensors do to the graph, a frame
 above all, they do to these too. It leads to a leaf of the engine's own: differentiating with respect to that leaf makes
 autograd visit all these nodes, and compute gradients of inputs on the way, and none of weights.
+
+Nothing is put on a module: one hook for the process looks up who watches it. So models are copied, saved, traced and
+scripted as if there were no engine.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from recollect._torch import has_global_forward_hooks, transform_level_is_open
+from recollect._torch import is_in_transform, is_recorded, outputs_come_first_hand, unwatch_outputs, watch_outputs
 from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
 from recollect.autogram._operations import declare, handed_on
 from recollect.autogram._registry import Entry, Registry
 
-__all__ = ["Call", "Capture", "Hook", "Recorder", "can_record"]
+__all__ = ["Call", "Capture", "Recorder", "watch"]
 
 Visit = Callable[[Any, tuple[Tensor | None, ...]], None]
 
 _TENSOR = object()  # stands where a tensor was
+
+_RECORDERS: dict[int, Recorder] = {}  # those of all engines that live, by their ids
+_lock = threading.RLock()  # an engine's end may come at any moment, also inside
 
 
 class Call:
@@ -58,7 +64,7 @@ class Call:
             self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def has_changed(self) -> bool:
-        """Whether the layer was set to training or evaluation since, or one of its tensors was written to."""
+        """Whether the layer was set to training or evaluation since, or a tensor of its was replaced or written to."""
         return _condition(self.layer) != self._condition
 
     def inputs(self, node: Any) -> tuple[Any, ...]:
@@ -116,21 +122,45 @@ class Recorder:
 
     Args:
         registry: the rules.
+        modules: those whose layers it watches, submodules included; not kept alive.
 
     Attributes:
         leaf: what all captures lead to.
         visit: called with each capture's node and its outputs' gradients while a Gramian is computed.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, modules: Sequence[nn.Module]) -> None:
         self.leaf = torch.zeros((), requires_grad=True, device="cpu")
         self.visit: Visit | None = None
         self._registry = registry
+        self._modules = [weakref.ref(module) for module in modules]
+        self._layers = self._find_layers()
+
+    def watches(self, layer: nn.Module) -> bool:
+        """Whether a layer is among those of the modules when this was made, or, in a file's copy, once it was whole."""
+        if self._layers is None:
+            self._layers = self._find_layers()
+        found = None if self._layers is None else self._layers.get(id(layer))
+        return found is not None and found() is layer  # else: another one in its place
+
+    def _find_layers(self) -> dict[int, weakref.ref[nn.Module]] | None:
+        """Return all layers that may have a rule, by their ids; None while a module is still being unpickled."""
+        waiting = [module for reference in self._modules if (module := reference()) is not None]
+        seen: dict[int, nn.Module] = {}
+        while waiting:
+            module = waiting.pop()
+            if id(module) in seen or isinstance(module, torch.jit.ScriptModule):  # compiled: calls no layers here
+                continue
+            if "_modules" not in vars(module):
+                return None
+            seen[id(module)] = module
+            waiting.extend(child for child in module._modules.values() if child is not None)
+        return {key: weakref.ref(module) for key, module in seen.items() if module._parameters}
 
     def record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output as it is to go on, or None where it may stay as it is: where no rule takes the call."""
         entry = self._registry.find(type(layer))
-        if entry is None or "forward" in layer.__dict__ or not _is_first(layer):
+        if entry is None or "forward" in layer.__dict__:
             return None
         parameters = {k: p for k, p in layer._parameters.items() if p is not None and p.requires_grad}
         inputs = positional(layer, args, kwargs) if kwargs else args
@@ -161,40 +191,44 @@ class Recorder:
         return tree_unflatten(leaves, spec)
 
 
-class Hook:
-    """What stands on a layer: it holds the recorder weakly, and copies and pickles of it do nothing."""
+def watch(recorder: Recorder) -> Callable[[], None]:
+    """Let a recorder see what its layers return; what this returns ends it."""
+    with _lock:
+        _RECORDERS[id(recorder)] = recorder
+        watch_outputs(_capture)
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = weakref.ref(recorder)
+    def end() -> None:
+        with _lock:
+            _RECORDERS.pop(id(recorder), None)
+            if not _RECORDERS:
+                unwatch_outputs()
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transform_level_is_open():
-            return None
-        recorder = self._recorder()
-        return None if recorder is None else recorder.record(layer, args, kwargs, output)
-
-    def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")  # of the standard library, takes anything and does nothing
+    return end
 
 
-def can_record(layer: nn.Module) -> bool:
-    """Whether a layer has parameters, and takes hooks: what torch.jit has compiled takes none."""
-    return bool(layer._parameters) and not isinstance(layer, torch.jit.ScriptModule)
+def _capture(layer: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+    """Return a layer's output with the captures of all who watch it; None where it may stay as it is."""
+    if torch.compiler.is_compiling() or len(rest) < 2:  # the latter: without kwargs, as the last engine has just gone
+        return None
+    kwargs, output = rest
+    changed = None
+    for recorder in list(_RECORDERS.values()):
+        if recorder.watches(layer) and _is_plain():
+            captured = recorder.record(layer, args, kwargs, output if changed is None else changed)
+            changed = changed if captured is None else captured
+    return changed
+
+
+def _is_plain() -> bool:
+    """Whether a graph is recorded here by autograd and nobody else, and outputs are what the layers returned."""
+    return torch.is_grad_enabled() and not is_recorded() and not is_in_transform() and outputs_come_first_hand()
 
 
 def _condition(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what changes when a layer is set to training or evaluation, or one of its tensors is written to."""
+    """Return what changes when a layer is set to training or evaluation, or a tensor of its is replaced or written to.
+
+    torch.func.functional_call, for one, replaces parameters for a call. A parameter that counts lives as long as the
+    graph, so that no other has its id.
+    """
     tensors = (*layer._parameters.values(), *layer._buffers.values())
-    return (layer.training, *(None if tensor is None else tensor._version for tensor in tensors))
-
-
-def _is_first(layer: nn.Module) -> bool:
-    """Whether no hook of somebody else's comes before an engine's, which may change what the layer returned."""
-    if has_global_forward_hooks():
-        return False
-    for hook in layer._forward_hooks.values():
-        if isinstance(hook, Hook):
-            return True
-        if not isinstance(getattr(hook, "__self__", None), nullcontext):  # what a copy of one is
-            return False
-    return True
+    return (layer.training, *(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors))

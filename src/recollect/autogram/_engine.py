@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from recollect.autogram._capture import Hook, Recorder, can_record
+from recollect.autogram._capture import Recorder, watch
+from recollect.autogram._certificate import Certificate, norm_of, random_weights, squared_norm, tolerance_of
 from recollect.autogram._choice import BatchDim, Choice, choose
 from recollect.autogram._independence import check_independence, explain
-from recollect.autogram._losses import check_weighting, check_weights, checked_dim
+from recollect.autogram._losses import (
+    check_overflow,
+    check_settings,
+    check_weighting,
+    check_weights,
+    checked_dim,
+    joined,
+)
 from recollect.autogram._modules import check_modules, counted_parameters
 from recollect.autogram._passes import Job, Known, gramian_of
 from recollect.autogram._plan import changed_layers
@@ -49,106 +57,243 @@ def register_rule(
     _REGISTRY.register(layer_type, Entry(rule, sharing, frozenset(constant)))
 
 
+# What an engine makes for itself, and copies do not take along.
+_MADE = ("_recorder", "_known", "certificate")
+
+
 class Engine:
     """The Gramian G = J Jᵀ of the Jacobian of losses with respect to the parameters of modules, and never J itself.
 
     After Algorithm 3 of "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232), for any graph. Make the
     engine before the forward pass, once.
 
+    It puts nothing on the modules, which are copied, saved, traced, scripted, exported and compiled as if there were no
+    engine. Copies and pickles of an engine are engines of the copies of its modules, also where a module holds its
+    engine.
+
     Args:
         *modules: the modules whose parameters count, those that require a gradient when the Gramian is computed. None
             may contain another.
-        batch_dim: the dimension of the losses in which they belong to the elements of a batch that the modules treat
-            independently. One backward pass then gives all rows. This is checked in the first call, and again when the
-            graph takes another form, or indices in it move the batch another way. Parameters behind which the elements
-            lie in no regular order cost a backward pass for every loss, as all do with None, which asks for nothing.
+        batch_dim: for which losses one backward pass may stand. ``"auto"``: for those that the operations of the graph
+            keep apart, as they do with the elements of a batch; where they do not, as in front of a BatchNorm in
+            training, parameters go by rows, with a backward pass for each loss. A number: for those along this
+            dimension of the losses, and what mixes them is refused. None: for one loss. All three are exact;
+            :meth:`explain` tells which parameters go by rows, and why.
         row_bytes: how many bytes of the losses' gradients may be held at once, where there are several backward passes.
             If they are more, passes are repeated.
+        certify_every: the Gramian of :meth:`compute_gramian` is compared with a gradient, by one more backward pass, at
+            the first call of each form of graph, and at every so many calls; 0: never. (:meth:`backward` compares
+            always, at no further pass.)
+
+    Attributes:
+        certificate: how well Gramians and gradients fitted, so far.
 
     Raises:
         TypeError: something is no module.
-        ValueError: there is no module, or one contains another.
+        ValueError: there is no module, or one contains another; or ``batch_dim`` or ``certify_every`` is none of those.
+
+    Example:
+        >>> import copy, torch
+        >>> from recollect.autogram import Engine
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> engine = Engine(model)
+        >>> losses = model(torch.randn(5, 4)).square().sum(1)  # [5]
+        >>> engine.compute_gramian(losses).shape
+        torch.Size([5, 5])
+        >>> twin, its_engine = copy.deepcopy((model, engine))
+        >>> its_engine.compute_gramian(twin(torch.randn(5, 4)).square().sum(1)).shape
+        torch.Size([5, 5])
     """
 
-    def __init__(self, *modules: nn.Module, batch_dim: BatchDim = "auto", row_bytes: int = 2**28) -> None:
+    def __init__(
+        self, *modules: nn.Module, batch_dim: BatchDim = "auto", row_bytes: int = 2**28, certify_every: int = 100
+    ) -> None:
         check_modules(modules)
+        check_settings(batch_dim, certify_every)
         self._modules = modules
         self._batch_dim = batch_dim
         self._row_bytes = row_bytes
-        self._recorder = Recorder(_REGISTRY)
-        self._known: dict[Any, Known] = {}
-        hook = Hook(self._recorder)
-        for layer in dict.fromkeys(layer for module in modules for layer in module.modules() if can_record(layer)):
-            weakref.finalize(self, layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        self._certify_every = certify_every
+        self._begin()
 
-    def compute_gramian(self, output: Tensor, *, retain_graph: bool = True) -> Tensor:
+    def _begin(self) -> None:
+        """Make what is no setting: what captures lead to, and what was found out about graphs."""
+        self._recorder = Recorder(_REGISTRY, self._modules)
+        self._known: dict[Any, Known] = {}
+        self.certificate = Certificate()
+        weakref.finalize(self, watch(self._recorder))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the modules and the settings, for copies and pickles."""
+        return {name: value for name, value in vars(self).items() if name not in _MADE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be an engine of these modules, some of which may be whole only later, where they hold the engine."""
+        vars(self).update(state)
+        self._begin()
+
+    def compute_gramian(
+        self, output: Tensor | Sequence[Tensor], *, flat: bool = False, retain_graph: bool = True
+    ) -> Tensor:
         """Return the Gramian of the losses' gradients.
 
         Args:
-            output: losses of any shape [m1, ..., mk], floating point.
+            output: losses of any shape [m1, ..., mk], floating point; or a list or tuple of losses, whatever the shape
+                of each, of one dtype and on one device: they count as one vector [m], each flattened, one behind the
+                other.
+            flat: whether a Gramian [m, m] of the losses ``output.flatten()`` is wanted in place of the generalised one.
+                That of a list, or of a vector, is [m, m] anyway.
             retain_graph: whether the graph must stay for a backward pass that follows; otherwise what it saved may be
                 freed on the way, as an ordinary backward pass does.
 
         Returns:
             [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
-            gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient.
+            gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient. If
+            flat, and for a list: [m, m].
 
         Raises:
-            TypeError: the output is no tensor of floating point, or a parameter is complex.
-            ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
+            TypeError: the output is no tensor of floating point, or a list of several dtypes, or a parameter is
+                complex.
+            ValueError: it has no graph, or no such dimension as ``batch_dim``, or the elements in it are not
+                independent; or a list is empty, or on several devices.
+            GramianError: it does not fit the gradient: a rule is wrong.
 
         Warns:
             UserWarning: none of the parameters is in the output's graph; their Gramian is zero.
-        """
-        return self._gramian(output, retain_graph)
 
-    def backward(self, losses: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
+        Example:
+            >>> import torch
+            >>> from recollect.autogram import Engine
+            >>> model = torch.nn.Linear(4, 3)
+            >>> engine = Engine(model)
+            >>> outputs = model(torch.randn(5, 4))
+            >>> engine.compute_gramian(outputs).shape
+            torch.Size([5, 3, 3, 5])
+            >>> engine.compute_gramian(outputs, flat=True).shape
+            torch.Size([15, 15])
+            >>> engine.compute_gramian([outputs.square().mean(), outputs[:, 0]]).shape  # a loss, and five
+            torch.Size([6, 6])
+        """
+        losses = joined(output)
+        square, _ = self._gramian(losses, retain_graph, self._certify_every)
+        return square if flat else _generalise(square, losses)
+
+    def backward(
+        self,
+        losses: Tensor | Sequence[Tensor],
+        weighting: Callable[[Tensor], Tensor],
+        *,
+        on_overflow: Literal["raise", "pass"] = "raise",
+    ) -> Tensor:
         """Accumulate the gradient of the losses' sum, weighted by what their Gramian says.
 
         Args:
-            losses: of any shape.
-            weighting: from the Gramian to weights of the losses' shape.
+            losses: of any shape, or a list or tuple of losses, as in :meth:`compute_gramian`.
+            weighting: from the Gramian to weights of the losses' shape; for a list, from [m, m] to [m].
+            on_overflow: what becomes of a Gramian that is not finite, as happens where losses are scaled for float16.
+                ``"raise"``: the weighting is called with it, and those of :mod:`recollect.aggregation` raise a
+                ValueError. ``"pass"``: the weighting is not called, the weights are NaN, and so the gradients are not
+                finite: ``torch.amp.GradScaler`` sees that, skips the step and lowers its scale. Give it only where
+                something looks at the gradients before they are used.
 
         Returns:
             The weights.
 
         Raises:
             TypeError: ``weighting`` is a class, or cannot be called, or returns no tensor.
-            ValueError: the weights have another shape than the losses.
+            ValueError: the weights have another shape than the losses, or ``on_overflow`` is none of the two.
+            GramianError: the gradient that was accumulated is not of the size that the Gramian says: a rule is wrong.
+
+        Example:
+            >>> import torch
+            >>> from recollect.aggregation import UPGradWeighting
+            >>> from recollect.autogram import Engine
+            >>> model = torch.nn.Linear(4, 3)
+            >>> engine = Engine(model)
+            >>> outputs = model(torch.randn(5, 4))
+            >>> weights = engine.backward([outputs.square().mean(), outputs.sin().mean()], UPGradWeighting())
+            >>> weights.shape, model.weight.grad.shape
+            (torch.Size([2]), torch.Size([3, 4]))
+
+            Under a GradScaler, which is allowed to find overflow:
+
+            >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            >>> scaler = torch.amp.GradScaler("cpu")
+            >>> losses = model(torch.randn(5, 4)).square().mean(1)
+            >>> weights = engine.backward(scaler.scale(losses), UPGradWeighting(), on_overflow="pass")
+            >>> scaler.step(optimizer)
+            >>> scaler.update()
         """
         check_weighting(weighting)
-        weights = weighting(self._gramian(losses, True))
-        check_weights(weights, losses)
-        torch.autograd.backward(losses, weights.to(losses))
+        check_overflow(on_overflow)
+        vector = joined(losses)
+        square, job = self._gramian(vector, True)
+        gramian = _generalise(square, vector)
+        if on_overflow == "pass" and not bool(gramian.isfinite().all()):
+            weights = torch.full_like(vector, torch.nan, requires_grad=False)
+        else:
+            weights = weighting(gramian)
+            check_weights(weights, vector)
+        used = weights.to(vector)
+        if job is None or job.output.numel() == 1:
+            torch.autograd.backward(vector, used)
+            return weights
+        with squared_norm(job.graph, job.graph.leaves) as norm:
+            torch.autograd.backward(vector, used)
+        self._certify(job, square, used, None if job.hooked else norm.total())
         return weights
 
-    def explain(self, output: Tensor) -> str:
+    def explain(self, output: Tensor | Sequence[Tensor]) -> str:
         """Return which backward passes the Gramian of these losses takes, and which parameters go by rows, and why.
 
         Args:
-            output: losses of any shape; their graph stays.
+            output: losses, as in :meth:`compute_gramian`; their graph stays.
 
         Raises:
             TypeError: the output is no tensor of floating point, or a parameter is complex.
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
         """
-        job, _ = self._job(output, True)
-        return explain(job.graph, self._choose(job), self._modules)
+        with torch.no_grad():
+            job = self._job(joined(output), True)
+            return explain(job.graph, self._choose(job), self._modules)
 
-    def _gramian(self, output: Tensor, retain: bool) -> Tensor:
+    def _gramian(self, output: Tensor, retain: bool, certify_every: int = 0) -> tuple[Tensor, Job | None]:
+        """Return the Gramian [m, m] in the output's dtype, and what it was computed from; None if m is 0."""
         checked_dim(output, self._batch_dim)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
-                return output.new_zeros(*output.shape, *reversed(output.shape))
+                return output.new_zeros(0, 0), None
             while True:
-                job, output = self._job(output, retain)
+                job = self._job(output, retain)
+                weights, squared = self._probe(job, certify_every)
                 result = gramian_of(job, self._choose(job))
                 if isinstance(result, Tensor):
                     job.known.settled = True
-                    return _generalise(result, output).to(output.dtype)
+                    if weights is not None:
+                        self._certify(job, result, weights, squared)
+                    return result.to(output.dtype), job
                 job.known.declined |= result
 
-    def _job(self, output: Tensor, retain: bool) -> tuple[Job, Tensor]:
+    def _probe(self, job: Job, every: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return weights and the squared norm of the gradient that they make of the losses, if it is time for it."""
+        if not every or job.output.numel() == 1 or not job.graph.uses:
+            return None, None
+        job.known.calls += 1
+        if (job.known.calls - 1) % every:
+            return None, None
+        weights = random_weights(job.output, job.known.calls)
+        if job.hooked:
+            return weights, None
+        return weights, norm_of(job.output, [job.parameters[key] for key in job.graph.uses], weights)
+
+    def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
+        if job.known.tolerance is None:
+            job.known.tolerance = tolerance_of(job.graph)
+        layers = [job.graph.nodes[capture].call.layer for capture in self._choose(job).plan.rules]
+        rules = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+        self.certificate.compare(square, weights, squared, job.known.tolerance, rules)
+
+    def _job(self, output: Tensor, retain: bool) -> Job:
         checked_dim(output, self._batch_dim)
         with torch.enable_grad():
             output = output.view_as(output) if output.is_leaf else output  # a parameter itself has no node before it
@@ -158,15 +303,15 @@ class Engine:
             self._warn_that_it_is_zero()
         known = self._recall(graph)
         declined = known.declined | changed_layers(graph)
-        return Job(output, graph, parameters, self._recorder, known, declined, self._row_bytes, retain), output
+        hooked = frozenset(key for key in graph.uses if parameters[key]._backward_hooks)
+        return Job(output, graph, parameters, self._recorder, known, declined, hooked, self._row_bytes, retain)
 
     def _choose(self, job: Job) -> Choice:
         """Return the passes, as they were chosen for a graph of this form."""
-        batch_dim = checked_dim(job.output, self._batch_dim)
-        hooked = frozenset(key for key in job.graph.uses if job.parameters[key]._backward_hooks)
-        key = (frozenset(job.declined), hooked)
+        key = (job.declined, job.hooked)
         choice = job.known.choices.get(key)
         if choice is None:
+            batch_dim = checked_dim(job.output, self._batch_dim)
             structure = find_structure(job.graph, job.output.shape)
             bound = self._row_bytes // job.dtype.itemsize
             choice = choose(job.graph, job.parameters, job.declined, structure, batch_dim, bound)

@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from recollect.autogram._choice import BatchDim
 
-__all__ = ["check_weighting", "check_weights", "checked_dim"]
+__all__ = ["check_overflow", "check_settings", "check_weighting", "check_weights", "checked_dim", "joined"]
+
+
+def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return a list of losses as one vector ``[m]``, each flattened; what is no list stays what it is.
+
+    Raises:
+        TypeError: an element is no tensor of floating point, or they have several dtypes.
+        ValueError: the list is empty, an element has no graph, or they are on several devices.
+    """
+    if not isinstance(losses, (list, tuple)):
+        return losses  # type: ignore[return-value]  # checked_dim tells
+    if not losses:
+        raise ValueError("there are no losses in the list; give at least one")
+    for k, loss in enumerate(losses):
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"losses[{k}] must be a tensor of a floating-point type, and is {found}")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"losses[{k}] has no graph: nothing that it was computed from requires a gradient, or it was computed "
+                "under no_grad or detached; leave it out of the list"
+            )
+        if loss.dtype != losses[0].dtype:
+            raise TypeError(
+                f"losses[0] is of {losses[0].dtype} and losses[{k}] of {loss.dtype}; give all of one dtype, as "
+                f"losses[{k}].to(losses[0].dtype)"
+            )
+        if loss.device != losses[0].device:
+            raise ValueError(
+                f"losses[0] is on {losses[0].device} and losses[{k}] on {loss.device}; give all on one device, as "
+                f"losses[{k}].to(losses[0].device)"
+            )
+    with torch.enable_grad():
+        return torch.cat([loss.reshape(-1) for loss in losses])
+
+
+def check_overflow(on_overflow: object) -> None:
+    """Raise if this does not say what becomes of a Gramian that is not finite."""
+    if on_overflow not in ("raise", "pass"):
+        raise ValueError(
+            f"on_overflow is {on_overflow!r}; allowed are 'raise', with which the weighting refuses a Gramian that is "
+            "not finite, and 'pass', with which the gradients are then not finite, for a GradScaler to see"
+        )
+
+
+def check_settings(batch_dim: object, certify_every: object) -> None:
+    """Raise if an engine's settings are none."""
+    if batch_dim not in ("auto", None) and (not isinstance(batch_dim, int) or isinstance(batch_dim, bool)):
+        raise ValueError(f"batch_dim is {batch_dim!r}; allowed are 'auto', a dimension of the losses, and None")
+    if not isinstance(certify_every, int) or certify_every < 0:
+        raise ValueError(f"certify_every is {certify_every!r}; allowed are 0, for never, and any number of calls")
 
 
 def checked_dim(output: Tensor, batch_dim: BatchDim) -> BatchDim:

@@ -7,7 +7,7 @@ losses. Where neither fits a bound, the losses are taken in groups, and each pai
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,12 +41,16 @@ class Known:
         in_turn: whether passes do not run at once.
         settled: whether passes came to their end, and so will not have to be planned anew.
         choices: by what rules do not cover, and by which parameters have hooks.
+        calls: how many there were.
+        tolerance: by how much a Gramian of such a graph may differ from the gradient.
     """
 
     declined: Declines = frozenset()
     in_turn: bool = False
     settled: bool = False
     choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
+    calls: int = 0
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Job:
         recorder: whose captures are in the graph.
         known: of graphs of this form.
         declined: what rules do not cover.
+        hooked: the ids of parameters with hooks.
         bound: how many bytes of rows may be held.
         retain: whether the graph must stay.
     """
@@ -69,7 +74,8 @@ class Job:
     parameters: Mapping[int, Tensor]
     recorder: Recorder
     known: Known
-    declined: Collection[tuple[int, str]]
+    declined: Declines
+    hooked: frozenset[int]
     bound: int
     retain: bool
 

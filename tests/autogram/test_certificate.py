@@ -1,0 +1,215 @@
+"""wᵀ G w = ‖Jᵀ w‖² at every step: what is broken on purpose is found, and what is right is not."""
+
+import pytest
+import torch
+from torch import nn
+
+from recollect.aggregation import MeanWeighting
+from recollect.autogram import Engine, GramianError, Rows
+from recollect.autogram import _engine as engine_module
+from recollect.autogram._registry import Entry, Registry
+from recollect.autogram._rows import form_rows
+from recollect.autogram.rules import RULES
+
+M = 6
+
+
+class Steps(nn.Module):
+    """The last state of a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 5, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0][:, -1]
+
+
+NETS = {
+    "linear": (lambda: nn.Linear(4, 5), (M, 4), nn.Linear),
+    "linear over tokens": (lambda: nn.Linear(4, 5), (M, 3, 4), nn.Linear),
+    "convolution": (lambda: nn.Conv1d(4, 3, 2), (M, 4, 5), nn.Conv1d),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(4, 3, 2), (M, 4, 5), nn.ConvTranspose1d),
+    "layer norm": (lambda: nn.LayerNorm(4), (M, 3, 4), nn.LayerNorm),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (M, 4, 5), nn.GroupNorm),
+    "embedding": (lambda: nn.Embedding(7, 4), None, nn.Embedding),
+    "lstm": (Steps, (M, 3, 4), nn.LSTM),
+    "slope": (lambda: nn.PReLU(4), (M, 4), nn.PReLU),
+    "bilinear": (lambda: Twice(nn.Bilinear(4, 4, 3)), (M, 4), nn.Bilinear),
+}
+
+
+class Twice(nn.Module):
+    """A layer of two inputs that are the same."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x.sin())
+
+
+def noise(values, share):
+    generator = torch.Generator().manual_seed(3)
+    return values + share * values.norm() * torch.randn(values.shape, generator=generator, dtype=values.dtype)
+
+
+def with_row(values, change):
+    changed = values.clone()
+    changed[1] = change(values[1])
+    return changed
+
+
+BREAKS = {
+    "all too large": lambda v: 1.001 * v,
+    "all too small": lambda v: 0.99 * v,
+    "nothing": lambda v: 0 * v,
+    "a row too large": lambda v: with_row(v, lambda row: 1.01 * row),
+    "a row too small": lambda v: with_row(v, lambda row: 0.5 * row),
+    "a row of zeros": lambda v: with_row(v, lambda row: 0 * row),
+    "a row turned": lambda v: with_row(v, lambda row: -row),
+    "a row doubled": lambda v: with_row(v, lambda row: 2 * row),
+    "another's row": lambda v: v.roll(1, 0),
+    "rows in reverse": lambda v: v.flip(0),
+    "a row for all": lambda v: v[:1].expand_as(v).clone(),
+    "the rows' mean": lambda v: v.mean(0, keepdim=True).expand_as(v).clone(),
+    "a little of others": lambda v: v + 0.01 * v.roll(1, 0),
+    "off by a constant": lambda v: v + 0.1 * v.abs().max(),
+    "noise": lambda v: noise(v, 0.01),
+    "much noise": lambda v: noise(v, 0.5),
+    "without signs": lambda v: v.abs() + v.abs().max(),
+    "squares": lambda v: v.square() + v.abs().max(),
+    "first half": lambda v: torch.cat([v[: M // 2], 0 * v[M // 2 :]]),
+    "in single precision, rounded": lambda v: (v * 100).round() / 100 + 0.003,
+}
+
+
+def test_there_are_two_hundred():
+    assert len(NETS) * len(BREAKS) == 200
+
+
+def parts(name):
+    make, shape, layer_type = NETS[name]
+    torch.manual_seed(0)
+    body = make().double()
+    head = nn.Linear(4, 4).double()
+    if shape is None:
+        index = torch.arange(M) % 3
+
+        def losses():
+            return body(index).tanh().square().sum(1)
+
+        return [body], losses, layer_type
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def losses():
+        hidden = head(x.movedim(1, -1)).movedim(-1, 1) if "conv" in name or name == "group norm" else head(x)
+        return body(hidden).sin().add(0.5).square().flatten(1).sum(1)
+
+    return [head, body], losses, layer_type
+
+
+def broken(layer_type, change, monkeypatch):
+    entry = RULES[layer_type]
+
+    def rule(layer, inputs, grads):
+        found = {}
+        for name, factor in entry.rule(layer, inputs, grads).items():
+            dense = form_rows([factor], slice(0, factor.num_rows)).view(factor.num_rows, *factor.shape)
+            found[name] = Rows(change(dense))
+        return found
+
+    monkeypatch.setattr(engine_module, "_REGISTRY", Registry({**RULES, layer_type: Entry(rule, entry.sharing)}))
+
+
+@pytest.mark.parametrize("change", BREAKS)
+@pytest.mark.parametrize("name", NETS)
+def test_a_broken_rule_is_found(name, change, monkeypatch):
+    modules, losses, layer_type = parts(name)
+    broken(layer_type, BREAKS[change], monkeypatch)
+    engine = Engine(*modules)
+    with pytest.raises(GramianError, match="does not fit the gradient"):
+        engine.compute_gramian(losses())
+    weights = torch.rand(M, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    with pytest.raises(GramianError, match=layer_type.__name__):
+        engine.backward(losses(), lambda gramian: weights)
+    assert engine.certificate.largest > 1e-8
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_right_is_certified(name):
+    modules, losses, _ = parts(name)
+    engine = Engine(*modules)
+    for _ in range(3):
+        engine.compute_gramian(losses())
+        engine.backward(losses(), MeanWeighting())
+    assert engine.certificate.checks == 4  # the first of compute_gramian, and each of backward
+    assert engine.certificate.skipped == 0
+    assert engine.certificate.last <= engine.certificate.largest < 1e-12
+
+
+def test_gradients_that_were_there_do_not_count():
+    modules, losses, _ = parts("linear")
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, 1e3)
+    engine = Engine(*modules)
+    engine.backward(losses(), MeanWeighting())
+    assert engine.certificate.checks == 1
+
+
+def test_how_often_compute_gramian_checks():
+    modules, losses, _ = parts("linear")
+    engine = Engine(*modules, certify_every=3)
+    counts = []
+    for _ in range(7):
+        engine.compute_gramian(losses())
+        counts.append(engine.certificate.checks)
+    assert counts == [1, 1, 1, 2, 2, 2, 3]
+    engine.compute_gramian(losses().sin())  # another form
+    assert engine.certificate.checks == 4
+    never = Engine(*modules, certify_every=0)
+    never.compute_gramian(losses())
+    assert never.certificate.checks == 0
+    assert never.certificate.last is None
+
+
+def test_what_cannot_be_compared_is_counted():
+    modules, losses, _ = parts("linear")
+    engine = Engine(*modules)
+    modules[0].weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    engine.backward(losses(), MeanWeighting())
+    assert (engine.certificate.checks, engine.certificate.skipped) == (0, 1)
+
+
+def test_a_hook_that_mixes_losses_is_found():
+    """It is in no graph: only the gradient shows it."""
+    modules, _, _ = parts("linear")
+    hidden = modules[0](torch.randn(M, 4, dtype=torch.float64))
+    hidden.register_hook(lambda grad: grad - grad.mean(0))
+    engine = Engine(*modules)
+    with pytest.raises(GramianError, match="hooks that change gradients"):
+        engine.compute_gramian(modules[1](hidden).sin().sum(1))
+
+
+def test_an_element_that_comes_in_single_precision():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    engine = Engine(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(torch.randn(32, 8)).float().square().sum(1)
+    engine.backward(losses, MeanWeighting())
+    assert engine.certificate.checks == 1
+    assert engine.certificate.last < 5e-2
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"batch_dim": "none"}, "'auto', a dimension of the losses, and None"),
+    ({"batch_dim": True}, "'auto', a dimension of the losses, and None"),
+    ({"certify_every": -1}, "0, for never"),
+    ({"certify_every": 1.5}, "0, for never"),
+])  # fmt: skip
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(nn.Linear(2, 2), **settings)
