@@ -60,7 +60,7 @@ class MoDoWeighting(_CrossWeighting, settings={"gamma": POSITIVE, "rho": NOT_NEG
         >>> from recollect.aggregation import MoDoWeighting
         >>> first, second = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]])
         >>> MoDoWeighting(gamma=0.1, rho=0.0)(first @ second.T)
-        tensor([0.5250, 0.4750])
+        tensor([0.6250, 0.3750])
     """
 
     def __init__(self, gamma: float = 0.1, rho: float = 0.1) -> None:

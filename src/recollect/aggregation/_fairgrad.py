@@ -15,6 +15,7 @@ _RIDGE = 1e-8  # beside the ones on the diagonal: keeps weights bounded where gr
 _STEPS = 100
 _CORRECTIONS = 5
 _BETWEEN = 10  # steps between two looks at whether all is done: a look waits for the device
+_PART = 1e-3  # no full step leaves less of an entry, or of its right side
 _LEAST, _VAST = 1e-200, 1e200  # no share is smaller, no derivative larger
 
 
@@ -81,11 +82,13 @@ def fair_shares(cosines: Tensor, sizes: Tensor, alpha: float) -> tuple[Tensor, T
 
 
 def _descended(matrix: Tensor, offset: Tensor, sizes: Tensor, alpha: float, q: Tensor, most: int) -> Tensor:
-    r"""Solve :math:`H q - b = s (q / s)^{-1/\alpha}` for q > 0 by Newton's method, from the q that is given.
+    r"""Solve :math:`H q - b = s p^{-1/\alpha}`, p = q / s, for p > 0 by Newton's method, from the q that is given.
 
     A step in which the entry that shrinks most loses the share d of itself is shortened to :math:`(1 - (1 + d /
     \alpha)^{-\alpha}) / d`, that is 1 / (1 + d) for alpha 1: up to there, the second derivative along the step stays
-    small enough that the convex function falls all the way. So it converges from anywhere.
+    small enough that the convex function, of which this is the gradient, falls all the way. So it converges from
+    anywhere. A full step is taken where the function falls deeper by it; it is one in :math:`p^{-1/\alpha}` for the
+    entries that their right side rules.
     """
     least = sizes * _LEAST
     for step in range(most):
@@ -94,14 +97,20 @@ def _descended(matrix: Tensor, offset: Tensor, sizes: Tensor, alpha: float, q: T
         slope = matrix @ q - offset - right
         if step and step % _BETWEEN == 0:
             rounding = torch.finfo(q.dtype).eps * (matrix.abs() @ q + right)
-            if bool((slope.abs() <= 4 * rounding).all()):
+            if bool((slope.abs() <= 16 * rounding).all()):
                 break
         bend = (p ** (-1 / alpha - 1) / alpha).clamp(max=_VAST)
         # The Hessian H + diag(bend), scaled: no entry is large because a p is small.
         scale = (1 + bend).rsqrt()
         factor = torch.linalg.cholesky_ex(matrix * scale[:, None] * scale + torch.diag(bend * scale**2))[0]
-        change = torch.cholesky_solve((slope * scale)[:, None], factor)[:, 0] * scale / q
-        loss = change.amax().clamp(min=_LEAST)
-        part = (-torch.expm1(-alpha * torch.log1p(loss / alpha)) / loss).clamp(max=1)
-        q = torch.maximum(q * (1 - part * change), least)
+        loss = torch.cholesky_solve((slope * scale)[:, None], factor)[:, 0] * scale / q
+        largest = loss.amax().clamp(min=_LEAST)
+        part = (-torch.expm1(-alpha * torch.log1p(largest / alpha)) / largest).clamp(max=1)
+        full = torch.where(bend > 1, (1 + loss / alpha).clamp(min=_PART) ** -alpha, (1 - loss).clamp(min=_PART))
+        sure, full = torch.maximum(q * torch.stack([1 - part * loss, full]), least)
+        # The difference of the two values, of small parts each: values themselves would hide it by their rounding.
+        power, low, high = 1 - 1 / alpha, (sure / sizes).log(), (full / sizes).log()
+        gain = (power * low).exp() * torch.expm1(power * (high - low)) / power if power else high - low
+        deeper = ((full - sure) * (matrix @ (full + sure) / 2 - offset) - gain * sizes**2).sum() < 0
+        q = torch.where(deeper, full, sure)
     return q

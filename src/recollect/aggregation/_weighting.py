@@ -78,7 +78,7 @@ def checked_weights(weights: Tensor, count: int, giver: str) -> Tensor:
 def fitted(weights: Tensor, like: Tensor) -> Tensor:
     """Return weights in the type and on the device of another tensor, all of them shrunk if one would overflow."""
     most = torch.finfo(like.dtype).max
-    if torch.promote_types(weights.dtype, like.dtype) == like.dtype:
+    if weights.is_floating_point() and torch.promote_types(weights.dtype, like.dtype) == like.dtype:
         return weights.to(like)
     exact = weights.double()
     largest = exact.abs().amax()
