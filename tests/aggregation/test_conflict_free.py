@@ -61,4 +61,14 @@ def test_preferences_have_no_size():
 @pytest.mark.parametrize("case", ["all zero", "opposite", "one objective, zero"])
 def test_without_a_direction_there_is_no_update(case):
     assert not ConFIGWeighting()(gram(DEGENERATE[case])).any()
+
+
+@pytest.mark.parametrize("m", [3, 5, 8])
+def test_gradients_that_cancel_leave_no_direction(m):
+    angles = 2 * torch.pi * torch.arange(m).double() / m
+    jacobian = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.linspace(1, 9, m).double()[:, None]
+    assert not ConFIGWeighting()(gram(jacobian)).any()
+
+
+def test_no_preference_is_no_update():
     assert not ConFIGWeighting(torch.zeros(3))(gram(normal(3, 3))).any()

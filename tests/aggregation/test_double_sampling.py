@@ -78,6 +78,13 @@ def test_cross_gramians_may_be_of_any_sign(weighting, matrix):
     assert float(weights.sum()) == pytest.approx(1)
 
 
+def test_a_diagonal_beside_which_all_is_vast():
+    matrix = torch.tensor([[1e-300, 1e300, -1e300]] * 3, dtype=torch.float64)
+    weights = SDMGradWeighting()(matrix)
+    assert (weights >= 0).all()
+    assert float(weights.sum()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("weighting", [MoDoWeighting(), SDMGradWeighting(), Flattening(MoDoWeighting())])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_what_is_not_finite_is_named(weighting, batch):

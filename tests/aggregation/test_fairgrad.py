@@ -3,7 +3,7 @@
 import pytest
 import torch
 from weight_asserts import counting
-from weight_inputs import DEGENERATE, camps, common, gram, lengths_apart, normal, square, wide
+from weight_inputs import DEGENERATE, camps, common, gram, lengths_apart, nearly_singular, normal, square, wide
 
 from recollect.aggregation import FairGradWeighting, MGDAWeighting, NashMTLWeighting, _fairgrad
 
@@ -60,16 +60,27 @@ def test_zero_gradients_get_nothing(case):
     assert ((weights > 0) == (jacobian.norm(dim=1) > 0)).all()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("factor", [1e-4, 1e-2, 1e2, 1e4])
-def test_it_converges_from_anywhere(alpha, factor):
-    cosines = torch.nn.functional.normalize(camps(9))
-    cosines, sizes = gram(cosines), torch.logspace(-2, 0, 9).double()
+@pytest.mark.parametrize("alpha", [*ALPHAS, 50.0])
+@pytest.mark.parametrize("factor", [1e-8, 1e-2, 1e2, 1e8])
+@pytest.mark.parametrize("kind", [camps, nearly_singular])
+def test_it_converges_from_anywhere(alpha, factor, kind):
+    cosines = gram(torch.nn.functional.normalize(kind(9))) + 1e-8 * torch.eye(9).double()
+    sizes = torch.logspace(-2, 0, 9).double()
     start = sizes * factor ** normal(9).sign()
     found, expected = (
         _fairgrad._descended(cosines, torch.zeros(9).double(), sizes, alpha, q, 1000) for q in (start, sizes)
     )
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_norm_of_the_combination_is_of_the_nearest_gramian(dtype):
+    cosines = gram(torch.nn.functional.normalize(normal(8, 2))).to(dtype).double()
+    q, length = _fairgrad.fair_shares(cosines, torch.ones(8).double(), 1.0)
+    values, vectors = torch.linalg.eigh(cosines)
+    assert (values < -1e-5).any() == (dtype == torch.float16)  # rounding has made it indefinite
+    expected = (values.clamp(min=0).sqrt() * (vectors.T @ q)).norm()
+    assert float(length) == pytest.approx(float(expected), rel=1e-6, abs=2e-3)  # of shares of about 1e4
 
 
 def test_steps_are_few_and_wait_seldom():

@@ -55,6 +55,11 @@ def test_without_gradients_residuals_are_damped():
     assert weights.tolist() == [0.25, 0.5, -1.0]
 
 
+def test_a_damping_beside_which_gradients_vanish():
+    weights = GaussNewtonWeighting(1.0)(torch.eye(2).double() * 1e-310, torch.tensor([1.0, -2.0]))
+    assert weights.tolist() == [1.0, -2.0]
+
+
 def test_momentum_is_that_of_sgd():
     """SPRING: φ ← μ φ + Jᵀ (J Jᵀ + λ)⁻¹ (r - μ J φ), and SGD's momentum buffer is φ."""
     jacobians, offset, mu, damping = [normal(4, 6, seed=seed) for seed in range(5)], normal(4, seed=9), 0.8, 0.1

@@ -13,7 +13,7 @@ from recollect.aggregation._weighting import PreferenceWeighting, StatefulWeight
 
 __all__ = ["MoDoWeighting", "SDMGradWeighting"]
 
-_VAST = 1e200  # beyond this, all that a step can do is to put all weight on one objective
+_VAST = 1e200  # of numbers no larger than this, sums of products are finite
 
 
 class _CrossWeighting(StatefulWeighting):
@@ -141,10 +141,9 @@ class SDMGradWeighting(_CrossWeighting, PreferenceWeighting, settings=_SETTINGS)
 
 def _stepped(weights: Tensor, slope: Tensor, rate: float) -> Tensor:
     """Return the weights after a step against the slope, projected onto those that are not negative and sum to one."""
-    # What is added to all entries alike changes no projection: the steepest way stays finite, the others may end.
-    moved = weights - ((slope - slope.amin()) * rate).clamp(max=_VAST)
-    # An entry that is one below the largest gets nothing, however far below.
-    moved = (moved - moved.amax()).clamp(min=-1)
+    # What is added to all entries alike changes no projection: none is large, however long the step.
+    moved = weights - (slope - slope.amin()) * rate
+    moved = moved - moved.amax()
     ordered = moved.sort(descending=True).values
     counts = torch.arange(1, len(moved) + 1, dtype=moved.dtype, device=moved.device)
     levels = (ordered.cumsum(0) - 1) / counts

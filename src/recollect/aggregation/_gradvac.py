@@ -60,7 +60,7 @@ class GradVacWeighting(StatefulWeighting, settings={"beta": UNIT, "eps": POSITIV
             target = targets[rows, others]
             both = there & there[others]
             sine, wanted = (1 - cosine**2).sqrt(), (1 - target**2).clamp(min=0).sqrt().clamp(min=self.eps)
-            steps = torch.where(both & (cosine < target), length * (target * sine / wanted - cosine), 0.0)
+            steps = torch.where(cosine < target, length * (target * sine / wanted - cosine), 0.0)
             shares[rows, others] += steps
             products += steps[:, None] * cosines[others]
             targets[rows, others] = torch.where(both, target + self.beta * (cosine - target), target)
