@@ -40,10 +40,12 @@ def test_duplicates_are_each_others_closest_company():
     assert weights.argmax() in (2, 5)
 
 
-@pytest.mark.parametrize("settings", [(-1, 1), (1, 0)])
-def test_settings_that_are_none(settings):
-    with pytest.raises(ValueError, match="at least 0 and n_selected at least 1"):
+@pytest.mark.parametrize(("settings", "message"), [((-1, 1), "n_byzantine must be at least 0"), ((1, 0), "n_selected")])
+def test_settings_that_are_none(settings, message):
+    with pytest.raises(ValueError, match=message):
         KrumWeighting(*settings)
+    with pytest.raises(TypeError, match=r"n_byzantine must be a whole number \(got 1.5\)"):
+        KrumWeighting(1.5)
 
 
 @pytest.mark.parametrize(("settings", "least"), [((2, 1), 5), ((0, 5), 5)])

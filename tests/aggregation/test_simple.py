@@ -19,9 +19,12 @@ def test_constant_weights_take_the_gramians_type():
     assert weights.dtype == torch.float64
 
 
-@pytest.mark.parametrize("weights", [torch.ones(2, 2), torch.tensor([1.0, math.nan])])
-def test_constant_weights_that_are_none(weights):
-    with pytest.raises(ValueError, match="finite, one for each objective"):
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [(torch.ones(2, 2), r"one number for each objective, \[m\]"), (torch.tensor([1.0, math.nan]), "must be finite")],
+)
+def test_constant_weights_that_are_none(weights, message):
+    with pytest.raises(ValueError, match=message):
         ConstantWeighting(weights)
 
 

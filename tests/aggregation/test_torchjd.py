@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from weight_inputs import KINDS, camps, common, gram, normal, square, tall, wide
+from weight_inputs import KINDS, camps, centred, common, gram, lengths_apart, normal, square, tall, wide
 
 import recollect.aggregation as ours
 
@@ -90,6 +90,59 @@ def test_nash_mtl(max_norm):
         warnings.simplefilter("ignore")
         expected = theirs.NashMTL(n_tasks=5, max_norm=max_norm)(jacobian)
     assert_same(ours.NashMTLWeighting(max_norm)(gram(jacobian)) @ jacobian, expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", FULL_RANK)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
+def test_fairgrad(kind, alpha):
+    assert_same(*both("FairGradWeighting", kind, 6, alpha), 1e-4)  # theirs ends its search early
+
+
+@pytest.mark.parametrize("kind", [wide, square, common, camps, centred])
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_gradvac_call_after_call(kind, beta):
+    found, expected = ours.GradVacWeighting(beta), theirs.GradVacWeighting(beta)
+    for seed in range(5):
+        gramian = gram(kind(7, seed=seed))
+        torch.manual_seed(seed)
+        weights = found(gramian)
+        torch.manual_seed(seed)
+        assert_same(weights, expected(gramian), 1e-6)
+
+
+def cross_gramians(m):
+    return [normal(m, 9, seed=seed) @ normal(m, 9, seed=seed + 50).T + 3 * torch.eye(m) for seed in range(5)]
+
+
+@pytest.mark.parametrize("settings", [(), (0.01, 0.0), (1.0, 3.0)])
+def test_modo_call_after_call(settings):
+    found, expected = ours.MoDoWeighting(*settings), theirs.MoDoWeighting(*settings)
+    for matrix in cross_gramians(6):
+        assert_same(found(matrix), expected(matrix), 1e-12)
+
+
+@pytest.mark.parametrize("settings", [(), (0.1, 0.9, 7, 2.0), (1.0, 0.0, 3, 0.5, torch.linspace(0, 1, 6).double())])
+def test_sdmgrad_call_after_call(settings):
+    found, expected = ours.SDMGradWeighting(*settings), theirs.SDMGradWeighting(*settings)
+    for matrix in cross_gramians(6):
+        assert_same(found(matrix), expected(matrix), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [*FULL_RANK, lengths_apart])
+@pytest.mark.parametrize("preference", [None, torch.linspace(0.5, 2, 9).double()])
+def test_config(kind, preference):
+    jacobian = kind(9)
+    found = ours.ConFIGWeighting(preference)(gram(jacobian)) @ jacobian
+    assert_same(found, theirs.ConFIG(preference)(jacobian), 1e-12)
+
+
+@pytest.mark.parametrize("initial", [None, torch.linspace(0, 1, 6).double()])
+def test_cr_mogm_call_after_call(initial):
+    found = ours.CRMOGMWeighting(ours.UPGradWeighting(), 0.7, initial)
+    expected = theirs.CRMOGMWeighting(theirs.UPGradWeighting(), 0.7, initial)
+    for seed in range(5):
+        gramian = gram(square(6, seed=seed))
+        assert_same(found(gramian), expected(gramian), 1e-9)
 
 
 @pytest.mark.parametrize("name", ["UPGradWeighting", "MGDAWeighting", "IMTLGWeighting"])

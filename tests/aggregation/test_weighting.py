@@ -11,12 +11,20 @@ from weight_asserts import assert_permutes, assert_scale_free
 from weight_inputs import DEGENERATE, gram, normal, square, tall, weightings, wide
 
 import recollect.aggregation
-from recollect.aggregation import ConstantWeighting, Flattening, MeanWeighting, UPGradWeighting, Weighting, conflict
+from recollect.aggregation import (
+    ConstantWeighting,
+    Flattening,
+    MeanWeighting,
+    StatefulWeighting,
+    UPGradWeighting,
+    Weighting,
+    conflict,
+)
 
 NAMES = list(weightings(1))
-RANDOM = {"PCGrad", "random"}
+RANDOM = {"PCGrad", "GradVac", "random"}
 ORDERED = {"UPGrad, preference", "constant"}  # other weights for other places, by intent
-UNITS = {"Nash-MTL"}  # its update has norm 1 at most: weights go with the inverse of the gradients' norms
+UNITS = {"Nash-MTL", "FairGrad", "FairGrad, large alpha", "MoDo"}  # weights have a unit, or steps do
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,13 +77,13 @@ def test_degenerate_gramians_of_low_precision_give_finite_weights(name, case, dt
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM | ORDERED])
 @pytest.mark.parametrize("kind", [wide, square, tall])
 def test_the_order_of_objectives_does_not_matter(name, kind):
-    assert_permutes(weightings(7)[name], kind(7), tolerance=1e-6)
+    assert_permutes(lambda gramian: weightings(7)[name](gramian), kind(7), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM | UNITS])
 @pytest.mark.parametrize("kind", [wide, square, tall])
 def test_the_unit_of_gradients_does_not_matter(name, kind):
-    assert_scale_free(weightings(7)[name], kind(7))
+    assert_scale_free(lambda gramian: weightings(7)[name](gramian), kind(7))
 
 
 @pytest.mark.parametrize("name", sorted(RANDOM))
@@ -101,9 +109,10 @@ def test_weightings_are_copied_and_pickled(name):
     if name in RANDOM:
         pytest.skip("generators are neither copied nor pickled by torch")
     gramian, weighting = gram(square(4)), weightings(4)[name]
-    for twin in (copy.deepcopy(weighting), pickle.loads(pickle.dumps(weighting))):
-        assert twin(gramian).equal(weighting(gramian))
-    assert not weighting.state_dict()
+    twins = [copy.deepcopy(weighting), pickle.loads(pickle.dumps(weighting))]
+    expected = weighting(gramian)
+    assert all(twin(gramian).equal(expected) for twin in twins)
+    assert bool(weighting.state_dict()) == isinstance(weighting, StatefulWeighting)
 
 
 def test_hooks_see_the_weights():
@@ -170,11 +179,25 @@ def test_settings_that_are_no_tensors(weighting):
         weighting([1.0, 2.0])
 
 
-def test_the_name_of_an_aggregator_leads_to_its_weighting():
-    with pytest.raises(AttributeError, match=r"no attribute 'UPGrad'; .* of UPGradWeighting$"):
-        recollect.aggregation.UPGrad  # noqa: B018
-    with pytest.raises(AttributeError, match=r"no attribute 'Other'$"):
-        recollect.aggregation.Other  # noqa: B018
+BASES = {"Weighting", "ResidualWeighting", "StatefulWeighting"}
+METHODS = [name for name in recollect.aggregation.__all__ if name.endswith("Weighting") and name not in BASES]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_short_name(name):
+    short = name.removesuffix("Weighting")
+    assert getattr(recollect.aggregation, short) is getattr(recollect.aggregation, name)
+    assert short in recollect.aggregation.__all__
+
+
+def test_a_jacobian_is_told_from_its_gramian():
+    with pytest.raises(ValueError, match=r"found \[2, 3\]. Of a Jacobian J give J @ J.T"):
+        recollect.aggregation.UPGrad()(torch.ones(2, 3))
+
+
+def test_all_methods_are_in_these_tests():
+    tested = {type(weighting) for weighting in weightings(3).values()} | {recollect.aggregation.GaussNewton}
+    assert {getattr(recollect.aggregation, name) for name in METHODS} == tested
 
 
 def test_settings_are_shown():

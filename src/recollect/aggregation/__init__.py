@@ -7,10 +7,15 @@ callable from ``[m, m]`` to ``[m]``, and every :class:`Weighting` takes a Gramia
 
 What an update may cost is where methods differ. :class:`UPGradWeighting` and :class:`DualProjWeighting` project onto
 the cone of directions in which no objective gets worse; :class:`MGDAWeighting` and :class:`CAGradWeighting` look for
-the worst-off objective; :class:`PCGradWeighting` lets gradients give way one by one; :class:`IMTLGWeighting`,
-:class:`AlignedMTLWeighting` and :class:`NashMTLWeighting` balance them; :class:`KrumWeighting` distrusts them; the
-mean, the sum, constant and random weights do not look at them. Quadratic programs are solved in torch, all rows of one
-matrix together, on the Gramian's device and to rounding, and how well is checked at each call.
+the worst-off objective; :class:`PCGradWeighting` and :class:`GradVacWeighting` let gradients give way one by one;
+:class:`IMTLGWeighting`, :class:`ConFIGWeighting`, :class:`AlignedMTLWeighting`, :class:`NashMTLWeighting` and
+:class:`FairGradWeighting` balance them; :class:`KrumWeighting` distrusts them; the mean, the sum, constant and random
+weights do not look at them. :class:`MoDoWeighting` and :class:`SDMGradWeighting` take products of two independent
+batches' gradients, :class:`CRMOGMWeighting` smooths the weights of any method, and :class:`GaussNewtonWeighting` takes
+the objectives as residuals. Every method has a short name too: ``UPGrad`` is ``UPGradWeighting``.
+
+Quadratic programs are solved in torch, all rows of one matrix together, on the Gramian's device and to rounding, and
+how well is checked at each call.
 
 No method asks for gradients of a certain size: numbers are made relative first, from zero to as far apart as their type
 reaches. A Gramian that is none, or that is not finite, is refused; the error names the objectives.
@@ -19,13 +24,17 @@ reaches. A Gramian that is none, or that is not finite, is refused; the error na
 each other and the update.
 """
 
-from typing import TYPE_CHECKING, NoReturn
-
 from recollect.aggregation._aligned_mtl import AlignedMTLWeighting
 from recollect.aggregation._cagrad import CAGradWeighting
 from recollect.aggregation._conflict import Conflict, conflict
+from recollect.aggregation._conflict_free import ConFIGWeighting
+from recollect.aggregation._cr_mogm import CRMOGMWeighting
+from recollect.aggregation._double_sampling import MoDoWeighting, SDMGradWeighting
 from recollect.aggregation._dualproj import DualProjWeighting
+from recollect.aggregation._fairgrad import FairGradWeighting
 from recollect.aggregation._flattening import Flattening
+from recollect.aggregation._gauss_newton import GaussNewtonWeighting, ResidualWeighting
+from recollect.aggregation._gradvac import GradVacWeighting
 from recollect.aggregation._imtlg import IMTLGWeighting
 from recollect.aggregation._krum import KrumWeighting
 from recollect.aggregation._mgda import MGDAWeighting
@@ -33,32 +42,74 @@ from recollect.aggregation._nash_mtl import NashMTLWeighting
 from recollect.aggregation._pcgrad import PCGradWeighting
 from recollect.aggregation._simple import ConstantWeighting, MeanWeighting, RandomWeighting, SumWeighting
 from recollect.aggregation._upgrad import UPGradWeighting
-from recollect.aggregation._weighting import Weighting
+from recollect.aggregation._weighting import StatefulWeighting, Weighting
+
+AlignedMTL = AlignedMTLWeighting
+CAGrad = CAGradWeighting
+CRMOGM = CRMOGMWeighting
+ConFIG = ConFIGWeighting
+Constant = ConstantWeighting
+DualProj = DualProjWeighting
+FairGrad = FairGradWeighting
+GaussNewton = GaussNewtonWeighting
+GradVac = GradVacWeighting
+IMTLG = IMTLGWeighting
+Krum = KrumWeighting
+MGDA = MGDAWeighting
+Mean = MeanWeighting
+MoDo = MoDoWeighting
+NashMTL = NashMTLWeighting
+PCGrad = PCGradWeighting
+Random = RandomWeighting
+SDMGrad = SDMGradWeighting
+Sum = SumWeighting
+UPGrad = UPGradWeighting
 
 __all__ = [
+    "CRMOGM",
+    "IMTLG",
+    "MGDA",
+    "AlignedMTL",
     "AlignedMTLWeighting",
+    "CAGrad",
     "CAGradWeighting",
+    "CRMOGMWeighting",
+    "ConFIG",
+    "ConFIGWeighting",
     "Conflict",
+    "Constant",
     "ConstantWeighting",
+    "DualProj",
     "DualProjWeighting",
+    "FairGrad",
+    "FairGradWeighting",
     "Flattening",
+    "GaussNewton",
+    "GaussNewtonWeighting",
+    "GradVac",
+    "GradVacWeighting",
     "IMTLGWeighting",
+    "Krum",
     "KrumWeighting",
     "MGDAWeighting",
+    "Mean",
     "MeanWeighting",
+    "MoDo",
+    "MoDoWeighting",
+    "NashMTL",
     "NashMTLWeighting",
+    "PCGrad",
     "PCGradWeighting",
+    "Random",
     "RandomWeighting",
+    "ResidualWeighting",
+    "SDMGrad",
+    "SDMGradWeighting",
+    "StatefulWeighting",
+    "Sum",
     "SumWeighting",
+    "UPGrad",
     "UPGradWeighting",
     "Weighting",
     "conflict",
 ]
-
-if not TYPE_CHECKING:  # to a type checker, the module would have every name
-
-    def __getattr__(name: str) -> NoReturn:
-        """Say which weighting belongs to the name of an aggregator, such as UPGrad."""
-        weighting = f"{name}Weighting"
-        hint = f"; the weights of this method are those of {weighting}" if weighting in __all__ else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import normalized
+from recollect.aggregation._settings import Choice
 from recollect.aggregation._weighting import PreferenceWeighting
 
 __all__ = ["AlignedMTLWeighting"]
@@ -15,7 +16,7 @@ __all__ = ["AlignedMTLWeighting"]
 ScaleMode = Literal["min", "median", "rmse"]
 
 
-class AlignedMTLWeighting(PreferenceWeighting):
+class AlignedMTLWeighting(PreferenceWeighting, settings={"scale_mode": Choice(get_args(ScaleMode))}):
     r"""Give all principal components of the gradients one size, and combine what comes out by preference.
 
     Algorithm 1 of "Independent Component Alignment for Multi-Task Learning" (Senushkin et al. 2023, arXiv 2305.19000):
@@ -34,8 +35,6 @@ class AlignedMTLWeighting(PreferenceWeighting):
 
     def __init__(self, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min") -> None:
         super().__init__(pref_vector)
-        if scale_mode not in get_args(ScaleMode):
-            raise ValueError(f"scale_mode must be one of {', '.join(get_args(ScaleMode))} (got {scale_mode!r})")
         self.scale_mode = scale_mode
 
     def weigh(self, gramian: Tensor) -> Tensor:

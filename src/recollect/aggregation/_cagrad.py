@@ -7,6 +7,7 @@ from torch import Tensor
 
 from recollect.aggregation._complementarity import solve
 from recollect.aggregation._dual_cone import equilibrated
+from recollect.aggregation._settings import NOT_NEGATIVE
 from recollect.aggregation._subsets import solve_on
 from recollect.aggregation._weighting import Weighting
 
@@ -17,7 +18,7 @@ _ACCURACY = 1e-12
 _EVALUATIONS = 100
 
 
-class CAGradWeighting(Weighting):
+class CAGradWeighting(Weighting, settings={"c": NOT_NEGATIVE, "norm_eps": NOT_NEGATIVE}):
     r"""Maximise the smallest :math:`\langle g_i, d \rangle` over all d within :math:`c \|g_0\|` of the average g₀.
 
     Algorithm 1 of "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al. 2021, arXiv 2110.14048).
@@ -31,13 +32,11 @@ class CAGradWeighting(Weighting):
             Frobenius norm as one, the point counts as Pareto-stationary, and the weights are zero.
 
     Raises:
-        ValueError: ``c`` or ``norm_eps`` is negative.
+        ValueError: ``c`` or ``norm_eps`` is negative or not finite.
     """
 
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:
         super().__init__()
-        if not (c >= 0 and norm_eps >= 0):
-            raise ValueError(f"c and norm_eps must not be negative (got {c} and {norm_eps})")
         self.c = c
         self.norm_eps = norm_eps
 

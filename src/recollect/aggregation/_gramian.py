@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensor", "checked", "correlations", "flattened", "normalized", "regularized"]
+__all__ = ["check_tensor", "checked", "checked_cross", "correlations", "flattened", "normalized", "regularized"]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
 
@@ -30,24 +31,53 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         ValueError: it is not square, empty, of another type than floating point, not finite, not symmetric, or its
             diagonal, which holds squared norms, has a negative entry.
     """
+    _check_form(gramian)
+    exact = gramian.double()
+    norms = exact.diagonal().sqrt()
+    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms, or beside themselves where a norm's
+    # square is too small for the type, or by some of the type's least numbers. What is not finite, and the root of what
+    # is negative, fails this too.
+    sizes = torch.maximum(norms[:, None] * norms, exact.abs())
+    info = torch.finfo(gramian.dtype)
+    alike = (exact - exact.T).abs() <= max(1e-3, 16 * info.eps) * sizes + 16 * info.tiny * info.eps
+    if not bool(alike.all()):
+        _refuse(exact, ~alike, shape or [gramian.shape[0]])
+    return (exact / 2 + exact.T / 2).to(gramian)  # halves first: a sum of two may be beyond the range
+
+
+def checked_cross(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a cross-Gramian J₁ J₂ᵀ of two batches in float64, or raise a ValueError that says what is wrong with it.
+
+    Beside rounding errors, sampling tells [i, j] from [j, i], and the diagonal may be negative.
+
+    Args:
+        gramian: ``[m, m]``, rows for the first batch.
+        shape: how the m objectives are laid out, for the names in errors; by default they are counted.
+
+    Raises:
+        ValueError: it is not square, empty, of another type than floating point, or not finite.
+    """
+    _check_form(gramian)
+    exact = gramian.double()
+    infinite = ~exact.isfinite()
+    if bool(infinite.any()):
+        # A gradient of the first batch spoils its row, one of the second its column.
+        whole = infinite.all(0) | infinite.all(1)
+        rows = whole if bool(whole.any()) else infinite.any(0) | infinite.any(1)
+        _refuse_infinite(rows, shape or [gramian.shape[0]])
+    return exact
+
+
+def _check_form(gramian: Tensor) -> None:
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         raise ValueError(
-            f"a Gramian is a square matrix, [m, m]; found {list(gramian.shape)}. Wrap the weighting in Flattening for "
-            "losses of another shape than [m]"
+            f"a Gramian is a square matrix, [m, m]; found {list(gramian.shape)}. Of a Jacobian J give J @ J.T; wrap "
+            "the weighting in Flattening for losses of another shape than [m]"
         )
     if not gramian.is_floating_point():
         raise ValueError(f"a Gramian is of floating-point numbers; found {gramian.dtype}: give gramian.to(torch.float)")
     if gramian.shape[0] == 0:
         raise ValueError("the Gramian is empty, [0, 0]: there must be at least one objective")
-    exact = gramian.double()
-    norms = exact.diagonal().sqrt()
-    # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms, or beside themselves where a norm's
-    # square is too small for the type. What is not finite, and the root of what is negative, fails this too.
-    sizes = torch.maximum(norms[:, None] * norms, exact.abs())
-    alike = (exact - exact.T).abs() <= max(1e-3, 16 * torch.finfo(gramian.dtype).eps) * sizes
-    if not bool(alike.all()):
-        _refuse(exact, ~alike, shape or [gramian.shape[0]])
-    return (gramian + gramian.T) / 2
 
 
 def _refuse(gramian: Tensor, crooked: Tensor, shape: Sequence[int]) -> None:
@@ -55,16 +85,20 @@ def _refuse(gramian: Tensor, crooked: Tensor, shape: Sequence[int]) -> None:
     if bool(infinite.any()):
         # A gradient that is not finite spoils its row and its column; its square on the diagonal tells which it is.
         rows = infinite.diagonal() if bool(infinite.diagonal().any()) else infinite.any(1)
-        raise ValueError(
-            f"the Gramian is not finite: look at the losses and gradients of {_names(rows, shape)} "
-            "(NaN or infinity; a float32 Gramian overflows where a gradient's norm exceeds 1e19)"
-        )
+        _refuse_infinite(rows, shape)
     if bool(negative.any()):
         raise ValueError(f"the diagonal of a Gramian holds squared norms; it is negative at {_names(negative, shape)}")
     i, j = divmod(int(crooked.flatten().double().argmax()), len(crooked))
     raise ValueError(
         f"a Gramian is symmetric; found {gramian[i, j].item():g} at [{i}, {j}] and {gramian[j, i].item():g} at "
         f"[{j}, {i}]. Give J Jᵀ, not the Jacobian J"
+    )
+
+
+def _refuse_infinite(rows: Tensor, shape: Sequence[int]) -> NoReturn:
+    raise ValueError(
+        f"the Gramian is not finite: look at the losses and gradients of {_names(rows, shape)} "
+        "(NaN or infinity; a float32 Gramian overflows where a gradient's norm exceeds 1e19)"
     )
 
 

@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import normalized
+from recollect.aggregation._settings import Number
 from recollect.aggregation._weighting import Weighting
 
 __all__ = ["KrumWeighting"]
 
 
-class KrumWeighting(Weighting):
+_SETTINGS = {
+    "n_byzantine": Number(lambda n: n >= 0, "be at least 0", whole=True),
+    "n_selected": Number(lambda n: n >= 1, "be at least 1", whole=True),
+}
+
+
+class KrumWeighting(Weighting, settings=_SETTINGS):
     r"""Average the gradients that are closest to their nearest neighbours; the others may be anything.
 
     (Multi-)Krum, section 4 of "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent" (Blanchard et
@@ -23,16 +30,13 @@ class KrumWeighting(Weighting):
         n_selected: how many are averaged.
 
     Raises:
+        TypeError: a number that is not whole.
         ValueError: a negative ``n_byzantine``, an ``n_selected`` below one; at the call, fewer objectives than
             ``n_byzantine + 3`` or than ``n_selected``.
     """
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         super().__init__()
-        if n_byzantine < 0 or n_selected < 1:
-            raise ValueError(
-                f"n_byzantine must be at least 0 and n_selected at least 1 (got {n_byzantine} and {n_selected})"
-            )
         self.n_byzantine = n_byzantine
         self.n_selected = n_selected
 

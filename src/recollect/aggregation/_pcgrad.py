@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import normalized
+from recollect.aggregation._settings import generator as a_generator
 from recollect.aggregation._weighting import Weighting
 
-__all__ = ["PCGradWeighting"]
+__all__ = ["PCGradWeighting", "random_orders"]
 
 
-class PCGradWeighting(Weighting):
+class PCGradWeighting(Weighting, settings={"generator": a_generator}):
     """Project each gradient onto the normal plane of every other that it conflicts with, one after the other; sum.
 
     Algorithm 1 of "Gradient Surgery for Multi-Task Learning" (Yu et al. 2020, arXiv 2001.06782). The others come in a
@@ -19,6 +20,9 @@ class PCGradWeighting(Weighting):
 
     Args:
         generator: where the orders come from, and the device on which they are drawn; None: torch's own, on the CPU.
+
+    Raises:
+        TypeError: ``generator`` is none.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -29,9 +33,7 @@ class PCGradWeighting(Weighting):
         """Return the weights ``[m]``."""
         matrix = normalized(gramian)
         count = len(matrix)
-        device = "cpu" if self.generator is None else self.generator.device
-        draws = [torch.randperm(count, generator=self.generator, device=device) for _ in range(count)]
-        orders = torch.stack(draws, dim=1).to(matrix.device)
+        orders = random_orders(count, self.generator).to(matrix.device)
         rows = torch.arange(count, device=matrix.device)
         squares = matrix.diagonal()
         weights = torch.eye(count, dtype=matrix.dtype, device=matrix.device)
@@ -43,3 +45,15 @@ class PCGradWeighting(Weighting):
             weights[rows, others] += steps
             products += steps[:, None] * matrix[others]
         return weights.sum(0)
+
+
+def random_orders(count: int, generator: torch.Generator | None, *, without_self: bool = False) -> Tensor:
+    """Draw an order of all objectives, or of all others, for each of them.
+
+    Returns:
+        ``[count, count]``, or ``[count - 1, count]``; a column for each objective, on the generator's device.
+    """
+    device = "cpu" if generator is None else generator.device
+    length = count - without_self
+    orders = torch.stack([torch.randperm(length, generator=generator, device=device) for _ in range(count)], dim=1)
+    return orders + (orders >= torch.arange(count, device=device)) if without_self else orders

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recollect.aggregation._gramian import check_tensor
+from recollect.aggregation._settings import Vector
+from recollect.aggregation._settings import generator as a_generator
 from recollect.aggregation._weighting import Weighting
 
 __all__ = ["ConstantWeighting", "MeanWeighting", "RandomWeighting", "SumWeighting"]
@@ -27,7 +28,7 @@ class SumWeighting(Weighting):
         return torch.ones_like(gramian[0])
 
 
-class ConstantWeighting(Weighting):
+class ConstantWeighting(Weighting, settings={"weights": Vector(negative=True, optional=False)}):
     """Weights that were chosen beforehand (scalarisation).
 
     Args:
@@ -42,10 +43,8 @@ class ConstantWeighting(Weighting):
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
-        check_tensor("weights", weights)
-        if weights.ndim != 1 or not bool(weights.isfinite().all()):
-            raise ValueError(f"weights must be finite, one for each objective, [m]; found {weights.tolist()}")
-        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("weights", None, persistent=False)
+        self.weights = weights
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
@@ -54,7 +53,7 @@ class ConstantWeighting(Weighting):
         return self.weights
 
 
-class RandomWeighting(Weighting):
+class RandomWeighting(Weighting, settings={"generator": a_generator}):
     """Other positive weights at each call, which sum to one: the softmax of normal numbers.
 
     Random gradient weighting, algorithm 2 of "Reasonable Effectiveness of Random Weighting" (Lin et al. 2022, arXiv
@@ -62,6 +61,9 @@ class RandomWeighting(Weighting):
 
     Args:
         generator: where the numbers come from, and the device on which they are drawn; None: torch's own.
+
+    Raises:
+        TypeError: ``generator`` is none.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -71,4 +73,5 @@ class RandomWeighting(Weighting):
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
         device = gramian.device if self.generator is None else self.generator.device
-        return torch.randn(len(gramian), generator=self.generator, device=device, dtype=gramian.dtype).softmax(0)
+        dtype = torch.promote_types(gramian.dtype, torch.float32)
+        return torch.randn(len(gramian), generator=self.generator, device=device, dtype=dtype).softmax(0)

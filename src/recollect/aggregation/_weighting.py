@@ -1,25 +1,26 @@
-"""The base of all weightings."""
+"""The bases of weightings: of all, of those with preferences, and of those with a memory."""
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect.aggregation._gramian import check_tensor, checked
+from recollect.aggregation._settings import Configurable, Vector
 
-__all__ = ["PreferenceWeighting", "Weighting", "checked_weights"]
+__all__ = ["PreferenceWeighting", "StatefulWeighting", "Weighting", "checked_weights", "fitted"]
 
 
-class Weighting(nn.Module, ABC):
+class Weighting(Configurable, ABC):
     """A callable from the Gramian of m gradients to m weights.
 
     The update is then Jᵀ w for weights w, that is the gradient of ``losses @ w``. To write a method of your own,
     extend this class and define :meth:`weigh`. As with any module, ``register_forward_hook`` tells what a weighting
-    returns in the midst of training.
+    returns in the midst of training. Settings can be assigned anew, and are checked then as in the constructor.
 
     No gradients flow through the weights.
     """
@@ -28,18 +29,12 @@ class Weighting(nn.Module, ABC):
 
         def __call__(self, gramian: Tensor) -> Tensor: ...
 
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse what the method has no setting of this name for, and list those that it has."""
-        _, *known = inspect.signature(cls.__init__).parameters.values() if settings else (None,)
-        names = [parameter.name for parameter in known]
-        wrong = [name for name in settings if name not in names]
-        if wrong and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known):
-            raise TypeError(f"{cls.__name__} has no setting {wrong[0]!r}; those that it has: {', '.join(names)}")
-        return super().__new__(cls)
-
     @torch.no_grad()
     def forward(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``, in the Gramian's type and on its device.
+
+        All methods here compute in float64, whatever the type. Where a weight is beyond the range of the Gramian's
+        type (a float16 ends at 65504), all weights are divided by one number: the update keeps its direction.
 
         Args:
             gramian: J Jᵀ ``[m, m]``: symmetric, positive semi-definite up to rounding.
@@ -49,19 +44,24 @@ class Weighting(nn.Module, ABC):
             ValueError: it is no Gramian (not square, empty, not symmetric, a negative diagonal) or not finite; the
                 error names the objectives at fault. Or :meth:`weigh` returns another shape than [m].
         """
-        check_tensor("the Gramian", gramian)
+        matrix = self.check_gramian(gramian)
         with torch.autocast(gramian.device.type, enabled=False):
-            weights = self.weigh(checked(gramian))
-        return checked_weights(weights, len(gramian), f"{type(self).__name__}.weigh").to(gramian)
+            weights = self.weigh(matrix)
+        return fitted(checked_weights(weights, len(matrix), f"{type(self).__name__}.weigh"), gramian)
+
+    def check_gramian(self, gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Return the matrix as :meth:`weigh` takes it, or raise what :meth:`forward` raises.
+
+        Args:
+            gramian: ``[m, m]``.
+            shape: how the m objectives are laid out, for the names in errors; by default they are counted.
+        """
+        check_tensor("the Gramian", gramian)
+        return checked(gramian, shape)
 
     @abstractmethod
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]`` for a Gramian ``[m, m]`` that has passed the checks."""
-
-    def extra_repr(self) -> str:
-        """Show what the weighting was made with."""
-        settings = {k: v for k, v in {**vars(self), **self._buffers}.items() if not k.startswith("_")}
-        return ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("training", "last_residual"))
 
 
 def checked_weights(weights: Tensor, count: int, giver: str) -> Tensor:
@@ -75,7 +75,18 @@ def checked_weights(weights: Tensor, count: int, giver: str) -> Tensor:
     return weights
 
 
-class PreferenceWeighting(Weighting):
+def fitted(weights: Tensor, like: Tensor) -> Tensor:
+    """Return weights in the type and on the device of another tensor, all of them shrunk if one would overflow."""
+    most = torch.finfo(like.dtype).max
+    if weights.is_floating_point() and torch.promote_types(weights.dtype, like.dtype) == like.dtype:
+        return weights.to(like)
+    exact = weights.double()
+    largest = exact.abs().amax()
+    beyond = (largest > most) & largest.isfinite()
+    return (exact * torch.where(beyond, most / largest, 1.0)).to(like)
+
+
+class PreferenceWeighting(Weighting, settings={"pref_vector": Vector()}):
     """A weighting that starts from how much each objective is preferred.
 
     Args:
@@ -90,13 +101,8 @@ class PreferenceWeighting(Weighting):
 
     def __init__(self, pref_vector: Tensor | None = None) -> None:
         super().__init__()
-        if pref_vector is not None:
-            check_tensor("pref_vector", pref_vector)
-            if pref_vector.ndim != 1 or not len(pref_vector):
-                raise ValueError(f"pref_vector has one number for each objective, [m]; found {list(pref_vector.shape)}")
-            if not bool((pref_vector.isfinite() & (pref_vector >= 0)).all()):
-                raise ValueError(f"pref_vector must be finite and not negative; found {pref_vector.tolist()}")
-        self.register_buffer("pref_vector", pref_vector, persistent=False)
+        self.register_buffer("pref_vector", None, persistent=False)
+        self.pref_vector = pref_vector
 
     def preference(self, gramian: Tensor) -> Tensor:
         """Return the preferences for this Gramian's objectives, ``[m]`` in float64.
@@ -110,3 +116,45 @@ class PreferenceWeighting(Weighting):
         if len(self.pref_vector) != count:
             raise ValueError(f"pref_vector is for {len(self.pref_vector)} objectives; the Gramian has {count}")
         return self.pref_vector.to(gramian.device, torch.float64)
+
+
+class StatefulWeighting(Weighting):
+    """A weighting that remembers something from call to call.
+
+    What it remembers is in ``state_dict()``, and moves with the module. A call that raises leaves it as it was.
+
+    Attributes:
+        state: what is remembered, in float64; None before the first call.
+    """
+
+    state: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", None)
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+
+    def reset(self) -> None:
+        """Forget everything: the next call is a first one."""
+        self.state = None
+
+    def recalled(self, first: Tensor) -> Tensor:
+        """Return the state, or what it is before the first call.
+
+        Raises:
+            ValueError: it is of another number of objectives.
+        """
+        if self.state is None:
+            return first
+        if self.state.shape != first.shape:
+            raise ValueError(
+                f"{type(self).__name__} remembers {len(self.state)} objectives, and the Gramian has {len(first)}: call "
+                "reset() when objectives change"
+            )
+        return self.state.to(first)
+
+
+def _make_room(module: StatefulWeighting, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the state the shape of the one that is about to be loaded, whatever was there."""
+    loaded = state_dict.get(f"{prefix}state")
+    module.state = torch.empty_like(loaded) if isinstance(loaded, Tensor) else None
