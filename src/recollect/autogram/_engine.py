@@ -20,10 +20,12 @@ from recollect.autogram._losses import (
     check_weighting,
     check_weights,
     checked_dim,
+    checked_features,
+    head_parameters,
     joined,
 )
 from recollect.autogram._modules import check_modules, counted_parameters
-from recollect.autogram._passes import Job, Known, gramian_of
+from recollect.autogram._passes import Job, Known, gramian_of, gramian_of_features
 from recollect.autogram._plan import changed_layers
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._structure import find_structure
@@ -74,6 +76,9 @@ class Engine:
     Args:
         *modules: the modules whose parameters count, those that require a gradient when the Gramian is computed. None
             may contain another.
+        features: a tensor of the graph, or several: gradients are those with respect to them, in place of parameters,
+            as in MGDA-UB (arXiv 1810.04650, section 3.3) and IMTL. They are of one forward pass, and so is the engine;
+            each loss costs a backward pass down to them. Then modules are left out.
         batch_dim: for which losses one backward pass may stand. ``"auto"``: for those that the operations of the graph
             keep apart, as they do with the elements of a batch; where they do not, as in front of a BatchNorm in
             training, parameters go by rows, with a backward pass for each loss. A number: for those along this
@@ -106,10 +111,17 @@ class Engine:
     """
 
     def __init__(
-        self, *modules: nn.Module, batch_dim: BatchDim = "auto", row_bytes: int = 2**28, certify_every: int = 100
+        self,
+        *modules: nn.Module,
+        batch_dim: BatchDim = "auto",
+        row_bytes: int = 2**28,
+        certify_every: int = 100,
+        features: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
-        check_modules(modules)
         check_settings(batch_dim, certify_every)
+        self._features = checked_features(features, modules)
+        if not self._features:
+            check_modules(modules)
         self._modules = modules
         self._batch_dim = batch_dim
         self._row_bytes = row_bytes
@@ -181,7 +193,7 @@ class Engine:
     def backward(
         self,
         losses: Tensor | Sequence[Tensor],
-        weighting: Callable[[Tensor], Tensor],
+        weighting: Callable[..., Tensor],
         *,
         on_overflow: Literal["raise", "pass"] = "raise",
     ) -> Tensor:
@@ -189,7 +201,8 @@ class Engine:
 
         Args:
             losses: of any shape, or a list or tuple of losses, as in :meth:`compute_gramian`.
-            weighting: from the Gramian to weights of the losses' shape; for a list, from [m, m] to [m].
+            weighting: from the Gramian to weights of the losses' shape; for a list, from [m, m] to [m]. One that has a
+                true attribute ``takes_residuals`` is called with the Gramian and the losses' values.
             on_overflow: what becomes of a Gramian that is not finite, as happens where losses are scaled for float16.
                 ``"raise"``: the weighting is called with it, and those of :mod:`recollect.aggregation` raise a
                 ValueError. ``"pass"``: the weighting is not called, the weights are NaN, and so the gradients are not
@@ -226,22 +239,85 @@ class Engine:
         """
         check_weighting(weighting)
         check_overflow(on_overflow)
+        weights, add = self._weigh(joined(losses), weighting, on_overflow)
+        add(None)
+        return weights
+
+    def mtl_backward(
+        self,
+        losses: Tensor | Sequence[Tensor],
+        heads: Sequence[nn.Module | Sequence[nn.Module]],
+        weighting: Callable[..., Tensor],
+        *,
+        on_overflow: Literal["raise", "pass"] = "raise",
+    ) -> Tensor:
+        """Accumulate gradients of multi-task learning: of what is shared by the weights, of each head by its own loss.
+
+        The engine's modules are what tasks share. Heads are not weighted: a task whose weight is small does not learn
+        its head more slowly for that ("Multi-Task Learning as Multi-Objective Optimization", arXiv 1810.04650,
+        algorithm 2).
+
+        Args:
+            losses: one for each task, [m], or a list of scalars.
+            heads: for each task, the module of which its loss alone trains the parameters; or several modules.
+            weighting: as in :meth:`backward`.
+            on_overflow: as in :meth:`backward`; the heads' gradients are what they are.
+
+        Returns:
+            The weights [m].
+
+        Raises:
+            TypeError: what :meth:`backward` refuses; a head is no module.
+            ValueError: what :meth:`backward` refuses; there is not one head for each loss; a head has parameters of the
+                engine's modules.
+
+        Example:
+            >>> import torch
+            >>> from recollect.aggregation import UPGrad
+            >>> from recollect.autogram import Engine
+            >>> encoder = torch.nn.Linear(4, 8)
+            >>> heads = [torch.nn.Linear(8, 1), torch.nn.Linear(8, 1)]
+            >>> engine = Engine(encoder)
+            >>> z = encoder(torch.randn(5, 4)).relu()
+            >>> weights = engine.mtl_backward([head(z).square().mean() for head in heads], heads, UPGrad())
+            >>> weights.shape
+            torch.Size([2])
+        """
+        check_weighting(weighting)
+        check_overflow(on_overflow)
         vector = joined(losses)
+        checked_dim(vector, None)
+        own = head_parameters(heads, vector, counted_parameters(self._modules))
+        weights, add = self._weigh(vector, weighting, on_overflow)
+        for loss, parameters in zip(vector.unbind(), own, strict=True):
+            if parameters:
+                torch.autograd.backward(loss, retain_graph=True, inputs=parameters)
+        add([p for module in self._modules for p in module.parameters() if p.requires_grad])
+        return weights
+
+    def _weigh(
+        self, vector: Tensor, weighting: Callable[..., Tensor], on_overflow: str
+    ) -> tuple[Tensor, Callable[[Sequence[Tensor] | None], None]]:
+        """Return the weights, and what accumulates the gradient that they make: of these parameters, or of all."""
         square, job = self._gramian(vector, True)
         gramian = _generalise(square, vector)
         if on_overflow == "pass" and not bool(gramian.isfinite().all()):
             weights = torch.full_like(vector, torch.nan, requires_grad=False)
         else:
-            weights = weighting(gramian)
+            residuals = (vector.detach(),) if getattr(weighting, "takes_residuals", False) else ()
+            weights = weighting(gramian, *residuals)
             check_weights(weights, vector)
         used = weights.to(vector)
-        if job is None or job.output.numel() == 1:
-            torch.autograd.backward(vector, used)
-            return weights
-        with squared_norm(job.graph, job.graph.leaves) as norm:
-            torch.autograd.backward(vector, used)
-        self._certify(job, square, used, None if job.hooked else norm.total())
-        return weights
+
+        def add(parameters: Sequence[Tensor] | None) -> None:
+            if job is None or job.output.numel() == 1:
+                torch.autograd.backward(vector, used, inputs=parameters)
+                return
+            with squared_norm(job.graph, job.graph.leaves) as norm:
+                torch.autograd.backward(vector, used, inputs=parameters)
+            self._certify(job, square, used, None if job.hooked else norm.total())
+
+        return weights, add
 
     def explain(self, output: Tensor | Sequence[Tensor]) -> str:
         """Return which backward passes the Gramian of these losses takes, and which parameters go by rows, and why.
@@ -263,6 +339,8 @@ class Engine:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0, 0), None
+            if self._features:
+                return gramian_of_features(output, self._features), None
             while True:
                 job = self._job(output, retain)
                 weights, squared = self._probe(job, certify_every)

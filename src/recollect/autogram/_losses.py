@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.autogram._choice import BatchDim
 
-__all__ = ["check_overflow", "check_settings", "check_weighting", "check_weights", "checked_dim", "joined"]
+__all__ = [
+    "check_overflow",
+    "check_settings",
+    "check_weighting",
+    "check_weights",
+    "checked_dim",
+    "checked_features",
+    "head_parameters",
+    "joined",
+]
 
 
 def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
@@ -102,3 +112,64 @@ def check_weights(weights: object, losses: Tensor) -> None:
             f"the weighting returned weights of shape {list(weights.shape)} for losses of shape {list(losses.shape)}; "
             "it must return one weight for each loss"
         )
+
+
+def checked_features(features: Tensor | Sequence[Tensor] | None, modules: Sequence[object]) -> tuple[Tensor, ...]:
+    """Return features as a tuple, empty for None.
+
+    Raises:
+        TypeError: one is no tensor of floating point.
+        ValueError: one has no gradient, there are none, or there are modules too.
+    """
+    if features is None:
+        return ()
+    given = (features,) if isinstance(features, Tensor) else tuple(features)
+    if not given:
+        raise ValueError("features is empty; give the tensors that gradients are taken with respect to, or None")
+    if modules:
+        raise ValueError("gradients are with respect to features or to parameters; give Engine(features=z) or modules")
+    for k, feature in enumerate(given):
+        if not isinstance(feature, Tensor) or not feature.is_floating_point():
+            found = f"a tensor of {feature.dtype}" if isinstance(feature, Tensor) else type(feature).__name__
+            raise TypeError(f"features[{k}] must be a tensor of a floating-point type, and is {found}")
+        if not feature.requires_grad:
+            raise ValueError(
+                f"features[{k}] requires no gradient; compute it from parameters, or call requires_grad_()"
+            )
+    return given
+
+
+def head_parameters(
+    heads: Sequence[nn.Module | Sequence[nn.Module]], losses: Tensor, shared: Mapping[int, Tensor]
+) -> list[list[Tensor]]:
+    """Return the parameters of each task's head that require a gradient.
+
+    Args:
+        heads: for each loss, a module or several.
+        losses: [m].
+        shared: what no head may have, by id.
+
+    Raises:
+        TypeError: a head is no module.
+        ValueError: losses are no vector, heads are not as many, or a head has shared parameters.
+    """
+    if losses.dim() != 1 or len(heads) != len(losses):
+        raise ValueError(
+            f"there are {len(heads)} heads for losses of shape {list(losses.shape)}; give one loss for each task, [m], "
+            "and one head for each loss"
+        )
+    found = []
+    for k, head in enumerate(heads):
+        modules: Sequence[Any] = head if isinstance(head, (list, tuple)) else [head]
+        wrong = next((module for module in modules if not isinstance(module, nn.Module)), None)
+        if wrong is not None:
+            raise TypeError(f"heads[{k}] must be a module, or a list of modules, and has {type(wrong).__name__}")
+        named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+        both = [name for name, parameter in named if id(parameter) in shared]
+        if both:
+            raise ValueError(
+                f"heads[{k}] has parameters of the engine's modules ({', '.join(both[:3])}); give the engine what tasks"
+                " share, and each head what its task has for itself"
+            )
+        found.append([parameter for _, parameter in named])
+    return found

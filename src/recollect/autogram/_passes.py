@@ -22,7 +22,7 @@ from recollect.autogram._square import SquareSum, of_device, wide
 from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Graph
 
-__all__ = ["Declines", "Job", "Known", "gramian_of"]
+__all__ = ["Declines", "Job", "Known", "gramian_of", "gramian_of_features"]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
@@ -201,3 +201,17 @@ def _all_passes(job: Job, choice: Choice, retain: bool) -> Tensor | Declines:
         return gramian
     both = [*back, *(len(sizes) + axis for axis in back)]
     return gramian.view(*laid, *laid).permute(both).reshape(len(gramian), len(gramian))
+
+
+def gramian_of_features(output: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Return the Gramian [m, m] of the losses' gradients with respect to tensors of their graph."""
+    rows = []
+    for k in range(output.numel()):
+        one = torch.zeros_like(output, memory_format=torch.contiguous_format)
+        one.view(-1)[k] = 1
+        grads = torch.autograd.grad(output, features, one, retain_graph=True, allow_unused=True)
+        pairs = zip(grads, features, strict=True)
+        rows.append(torch.cat([torch.zeros_like(z).flatten() if g is None else g.flatten() for g, z in pairs]))
+    jacobian = torch.stack(rows)
+    jacobian = jacobian.to(wide(jacobian.dtype))
+    return (jacobian @ jacobian.T).to(output.dtype)
