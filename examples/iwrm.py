@@ -65,7 +65,7 @@ def train(weighting: Callable[[Tensor], Tensor], epochs: int = 4, batch: int = 6
     data = load("digits").data
     images = data.x.view(-1, 1, 8, 8)
     net = make_net()
-    engine = Engine(net, batch_dim=0)
+    engine = Engine(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     training = data.train_mask.nonzero().flatten()
     conflicts, hurt = [], []

@@ -74,7 +74,7 @@ def train(epochs: int = 6, batch: int = 32, seed: int = 0) -> Result:
     ink = data.x[:, :32].sum(1)
     ink = (ink - ink.mean()) / ink.std()
     net = Net()
-    engine = Engine(net, batch_dim=0)
+    engine = Engine(net)
     weighting = Flattening(UPGradWeighting())
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     training = data.train_mask.nonzero().flatten()
