@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -404,18 +405,28 @@ class Engine:
             f"the Gramian is zero: the losses depend on no trainable parameter of the engine's modules ({names}). "
             "Compute the losses with these modules, or make the engine of those that computed them",
             UserWarning,
-            stacklevel=5,  # where the engine was called
+            stacklevel=_levels_to_the_caller(),
         )
 
     def _recall(self, graph: Graph) -> Known:
-        training = tuple(child.training for module in self._modules for child in module.modules())
-        form = (graph.form, training)
+        form = graph.form
         known = self._known.get(form)
         if known is None:
             if len(self._known) >= _FORMS:
                 self._known.clear()
             known = self._known[form] = Known()
+        if known.anatomy is None:
+            known.anatomy = graph.find_anatomy()
+        graph.anatomy = known.anatomy
         return known
+
+
+def _levels_to_the_caller() -> int:
+    """Return how far above a function here the code is that called the engine."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _generalise(square: Tensor, output: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def settings_of(node: Any, kind: Any) -> tuple[Any, ...]:
         return ()
     if callable(found.settings):
         return found.settings(node)
-    return tuple(_hashable(getattr(node, f"_saved_{attribute}", None)) for attribute in found.settings)
+    return tuple([_hashable(getattr(node, attribute, None)) for attribute in found.settings])
 
 
 def _hashable(value: Any) -> Any:
@@ -453,7 +453,7 @@ class _Kind:
 
 
 def _each(names: str, rule: _Rule, *settings: str) -> dict[str, _Kind]:
-    return {name: _Kind(rule, settings) for name in names.split()}
+    return {name: _Kind(rule, tuple(f"_saved_{setting}" for setting in settings)) for name in names.split()}
 
 
 # By the names of autograd's nodes, without "Backward" and its number.

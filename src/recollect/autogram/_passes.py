@@ -20,7 +20,7 @@ from recollect.autogram._groups import in_groups
 from recollect.autogram._plan import Plan, plan_rows
 from recollect.autogram._square import SquareSum, of_device, wide
 from recollect.autogram._sweep import Sweep
-from recollect.autogram._walk import Graph
+from recollect.autogram._walk import Anatomy, Graph
 
 __all__ = ["Declines", "Job", "Known", "gramian_of", "gramian_of_features"]
 
@@ -43,6 +43,7 @@ class Known:
         choices: by what rules do not cover, and by which parameters have hooks.
         calls: how many there were.
         tolerance: by how much a Gramian of such a graph may differ from the gradient.
+        anatomy: of such a graph.
     """
 
     declined: Declines = frozenset()
@@ -51,6 +52,7 @@ class Known:
     choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
     calls: int = 0
     tolerance: float | None = None
+    anatomy: Anatomy | None = None
 
 
 @dataclass(frozen=True, slots=True)

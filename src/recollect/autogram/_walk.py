@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch.autograd.graph import get_gradient_edge
 from recollect.autogram._capture import Capture, Recorder
 from recollect.autogram._operations import Step, kind_of, settings_of
 
-__all__ = ["Graph", "Use", "walk"]
+__all__ = ["Anatomy", "Graph", "Use", "walk"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +39,67 @@ class Graph:
 
     Attributes:
         nodes: autograd's nodes.
+        kinds: theirs.
         edges: for each node, the numbers of the nodes behind its edges; -1 where there is none.
         indices: for each node, which outputs of these nodes the edges come from.
-        captures: the numbers of an engine's captures, outermost first.
-        uses: for each parameter (by id) that is reached, all edges that end there.
-        owners: for each node inside a layer that has a rule, the number of its capture.
-        kinds: of the nodes.
-        settings: what each keeps of how its operation was called.
+        settings: what each node keeps of how its operation was called.
         shapes: of each node's outputs; None for a tensor that has none, as a nested one.
         output: which output of the first node the losses are.
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
-        parents: for each node, the numbers of those with an edge to it.
-        towards_captures: the nodes that a backward pass down to all captures comes by.
+        sources: for each of an engine's captures, the nodes that its layer's inputs come from.
+        anatomy: what follows from all that.
     """
 
     nodes: list[Any] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
     edges: list[tuple[int, ...]] = field(default_factory=list)
     indices: list[tuple[int, ...]] = field(default_factory=list)
-    kinds: list[Any] = field(default_factory=list)
     settings: list[tuple[Any, ...]] = field(default_factory=list)
     shapes: list[tuple[torch.Size | None, ...]] = field(default_factory=list)
     output: int = 0
-    captures: list[int] = field(default_factory=list)
-    uses: dict[int, list[Use]] = field(default_factory=dict)
-    owners: dict[int, int] = field(default_factory=dict)
     leaves: dict[int, int] = field(default_factory=dict)
-    towards_captures: set[int] = field(default_factory=set)
-    parents: list[list[int]] = field(default_factory=list)
+    sources: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    anatomy: Anatomy | None = None
 
     @property
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
-        calls = [self.nodes[capture].call for capture in self.captures]
-        parts = (self.kinds, self.edges, self.indices, self.settings, self.shapes, self.captures, self.leaves.items())
-        return self.output, tuple((call.layer, call.shapes) for call in calls), *map(tuple, parts)
+        calls = [self.nodes[capture].call for capture in self.sources]
+        parts = (self.kinds, self.edges, self.indices, self.settings, self.shapes)
+        layers = tuple((call.layer, call.layer.training, call.shapes) for call in calls)
+        return self.output, layers, *map(tuple, parts), *(tuple(part.items()) for part in (self.leaves, self.sources))
+
+    def find_anatomy(self) -> Anatomy:
+        """Return what follows from the graph's form."""
+        if self.anatomy is None:
+            self.anatomy = _dissect(self)
+        return self.anatomy
+
+    @property
+    def captures(self) -> list[int]:
+        """The numbers of the captures whose layers' insides nobody else uses, outermost first."""
+        return self.find_anatomy().captures
+
+    @property
+    def uses(self) -> dict[int, list[Use]]:
+        """For each parameter (by id) that is reached, all edges that end there."""
+        return self.find_anatomy().uses
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """For each node inside a layer that has a rule, the number of its capture."""
+        return self.find_anatomy().owners
+
+    @property
+    def parents(self) -> list[list[int]]:
+        """For each node, the numbers of those with an edge to it."""
+        return self.find_anatomy().parents
+
+    @property
+    def towards_captures(self) -> set[int]:
+        """The nodes that a backward pass down to all captures comes by."""
+        return self.find_anatomy().towards_captures
 
     def touches_data(self, node: int) -> bool:
         """Whether anything that needs no gradient comes in behind a node, as data does."""
@@ -100,6 +128,17 @@ class Graph:
         return Step(self.kinds[node], self.settings[node], self.shapes[node], ins)
 
 
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What follows from a graph's form: see the attributes of these names of :class:`Graph`."""
+
+    captures: list[int]
+    uses: dict[int, list[Use]]
+    owners: dict[int, int]
+    parents: list[list[int]]
+    towards_captures: set[int]
+
+
 def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -> Graph:
     """Return the graph behind a tensor.
 
@@ -112,37 +151,47 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
     edge = get_gradient_edge(output)
     graph.output = edge.output_nr
     numbers = _number(edge.node, graph)
-    _find_leaves(graph, parameters)
-    owners = graph.owners
-    leaky: set[int] = set()
-    captures = [k for k in graph.captures if graph.nodes[k].recorder is recorder]
-    graph.captures = []
-    for capture in captures:
-        if capture not in owners:  # else: a layer inside a layer that has a rule
-            _claim(graph, capture, numbers, owners, leaky)
-            graph.captures.append(capture)
-    _find_leaks(graph, owners, leaky)
-    graph.captures = [capture for capture in graph.captures if capture not in leaky]
-    graph.owners = {node: owner for node, owner in owners.items() if owner not in leaky}
-    for node, children in enumerate(graph.edges):
-        for position, child in enumerate(children):
-            if child in graph.leaves and node not in graph.leaves:
-                use = Use(node, position, graph.owners.get(node))
-                graph.uses.setdefault(graph.leaves[child], []).append(use)
-    graph.parents = [[] for _ in graph.nodes]
-    for node, children in enumerate(graph.edges):
-        for child in children:
-            if child >= 0:
-                graph.parents[child].append(node)
-    graph.towards_captures = _above(graph, graph.captures)
+    for number, kind in enumerate(graph.kinds):
+        if kind == "AccumulateGrad":
+            key = id(graph.nodes[number].variable)
+            if key in parameters:
+                graph.leaves[number] = key
+        elif kind is Capture and graph.nodes[number].recorder is recorder:
+            sources = (numbers.get(source, -1) for source in graph.nodes[number].call.sources)
+            graph.sources[number] = _same(tuple(sources), _NUMBERS)
+    for number, kind in enumerate(graph.kinds):
+        if kind == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
+            graph.leaves[number] = graph.leaves[graph.edges[number][0]]
     return graph
 
 
-def _above(graph: Graph, nodes: list[int]) -> set[int]:
+def _dissect(graph: Graph) -> Anatomy:
+    owners: dict[int, int] = {}
+    leaky: set[int] = set()
+    captures = []
+    for capture in graph.sources:
+        if capture not in owners:  # else: a layer inside a layer that has a rule
+            _claim(graph, capture, owners, leaky)
+            captures.append(capture)
+    _find_leaks(graph, owners, leaky)
+    captures = [capture for capture in captures if capture not in leaky]
+    owners = {node: owner for node, owner in owners.items() if owner not in leaky}
+    uses: dict[int, list[Use]] = {}
+    parents: list[list[int]] = [[] for _ in graph.nodes]
+    for node, children in enumerate(graph.edges):
+        for position, child in enumerate(children):
+            if child >= 0:
+                parents[child].append(node)
+            if child in graph.leaves and node not in graph.leaves:
+                uses.setdefault(graph.leaves[child], []).append(Use(node, position, owners.get(node)))
+    return Anatomy(captures, uses, owners, parents, _above(parents, captures))
+
+
+def _above(parents: list[list[int]], nodes: list[int]) -> set[int]:
     """Return these nodes and all that lead to them."""
     waiting, found = list(nodes), set(nodes)
     while waiting:
-        for parent in graph.parents[waiting.pop()]:
+        for parent in parents[waiting.pop()]:
             if parent not in found:
                 found.add(parent)
                 waiting.append(parent)
@@ -152,50 +201,57 @@ def _above(graph: Graph, nodes: list[int]) -> set[int]:
 def _number(root: Any, graph: Graph) -> dict[Any, int]:
     """Number all nodes, parents before what only they lead to."""
     numbers = {root: 0}
-    graph.nodes.append(root)
-    k = 0
-    while k < len(graph.nodes):
-        node = graph.nodes[k]
-        children = []
-        for child, _ in node.next_functions:
+    nodes = graph.nodes
+    nodes.append(root)
+    for node in nodes:  # which grows
+        edges, indices = [], []
+        for child, index in node.next_functions:
+            indices.append(index)
             if child is None:
-                children.append(-1)
+                edges.append(-1)
                 continue
             number = numbers.get(child)
             if number is None:
-                number = numbers[child] = len(graph.nodes)
-                graph.nodes.append(child)
-            children.append(number)
-        graph.edges.append(tuple(children))
-        graph.indices.append(tuple(index for _, index in node.next_functions))
+                number = numbers[child] = len(nodes)
+                nodes.append(child)
+            edges.append(number)
         kind = kind_of(node)
         graph.kinds.append(kind)
-        graph.shapes.append(_shapes(node, kind))
-        graph.settings.append(settings_of(node, kind))
-        if kind is Capture:
-            graph.captures.append(k)
-        k += 1
+        graph.edges.append(_same(tuple(edges), _NUMBERS))
+        graph.indices.append(_same(tuple(indices), _NUMBERS))
+        graph.shapes.append(_same(_shapes(node, kind), _SHAPES))
+        graph.settings.append(_same(settings_of(node, kind), _SETTINGS))
     return numbers
 
 
 def _shapes(node: Any, kind: Any) -> tuple[torch.Size | None, ...]:
     if kind == "AccumulateGrad":
         return (None if node.variable.is_nested else node.variable.shape,)
-    return tuple(None if out.is_nested_tensor else torch.Size(out.shape) for out in node._input_metadata)
+    found = node._input_metadata
+    if len(found) == 1 and not found[0].is_nested_tensor:
+        return (torch.Size(found[0].shape),)
+    return tuple(None if out.is_nested_tensor else torch.Size(out.shape) for out in found)
 
 
-def _find_leaves(graph: Graph, parameters: Mapping[int, Tensor]) -> None:
-    for number, kind in enumerate(graph.kinds):
-        if kind == "AccumulateGrad" and id(graph.nodes[number].variable) in parameters:
-            graph.leaves[number] = id(graph.nodes[number].variable)
-    for number, kind in enumerate(graph.kinds):
-        if kind == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
-            graph.leaves[number] = graph.leaves[graph.edges[number][0]]
+# Tuples that come again with every graph are kept once: new ones by the thousand set off garbage collections, which
+# take longer than the walk. (Each sort for itself: a size equals a tuple of its numbers.)
+_NUMBERS: dict[Any, Any] = {}
+_SHAPES: dict[Any, Any] = {}
+_SETTINGS: dict[Any, Any] = {}
+_MOST = 2**16
 
 
-def _claim(graph: Graph, capture: int, numbers: Mapping[Any, int], owners: dict[int, int], leaky: set[int]) -> None:
+def _same(value: _T, seen: dict[Any, Any]) -> _T:
+    """Return what is equal to a value and was seen before."""
+    if len(seen) > _MOST:
+        seen.clear()
+    known: _T = seen.setdefault(value, value)
+    return known
+
+
+def _claim(graph: Graph, capture: int, owners: dict[int, int], leaky: set[int]) -> None:
     """Find the nodes of a capture's layer: from its outputs to where its inputs come from."""
-    ends = {numbers[source] for source in graph.nodes[capture].call.sources if source in numbers}
+    ends = set(graph.sources[capture])
     waiting = list(graph.edges[capture][1:])  # the first leads to the engine's leaf
     while waiting:
         node = waiting.pop()
