@@ -114,7 +114,9 @@ for _name, _function in SAME.items():
     CASES[_name].append(lambda r, f=_function: f(leaf(*a_shape(r))))
 
 TWO = {
-    "Add": torch.add, "Atan2": torch.atan2, "Clamp": lambda x, y: torch.clamp(x.expand(torch.broadcast_shapes(x.shape, y.shape)), y), "ClampMax": torch.clamp_max,
+    "Add": torch.add, "Atan2": torch.atan2,
+    "Clamp": lambda x, y: torch.clamp(x.expand(torch.broadcast_shapes(x.shape, y.shape)), y),
+    "ClampMax": torch.clamp_max,
     "ClampMin": torch.clamp_min, "Complex": torch.complex, "Copysign": torch.copysign, "Div": torch.div,
     "Fmax": torch.fmax, "Fmin": torch.fmin, "Fmod": torch.fmod, "Hypot": torch.hypot, "Logaddexp": torch.logaddexp,
     "Logaddexp2": torch.logaddexp2, "Maximum": torch.maximum, "Minimum": torch.minimum, "Mul": torch.mul,
@@ -136,7 +138,8 @@ for _name, _function in TWO.items():
     CASES[_name].append(_build)
 
 THREE = {
-    "Addcdiv": torch.addcdiv, "Addcmul": torch.addcmul, "Lerp": torch.lerp, "Where": lambda x, y, z: x.where(y > 0.5, z),
+    "Addcdiv": torch.addcdiv, "Addcmul": torch.addcmul, "Lerp": torch.lerp,
+    "Where": lambda x, y, z: x.where(y > 0.5, z),
 }  # fmt: skip
 for _name, _function in THREE.items():
 
@@ -818,7 +821,7 @@ def _(r):
 @case("NativeGroupNorm")
 def _(r):
     b = r.choice((1, 2, 3, 4))
-    return F.group_norm(leaf(b, 4, *a_shape(r, 0, 2)), r.choice((1, 2, 4)), leaf(4), leaf(4), 0.1)
+    return F.group_norm(leaf(b, 8, *a_shape(r, 0, 2)), r.choice((1, 2, 4)), leaf(8), leaf(8), 0.1)
 
 
 @case("NativeBatchNorm")
@@ -1075,6 +1078,36 @@ def test_what_is_claimed_is_true(name):
                 if name_of(output) == name:
                     claims += check(output)
     assert (claims == 0) is (name in NOTHING_APART), claims
+
+
+class Sums(torch.autograd.Function):
+    """Sums over the middle axis of [a, n, b], and says so."""
+
+    independent_axes = ({0: 0, -1: -1},)
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x.sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.unsqueeze(1).expand(ctx.shape)
+
+
+class Wrong(Sums):
+    """Says that what it sums over is an axis of the output's."""
+
+    independent_axes = ({0: 1, 1: 3},)
+
+
+def test_what_a_function_says_of_itself():
+    output = Sums.apply(leaf(4, 2, 3))
+    graph = graph_of(output)
+    assert check(output) == 4  # two axes, and the half of one and the other
+    assert carry(graph.step(0), 0, Place(1), 3, 0) == Place(2)
+    wrong = graph_of(Wrong.apply(leaf(4, 2, 3))).step(0)
+    assert all(isinstance(carry(wrong, 0, Place(dim), size, 0), Lost) for dim, size in ((0, 4), (1, 3)))
 
 
 def test_every_operation_of_the_table_is_tested():

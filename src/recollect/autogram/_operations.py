@@ -19,7 +19,19 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
-__all__ = ["Lost", "Place", "Split", "Step", "carry", "declare", "handed_on", "kind_of", "reaches", "settings_of"]
+__all__ = [
+    "Lost",
+    "Place",
+    "Split",
+    "Step",
+    "carry",
+    "declare",
+    "goes_by_entry",
+    "handed_on",
+    "kind_of",
+    "reaches",
+    "settings_of",
+]
 
 
 class Place(NamedTuple):
@@ -95,6 +107,12 @@ def carry(step: Step, output: int, place: Place, size: int, edge: int) -> Carrie
     if found is None or step.outs[output] is None or step.ins[edge] is None:
         return _UNKNOWN
     return found.rule(step, output, place, size, edge)
+
+
+def goes_by_entry(node: Any, edge: int) -> bool:
+    """Whether a node gives each entry of an input's gradient, before it is summed, from the same entry of its own."""
+    found = _find(kind_of(node))
+    return found is not None and (found.rule is _pointwise or (edge == 0 and found.rule in _ADDING))
 
 
 def settings_of(node: Any, kind: Any) -> tuple[Any, ...]:
@@ -353,6 +371,9 @@ def _indices(node: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+_ADDING: set[_Rule] = set()  # rules of products that are added to what the first edge leads to
+
+
 def _product(*sides: dict[int, int]) -> _Rule:
     """Return the rule of a product: for each edge, by the output's axes, the input's."""
 
@@ -372,6 +393,7 @@ def _with_added(*sides: dict[int, int]) -> _Rule:
     def rule(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
         return _pointwise(step, k, place, size, 0) if edge == 0 else product(step, k, place, size, edge - 1)
 
+    _ADDING.add(rule)
     return rule
 
 
@@ -522,7 +544,8 @@ _KINDS: dict[str, _Kind] = {
     **_each("Embedding EmbeddingBag EmbeddingDenseBackward", _looked_up),
     "Index": _Kind(_indexed, _indices),
     **_each("Mm", _product({0: 0}, {1: 1})),
-    **_each("Addmm", _with_added({0: 0}, {1: 1})),
+    # Where a factor is 1, what the node saved of a product tells its rows: passes are planned for that.
+    **_each("Addmm", _with_added({0: 0}, {1: 1}), "beta", "alpha"),
     **_each("SparseAddmm", _with_added({}, {1: 1})),
     **_each("Bmm", _product({0: 0, 1: 1}, {0: 0, 2: 2})),
     **_each("Baddbmm", _with_added({0: 0, 1: 1}, {0: 0, 2: 2})),
@@ -564,12 +587,25 @@ def _declared(function: Any) -> _Kind | None:
     """Return what a function in Python says of itself.
 
     Its attribute ``independent_axes`` is "all" if it works entry by entry, with broadcasting; or it has for each input
-    that is a tensor a mapping from axes of the output to the input's axes that they are the same elements in.
+    that is a tensor a mapping from axes of the output to the input's axes that they are the same elements in, counted
+    from either end.
     """
     axes = getattr(function, "independent_axes", None)
     if axes is None:
         return None
-    return _Kind(_pointwise if axes == "all" else _product(*axes))
+    if axes == "all":
+        return _Kind(_pointwise)
+
+    def rule(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
+        out, taken = _out(step, k), _in(step, edge)
+        own = axes[edge] if edge < len(axes) else {}
+        dim = own.get(place.dim, own.get(place.dim - len(out)))
+        if dim is None:
+            return _SUMMED
+        same = -len(taken) <= dim < len(taken) and taken[dim] == out[place.dim]
+        return Place(dim % len(taken), place.inner) if same else _MOVED
+
+    return _Kind(rule)
 
 
 def kind_of(node: Any) -> Any:
