@@ -21,6 +21,22 @@ def parameter(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
 
 
+class Softmax(torch.autograd.Function):
+    """Mixes the elements, and leaves it to autograd to sum its gradient over what was broadcast."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        y = (x + p).softmax(0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        grad = y * (grad - (grad * y).sum(0))
+        return grad, grad
+
+
 SITES = {
     "a bias": (lambda p: X + p, (5,), 1),
     "a bias on the left": (lambda p: p + X, (5,), 0),
@@ -39,6 +55,9 @@ SITES = {
     "a scaled bias of a product": (lambda p: torch.addmm(p, X.flatten(0, 1), X[0, :2].T, beta=2), (2,), 0),
     "a convolution": (lambda p: F.conv1d(X, p), (2, 4, 3), 1),
     "a parameter for each element": (lambda p: X * p, (B, 4, 5), 1),
+    "a value for some elements": (lambda p: X.index_put((torch.tensor([2, 0, 1]),), p), (5,), 1),
+    "a value for pairs": (lambda p: X.index_put((torch.tensor([2, 0, 1]), torch.tensor([0, 0, 3])), p), (5,), 1),
+    "an unknown function": (lambda p: Softmax.apply(X, p), (5,), 1),
     "a vector product": (lambda p: X.flatten(0, 1).mv(p), (5,), 1),
 }
 
@@ -69,6 +88,15 @@ def test_common_nodes_are_asked_once_at_most(name, monkeypatch):
     (factor,) = rows_at(y.grad_fn, (torch.ones_like(y),), (Layout((Axis(0, B),)),), B, [(position, p.shape)])
     assert len(calls) == (1 if name in ("a bias", "a scale") else 0)
     assert isinstance(factor, Outer if name == "a matrix product" else Rows)
+
+
+def test_a_factor_of_a_product_that_changes():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2).double()
+    engine = Engine(model)
+    for factor in (1, 2, 1, 3):
+        losses = torch.addmm(model.bias, torch.rand(3, 5).double(), model.weight.t(), alpha=factor, beta=factor).sin()
+        assert relative_error(engine.compute_gramian(losses), explicit_gramian(losses, list(model.parameters()))) < 1e-12
 
 
 def test_several_outputs_of_which_one_has_no_gradient():

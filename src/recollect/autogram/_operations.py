@@ -19,7 +19,19 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
-__all__ = ["Lost", "Place", "Split", "Step", "carry", "declare", "handed_on", "kind_of", "reaches", "settings_of"]
+__all__ = [
+    "Lost",
+    "Place",
+    "Split",
+    "Step",
+    "carry",
+    "declare",
+    "goes_by_entry",
+    "handed_on",
+    "kind_of",
+    "reaches",
+    "settings_of",
+]
 
 
 class Place(NamedTuple):
@@ -95,6 +107,12 @@ def carry(step: Step, output: int, place: Place, size: int, edge: int) -> Carrie
     if found is None or step.outs[output] is None or step.ins[edge] is None:
         return _UNKNOWN
     return found.rule(step, output, place, size, edge)
+
+
+def goes_by_entry(node: Any, edge: int) -> bool:
+    """Whether a node gives each entry of an input's gradient, before it is summed, from the same entry of its own."""
+    found = _find(kind_of(node))
+    return found is not None and (found.rule is _pointwise or (edge == 0 and found.rule in _ADDING))
 
 
 def settings_of(node: Any, kind: Any) -> tuple[Any, ...]:
@@ -313,13 +331,13 @@ def _indexed(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
         return _MOVED
     masks = sum(entries[axis].mask_dims for axis in tensors)
     plain = [entries[axis] for axis in tensors if not entries[axis].mask_dims]
-    width = max([entry.dims for entry in plain], default=1)
+    width = max([entry.dims for entry in plain] + [1] * (masks > 0))
     covered = masks + len(plain)
     if place.dim >= first + width:
         return Place(place.dim - width + covered, place.inner)
     if width == 1 and not masks:
         for axis, entry in zip(tensors, plain, strict=True):
-            if entry.counts and taken[axis] == out[place.dim]:
+            if entry.counts == taken[axis] == out[place.dim]:
                 return Place(axis, place.inner)
     return _MOVED
 
@@ -330,27 +348,30 @@ class _IndexOf(NamedTuple):
     Attributes:
         dims: its number of axes; None: it is not to be looked at.
         mask_dims: how many axes it covers, if it is a mask.
-        counts: whether it is 0, 1, 2 and so on.
+        counts: how many entries it has, if they are 0, 1, 2 and so on.
     """
 
     dims: int | None
     mask_dims: int
-    counts: bool
+    counts: int | None
 
 
 def _indices(node: Any) -> tuple[Any, ...]:
     found: list[_IndexOf | None] = []
     for saved in node._raw_saved_indices:
         if saved.unpack_hook is not None:  # what a frame has put away stays there
-            found.append(_IndexOf(None, 0, False))
+            found.append(_IndexOf(None, 0, None))
         elif saved.data is None:
             found.append(None)
         else:
             index = saved.data
             mask = index.dtype in (torch.bool, torch.uint8)
             counts = not mask and index.dim() == 1 and bool((index == torch.arange(len(index)).to(index)).all())
-            found.append(_IndexOf(index.dim(), index.dim() if mask else 0, counts))
+            found.append(_IndexOf(index.dim(), index.dim() if mask else 0, len(index) if counts else None))
     return tuple(found)
+
+
+_ADDING: set[_Rule] = set()  # rules of products that are added to what the first edge leads to
 
 
 def _product(*sides: dict[int, int]) -> _Rule:
@@ -372,6 +393,7 @@ def _with_added(*sides: dict[int, int]) -> _Rule:
     def rule(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
         return _pointwise(step, k, place, size, 0) if edge == 0 else product(step, k, place, size, edge - 1)
 
+    _ADDING.add(rule)
     return rule
 
 
@@ -462,14 +484,14 @@ _KINDS: dict[str, _Kind] = {
         """
         Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
         BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Copysign
-        Cos Cosh Deg2Rad Detach Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu
-        Hardshrink Hardsigmoid Hardswish Hardtanh Heaviside HuberLoss Hypot I0 Igamma Imag KlDiv L1Loss LeakyRelu Lerp
+        Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu
+        Hardshrink Hardsigmoid Hardswish Hardtanh HuberLoss Hypot I0 Igamma LeakyRelu Lerp
         Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul
-        Mvlgamma NanToNum NativeDropout FusedDropout MaskedScale Neg Polar Polygamma Pow PreluKernel Rad2Deg Real
-        Reciprocal Relu Remainder Round Rsqrt Rsub RreluWithNoise Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh
-        SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where
-        Xlog1Py Xlogy Expand TanhBackward SigmoidBackward GeluBackward SoftplusBackward EluBackward LeakyReluBackward
-        SiluBackward MishBackward LogSigmoidBackward HardtanhBackward HardsigmoidBackward HardswishBackward
+        Mvlgamma NanToNum NativeDropout FusedDropout Neg Polar Polygamma Pow PreluKernel Rad2Deg
+        Reciprocal Relu Remainder Round Rsqrt Rsub RreluWithNoise Sgn Sigmoid Sign Silu Sin Sinc Sinh
+        SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where
+        Xlogy Expand TanhBackward SigmoidBackward GeluBackward SoftplusBackward EluBackward LeakyReluBackward
+        LogSigmoidBackward HardtanhBackward HardswishBackward
         ThresholdBackward SoftshrinkBackward SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr SpecialNdtri SpecialErfcx
         SpecialEntr SpecialXlog1Py SpecialZeta
         """,
@@ -479,7 +501,7 @@ _KINDS: dict[str, _Kind] = {
     **_each("Repeat", _repeated, "repeats"),
     **_each("Permute", _permuted, "dims"),
     **_each("Transpose", _transposed, "dim0", "dim1"),
-    **_each("T Mt", _transposed),
+    **_each("T", _transposed),
     **_each(
         "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp FftC2C",
         _along,
@@ -518,11 +540,12 @@ _KINDS: dict[str, _Kind] = {
     **_each("UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearestExact2D", _leading(2)),
     **_each("UpsampleBilinear2DAa UpsampleBicubic2DAa", _leading(2)),
     **_each("UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact3D", _leading(3)),
-    **_each("Im2Col Col2Im ChannelShuffle NativeChannelShuffle", _first),
+    **_each("Im2Col Col2Im ChannelShuffle", _first),
     **_each("Embedding EmbeddingBag EmbeddingDenseBackward", _looked_up),
     "Index": _Kind(_indexed, _indices),
     **_each("Mm", _product({0: 0}, {1: 1})),
-    **_each("Addmm", _with_added({0: 0}, {1: 1})),
+    # Where a factor is 1, what the node saved of a product tells its rows: passes are planned for that.
+    **_each("Addmm", _with_added({0: 0}, {1: 1}), "beta", "alpha"),
     **_each("SparseAddmm", _with_added({}, {1: 1})),
     **_each("Bmm", _product({0: 0, 1: 1}, {0: 0, 2: 2})),
     **_each("Baddbmm", _with_added({0: 0, 1: 1}, {0: 0, 2: 2})),
@@ -530,7 +553,7 @@ _KINDS: dict[str, _Kind] = {
     **_each("Addmv", _with_added({0: 0}, {})),
     **_each("Addr", _with_added({0: 0}, {1: 0})),
     **_each("Linear MkldnnLinear", _linear),
-    **_each("Convolution MkldnnConvolution CudnnConvolution MiopenConvolution ConvolutionBackwardOverrideable", _first),
+    **_each("Convolution MkldnnConvolution CudnnConvolution MiopenConvolution ConvolutionOverrideable", _first),
     **_each("NativeLayerNorm FusedRmsNorm", _normalised, "normalized_shape"),
     **_each("NativeGroupNorm", _first),
     **_each("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm", _batch_normalised, "training"),
@@ -564,12 +587,25 @@ def _declared(function: Any) -> _Kind | None:
     """Return what a function in Python says of itself.
 
     Its attribute ``independent_axes`` is "all" if it works entry by entry, with broadcasting; or it has for each input
-    that is a tensor a mapping from axes of the output to the input's axes that they are the same elements in.
+    that is a tensor a mapping from axes of the output to the input's axes that they are the same elements in, counted
+    from either end.
     """
     axes = getattr(function, "independent_axes", None)
     if axes is None:
         return None
-    return _Kind(_pointwise if axes == "all" else _product(*axes))
+    if axes == "all":
+        return _Kind(_pointwise)
+
+    def rule(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
+        out, taken = _out(step, k), _in(step, edge)
+        own = axes[edge] if edge < len(axes) else {}
+        dim = own.get(place.dim, own.get(place.dim - len(out)))
+        if dim is None:
+            return _SUMMED
+        same = -len(taken) <= dim < len(taken) and taken[dim] == out[place.dim]
+        return Place(dim % len(taken), place.inner) if same else _MOVED
+
+    return _Kind(rule)
 
 
 def kind_of(node: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recollect.autogram._factors import Factor, Outer, Rows
 from recollect.autogram._layout import Layout
+from recollect.autogram._operations import goes_by_entry
 
 __all__ = ["is_passed_on", "is_product", "rows_at"]
 
@@ -77,7 +78,7 @@ def rows_at(
             full = called[position]
         if full is None:
             continue
-        rows = _unsummed(full, grads, layouts, shape)
+        rows = _unsummed(full, grads, layouts, shape) if goes_by_entry(node, position) else None
         if rows is None:
             left.append(k)
         else:
