@@ -15,17 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from recollect._arguments import Certify
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
-from recollect.frames._certificate import (
-    GROSS,
-    Certificate,
-    Fingerprint,
-    difference,
-    fingerprint,
-    is_late,
-    judge,
-    tolerance_of,
-)
+from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
+from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Recorder

@@ -14,8 +14,8 @@ from recollect._storages import storages_of
 from recollect._torch import (
     preserving_versions,
 )
-from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
+from recollect.frames._fingerprint import bits_of
 from recollect.frames._modes import aside
 from recollect.frames._state import PythonState, same_items
 from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
