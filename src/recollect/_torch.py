@@ -64,6 +64,7 @@ __all__ = [
     "enabled_overrides",
     "graph_task_id",
     "has_global_forward_hooks",
+    "has_global_hooks",
     "hooks_are_enabled",
     "is_batched",
     "is_fake",
@@ -329,6 +330,12 @@ def has_global_forward_hooks() -> bool:
     """Return whether hooks of somebody else see, and may change, what every module returns."""
     hooks: Any = _module._global_forward_hooks
     return len(hooks) > (_WATCHING in hooks)
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks of somebody else run before or after every module's forward."""
+    before: Any = _module._global_forward_pre_hooks
+    return len(before) > (_WATCHING in before) or has_global_forward_hooks()
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}

@@ -318,6 +318,8 @@ class _CouplingStage(Stage):
         held = _OfBlock(self, len(self.blocks))
         self.blocks.append(block)
         frame = Frame(region, held, certify=self._certify, certificate=self._certificate)
+        if block.given is not None:
+            frame.expect(z, block.given)
         arguments = (z, group, *args), kwargs
 
         def see(output: Tensor) -> None:
