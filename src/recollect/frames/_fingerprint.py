@@ -123,6 +123,7 @@ def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
         or tensor.is_nested
         or is_in_transform()
         or "cpu" not in _READ_AT_ONCE
+        or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
     ):
         return None
     flat = tensor.detach()
