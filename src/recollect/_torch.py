@@ -63,6 +63,7 @@ __all__ = [
     "default_device",
     "enabled_overrides",
     "graph_task_id",
+    "has_global_hooks",
     "hooks_are_enabled",
     "is_batched",
     "is_fake",
@@ -353,6 +354,13 @@ def outputs_come_first_hand() -> bool:
     """Return whether no hook of somebody else's, which may change outputs, comes before that of watch_outputs."""
     hooks: Any = _module._global_forward_hooks
     return next(iter(hooks), None) == _CAPTURING
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks of somebody else, of engines too, run before or after every module's forward."""
+    before: Any = _module._global_forward_pre_hooks
+    after: Any = _module._global_forward_hooks
+    return any(len(hooks) > (_WATCHING in hooks) for hooks in (before, after))
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}

@@ -8,13 +8,13 @@ from frames_zoo import assert_same, each_source, make, wanted
 from torch import nn
 
 import recollect
-from recollect.frames import RebuildError, _certificate, couple
+from recollect.frames import RebuildError, _certificate, _fingerprint, couple
 
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
     """Take the CPU for a device of which no value is to be read on the way."""
-    monkeypatch.setattr(_certificate, "_READ_AT_ONCE", set())
+    monkeypatch.setattr(_fingerprint, "_READ_AT_ONCE", set())
 
 
 @each_source

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect.frames._certificate import Fingerprint
 from recollect.frames._drift import DriftGauge, DriftProbe
 from recollect.frames._errors import RebuildError, describe
+from recollect.frames._fingerprint import Fingerprint
 from recollect.frames._modes import enclosing, local
 from recollect.frames._watch import version_of
 from recollect.frames.sources._kept import KeptTensor, storage_of

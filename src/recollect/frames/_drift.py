@@ -95,11 +95,16 @@ class DriftProbe:
             for tensor, (index, value) in zip(parts_of(tensors), self._samples, strict=True):
                 if not value.is_floating_point() and not value.is_complex():
                     continue
-                difference = torch.take(tensor.detach(), index) - value
-                error += float(difference.abs().double().square().sum())
-                norm += float(value.abs().double().square().sum())
+                error += _square_of(torch.take(tensor.detach(), index) - value)
+                norm += _square_of(value)
         if norm > 0 or error > 0:
             self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
+
+
+def _square_of(tensor: Tensor) -> float:
+    """Return the sum of the squares in double precision."""
+    wide = (tensor.abs() if tensor.is_complex() else tensor).double()
+    return float(torch.dot(wide, wide))
 
 
 def _sample(size: int) -> Tensor:

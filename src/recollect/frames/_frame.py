@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,17 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from recollect._arguments import Certify
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
-from recollect.frames._certificate import (
-    GROSS,
-    Certificate,
-    Fingerprint,
-    difference,
-    fingerprint,
-    is_late,
-    judge,
-    tolerance_of,
-)
+from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
+from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Recorder
@@ -49,6 +42,28 @@ class _Token:
     def __init__(self, frame: Frame, index: int) -> None:
         self.frame = frame
         self.index = index
+
+
+class _Memory:
+    """Which memory a tensor has, and which version of its contents."""
+
+    __slots__ = ("_place", "_storage")
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._storage = weakref.ref(storage)
+        self._place = (
+            storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride(),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Memory | None:
+        """Return that of a plain tensor; of others nothing is known."""
+        return cls(tensor) if type(tensor) is Tensor and tensor.layout is torch.strided else None
+
+    def is_same(self, later: _Memory) -> bool:
+        """Whether a tensor that is looked at later has the same contents."""
+        return self._place == later._place and self._storage() is later._storage() is not None
 
 
 class _Lasting:
@@ -148,8 +163,8 @@ class Frame(Scope):
 
     __slots__ = (
         "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live",
-        "_lock", "_marks", "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled", "_tokens",
-        "_unmarked",
+        "_lock", "_marks", "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_sampled", "_saved", "_spoiled",
+        "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -176,6 +191,8 @@ class Frame(Scope):
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
+        # What drifts and was compared in this run: autograd may save a tensor for several operations.
+        self._sampled: list[tuple[_Memory, Fingerprint | None, float]] = []
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
         self._changes: torch.Size | None = None  # of an argument that the region itself has changed in place
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
@@ -201,6 +218,7 @@ class Frame(Scope):
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
+            self._sampled.clear()
         self._given = set()
         if not self._drifts:
             self._changes = next(
@@ -267,7 +285,7 @@ class Frame(Scope):
                 self._mark_earlier()
             if self._given and self._is_given(tensor):
                 pass  # it comes back with the arguments
-            elif tensor.requires_grad:
+            elif tensor.requires_grad or local.keeping:
                 with aside():
                     self._marks[index] = self._mark(tensor)
             else:
@@ -294,7 +312,22 @@ class Frame(Scope):
             unmarked.clear()
 
     def _mark(self, tensor: Tensor) -> Fingerprint | None:
-        return fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts)
+        if not self._drifts:
+            return fingerprint(tensor, exact=self._certify == "exact", apart=True)
+        memory = _Memory.of(tensor)
+        for known, mark, _ in self._sampled:
+            if memory is not None and known.is_same(memory):
+                return mark
+        mark = fingerprint(tensor, exact=self._certify == "exact", sample=True)
+        if memory is not None:
+            self._sampled.append((memory, mark, 0.0))
+        return mark
+
+    def expect(self, tensor: Tensor, mark: Fingerprint | None) -> None:
+        """Take notice of the fingerprint of a sample of a tensor that the region is about to get."""
+        memory = _Memory.of(tensor)
+        if memory is not None:
+            self._sampled.append((memory, mark, 0.0))
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
@@ -374,6 +407,8 @@ class Frame(Scope):
         gross = 0.0
         last = max(needed, default=-1) if self._early_stop or running is not None else -1
         count = 0
+        if running is None:
+            self._sampled.clear()
         filling = (
             done
         ) = -1  # numbers of operations: what it saved may be filled later; it saved the last that is needed
@@ -396,13 +431,14 @@ class Frame(Scope):
                 if count in needed:
                     if waiting and waiting[-1][2] != sequence():
                         compare()
-                    if self._marks[count] is not None and tensor.requires_grad:
+                    at_once = tensor.requires_grad or local.keeping > 0
+                    if self._marks[count] is not None and at_once:
                         gross = max(gross, self._certify_one(count, bare))
                     elif self._marks[count] is not None:
                         waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
-                    if not tensor.requires_grad:
+                    if not at_once:
                         filling = sequence()
             kept = _Emptied(bare)
             graph.append(weakref.ref(kept))
@@ -435,6 +471,7 @@ class Frame(Scope):
                     "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
                 )
         compare()
+        self._sampled.clear()
         if is_whole and running is None:
             if count != len(self._metas):
                 raise self._differs(f"it saved {count} tensors, and {len(self._metas)} in the forward pass")
@@ -464,14 +501,24 @@ class Frame(Scope):
             if is_late(then):
                 self._certify_late(index, then, tensor)
                 return 0.0
-            error = difference(
-                then, tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts
-            )
+            error = self._error_of(then, tensor)
         if self._held.drifts:  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
         self._accept(index, tensor.dtype, error)
+        return error
+
+    def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
+        if not self._drifts:
+            return difference(then, tensor, exact=self._certify == "exact", apart=True)
+        memory = _Memory.of(tensor)
+        for known, mark, error in self._sampled:
+            if mark is then and memory is not None and known.is_same(memory):
+                return error
+        error = difference(then, tensor, exact=self._certify == "exact", sample=True)
+        if memory is not None:
+            self._sampled.append((memory, then, error))
         return error
 
     def _certify_late(self, index: int, then: Fingerprint, tensor: Tensor) -> None:
@@ -493,12 +540,13 @@ class Frame(Scope):
 
     def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""
-        if not isinstance(mark.projections, list) or not mark.projections:
+        norm = norm_of(mark)
+        if norm == math.inf:
             return True
         if self._largest is None:
-            lists = (m.projections for m in self._marks if m is not None)
-            self._largest = max(numbers[-1] for numbers in lists if isinstance(numbers, list) and numbers)
-        return mark.projections[-1] >= 1e-2 * self._largest
+            norms = map(norm_of, self._marks)
+            self._largest = max(one for one in norms if one != math.inf)
+        return norm >= 1e-2 * self._largest
 
     def _check_saved(self, needed: set[int], changed: list[Changed]) -> None:
         """Raise if a tensor that autograd saved, and somebody still holds, was changed since: as autograd does."""
@@ -544,7 +592,7 @@ def run_frame(
 
 def _empty(arguments: Arguments) -> None:
     """Take the memory of the leaves that a rebuild began with: a graph that the region leaves behind holds them."""
-    for tensor in tensors_of(arguments):
+    for tensor in tensors_among(*arguments):
         if type(tensor) is not Tensor or not tensor.requires_grad or not tensor.is_leaf or tensor.is_nested:
             continue
         if tensor.layout is torch.strided and tensor.device.type != "meta":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from recollect._storages import storages_of
 from recollect._torch import (
     preserving_versions,
 )
-from recollect.frames._certificate import bits_of
 from recollect.frames._errors import InPlaceError
+from recollect.frames._fingerprint import bits_of
 from recollect.frames._modes import aside
+from recollect.frames._snapshot import Snapshot
 from recollect.frames._state import PythonState, same_items
 from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
 
 __all__ = ["Buffer", "Changed", "Known", "Record", "Registered", "check_unread"]
 
+
+_NULL: AbstractContextManager[None] = nullcontext()
 
 Registered = tuple[dict[str, Any], str, Tensor]
 Changed = tuple[str, Tensor, int]
@@ -110,6 +113,7 @@ class Record:
         registries: of buffers and submodules, with what they held before the run.
         constant: buffers that the run did not write to.
         writes: what it wrote to.
+        snapshot: state, parameters and registries of a tree of modules, which come in addition where they are needed.
     """
 
     __slots__ = (
@@ -119,6 +123,7 @@ class Record:
         "_marks",
         "_parameters",
         "_registries",
+        "_snapshot",
         "_state",
         "_versions",
         "_writes",
@@ -131,16 +136,19 @@ class Record:
         registries: list[tuple[dict[str, Any], dict[str, Any]]],
         constant: list[Buffer],
         writes: list[Copy],
+        snapshot: Snapshot | None = None,
     ) -> None:
         self._state = state
+        self._snapshot = snapshot
         self._parameters = parameters
         self._registries = registries
         self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
         self._marks = [(b.name, b.tensor, b.mark) for b in constant if b.mark is not None]
         self._writes = writes
-        self._versions = _versions_of(parameters)
+        tensors = [p for _, _, p in parameters] if snapshot is None else snapshot.parameters
+        self._versions = _versions_of(tensors)
+        self._flags = [p.requires_grad for p in tensors]
         self._brought = {key for copy in writes for key in copy.keys_brought_back()}
-        self._flags = [p.requires_grad for _, _, p in parameters]
 
     def suspects(self) -> list[str]:
         """Return the buffers that hold other values than in the first run, although no version says so."""
@@ -151,13 +159,14 @@ class Record:
 
         That matters only if the region reads them, and does not get back what they held.
         """
-        if self._versions == _versions_of(self._parameters) and not self._constant:
-            return []
-        changed = [
-            (f"parameter {name!r}", parameter, version)
-            for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
-            if version_of(parameter) != version and self._brought.isdisjoint(place_of(parameter))
-        ]
+        changed: list[Changed] = []
+        if self._versions != _versions_of(self._tensors()):
+            self._spread()
+            changed = [
+                (f"parameter {name!r}", parameter, version)
+                for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
+                if version_of(parameter) != version and self._brought.isdisjoint(place_of(parameter))
+            ]
         changed.extend(
             (f"buffer {name!r}", buffer, version)
             for name, buffer, version in self._constant
@@ -165,14 +174,33 @@ class Record:
         )
         return changed
 
-    @contextmanager
-    def put_back(self, other: bool = False) -> Iterator[None]:
+    def _tensors(self) -> list[Tensor]:
+        return [p for _, _, p in self._parameters] if self._snapshot is None else self._snapshot.parameters
+
+    def _spread(self) -> None:
+        """Write out what the snapshot holds."""
+        if self._snapshot is not None:
+            self._parameters, self._registries = self._snapshot.spread(self._state)
+            self._snapshot = None
+
+    def put_back(self, other: bool = False) -> AbstractContextManager[None]:
         """Give the body what the first run began with; afterwards everything is as it was before the body.
 
         Args:
             other: the body is another function, the region's inverse: parameters that the first run has set
                 (initialised by the data) are as it has left them.
         """
+        snapshot = self._snapshot
+        if snapshot is not None and (
+            other or not snapshot.holds() or [p.requires_grad for p in snapshot.parameters] != self._flags
+        ):
+            self._spread()
+        elif snapshot is not None and not self._writes:
+            return _NULL
+        return self._writing(other)
+
+    @contextmanager
+    def _writing(self, other: bool) -> Iterator[None]:
         registries = [
             (registry, then if not (registry or then) or same_items(registry, then) else dict(registry))
             for registry, then in self._registries
@@ -207,7 +235,7 @@ class Record:
                 if present is not parameter and _can_replace(present, parameter):
                     parameters.append((registry, name, present))  # type: ignore[arg-type]
                     registry[name] = parameter
-            for (_, _, parameter), flag in zip(self._parameters, self._flags, strict=True):
+            for parameter, flag in zip(self._tensors(), self._flags, strict=True):
                 if parameter.requires_grad is not flag and parameter.is_leaf:
                     toggled.append(parameter.requires_grad_(flag))
             with preserving_versions(counted):
@@ -223,15 +251,15 @@ class Record:
             for copy, target, value in reversed(contents):
                 target.copy_(value)
                 copy.lead_to(target)
-            self._versions = _versions_of(self._parameters)
+            self._versions = _versions_of(self._tensors())
             self._state.write(state)
 
 
-def _versions_of(registered: list[Registered]) -> list[int]:
+def _versions_of(tensors: list[Tensor]) -> list[int]:
     try:
-        return [parameter._version for _, _, parameter in registered]
+        return [tensor._version for tensor in tensors]
     except RuntimeError:
-        return [version_of(parameter) for _, _, parameter in registered]
+        return [version_of(tensor) for tensor in tensors]
 
 
 def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:

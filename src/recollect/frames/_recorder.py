@@ -30,7 +30,9 @@ from recollect._torch import (
 )
 from recollect.frames._modes import aside, local
 from recollect.frames._record import Buffer, Known, Record, Registered
+from recollect.frames._snapshot import Snapshot, snapshot_of
 from recollect.frames._state import PythonState, reached_by
+from recollect.frames._transform import Transformed
 from recollect.frames._watch import Copy, Watch, place_of, version_of
 
 __all__ = ["Recorder", "entering", "leaving"]
@@ -80,7 +82,8 @@ class Recorder:
 
     __slots__ = (
         "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
-        "_parts", "_places", "_ran", "_registries", "_runs", "_state", "_storages", "_watches", "_watching",
+        "_parts", "_places", "_ran", "_registries", "_runs", "_snapshot", "_state", "_storages", "_unknown", "_watches",
+        "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -103,6 +106,20 @@ class Recorder:
         self._known: list[tuple[Known, Hashable]] = []  # entered while the mode was open, and in which state
         self._lazy: list[nn.Module] = []
         self._runs = self._leaves = False  # whether it observes, and also when modules have run
+        self._keys: Known | None = None
+        # What the region holds, if that says all; and the same where a call must be observed before it does.
+        self._snapshot: Snapshot | None = None
+        self._unknown: Snapshot | None = None
+        root = function.owner if type(function) is Transformed and function.runs_owner_alone else function
+        if isinstance(root, nn.Module):
+            snapshot = snapshot_of(root, arguments)
+            if snapshot is not None and snapshot.is_known:
+                self._snapshot = snapshot
+                for module in snapshot.buffered:
+                    buffers = vars(module)["_buffers"]
+                    self._note_buffers(module, buffers, buffers.items())
+                return
+            self._unknown = snapshot
         if not isinstance(function, nn.Module):
             self._state.add_variables(function)
         code = _code_of(function)
@@ -124,6 +141,8 @@ class Recorder:
                     self._enter(part)
 
     def __enter__(self) -> Recorder:
+        if self._snapshot is not None:
+            return self
         if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
             self._open_watch(self)
         local.recorders.append(self)
@@ -140,6 +159,8 @@ class Recorder:
             watch_leaving(leaving)
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._snapshot is not None:
+            return
         unwatch_modules()
         self._runs = False
         if self._leaves:
@@ -269,7 +290,7 @@ class Recorder:
         copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
         writes = [Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
         writes.extend(copied.values())
-        return Record(self._state, self._parameters, self._registries, [], writes)
+        return Record(self._state, self._parameters, self._registries, [], writes, self._snapshot)
 
     def settle(self) -> Record:
         """Return what a rebuild must know; to be called when the region has run."""
@@ -292,6 +313,8 @@ class Recorder:
                 writes.append(Copy(buffer.tensor, buffer.then))
             else:
                 writes.extend(copied[key] for key in keys if key in copied)
+        if self._snapshot is not None:
+            return Record(self._state, [], [], constant, writes, self._snapshot)
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
         if more or self.filled:
             writes.extend(more)
@@ -314,6 +337,8 @@ class Recorder:
         for known, training in self._known:  # not before: recorders of regions around this one look too
             known.seen.add(training)
         self._known.clear()
+        if self._unknown is not None and not self._watches and not is_faked():
+            self._unknown.learn()
         for module in self._lazy:  # what they will stay
             parameters = vars(module)["_parameters"]
             self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)

@@ -156,6 +156,10 @@ class PythonState:
                     whole = None
         self._things.append(_Namespace(names, whole, skip))
 
+    def add_noted(self, names: dict[str, Any], whole: dict[str, Any], skip: frozenset[str]) -> None:
+        """Note the attributes that an object had, all of them immutable."""
+        self._things.append(_Namespace(names, whole, skip))
+
     def _add(self, value: Any, depth: int) -> None:
         """Note what a value holds, if it can change."""
         kind = type(value)

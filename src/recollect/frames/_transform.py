@@ -49,13 +49,15 @@ class Transformed:
 
     Attributes:
         owner: the block, which messages name.
+        runs_owner_alone: whether nothing but the block can depend on anything from outside.
         seen: is given the block's output in a forward pass.
     """
 
-    __slots__ = ("_dim", "_transform", "owner", "seen")
+    __slots__ = ("_dim", "_transform", "owner", "runs_owner_alone", "seen")
 
     def __init__(self, block: Callable[..., Any], transform: Transform, dim: int) -> None:
         self.owner = block
+        self.runs_owner_alone = type(transform) is Add
         self.seen: Callable[[Tensor], None] | None = None
         self._transform = transform
         self._dim = dim

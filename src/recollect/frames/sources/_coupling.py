@@ -20,20 +20,11 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import Certify, check_certify
-from recollect.frames._certificate import (
-    Certificate,
-    Fingerprint,
-    check_block,
-    difference,
-    fingerprint,
-    is_gross,
-    is_late,
-    judge,
-    tolerance_of,
-)
+from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
 from recollect.frames._chain import Parts, Slot, Stage, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError
+from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._frame import Frame, certificate_of_process
 from recollect.frames._modes import aside, frames_apply, local
 from recollect.frames._region import Region
@@ -327,6 +318,8 @@ class _CouplingStage(Stage):
         held = _OfBlock(self, len(self.blocks))
         self.blocks.append(block)
         frame = Frame(region, held, certify=self._certify, certificate=self._certificate)
+        if block.given is not None:
+            frame.expect(z, block.given)
         arguments = (z, group, *args), kwargs
 
         def see(output: Tensor) -> None:

@@ -12,6 +12,7 @@ from recollect._storages import storages_of
 from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree
 from recollect.frames._errors import InPlaceError, describe
+from recollect.frames._modes import local
 from recollect.frames._watch import attributes_of, key_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
@@ -43,8 +44,12 @@ class KeptTensor:
         if hooks is None:
             self._packed: Any = bare
         else:
-            with torch.no_grad():
-                self._packed = hooks[0](bare)
+            local.keeping += 1
+            try:
+                with torch.no_grad():
+                    self._packed = hooks[0](bare)
+            finally:
+                local.keeping -= 1
             self._unpack = hooks[1]
 
     @property

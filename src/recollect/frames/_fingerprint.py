@@ -1,0 +1,469 @@
+"""Fingerprints of tensors: of fixed size, and of every element.
+
+A fingerprint is four projections on pseudo-random directions and the norm (for floating-point types), or a weighted sum
+of bits (for all others, and where bits are to be equal). Elements are weighted by their position, so that tensors that
+hold the same values in another order differ. For two tensors a and b, the root mean square of the difference of their
+projections estimates ||a - b|| (Johnson and Lindenstrauss 1984).
+
+Positions have a period: the values are first summed up over it, which reads a tensor once. What is not one block of
+numbers of the right type is read piece by piece, so that there is never a copy of the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recollect._torch import is_in_transform, without_overrides
+
+__all__ = [
+    "PROJECTIONS", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite", "is_late",
+    "norm_of",
+]  # fmt: skip
+
+# A prime, so that whole rows or samples never fall on one another.
+_PERIOD = 1021
+_OTHER_PERIOD = 1019  # where the first divides the size
+PROJECTIONS = 4
+
+# Sampled elements, where reading all of them would cost more than it proves, and what is read in whole all the same.
+_SAMPLES = _PERIOD
+_FEW = 4 * _PERIOD
+
+# What is copied at a time of a tensor that has gaps or another type than its sum.
+_PIECE = 1 << 16
+_PIECE_ON_DEVICES = 1 << 22  # where each piece is a few kernels
+_LONG = 1 << 22  # products are summed up in their own precision
+_WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
+
+# Devices whose values can be read without waiting for them. What is compared on others is judged when backward ends.
+_READ_AT_ONCE = {"cpu"}
+
+_directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+Order = tuple[int, ...] | None
+
+
+class Fingerprint(NamedTuple):
+    """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
+
+    # Four, and the norm, which small tensors and samples do without; empty for types that are not floating-point.
+    projections: list[float] | Tensor
+    bits: int | Tensor  # 0 where they do not count
+    order: Order = None  # of the dimensions, in which the elements were read; None: as they are
+    finite: Fingerprint | None = None  # of a tensor with infinities or NaN: its other values, and where those stand
+    exact: bool = False  # whether the bits decide
+
+
+def fingerprint(
+    tensor: Tensor,
+    *,
+    exact: bool = False,
+    sample: bool = False,
+    apart: bool = False,
+    like: Fingerprint | None = None,
+) -> Fingerprint | None:
+    """Return a tensor's fingerprint; ``None`` if it has no values (meta, fake) or hides them (transforms).
+
+    Args:
+        tensor: any.
+        exact: take its bits, which then decide.
+        sample: of more than some thousand elements take a part, as floating-point numbers.
+        apart: on the CPU, take infinities and NaN apart from the values that are finite.
+        like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
+            errors are relative, is not taken again.
+    """
+    order = None if like is None else like.order
+    if not exact:
+        few = _few_of(tensor, order)
+        if few is not None and (not apart or math.isfinite(few[0][0])):
+            return Fingerprint(few[0], 0, few[1])
+    values, order = _values_of(tensor.detach() if tensor.requires_grad else tensor, order)
+    if values is None:
+        return None
+    if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
+        values = _sample_of(values) if values.numel() > _FEW else values
+        values = values.contiguous() if values.is_floating_point() else values.float()
+    bits: int | Tensor = 0
+    if exact or not values.is_floating_point():
+        bits = _bits_of(values)
+    for indices in _indices_of(tensor):
+        bits = bits * 31 + _bits_of(indices)
+    if not values.is_floating_point():
+        return Fingerprint([], bits, order)
+    with_norm = like is None and values.numel() > _PERIOD
+    projections = _project(values, with_norm)
+    if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
+        where = _bits_of(values, _kinds_of)
+        if where:  # else a sum has overflowed
+            finite = Fingerprint(_project(values, with_norm, _finite_of), where)
+            return Fingerprint(projections, bits, order, finite, exact)
+    return Fingerprint(projections, bits, order, None, exact)
+
+
+def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
+    """Return the projections of a small tensor on the CPU, and the order in which it was read.
+
+    The same as those of :func:`_project` in fewer steps: small regions spend their time on these.
+    """
+    size, dtype = tensor.numel(), tensor.dtype
+    if (
+        size > _PERIOD
+        or (dtype is not torch.float32 and dtype is not torch.float64)
+        or type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+        or tensor.is_neg()
+        or tensor.is_nested
+        or is_in_transform()
+        or "cpu" not in _READ_AT_ONCE
+        or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
+    ):
+        return None
+    flat = tensor.detach()
+    if order is None and not tensor.is_contiguous():
+        order = _order_of(tensor)
+    if order is not None:
+        flat = flat.permute(order)
+    numbers: list[float] = torch.mv(_columns(dtype, size), flat.reshape(-1)).tolist()
+    return numbers, order
+
+
+def _kinds_of(values: Tensor) -> Tensor:
+    """Return which elements are finite (0), infinite (1, 2) and NaN (3)."""
+    return values.eq(math.inf).byte() + 2 * values.eq(-math.inf).byte() + 3 * values.isnan().byte()
+
+
+def _finite_of(values: Tensor) -> Tensor:
+    return values.masked_fill(values.isfinite().logical_not_(), 0.0)
+
+
+# Two fingerprints.
+
+
+def difference(
+    then: Fingerprint | None, tensor: Tensor, *, exact: bool = False, sample: bool = False, apart: bool = False
+) -> float:
+    """Return the relative error of a tensor whose fingerprint was taken then; 0.0 where there is none."""
+    if then is None:
+        return 0.0
+    if not exact and then.finite is None:  # what comes most often
+        few = _few_of(tensor, then.order)
+        if few is not None and few[0] == then.projections:
+            return 0.0
+        if few is not None and math.isfinite(few[0][0]):
+            return error_between(then, Fingerprint(few[0], 0))
+    now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
+    return 0.0 if now is None else error_between(then, now)
+
+
+def error_between(then: Fingerprint, now: Fingerprint) -> float:
+    """Return the estimate of ||now - then|| / ||then||; infinite where bits that count differ, 0.0 if all is equal."""
+    if int(then.bits) != int(now.bits):
+        return math.inf
+    if then.exact:
+        return 0.0  # sums of the same numbers are not: rows with gaps between them are summed up by pieces
+    if then.finite is not None:
+        return math.inf if now.finite is None else error_between(then.finite, now.finite)
+    a, b = _numbers(then.projections), _numbers(now.projections)
+    if not a or a[:PROJECTIONS] == b[:PROJECTIONS]:
+        return 0.0
+    if not is_finite(then):
+        return 0.0  # an overflow in the forward pass: there is nothing to prove
+    square = sum(
+        (p - q) * (p - q)  # a power raises where this overflows
+        for p, q in zip(a[:PROJECTIONS], b, strict=False)
+        if not (math.isnan(p) and math.isnan(q)) and p != q
+    )
+    if square == 0.0:
+        return 0.0  # NaN where NaN was
+    # The norm of values whose squares overflow is infinite, and that of small tensors is not taken.
+    norm = a[-1] if len(a) > PROJECTIONS and math.isfinite(a[-1]) else _root_mean_square(a)
+    error = math.sqrt(square / PROJECTIONS)
+    if not math.isfinite(error) or norm == 0.0:
+        return math.inf
+    return error / norm
+
+
+def is_late(mark: Fingerprint | None) -> bool:
+    """Return whether reading a fingerprint would wait for its device."""
+    return mark is not None and (isinstance(mark.projections, Tensor) or isinstance(mark.bits, Tensor))
+
+
+def norm_of(mark: Fingerprint | None) -> float:
+    """Return the norm of a tensor, or its estimate; infinite where it is not known."""
+    numbers = [] if mark is None else _numbers(mark.projections)
+    if not numbers:
+        return math.inf
+    return numbers[PROJECTIONS] if len(numbers) > PROJECTIONS else _root_mean_square(numbers)
+
+
+def is_finite(mark: Fingerprint) -> bool:
+    """Return whether a tensor was free of infinities and NaN, as far as its fingerprint shows."""
+    return all(map(math.isfinite, _numbers(mark.projections)[:PROJECTIONS]))
+
+
+def _root_mean_square(projections: list[float]) -> float:
+    return math.hypot(*projections[:PROJECTIONS]) / math.sqrt(PROJECTIONS)
+
+
+def _numbers(projections: list[float] | Tensor) -> list[float]:
+    if isinstance(projections, Tensor):
+        numbers: list[float] = projections.tolist()
+        return numbers
+    return projections
+
+
+# What a tensor holds.
+
+Values = tuple[Tensor | None, Order]
+
+
+def _values_of(tensor: Tensor, order: Order = None) -> Values:
+    """Return a strided tensor with a tensor's values in the order in which they are read, and that order.
+
+    Args:
+        tensor: any, without history.
+        order: of the dimensions, to read it in; ``None``: that of its memory.
+    """
+    if is_in_transform() or tensor.device.type == "meta":
+        return None, None
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        return _values_of_subclass(tensor, order)
+    if tensor.layout is not torch.strided:
+        return _values_of_sparse(tensor)
+    if tensor.is_nested:
+        return _values_of(tensor.contiguous().values())
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:  # somebody has taken the memory away
+        return None, None
+    if tensor.is_complex():
+        real = torch.view_as_real(tensor.resolve_conj())
+        if order is None and not real.is_contiguous():
+            order = (*_order_of(tensor), tensor.dim())
+        return (real if order is None else real.permute(order)), order
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if order is None and not tensor.is_contiguous():
+        order = _order_of(tensor)
+    return (tensor if order is None else tensor.permute(order)), order
+
+
+def _order_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the dimensions in the order of memory."""
+    strides = [tensor.stride(i) if tensor.size(i) > 1 else 0 for i in range(tensor.dim())]
+    return tuple(sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True))
+
+
+def _indices_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return where the values of a sparse tensor stand."""
+    if tensor.layout is torch.sparse_coo:
+        return (tensor._indices(),)
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices()
+    return ()
+
+
+def _values_of_sparse(tensor: Tensor) -> Values:
+    if tensor.layout is torch.sparse_coo:
+        return _values_of(tensor._values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return _values_of(tensor.values())
+    return None, None
+
+
+def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
+    """Return the values of a subclass that is a plain tensor underneath; of others nothing is known."""
+    if tensor.layout is torch.jagged:
+        return _values_of(tensor.values())
+    local = getattr(tensor, "_local_tensor", None)  # DTensor: this rank's part
+    if isinstance(local, Tensor):
+        return _values_of(local, order)
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        with without_overrides():
+            return _values_of(tensor.as_subclass(Tensor), order)
+    return None, None
+
+
+@functools.lru_cache(maxsize=256)
+def _step_of(size: int) -> int:
+    """Return the distance of samples: prime to the size, so that all rows and columns are met equally often."""
+    step = -(-size // _SAMPLES)
+    while math.gcd(step, size) != 1:
+        step += 1
+    return step
+
+
+def _sample_of(values: Tensor) -> Tensor:
+    """Return elements at equal distances, of a strided tensor."""
+    step = _step_of(values.numel())
+    if values.is_contiguous():
+        return values.view(-1)[::step]
+    places = torch.arange(0, values.numel(), step, device=values.device)
+    offsets, extent = torch.zeros_like(places), 1
+    for size, stride in zip(reversed(values.shape), reversed(values.stride()), strict=True):
+        offsets += places.remainder(size).mul_(stride)
+        places = places.div_(size, rounding_mode="floor")
+        extent += (size - 1) * stride
+    return values.as_strided((extent,), (1,)).index_select(0, offsets)
+
+
+# Sums over the period.
+
+
+def _pieces_of(values: Tensor, limit: int) -> Iterator[Tensor]:
+    """Yield the elements of a strided tensor in rows, in their order; what is copied of it is not above the limit."""
+    if values.is_contiguous():
+        yield from torch.split(values.view(-1), limit)
+    elif values.numel() <= limit:
+        yield values.reshape(-1)
+    else:
+        within = values[0].numel()
+        if within > limit:
+            for part in values:
+                yield from _pieces_of(part, limit)
+        else:
+            for part in torch.split(values, max(limit // within, 1)):
+                yield part.reshape(-1)
+
+
+def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return the sums of the elements whose positions are equal modulo the period; of ``of(elements)``, if given."""
+    if of is None and values.dtype is dtype and values.is_contiguous():
+        return _folded_rows(values.view(-1), period)
+    # In double precision: many sums of pieces are added up.
+    wide = torch.float64 if dtype is torch.float32 and values.device.type == "cpu" else dtype
+    columns = torch.zeros(period, dtype=wide, device=values.device)
+    position = 0
+    for piece in _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES):
+        piece = (piece if of is None else of(piece)).to(dtype)
+        start, size = position % period, piece.numel()
+        head = min(period - start, size) if start else 0
+        if head:
+            columns[start : start + head] += piece[:head]
+        if size - head >= period:
+            columns += _folded_rows(piece[head:], period)
+        elif size > head:
+            columns[: size - head] += piece[head:]
+        position += size
+    return columns.to(dtype)
+
+
+def _folded_rows(flat: Tensor, period: int) -> Tensor:
+    side_by_side = period * 4 if flat.numel() >= _WIDE_SUM else period
+    rows = flat.numel() // side_by_side
+    columns = flat[: rows * side_by_side].view(rows, side_by_side).sum(0, dtype=flat.dtype)
+    rest = flat[rows * side_by_side :]
+    if side_by_side > period:
+        columns = columns.view(-1, period).sum(0, dtype=flat.dtype)
+        rows = rest.numel() // period
+        if rows:
+            columns += rest[: rows * period].view(rows, period).sum(0, dtype=flat.dtype)
+            rest = rest[rows * period :]
+    if rest.numel():
+        columns[: rest.numel()] += rest
+    return columns
+
+
+def _period_of(size: int) -> int:
+    return _PERIOD if size % _PERIOD else _OTHER_PERIOD
+
+
+def _project(values: Tensor, with_norm: bool, of: Callable[[Tensor], Tensor] | None = None) -> list[float] | Tensor:
+    device, size = values.device, values.numel()
+    wide = torch.float64 if values.dtype is torch.float64 else torch.float32
+    if size <= _PERIOD:
+        columns = values.reshape(-1).to(wide)
+        columns = columns if of is None else of(columns)
+    else:
+        columns = _folded(values, _period_of(size), wide, of)
+    number = columns.numel()
+    directions = _columns(wide, number) if device.type == "cpu" else _direction(wide, device)[:, :number]
+    projections = torch.mv(directions, columns)
+    norm = _norm_of(values, wide, of) if with_norm else None
+    if device.type not in _READ_AT_ONCE:
+        return projections if norm is None else torch.cat([projections, norm.view(1)])
+    numbers: list[float] = projections.tolist()
+    if norm is not None:
+        numbers.append(norm.item())
+    return numbers
+
+
+def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None) -> Tensor:
+    if of is None and values.dtype is dtype and values.is_contiguous():
+        flat = values.view(-1)
+        if not flat.is_cpu:
+            norm: Tensor = torch.linalg.vector_norm(flat)
+            return norm
+        squares = [torch.dot(piece, piece) for piece in torch.split(flat, _LONG)]
+        return torch.stack(squares).sum().sqrt()
+    pieces = _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES)
+    norms = [torch.linalg.vector_norm((piece if of is None else of(piece)).to(dtype)) for piece in pieces]
+    return torch.stack(norms).square().sum().sqrt()
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(dtype: torch.dtype, size: int) -> Tensor:
+    """Return the first columns of the CPU's directions."""
+    return _direction(dtype, torch.device("cpu"))[:, :size]
+
+
+def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return pseudo-random directions [projections, period], the same in every process."""
+    known = _directions.get((dtype, device))
+    if known is None:
+        with torch.inference_mode(False), torch.device("cpu"):
+            generator = torch.Generator().manual_seed(0)
+            known = torch.randn(PROJECTIONS, _PERIOD, generator=generator, dtype=torch.float64).to(device, dtype)
+        _directions[dtype, device] = known
+    return known
+
+
+# Bits.
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_weights: dict[torch.device, Tensor] = {}
+
+
+def bits_of(tensor: Tensor) -> int | Tensor | None:
+    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values."""
+    values, _ = _values_of(tensor.detach() if tensor.requires_grad else tensor)
+    return None if values is None else _bits_of(values)
+
+
+def _bits_of(values: Tensor, of: Callable[[Tensor], Tensor] | None = None) -> int | Tensor:
+    """Return the sum of the elements' bits, each times an odd number that depends on its position, modulo 2^64.
+
+    Args:
+        values: a strided tensor.
+        of: the bits of ``of(values)``, whole numbers, instead.
+    """
+    if of is None and values.dtype is torch.bool:
+        values = values.view(torch.uint8)
+    elif of is None and values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        values = values.view(_INTEGERS[values.element_size()])
+    device, size = values.device, values.numel()
+    weights = _weights.get(device)
+    if weights is None:
+        with torch.inference_mode(False):
+            weights = _weights[device] = torch.arange(_PERIOD, device=device) * 2654435762 + 1
+    if size <= _PERIOD:
+        flat = values.reshape(-1)
+        total = ((flat if of is None else of(flat)) * weights[:size]).sum()
+    else:
+        columns = _folded(values, _period_of(size), torch.int64, of)
+        total = (columns * weights[: columns.numel()]).sum()
+    return int(total) if device.type in _READ_AT_ONCE else total
+
+
+for _type in (torch.float32, torch.float64):  # now, so that nobody takes them for what a frame keeps
+    _direction(_type, torch.device("cpu"))
+_bits_of(torch.zeros(1, dtype=torch.int8, device="cpu"))

@@ -1,0 +1,124 @@
+"""Fingerprints against sums that are written out, on tensors of all layouts and types."""
+
+import math
+
+import pytest
+import torch
+
+from recollect.frames import _fingerprint
+from recollect.frames._fingerprint import bits_of, difference, fingerprint
+from recollect.memory import peak_memory
+
+SHAPES = [
+    (3, 5),
+    (1021,),
+    (1022,),
+    (3000, 64),
+    (1, 200_000),
+    (2, 70_000, 4),
+    (1019 * 1021,),
+    (7, 1021, 100),
+    (1 << 19,),
+]
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.int16, torch.bool]
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
+
+
+def values(shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    return (10 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def gapped(tensor):
+    """The same values as every second column of another tensor, and as its first columns."""
+    wide = tensor.new_zeros(*tensor.shape, 2)
+    wide[..., 0] = tensor
+    long = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.size(-1))
+    long[..., : tensor.size(-1)] = tensor
+    return wide[..., 0], long[..., : tensor.size(-1)]
+
+
+def sums(flat):
+    period = 1021 if flat.numel() % 1021 or flat.numel() == 1021 else 1019
+    return flat.new_zeros(min(period, flat.numel())).index_add_(0, torch.arange(flat.numel()) % period, flat)
+
+
+@each_shape
+def test_projections_are_those_of_the_sums_over_the_period(shape):
+    x = values(shape)
+    columns = sums(x.flatten())
+    directions = _fingerprint._direction(torch.float64, x.device)[:, : len(columns)]
+    found = torch.tensor(fingerprint(x).projections, dtype=torch.float64)
+    assert torch.allclose(found[:4], directions @ columns, rtol=1e-9, atol=1e-9)
+    if x.numel() > 1021:
+        assert math.isclose(found[4], x.norm(), rel_tol=1e-12)
+
+
+@each_shape
+@each_type
+def test_bits_are_weighted_by_their_position(shape, dtype):
+    x = values(shape, dtype)
+    flat = (torch.view_as_real(x) if x.is_complex() else x).flatten()
+    kind = {1: torch.uint8 if dtype is torch.bool else torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    columns = sums(flat.view(kind[flat.element_size()]).long())
+    expected = sum((2654435762 * i + 1) * int(column) for i, column in enumerate(columns))
+    assert bits_of(x) == (expected + 2**63) % 2**64 - 2**63
+    assert all(bits_of(one) == bits_of(x) for one in gapped(x))
+
+
+@each_shape
+@each_type
+@pytest.mark.parametrize("sample", [False, True])
+def test_gaps_in_memory_change_nothing(shape, dtype, sample):
+    x = values(shape, dtype)
+    allowed = 1e-13 if dtype is torch.float64 else 1e-6
+    for one in gapped(x):
+        assert difference(fingerprint(x, sample=sample), one, sample=sample) <= allowed
+        assert difference(fingerprint(x, exact=True), one, exact=True) == 0.0
+
+
+@each_shape
+@each_type
+def test_the_last_element_counts(shape, dtype):
+    x = values(shape, dtype)
+    y = x.clone()
+    y.view(-1)[-1] = not x.view(-1)[-1] if dtype is torch.bool else x.view(-1)[-1] + 1
+    for one in (y, *gapped(y)):
+        assert difference(fingerprint(x), one) > 0.0
+        assert difference(fingerprint(x, exact=True), one, exact=True) == math.inf
+
+
+@each_shape
+def test_the_error_is_about_that_of_the_tensors(shape):
+    x = values(shape)
+    noise = torch.randn(shape, dtype=x.dtype, generator=torch.Generator().manual_seed(8))
+    y = x + 1e-3 * noise * x.norm() / x.numel() ** 0.5
+    assert 1e-4 < difference(fingerprint(x), y) < 1e-2
+
+
+@pytest.mark.parametrize("size", [4 * 1021 + 1, 1 << 14, 64 * 20_000, 1021 * 1024])
+def test_a_sample_meets_every_row_and_every_column(size):
+    step = _fingerprint._step_of(size)
+    assert math.gcd(step, size) == 1
+    assert 500 < size // step <= 1021
+
+
+@pytest.mark.parametrize(
+    "layout", [lambda x: x, lambda x: x.movedim(0, 2), lambda x: x[:, 1::2], lambda x: x[..., 3:9]]
+)
+def test_a_sample_is_made_of_elements_at_equal_distances(layout):
+    x, _ = _fingerprint._values_of(layout(values((40, 60, 50))))
+    assert torch.equal(_fingerprint._sample_of(x), x.flatten()[:: _fingerprint._step_of(x.numel())])
+
+
+@each_type
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_tensor_is_made_that_is_as_large(dtype, exact, sample):
+    x = values((1 << 21,), dtype)
+    for one in (x, gapped(x)[0], gapped(x.view(1 << 10, 1 << 11))[1]):
+        with peak_memory() as memory:
+            fingerprint(one, exact=exact, sample=sample)
+        assert memory.peak_bytes <= 5 * 2**18
