@@ -96,7 +96,9 @@ def test_a_factor_of_a_product_that_changes():
     engine = Engine(model)
     for factor in (1, 2, 1, 3):
         losses = torch.addmm(model.bias, torch.rand(3, 5).double(), model.weight.t(), alpha=factor, beta=factor).sin()
-        assert relative_error(engine.compute_gramian(losses), explicit_gramian(losses, list(model.parameters()))) < 1e-12
+        assert (
+            relative_error(engine.compute_gramian(losses), explicit_gramian(losses, list(model.parameters()))) < 1e-12
+        )
 
 
 def test_several_outputs_of_which_one_has_no_gradient():

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 LENGTH = 6  # tables of positions have so many rows, and tables of elements
 
 
@@ -268,7 +267,9 @@ def functions(net, r):
         if way == "mm":
             return (flat @ weight.t()).view(h.shape).sin()
         if way == "addmm":
-            return torch.addmm(bias, flat, weight, alpha=call.r.choice((1, 2)), beta=call.r.choice((1, 3))).view(h.shape)
+            return torch.addmm(bias, flat, weight, alpha=call.r.choice((1, 2)), beta=call.r.choice((1, 3))).view(
+                h.shape
+            )
         if way == "norm":
             return F.layer_norm(h, (net.width,), weight[0], bias, 0.1)
         if way == "conv":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gramian_blocks import BLOCKS, Call, block
+from gramian_blocks import BLOCKS, Call, Net, Run, block
 from torch import Tensor
 
 import recollect
@@ -131,6 +131,61 @@ def experts(net, r):
     return run
 
 
+# One operation, along any axis.
+
+ALONG = {
+    "softmax": lambda z, dim, call: z.softmax(dim),
+    "log_softmax": lambda z, dim, call: z.log_softmax(dim),
+    "cumsum": lambda z, dim, call: z.cumsum(dim),
+    "roll": lambda z, dim, call: z.roll(call.r.choice((0, 1, -1)), dim),
+    "flip": lambda z, dim, call: z.flip(dim),
+    "sort": lambda z, dim, call: z.sort(dim)[0],
+    "sum": lambda z, dim, call: z.sum(dim, keepdim=True) * z,
+    "amax": lambda z, dim, call: z - z.amax(dim).unsqueeze(dim),
+    "norm": lambda z, dim, call: z / (1 + z.norm(dim=dim, keepdim=True)),
+    "logsumexp": lambda z, dim, call: z - z.logsumexp(dim, keepdim=True),
+    "cat": lambda z, dim, call: torch.cat([z.narrow(dim, 0, 1), z], dim).narrow(dim, 0, z.shape[dim]),
+    "cat of pieces": lambda z, dim, call: torch.cat(z.split(call.r.choice((1, 2, 9)), dim)[::-1], dim),
+    "stack": lambda z, dim, call: torch.stack([z, z.sin()], dim).prod(dim),
+    "unbind": lambda z, dim, call: torch.stack(z.unbind(dim)[::-1], dim),
+    "select": lambda z, dim, call: z + z.select(dim, -1).unsqueeze(dim),
+    "slice": lambda z, dim, call: F.pad(z.transpose(dim, -1)[..., 1:], (0, 1)).transpose(dim, -1),
+    "gather": lambda z, dim, call: z.gather(dim, call.numbers(z.shape[dim], *z.shape)),
+    "index_select": lambda z, dim, call: z.index_select(dim, call.numbers(z.shape[dim], z.shape[dim])),
+    "index": lambda z, dim, call: z.movedim(dim, 0)[call.numbers(z.shape[dim], z.shape[dim])].movedim(0, dim),
+    "scatter": lambda z, dim, call: z.scatter_add(dim, call.numbers(z.shape[dim], *z.shape), z.sin()),
+    "index_add": lambda z, dim, call: z.index_add(dim, call.numbers(z.shape[dim], z.shape[dim]), z.sin()),
+    "index_fill": lambda z, dim, call: z.index_fill(dim, call.numbers(z.shape[dim], 1), 0.5),
+    "repeat": lambda z, dim, call: z.repeat([2 if d == dim else 1 for d in range(3)]).unflatten(dim, (2, -1)).prod(dim),
+    "batch_norm": lambda z, dim, call: z if z.numel() == z.shape[dim] else
+    F.batch_norm(z.movedim(dim, 1), None, None, training=True, eps=0.1).movedim(1, dim),
+    "layer_norm": lambda z, dim, call:
+    F.layer_norm(z.movedim(dim, -1), z.shape[dim : dim + 1], eps=0.1).movedim(-1, dim),
+    "attention": lambda z, dim, call: F.scaled_dot_product_attention(*[z.movedim(dim, 0)] * 3).movedim(0, dim),
+    "fft": lambda z, dim, call: torch.fft.fft(z, dim=dim).abs(),
+    "windows": lambda z, dim, call: z.unfold(dim, 1, 1).squeeze(-1),
+    "glu": lambda z, dim, call: F.glu(torch.cat([z, z.cos()], dim), dim),
+    "product": lambda z, dim, call: z.movedim(dim, 0) @ z.movedim(dim, 0).mT @ z.movedim(dim, 0)
+    if dim == 0 else z @ z.mT.softmax(-1) @ z,
+    "where": lambda z, dim, call: torch.where(call.mask(*(n if d == dim else 1 for d, n in enumerate(z.shape))), z, 2),
+    "view": lambda z, dim, call: z.movedim(dim, 0).reshape(-1, z.shape[0]).t().reshape(z.shape),
+    "merge": lambda z, dim, call:
+    z.movedim(dim, 0).flatten(0, 1).sin().unflatten(0, (z.shape[dim], -1)).movedim(0, dim),
+}  # fmt: skip
+
+
+def _along(name: str) -> None:
+    def make(net: Net, r: random.Random) -> Run:
+        layer, dim = net.linear(), r.choices((0, 1, 2), (1, 2, 2))[0]
+        return lambda h, call: ALONG[name](layer(h), dim, call).tanh()
+
+    BLOCKS[f"along an axis: {name}"] = make
+
+
+for _name in ALONG:
+    _along(_name)
+
+
 # Views.
 
 
@@ -152,9 +207,13 @@ def merged_and_split(net, r):
             z = layer(h.view(2, n // 2, t, d)).transpose(0, 1).reshape(n, t, d)
             return z.tanh()
         if way == 5 and t % 2 == 0:
-            return layer(h.view(n, 2, t // 2, d).flatten(0, 1)).view(n, 2, t // 2, d).sum(1, keepdim=True).flatten(1, 2)[
-                :, :1
-            ] + h
+            return (
+                layer(h.view(n, 2, t // 2, d).flatten(0, 1))
+                .view(n, 2, t // 2, d)
+                .sum(1, keepdim=True)
+                .flatten(1, 2)[:, :1]
+                + h
+            )
         if way == 6:
             return layer(h.unfold(1, 1, 1).squeeze(-1))
         return layer(h.reshape(-1).view(n, t, d)).unsqueeze(0).squeeze(0)

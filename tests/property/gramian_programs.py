@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import gramian_moves  # adds its blocks to the table when it is imported
+import gramian_moves  # noqa: F401 - adds its blocks to the table
 import torch
 import torch.nn.functional as F
 from gramian_blocks import BLOCKS, Call, Net
 from torch import Tensor, nn
 
 from recollect.autogram import Engine
-
-__all__ = ["ENDS", "LOSSES", "Verdict", "gramian_moves", "run"]
 
 LIMIT = 1e-9
 Loss = Callable[[Tensor, Call], Tensor]
@@ -155,7 +153,7 @@ class Program(nn.Module):
     def __init__(self, seed: int, names: Sequence[str] = ()) -> None:
         super().__init__()
         r = random.Random(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         self.net = Net(r.choice((2, 3, 4)))
         kind = r.choices(("apart", "one mixes", "any"), (55, 30, 15))[0]
 
@@ -171,7 +169,7 @@ class Program(nn.Module):
         self.double()
 
     def forward(self, seed: int, sizes: tuple[int, int]) -> Tensor:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         data = torch.randn(*sizes, self.net.width)
         call = Call(random.Random(seed), data)
         h = data.clone()
@@ -202,6 +200,7 @@ class Verdict:
         seed: its.
         names: of its pieces.
         compared: how many Gramians were compared.
+        apart: how many had several losses in one pass.
         refused: how many were refused with an integer for the batch dimension, as they may be.
         faults: what went wrong.
     """
@@ -209,6 +208,7 @@ class Verdict:
     seed: int
     names: list[str]
     compared: int = 0
+    apart: int = 0
     refused: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -281,12 +281,16 @@ def run(seed: int, names: Sequence[str] = (), *, every: bool = False, make: Call
         torch.set_default_dtype(before)
 
 
+def _choices(engine: Any) -> list[Any]:
+    return [choice for known in engine._known.values() for choice in known.choices.values()]
+
+
 def _run(seed: int, names: Sequence[str], every: bool, make: Callable[..., Any]) -> Verdict:
     program, r = Program(seed, names), random.Random(~seed)
     for p in program.parameters():
         p.requires_grad_(r.random() < 0.93)
     targets = _targets(program, r)
-    draws = _draws(r, program, targets, r.choice((2, 2, 3)))
+    draws = _draws(r, program, targets, r.choice((2, 2, 2, 3)))
     verdict = Verdict(seed, program.names)
     dims: list[Any] = [*range(-1, max(len(draw.shape) for draw in draws)), None]
     for batch_dim in ["auto", *(dims if every else [r.choice(dims)])]:
@@ -306,6 +310,7 @@ def _run(seed: int, names: Sequence[str], every: bool, make: Callable[..., Any])
                     verdict.faults.append(f"crash, {label}: {type(problem).__name__}: {str(problem)[:300]}")
                 continue
             verdict.compared += 1
+            verdict.apart += any(choice.passes < found.numel() ** 0.5 for choice in _choices(engine))
             wrong = error(found, draw.truth, draw.shape)
             if not wrong < LIMIT:
                 verdict.faults.append(f"wrong, {label}: an error of {wrong:.1e}")
@@ -314,4 +319,4 @@ def _run(seed: int, names: Sequence[str], every: bool, make: Callable[..., Any])
 
 
 if __name__ == "__main__":
-    print(run(int(sys.argv[1]), every=True))
+    sys.stdout.write(f"{run(int(sys.argv[1]), every=True)}\n")
