@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["SquareSum", "of_device", "on_one_another", "wide"]
+__all__ = ["SquareSum", "of_device", "on_one_another", "padded_zeros", "wide"]
 
 # The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
 # (Measured on CPU, 128 rows of 16,384: a whole product at 94 GFlop/s, columns of 32 at 80, of 16 at 68; with 256 rows,
@@ -39,6 +39,12 @@ def on_one_another(columns: int) -> bool:
     return columns % 1024 == 0
 
 
+def padded_zeros(num_rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros [num_rows, columns], whose rows do not fall on one another."""
+    stride = columns + 16 if on_one_another(columns) else columns
+    return torch.zeros(num_rows, stride, dtype=dtype, device=device)[:, :columns]
+
+
 class SquareSum:
     """The Gramian that is being summed up.
 
@@ -66,8 +72,7 @@ class SquareSum:
 
     def new_rows(self, columns: int) -> Tensor:
         """Return zeros [m, columns], to be filled and added."""
-        stride = columns + 16 if on_one_another(columns) else columns
-        return self._lower.new_zeros(self._lower.shape[0], stride)[:, :columns]
+        return padded_zeros(self._lower.shape[0], columns, self.dtype, self.device)
 
     def space(self, columns: int) -> Tensor:
         """Return [m, columns], contiguous, to be written and added: the same memory at each call.
