@@ -127,9 +127,7 @@ def norms_of(job: Job, choice: Choice) -> Tensor | Declines:
     return _added(job, choice, norms, holds=False)
 
 
-def _added(
-    job: Job, choice: Choice, result: Callable[[Passes], Tensor | Declines], holds: bool
-) -> Tensor | Declines:
+def _added(job: Job, choice: Choice, result: Callable[[Passes], Tensor | Declines], holds: bool) -> Tensor | Declines:
     """Return the sum of the results over all passes that there are; or what rules declined."""
     total: Tensor | None = None
     for passes in passes_of(job, choice, holds=holds):
