@@ -71,12 +71,13 @@ def cross_of(rows: Job, columns: Job, choices: tuple[Choice, Choice]) -> Tensor 
         choices: the passes of both.
     """
     none: Declines = frozenset()
-    total = torch.zeros(rows.output.numel(), columns.output.numel(), dtype=rows.dtype, device=rows.output.device)
+    dtype, device = torch.promote_types(rows.dtype, columns.dtype), rows.output.device
+    total = torch.zeros(rows.output.numel(), columns.output.numel(), dtype=dtype, device=device)
     for first in passes_of(rows, choices[0], holds=True, at_once=False):
         others = list(passes_of(columns, choices[1], holds=True, at_once=False))
         part = torch.zeros_like(total)
         for chosen in _groups(first):
-            held = _Held(first.parameters, len(chosen), first.rows, rows.dtype, rows.output.device)
+            held = _Held(rows.parameters, len(chosen), first.rows, dtype, device)
             declined = first.run(held, chosen)
             if declined is not None:
                 return declined, none

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from recollect.autogram._choice import BatchDim
 
-__all__ = ["check_overflow", "check_settings", "check_weighting", "check_weights", "checked_dim", "joined"]
+__all__ = [
+    "check_overflow",
+    "check_settings",
+    "check_weighting",
+    "check_weights",
+    "checked_dim",
+    "joined",
+    "on_one_device",
+]
 
 
 def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
@@ -44,6 +52,15 @@ def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
             )
     with torch.enable_grad():
         return torch.cat([loss.reshape(-1) for loss in losses])
+
+
+def on_one_device(rows: Tensor, columns: Tensor) -> None:
+    """Raise if the losses of the rows and those of the columns are not on one device."""
+    if rows.device != columns.device:
+        raise ValueError(
+            f"the losses of the rows are on {rows.device} and those of the columns on {columns.device}; give both on "
+            "one device"
+        )
 
 
 def check_overflow(on_overflow: object) -> None:

@@ -49,7 +49,8 @@ def _squares(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _norms(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the norms along the last axis."""
-    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, dtype)).to(dtype)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, dtype))
+    return norms.to(dtype)
 
 
 def _of_formed(factors: Sequence[Factor], dtype: torch.dtype, device: torch.device) -> Tensor:

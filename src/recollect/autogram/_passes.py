@@ -59,6 +59,11 @@ class Known:
     others: dict[str, int] = field(default_factory=dict)
     tolerance: float | None = None
 
+    def count(self, what: str) -> int:
+        """Return how many calls there were for something else than the Gramian, this one included."""
+        self.others[what] = self.others.get(what, 0) + 1
+        return self.others[what]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

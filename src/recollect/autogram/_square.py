@@ -132,7 +132,7 @@ class SquareSum:
         """Add (a bᵀ) ∘ (c dᵀ) of left = (a, b) [m, p] and right = (c, d) [m, q], of which the lower half counts."""
         m = len(left[0])
         width = of_device(_PAIRED, self.device)
-        spaces = self.space(2 * width).flatten().split(m * width)
+        spaces = self.space(2 * width).view(2, -1)
         for start in range(0, m, width):
             block = self._lower[start:, start : start + width]
             products = []
