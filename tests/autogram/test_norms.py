@@ -142,8 +142,8 @@ def test_in_half_precision_squares_do_not_overflow():
 
 def test_the_graph_stays_for_a_backward_pass_or_is_freed():
     net = model()
-    losses = losses_of(net)
     engine = Engine(net)
+    losses = losses_of(net)
     engine.compute_norms(losses)
     losses.sum().backward()
     again = losses_of(net)
