@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from autogram_zoo import build, explicit_jacobian, run, trained
+from autogram_zoo._behaviour import SideEffects
 from autogram_zoo._cases import EXACT, each_member, few
 from factor_oracle import dense
 from test_certificate import BREAKS, NETS, broken, parts
@@ -38,6 +39,8 @@ def weighted(losses):
 @each_member
 def test_two_graphs(kind, row_bytes):
     """Of two batches, the second one larger if the member takes such."""
+    if kind is SideEffects:
+        pytest.skip("a second forward pass writes to what the first one's graph needs")
     made, other = build(kind), build(kind)
     batch_dim = kind.batch_dims[0]
     sizes = few(kind), (kind.batches[0] if len(kind.batches) < 3 else 1)
@@ -57,8 +60,9 @@ def test_two_graphs(kind, row_bytes):
 def test_two_lists_of_one_graph_that_go_by_different_passes(kind):
     """The rows are apart, and the columns are not: each depends on the whole batch."""
     made, other = build(kind), build(kind)
+    engine = Engine(*made.targets())
     losses = run(made, few(kind), kind.batch_dims[0])
-    found = Engine(*made.targets()).compute_gramian(losses, weighted(losses), flat=True)
+    found = engine.compute_gramian(losses, weighted(losses), flat=True)
     again = run(other, few(kind), kind.batch_dims[0])
     rows, columns = (explicit_jacobian(some, trained(other.targets())) for some in (again, weighted(again)))
     assert error(found, rows, columns) <= EXACT

@@ -7,7 +7,7 @@ import torch
 from autogram_zoo import build, explicit_jacobian, run, trained
 from autogram_zoo._cases import LIMITS, by_hand, each_case, each_dtype, each_member, few
 from factor_oracle import dense
-from test_certificate import BREAKS, M, NETS, broken, parts
+from test_certificate import BREAKS, NETS, M, broken, parts
 from test_contract import FACTORS, SUMS
 from test_passes import Mixed, losses_of, model, passes  # noqa: F401  (a fixture)
 from torch import nn
