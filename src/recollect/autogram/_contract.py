@@ -20,7 +20,7 @@ from recollect.autogram._pieces import block_pieces, entries_of, even, group_pie
 from recollect.autogram._rows import form_rows, row_elements
 from recollect.autogram._square import Space, SquareSum, of_device, wide
 
-__all__ = ["add_cross", "add_gramian", "gramian"]
+__all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]
 
 # How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
@@ -105,9 +105,7 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
     b = factor.right.shape[3]
     if not T * G * a * b:  # as of an empty graph: all rows are zeros, or have no elements
         return
-    formed = m * T * a * b + m * m * a * b // 2
-    paired = m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2)
-    if paired < formed:
+    if _has_few_positions(factor):
         _add_pairs(total, factor)
     elif G == 1:
         elements = _elements_at_once(total, factor.left.numel() + factor.right.numel()) // m
@@ -117,6 +115,31 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
         step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
         for piece in group_pieces(factor, step):
             total.add_product(piece)
+
+
+def _has_few_positions(factor: Outer) -> bool:
+    """Whether products of pairs of positions take fewer operations than rows that are formed."""
+    m, (_, T, _, a), b = factor.num_rows, factor.left.shape, factor.right.shape[3]
+    formed = m * T * a * b + m * m * a * b // 2
+    return m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2) < formed
+
+
+def with_bias(weight: Factor, bias: Rows) -> Outer | None:
+    """Return the Jacobian of a layer's weight and bias together, if that takes fewer operations than both do apart.
+
+    With one position the bias has the gradient that is the weight's left side: (g gᵀ) ∘ (a aᵀ + 1) counts for both, and
+    its first product is computed once.
+    """
+    if not isinstance(weight, Outer) or weight.left.shape[1:3] != (1, 1) or not _has_few_positions(weight):
+        return None
+    left, values = weight.left[:, 0, 0], bias.values
+    if (left.shape, left.stride(), left.dtype) != (values.shape, values.stride(), values.dtype):
+        return None
+    if left.data_ptr() != values.data_ptr():
+        return None
+    ones = weight.right.new_ones(1).expand(*weight.right.shape[:-1], 1)
+    height, width = left.shape[1], weight.right.shape[3] + 1
+    return Outer(weight.left, torch.cat([weight.right, ones], -1), torch.Size((height, width)))
 
 
 def _add_pairs(total: SquareSum, factor: Outer) -> None:

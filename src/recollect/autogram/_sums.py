@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._contract import add_gramian
+from recollect.autogram._contract import add_gramian, with_bias
 from recollect.autogram._factors import Blocks, Factor, Rows
 from recollect.autogram._merge import join, merge
 from recollect.autogram._norms import squared_norms
@@ -111,14 +111,28 @@ class WholeSum(Joined):
     ) -> None:
         super().__init__(parameters, passes, rows, dtype, device)
         self._square = SquareSum(passes * rows, dtype, device)
+        self._waiting: Rows | None = None
 
     def add(self, parameter: int, factors: Sequence[Factor]) -> None:
-        """Square a parameter's Jacobian."""
-        add_gramian(self._square, factors)
+        """Square a parameter's Jacobian; that of a bias together with the weight's, which comes next."""
+        bias, self._waiting = self._waiting, None
+        if bias is not None:
+            both = with_bias(factors[0], bias) if len(factors) == 1 else None
+            if both is None:
+                add_gramian(self._square, [bias])
+            else:
+                factors = [both]
+        only = factors[0]
+        if len(factors) == 1 and isinstance(only, Rows):
+            self._waiting = only
+        else:
+            add_gramian(self._square, factors)
 
     def total(self) -> Tensor:
         """Return the Gramian, symmetric."""
         self.finish()
+        if self._waiting is not None:
+            add_gramian(self._square, [self._waiting])
         return self._square.total()
 
 
