@@ -7,7 +7,7 @@ import pytest
 import torch
 from factor_oracle import dense
 
-from recollect.autogram import _contract, _square
+from recollect.autogram import _contract, _pieces, _square
 from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Outer, Picked, Rows
 from recollect.autogram._merge import join, merge
@@ -119,12 +119,12 @@ def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
     ("asked", "given"), [(0.2, 1), (5.4, 5), (6.0, 8), (11.0, 8), (12.0, 16), (30.0, 32), (70.0, 64)]
 )
 def test_parts_are_multiples_of_a_vector(asked, given):
-    assert _contract._even(asked) == given
+    assert _pieces.even(asked) == given
 
 
 @pytest.mark.parametrize(("a", "b", "elements"), [(1024, 256, 81_920), (768, 256, 32_768), (999, 10, 500), (7, 5, 1)])
 def test_tiles_are_alike_and_do_not_fall_on_one_another(a, b, elements):
-    height, width = _contract._tile(a, b, elements)
+    height, width = _pieces.tile(a, b, elements)
     assert -a % height <= math.ceil(a / height)  # which is what the last one has less
     assert -b % width <= math.ceil(b / width)
     assert height == a or height * width % 1024

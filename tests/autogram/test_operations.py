@@ -1004,7 +1004,7 @@ def parts_of(n):
 
 
 def graph_of(output):
-    return walk(output, Recorder(Registry({})), {})
+    return walk(output, Recorder(Registry({}), ()), {})
 
 
 def edges_of(graph):

@@ -9,6 +9,9 @@ Which losses one backward pass stands for follows from the graph's operations: t
 apart, as the elements of a batch are; never from values. Where they are not apart, parameters go by rows, with a pass
 for each loss. Every Gramian in use is certified: wᵀ G w = ‖Jᵀ w‖², the squared norm of the gradient that it weighs.
 
+Where the whole Gramian is not needed, ``Engine.compute_norms`` gives its diagonal alone, from the same passes; and for
+two lists of losses ``Engine.compute_gramian`` gives the products of their gradients.
+
 What no rule accounts for, parameters used by functions, by a parent, in modules of no known type, is found in the graph
 and taken from there, exactly: nothing is run twice. A parameter that is used several times has its cross terms.
 """
@@ -16,6 +19,7 @@ and taken from there, exactly: nothing is run twice. A parameter that is used se
 from recollect.autogram._certificate import Certificate, GramianError
 from recollect.autogram._engine import Engine, register_rule
 from recollect.autogram._factors import Blocks, Factor, NotCovered, Outer, Picked, Rows
+from recollect.autogram._uses import NoiseScale, clip_weights, gradient_noise_scale
 
 __all__ = [
     "Blocks",
@@ -23,9 +27,12 @@ __all__ = [
     "Engine",
     "Factor",
     "GramianError",
+    "NoiseScale",
     "NotCovered",
     "Outer",
     "Picked",
     "Rows",
+    "clip_weights",
+    "gradient_noise_scale",
     "register_rule",
 ]

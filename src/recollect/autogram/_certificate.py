@@ -43,7 +43,7 @@ class Certificate:
     skipped: int = 0
     last: float | None = None
     largest: float = 0.0
-    _waiting: list[tuple[Tensor, float, str]] = field(default_factory=list, repr=False)
+    _waiting: list[tuple[Tensor, float, str, tuple[str, str, str]]] = field(default_factory=list, repr=False)
 
     def compare(self, gramian: Tensor, weights: Tensor, squared: Tensor | None, tolerance: float, rules: str) -> None:
         """Compare both sides; on devices other than the CPU the verdict comes with the next call.
@@ -58,15 +58,32 @@ class Certificate:
         Raises:
             GramianError: they differ.
         """
-        self.settle()
-        if squared is None:
-            self.skipped += 1
-            return
         exact, w = gramian.double(), weights.flatten().double()
         bound = (w.abs() @ exact.diagonal().clamp(min=0).sqrt()).square()
-        sides = torch.stack([w @ exact @ w, squared.double().to(exact.device), bound])
-        self._waiting.append((sides, tolerance, rules))
-        if sides.device.type == "cpu":
+        sides = None if squared is None else (w @ exact @ w, squared, bound)
+        self.compare_sides(sides, tolerance, rules, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"))
+
+    def compare_sides(
+        self, sides: tuple[Tensor, Tensor, Tensor] | None, tolerance: float, rules: str, names: tuple[str, str, str]
+    ) -> None:
+        """Compare what was found with what a gradient says; see :meth:`compare`.
+
+        Args:
+            sides: both, and what their difference is relative to, 0-D; None if they are not known.
+            tolerance: the largest relative difference.
+            rules: names of the layers whose rules were asked, for the error.
+            names: of the three, for the error.
+
+        Raises:
+            GramianError: they differ.
+        """
+        self.settle()
+        if sides is None:
+            self.skipped += 1
+            return
+        device = sides[0].device
+        self._waiting.append((torch.stack([side.double().to(device) for side in sides]), tolerance, rules, names))
+        if device.type == "cpu":
             self.settle()
 
     def settle(self) -> None:
@@ -76,21 +93,21 @@ class Certificate:
             GramianError: a Gramian did not fit.
         """
         while self._waiting:
-            sides, tolerance, rules = self._waiting.pop(0)
-            found, squared, bound = sides.tolist()
-            if not math.isfinite(found + squared + bound):
+            sides, tolerance, rules, names = self._waiting.pop(0)
+            found, expected, bound = sides.tolist()
+            if not math.isfinite(found + expected + bound):
                 self.skipped += 1
                 continue
-            difference = abs(found - squared)
+            difference = abs(found - expected)
             self.checks += 1
             self.last = difference / bound if bound else float(difference > 0)
             self.largest = max(self.largest, self.last)
             if self.last > tolerance:
                 raise GramianError(
-                    f"the Gramian does not fit the gradient: wᵀ G w is {found:g} and ‖Jᵀ w‖² is {squared:g}, apart by "
-                    f"{self.last:.1e} of (Σ |w_i| √G_ii)², and {tolerance:.0e} is allowed. Look at rules of your own "
-                    f"(asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and at "
-                    "hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
+                    f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
+                    f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "
+                    f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and "
+                    "at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
                     "Gradients that were accumulated by this call are right"
                 )
 

@@ -1,4 +1,4 @@
-"""From a parameter's factors to their Gramian, by whichever way takes the fewest operations.
+"""From a parameter's factors to their Gramian, by whichever way takes the fewest operations, or to that of two lists.
 
 The rows of J are formed a piece at a time and squared while they are in the cache, J Jᵀ += J_k J_kᵀ; or, where
 positions are few, they are never formed: for outer products of left g and right a,
@@ -9,18 +9,18 @@ norms, and in section 3.1 of Novak et al., arXiv 2206.08720.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
-from recollect.autogram._merge import merge
+from recollect.autogram._merge import alike, merge
+from recollect.autogram._pieces import block_pieces, entries_of, even, group_pieces, picked_pieces, slab_pieces
 from recollect.autogram._rows import form_rows, row_elements
-from recollect.autogram._square import SquareSum, of_device, on_one_another, wide
+from recollect.autogram._square import Space, SquareSum, of_device, wide
 
-__all__ = ["add_gramian", "gramian"]
+__all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]
 
 # How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
@@ -29,8 +29,8 @@ _PIECE = {"cpu": 2**23, "cuda": 2**26}
 _LEAST, _MOST = {"cpu": 2**22, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
-# How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
-_TALL = 128
+# From so many objectives on, products of positions are computed position by position, below the diagonal alone.
+_MANY = 256
 # A product of two scalars that waits for memory costs as much as so many in a matrix product.
 _ELEMENT = 24
 
@@ -55,9 +55,14 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
     if isinstance(only, Outer):
         _add_outer(total, only)
     elif isinstance(only, Picked):
-        _add_picked(total, only)
+        (entries,) = entries_of(only)
+        step = max(1, of_device(_PIECE, total.device) // (only.num_rows * only.shape[1] * total.dtype.itemsize))
+        for piece in picked_pieces(entries, step, total.dtype):
+            total.add_product(piece)
     elif isinstance(only, Blocks):
-        _add_blocks(total, only)
+        at_once = _elements_at_once(total, only.sources) * only.shape[only.axis]
+        for piece in block_pieces(only, even(at_once / max(1, only.num_rows * only.shape.numel()))):
+            total.add_product(piece)
     else:
         _add_formed(total, factors)
 
@@ -94,121 +99,163 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
             total.add_block(form_rows(factors, below).to(total.dtype) @ first.mT, below, rows)
 
 
-def _add_blocks(total: SquareSum, factor: Blocks) -> None:
-    """Form J for some of the parameter's parts at a time, for all objectives."""
-    m, parts = factor.num_rows, factor.shape[factor.axis]
-    step = _even(_elements_at_once(total, factor.sources) * parts / max(1, m * factor.shape.numel()))
-    for start in range(0, parts, step):
-        total.add_product(factor.form(slice(0, m), slice(start, min(start + step, parts))).flatten(1))
-
-
-def _even(parts: float) -> int:
-    """Return about so many parts, up to half more, that rows are whole vectors: matrix products like those better."""
-    for unit in (16, 8):
-        if parts >= 0.7 * unit:
-            return round(parts / unit) * unit
-    return max(1, int(parts))
-
-
 def _add_outer(total: SquareSum, factor: Outer) -> None:
     m = factor.num_rows
     _, T, G, a = factor.left.shape
     b = factor.right.shape[3]
     if not T * G * a * b:  # as of an empty graph: all rows are zeros, or have no elements
         return
-    formed = m * T * a * b + m * m * a * b // 2
-    paired = m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2)
-    if paired < formed:
+    if _has_few_positions(factor):
         _add_pairs(total, factor)
     elif G == 1:
-        _add_slabs(total, factor)
+        elements = _elements_at_once(total, factor.left.numel() + factor.right.numel()) // m
+        for piece in slab_pieces(factor, max(1, elements), total.space):
+            total.add_product(piece)
     else:
-        _add_groups(total, factor)
+        step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
+        for piece in group_pieces(factor, step):
+            total.add_product(piece)
+
+
+def _has_few_positions(factor: Outer) -> bool:
+    """Whether products of pairs of positions take fewer operations than rows that are formed."""
+    m, (_, T, _, a), b = factor.num_rows, factor.left.shape, factor.right.shape[3]
+    formed = m * T * a * b + m * m * a * b // 2
+    return m * m * (a + b + _ELEMENT) * T * T // (1 if T == 1 else 2) < formed
+
+
+def with_bias(weight: Factor, bias: Rows) -> Outer | None:
+    """Return the Jacobian of a layer's weight and bias together, if that takes fewer operations than both do apart.
+
+    With one position the bias has the gradient that is the weight's left side: (g gᵀ) ∘ (a aᵀ + 1) counts for both, and
+    its first product is computed once.
+    """
+    if not isinstance(weight, Outer) or weight.left.shape[1:3] != (1, 1) or not _has_few_positions(weight):
+        return None
+    left, values = weight.left[:, 0, 0], bias.values
+    if (left.shape, left.stride(), left.dtype) != (values.shape, values.stride(), values.dtype):
+        return None
+    if left.data_ptr() != values.data_ptr():
+        return None
+    ones = weight.right.new_ones(1).expand(*weight.right.shape[:-1], 1)
+    height, width = left.shape[1], weight.right.shape[3] + 1
+    return Outer(weight.left, torch.cat([weight.right, ones], -1), torch.Size((height, width)))
 
 
 def _add_pairs(total: SquareSum, factor: Outer) -> None:
     """(g gᵀ) ∘ (a aᵀ), summed over positions, without any row of J."""
     m = factor.num_rows
     T, G = factor.left.shape[1:3]
-    dtype = total.dtype
-    left, right = (side.permute(2, 0, 1, 3).to(dtype) for side in (factor.left, factor.right))  # [G, m, T, a]
-    step = max(1, int((of_device(_PIECE, left.device) / (dtype.itemsize * T * T * G)) ** 0.5))
+    left, right = _by_groups(factor, total.dtype)
+    if len(left[0]) == len(right[0]) and (T == 1 or m >= _MANY):
+        for k, t, s in itertools.product(range(G), range(T), range(T)):
+            total.add_products((left[k, :, t], left[k, :, s]), (right[k, :, t], right[k, :, s]))
+        return
+    step = max(1, int((of_device(_PIECE, left.device) / (total.dtype.itemsize * T * T * G)) ** 0.5))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         for j in range(0, i + 1, step):
             columns = slice(j, min(j + step, m))
-            product = _pair(left, rows, columns) * _pair(right, rows, columns)
-            total.add_block(product.sum((0, 2, 4)), rows, columns)
+            total.add_block(_pairs((left, left), (right, right), rows, columns), rows, columns)
 
 
-def _pair(side: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Return the products [G, n, T, n', T] of what stands at each position with what stands at each other."""
-    G, m, T, _ = side.shape
-    first, second = (side, side) if m == 1 else (side[:, rows], side[:, columns])
-    product = first.flatten(1, 2) @ second.flatten(1, 2).mT
-    return product.view(G, first.shape[1], T, second.shape[1], T)
+def _by_groups(factor: Outer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both sides as [G, m or 1, T, elements]."""
+    return factor.left.permute(2, 0, 1, 3).to(dtype), factor.right.permute(2, 0, 1, 3).to(dtype)
 
 
-def _add_slabs(total: SquareSum, factor: Outer) -> None:
-    """Form J for some of both sides' elements at a time, for all objectives."""
-    m, dtype = factor.num_rows, total.dtype
-    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
-    if left.shape[2] < right.shape[2]:
-        left, right = right, left  # the parameter transposed has the same Gramian
-    a, b = left.shape[2], right.shape[2]
-    height, width = _tile(a, b, max(1, _elements_at_once(total, left.numel() + right.numel()) // m))
-    right = right.to(dtype).expand(m, -1, -1)
-    for top in range(0, a, height):
-        upper = left[:, :, top : top + height].to(dtype).mT.expand(m, -1, -1)  # [m, height, T]
-        for start in range(0, b, width):
-            part = right[:, :, start : start + width]
-            shape = (upper.shape[1], part.shape[2])
-            rows = total.space(math.prod(shape))
-            torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
-            total.add_product(rows)
+def _pairs(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], rows: slice, columns: slice) -> Tensor:
+    """Return the sum over groups and positions of products, [n, n'] or what broadcasts to it.
+
+    Args:
+        left: of the rows' factor and of the columns', [G, m or 1, T, a].
+        right: the same, [G, m or 1, T, b].
+        rows: which.
+        columns: which.
+    """
+    products = []
+    for side in (left, right):
+        first, second = (
+            some if some.shape[1] == 1 else some[:, part] for some, part in zip(side, (rows, columns), strict=True)
+        )
+        product = first.flatten(1, 2) @ second.flatten(1, 2).mT
+        products.append(product.view(len(first), *first.shape[1:3], *second.shape[1:3]))  # [G, n, T, n', T']
+    return (products[0] * products[1]).sum((0, 2, 4))
 
 
-def _tile(a: int, b: int, elements: int) -> tuple[int, int]:
-    """Return height and width of pieces of [a, b] with about so many elements: tall, not too narrow, and alike."""
-    height = min(a, max(elements // b, min(_TALL, max(1, elements // 16))))
-    height, width = _alike(a, height), _alike(b, min(b, max(1, elements // height)))
-    if height < a and on_one_another(height * width):
-        height += 1
-    return height, width
+def add_cross(block: Tensor, first: Sequence[Factor], second: Sequence[Factor]) -> None:
+    """Add J Kᵀ [m, n] of the Jacobians of two lists of losses with respect to one parameter.
+
+    Args:
+        block: [m, n].
+        first: sums up to J.
+        second: sums up to K.
+    """
+    first, second = merge(first), merge(second)
+    if len(first) == 1 and len(second) == 1:
+        match first[0], second[0]:
+            case Outer() as one, Outer() as other if alike(one, other):
+                _cross_outer(block, one, other)
+                return
+            case Picked() as one, Picked() as other:
+                step = _step(block, one.shape[1])
+                for pair in zip(
+                    *(picked_pieces(some, step, block.dtype) for some in entries_of(one, other)), strict=True
+                ):
+                    _multiply(block, *pair)
+                return
+            case Blocks() as one, Blocks() as other if one.axis == other.axis:
+                parts = one.shape[one.axis]
+                step = even(_step(block, 1) * parts / max(1, one.shape.numel()))
+                for pair in zip(block_pieces(one, step), block_pieces(other, step), strict=True):
+                    _multiply(block, *pair)
+                return
+    _cross_formed(block, first, second)
 
 
-def _alike(whole: int, part: int) -> int:
-    """Return the size of equal parts of a whole, of as many as there are of this size."""
-    return math.ceil(whole / math.ceil(whole / part))
+def _cross_outer(block: Tensor, first: Outer, second: Outer) -> None:
+    (m, n), (T, S) = block.shape, (first.left.shape[1], second.left.shape[1])
+    G, a, b = *first.left.shape[2:], first.right.shape[3]
+    if not T * S * G * a * b:
+        return
+    if m * n * (a + b + _ELEMENT) * T * S < (m * T + n * S + m * n) * a * b:
+        (left, right), (under, beside) = _by_groups(first, block.dtype), _by_groups(second, block.dtype)
+        step = max(1, int((of_device(_PIECE, block.device) / (block.itemsize * T * S * G)) ** 0.5))
+        for i, j in itertools.product(range(0, m, step), range(0, n, step)):
+            rows, columns = slice(i, min(i + step, m)), slice(j, min(j + step, n))
+            block[rows, columns] += _pairs((left, under), (right, beside), rows, columns)
+    elif G == 1:
+        step, (upper, lower) = _step(block, 1), (Space(rows, block.dtype, block.device) for rows in block.shape)
+        for pair in zip(slab_pieces(first, step, upper), slab_pieces(second, step, lower), strict=True):
+            _multiply(block, *pair)
+    else:
+        step = _step(block, a * b)
+        for pair in zip(group_pieces(first, step), group_pieces(second, step), strict=True):
+            _multiply(block, *pair)
 
 
-def _add_groups(total: SquareSum, factor: Outer) -> None:
-    """Form J for some of the groups at a time, for all objectives."""
-    m = factor.num_rows
-    G, a = factor.left.shape[2:]
-    b = factor.right.shape[3]
-    step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
-    for start in range(0, G, step):
-        left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
-        shape = torch.Size((left.shape[2], a, b))
-        total.add_product(form_rows([Outer(left, right, shape)], slice(0, m)))
+def _cross_formed(block: Tensor, first: Sequence[Factor], second: Sequence[Factor]) -> None:
+    """Form whole rows, of each of both so many at once as may be held."""
+    heights = []
+    for factors in (first, second):
+        plain = len(factors) == 1 and isinstance(factors[0], Rows)
+        bound = max(1, _WHOLE // (2 * block.itemsize * max(1, row_elements(factors))))
+        heights.append(factors[0].num_rows if plain else min(bound, factors[0].num_rows))
+    for i in range(0, len(block), heights[0]):
+        rows = slice(i, min(i + heights[0], len(block)))
+        formed = form_rows(first, rows)
+        for j in range(0, block.shape[1], heights[1]):
+            columns = slice(j, min(j + heights[1], block.shape[1]))
+            _multiply(block[rows, columns], formed, form_rows(second, columns))
 
 
-def _add_picked(total: SquareSum, factor: Picked) -> None:
-    """Form J for some of the entries that were looked up at a time, for all objectives."""
-    m, T, d = factor.grad.shape
-    entries, places = torch.unique(factor.index, return_inverse=True)
-    order = places.expand(m, T).flatten().argsort(stable=True)
-    sorted_places = places.expand(m, T).flatten()[order]
-    grads = factor.grad.reshape(m * T, d)
-    step = max(1, of_device(_PIECE, grads.device) // (m * d * total.dtype.itemsize))
-    starts = torch.arange(0, len(entries) + step, step, device=places.device)
-    bounds = torch.searchsorted(sorted_places, starts).tolist()
-    for k, (low, high) in enumerate(itertools.pairwise(bounds)):
-        chosen = order[low:high]
-        slab = grads.new_zeros(m * step, d, dtype=total.dtype)
-        slab.index_add_(0, chosen // T * step + sorted_places[low:high] - k * step, grads[chosen].to(total.dtype))
-        total.add_product(slab.view(m, -1))
+def _multiply(block: Tensor, first: Tensor, second: Tensor) -> None:
+    block.addmm_(first.to(block.dtype), second.to(block.dtype).mT)
+
+
+def _step(block: Tensor, elements: int) -> int:
+    """Return how many parts of so many elements each are formed at once for all rows and all columns."""
+    return max(1, of_device(_MOST, block.device) // (block.itemsize * max(1, sum(block.shape) * elements)))
 
 
 def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:

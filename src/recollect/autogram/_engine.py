@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recollect.autogram._capture import Recorder, watch
 from recollect.autogram._certificate import Certificate, norm_of, random_weights, squared_norm, tolerance_of
 from recollect.autogram._choice import BatchDim, Choice, choose
+from recollect.autogram._cross import cross_of
 from recollect.autogram._independence import check_independence, explain
 from recollect.autogram._losses import (
     check_overflow,
@@ -24,10 +25,12 @@ from recollect.autogram._losses import (
     checked_features,
     head_parameters,
     joined,
+    on_one_device,
 )
 from recollect.autogram._modules import check_modules, counted_parameters
-from recollect.autogram._passes import Job, Known, gramian_of, gramian_of_features
+from recollect.autogram._passes import Job, Known, gramian_of, gramian_of_features, norms_of
 from recollect.autogram._plan import changed_layers
+from recollect.autogram._probes import CrossProbe, NormProbe, probe_cross, probe_norms
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._structure import find_structure
 from recollect.autogram._walk import Graph, walk
@@ -146,14 +149,23 @@ class Engine:
         self._begin()
 
     def compute_gramian(
-        self, output: Tensor | Sequence[Tensor], *, flat: bool = False, retain_graph: bool = True
+        self,
+        output: Tensor | Sequence[Tensor],
+        columns: Tensor | Sequence[Tensor] | None = None,
+        *,
+        flat: bool = False,
+        retain_graph: bool = True,
     ) -> Tensor:
-        """Return the Gramian of the losses' gradients.
+        """Return the Gramian of the losses' gradients, or the products of theirs with those of other losses.
 
         Args:
             output: losses of any shape [m1, ..., mk], floating point; or a list or tuple of losses, whatever the shape
                 of each, of one dtype and on one device: they count as one vector [m], each flattened, one behind the
                 other.
+            columns: other losses, n of them, of the same graph or another one: then the result is J Kᵀ, of the
+                Jacobians of both, as for influence functions, tangent kernels between two batches, and methods that
+                take the products of two samples (MoDo, arXiv 2305.20057). Of parameters that only one of the two
+                depends on there is nothing. None: they are the output.
             flat: whether a Gramian [m, m] of the losses ``output.flatten()`` is wanted in place of the generalised one.
                 That of a list, or of a vector, is [m, m] anyway.
             retain_graph: whether the graph must stay for a backward pass that follows; otherwise what it saved may be
@@ -162,13 +174,14 @@ class Engine:
         Returns:
             [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
             gradients of output[i1..ik] and output[j1..jk]. For a scalar it is the squared norm of its gradient. If
-            flat, and for a list: [m, m].
+            flat, and for a list: [m, m]. With columns of the shape [n1, ..., nl]: [m1, ..., mk, nl, ..., n1]; if flat,
+            [m, n].
 
         Raises:
             TypeError: the output is no tensor of floating point, or a list of several dtypes, or a parameter is
                 complex.
             ValueError: it has no graph, or no such dimension as ``batch_dim``, or the elements in it are not
-                independent; or a list is empty, or on several devices.
+                independent; or a list is empty, or on several devices, as the columns may be.
             GramianError: it does not fit the gradient: a rule is wrong.
 
         Warns:
@@ -186,8 +199,13 @@ class Engine:
             torch.Size([15, 15])
             >>> engine.compute_gramian([outputs.square().mean(), outputs[:, 0]]).shape  # a loss, and five
             torch.Size([6, 6])
+            >>> others = model(torch.randn(2, 4)).square().mean(1)
+            >>> engine.compute_gramian(outputs[:, 0], others).shape  # a product for each pair
+            torch.Size([5, 2])
         """
         losses = joined(output)
+        if columns is not None:
+            return self._cross(losses, joined(columns), flat)
         square, _ = self._gramian(losses, retain_graph, self._certify_every)
         return square if flat else _generalise(square, losses)
 
@@ -320,6 +338,45 @@ class Engine:
 
         return weights, add
 
+    def compute_norms(
+        self, losses: Tensor | Sequence[Tensor], *, squared: bool = False, retain_graph: bool = True
+    ) -> Tensor:
+        """Return the norm ‖g_i‖ of each loss' gradient: the roots of the Gramian's diagonal, of which no more is made.
+
+        For a layer that is called once for each loss it is ‖g‖ ‖a‖, of its output's gradient and its input (Goodfellow,
+        arXiv 1510.01799). With several positions, pairs of them are multiplied, or rows are formed, whichever takes
+        fewer operations. Several uses of a parameter count with their cross terms.
+
+        Args:
+            losses: of any shape, or a list or tuple of losses, as in :meth:`compute_gramian`.
+            squared: whether ‖g_i‖² is wanted, what the diagonal is.
+            retain_graph: as in :meth:`compute_gramian`.
+
+        Returns:
+            Of the losses' shape and dtype; for a list, [m].
+
+        Raises:
+            TypeError: as in :meth:`compute_gramian`.
+            ValueError: as in :meth:`compute_gramian`.
+            GramianError: a norm is not that of the gradient: a rule is wrong. One loss' norm is compared, by one more
+                backward pass, at the first call of each form of graph, and at every ``certify_every`` calls.
+
+        Example:
+            >>> import torch
+            >>> from recollect.autogram import Engine, clip_weights
+            >>> model = torch.nn.Linear(4, 3)
+            >>> engine = Engine(model)
+            >>> losses = model(torch.randn(5, 4)).square().sum(1)
+            >>> norms = engine.compute_norms(losses)
+            >>> norms.shape
+            torch.Size([5])
+            >>> losses.backward(clip_weights(norms, max_norm=1.0))  # the sum of clipped gradients
+        """
+        vector = joined(losses)
+        squares = self._squares(vector, retain_graph)
+        norms = squares if squared else squares.sqrt()
+        return norms.to(vector.dtype).view(vector.shape)
+
     def explain(self, output: Tensor | Sequence[Tensor]) -> str:
         """Return which backward passes the Gramian of these losses takes, and which parameters go by rows, and why.
 
@@ -352,6 +409,52 @@ class Engine:
                         self._certify(job, result, weights, squared)
                     return result.to(output.dtype), job
                 job.known.declined |= result
+
+    def _squares(self, output: Tensor, retain: bool) -> Tensor:
+        """Return the squared norms [m], in what they are summed in."""
+        checked_dim(output, self._batch_dim)
+        probe: NormProbe | None = None
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if output.numel() == 0:
+                return output.new_zeros(0)
+            while True:
+                job = self._job(output, retain)
+                probe = probe or probe_norms(job, self._certify_every)
+                squares = norms_of(job, self._choose(job))
+                if isinstance(squares, Tensor):
+                    job.known.settled = True
+                    squares = squares.clamp(min=0)  # pairs of positions may leave rounding below zero
+                    if probe is not None:
+                        probe.judge(self.certificate, squares, job, self._choose(job))
+                    return squares
+                job.known.declined |= squares
+
+    def _cross(self, rows: Tensor, columns: Tensor, flat: bool) -> Tensor:
+        """Return the products of the gradients of two tensors of losses."""
+        for output in (rows, columns):
+            checked_dim(output, self._batch_dim)
+        on_one_device(rows, columns)
+        probe: CrossProbe | None = None
+        dtype = torch.promote_types(rows.dtype, columns.dtype)
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            found = torch.zeros(rows.numel(), columns.numel(), dtype=dtype, device=rows.device)
+            while found.numel() > 0:
+                jobs = self._job(rows, True), self._job(columns, True)
+                choices = self._choose(jobs[0]), self._choose(jobs[1])
+                probe = probe or probe_cross(*jobs, self._certify_every)
+                result = cross_of(*jobs, choices)
+                if isinstance(result, Tensor):
+                    if probe is not None:
+                        probe.judge(self.certificate, result, jobs, choices)
+                    found = result.to(dtype)
+                    break
+                for job, declined in zip(jobs, result, strict=True):
+                    job.known.declined |= declined
+        if flat:
+            return found
+        k, dims = rows.dim(), rows.dim() + columns.dim()
+        laid = found.view([*rows.shape, *columns.shape])
+        return laid.permute([*range(k), *reversed(range(k, dims))]).contiguous()
 
     def _probe(self, job: Job, every: int) -> tuple[Tensor | None, Tensor | None]:
         """Return weights and the squared norm of the gradient that they make of the losses, if it is time for it."""

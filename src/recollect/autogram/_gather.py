@@ -1,51 +1,45 @@
-"""Takes each parameter's factors as backward passes bring them, and has them squared as soon as all are there."""
+"""Takes each parameter's factors as a backward pass brings them, and hands them on as soon as all are there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from recollect.autogram._contract import add_gramian
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
-from recollect.autogram._merge import join, merge
-from recollect.autogram._rows import form_rows
-from recollect.autogram._square import SquareSum
+from recollect.autogram._factors import Factor
+from recollect.autogram._rows import as_rows, held_elements
+from recollect.autogram._sums import Sum
 
 __all__ = ["Gather"]
 
 
 class Gather:
-    """Factors on their way to a Gramian.
+    """Factors on their way to what is summed up of them.
 
     Args:
-        total: takes their Gramians.
+        total: takes all factors of a parameter in a pass together.
         parameters: by id.
         events: how often each parameter is heard of in one pass.
-        passes: the number of backward passes, in each of which the same number of rows comes.
+        rows: how many rows come in each pass.
     """
 
-    def __init__(
-        self, total: SquareSum, parameters: Mapping[int, Tensor], events: Mapping[int, int], passes: int, rows: int
-    ) -> None:
+    def __init__(self, total: Sum, parameters: Mapping[int, Tensor], events: Mapping[int, int], rows: int) -> None:
         self._total = total
         self._parameters = parameters
         self._events = events
-        self._passes = passes
         self._rows = rows
         self._pass = 0
         self._now: dict[int, list[Factor]] = {}
         self._waiting = dict(events)
-        self._held: dict[int, dict[int, Factor]] = {}
 
     def add(self, parameter: int, factor: Factor | None) -> None:
         """Take a factor of this pass; None: a use of the parameter that contributes nothing."""
         if factor is not None:
             factors = self._now.setdefault(parameter, [])
             factors.append(factor)
-            if len(factors) > 1:
-                self._now[parameter] = self._fold(parameter, factors)
+            if len(factors) > 1 and held_elements(factors) > self._rows * self._parameters[parameter].numel():
+                # No more is held of a parameter that is used again and again than its rows are.
+                self._now[parameter] = [as_rows(factors, self._parameters[parameter].shape)]
         self._waiting[parameter] -= 1
         if self._waiting[parameter] == 0:
             self._close(parameter)
@@ -57,47 +51,7 @@ class Gather:
         self._waiting = dict(self._events)
         self._pass += 1
 
-    def finish(self) -> None:
-        """Square what had to wait for the last pass."""
-        while self._held:
-            parameter, held = self._held.popitem()
-            none = Rows(torch.zeros(()).expand(self._rows, *self._parameters[parameter].shape))
-            like = next(iter(held.values()))
-            if len(held) < self._passes:
-                none = Rows(form_rows([like], slice(0, 1)).new_zeros(self._rows, *self._parameters[parameter].shape))
-            add_gramian(self._total, self._join([held.get(k, none) for k in range(self._passes)], parameter))
-
     def _close(self, parameter: int) -> None:
         factors = self._now.pop(parameter, None)
-        if not factors:
-            return
-        if self._passes == 1:
-            add_gramian(self._total, factors)
-            return
-        factors = merge(factors)
-        if len(factors) > 1 or isinstance(factors[0], Blocks) or self._is_large(parameter, factors):
-            factors = [self._form(parameter, factors)]
-        self._held.setdefault(parameter, {})[self._pass] = factors[0]
-
-    def _fold(self, parameter: int, factors: list[Factor]) -> list[Factor]:
-        """Hold no more of a parameter that is used again and again than its rows are."""
-        return [self._form(parameter, factors)] if self._is_large(parameter, factors) else factors
-
-    def _is_large(self, parameter: int, factors: Sequence[Factor]) -> bool:
-        return sum(map(_elements, factors)) > self._rows * self._parameters[parameter].numel()
-
-    def _form(self, parameter: int, factors: Sequence[Factor]) -> Rows:
-        rows = form_rows(factors, slice(0, self._rows))
-        return Rows(rows.view(self._rows, *self._parameters[parameter].shape))
-
-    def _join(self, parts: Sequence[Factor], parameter: int) -> list[Factor]:
-        joined = join(parts)
-        return [join([self._form(parameter, [part]) for part in parts]) or parts[0] if joined is None else joined]
-
-
-def _elements(factor: Factor) -> int:
-    if isinstance(factor, Outer):
-        return factor.left.numel() + factor.right.numel()
-    if isinstance(factor, Picked):
-        return factor.grad.numel() + factor.index.numel()
-    return factor.values.numel() if isinstance(factor, Rows) else 0
+        if factors:
+            self._total.take(parameter, self._pass, factors)

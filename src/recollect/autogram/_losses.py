@@ -19,6 +19,7 @@ __all__ = [
     "checked_features",
     "head_parameters",
     "joined",
+    "on_one_device",
 ]
 
 
@@ -54,6 +55,15 @@ def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
             )
     with torch.enable_grad():
         return torch.cat([loss.reshape(-1) for loss in losses])
+
+
+def on_one_device(rows: Tensor, columns: Tensor) -> None:
+    """Raise if the losses of the rows and those of the columns are not on one device."""
+    if rows.device != columns.device:
+        raise ValueError(
+            f"the losses of the rows are on {rows.device} and those of the columns on {columns.device}; give both on "
+            "one device"
+        )
 
 
 def check_overflow(on_overflow: object) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect.autogram._factors import Factor, Outer, Picked, Rows
 
-__all__ = ["join", "merge"]
+__all__ = ["alike", "join", "merge"]
 
 
 def merge(factors: Sequence[Factor]) -> list[Factor]:
@@ -37,13 +37,14 @@ def _merge_two(first: Factor, second: Factor) -> Factor | None:
         return Picked(
             torch.cat([first.grad, second.grad], 1), _lay_behind(first.index, second.index), first.num_entries
         )
-    if isinstance(first, Outer) and isinstance(second, Outer) and _alike(first, second):
+    if isinstance(first, Outer) and isinstance(second, Outer) and alike(first, second):
         left, right = _lay_behind(first.left, second.left), _lay_behind(first.right, second.right)
         return Outer(left, right, first.shape)
     return None
 
 
-def _alike(first: Outer, second: Outer) -> bool:
+def alike(first: Outer, second: Outer) -> bool:
+    """Whether both have as many groups, and as many elements on each side."""
     pairs = ((first.left, second.left), (first.right, second.right))
     return all(one.shape[2:] == other.shape[2:] for one, other in pairs)
 
@@ -65,7 +66,7 @@ def join(parts: Sequence[Factor]) -> Factor | None:
         return Rows(torch.cat([part.values for part in parts if isinstance(part, Rows)]))
     if all(isinstance(part, Outer) for part in parts):
         outers = [part for part in parts if isinstance(part, Outer)]
-        if all(_alike(outers[0], outer) for outer in outers):
+        if all(alike(outers[0], outer) for outer in outers):
             lefts, rights = [outer.left for outer in outers], [outer.right for outer in outers]
             if _is_shared(rights):
                 return Outer(_stack(lefts, outers), rights[0], outers[0].shape)

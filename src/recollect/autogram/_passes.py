@@ -1,13 +1,15 @@
-"""Which backward passes give a Gramian: one for each loss, several at once, or one for many losses that are apart.
+"""Which backward passes bring the Jacobian: one for each loss, several at once, or one for many losses that are apart.
 
-What passes bring has to be held until the last of them, for every pair of rows meets in the Gramian. Passes that run
-at once bring all rows of a layer together, which can be squared and forgotten, but hold each layer's gradient for all
-losses. Where neither fits a bound, the losses are taken in groups, and each pair of groups in turn.
+Where every pair of rows meets, as in the Gramian, what passes bring has to be held until the last of them. Passes that
+run at once bring all rows of a layer together, which can be squared and forgotten, but hold each layer's gradient for
+all losses. Where neither fits a bound, the losses are taken in groups, and each pair of groups in turn. For the
+diagonal alone each pass is for itself, and nothing is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,14 +17,17 @@ from torch import Tensor
 
 from recollect.autogram._capture import Recorder
 from recollect.autogram._choice import Choice
+from recollect.autogram._factors import Rows
 from recollect.autogram._gather import Gather
 from recollect.autogram._groups import in_groups
 from recollect.autogram._plan import Plan, plan_rows
-from recollect.autogram._square import SquareSum, of_device, wide
+from recollect.autogram._square import of_device, wide
+from recollect.autogram._structure import Layouts
+from recollect.autogram._sums import NormSum, Sum, WholeSum
 from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Anatomy, Graph
 
-__all__ = ["Declines", "Job", "Known", "gramian_of", "gramian_of_features"]
+__all__ = ["Declines", "Job", "Known", "Passes", "gramian_of", "gramian_of_features", "norms_of", "passes_of"]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
@@ -42,6 +47,7 @@ class Known:
         settled: whether passes came to their end, and so will not have to be planned anew.
         choices: by what rules do not cover, and by which parameters have hooks.
         calls: how many there were.
+        others: how many calls there were for something else than the Gramian, by what it was.
         tolerance: by how much a Gramian of such a graph may differ from the gradient.
         anatomy: of such a graph.
     """
@@ -51,8 +57,14 @@ class Known:
     settled: bool = False
     choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
     calls: int = 0
+    others: dict[str, int] = field(default_factory=dict)
     tolerance: float | None = None
     anatomy: Anatomy | None = None
+
+    def count(self, what: str) -> int:
+        """Return how many calls there were for something else than the Gramian, this one included."""
+        self.others[what] = self.others.get(what, 0) + 1
+        return self.others[what]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,112 +109,207 @@ class Job:
 
 def gramian_of(job: Job, choice: Choice) -> Tensor | Declines:
     """Return the Gramian [m, m] of the losses, flattened; or what rules declined after all."""
+
+    def whole(passes: Passes) -> Tensor | Declines:
+        output = job.output
+
+        def some(chosen: Sequence[int]) -> Tensor | Declines:
+            return passes.sum(WholeSum, chosen)
+
+        square = in_groups(passes.count, passes.fit, output.device, job.dtype, some, passes.rows)
+        if not isinstance(square, Tensor) or passes.places is None:
+            return square
+        return square[passes.places[:, None], passes.places]
+
+    return _added(job, choice, whole, holds=True)
+
+
+def norms_of(job: Job, choice: Choice) -> Tensor | Declines:
+    """Return the squared norms [m] of the losses' gradients, the Gramian's diagonal; or what rules declined."""
+
+    def norms(passes: Passes) -> Tensor | Declines:
+        squares = passes.sum(NormSum, range(passes.count))
+        return squares if not isinstance(squares, Tensor) or passes.places is None else squares[passes.places]
+
+    return _added(job, choice, norms, holds=False)
+
+
+def _added(job: Job, choice: Choice, result: Callable[[Passes], Tensor | Declines], holds: bool) -> Tensor | Declines:
+    """Return the sum of the results over all passes that there are; or what rules declined."""
+    total: Tensor | None = None
+    for passes in passes_of(job, choice, holds=holds):
+        try:
+            found = result(passes)
+        except RuntimeError:  # something in the graph is only made for one gradient: a function of the user's
+            if not isinstance(passes, _AtOnce):
+                raise
+            job.known.in_turn = True
+            found = result(_InTurn(job, passes.parameters))
+        if not isinstance(found, Tensor):
+            return found
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def passes_of(job: Job, choice: Choice, *, holds: bool, at_once: bool = True) -> Iterator[Passes]:
+    """Yield passes for many losses each, and passes for one loss each, as far as there are parameters for them.
+
+    Args:
+        job: what they are for.
+        choice: which passes.
+        holds: whether what passes bring has to be held until the last of them.
+        at_once: whether passes for one loss each may run at once.
+    """
     rest = {key: job.parameters[key] for key in choice.plan.by_rows}
-    if len(rest) == len(job.graph.uses):
-        return _all_rows(job, rest)
-    gramian = _all_passes(job, choice, retain=bool(rest))
-    if not rest or not isinstance(gramian, Tensor):
-        return gramian
-    others = _all_rows(job, rest)
-    return gramian + others if isinstance(others, Tensor) else others
+    every = len(rest) == len(job.graph.uses)
+    if not every:
+        yield _Batch(job, choice, retain=bool(rest))
+    if rest or every:
+        eager = _AtOnce(job, rest)
+        yield eager if at_once and eager.is_better(holds) else _InTurn(job, rest)
 
 
-def _all_rows(job: Job, parameters: Mapping[int, Tensor]) -> Tensor | Declines:
-    m, device = job.output.numel(), job.output.device
-    lean = plan_rows(job.graph, parameters, job.declined)
-    held = _held_elements(job, lean) * job.dtype.itemsize
-    small = job.elements() < of_device(_SMALL, device)
-    at_once = m * 3 * job.elements() * job.dtype.itemsize
-    if m > 1 and (small or m * held > job.bound) and at_once <= job.bound and not job.known.in_turn:
-        eager = plan_rows(job.graph, parameters, job.declined, prefer_rules=True)
-        if m * sum(job.parameters[k].numel() for k in eager.dense) * job.dtype.itemsize <= job.bound:
-            try:
-                return _rows_at_once(job, eager)
-            except RuntimeError:  # something in the graph is only made for one gradient: a function of the user's
-                job.known.in_turn = True
-    return in_groups(m, job.bound // max(held, 1), device, job.dtype, lambda rows: _rows_in_turn(job, lean, rows))
+class Passes(ABC):
+    """Backward passes that are alike.
+
+    Attributes:
+        parameters: those of which they bring rows, by id.
+        count: how many there are.
+        rows: how many rows each brings.
+        held: how many bytes of one pass are held where it has to wait for others.
+        places: for each loss, its row among those of all passes one behind the other; None: they are in order.
+    """
+
+    parameters: Mapping[int, Tensor]
+    count: int
+    rows: int
+    held: int
+    places: Tensor | None = None
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def fit(self) -> int:
+        """How many may be held at once."""
+        return self.job.bound // max(self.held, 1)
+
+    @abstractmethod
+    def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
+        """Run some of the passes; return what rules declined, or None if they brought everything."""
+
+    def sum(self, kind: type[Sum], chosen: Sequence[int]) -> Tensor | Declines:
+        """Return a sum over some of the passes, or what rules declined."""
+        total = kind(self.job.parameters, len(chosen), self.rows, self.job.dtype, self.job.output.device)
+        declined = self.run(total, chosen)
+        return total.total() if declined is None else declined
+
+    def _sweep(self, total: Sum, plan: Plan, layouts: Layouts | None) -> Sweep:
+        job = self.job
+        gather = Gather(total, job.parameters, plan.events(), self.rows)
+        return Sweep(job.graph, plan, job.parameters, gather, layouts)
 
 
-def _held_elements(job: Job, plan: Plan) -> int:
-    """Return how many elements one row takes until all rows are there."""
-    dense = sum(job.parameters[k].numel() for k in plan.dense)
-    factors: int = sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
-    return dense + factors
+class _Batch(Passes):
+    """Passes for many losses each.
+
+    Args:
+        job: what they are for.
+        choice: which passes.
+        retain: whether the graph must stay for passes that follow.
+    """
+
+    def __init__(self, job: Job, choice: Choice, retain: bool) -> None:
+        super().__init__(job)
+        self._plan, self._layouts, self._retain = choice.plan, choice.layouts, retain
+        self.parameters = {key: job.parameters[key] for key in job.graph.uses if key not in choice.plan.by_rows}
+        self.count, self.rows = choice.passes, choice.layouts.batch
+        elements: int = sum(job.graph.nodes[capture].call.elements for capture in choice.plan.rules)
+        self.held = job.dtype.itemsize * elements
+        sizes, axes = choice.structure.sizes, choice.layouts.axes
+        order = (*(axis for axis in range(len(sizes)) if axis not in axes), *axes)
+        self._back = [order.index(axis) for axis in range(len(sizes))]
+        self._laid = [sizes[axis] for axis in order]
+        if self.count > 1 and self._back != sorted(self._back):
+            rows = torch.arange(self.count * self.rows, device=job.output.device)
+            self.places = rows.view(self._laid).permute(self._back).flatten()
+
+    def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
+        job = self.job
+        sweep = self._sweep(total, self._plan, self._layouts)
+        for turn in chosen:
+            ones = job.output.new_zeros(self.count, self.rows)
+            ones[turn] = 1
+            cotangent = ones.view(self._laid).permute(self._back).reshape(job.output.shape)
+            retain = self._retain or job.retains(self._plan, self.count == 1)
+            sweep.run(job.output, job.recorder, cotangent, retain=retain)
+            if sweep.declined:
+                return frozenset(sweep.declined)
+        return None
 
 
-def _rows_at_once(job: Job, plan: Plan) -> Tensor | Declines:
+class _InTurn(Passes):
+    """Passes for one loss each, one after the other."""
+
+    def __init__(self, job: Job, parameters: Mapping[int, Tensor]) -> None:
+        super().__init__(job)
+        self.parameters = parameters
+        self.count, self.rows = job.output.numel(), 1
+        self._plan = plan_rows(job.graph, parameters, job.declined)
+        factors: int = sum(job.graph.nodes[capture].call.elements for capture in self._plan.rules)
+        dense = sum(parameters[key].numel() for key in self._plan.dense)
+        self.held = job.dtype.itemsize * (dense + factors)
+
+    def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
+        job = self.job
+        sweep = self._sweep(total, self._plan, None)
+        for turn, row in enumerate(chosen):
+            cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)  # some gradients may be it
+            cotangent.view(-1)[row] = 1
+            is_last = turn == len(chosen) - 1 and len(chosen) == self.count
+            grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(self._plan, is_last))
+            if sweep.declined:
+                return frozenset(sweep.declined)
+            for key, grad in zip(self._plan.dense, grads, strict=True):
+                if grad is not None:
+                    total.take_row(key, turn, grad)
+        return None
+
+
+class _AtOnce(Passes):
+    """Passes for one loss each, all of them as one pass of many rows."""
+
+    def __init__(self, job: Job, parameters: Mapping[int, Tensor]) -> None:
+        super().__init__(job)
+        self.parameters = parameters
+        self.count, self.rows, self.held = 1, job.output.numel(), 0
+        self._plan = plan_rows(job.graph, parameters, job.declined, prefer_rules=True)
+
+    def is_better(self, holds: bool) -> bool:
+        """Whether they fit the bound, and one after the other is slower, or would have to be in groups."""
+        job, m = self.job, self.rows
+        if m <= 1 or job.known.in_turn or m * 3 * job.elements() * job.dtype.itemsize > job.bound:
+            return False
+        slow = job.elements() < of_device(_SMALL, job.output.device)
+        if not slow and not (holds and _InTurn(job, self.parameters).fit < m):
+            return False
+        return m * sum(job.parameters[key].numel() for key in self._plan.dense) * job.dtype.itemsize <= job.bound
+
+    def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
+        return _rows_at_once(self.job, self._plan, self._sweep(total, self._plan, None), total)
+
+
+def _rows_at_once(job: Job, plan: Plan, sweep: Sweep, total: Sum) -> Declines | None:
     m = job.output.numel()
-    total = SquareSum(m, job.dtype, job.output.device)
-    gather = Gather(total, job.parameters, plan.events(), 1, m)
-    sweep = Sweep(job.graph, plan, job.parameters, gather, None)
     cotangents = torch.eye(m, dtype=job.output.dtype, device=job.output.device).view(m, *job.output.shape)
     grads = sweep.run(job.output, job.recorder, cotangents, at_once=m)
     if sweep.declined:
         return frozenset(sweep.declined)
-    for grad in grads:
+    for key, grad in zip(plan.dense, grads, strict=True):
         if grad is not None:
-            total.add_product(grad.reshape(m, -1))
-    gather.finish()
-    return total.total()
-
-
-def _rows_in_turn(job: Job, plan: Plan, rows: Sequence[int]) -> Tensor | Declines:
-    """Return the Gramian of these rows, a backward pass for each."""
-    total = SquareSum(len(rows), job.dtype, job.output.device)
-    gather = Gather(total, job.parameters, plan.events(), len(rows), 1)
-    sweep = Sweep(job.graph, plan, job.parameters, gather, None)
-    dense = [total.new_rows(job.parameters[k].numel()) for k in plan.dense]
-    for i, row in enumerate(rows):
-        cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)  # some gradients may be it
-        cotangent.view(-1)[row] = 1
-        is_last = i == len(rows) - 1 and len(rows) == job.output.numel()
-        grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(plan, is_last))
-        if sweep.declined:
-            return frozenset(sweep.declined)
-        for values, grad in zip(dense, grads, strict=True):
-            if grad is not None:
-                values[i] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
-    while dense:
-        total.add_product(dense.pop())
-    gather.finish()
-    return total.total()
-
-
-def _all_passes(job: Job, choice: Choice, retain: bool) -> Tensor | Declines:
-    """Return the Gramian from passes for many losses each.
-
-    Args:
-        job: the Gramian.
-        choice: which passes.
-        retain: whether the graph must stay for passes that follow.
-    """
-    plan, layouts, sizes = choice.plan, choice.layouts, choice.structure.sizes
-    others = tuple(axis for axis in range(len(sizes)) if axis not in layouts.axes)
-    order = (*others, *layouts.axes)
-    back = [order.index(axis) for axis in range(len(sizes))]
-    laid = [sizes[axis] for axis in order]
-    passes, batch = choice.passes, layouts.batch
-    held = job.dtype.itemsize * sum(job.graph.nodes[capture].call.elements for capture in plan.rules)
-
-    def some(chosen: Sequence[int]) -> Tensor | Declines:
-        total = SquareSum(len(chosen) * batch, job.dtype, job.output.device)
-        gather = Gather(total, job.parameters, plan.events(), len(chosen), batch)
-        sweep = Sweep(job.graph, plan, job.parameters, gather, layouts)
-        for task in chosen:
-            ones = job.output.new_zeros(passes, batch)
-            ones[task] = 1
-            cotangent = ones.view(laid).permute(back).reshape(job.output.shape)
-            sweep.run(job.output, job.recorder, cotangent, retain=retain or job.retains(plan, passes == 1))
-            if sweep.declined:
-                return frozenset(sweep.declined)
-        gather.finish()
-        return total.total()
-
-    gramian = in_groups(passes, job.bound // max(held, 1), job.output.device, job.dtype, some, batch)
-    if not isinstance(gramian, Tensor):
-        return gramian
-    both = [*back, *(len(sizes) + axis for axis in back)]
-    return gramian.view(*laid, *laid).permute(both).reshape(len(gramian), len(gramian))
+            total.take(key, 0, [Rows(grad)])
+    return None
 
 
 def gramian_of_features(output: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
 from recollect.autogram._square import wide
 
-__all__ = ["form_rows", "row_elements"]
+__all__ = ["as_rows", "form_rows", "held_elements", "row_elements"]
 
 
 def form_rows(factors: Sequence[Factor], rows: slice) -> Tensor:
@@ -21,9 +21,28 @@ def form_rows(factors: Sequence[Factor], rows: slice) -> Tensor:
     return total
 
 
+def as_rows(factors: Sequence[Factor], shape: torch.Size) -> Rows:
+    """Return the sum of the factors of a parameter of this shape, formed."""
+    num_rows = factors[0].num_rows
+    return Rows(form_rows(factors, slice(0, num_rows)).view(num_rows, *shape))
+
+
 def row_elements(factors: Sequence[Factor]) -> int:
     """Return how many elements forming one row takes, the row included."""
     return max(f.row_elements if isinstance(f, Blocks) else 2 * f.shape.numel() for f in factors)
+
+
+def held_elements(factors: Sequence[Factor]) -> int:
+    """Return how many elements are held by holding the factors, as far as it is known."""
+    return sum(map(_held, factors))
+
+
+def _held(factor: Factor) -> int:
+    if isinstance(factor, Outer):
+        return factor.left.numel() + factor.right.numel()
+    if isinstance(factor, Picked):
+        return factor.grad.numel() + factor.index.numel()
+    return factor.values.numel() if isinstance(factor, Rows) else 0
 
 
 def _form(factor: Factor, rows: slice) -> Tensor:

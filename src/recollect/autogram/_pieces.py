@@ -1,0 +1,107 @@
+"""A parameter's Jacobian a piece at a time: some columns of it, for all objectives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._factors import Blocks, Outer, Picked
+from recollect.autogram._rows import form_rows
+from recollect.autogram._square import Space, on_one_another
+
+__all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "slab_pieces", "tile"]
+
+# How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
+_TALL = 128
+
+
+def block_pieces(factor: Blocks, step: int) -> Iterator[Tensor]:
+    """Yield J [m, columns] for so many of the parameter's parts at a time."""
+    parts = factor.shape[factor.axis]
+    for start in range(0, parts, step):
+        yield factor.form(slice(0, factor.num_rows), slice(start, min(start + step, parts))).flatten(1)
+
+
+def even(parts: float) -> int:
+    """Return about so many parts, up to half more, that rows are whole vectors: matrix products like those better."""
+    for unit in (16, 8):
+        if parts >= 0.7 * unit:
+            return round(parts / unit) * unit
+    return max(1, int(parts))
+
+
+def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
+    """Yield J [m, columns] for so many of both sides' elements at a time, of one group.
+
+    Args:
+        factor: has one group.
+        elements: about how many of one row a piece has.
+        space: returns memory [m, columns] to be written; a piece is there until the next one is asked for.
+    """
+    m = factor.num_rows
+    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
+    if left.shape[2] < right.shape[2]:
+        left, right = right, left  # columns may come in any order
+    a, b = left.shape[2], right.shape[2]
+    height, width = tile(a, b, elements)
+    right = right.to(space.dtype).expand(m, -1, -1)
+    for top in range(0, a, height):
+        upper = left[:, :, top : top + height].to(right.dtype).mT.expand(m, -1, -1)  # [m, height, T]
+        for start in range(0, b, width):
+            part = right[:, :, start : start + width]
+            shape = (upper.shape[1], part.shape[2])
+            rows = space(math.prod(shape))
+            torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
+            yield rows
+
+
+def tile(a: int, b: int, elements: int) -> tuple[int, int]:
+    """Return height and width of pieces of [a, b] with about so many elements: tall, not too narrow, and alike."""
+    height = min(a, max(elements // b, min(_TALL, max(1, elements // 16))))
+    height, width = _alike(a, height), _alike(b, min(b, max(1, elements // height)))
+    if height < a and on_one_another(height * width):
+        height += 1
+    return height, width
+
+
+def _alike(whole: int, part: int) -> int:
+    """Return the size of equal parts of a whole, of as many as there are of this size."""
+    return math.ceil(whole / math.ceil(whole / part))
+
+
+def group_pieces(factor: Outer, step: int) -> Iterator[Tensor]:
+    """Yield J [m, columns] for so many of the groups at a time."""
+    G, a = factor.left.shape[2:]
+    for start in range(0, G, step):
+        left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
+        shape = torch.Size((left.shape[2], a, right.shape[3]))
+        yield form_rows([Outer(left, right, shape)], slice(0, factor.num_rows))
+
+
+def entries_of(*factors: Picked) -> list[Picked]:
+    """Return lookups of one parameter with no entries but those that any of them looked up."""
+    entries, places = torch.unique(torch.cat([factor.index.flatten() for factor in factors]), return_inverse=True)
+    parts = places.split([factor.index.numel() for factor in factors])
+    return [
+        Picked(factor.grad, part.view_as(factor.index), len(entries))
+        for factor, part in zip(factors, parts, strict=True)
+    ]
+
+
+def picked_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield J [m, columns] for so many of the entries at a time."""
+    m, T, d = factor.grad.shape
+    places = factor.index.expand(m, T).flatten()
+    order = places.argsort(stable=True)
+    places, grads = places[order], factor.grad.reshape(m * T, d)
+    starts = torch.arange(0, factor.num_entries + step, step, device=places.device)
+    bounds = torch.searchsorted(places, starts).tolist()
+    for k, (low, high) in enumerate(itertools.pairwise(bounds)):
+        chosen = order[low:high]
+        slab = grads.new_zeros(m * step, d, dtype=dtype)
+        slab.index_add_(0, chosen // T * step + places[low:high] - k * step, grads[chosen].to(dtype))
+        yield slab.view(m, -1)

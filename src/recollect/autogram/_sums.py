@@ -1,0 +1,160 @@
+"""What is summed up of the parameters' Jacobians: their whole square J Jᵀ, or its diagonal alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recollect.autogram._contract import add_gramian, with_bias
+from recollect.autogram._factors import Blocks, Factor, Rows
+from recollect.autogram._merge import join, merge
+from recollect.autogram._norms import squared_norms
+from recollect.autogram._rows import as_rows, form_rows, held_elements
+from recollect.autogram._square import SquareSum, padded_zeros
+
+__all__ = ["Joined", "NormSum", "Sum", "WholeSum"]
+
+
+class Sum(ABC):
+    """Takes each parameter's Jacobian, as passes bring rows of it.
+
+    Args:
+        parameters: by id.
+        passes: the number of backward passes.
+        rows: how many rows come in each.
+        dtype: what is summed in.
+        device: where.
+    """
+
+    def __init__(
+        self, parameters: Mapping[int, Tensor], passes: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.parameters = parameters
+        self.passes = passes
+        self.rows = rows
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def take(self, parameter: int, turn: int, factors: Sequence[Factor]) -> None:
+        """Take all factors of a parameter in one pass, the pass' number ``turn``; their sum is its Jacobian."""
+
+    @abstractmethod
+    def take_row(self, parameter: int, turn: int, grad: Tensor) -> None:
+        """Take the gradient of a parameter in a pass that is for one loss."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """Return the sum, after the last pass."""
+
+
+class Joined(Sum):
+    """A sum for which every row of a parameter meets every other: rows are held until the last pass."""
+
+    def __init__(
+        self, parameters: Mapping[int, Tensor], passes: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(parameters, passes, rows, dtype, device)
+        self._held: dict[int, dict[int, Factor]] = {}
+        self._dense: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def add(self, parameter: int, factors: Sequence[Factor]) -> None:
+        """Take the Jacobian of a parameter with the rows of all passes."""
+
+    def take(self, parameter: int, turn: int, factors: Sequence[Factor]) -> None:
+        """Take a pass' factors, and hold them unless it is the only one."""
+        if self.passes == 1:
+            self.add(parameter, factors)
+            return
+        shape = self.parameters[parameter].shape
+        factors = merge(factors)
+        large = held_elements(factors) > self.rows * shape.numel()
+        if len(factors) > 1 or isinstance(factors[0], Blocks) or large:
+            factors = [as_rows(factors, shape)]
+        self._held.setdefault(parameter, {})[turn] = factors[0]
+
+    def take_row(self, parameter: int, turn: int, grad: Tensor) -> None:
+        """Hold a gradient in the row of its pass."""
+        rows = self._dense.get(parameter)
+        if rows is None:
+            rows = self._dense[parameter] = padded_zeros(self.passes, grad.numel(), self.dtype, self.device)
+        rows[turn] = (grad.to_dense() if grad.layout != torch.strided else grad).reshape(-1)
+
+    def finish(self) -> None:
+        """Hand on what had to wait for the last pass."""
+        while self._dense:
+            parameter, rows = self._dense.popitem()
+            self.add(parameter, [Rows(rows.view(self.passes, *self.parameters[parameter].shape))])
+        while self._held:
+            parameter, held = self._held.popitem()
+            shape = self.parameters[parameter].shape
+            parts = list(held.values())
+            if len(held) < self.passes:
+                none = Rows(form_rows(parts[:1], slice(0, 1)).new_zeros(self.rows, *shape))
+                parts = [held.get(turn, none) for turn in range(self.passes)]
+            whole = join(parts)
+            if whole is None:
+                whole = join([as_rows([part], shape) for part in parts])
+            assert whole is not None
+            self.add(parameter, [whole])
+
+
+class WholeSum(Joined):
+    """The Gramian [m, m] of the rows of all passes, one behind the other."""
+
+    def __init__(
+        self, parameters: Mapping[int, Tensor], passes: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(parameters, passes, rows, dtype, device)
+        self._square = SquareSum(passes * rows, dtype, device)
+        self._waiting: Rows | None = None
+
+    def add(self, parameter: int, factors: Sequence[Factor]) -> None:
+        """Square a parameter's Jacobian; that of a bias together with the weight's, which comes next."""
+        bias, self._waiting = self._waiting, None
+        if bias is not None:
+            both = with_bias(factors[0], bias) if len(factors) == 1 else None
+            if both is None:
+                add_gramian(self._square, [bias])
+            else:
+                factors = [both]
+        only = factors[0]
+        if len(factors) == 1 and isinstance(only, Rows):
+            self._waiting = only
+        else:
+            add_gramian(self._square, factors)
+
+    def total(self) -> Tensor:
+        """Return the Gramian, symmetric."""
+        self.finish()
+        if self._waiting is not None:
+            add_gramian(self._square, [self._waiting])
+        return self._square.total()
+
+
+class NormSum(Sum):
+    """The diagonal of the Gramian [m], the rows' squared norms: each pass brings its own, and nothing is held."""
+
+    def __init__(
+        self, parameters: Mapping[int, Tensor], passes: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(parameters, passes, rows, dtype, device)
+        self._squares = torch.zeros(passes, rows, dtype=dtype, device=device)
+
+    def take(self, parameter: int, turn: int, factors: Sequence[Factor]) -> None:
+        """Add the squared norms of a pass' rows."""
+        self._squares[turn] += squared_norms(factors, self.dtype, self.device)
+
+    def take_row(self, parameter: int, turn: int, grad: Tensor) -> None:
+        """Add the squared norm of a gradient."""
+        if grad.layout != torch.strided:
+            grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.to_dense()
+        self._squares[turn] += torch.linalg.vector_norm(grad, dtype=self.dtype).square()
+
+    def total(self) -> Tensor:
+        """Return the squared norms."""
+        return self._squares.flatten()
