@@ -106,7 +106,7 @@ class Direction:
             dh = dh.new_empty(dh.shape) if past is None else past
             dh.view(-1, dh.shape[-1]).addmm_(step, self._from_hidden, beta=0 if past is None else 1)
         self._inner, self._by_output, self._by_hidden = slopes.inner, outputs, by_hidden
-        self._by_input = torch.roll(found[..., : width - apart], -apart, -1) if apart else found
+        self._by_input = torch.roll(found[..., : width - apart], -apart, -1) if apart else by_hidden
         return None if is_lowest else self._by_input @ self._from_input
 
     @property
@@ -120,21 +120,21 @@ class Direction:
         before = self._before.flatten(0, 2)
         x = self._x.expand(-1, self._before.shape[1], -1, -1).reshape(len(before), -1)
         gates = before.new_empty(len(before), 2 * apart + together)
+        none = before.new_zeros(len(self._from_hidden))
+        of_input, of_hidden = (none if bias is None else bias for bias in (self._input_bias, self._hidden_bias))
+        shared, own = slice(0, together), slice(together, None)
         both = gates[:, apart : apart + together]
-        torch.mm(x, self._from_input[:together].mT, out=both)
-        both.addmm_(before, self._from_hidden[:together].mT)
+        torch.addmm(of_input[shared] + of_hidden[shared], x, self._from_input[shared].mT, out=both)
+        both.addmm_(before, self._from_hidden[shared].mT)
         if apart:
-            torch.mm(x, self._from_input[together:].mT, out=gates[:, :apart])
-            torch.mm(before, self._from_hidden[together:].mT, out=gates[:, apart + together :])
-        if self._input_bias is not None and self._hidden_bias is not None:
-            both += self._input_bias[:together] + self._hidden_bias[:together]
-            gates[:, :apart] += self._input_bias[together:]
-            gates[:, apart + together :] += self._hidden_bias[together:]
+            torch.addmm(of_input[own], x, self._from_input[own].mT, out=gates[:, :apart])
+            torch.addmm(of_hidden[own], before, self._from_hidden[own].mT, out=gates[:, apart + together :])
         return gates.view(*self._before.shape[:3], -1)
 
     def factors(self) -> dict[str, Factor]:
         """Return the Jacobians of this direction's parameters."""
         factors: dict[str, Factor] = {}
+        sums: dict[int, Tensor] = {}
         for which, grads, inputs in (
             ("ih", self._by_input, self._x),
             ("hh", self._by_hidden, self._before),
@@ -145,7 +145,9 @@ class Direction:
                 factors[name] = Outer(_positions(grads), _positions(inputs), self._layer.get_parameter(name).shape)
             name = f"bias_{which}{self._suffix}"
             if needs(self._layer, name) and grads is not None:
-                factors[name] = Rows(grads.sum((0, 2)))
+                known = sums.get(id(grads))
+                sums[id(grads)] = rows = grads.sum((0, 2)) if known is None else known
+                factors[name] = Rows(rows)
         return factors
 
 
