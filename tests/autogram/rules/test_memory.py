@@ -31,6 +31,7 @@ def small_bounds(monkeypatch):
     monkeypatch.setattr(_contract, "_PIECE", {"cpu": MB // 4})
     monkeypatch.setattr(_contract, "_MOST", {"cpu": MB})
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": MB // 4})
+    monkeypatch.setattr(_conv, "_GROUPED", {"cpu": MB // 4})
 
 
 @pytest.mark.parametrize("groups", [1, 4])

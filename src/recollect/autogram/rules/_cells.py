@@ -103,10 +103,12 @@ def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, p
 
 
 def _lstm_back(slopes: Slopes, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> None:
-    assert dc is not None and slopes.carry is not None and slopes.cell is not None
+    assert dc is not None
+    assert slopes.carry is not None
+    assert slopes.cell is not None
     dc.addcmul_(dh, slopes.cell[t])
     size = dc.shape[-1]
-    by_gate, out = (tensor.unflatten(-1, (4, size)) for tensor in (slopes.gates[t], out))
+    by_gate, out = (torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates[t], out))
     torch.mul(by_gate[..., :3, :], dc.unsqueeze(-2), out=out[..., :3, :])
     torch.mul(by_gate[..., 3, :], dh, out=out[..., 3, :])
     dc.mul_(slopes.carry[t])
@@ -127,7 +129,7 @@ def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
 
 def _gru_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> Tensor:
     assert slopes.carry is not None
-    by_gate, out = (tensor.unflatten(-1, (4, dh.shape[-1])) for tensor in (slopes.gates[t], out))
+    by_gate, out = (torch.unflatten(tensor, -1, (4, dh.shape[-1])) for tensor in (slopes.gates[t], out))
     torch.mul(by_gate, dh.unsqueeze(-2), out=out)
     return dh * slopes.carry[t]
 

@@ -30,6 +30,8 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose
 
 # How many bytes are unfolded at once: in a CPU's cache and some rows for each core, a launch's worth on a GPU.
 _UNFOLDED = {"cpu": 2**22, "cuda": 2**26}
+# How many bytes of rows torch forms at once where nothing is unfolded.
+_GROUPED = {"cpu": 2**20}
 # How many elements a processor multiplies at once.
 _VECTOR = 8
 # How many positions a convolution has at least that is not unfolded. (Measured on CPU, 3 x 3 kernels, 32 rows: at 256
@@ -100,59 +102,51 @@ class _Call:
     def _form(self, rows: slice, part: slice) -> Tensor:
         some, shape = self._cut(part), self.layer.weight.shape
         sizes = (shape[0], part.stop - part.start, *shape[2:])
-        return some._form_by_groups(rows, sizes) if some._suits_groups(sizes) else some._form_unfolded(rows, sizes)
+        if some._is_fast_by_groups(sizes) and some._is_reached():
+            return some._form_by_groups(rows, sizes)
+        return some._form_unfolded(rows, sizes)
 
-    def _suits_groups(self, sizes: tuple[int, ...]) -> bool:
-        """Whether torch has a fast gradient of a convolution with a group for each row, of weights of these sizes."""
-        layer, near, far = self.layer, self.near, self.far
+    def _is_fast_by_groups(self, sizes: tuple[int, ...]) -> bool:
+        """Whether torch's own gradient, with a group for each row, is fast for weights of these sizes."""
+        near = self.near
         if (
             near.device.type != "cpu"
             or wide(near[:0]).dtype != torch.float32
             or not torch.backends.mkldnn.is_available()
         ):
             return False
-        reached = (
-            (size + sum(sides) - step * (kernel - 1) - 1) // stride + 1
-            for size, sides, step, kernel, stride in zip(
-                far.shape[3:], _sides(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
-            )
-        )
-        height, width = sizes[0] // layer.groups, sizes[1]
+        height, width = sizes[0] // self.layer.groups, sizes[1]
         whole = (height % _VECTOR == 0 and width % _VECTOR == 0) or height == width == 1
-        positions = near[0, 0, 0].numel()
-        return whole and math.prod(sizes[2:]) > 1 and positions >= _POSITIONS and (*reached,) == near.shape[3:]
+        return whole and math.prod(sizes[2:]) > 1 and math.prod(near.shape[3:]) >= _POSITIONS
+
+    def _is_reached(self) -> bool:
+        """Whether each place where the kernel fits is a position: an output may go on behind what is reached."""
+        layer, spatial = self.layer, self.far.shape[3:]
+        spans = [step * (size - 1) + 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        room = [size + sum(sides) - span for size, sides, span in zip(spatial, _sides(layer), spans, strict=True)]
+        places = [size // stride + 1 for size, stride in zip(room, layer.stride, strict=True)]
+        return self.near.shape[1] > 0 and places == list(self.near.shape[3:])
 
     def _form_by_groups(self, rows: slice, sizes: tuple[int, ...]) -> Tensor:
         layer, n = self.layer, rows.stop - rows.start
         sides, mode = _sides(layer), layer.padding_mode
-        plain = layer.padding_mode == "zeros" and all(before == after for before, after in sides)
+        plain = mode == "zeros" and all(before == after for before, after in sides)
         padding = [before if plain else 0 for before, _ in sides]
+        form = torch.ops.aten.convolution_backward
         formed = wide(self.far[:0]).new_empty(n, *sizes)
-        step = max(1, of_device(_UNFOLDED, self.far.device) // max(1, formed[:1].nbytes))
+        step = max(1, of_device(_GROUPED, self.far.device) // max(1, formed[:1].nbytes))
         for start in range(0, n, step):
             out = formed[start : start + step]
             chosen = slice(rows.start + start, rows.start + start + len(out))
             near, far = (
-                wide(side if len(side) == 1 else side[chosen]).expand(len(out), *[-1] * (side.ndim - 1))
+                wide(side if len(side) == 1 else side[chosen]).expand(len(out), *side.shape[1:])
                 for side in (self.near, self.far)
             )
             near, far = (side.transpose(0, 1).flatten(1, 2) for side in (near, far))  # [N, rows · channels, *]
             far = far if plain else F.pad(far, _paddings(layer), mode="constant" if mode == "zeros" else mode)
-            weight = out.new_empty(len(out) * sizes[0], *sizes[1:])  # its values do not matter
-            found = torch.ops.aten.convolution_backward(
-                near,
-                far,
-                weight,
-                None,
-                layer.stride,
-                padding,
-                layer.dilation,
-                False,
-                [0] * len(padding),
-                len(out) * layer.groups,
-                [False, True, False],
-            )[1]
-            out.copy_(found.view_as(out))
+            weight = out.new_empty(len(out) * sizes[0], *sizes[1:])  # for its form: nobody reads it
+            how = (layer.stride, padding, layer.dilation, False, [0] * len(padding), len(out) * layer.groups)
+            out.copy_(form(near, far, weight, None, *how, [False, True, False])[1].view_as(out))
         return formed
 
     def _form_unfolded(self, rows: slice, sizes: tuple[int, ...]) -> Tensor:

@@ -66,7 +66,7 @@ class Direction:
         weights = [self._from_input, self._from_hidden, self._input_bias, self._hidden_bias, self._projection]
         given = [weight for weight in weights if weight is not None]
         # On a GPU torch asks for weights that lie one behind the other, and warns if they do not.
-        flat = torch.cat([weight.flatten() for weight in given]).split([weight.numel() for weight in given])
+        flat = torch.split(torch.cat([weight.flatten() for weight in given]), [weight.numel() for weight in given])
         laid = [part.view_as(weight) for part, weight in zip(flat, given, strict=True)]
         state = [h.flatten(0, 1).unsqueeze(0) for h in self._first]
         first = state if self._cell.states > 1 else state[0]
