@@ -108,12 +108,8 @@ class _Call:
 
     def _is_fast_by_groups(self, sizes: tuple[int, ...]) -> bool:
         """Whether torch's own gradient, with a group for each row, is fast for weights of these sizes."""
-        near = self.near
-        if (
-            near.device.type != "cpu"
-            or wide(near[:0]).dtype != torch.float32
-            or not torch.backends.mkldnn.is_available()
-        ):
+        near, has_fast = self.near, torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not has_fast or near.device.type != "cpu" or wide(near[:0]).dtype != torch.float32:
             return False
         height, width = sizes[0] // self.layer.groups, sizes[1]
         whole = (height % _VECTOR == 0 and width % _VECTOR == 0) or height == width == 1

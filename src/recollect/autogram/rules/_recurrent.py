@@ -128,7 +128,7 @@ def _run(
     m, width = known[0].shape[1], len(stack[0])
     for k, directions in enumerate(stack):
         after = [one.ahead(x, tuple(h[k * width + j] for h in states)) for j, one in enumerate(directions)]
-        x = torch.cat(after, -1)
+        x = torch.cat(after, -1) if width > 1 else after[0]
     factors: Factors = {}
     for k, directions in reversed(list(enumerate(stack))):
         parts = [None] * width if output is None else output.chunk(width, -1)
