@@ -46,8 +46,8 @@ def steps(work: Work) -> dict[str, Callable[[], None]]:
 
     def uncertified() -> None:
         with (
-            mock.patch.object(_engine, "squared_norm", lambda *_: nullcontext(_NoNorm())),
-            mock.patch.object(Engine, "_certify", lambda *_: None),
+            mock.patch.object(_engine, "squared_norm", return_value=nullcontext(_NoNorm())),
+            mock.patch.object(Engine, "_certify", return_value=None),
         ):
             plain()
 

@@ -105,8 +105,7 @@ SYSTEMS: dict[str, Callable[[nn.Module, int | None], Gramian]] = {
 }
 NOTES = {
     "plain": "forward and the backward pass of the mean loss: no Gramian",
-    "recollect": "recollect.autogram.Engine, not told of a batch; the graph stays for the backward pass with the weights, "
-    "as torchjd's does",
+    "recollect": "recollect.autogram.Engine, not told of a batch; the graph stays for a backward pass with weights",
     "freed": "the same with retain_graph=False: what the graph saved is freed on the way, as by plain's backward pass",
     "told": "freed, with batch_dim",
     "torchjd": "torchjd.autogram.Engine, with batch_dim",
