@@ -58,6 +58,18 @@ def test_few_positions_form_no_jacobian():
     assert peak(layer, x) < jacobian / 4
 
 
+@pytest.mark.parametrize("rows", [1, M])
+@pytest.mark.parametrize(("layer", "blocks"), [(nn.RNN(8, 64), 4.5), (nn.GRU(8, 64), 9.5), (nn.LSTM(8, 64), 8.5)])
+def test_a_recurrent_layer_s_gates_are_held_once(layer, blocks, rows):
+    x, grad = torch.randn(rows, 50, 1, 8), torch.randn(M, 50, 1, 64)
+    ends = [None] * (2 if isinstance(layer, nn.LSTM) else 1)
+    with peak_memory("cpu") as memory:
+        factors = apply(layer, (x,), [grad, *ends])
+    assert factors["weight_hh_l0"].left.shape == (M, 50, 1, len(layer.weight_hh_l0))
+    one = M * 50 * 64 * 4  # bytes of a gate, or of a state, of all steps and rows
+    assert memory.peak_bytes < blocks * one
+
+
 def test_embedding_s_table_is_not_filled_with_zeros():
     layer, x = nn.Embedding(100_000, 16), torch.randint(100_000, (M, 50))
     assert peak(layer, x) < M * 100_000 * 16 * 4 / 10

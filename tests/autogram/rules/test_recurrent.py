@@ -4,6 +4,7 @@ import pytest
 import torch
 from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from recollect.autogram._factors import NotCovered
 
@@ -97,6 +98,19 @@ def test_only_one_output_is_used(make, used):
             if hasattr(factor, field):
                 torch.testing.assert_close(getattr(factor, field), getattr(expected[name], field))
     assert apply(layer, views, [None] * 3) == {}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch's own forward has products by step too")
+def test_an_lstm_has_one_product_a_step():
+    layer = made("lstm", "plain").float()
+
+    def count(steps):
+        _, views, grads = rows_form(layer, (torch.randn(steps, BATCH, 3),))
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            apply(layer, views, grads)
+        return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") for event in record.events())
+
+    assert count(9) - count(5) == 4
 
 
 def test_dropout_between_layers_is_not_covered():
