@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from factor_oracle import dense
 from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -81,6 +82,16 @@ def test_one_element_and_one_step(name):
 def test_strides_do_not_matter(name):
     layer = made(name, "layers")
     check(layer, sequence(layer).mT.contiguous().mT, axes=batch_axes(layer))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_strides_of_gradients_do_not_matter(name):
+    layer = made(name, "layers")
+    _, views, grads = rows_form(layer, (sequence(layer), first_state(layer)))
+    found = apply(layer, views, [grad.transpose(0, 2).contiguous().transpose(0, 2) for grad in grads])
+    expected = apply(layer, views, grads)
+    for key, factor in found.items():
+        torch.testing.assert_close(dense(factor), dense(expected[key]))
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])

@@ -17,8 +17,8 @@ __all__ = ["Direction"]
 class Direction:
     """The steps of one layer in one direction.
 
-    Forward is torch's own function. Of backward, only what goes from step to step is done by step: a product with the
-    hidden state's weights, and a few multiplications.
+    Forward is torch's own function, which does what the layer did. Backward, only what goes from step to step is done
+    by step: a product with the hidden state's weights, and a few multiplications.
 
     Args:
         layer: the module that has the parameters.
@@ -89,7 +89,7 @@ class Direction:
         found = slopes.gates if rows == m else slopes.gates.new_empty(len(slopes.gates), m, elements, width)
         by_hidden = found[..., apart:]
         dh, *rest = (
-            self._before.new_zeros(m, elements, h.shape[-1]) if end is None else end.expand(m, -1, -1).clone()
+            h.new_zeros(m, elements, h.shape[-1]) if end is None else end.clone(memory_format=torch.contiguous_format)
             for h, end in zip(self._first, ends, strict=True)
         )
         dc = rest[0] if rest else None
