@@ -41,6 +41,9 @@ def measure(work: Work, *, repeats: int, patience: float, max_gb: float, device:
     first: dict[str, float] = {}
     row["peak_bytes"] = {}
     for name in SYSTEMS:
+        if name in HOLDS_THE_JACOBIAN and not work.by_rows:
+            row["skipped"][name] = "not measured on deep networks, where it takes minutes"
+            continue
         try:
             foretold = foretold_bytes(name, work, device)
             if foretold is not None and foretold > max_gb * GB:

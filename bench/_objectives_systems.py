@@ -1,4 +1,4 @@
-"""The systems that `bench.objectives` compares: forward, and the Gramian of all losses' gradients, six ways."""
+"""The systems that `bench.objectives` compares: forward, and the Gramian of all losses' gradients, several ways."""
 
 from __future__ import annotations
 
@@ -65,10 +65,14 @@ def _plain(model: nn.Module, batch_dim: int | None) -> Gramian:
 
 
 def _recollect(model: nn.Module, batch_dim: int | None) -> Gramian:
-    return Engine(model, batch_dim=batch_dim).compute_gramian
+    return Engine(model).compute_gramian
 
 
 def _freed(model: nn.Module, batch_dim: int | None) -> Gramian:
+    return partial(Engine(model).compute_gramian, retain_graph=False)
+
+
+def _told(model: nn.Module, batch_dim: int | None) -> Gramian:
     return partial(Engine(model, batch_dim=batch_dim).compute_gramian, retain_graph=False)
 
 
@@ -94,15 +98,17 @@ SYSTEMS: dict[str, Callable[[nn.Module, int | None], Gramian]] = {
     "plain": _plain,
     "recollect": _recollect,
     "freed": _freed,
+    "told": _told,
     "torchjd": _torchjd,
     "autojac": _autojac,
     "batched": _batched,
 }
 NOTES = {
     "plain": "forward and the backward pass of the mean loss: no Gramian",
-    "recollect": "recollect.autogram.Engine; the graph stays for the backward pass with the weights, as torchjd's does",
+    "recollect": "recollect.autogram.Engine, not told of a batch; the graph stays for a backward pass with weights",
     "freed": "the same with retain_graph=False: what the graph saved is freed on the way, as by plain's backward pass",
-    "torchjd": "torchjd.autogram.Engine",
+    "told": "freed, with batch_dim",
+    "torchjd": "torchjd.autogram.Engine, with batch_dim",
     "autojac": "torchjd.autojac.jac, and the product of the Jacobian with itself",
     "batched": "torch.autograd.grad with is_grads_batched, and the same product",
 }

@@ -19,12 +19,13 @@ class Work:
     """A network and its losses.
 
     Attributes:
-        kind: "mlp", "cnn", "transformer" or "gnn".
+        kind: "mlp", "cnn", and so on.
         size: what it is measured at, for tables.
         model: with its weights; each system gets a copy.
         losses: of a copy, one forward pass: [m].
         objectives: m.
         batch_dim: of the losses; None where they do not belong to independent elements.
+        by_rows: whether systems that hold the Jacobian are measured too: in a deep network they take minutes.
     """
 
     kind: str
@@ -33,16 +34,21 @@ class Work:
     losses: Callable[[nn.Module], Tensor]
     objectives: int
     batch_dim: int | None = 0
+    by_rows: bool = True
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.size}"
 
 
-def _classified(kind: str, size: str, model: nn.Module, x: Tensor) -> Work:
+def classified(kind: str, size: str, model: nn.Module, x: Tensor, by_rows: bool = True) -> Work:
     """Instance-wise losses of a classifier: one cross entropy for each element of the batch."""
     labels = torch.randint(CLASSES, (len(x),), device=x.device)
     model = model.to(x.device)
-    return Work(kind, size, model, lambda copy: F.cross_entropy(copy(x), labels, reduction="none"), len(x))
+
+    def losses(copy: nn.Module) -> Tensor:
+        return F.cross_entropy(copy(x), labels, reduction="none")
+
+    return Work(kind, size, model, losses, len(x), by_rows=by_rows)
 
 
 def mlp(batch: int, width: int, device: torch.device, inputs: int = 784) -> Work:
@@ -51,7 +57,7 @@ def mlp(batch: int, width: int, device: torch.device, inputs: int = 784) -> Work
     hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*hidden, nn.Linear(width, CLASSES))
     size = f"{inputs}-{width}-{width}-{width}-{CLASSES}, B = {batch}"
-    return _classified("mlp", size, model, torch.randn(batch, inputs, device=device))
+    return classified("mlp", size, model, torch.randn(batch, inputs, device=device))
 
 
 def cnn(batch: int, channels: int, device: torch.device) -> Work:
@@ -63,7 +69,7 @@ def cnn(batch: int, channels: int, device: torch.device) -> Work:
     head = [nn.Linear(16 * widths[-1], 4 * channels), nn.ReLU(), nn.Linear(4 * channels, CLASSES)]
     model = nn.Sequential(*convs, nn.Flatten(), *head)
     size = f"{channels}-{2 * channels}-{4 * channels} channels, B = {batch}"
-    return _classified("cnn", size, model, torch.randn(batch, 3, 32, 32, device=device))
+    return classified("cnn", size, model, torch.randn(batch, 3, 32, 32, device=device))
 
 
 class _Transformer(nn.Module):
@@ -88,7 +94,7 @@ def transformer(batch: int, width: int, layers: int, positions: int, device: tor
     """A Transformer encoder with feed-forward layers four times as wide."""
     size = f"{layers} x {width}, T = {positions}, B = {batch}"
     x = torch.randn(batch, positions, width, device=device)
-    return _classified("transformer", size, _Transformer(width, layers), x)
+    return classified("transformer", size, _Transformer(width, layers), x)
 
 
 class _TaskGNN(nn.Module):

@@ -1,4 +1,4 @@
-"""Convolutions over their grid of options, formed in rows and unfolded."""
+"""Convolutions over their grid of options, formed in rows by either way, and unfolded."""
 
 import pytest
 import torch
@@ -14,9 +14,11 @@ from recollect.autogram.rules import _conv
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-@pytest.fixture(params=["rows", "unfolded"])
+@pytest.fixture(params=["rows", "groups", "unfolded"])
 def way(request, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: request.param == "unfolded")
+    monkeypatch.setattr(_conv._Call, "_is_fast_by_groups", lambda call, sizes: request.param == "groups")
+    monkeypatch.setattr(_conv, "_GROUPED", {"cpu": 1000})  # some rows at once, or one
     return request.param
 
 
@@ -107,12 +109,12 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
     assert factor.row_elements >= 8 * 3 * 9
 
 
+@pytest.mark.parametrize("way", ["rows", "groups"], indirect=True)
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize(
     "name", ["2d", "2d groups", "2d whole vectors", "2d depthwise", "transposed 1d", "transposed 2d"]
 )
-def test_parts_make_the_whole(name, axes, monkeypatch):
-    monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
+def test_parts_make_the_whole(name, axes, way):
     factor = weight_factor(*drawn_conv(name), axes)
     m, channels = factor.num_rows, factor.shape[factor.axis]
     whole = factor.form(slice(0, m), slice(0, channels))
@@ -128,6 +130,35 @@ def test_gramians_by_parts(name, monkeypatch):
     monkeypatch.setattr(_contract, "_MOST", {"cpu": 1})  # the smallest parts that there are
     layer, x = drawn_conv(name)
     check(layer, x, axes=(0,))
+
+
+def whole_vectors(**options):
+    return nn.Conv2d(16, 8, 3, padding=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "unfolded"),
+    [
+        (whole_vectors(), 8, False),
+        (nn.Conv2d(16, 16, 3, groups=16), 10, False),  # depthwise
+        (nn.Conv3d(8, 8, 2, padding_mode="circular", padding=1), 4, False),
+        (nn.ConvTranspose2d(16, 8, 3, stride=2), 8, False),
+        (whole_vectors().double(), 8, True),
+        (whole_vectors(), 7, True),  # few positions
+        (nn.Conv2d(12, 8, 3, padding=1), 8, True),
+        (nn.Conv2d(16, 10, 3, padding=1), 8, True),
+        (nn.Conv2d(16, 8, 1), 8, True),
+        (nn.ConvTranspose2d(16, 8, 3, output_padding=1, dilation=2), 8, True),  # outputs that no kernel reaches
+    ],
+)
+def test_who_is_unfolded(layer, size, unfolded, monkeypatch):
+    seen = []
+    by_rows = _conv._Call._form_unfolded
+    x = torch.randn(3, layer.in_channels, *[size] * len(layer.kernel_size), dtype=layer.weight.dtype)
+    monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
+    monkeypatch.setattr(_conv._Call, "_form_unfolded", lambda *call: seen.append(call) or by_rows(*call))
+    check(layer, x, axes=(0,), tolerance=1e-4)
+    assert bool(seen) == unfolded
 
 
 def test_frozen_weight_and_no_gradient():

@@ -31,6 +31,7 @@ def small_bounds(monkeypatch):
     monkeypatch.setattr(_contract, "_PIECE", {"cpu": MB // 4})
     monkeypatch.setattr(_contract, "_MOST", {"cpu": MB})
     monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": MB // 4})
+    monkeypatch.setattr(_conv, "_GROUPED", {"cpu": MB // 4})
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -55,6 +56,18 @@ def test_few_positions_form_no_jacobian():
     layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(M, 128, 2, 2)
     jacobian = M * layer.weight.numel() * 4
     assert peak(layer, x) < jacobian / 4
+
+
+@pytest.mark.parametrize("rows", [1, M])
+@pytest.mark.parametrize(("layer", "blocks"), [(nn.RNN(8, 64), 4.5), (nn.GRU(8, 64), 9.5), (nn.LSTM(8, 64), 8.5)])
+def test_a_recurrent_layer_s_gates_are_held_once(layer, blocks, rows):
+    x, grad = torch.randn(rows, 50, 1, 8), torch.randn(M, 50, 1, 64)
+    ends = [None] * (2 if isinstance(layer, nn.LSTM) else 1)
+    with peak_memory("cpu") as memory:
+        factors = apply(layer, (x,), [grad, *ends])
+    assert factors["weight_hh_l0"].left.shape == (M, 50, 1, len(layer.weight_hh_l0))
+    one = M * 50 * 64 * 4  # bytes of a gate, or of a state, of all steps and rows
+    assert memory.peak_bytes < blocks * one
 
 
 def test_embedding_s_table_is_not_filled_with_zeros():

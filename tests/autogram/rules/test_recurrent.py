@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from factor_oracle import dense
 from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from recollect.autogram._factors import NotCovered
 
@@ -82,6 +84,16 @@ def test_strides_do_not_matter(name):
     check(layer, sequence(layer).mT.contiguous().mT, axes=batch_axes(layer))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_strides_of_gradients_do_not_matter(name):
+    layer = made(name, "layers")
+    _, views, grads = rows_form(layer, (sequence(layer), first_state(layer)))
+    found = apply(layer, views, [grad.transpose(0, 2).contiguous().transpose(0, 2) for grad in grads])
+    expected = apply(layer, views, grads)
+    for key, factor in found.items():
+        torch.testing.assert_close(dense(factor), dense(expected[key]))
+
+
 @pytest.mark.parametrize("used", [0, 1, 2])
 @pytest.mark.parametrize("make", [rows_form, batch_form], ids=["shared", "own"])
 def test_only_one_output_is_used(make, used):
@@ -97,6 +109,19 @@ def test_only_one_output_is_used(make, used):
             if hasattr(factor, field):
                 torch.testing.assert_close(getattr(factor, field), getattr(expected[name], field))
     assert apply(layer, views, [None] * 3) == {}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch's own forward has products by step too")
+def test_an_lstm_has_one_product_a_step():
+    layer = made("lstm", "plain").float()
+
+    def count(steps):
+        _, views, grads = rows_form(layer, (torch.randn(steps, BATCH, 3),))
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            apply(layer, views, grads)
+        return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") for event in record.events())
+
+    assert count(9) - count(5) == 4
 
 
 def test_dropout_between_layers_is_not_covered():

@@ -1,24 +1,43 @@
-"""One step of a recurrent layer, and one step of its backward pass, in numbers alone.
+"""The kinds of recurrence: hidden states of all steps, and how gradients go back through the gates.
 
-``ahead`` goes from what the input and the hidden state give to the gates to the next state, ``back`` from the gradient
-of the next state to those of both, and of the state before except for what goes through the hidden state's weights.
-Gradients may have more rows (m) than the step itself (1): all is by element, and broadcasts.
+With the hidden states known, the gates of all steps are one product. In going back only the gradients of the states
+differ from step to step: what they are multiplied with, the slopes, is computed for all steps at once as well, in the
+memory of the gates.
+
+Letters: T steps, r rows of inputs, m of gradients (m or 1 = r), N elements of one call, H hidden elements, W = H times
+the number of blocks of gates. All of it is by element, and broadcasts from r to m.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "Cell", "Saved", "State"]
+__all__ = ["CELLS", "Cell", "Slopes"]
 
-State = tuple[Tensor, ...]
-"""What goes from step to step: (h,), of an LSTM (h, c)."""
+_of_sigmoid = torch.ops.aten.sigmoid_backward
+_of_tanh = torch.ops.aten.tanh_backward
 
-Saved = tuple[Tensor, ...]
+
+@dataclass(slots=True)
+class Slopes:
+    """What gradients are multiplied with on their way back through the gates.
+
+    Attributes:
+        gates: of the gates, [T, r, N, W].
+        carry: of the state before, past the gates, [T, r, N, H]; None where nothing goes past.
+        cell: of the cell after by the hidden state, [T, r, N, H]; LSTM only.
+        inner: the hidden state before it is projected, [T, r, N, H]; only where it is.
+    """
+
+    gates: Tensor
+    carry: Tensor | None = None
+    cell: Tensor | None = None
+    inner: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,72 +45,98 @@ class Cell:
     """A kind of recurrence.
 
     Attributes:
-        gates: how many elements of the gates there are for each of the hidden state.
-        states: how many tensors the state has.
-        ahead: (gates from the input, gates from the hidden state, state) -> (next state, what ``back`` needs).
-        back: (what ``ahead`` saved, gradient of the next state) -> (gradients of the gates from the input, of the gates
-            from the hidden state, of the state).
+        hidden: torch's own function, from inputs to the hidden states of all steps.
+        gates: how many blocks of gates each weight has.
+        apart: how many of these, the last ones, do not just add up what input and hidden state give them. The input's
+            part stands in front of the others, the hidden state's behind them: there are ``gates + apart`` blocks.
+        states: how many tensors the state has: (h,), of an LSTM (h, c).
+        slopes: (gates before their functions [T, r, N, W], hidden states before each step [T, r, N, H], the cell at
+            first [r, N, H] if there is one, steps in order, whether a projection follows) -> slopes. The gates are
+            overwritten.
+        back: (slopes, step, gradient of the hidden state [m, N, H], of the cell, where to write the gates' gradient
+            [m, N, W]) -> what of the gradient goes past the gates; the cell's gradient is changed in place.
     """
 
+    hidden: Callable[..., tuple[Tensor, ...]]
     gates: int
+    apart: int
     states: int
-    ahead: Callable[[Tensor, Tensor, State], tuple[State, Saved]]
-    back: Callable[[Saved, State], tuple[Tensor, Tensor, State]]
+    slopes: Callable[[Tensor, Tensor, Tensor | None, range, bool], Slopes]
+    back: Callable[[Slopes, int, Tensor, Tensor | None, Tensor], Tensor | None]
 
 
-def _tanh_ahead(given: Tensor, hidden: Tensor, _: State) -> tuple[State, Saved]:
-    h = torch.tanh(given + hidden)
-    return (h,), (1 - h * h,)
+def _tanh_slopes(gates: Tensor, *_: Any) -> Slopes:
+    h = gates.tanh_()
+    return Slopes(h.square_().neg_().add_(1))
 
 
-def _relu_ahead(given: Tensor, hidden: Tensor, _: State) -> tuple[State, Saved]:
-    h = torch.relu(given + hidden)
-    return (h,), ((h > 0).to(h.dtype),)
+def _relu_slopes(gates: Tensor, *_: Any) -> Slopes:
+    return Slopes(gates.gt_(0))
 
 
-def _plain_back(saved: Saved, grads: State) -> tuple[Tensor, Tensor, State]:
-    (slope,), (dh,) = saved, grads
-    gates = dh * slope
-    return gates, gates, (dh.new_zeros(()),)  # nothing of the state goes past the gates
+def _plain_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> None:
+    torch.mul(slopes.gates[t], dh, out=out)
 
 
-def _lstm_ahead(given: Tensor, hidden: Tensor, state: State) -> tuple[State, Saved]:
-    c = state[1]
-    i, f, g, o = (given + hidden).chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    following = f * c + i * g
-    bounded = following.tanh()
-    return (o * bounded, following), (i, f, g, o, c, bounded)
+def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, projects: bool) -> Slopes:
+    assert first is not None
+    i, f, g, o = gates.chunk(4, -1)
+    gates[..., : 2 * i.shape[-1]].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    shape = (len(gates), *first.shape)
+    cells = first.new_empty(shape[0] + 1, *shape[1:])
+    before, after = (cells[:-1], cells[1:]) if order.step > 0 else (cells[1:], cells[:-1])
+    before[order[0]] = first
+    for t in order:
+        torch.mul(f[t], before[t], out=after[t]).addcmul_(i[t], g[t])
+    carry = f.clone()
+    _of_sigmoid.grad_input(before, f, grad_input=f)
+    slope = _of_tanh(i, g)
+    _of_sigmoid.grad_input(g, i, grad_input=i)
+    g.copy_(slope)
+    bounded = after.tanh_()
+    inner = o * bounded if projects else None
+    _of_tanh.grad_input(o, bounded, grad_input=slope)
+    _of_sigmoid.grad_input(bounded, o, grad_input=o)
+    return Slopes(gates, carry, slope, inner)
 
 
-def _lstm_back(saved: Saved, grads: State) -> tuple[Tensor, Tensor, State]:
-    (i, f, g, o, c, bounded), (dh, dc) = saved, grads
-    dc = dc + dh * (o * (1 - bounded * bounded))
-    slopes = (dc * (g * i * (1 - i)), dc * (c * f * (1 - f)), dc * (i * (1 - g * g)), dh * (bounded * o * (1 - o)))
-    gates = torch.cat(slopes, -1)
-    return gates, gates, (dh.new_zeros(()), dc * f)
+def _lstm_back(slopes: Slopes, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> None:
+    assert dc is not None
+    assert slopes.carry is not None
+    assert slopes.cell is not None
+    dc.addcmul_(dh, slopes.cell[t])
+    size = dc.shape[-1]
+    by_gate, out = (torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates[t], out))
+    torch.mul(by_gate[..., :3, :], dc.unsqueeze(-2), out=out[..., :3, :])
+    torch.mul(by_gate[..., 3, :], dh, out=out[..., 3, :])
+    dc.mul_(slopes.carry[t])
 
 
-def _gru_ahead(given: Tensor, hidden: Tensor, state: State) -> tuple[State, Saved]:
-    (h,) = state
-    given_r, given_z, given_n = given.chunk(3, -1)
-    hidden_r, hidden_z, hidden_n = hidden.chunk(3, -1)
-    r, z = (given_r + hidden_r).sigmoid(), (given_z + hidden_z).sigmoid()
-    n = (given_n + r * hidden_n).tanh()
-    return (n + z * (h - n),), (r, z, n, h, hidden_n)
+def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
+    n, r, z, hidden_n = gates.chunk(4, -1)  # what goes into the candidate n stands apart, r times the hidden's
+    gates[..., n.shape[-1] : 3 * n.shape[-1]].sigmoid_()
+    n.addcmul_(r, hidden_n).tanh_()
+    carry = z.clone()
+    _of_sigmoid.grad_input(before - n, z, grad_input=z)
+    _of_tanh.grad_input(1 - carry, n, grad_input=n)
+    slope = n * r
+    _of_sigmoid.grad_input(hidden_n.mul_(n), r, grad_input=r)
+    hidden_n.copy_(slope)
+    return Slopes(gates, carry)
 
 
-def _gru_back(saved: Saved, grads: State) -> tuple[Tensor, Tensor, State]:
-    (r, z, n, h, hidden_n), (dh,) = saved, grads
-    dz = dh * ((h - n) * z * (1 - z))
-    dn = dh * ((1 - z) * (1 - n * n))
-    dr = dn * (hidden_n * r * (1 - r))
-    return torch.cat((dr, dz, dn), -1), torch.cat((dr, dz, dn * r), -1), (dh * z,)
+def _gru_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> Tensor:
+    assert slopes.carry is not None
+    by_gate, out = (torch.unflatten(tensor, -1, (4, dh.shape[-1])) for tensor in (slopes.gates[t], out))
+    torch.mul(by_gate, dh.unsqueeze(-2), out=out)
+    return dh * slopes.carry[t]
 
 
 CELLS = {
-    "RNN_TANH": Cell(1, 1, _tanh_ahead, _plain_back),
-    "RNN_RELU": Cell(1, 1, _relu_ahead, _plain_back),
-    "LSTM": Cell(4, 2, _lstm_ahead, _lstm_back),
-    "GRU": Cell(3, 1, _gru_ahead, _gru_back),
+    "RNN_TANH": Cell(torch.rnn_tanh, 1, 0, 1, _tanh_slopes, _plain_back),
+    "RNN_RELU": Cell(torch.rnn_relu, 1, 0, 1, _relu_slopes, _plain_back),
+    "LSTM": Cell(torch.lstm, 4, 0, 2, _lstm_slopes, _lstm_back),
+    "GRU": Cell(torch.gru, 3, 1, 1, _gru_slopes, _gru_back),
 }

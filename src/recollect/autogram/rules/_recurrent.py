@@ -1,7 +1,8 @@
 """Recurrent layers: at each step linear layers, whose inputs and gradients are computed again.
 
-The layer's own graph does not show what happened inside it. The rule runs the steps once more, forward for the hidden
-states, and backward for the gates' gradients; no randomness may be in it, so dropout between layers is not covered.
+The layer's own graph does not show what happened inside it. The rule runs the layer once more for the hidden states,
+and goes back over the steps for the gates' gradients; no randomness may be in it, so dropout between layers is not
+covered.
 
 Letters: m objectives, r rows of inputs (m, or 1 where all objectives share them), T steps, N elements of one call, L
 layers, D directions, H hidden elements, I elements of an input.
@@ -127,14 +128,15 @@ def _run(
     m, width = known[0].shape[1], len(stack[0])
     for k, directions in enumerate(stack):
         after = [one.ahead(x, tuple(h[k * width + j] for h in states)) for j, one in enumerate(directions)]
-        x = torch.cat(after, -1)
+        x = torch.cat(after, -1) if width > 1 else after[0]
     factors: Factors = {}
     for k, directions in reversed(list(enumerate(stack))):
         parts = [None] * width if output is None else output.chunk(width, -1)
-        befores = []
+        befores: list[Tensor] = []
         for j, (one, part) in enumerate(zip(directions, parts, strict=True)):
             last = [None if end is None else end[k * width + j] for end in ends]
-            befores.append(one.back(m, part, last))
+            before = one.back(m, part, last, is_lowest=k == 0)
+            befores += [] if before is None else [before]
             factors |= one.factors()
-        output = sum(befores[1:], befores[0])
+        output = sum(befores[1:], befores[0]) if befores else None
     return factors

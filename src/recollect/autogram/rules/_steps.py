@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
-from recollect.autogram.rules._cells import CELLS, Saved, State
+from recollect.autogram.rules._cells import CELLS
 from recollect.autogram.rules._view import needs, wide
 
 __all__ = ["Direction"]
@@ -17,6 +16,9 @@ __all__ = ["Direction"]
 
 class Direction:
     """The steps of one layer in one direction.
+
+    Forward is torch's own function, which does what the layer did. Backward, only what goes from step to step is done
+    by step: a product with the hidden state's weights, and a few multiplications.
 
     Args:
         layer: the module that has the parameters.
@@ -33,8 +35,8 @@ class Direction:
         self._cell = CELLS[mode]
         self._suffix = suffix
         self._backward = backward
-        self._from_input = self._weights("ih")
-        self._from_hidden = self._weights("hh")
+        self._from_input, self._input_bias = self._weights("ih")
+        self._from_hidden, self._hidden_bias = self._weights("hh")
         self._projection = self._weights("hr")[0] if f"weight_hr{suffix}" in layer._parameters else None
 
     def _weights(self, which: str) -> tuple[Tensor, Tensor | None]:
@@ -43,64 +45,109 @@ class Direction:
             raise NotCovered("parametrized weights of a recurrent layer")
         return wide(weight.detach()), None if bias is None else wide(bias.detach())
 
-    def ahead(self, x: Tensor, state: State) -> Tensor:
+    def ahead(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
         """Return the hidden states [T, r, N, H] of inputs [T, r, N, I] and a first state [r, N, H], () for zeros."""
-        if not state:
-            gates, hidden = self._from_hidden[0].shape
-            sizes = (hidden, gates // self._cell.gates)[: self._cell.states]
-            state = tuple(x.new_zeros(*x.shape[1:-1], size) for size in sizes)
+        gates, hidden = self._from_hidden.shape
+        sizes = (hidden, gates // self._cell.gates)[: self._cell.states]
+        steps, rows, elements, _ = x.shape
+        rows = max(rows, *(h.shape[0] for h in state), 1)
+        self._first = [h.expand(rows, -1, -1) for h in state] or [x.new_zeros(rows, elements, size) for size in sizes]
         self._x = x
-        self._order = range(len(x))[:: -1 if self._backward else 1]
-        self._saved: list[Saved] = [()] * len(x)
-        before, inner, after = ([x] * len(x) for _ in range(3))
-        given = F.linear(x, *self._from_input)
-        for t in self._order:
-            before[t] = state[0]
-            state, self._saved[t] = self._cell.ahead(given[t], F.linear(state[0], *self._from_hidden), state)
-            inner[t] = state[0]
-            if self._projection is not None:
-                state = (F.linear(state[0], self._projection), *state[1:])
-            after[t] = state[0]
-        self._last = state
-        self._before, self._inner = torch.stack(before), torch.stack(inner)
-        return torch.stack(after)
+        self._order = range(steps)[:: -1 if self._backward else 1]
+        states = x.new_empty(steps + 1, rows, elements, hidden)
+        self._before, after = (states[1:], states[:-1]) if self._backward else (states[:-1], states[1:])
+        self._before[self._order[0]] = self._first[0]
+        found = self._run(x.expand(-1, rows, -1, -1).flatten(1, 2)).view_as(after)
+        after.copy_(found.flip(0) if self._backward else found)
+        return after
 
-    def back(self, m: int, grads: Tensor | None, ends: Sequence[Tensor | None]) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
+        """Return the hidden states in the order of the steps, of inputs [T, r N, I]."""
+        weights = [self._from_input, self._from_hidden, self._input_bias, self._hidden_bias, self._projection]
+        given = [weight for weight in weights if weight is not None]
+        # On a GPU torch asks for weights that lie one behind the other, and warns if they do not.
+        flat = torch.split(torch.cat([weight.flatten() for weight in given]), [weight.numel() for weight in given])
+        laid = [part.view_as(weight) for part, weight in zip(flat, given, strict=True)]
+        state = [h.flatten(0, 1).unsqueeze(0) for h in self._first]
+        first = state if self._cell.states > 1 else state[0]
+        x = x.flip(0) if self._backward else x
+        return self._cell.hidden(x, first, laid, self._input_bias is not None, 1, 0.0, False, False, False)[0]
+
+    def back(self, m: int, grads: Tensor | None, ends: Sequence[Tensor | None], is_lowest: bool) -> Tensor | None:
         """Return the inputs' gradients [T, m, N, I] from those of all hidden states and of the last state.
 
         Args:
             m: the number of objectives.
             grads: [T, m, N, H]; None for zeros.
             ends: [m, N, H] for each tensor of the state; None for zeros.
+            is_lowest: whether nobody asks for the inputs' gradients.
         """
-        zeros = [h.new_zeros(()).expand(m, *h.shape[1:]) for h in self._last]
-        state = tuple(zero if end is None else end for zero, end in zip(zeros, ends, strict=True))
-        if grads is None:
-            grads = zeros[0].expand(len(self._x), *zeros[0].shape)
-        by_input, by_hidden, by_output = ([grads] * len(grads) for _ in range(3))
+        cell, apart = self._cell, self._cell.apart * self._size
+        cells = self._first[1] if cell.states > 1 else None
+        slopes = cell.slopes(self._gates(), self._before, cells, self._order, self._projection is not None)
+        _, rows, elements, width = slopes.gates.shape
+        found = slopes.gates if rows == m else slopes.gates.new_empty(len(slopes.gates), m, elements, width)
+        by_hidden = found[..., apart:]
+        dh, *rest = (
+            h.new_zeros(m, elements, h.shape[-1]) if end is None else end.clone(memory_format=torch.contiguous_format)
+            for h, end in zip(self._first, ends, strict=True)
+        )
+        dc = rest[0] if rest else None
+        outputs = None if self._projection is None else dh.new_empty(len(found), *dh.shape)
         for t in reversed(self._order):
-            dh = by_output[t] = state[0] + grads[t]
-            if self._projection is not None:
-                dh = dh @ self._projection
-            by_input[t], by_hidden[t], state = self._cell.back(self._saved[t], (dh, *state[1:]))
-            state = (state[0] + by_hidden[t] @ self._from_hidden[0], *state[1:])
-        self._by_input, self._by_hidden, self._by_output = (torch.stack(g) for g in (by_input, by_hidden, by_output))
-        return self._by_input @ self._from_input[0]
+            if grads is not None:
+                dh = dh.add_(grads[t])
+            inner = dh
+            if outputs is not None and self._projection is not None:
+                outputs[t] = dh
+                inner = dh @ self._projection
+            past = cell.back(slopes, t, inner, dc, found[t])
+            step = by_hidden[t].flatten(0, 1)
+            dh = dh.new_empty(dh.shape) if past is None else past
+            dh.view(-1, dh.shape[-1]).addmm_(step, self._from_hidden, beta=0 if past is None else 1)
+        self._inner, self._by_output, self._by_hidden = slopes.inner, outputs, by_hidden
+        self._by_input = torch.roll(found[..., : width - apart], -apart, -1) if apart else by_hidden
+        return None if is_lowest else self._by_input @ self._from_input
+
+    @property
+    def _size(self) -> int:
+        """The number of elements of a block of gates."""
+        return len(self._from_hidden) // self._cell.gates
+
+    def _gates(self) -> Tensor:
+        """Return what goes into the gates, [T, r, N, blocks], the input's own first and the hidden state's last."""
+        apart, together = self._cell.apart * self._size, (self._cell.gates - self._cell.apart) * self._size
+        before = self._before.flatten(0, 2)
+        x = self._x.expand(-1, self._before.shape[1], -1, -1).reshape(len(before), -1)
+        gates = before.new_empty(len(before), 2 * apart + together)
+        none = before.new_zeros(len(self._from_hidden))
+        of_input, of_hidden = (none if bias is None else bias for bias in (self._input_bias, self._hidden_bias))
+        shared, own = slice(0, together), slice(together, None)
+        both = gates[:, apart : apart + together]
+        torch.addmm(of_input[shared] + of_hidden[shared], x, self._from_input[shared].mT, out=both)
+        both.addmm_(before, self._from_hidden[shared].mT)
+        if apart:
+            torch.addmm(of_input[own], x, self._from_input[own].mT, out=gates[:, :apart])
+            torch.addmm(of_hidden[own], before, self._from_hidden[own].mT, out=gates[:, apart + together :])
+        return gates.view(*self._before.shape[:3], -1)
 
     def factors(self) -> dict[str, Factor]:
         """Return the Jacobians of this direction's parameters."""
         factors: dict[str, Factor] = {}
+        sums: dict[int, Tensor] = {}
         for which, grads, inputs in (
             ("ih", self._by_input, self._x),
             ("hh", self._by_hidden, self._before),
             ("hr", self._by_output, self._inner),
         ):
             name = f"weight_{which}{self._suffix}"
-            if needs(self._layer, name):
+            if needs(self._layer, name) and grads is not None and inputs is not None:
                 factors[name] = Outer(_positions(grads), _positions(inputs), self._layer.get_parameter(name).shape)
             name = f"bias_{which}{self._suffix}"
-            if needs(self._layer, name):
-                factors[name] = Rows(grads.sum((0, 2)))
+            if needs(self._layer, name) and grads is not None:
+                known = sums.get(id(grads))
+                sums[id(grads)] = rows = grads.sum((0, 2)) if known is None else known
+                factors[name] = Rows(rows)
         return factors
 
 
