@@ -103,3 +103,30 @@ def test_the_nodes_towards_captures():
     graph = graph_of(engine, output, net)
     kinds = {graph.kinds[k] for k in graph.towards_captures}
     assert kinds == {"MulBackward0", "TanhBackward0", Capture}
+
+
+class Sentences(nn.Module):
+    """Tokens alone go in; each position has an embedding, and sees all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.layer = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        h = self.layer(self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))).tanh()
+        return ((h @ h.mT).softmax(-1) @ self.layer(h)).square().sum(-1).flatten()
+
+
+def test_indices_are_data_and_positions_are_none():
+    """Losses of all tokens take a pass for each position: a network is not run back behind each for every loss."""
+    torch.manual_seed(0)
+    model = Sentences().double()
+    engine = Engine(model)
+    losses = model(torch.randint(7, (3, 5)))
+    assert engine.explain(losses) == "5 backward passes of 3 losses each for 4 parameters"
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    rows = torch.stack(rows)
+    torch.testing.assert_close(engine.compute_gramian(losses), rows @ rows.T)

@@ -29,6 +29,7 @@ __all__ = [
     "goes_by_entry",
     "handed_on",
     "kind_of",
+    "looks_up",
     "reaches",
     "settings_of",
 ]
@@ -113,6 +114,11 @@ def goes_by_entry(node: Any, edge: int) -> bool:
     """Whether a node gives each entry of an input's gradient, before it is summed, from the same entry of its own."""
     found = _find(kind_of(node))
     return found is not None and (found.rule is _pointwise or (edge == 0 and found.rule in _ADDING))
+
+
+def looks_up(kind: Any) -> bool:
+    """Whether an operation picks entries by indices, which are data that need no gradient and have no edge."""
+    return isinstance(kind, str) and kind.partition("Backward")[0] in _LOOKING_UP
 
 
 def settings_of(node: Any, kind: Any) -> tuple[Any, ...]:
@@ -572,6 +578,7 @@ _KINDS: dict[str, _Kind] = {
     **_each("ViewAsReal ViewAsComplex", _complex),
     **_each("LinalgCholeskyEx LinalgInvEx LinalgQr LinalgEigh LinalgSvd", _leading(2)),
 }
+_LOOKING_UP = frozenset(("Embedding", "EmbeddingBag", "Gather", "Index", "IndexSelect"))
 # By the functions that nodes in Python are of.
 _FUNCTIONS: dict[Any, _Kind] = {
     BackwardHookFunction: _Kind(handed_on),

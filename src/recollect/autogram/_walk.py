@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from recollect.autogram._capture import Capture, Recorder
-from recollect.autogram._operations import Step, kind_of, settings_of
+from recollect.autogram._operations import Step, kind_of, looks_up, settings_of
 
 __all__ = ["Anatomy", "Graph", "Use", "walk"]
 
@@ -102,16 +102,26 @@ class Graph:
         return self.find_anatomy().towards_captures
 
     def touches_data(self, node: int) -> bool:
-        """Whether anything that needs no gradient comes in behind a node, as data does."""
+        """Whether anything that needs no gradient comes in behind a node, as data does.
+
+        Indices are data too, and whole networks start from them; but what is looked up in one parameter alone, as
+        embeddings of positions are, is no more than a parameter.
+        """
         waiting, seen = [node], {node}
+        leaves, indices = 0, False
         while waiting:
-            for child in self.edges[waiting.pop()]:
+            number = waiting.pop()
+            if number in self.leaves:
+                leaves += 1
+                continue
+            indices = indices or looks_up(self.kinds[number])
+            for child in self.edges[number]:
                 if child < 0:
                     return True
                 if child not in seen:
                     seen.add(child)
                     waiting.append(child)
-        return False
+        return indices and leaves > 1
 
     def shape(self, node: int, output: int) -> torch.Size:
         """Return the shape of a node's output, which is that of its gradient."""
