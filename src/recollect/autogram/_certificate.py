@@ -106,8 +106,8 @@ class Certificate:
                 raise GramianError(
                     f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
                     f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "
-                    f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and at "
-                    "hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
+                    f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and "
+                    "at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
                     "Gradients that were accumulated by this call are right"
                 )
 
