@@ -12,6 +12,7 @@ from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Outer, Picked, Rows
 from recollect.autogram._merge import join, merge
 from recollect.autogram._square import SquareSum
+from recollect.autogram._sums import WholeSum
 
 
 def draw(*shape, dtype=torch.float64):
@@ -192,6 +193,62 @@ def test_a_square_does_less_than_a_product():
     with FlopCounterMode(display=False) as counter:
         SquareSum(256, torch.float64, torch.device("cpu")).add_product(draw(256, 8))
     assert counter.get_total_flops() <= 0.63 * 2 * 256 * 256 * 8
+
+
+def whole_sum(m, **shapes):
+    parameters = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return WholeSum(parameters, 1, m, torch.float64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("m", [5, 300])
+def test_a_bias_is_squared_with_its_weight(m):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    weight = outer(m, 1, 1, 60, 40)
+    bias = Rows(weight.left[:, 0, 0])
+    total = whole_sum(m, bias=60, weight=(60, 40))
+    with FlopCounterMode(display=False) as counter:
+        total.take("bias", 0, [bias])
+        total.take("weight", 0, [weight])
+        found = total.total()
+    rows = torch.cat([written_out(factor) for factor in (bias, weight)], 1)
+    torch.testing.assert_close(found, rows @ rows.T)
+    alone = m * m * (60 + 40) + m * 128 * (60 + 41)  # the lower half, and what is above the diagonal in its blocks
+    assert counter.get_total_flops() <= alone if m == 300 else 2 * alone
+
+
+@pytest.mark.parametrize("case", ["another's gradient", "last", "alone", "two in a row", "several positions"])
+def test_rows_that_are_no_bias_of_what_follows_are_squared_apart(case):
+    first, second = outer(5, 1 + (case == "several positions"), 1, 20, 30), Rows(draw(5, 20))
+    third = Rows(draw(5, 20) + 1)
+    order = {
+        "another's gradient": [second, first],
+        "last": [first, second],
+        "alone": [second],
+        "two in a row": [second, third, first],
+        "several positions": [Rows(first.left[:, 0, 0]), first],
+    }[case]
+    total = whole_sum(5, **{str(k): factor.shape for k, factor in enumerate(order)})
+    for k, factor in enumerate(order):
+        total.take(str(k), 0, [factor])
+    rows = torch.cat([written_out(factor) for factor in order], 1)
+    torch.testing.assert_close(total.total(), rows @ rows.T)
+
+
+@pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 600])
+def test_the_upper_half_is_the_lower_one_s(num_rows):
+    total = SquareSum(num_rows, torch.float64, torch.device("cpu"))
+    lower = draw(num_rows, num_rows).tril()
+    total.add_block(lower, slice(0, num_rows), slice(0, num_rows))
+    for _ in range(2):
+        torch.testing.assert_close(total.total(), lower + lower.tril(-1).T)
+
+
+@pytest.mark.parametrize(("T", "shared"), [(1, ""), (3, ""), (1, "left"), (2, "right")])
+def test_pairs_of_positions_of_many_rows(T, shared):
+    factor = outer(300, T, 2, 40, 50, shared)
+    rows = written_out(factor)
+    torch.testing.assert_close(gramian([factor]), rows @ rows.T, rtol=1e-12, atol=1e-10)
 
 
 def test_pieces_are_formed_in_the_same_memory():

@@ -91,8 +91,9 @@ class Engine:
         row_bytes: how many bytes of the losses' gradients may be held at once, where there are several backward passes.
             If they are more, passes are repeated.
         certify_every: the Gramian of :meth:`compute_gramian` is compared with a gradient, by one more backward pass, at
-            the first call of each form of graph, and at every so many calls; 0: never. (:meth:`backward` compares
-            always, at no further pass.)
+            the first call of each form of graph, and at every so many calls; 0: never. So are products with other
+            losses, by two passes, and :meth:`compute_norms`, by one loss. (:meth:`backward` compares always, at no
+            further pass.)
 
     Attributes:
         certificate: how well Gramians and gradients fitted, so far.
