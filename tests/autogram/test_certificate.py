@@ -7,8 +7,8 @@ from torch import nn
 from recollect.aggregation import MeanWeighting
 from recollect.autogram import Engine, GramianError, Rows
 from recollect.autogram import _engine as engine_module
+from recollect.autogram._factors import form_rows
 from recollect.autogram._registry import Entry, Registry
-from recollect.autogram._rows import form_rows
 from recollect.autogram.rules import RULES
 
 M = 6

@@ -9,8 +9,7 @@ from factor_oracle import dense
 
 from recollect.autogram import _contract, _pieces, _square
 from recollect.autogram._contract import add_gramian, gramian
-from recollect.autogram._factors import Blocks, Outer, Picked, Rows
-from recollect.autogram._merge import join, merge
+from recollect.autogram._factors import Blocks, Outer, Picked, Rows, join, merge
 from recollect.autogram._square import SquareSum
 from recollect.autogram._sums import WholeSum
 

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from recollect.autogram import Engine, _sites
 from recollect.autogram._contract import gramian
-from recollect.autogram._factors import Outer, Rows
+from recollect.autogram._factors import Outer, Rows, form_rows
 from recollect.autogram._layout import Axis, Layout
-from recollect.autogram._rows import form_rows
 from recollect.autogram._sites import rows_at
 
 B = 3

@@ -10,6 +10,7 @@ scripted as if there were no engine.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from recollect._torch import is_in_transform, is_recorded, outputs_come_first_hand, unwatch_outputs, watch_outputs
-from recollect.autogram._arguments import positional, tensors_among
 from recollect.autogram._factors import NotCovered
 from recollect.autogram._operations import declare, handed_on
 from recollect.autogram._registry import Entry, Registry
 
-__all__ = ["Call", "Capture", "Recorder", "watch"]
+__all__ = ["Call", "Capture", "Recorder", "positional", "tensors_among", "watch"]
 
 Visit = Callable[[Any, tuple[Tensor | None, ...]], None]
 
@@ -232,3 +232,19 @@ def _condition(layer: nn.Module) -> tuple[Any, ...]:
     """
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     return (layer.training, *(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors))
+
+
+def positional(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return all arguments of a call in the order of the layer's forward, with its defaults."""
+    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
+
+
+def tensors_among(inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """Return the tensors among the arguments, or None if one is of a kind that no rule knows."""
+    leaves = inputs if len(inputs) == 1 else tree_flatten(inputs)[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(type(leaf) not in (Tensor, nn.Parameter) or leaf.is_nested for leaf in tensors):
+        return None
+    return None if len(inputs) == 1 and not tensors else tensors

@@ -11,8 +11,8 @@ from typing import Literal
 from torch import Tensor
 
 from recollect.autogram._plan import Declined, Plan, plan_batch
+from recollect.autogram._sites import Stuck
 from recollect.autogram._structure import Layouts, Structure
-from recollect.autogram._targets import Stuck
 from recollect.autogram._walk import Graph
 
 __all__ = ["BatchDim", "Choice", "choose"]

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
-from recollect.autogram._merge import alike, merge
+from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows, alike, form_rows, merge, row_elements
 from recollect.autogram._pieces import block_pieces, entries_of, even, group_pieces, picked_pieces, slab_pieces
-from recollect.autogram._rows import form_rows, row_elements
 from recollect.autogram._square import Space, SquareSum, of_device, wide
 
 __all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]

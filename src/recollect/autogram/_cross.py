@@ -13,8 +13,7 @@ from torch import Tensor
 
 from recollect.autogram._choice import Choice
 from recollect.autogram._contract import add_cross
-from recollect.autogram._factors import Factor
-from recollect.autogram._merge import merge
+from recollect.autogram._factors import Factor, merge
 from recollect.autogram._passes import Declines, Job, Passes, passes_of
 from recollect.autogram._sums import Joined
 

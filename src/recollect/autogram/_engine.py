@@ -12,25 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._capture import Recorder, watch
-from recollect.autogram._certificate import Certificate, norm_of, random_weights, squared_norm, tolerance_of
-from recollect.autogram._choice import BatchDim, Choice, choose
-from recollect.autogram._cross import cross_of
-from recollect.autogram._independence import check_independence, explain
-from recollect.autogram._losses import (
+from recollect.autogram._certificate import (
+    Certificate,
+    CrossProbe,
+    GramianProbe,
+    NormProbe,
+    probe_cross,
+    probe_gramian,
+    probe_norms,
+    squared_norm,
+)
+from recollect.autogram._checks import (
+    check_modules,
     check_overflow,
     check_settings,
     check_weighting,
     check_weights,
     checked_dim,
     checked_features,
+    counted_parameters,
     head_parameters,
     joined,
     on_one_device,
 )
-from recollect.autogram._modules import check_modules, counted_parameters
+from recollect.autogram._choice import BatchDim, Choice, choose
+from recollect.autogram._cross import cross_of
+from recollect.autogram._independence import check_independence, explain
 from recollect.autogram._passes import Job, Known, gramian_of, gramian_of_features, norms_of
 from recollect.autogram._plan import changed_layers
-from recollect.autogram._probes import CrossProbe, NormProbe, probe_cross, probe_norms
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._structure import find_structure
 from recollect.autogram._walk import Graph, walk
@@ -395,6 +404,7 @@ class Engine:
     def _gramian(self, output: Tensor, retain: bool, certify_every: int = 0) -> tuple[Tensor, Job | None]:
         """Return the Gramian [m, m] in the output's dtype, and what it was computed from; None if m is 0."""
         checked_dim(output, self._batch_dim)
+        probe: GramianProbe | None = None
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0, 0), None
@@ -402,14 +412,18 @@ class Engine:
                 return gramian_of_features(output, self._features), None
             while True:
                 job = self._job(output, retain)
-                weights, squared = self._probe(job, certify_every)
+                probe = probe or probe_gramian(job, certify_every)
                 result = gramian_of(job, self._choose(job))
                 if isinstance(result, Tensor):
                     job.known.settled = True
-                    if weights is not None:
-                        self._certify(job, result, weights, squared)
+                    if probe is not None:
+                        probe.judge(self.certificate, result, job, self._choose(job))
                     return result.to(output.dtype), job
                 job.known.declined |= result
+
+    def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
+        probe = GramianProbe(weights, squared)
+        probe.judge(self.certificate, square, job, self._choose(job))
 
     def _squares(self, output: Tensor, retain: bool) -> Tensor:
         """Return the squared norms [m], in what they are summed in."""
@@ -456,25 +470,6 @@ class Engine:
         k, dims = rows.dim(), rows.dim() + columns.dim()
         laid = found.view([*rows.shape, *columns.shape])
         return laid.permute([*range(k), *reversed(range(k, dims))]).contiguous()
-
-    def _probe(self, job: Job, every: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return weights and the squared norm of the gradient that they make of the losses, if it is time for it."""
-        if not every or job.output.numel() == 1 or not job.graph.uses:
-            return None, None
-        job.known.calls += 1
-        if (job.known.calls - 1) % every:
-            return None, None
-        weights = random_weights(job.output, job.known.calls)
-        if job.hooked:
-            return weights, None
-        return weights, norm_of(job.output, [job.parameters[key] for key in job.graph.uses], weights)
-
-    def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
-        if job.known.tolerance is None:
-            job.known.tolerance = tolerance_of(job.graph)
-        layers = [job.graph.nodes[capture].call.layer for capture in self._choose(job).plan.rules]
-        rules = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
-        self.certificate.compare(square, weights, squared, job.known.tolerance, rules)
 
     def _job(self, output: Tensor, retain: bool) -> Job:
         checked_dim(output, self._batch_dim)

@@ -9,13 +9,29 @@ Letters: m objectives, r rows of inputs (1: all objectives share them, or m), T 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Factor", "NotCovered", "Outer", "Picked", "Rows"]
+from recollect.autogram._square import wide
+
+__all__ = [
+    "Blocks",
+    "Factor",
+    "NotCovered",
+    "Outer",
+    "Picked",
+    "Rows",
+    "alike",
+    "as_rows",
+    "form_rows",
+    "held_elements",
+    "join",
+    "merge",
+    "row_elements",
+]
 
 
 class NotCovered(Exception):  # noqa: N818  (raised to hand a call on, as StopIteration is; nobody sees it)
@@ -118,3 +134,149 @@ class Blocks:
 
 
 Factor = Rows | Outer | Picked | Blocks
+
+
+def merge(factors: Sequence[Factor]) -> list[Factor]:
+    """Return as few factors with the same sum: outer products and lookups are laid behind one another, rows are added.
+
+    Cross terms between the uses of a parameter come of themselves: a parameter that is used twice at T positions has
+    the Jacobian of one that is used once at 2 T.
+    """
+    kept: list[Factor] = []
+    for factor in factors:
+        for place, other in enumerate(kept):
+            both = _merge_two(other, factor)
+            if both is not None:
+                kept[place] = both
+                break
+        else:
+            kept.append(factor)
+    return kept
+
+
+def _merge_two(first: Factor, second: Factor) -> Factor | None:
+    if isinstance(first, Rows) and isinstance(second, Rows):
+        return Rows(first.values + second.values)
+    if isinstance(first, Picked) and isinstance(second, Picked):
+        return Picked(
+            torch.cat([first.grad, second.grad], 1), _lay_behind(first.index, second.index), first.num_entries
+        )
+    if isinstance(first, Outer) and isinstance(second, Outer) and alike(first, second):
+        left, right = _lay_behind(first.left, second.left), _lay_behind(first.right, second.right)
+        return Outer(left, right, first.shape)
+    return None
+
+
+def alike(first: Outer, second: Outer) -> bool:
+    """Whether both have as many groups, and as many elements on each side."""
+    pairs = ((first.left, second.left), (first.right, second.right))
+    return all(one.shape[2:] == other.shape[2:] for one, other in pairs)
+
+
+def _lay_behind(first: Tensor, second: Tensor) -> Tensor:
+    """Lay the positions (axis 1) of the second behind the first's; one row stands for as many as the other has."""
+    m = max(first.shape[0], second.shape[0])
+    return torch.cat([side.expand(m, *side.shape[1:]) for side in (first, second)], 1)
+
+
+def join(parts: Sequence[Factor]) -> Factor | None:
+    """Return the factor of all objectives from those of consecutive groups of them, or None if they differ in kind.
+
+    What all groups share, the inputs of a layer, is not repeated.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Rows) for part in parts):
+        return Rows(torch.cat([part.values for part in parts if isinstance(part, Rows)]))
+    if all(isinstance(part, Outer) for part in parts):
+        outers = [part for part in parts if isinstance(part, Outer)]
+        if all(alike(outers[0], outer) for outer in outers):
+            lefts, rights = [outer.left for outer in outers], [outer.right for outer in outers]
+            if _is_shared(rights):
+                return Outer(_stack(lefts, outers), rights[0], outers[0].shape)
+            left = lefts[0] if _is_shared(lefts) else _stack(lefts, outers)
+            return Outer(left, _stack(rights, outers), outers[0].shape)
+    if all(isinstance(part, Picked) for part in parts):
+        picked = [part for part in parts if isinstance(part, Picked)]
+        index = torch.cat([part.index.expand(part.num_rows, -1) for part in picked])
+        return Picked(torch.cat([part.grad for part in picked]), index, picked[0].num_entries)
+    return None
+
+
+def _stack(sides: list[Tensor], outers: list[Outer]) -> Tensor:
+    return torch.cat([side.expand(o.num_rows, *side.shape[1:]) for side, o in zip(sides, outers, strict=True)])
+
+
+def _is_shared(sides: list[Tensor]) -> bool:
+    """Whether all are the same single row."""
+    first = sides[0]
+    return first.shape[0] == 1 and all(
+        side.data_ptr() == first.data_ptr()
+        and side.shape == first.shape
+        and side.stride() == first.stride()
+        and side.dtype == first.dtype
+        for side in sides
+    )
+
+
+def form_rows(factors: Sequence[Factor], rows: slice) -> Tensor:
+    """Return these rows of the sum of the factors, [n, number of the parameter's elements], in at least float32."""
+    total = _form(factors[0], rows)
+    for factor in factors[1:]:
+        total = total + _form(factor, rows)
+    return total
+
+
+def as_rows(factors: Sequence[Factor], shape: torch.Size) -> Rows:
+    """Return the sum of the factors of a parameter of this shape, formed."""
+    num_rows = factors[0].num_rows
+    return Rows(form_rows(factors, slice(0, num_rows)).view(num_rows, *shape))
+
+
+def row_elements(factors: Sequence[Factor]) -> int:
+    """Return how many elements forming one row takes, the row included."""
+    return max(f.row_elements if isinstance(f, Blocks) else 2 * f.shape.numel() for f in factors)
+
+
+def held_elements(factors: Sequence[Factor]) -> int:
+    """Return how many elements are held by holding the factors, as far as it is known."""
+    return sum(map(_held, factors))
+
+
+def _held(factor: Factor) -> int:
+    if isinstance(factor, Outer):
+        return factor.left.numel() + factor.right.numel()
+    if isinstance(factor, Picked):
+        return factor.grad.numel() + factor.index.numel()
+    return factor.values.numel() if isinstance(factor, Rows) else 0
+
+
+def _form(factor: Factor, rows: slice) -> Tensor:
+    if isinstance(factor, Rows):
+        formed = factor.values[rows]
+        return formed.flatten(1).to(wide(formed.dtype)) if formed.dim() > 1 else formed.unsqueeze(1)
+    if isinstance(factor, Blocks):
+        formed = factor.form(rows, slice(0, factor.shape[factor.axis]))
+        return formed.flatten(1).to(wide(formed.dtype))
+    if isinstance(factor, Picked):
+        return _form_picked(factor, rows)
+    return _form_outer(factor, rows)
+
+
+def _form_outer(factor: Outer, rows: slice) -> Tensor:
+    left, right = _pick(factor.left, rows), _pick(factor.right, rows)
+    dtype = wide(left.dtype, right.dtype)
+    product = left.to(dtype).permute(0, 2, 3, 1) @ right.to(dtype).transpose(1, 2)  # [n or 1, G, a, b]
+    return product.flatten(1).expand(rows.stop - rows.start, -1)
+
+
+def _form_picked(factor: Picked, rows: slice) -> Tensor:
+    grad, index = factor.grad[rows], _pick(factor.index, rows)
+    n, T, d = grad.shape
+    formed = grad.new_zeros(n * factor.num_entries, d, dtype=wide(grad.dtype))
+    places = index + factor.num_entries * torch.arange(n, device=index.device).unsqueeze(1)
+    return formed.index_add_(0, places.flatten(), grad.reshape(n * T, d).to(formed.dtype)).view(n, -1)
+
+
+def _pick(side: Tensor, rows: slice) -> Tensor:
+    return side if side.shape[0] == 1 else side[rows]

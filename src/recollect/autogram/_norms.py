@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Factor, Outer, Picked, Rows
-from recollect.autogram._merge import merge
-from recollect.autogram._rows import form_rows, row_elements
+from recollect.autogram._factors import Factor, Outer, Picked, Rows, form_rows, merge, row_elements
 from recollect.autogram._square import of_device
 
 __all__ = ["squared_norms"]

@@ -18,12 +18,11 @@ from torch import Tensor
 from recollect.autogram._capture import Recorder
 from recollect.autogram._choice import Choice
 from recollect.autogram._factors import Rows
-from recollect.autogram._gather import Gather
 from recollect.autogram._groups import in_groups
 from recollect.autogram._plan import Plan, plan_rows
 from recollect.autogram._square import of_device, wide
 from recollect.autogram._structure import Layouts
-from recollect.autogram._sums import NormSum, Sum, WholeSum
+from recollect.autogram._sums import Gather, NormSum, Sum, WholeSum
 from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Anatomy, Graph
 
@@ -46,8 +45,7 @@ class Known:
         in_turn: whether passes do not run at once.
         settled: whether passes came to their end, and so will not have to be planned anew.
         choices: by what rules do not cover, and by which parameters have hooks.
-        calls: how many there were.
-        others: how many calls there were for something else than the Gramian, by what it was.
+        calls: how many there were for what.
         tolerance: by how much a Gramian of such a graph may differ from the gradient.
         anatomy: of such a graph.
     """
@@ -56,15 +54,14 @@ class Known:
     in_turn: bool = False
     settled: bool = False
     choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
-    calls: int = 0
-    others: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
     tolerance: float | None = None
     anatomy: Anatomy | None = None
 
     def count(self, what: str) -> int:
-        """Return how many calls there were for something else than the Gramian, this one included."""
-        self.others[what] = self.others.get(what, 0) + 1
-        return self.others[what]
+        """Return how many calls there were for something, this one included."""
+        self.calls[what] = self.calls.get(what, 0) + 1
+        return self.calls[what]
 
 
 @dataclass(frozen=True, slots=True)

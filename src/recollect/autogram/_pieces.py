@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Outer, Picked
-from recollect.autogram._rows import form_rows
+from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
 from recollect.autogram._square import Space, on_one_another
 
 __all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "slab_pieces", "tile"]

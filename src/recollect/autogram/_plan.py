@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from recollect.autogram._inputs import InputLayouts, input_layouts
+from recollect.autogram._sites import Stuck, Target, TargetFinder
 from recollect.autogram._structure import Layouts
-from recollect.autogram._targets import Stuck, Target, TargetFinder
-from recollect.autogram._uniform import InputLayouts, input_layouts
 from recollect.autogram._walk import Graph
 
 __all__ = ["Declined", "Plan", "changed_layers", "plan_batch", "plan_rows"]

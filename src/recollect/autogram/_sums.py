@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._contract import add_gramian, with_bias
-from recollect.autogram._factors import Blocks, Factor, Rows
-from recollect.autogram._merge import join, merge
+from recollect.autogram._factors import Blocks, Factor, Rows, as_rows, form_rows, held_elements, join, merge
 from recollect.autogram._norms import squared_norms
-from recollect.autogram._rows import as_rows, form_rows, held_elements
 from recollect.autogram._square import SquareSum, padded_zeros
 
-__all__ = ["Joined", "NormSum", "Sum", "WholeSum"]
+__all__ = ["Gather", "Joined", "NormSum", "Sum", "WholeSum"]
 
 
 class Sum(ABC):
@@ -158,3 +156,47 @@ class NormSum(Sum):
     def total(self) -> Tensor:
         """Return the squared norms."""
         return self._squares.flatten()
+
+
+class Gather:
+    """Factors on their way to what is summed up of them.
+
+    Args:
+        total: takes all factors of a parameter in a pass together.
+        parameters: by id.
+        events: how often each parameter is heard of in one pass.
+        rows: how many rows come in each pass.
+    """
+
+    def __init__(self, total: Sum, parameters: Mapping[int, Tensor], events: Mapping[int, int], rows: int) -> None:
+        self._total = total
+        self._parameters = parameters
+        self._events = events
+        self._rows = rows
+        self._pass = 0
+        self._now: dict[int, list[Factor]] = {}
+        self._waiting = dict(events)
+
+    def add(self, parameter: int, factor: Factor | None) -> None:
+        """Take a factor of this pass; None: a use of the parameter that contributes nothing."""
+        if factor is not None:
+            factors = self._now.setdefault(parameter, [])
+            factors.append(factor)
+            if len(factors) > 1 and held_elements(factors) > self._rows * self._parameters[parameter].numel():
+                # No more is held of a parameter that is used again and again than its rows are.
+                self._now[parameter] = [as_rows(factors, self._parameters[parameter].shape)]
+        self._waiting[parameter] -= 1
+        if self._waiting[parameter] == 0:
+            self._close(parameter)
+
+    def end_pass(self) -> None:
+        """Take notice that this backward pass is over."""
+        for parameter in list(self._now):
+            self._close(parameter)
+        self._waiting = dict(self._events)
+        self._pass += 1
+
+    def _close(self, parameter: int) -> None:
+        factors = self._now.pop(parameter, None)
+        if factors:
+            self._total.take(parameter, self._pass, factors)

@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from recollect.autogram._capture import Recorder
-from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
-from recollect.autogram._gather import Gather
+from recollect.autogram._factors import Factor, NotCovered, Outer, Rows, form_rows
+from recollect.autogram._inputs import shared, with_rows
 from recollect.autogram._plan import Plan
 from recollect.autogram._registry import check_factor
-from recollect.autogram._rows import form_rows
-from recollect.autogram._sites import rows_at
+from recollect.autogram._sites import Target, rows_at
 from recollect.autogram._structure import Layouts
-from recollect.autogram._targets import Target
-from recollect.autogram._uniform import shared, with_rows
+from recollect.autogram._sums import Gather
 from recollect.autogram._walk import Graph
 
 __all__ = ["Sweep"]
