@@ -19,6 +19,7 @@ and taken from there, exactly: nothing is run twice. A parameter that is used se
 from recollect.autogram._certificate import Certificate, GramianError
 from recollect.autogram._engine import Engine, register_rule
 from recollect.autogram._factors import Blocks, Factor, NotCovered, Outer, Picked, Rows
+from recollect.autogram._registry import Rule, Sharing
 from recollect.autogram._uses import NoiseScale, clip_weights, gradient_noise_scale
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "Outer",
     "Picked",
     "Rows",
+    "Rule",
+    "Sharing",
     "clip_weights",
     "gradient_noise_scale",
     "register_rule",

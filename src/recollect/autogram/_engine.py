@@ -60,9 +60,9 @@ def register_rule(
 
     Args:
         layer_type: the type, or its full name ("package.module.Class").
-        rule: ``rule(layer, inputs, grads) -> {parameter's name: factor}``.
-        sharing: along which axes the layer's elements are independent; None: it is not known, and where losses are
-            apart in the layer's output, the rule gets its gradient masked for each of them.
+        rule: ``rule(layer, inputs, grads) -> {parameter's name: factor}``; see :class:`Rule`.
+        sharing: along which axes the layer's elements are independent, see :class:`Sharing`; None: it is not known, and
+            where losses are apart in the layer's output, the rule gets its gradient masked for each of them.
         constant: names of parameters whose Jacobian does not depend on the inputs' values, as that of a bias. Where no
             others are trained, the inputs are not kept.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,31 +12,44 @@ from recollect.autogram._factors import Factor
 
 __all__ = ["Entry", "Registry", "Rule", "Sharing", "check_factor"]
 
-Rule = Callable[[Any, tuple[Any, ...], tuple[Tensor | None, ...]], Mapping[str, Factor]]
-"""What a layer's Jacobian is: ``rule(layer, inputs, grads) -> {parameter's name: Factor}``, a pure function.
 
-Row i is the layer applied to row i of the inputs, with row i of the gradients as its cotangent.
+class Rule(Protocol):
+    r"""What a layer's Jacobian is: ``rule(layer, inputs, grads) -> {parameter's name: factor}``, a pure function.
 
-``inputs`` are the layer's arguments in the order of its forward, keywords put in their places (trailing ones that were
-not given are missing). Each tensor among them has one axis more than the layer was called with, in front: [r, *shape],
-where r is m, or 1 where all objectives share it. Where the layer's elements are independent along an axis
-(:data:`Sharing`), row i may be element i alone, as a batch of one.
+    Row i is the layer applied to row i of the inputs, with row i of the gradients as its cotangent.
 
-``grads`` are the gradients of the output's tensors, flattened: each is [m, *shape], or None where there is none.
+    ``inputs`` are the layer's arguments in the order of its forward, keywords put in their places (trailing ones that
+    were not given are missing). Each tensor among them has one axis more than the layer was called with, in front:
+    [r, \*shape], where r is m, or 1 where all objectives share it. Where the layer's elements are independent along an
+    axis (:class:`Sharing`), row i may be element i alone, as a batch of one.
 
-A rule that does not cover how the layer was called raises :class:`recollect.autogram._factors.NotCovered` (the exact
-fallback takes the call), and never guesses. Names of parameters that need no gradient may be left out.
-"""
+    ``grads`` are the gradients of the output's tensors, flattened: each is [m, \*shape], or None where there is none.
 
-Sharing = Callable[[Any, tuple[Any, ...], tuple[int | None, ...]], tuple[int | None, ...] | None]
-"""Along which axes a layer's elements are independent: ``sharing(layer, inputs, axes)``.
+    A rule that does not cover how the layer was called raises :class:`NotCovered` (the exact fallback takes the call),
+    and never guesses. Names of parameters that need no gradient may be left out.
+    """
 
-``axes`` has, for each of the output's tensors (flattened), an axis along which every loss has entries of its own; None
-where that tensor gets no gradient. ``inputs`` are the arguments, of whose tensors only the shapes are there. If the
-layer's elements are independent along these axes, it returns for each argument the axis of its tensors that has the
-same elements, or None for one that every row shares. If they are not, or it cannot tell, it returns None: then the rule
-gets inputs that all rows share, and for each row the output's gradient with zeros in place of the others' entries.
-"""
+    def __call__(
+        self, layer: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], /
+    ) -> Mapping[str, Factor]:
+        """Return the factor of each parameter, by its name in the layer."""
+
+
+class Sharing(Protocol):
+    """Along which axes a layer's elements are independent: ``sharing(layer, inputs, axes)``.
+
+    ``axes`` has, for each of the output's tensors (flattened), an axis along which every loss has entries of its own;
+    None where that tensor gets no gradient. ``inputs`` are the arguments, of whose tensors only the shapes are there.
+    If the layer's elements are independent along these axes, it returns for each argument the axis of its tensors that
+    has the same elements, or None for one that every row shares. If they are not, or it cannot tell, it returns None:
+    then the rule gets inputs that all rows share, and for each row the output's gradient with zeros in place of the
+    others' entries.
+    """
+
+    def __call__(
+        self, layer: Any, inputs: tuple[Any, ...], axes: tuple[int | None, ...], /
+    ) -> tuple[int | None, ...] | None:
+        """Return an axis for each argument, or None."""
 
 
 def check_factor(layer: nn.Module, name: str, factor: Factor, rows: int, parameter: Tensor) -> None:
@@ -68,8 +81,8 @@ class Entry:
     """A layer's rule.
 
     Attributes:
-        rule: see :data:`Rule`.
-        sharing: see :data:`Sharing`; None: no axis is known of.
+        rule: see :class:`Rule`.
+        sharing: see :class:`Sharing`; None: no axis is known of.
         constant: parameters whose Jacobian does not depend on the inputs' values, such as biases. Where no others are
             trained, the rule gets tensors of the inputs' forms, and their values are not kept.
     """

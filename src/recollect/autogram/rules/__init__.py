@@ -1,6 +1,6 @@
 """The rules: for each type of layer, its Jacobian as a pure function of its inputs and its output's gradients.
 
-A rule knows nothing of hooks, engines or graphs; :data:`recollect.autogram._registry.Rule` says what it gets and gives.
+A rule knows nothing of hooks, engines or graphs; :class:`recollect.autogram.Rule` says what it gets and gives.
 It says what the Jacobian is in the form that is cheapest to hold, and how that becomes a Gramian is not its business:
 
 - linear, bilinear and recurrent layers, and convolutions of few positions: outer products of inputs and gradients;
