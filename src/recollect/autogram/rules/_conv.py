@@ -30,7 +30,8 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose
 
 # How many bytes are unfolded at once: in a CPU's cache and some rows for each core, a launch's worth on a GPU.
 _UNFOLDED = {"cpu": 2**22, "cuda": 2**26}
-# How many bytes of rows torch forms at once where nothing is unfolded.
+# How many bytes of rows torch forms at once where nothing is unfolded. (Measured on CPU, 32 to 128 channels, 32 and 128
+# rows: within 10 % of the best everywhere; a fourth of it takes up to twice as long, four times as much too.)
 _GROUPED = {"cpu": 2**20}
 # How many elements a processor multiplies at once.
 _VECTOR = 8
