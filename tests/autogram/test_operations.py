@@ -745,6 +745,26 @@ def _(r):
     return aten._sparse_addmm(leaf(b, m), torch.rand(b, n, dtype=torch.float64).to_sparse(), leaf(n, m))
 
 
+@case("Trilinear")
+def _(r):
+    n, out, first, second = _sizes(r)
+    return torch.ops.aten._trilinear(
+        leaf(n, first), leaf(out, first, second), leaf(n, second), [1, 3], [0], [1, 2], [2, 3]
+    )
+
+
+@case("GridSampler2D")
+def _(r):
+    n, c, height, width = _sizes(r)
+    return F.grid_sample(leaf(n, c, height, width), leaf(n, 3, 2, 2).tanh(), align_corners=False)
+
+
+@case("GridSampler3D")
+def _(r):
+    n, c, height, width = _sizes(r)
+    return F.grid_sample(leaf(n, c, height, width, 2), leaf(n, 3, 2, 2, 3).tanh(), align_corners=True)
+
+
 @case("Bmm")
 def _(r):
     a, b, n, m = _sizes(r)

@@ -456,6 +456,23 @@ def _distances(step: Step, k: int, place: Place, size: int, edge: int) -> Carrie
     return _SUMMED
 
 
+def _trilinear(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
+    """A product of three, each laid along some of all axes; settings: which ones each has not, and which are summed."""
+    *missing, summed = (_axes(axes, 64) or () for axes in step.settings)
+    every = len(_in(step, edge)) + len(missing[edge])
+    kept = [axis for axis in range(every) if axis not in summed]
+    own = [axis for axis in range(every) if axis not in missing[edge]]
+    if len(kept) != len(_out(step, k)) or kept[place.dim] not in own:
+        return _SUMMED
+    dim = own.index(kept[place.dim])
+    return Place(dim, place.inner) if _in(step, edge)[dim] == _out(step, k)[place.dim] else _SUMMED
+
+
+def _sampled(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
+    """An image, and where to look into it: the first axis of both is the batch's."""
+    return place if place.dim == 0 and _in(step, edge)[0] == _out(step, k)[0] else _MIXED
+
+
 def _recurrent(step: Step, k: int, place: Place, size: int, edge: int) -> Carried:
     """The kernel of one layer: steps, batch, elements, in inputs and states; edges 1 to 4 lead to weights."""
     if edge in (1, 2, 3, 4):
@@ -574,6 +591,8 @@ _KINDS: dict[str, _Kind] = {
     **_each("MultiMarginLoss MultilabelMarginLoss", _by_row),
     **_each("CtcLoss", _connectionist),
     **_each("EuclideanDist Cdist", _distances),
+    **_each("Trilinear", _trilinear, "expand1", "expand2", "expand3", "sumdim"),
+    **_each("GridSampler2D GridSampler3D", _sampled),
     **_each("MkldnnRnnLayer", _recurrent),
     **_each("ViewAsReal ViewAsComplex", _complex),
     **_each("LinalgCholeskyEx LinalgInvEx LinalgQr LinalgEigh LinalgSvd", _leading(2)),

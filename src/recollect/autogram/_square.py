@@ -75,6 +75,7 @@ class Space:
         """Return [m, columns], contiguous, to be written: the same memory at each call."""
         size = self._num_rows * columns
         if self._memory.numel() < size:
+            self._memory = self._memory.new_empty(0)  # gives the old memory back before it takes the new
             self._memory = self._memory.new_empty(size)
         return self._memory[:size].view(self._num_rows, columns)
 
