@@ -167,7 +167,8 @@ class Workload:
         if self.csr:
             ones = torch.ones(self.edges, dtype=dtype, device=device)
             adj_t, _ = make_adj_t(*graph, ones, self.nodes)  # equal edges stay two, as they are in `graph`
-            graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph, "uncertified": graph}
+            # An edge_index each: what is kept for one while it lives must not be charged to whoever comes first.
+            graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph, "uncertified": graph.clone()}
         return {name: functools.partial(make_step, name, blocks, x, graphs[name]) for name in self.systems}
 
     def __str__(self) -> str:

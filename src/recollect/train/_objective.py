@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from recollect.aggregation import (
     AlignedMTLWeighting,
     CAGradWeighting,
+    ConFIGWeighting,
     Conflict,
     DualProjWeighting,
+    FairGradWeighting,
     IMTLGWeighting,
     MeanWeighting,
     MGDAWeighting,
@@ -38,9 +40,11 @@ _WEIGHTINGS: dict[str, Callable[[], Weights]] = {
     "mgda": MGDAWeighting,
     "pcgrad": PCGradWeighting,
     "imtlg": IMTLGWeighting,
+    "config": ConFIGWeighting,
     "cagrad": lambda: CAGradWeighting(c=0.5),
     "alignedmtl": AlignedMTLWeighting,
     "nashmtl": NashMTLWeighting,
+    "fairgrad": FairGradWeighting,
     "mean": MeanWeighting,
 }
 

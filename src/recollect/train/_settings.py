@@ -126,7 +126,10 @@ class ObjectiveSettings:
     weighting: str = field(
         metadata=about(
             "weights from the Gramian, by recollect.aggregation",
-            choices=("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "cagrad", "alignedmtl", "nashmtl", "mean"),
+            choices=(
+                *("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "config", "cagrad", "alignedmtl", "nashmtl"),
+                *("fairgrad", "mean"),
+            ),
             needs=("objective", "iwrm", "multitask"),
         )
     )
