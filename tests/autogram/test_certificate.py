@@ -183,6 +183,21 @@ def test_what_cannot_be_compared_is_counted():
     assert (engine.certificate.checks, engine.certificate.skipped) == (0, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_rounding_alone_are_no_error(dtype):
+    """A softmax sums to one, whatever its parameters: what is left of the gradient is noise, which no two ways share."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 7).to(dtype)
+    engine = Engine(layer, certify_every=1)
+    for _ in range(20):
+        losses = layer(torch.randn(M, 4, dtype=dtype)).softmax(1).sum(1)
+        engine.compute_gramian(losses)
+        engine.compute_norms(losses)
+        engine.compute_gramian(losses, losses.detach() * losses)
+        engine.backward(losses, MeanWeighting())
+    assert engine.certificate.checks == 80
+
+
 def test_a_hook_that_mixes_losses_is_found():
     """It is in no graph: only the gradient shows it."""
     modules, _, _ = parts("linear")

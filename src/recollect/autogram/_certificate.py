@@ -57,28 +57,10 @@ class Certificate:
     largest: float = 0.0
     _waiting: list[tuple[Tensor, float, str, tuple[str, str, str]]] = field(default_factory=list, repr=False)
 
-    def compare(self, gramian: Tensor, weights: Tensor, squared: Tensor | None, tolerance: float, rules: str) -> None:
-        """Compare both sides; on devices other than the CPU the verdict comes with the next call.
-
-        Args:
-            gramian: G ``[m, m]``.
-            weights: w ``[m]``.
-            squared: ‖Jᵀ w‖², 0-D; None if it is not known.
-            tolerance: the largest relative difference.
-            rules: names of the layers whose rules were asked, for the error.
-
-        Raises:
-            GramianError: they differ.
-        """
-        exact, w = gramian.double(), weights.flatten().double()
-        bound = (w.abs() @ exact.diagonal().clamp(min=0).sqrt()).square()
-        sides = None if squared is None else (w @ exact @ w, squared, bound)
-        self.compare_sides(sides, tolerance, rules, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"))
-
-    def compare_sides(
+    def compare(
         self, sides: tuple[Tensor, Tensor, Tensor] | None, tolerance: float, rules: str, names: tuple[str, str, str]
     ) -> None:
-        """Compare what was found with what a gradient says; see :meth:`compare`.
+        """Compare what was found with what a gradient says; on other devices than the CPU the verdict comes later.
 
         Args:
             sides: both, and what their difference is relative to, 0-D; None if they are not known.
@@ -195,11 +177,13 @@ def random_weights(output: Tensor, seed: int) -> Tensor:
     return torch.randn(output.shape, generator=generator, device="cpu").to(output)
 
 
-def tolerance_of(graph: Graph) -> float:
-    """Return by how much both sides may differ in a graph of these types."""
+def tolerance_of(graph: Graph) -> tuple[float, float]:
+    """Return by how much both sides may differ in a graph of these types, and how far apart its numbers are."""
     numbers = (k for k, kind in enumerate(graph.kinds) if kind != "AccumulateGrad" or k in graph.leaves)
     dtypes = {out.dtype for k in numbers for out in graph.nodes[k]._input_metadata}
-    return max((_TOLERANCES.get(dtype, _LOW_PRECISION) for dtype in dtypes if dtype.is_floating_point), default=1e-8)
+    found = [dtype for dtype in dtypes if dtype.is_floating_point]
+    tolerance = max((_TOLERANCES.get(dtype, _LOW_PRECISION) for dtype in found), default=1e-8)
+    return tolerance, max((torch.finfo(dtype).eps for dtype in found), default=2e-16)
 
 
 def _norm(grad: Tensor) -> Tensor:
@@ -210,8 +194,10 @@ def _norm(grad: Tensor) -> Tensor:
     return norm.double()
 
 
-# What norms far below the largest are compared by: rounding is no better.
+# Norms far below the largest are compared relative to this share of it: rounding is no better.
 _SMALL = 1e-6
+# Gradients that cancel leave about so many units of rounding of losses of size 1.
+_NOISE = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +213,12 @@ class GramianProbe:
         Raises:
             GramianError: it is another.
         """
-        certificate.compare(gramian, self.weights, self.squared, *_circumstances(job, choice))
+        tolerance, eps, rules = _circumstances(job, choice)
+        exact, w = gramian.double(), self.weights.flatten().double()
+        norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(job, self.weights, eps)
+        bound = _bound((norm, norm), (noise, noise), tolerance)
+        sides = None if self.squared is None else (w @ exact @ w, self.squared, bound)
+        certificate.compare(sides, tolerance, rules, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +234,12 @@ class NormProbe:
         Raises:
             GramianError: it is another.
         """
-        bound = torch.maximum(squares[self.place], _SMALL * squares.max())
-        certificate.compare_sides(
-            None if self.squared is None else (squares[self.place], self.squared, bound),
-            *_circumstances(job, choice),
-            ("‖g_i‖² of a loss", "that of its gradient", "it"),
-        )
+        tolerance, eps, rules = _circumstances(job, choice)
+        norm = torch.maximum(squares[self.place], _SMALL * squares.max()).double().sqrt()
+        noise = _NOISE * eps * job.output.detach().flatten()[self.place].abs().clamp(min=1).double()
+        bound = _bound((norm, norm), (noise, noise), tolerance)
+        sides = None if self.squared is None else (squares[self.place], self.squared, bound)
+        certificate.compare(sides, tolerance, rules, ("‖g_i‖² of a loss", "that of its gradient", "it"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +249,7 @@ class CrossProbe:
     rows: Tensor
     columns: Tensor
     product: Tensor | None = None
-    bound: Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
 
     def judge(
         self, certificate: Certificate, found: Tensor, jobs: tuple[Job, Job], choices: tuple[Choice, Choice]
@@ -268,13 +259,14 @@ class CrossProbe:
         Raises:
             GramianError: it is another.
         """
+        (one, eps, rules), (other, unit, more) = map(_circumstances, jobs, choices)
+        tolerance, rules = max(one, other), rules if rules == more else f"{rules}, {more}"
         sides = None
-        if self.product is not None and self.bound is not None:
+        if self.product is not None and self.norms is not None:
             u, v = self.rows.flatten().to(found), self.columns.flatten().to(found)
-            sides = (u @ found @ v, self.product, self.bound)
-        (one, rules), (other, more) = map(_circumstances, jobs, choices)
-        rules = rules if rules == more else f"{rules}, {more}"
-        certificate.compare_sides(sides, max(one, other), rules, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"))
+            noises = _noise(jobs[0], self.rows, eps), _noise(jobs[1], self.columns, unit)
+            sides = (u @ found @ v, self.product, _bound(self.norms, noises, tolerance))
+        certificate.compare(sides, tolerance, rules, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"))
 
 
 def probe_gramian(job: Job, every: int) -> GramianProbe | None:
@@ -322,7 +314,7 @@ def probe_cross(rows: Job, columns: Job, every: int) -> CrossProbe | None:
     for square, grads in zip(squares, (first, second), strict=True):
         for grad in grads.values():
             square += torch.linalg.vector_norm(grad).double().square()
-    return CrossProbe(u, v, product, (squares[0] * squares[1]).sqrt())
+    return CrossProbe(u, v, product, (squares[0].sqrt(), squares[1].sqrt()))
 
 
 def _gradient(job: Job, weights: Tensor) -> dict[int, Tensor]:
@@ -337,9 +329,21 @@ def _gradient(job: Job, weights: Tensor) -> dict[int, Tensor]:
     return {key: grad.flatten().to(job.dtype) for key, grad in dense}
 
 
-def _circumstances(job: Job, choice: Choice) -> tuple[float, str]:
-    """Return by how much both sides may differ, and the names of the layers whose rules were asked."""
+def _noise(job: Job, weights: Tensor, eps: float) -> Tensor:
+    """Return what rounding alone may leave of the norm of the gradient of weighted losses."""
+    losses = job.output.detach().flatten().abs().clamp(min=1).double()
+    return _NOISE * eps * (weights.flatten().double().abs() @ losses)
+
+
+def _bound(norms: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], tolerance: float) -> Tensor:
+    """Return what a difference is relative to: the product of norms, and more where these are of rounding alone."""
+    (first, second), (one, other) = norms, noises
+    return first * second + (first * other + second * one + one * other) / tolerance
+
+
+def _circumstances(job: Job, choice: Choice) -> tuple[float, float, str]:
+    """Return by how much both sides may differ, the unit of rounding, and the layers whose rules were asked."""
     if job.known.tolerance is None:
         job.known.tolerance = tolerance_of(job.graph)
     layers = (job.graph.nodes[capture].call.layer for capture in choice.plan.rules)
-    return job.known.tolerance, ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+    return *job.known.tolerance, ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))

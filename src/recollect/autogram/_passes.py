@@ -46,7 +46,7 @@ class Known:
         settled: whether passes came to their end, and so will not have to be planned anew.
         choices: by what rules do not cover, and by which parameters have hooks.
         calls: how many there were for what.
-        tolerance: by how much a Gramian of such a graph may differ from the gradient.
+        tolerance: by how much a Gramian of such a graph may differ from the gradient, and its unit of rounding.
         anatomy: of such a graph.
     """
 
@@ -55,7 +55,7 @@ class Known:
     settled: bool = False
     choices: dict[tuple[Declines, frozenset[int]], Choice] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    tolerance: float | None = None
+    tolerance: tuple[float, float] | None = None
     anatomy: Anatomy | None = None
 
     def count(self, what: str) -> int:
