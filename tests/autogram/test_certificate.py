@@ -185,7 +185,7 @@ def test_what_cannot_be_compared_is_counted():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_of_rounding_alone_are_no_error(dtype):
-    """A softmax sums to one, whatever its parameters: what is left of the gradient is noise, which no two ways share."""
+    """A softmax sums to one, whatever its parameters: what is left of the gradient is noise."""
     torch.manual_seed(0)
     layer = nn.Linear(4, 7).to(dtype)
     engine = Engine(layer, certify_every=1)
