@@ -198,6 +198,35 @@ def test_gradients_of_rounding_alone_are_no_error(dtype):
     assert engine.certificate.checks == 80
 
 
+def test_a_single_loss_is_certified(monkeypatch):
+    def half(factor):
+        return Rows(0.5 * form_rows([factor], slice(0, factor.num_rows)).view(factor.num_rows, *factor.shape))
+
+    def rule(layer, inputs, grads):
+        return {name: half(factor) for name, factor in RULES[nn.Linear].rule(layer, inputs, grads).items()}
+
+    monkeypatch.setattr(engine_module, "_REGISTRY", Registry({**RULES, nn.Linear: Entry(rule)}))
+    layer = nn.Linear(200, 100).double()
+    engine = Engine(layer)
+    loss = layer(torch.randn(2, 200, dtype=torch.float64)).square().mean()
+    with pytest.raises(GramianError):
+        engine.compute_gramian(loss)
+    with pytest.raises(GramianError):
+        engine.backward([loss], lambda gramian: torch.ones(1, dtype=torch.float64))
+
+
+def test_a_model_of_another_precision_has_another_tolerance():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    engine = Engine(model, certify_every=1)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        engine.compute_gramian(model(torch.randn(32, 8, dtype=dtype)).square().sum(1))
+        if dtype == torch.float64:
+            assert engine.certificate.last < 1e-12
+    assert engine.certificate.checks == 4
+
+
 def test_a_hook_that_mixes_losses_is_found():
     """It is in no graph: only the gradient shows it."""
     modules, _, _ = parts("linear")

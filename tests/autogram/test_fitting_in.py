@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import sys
+import threading
 import warnings
 import weakref
 
@@ -524,3 +526,50 @@ def test_the_warning_of_a_list_points_at_the_line_that_called_the_engine():
         warnings.simplefilter("always")
         engine.compute_gramian([other(torch.randn(4, 10)).sum()])
     assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_threads_that_share_an_engine():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    engine, interval = Engine(model), sys.getswitchinterval()
+    inputs = [torch.randn(5, 4, dtype=torch.float64) for _ in range(2)]
+    expected = [engine.compute_gramian(model(x).square().sum(1)) for x in inputs]
+    faults = []
+
+    def work(k):
+        for _ in range(20):
+            found = engine.compute_gramian(model(inputs[k]).square().sum(1))
+            if not torch.allclose(found, expected[k]):
+                faults.append(k)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not faults
+
+
+def test_settings_of_a_layer_that_change_after_its_call():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)).double()
+    engine, x = Engine(model, certify_every=0), torch.randn(3, 4, dtype=torch.float64)
+    expected = engine.compute_gramian(model(x).sin().sum(1))
+    losses = model(x).sin().sum(1)
+    model[1].eps = 1.0
+    torch.testing.assert_close(engine.compute_gramian(losses), expected)
+
+
+def test_settings_of_operations_are_kept_apart():
+    """A permutation and an index may be said by equal numbers."""
+    layer = nn.Linear(3, 3).double()
+    engine = Engine(layer)
+    for batch in (2, 3):
+        hidden = layer(torch.randn(batch, 4, 3, dtype=torch.float64))[torch.arange(batch)].permute(1, 0, 2)
+        losses = hidden.square().sum((1, 2))
+        assert engine.compute_gramian(losses).shape == (4, 4)
+    assert engine.certificate.checks == 2

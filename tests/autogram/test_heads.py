@@ -99,6 +99,27 @@ def test_wrong_features_are_refused(make, error, message):
         make(torch.rand(3, requires_grad=True))
 
 
+def test_norms_and_products_with_respect_to_features():
+    encoder, heads, x = parts()
+    z = encoder(x)
+    losses = torch.stack([head(z.sin()).add(k).square().mean() for k, head in enumerate(heads)])
+    jacobian = rows(losses, [z])
+    engine = Engine(features=z)
+    torch.testing.assert_close(engine.compute_norms(losses), jacobian.norm(dim=1))
+    torch.testing.assert_close(engine.compute_gramian(losses, losses[:2] * 3), jacobian @ (3 * jacobian[:2]).T)
+    assert engine.explain(losses) == "one backward pass for each of 3 losses down to the features"
+    with pytest.raises(ValueError, match="not of features"):
+        engine.mtl_backward(losses, list(heads), UPGrad())
+
+
+def test_a_shared_part_that_is_frozen():
+    encoder, heads, x = parts()
+    engine = Engine(encoder.requires_grad_(False))
+    engine.mtl_backward(losses_of(encoder, heads, x), list(heads), MeanWeighting())
+    assert all(head.weight.grad is not None for head in heads)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
 def test_a_step_for_residuals():
     encoder, _, x = parts()
     engine = Engine(encoder)

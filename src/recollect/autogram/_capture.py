@@ -225,13 +225,17 @@ def _is_plain() -> bool:
 
 
 def _condition(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what changes when a layer is set to training or evaluation, or a tensor of its is replaced or written to.
+    """Return what changes when a layer is set to training or another ``eps``, or a tensor of its is another.
 
     torch.func.functional_call, for one, replaces parameters for a call. A parameter that counts lives as long as the
     graph, so that no other has its id.
     """
     tensors = (*layer._parameters.values(), *layer._buffers.values())
-    return (layer.training, *(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors))
+    versions = [None if tensor is None else (id(tensor), tensor._version) for tensor in tensors]
+    return ([value for value in layer.__dict__.values() if type(value) in _PLAIN], versions)
+
+
+_PLAIN = frozenset((bool, int, float, str, tuple))
 
 
 def positional(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

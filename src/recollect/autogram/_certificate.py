@@ -270,11 +270,8 @@ class CrossProbe:
 
 
 def probe_gramian(job: Job, every: int) -> GramianProbe | None:
-    """Return a probe for a Gramian if it is time for one: at the first call of each form, and at every so many calls.
-
-    The Gramian of one loss is the squared norm that its probe would be.
-    """
-    if not every or job.output.numel() == 1 or not job.graph.uses:
+    """Return a probe for a Gramian if it is time for one: at the first call of each form, and every so many calls."""
+    if not every or not job.graph.uses:
         return None
     calls = job.known.count("gramian")
     if (calls - 1) % every:

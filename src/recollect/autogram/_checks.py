@@ -77,10 +77,12 @@ def check_overflow(on_overflow: object) -> None:
         )
 
 
-def check_settings(batch_dim: object, certify_every: object) -> None:
+def check_settings(batch_dim: object, certify_every: object, row_bytes: object) -> None:
     """Raise if an engine's settings are none."""
     if batch_dim not in ("auto", None) and (not isinstance(batch_dim, int) or isinstance(batch_dim, bool)):
         raise ValueError(f"batch_dim is {batch_dim!r}; allowed are 'auto', a dimension of the losses, and None")
+    if not isinstance(row_bytes, int) or row_bytes <= 0:
+        raise ValueError(f"row_bytes is {row_bytes!r}; allowed is a number of bytes above zero")
     if not isinstance(certify_every, int) or certify_every < 0:
         raise ValueError(f"certify_every is {certify_every!r}; allowed are 0, for never, and any number of calls")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,7 @@ from recollect.autogram._checks import (
 from recollect.autogram._choice import BatchDim, Choice, choose
 from recollect.autogram._cross import cross_of
 from recollect.autogram._independence import check_independence, explain
-from recollect.autogram._passes import Job, Known, gramian_of, gramian_of_features, norms_of
+from recollect.autogram._passes import Job, Known, gramian_of, norms_of, rows_of_features
 from recollect.autogram._plan import changed_layers
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._structure import find_structure
@@ -73,7 +74,7 @@ def register_rule(
 
 
 # What an engine makes for itself, and copies do not take along.
-_MADE = ("_recorder", "_known", "certificate")
+_MADE = ("_recorder", "_known", "_lock", "certificate")
 
 
 class Engine:
@@ -132,7 +133,7 @@ class Engine:
         certify_every: int = 100,
         features: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
-        check_settings(batch_dim, certify_every)
+        check_settings(batch_dim, certify_every, row_bytes)
         self._features = checked_features(features, modules)
         if not self._features:
             check_modules(modules)
@@ -146,6 +147,7 @@ class Engine:
         """Make what is no setting: what captures lead to, and what was found out about graphs."""
         self._recorder = Recorder(_REGISTRY, self._modules)
         self._known: dict[Any, Known] = {}
+        self._lock = threading.RLock()  # of several threads, one goes through a graph at a time
         self.certificate = Certificate()
         weakref.finalize(self, watch(self._recorder))
 
@@ -314,6 +316,8 @@ class Engine:
         """
         check_weighting(weighting)
         check_overflow(on_overflow)
+        if self._features:
+            raise ValueError("mtl_backward is for an engine of the modules that tasks share, and not of features")
         vector = joined(losses)
         checked_dim(vector, None)
         own = head_parameters(heads, vector, counted_parameters(self._modules))
@@ -339,10 +343,12 @@ class Engine:
         used = weights.to(vector)
 
         def add(parameters: Sequence[Tensor] | None) -> None:
-            if job is None or job.output.numel() == 1:
+            if parameters is not None and not parameters:
+                return  # nothing that is shared is trained
+            if job is None:
                 torch.autograd.backward(vector, used, inputs=parameters)
                 return
-            with squared_norm(job.graph, job.graph.leaves) as norm:
+            with self._lock, squared_norm(job.graph, job.graph.leaves) as norm:
                 torch.autograd.backward(vector, used, inputs=parameters)
             self._certify(job, square, used, None if job.hooked else norm.total())
 
@@ -397,19 +403,25 @@ class Engine:
             TypeError: the output is no tensor of floating point, or a parameter is complex.
             ValueError: it has no graph, or no batch dimension, or the elements of its batch are not independent.
         """
-        with torch.no_grad():
-            job = self._job(joined(output), True)
+        vector = joined(output)
+        if self._features or vector.numel() == 0:
+            checked_dim(vector, self._batch_dim)
+            end = " down to the features" if self._features else ""
+            return f"one backward pass for each of {vector.numel()} losses{end}"
+        with self._lock, torch.no_grad():
+            job = self._job(vector, True)
             return explain(job.graph, self._choose(job), self._modules)
 
     def _gramian(self, output: Tensor, retain: bool, certify_every: int = 0) -> tuple[Tensor, Job | None]:
         """Return the Gramian [m, m] in the output's dtype, and what it was computed from; None if m is 0."""
         checked_dim(output, self._batch_dim)
         probe: GramianProbe | None = None
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with self._lock, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0, 0), None
             if self._features:
-                return gramian_of_features(output, self._features), None
+                rows = rows_of_features(output, self._features)
+                return (rows @ rows.T).to(output.dtype), None
             while True:
                 job = self._job(output, retain)
                 probe = probe or probe_gramian(job, certify_every)
@@ -429,9 +441,11 @@ class Engine:
         """Return the squared norms [m], in what they are summed in."""
         checked_dim(output, self._batch_dim)
         probe: NormProbe | None = None
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with self._lock, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0)
+            if self._features:
+                return rows_of_features(output, self._features).square().sum(1)
             while True:
                 job = self._job(output, retain)
                 probe = probe or probe_norms(job, self._certify_every)
@@ -451,9 +465,12 @@ class Engine:
         on_one_device(rows, columns)
         probe: CrossProbe | None = None
         dtype = torch.promote_types(rows.dtype, columns.dtype)
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        with self._lock, torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             found = torch.zeros(rows.numel(), columns.numel(), dtype=dtype, device=rows.device)
-            while found.numel() > 0:
+            if self._features and found.numel() > 0:
+                both = [rows_of_features(losses, self._features) for losses in (rows, columns)]
+                found = (both[0] @ both[1].to(both[0].dtype).T).to(dtype)
+            while found.numel() > 0 and not self._features:
                 jobs = self._job(rows, True), self._job(columns, True)
                 choices = self._choose(jobs[0]), self._choose(jobs[1])
                 probe = probe or probe_cross(*jobs, self._certify_every)

@@ -116,4 +116,7 @@ def _names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
 
 
 def _parameter_names(modules: Sequence[nn.Module]) -> Mapping[int, str]:
-    return {id(parameter): name for module in modules for name, parameter in module.named_parameters()}
+    """Return the parameters' names, by their ids; with several modules, each behind its module's number and type."""
+    prefixes = [f"{k} ({type(module).__name__}) " if len(modules) > 1 else "" for k, module in enumerate(modules)]
+    pairs = zip(prefixes, modules, strict=True)
+    return {id(parameter): prefix + name for prefix, module in pairs for name, parameter in module.named_parameters()}

@@ -26,7 +26,7 @@ from recollect.autogram._sums import Gather, NormSum, Sum, WholeSum
 from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Anatomy, Graph
 
-__all__ = ["Declines", "Job", "Known", "Passes", "gramian_of", "gramian_of_features", "norms_of", "passes_of"]
+__all__ = ["Declines", "Job", "Known", "Passes", "gramian_of", "norms_of", "passes_of", "rows_of_features"]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
@@ -309,8 +309,8 @@ def _rows_at_once(job: Job, plan: Plan, sweep: Sweep, total: Sum) -> Declines | 
     return None
 
 
-def gramian_of_features(output: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Return the Gramian [m, m] of the losses' gradients with respect to tensors of their graph."""
+def rows_of_features(output: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of losses with respect to tensors of their graph, flat, [m, n]."""
     rows = []
     for k in range(output.numel()):
         one = torch.zeros_like(output, memory_format=torch.contiguous_format)
@@ -319,5 +319,4 @@ def gramian_of_features(output: Tensor, features: Sequence[Tensor]) -> Tensor:
         pairs = zip(grads, features, strict=True)
         rows.append(torch.cat([torch.zeros_like(z).flatten() if g is None else g.flatten() for g, z in pairs]))
     jacobian = torch.stack(rows)
-    jacobian = jacobian.to(wide(jacobian.dtype))
-    return (jacobian @ jacobian.T).to(output.dtype)
+    return jacobian.to(wide(jacobian.dtype))

@@ -48,6 +48,7 @@ class Graph:
         leaves: the accumulators of the parameters that count, and casts of a parameter (autocast makes one for all of
             its uses): the parameter's id by the number of the node.
         sources: for each of an engine's captures, the nodes that its layer's inputs come from.
+        dtypes: of the losses, and of these parameters.
         anatomy: what follows from all that.
     """
 
@@ -60,13 +61,14 @@ class Graph:
     output: int = 0
     leaves: dict[int, int] = field(default_factory=dict)
     sources: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: list[torch.dtype] = field(default_factory=list)
     anatomy: Anatomy | None = None
 
     @property
     def form(self) -> tuple[Any, ...]:
         """What two graphs of the same form have in common, hashable."""
         calls = [self.nodes[capture].call for capture in self.sources]
-        parts = (self.kinds, self.edges, self.indices, self.settings, self.shapes)
+        parts = (self.kinds, self.edges, self.indices, self.settings, self.shapes, self.dtypes)
         layers = tuple((call.layer, call.layer.training, call.shapes) for call in calls)
         return self.output, layers, *map(tuple, parts), *(tuple(part.items()) for part in (self.leaves, self.sources))
 
@@ -160,12 +162,14 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
     graph = Graph()
     edge = get_gradient_edge(output)
     graph.output = edge.output_nr
+    graph.dtypes.append(output.dtype)
     numbers = _number(edge.node, graph)
     for number, kind in enumerate(graph.kinds):
         if kind == "AccumulateGrad":
             key = id(graph.nodes[number].variable)
             if key in parameters:
                 graph.leaves[number] = key
+                graph.dtypes.append(parameters[key].dtype)
         elif kind is Capture and graph.nodes[number].recorder is recorder:
             sources = (numbers.get(source, -1) for source in graph.nodes[number].call.sources)
             graph.sources[number] = _same(tuple(sources), _NUMBERS)
@@ -230,7 +234,7 @@ def _number(root: Any, graph: Graph) -> dict[Any, int]:
         graph.edges.append(_same(tuple(edges), _NUMBERS))
         graph.indices.append(_same(tuple(indices), _NUMBERS))
         graph.shapes.append(_same(_shapes(node, kind), _SHAPES))
-        graph.settings.append(_same(settings_of(node, kind), _SETTINGS))
+        graph.settings.append(_same((kind, settings_of(node, kind)), _SETTINGS)[1])
     return numbers
 
 
@@ -244,7 +248,7 @@ def _shapes(node: Any, kind: Any) -> tuple[torch.Size | None, ...]:
 
 
 # Tuples that come again with every graph are kept once: new ones by the thousand set off garbage collections, which
-# take longer than the walk. (Each sort for itself: a size equals a tuple of its numbers.)
+# take longer than the walk. (Each sort for itself, and settings with their kind: a size equals a tuple of its numbers.)
 _NUMBERS: dict[Any, Any] = {}
 _SHAPES: dict[Any, Any] = {}
 _SETTINGS: dict[Any, Any] = {}
