@@ -7,7 +7,8 @@ comes by, its rule gives the layer's Jacobian as a *factor*, which is squared an
 
 Which losses one backward pass stands for follows from the graph's operations: those along an axis that all of them keep
 apart, as the elements of a batch are; never from values. Where they are not apart, parameters go by rows, with a pass
-for each loss. Every Gramian in use is certified: wᵀ G w = ‖Jᵀ w‖², the squared norm of the gradient that it weighs.
+for each loss. Gramians are certified when they are used, and now and then otherwise: wᵀ G w = ‖Jᵀ w‖², the squared
+norm of the gradient that they weigh.
 
 Where the whole Gramian is not needed, ``Engine.compute_norms`` gives its diagonal alone, from the same passes; and for
 two lists of losses ``Engine.compute_gramian`` gives the products of their gradients.

@@ -22,6 +22,8 @@ BatchDim = int | Literal["auto"] | None
 
 # Of a backward pass, the gradients of parameters are a third: what a layer costs in a pass whose rows of it are known.
 _PARAMETERS = 1 / 3
+# Where parameters go by rows all the same, what passes for many losses save has to be worth their memory.
+_WORTH = 0.9
 # More axes of losses than so many are tried all together and one by one only.
 _FEW = 4
 
@@ -71,7 +73,7 @@ def choose(
         own = tuple(axis for axis, dim in enumerate(structure.dims) if dim == batch_dim)
         candidates = [own] if own else []
     best, nearest = every_loss, every_loss
-    least = math.prod(structure.sizes) if batch_dim == "auto" else math.inf
+    least = _WORTH * math.prod(structure.sizes) if batch_dim == "auto" else math.inf
     for axes in candidates:
         layouts = structure.layouts(axes)
         choice = Choice(structure, layouts, plan_batch(graph, parameters, declined, layouts, bound))

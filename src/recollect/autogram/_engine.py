@@ -50,6 +50,8 @@ __all__ = ["Engine", "register_rule"]
 
 _REGISTRY = Registry(RULES)
 
+# Gradients that are masked for every loss may take this part of the bytes that rows may take.
+_MASKED = 16
 # How many forms of graphs an engine remembers; one that has more looks again where the batch is.
 _FORMS = 64
 
@@ -92,7 +94,7 @@ class Engine:
             may contain another.
         features: a tensor of the graph, or several: gradients are those with respect to them, in place of parameters,
             as in MGDA-UB (arXiv 1810.04650, section 3.3) and IMTL. They are of one forward pass, and so is the engine;
-            each loss costs a backward pass down to them. Then modules are left out.
+            each loss costs a backward pass down to them. Then modules are left out, and nothing is certified.
         batch_dim: for which losses one backward pass may stand. ``"auto"``: for those that the operations of the graph
             keep apart, as they do with the elements of a batch; where they do not, as in front of a BatchNorm in
             training, parameters go by rows, with a backward pass for each loss. A number: for those along this
@@ -107,6 +109,8 @@ class Engine:
 
     Attributes:
         certificate: how well Gramians and gradients fitted, so far.
+
+    An engine may be used by several threads; one at a time goes through a graph.
 
     Raises:
         TypeError: something is no module.
@@ -181,7 +185,7 @@ class Engine:
             flat: whether a Gramian [m, m] of the losses ``output.flatten()`` is wanted in place of the generalised one.
                 That of a list, or of a vector, is [m, m] anyway.
             retain_graph: whether the graph must stay for a backward pass that follows; otherwise what it saved may be
-                freed on the way, as an ordinary backward pass does.
+                freed on the way, as an ordinary backward pass does. (With columns it stays.)
 
         Returns:
             [m1, ..., mk, mk, ..., m1] in the output's dtype: entry [i1..ik, jk..j1] is the scalar product of the
@@ -508,7 +512,7 @@ class Engine:
         if choice is None:
             batch_dim = checked_dim(job.output, self._batch_dim)
             structure = find_structure(job.graph, job.output.shape)
-            bound = self._row_bytes // job.dtype.itemsize
+            bound = self._row_bytes // job.dtype.itemsize // _MASKED
             choice = choose(job.graph, job.parameters, job.declined, structure, batch_dim, bound)
             if isinstance(batch_dim, int):
                 check_independence(job.graph, choice, self._modules, batch_dim)

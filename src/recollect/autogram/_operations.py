@@ -1,4 +1,4 @@
-"""What autograd's operations do to an axis: the one place that knows the names of its nodes and what they keep.
+"""What autograd's operations do to an axis: by the names of its nodes, and what they keep of how they were called.
 
 A backward pass carries gradients from a node's outputs to its inputs. If each loss of a batch has its own entries of
 an output's gradient, those along an axis, an operation either keeps them apart, and says where they are in the
