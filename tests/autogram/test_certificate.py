@@ -195,7 +195,8 @@ def test_gradients_of_rounding_alone_are_no_error(dtype):
         engine.compute_norms(losses)
         engine.compute_gramian(losses, losses.detach() * losses)
         engine.backward(losses, MeanWeighting())
-    assert engine.certificate.checks == 80
+    assert engine.certificate.checks + engine.certificate.skipped == 80
+    assert engine.certificate.skipped >= 60  # that noise fits noise shows nothing; exact zeros are compared
 
 
 def test_a_single_loss_is_certified(monkeypatch):

@@ -37,9 +37,7 @@ def joined(losses: Tensor | Sequence[Tensor]) -> Tensor:
     if not losses:
         raise ValueError("there are no losses in the list; give at least one")
     for k, loss in enumerate(losses):
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"losses[{k}] must be a tensor of a floating-point type, and is {found}")
+        _check_floating(f"losses[{k}]", loss)
         if not loss.requires_grad:
             raise ValueError(
                 f"losses[{k}] has no graph: nothing that it was computed from requires a gradient, or it was computed "
@@ -68,6 +66,12 @@ def on_one_device(rows: Tensor, columns: Tensor) -> None:
         )
 
 
+def _check_floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of a floating-point type, and is {found}")
+
+
 def check_overflow(on_overflow: object) -> None:
     """Raise if this does not say what becomes of a Gramian that is not finite."""
     if on_overflow not in ("raise", "pass"):
@@ -89,9 +93,7 @@ def check_settings(batch_dim: object, certify_every: object, row_bytes: object) 
 
 def checked_dim(output: Tensor, batch_dim: BatchDim) -> BatchDim:
     """Return the batch dimension of losses, counted from the first one, or raise if they have no Gramian."""
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"output must be a tensor of a floating-point type, and is {found}")
+    _check_floating("output", output)
     if not output.requires_grad:
         raise ValueError(
             "output has no graph: nothing that it was computed from requires a gradient, or it was computed under "
@@ -143,9 +145,7 @@ def checked_features(features: Tensor | Sequence[Tensor] | None, modules: Sequen
     if modules:
         raise ValueError("gradients are with respect to features or to parameters; give Engine(features=z) or modules")
     for k, feature in enumerate(given):
-        if not isinstance(feature, Tensor) or not feature.is_floating_point():
-            found = f"a tensor of {feature.dtype}" if isinstance(feature, Tensor) else type(feature).__name__
-            raise TypeError(f"features[{k}] must be a tensor of a floating-point type, and is {found}")
+        _check_floating(f"features[{k}]", feature)
         if not feature.requires_grad:
             raise ValueError(
                 f"features[{k}] requires no gradient; compute it from parameters, or call requires_grad_()"

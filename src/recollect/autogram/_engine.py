@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ from recollect.autogram._checks import (
 from recollect.autogram._choice import BatchDim, Choice, choose
 from recollect.autogram._cross import cross_of
 from recollect.autogram._independence import check_independence, explain
-from recollect.autogram._passes import Job, Known, gramian_of, norms_of, rows_of_features
+from recollect.autogram._passes import Declines, Job, Known, gramian_of, norms_of, rows_of_features
 from recollect.autogram._plan import changed_layers
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
 from recollect.autogram._structure import find_structure
@@ -419,23 +420,34 @@ class Engine:
     def _gramian(self, output: Tensor, retain: bool, certify_every: int = 0) -> tuple[Tensor, Job | None]:
         """Return the Gramian [m, m] in the output's dtype, and what it was computed from; None if m is 0."""
         checked_dim(output, self._batch_dim)
-        probe: GramianProbe | None = None
         with self._lock, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0, 0), None
             if self._features:
                 rows = rows_of_features(output, self._features)
                 return (rows @ rows.T).to(output.dtype), None
-            while True:
-                job = self._job(output, retain)
-                probe = probe or probe_gramian(job, certify_every)
-                result = gramian_of(job, self._choose(job))
-                if isinstance(result, Tensor):
-                    job.known.settled = True
-                    if probe is not None:
-                        probe.judge(self.certificate, result, job, self._choose(job))
-                    return result.to(output.dtype), job
-                job.known.declined |= result
+            square, job = self._computed(output, retain, gramian_of, partial(probe_gramian, every=certify_every))
+            return square.to(output.dtype), job
+
+    def _computed(
+        self,
+        output: Tensor,
+        retain: bool,
+        compute: Callable[[Job, Choice], Tensor | Declines],
+        probe_for: Callable[[Job], GramianProbe | NormProbe | None],
+    ) -> tuple[Tensor, Job]:
+        """Compute once more as long as rules cover less than was planned for, and judge by a probe what came out."""
+        probe: GramianProbe | NormProbe | None = None
+        while True:
+            job = self._job(output, retain)
+            probe = probe or probe_for(job)
+            result = compute(job, self._choose(job))
+            if isinstance(result, Tensor):
+                job.known.settled = True
+                if probe is not None:
+                    probe.judge(self.certificate, result, job, self._choose(job))
+                return result, job
+            job.known.declined |= result
 
     def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
         probe = GramianProbe(weights, squared)
@@ -444,23 +456,13 @@ class Engine:
     def _squares(self, output: Tensor, retain: bool) -> Tensor:
         """Return the squared norms [m], in what they are summed in."""
         checked_dim(output, self._batch_dim)
-        probe: NormProbe | None = None
         with self._lock, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if output.numel() == 0:
                 return output.new_zeros(0)
             if self._features:
                 return rows_of_features(output, self._features).square().sum(1)
-            while True:
-                job = self._job(output, retain)
-                probe = probe or probe_norms(job, self._certify_every)
-                squares = norms_of(job, self._choose(job))
-                if isinstance(squares, Tensor):
-                    job.known.settled = True
-                    squares = squares.clamp(min=0)  # pairs of positions may leave rounding below zero
-                    if probe is not None:
-                        probe.judge(self.certificate, squares, job, self._choose(job))
-                    return squares
-                job.known.declined |= squares
+            squares, _ = self._computed(output, retain, norms_of, partial(probe_norms, every=self._certify_every))
+            return squares.clamp(min=0)  # pairs of positions may leave rounding below zero
 
     def _cross(self, rows: Tensor, columns: Tensor, flat: bool) -> Tensor:
         """Return the products of the gradients of two tensors of losses."""
