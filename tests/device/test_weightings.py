@@ -35,6 +35,8 @@ from recollect.aggregation import (
     Sum,
     UPGrad,
     Weighting,
+    _gradvac,
+    _pcgrad,
     conflict,
 )
 
@@ -190,6 +192,19 @@ def test_what_comes_beside_the_gramian_may_be_elsewhere(beside, other):
     pairs = moved([torch.stack([vector, vector], 1) for vector in vectors], beside)
     gramian, vectors = gramian.to(place), [pair[:, 1] for pair in pairs]  # strides do not matter
     assert_one_wait(lambda: GaussNewton(1e-3, momentum=0.5)(gramian, *vectors), expected, place)
+
+
+@pytest.mark.parametrize("module", [_pcgrad, _gradvac])
+def test_orders_that_are_drawn_on_the_device(module, other, monkeypatch):
+    """The device has no generator: orders of the CPU, sent there, stand for its own."""
+    name = {_pcgrad: "PCGrad", _gradvac: "GradVac"}[module]
+    here, there, draw = MAKERS[name](5, "cpu"), MAKERS[name](5, other), module.random_orders
+    gramian = KINDS["conflicting"](5) @ KINDS["conflicting"](5).T
+    expected = [here(gramian) for _ in range(3)]
+    on_device = gramian.to(other)
+    monkeypatch.setattr(module, "random_orders", lambda *args, **options: draw(*args, **options).to(other))
+    for weights in expected:
+        assert_one_wait(lambda: there(on_device), weights, other)
 
 
 def test_losses_of_any_shape(other):
