@@ -11,7 +11,7 @@ from recollect.autoscale._file import HistoryFileError
 from recollect.autoscale._get_data import GraphData, get_data
 from recollect.autoscale._history import History, history_bytes
 from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
-from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize, with_weights
+from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize
 from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.autoscale._permute import permute
 from recollect.autoscale._pool import AsyncIOPool
@@ -20,7 +20,7 @@ from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._sub_data import SubData
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
-from recollect.messages import propagate
+from recollect.messages import propagate, with_weights
 
 __all__ = [
     "AsyncIOPool",

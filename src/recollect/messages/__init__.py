@@ -8,9 +8,11 @@ calls a convolution of torch_geometric, or a block with convolutions in it, by m
 The other names are what the package shares about sparse CSR adjacencies.
 """
 
-from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr
+from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of
 from recollect.messages._convolutions import convolve
-from recollect.messages._products import extreme, propagate
+from recollect.messages._extreme import extreme
+from recollect.messages._products import propagate
+from recollect.messages._weights import with_weights
 
 __all__ = [
     "check_csr",
@@ -21,4 +23,6 @@ __all__ = [
     "propagate",
     "rows_of",
     "sparse_csr",
+    "values_of",
+    "with_weights",
 ]
