@@ -78,7 +78,9 @@ def patterns(draw: st.DrawFn) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(adj_t=patterns(), channels=st.integers(0, 5), block=st.sampled_from([1, 40, 1 << 18]), seed=st.integers(0, 99))
+@given(
+    adj_t=patterns(), channels=st.integers(0, 5), block=st.sampled_from([None, 1, 40, 1 << 20]), seed=st.integers(0, 99)
+)
 def test_gradients_of_first_and_second_order_of_any_pattern(adj_t, channels, block, seed):
     """Both orders, of the weights and of the features, however few edges are taken at a time."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +88,9 @@ def test_gradients_of_first_and_second_order_of_any_pattern(adj_t, channels, blo
     w = torch.randn(adj_t.col_indices().numel(), dtype=torch.float64, generator=generator).requires_grad_()
     orders = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kernels, "_BLOCK", block)
+        if block is not None:  # where there is no kernel for it
+            patch.setattr(torch.backends.mkl, "is_available", lambda: False)
+            patch.setattr(_kernels, "_BLOCK", block)
         for out in (propagate(with_weights(adj_t, w), x), dense_of(adj_t, w) @ x):
             first = torch.autograd.grad(out.sin().sum(), (w, x), create_graph=True)
             second = torch.autograd.grad(sum(part.sin().sum() for part in first), (w, x))
@@ -153,9 +157,7 @@ def test_a_batch_of_features_and_of_both(adj_t, x, w):
 
 
 def test_weights_of_a_transform_cannot_be_put_into_an_adjacency(adj_t, x, w):
-    with pytest.raises(
-        TypeError, match=r"transform of torch\.func or have a tangent, .* call propagate\(adj_t"
-    ):
+    with pytest.raises(TypeError, match=r"transform of torch\.func or have a tangent, .* call propagate\(adj_t"):
         torch.func.grad(lambda w: propagate(with_weights(adj_t, w), x).sum())(w.detach())
     with pytest.raises(TypeError, match=r"transform of torch\.func"):
         torch.func.vmap(lambda w: propagate(with_weights(adj_t, w), x))(w.detach()[None])
@@ -293,10 +295,13 @@ def test_in_frames(kept, adj_t, x, w):
     torch.testing.assert_close(*lone[-2:], **EXACT)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("of_weights", [torch.float16, torch.bfloat16, torch.float32])
-def test_sums_are_in_float32_at_least(dtype, of_weights):
+def test_sums_are_in_float32_at_least(dtype, of_weights, kernel, monkeypatch):
     """5,000 ones that follow one another end at 2,048 in float16, at 256 in bfloat16."""
+    if not kernel:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     adj_t = make_csr([0] * 3, [2, 0, 2], (1, 3))
     x = torch.ones(3, 5000, dtype=dtype, requires_grad=True)
     w = torch.ones(3, dtype=of_weights, requires_grad=True)
@@ -313,7 +318,10 @@ def test_under_autocast(adj_t, x, w):
     torch.testing.assert_close(found, torch.autograd.grad((dense_of(adj_t, w) @ x).sum(), (w, x)), **EXACT)
 
 
-def test_nothing_of_the_size_of_the_edges_and_channels_is_made():
+@pytest.mark.parametrize("kernel", [True, False])
+def test_nothing_of_the_size_of_the_edges_and_channels_is_made(kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     nodes, edges, channels = 300, 40_000, 64
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(nodes, (edges,), generator=generator).sort().values

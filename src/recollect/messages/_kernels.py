@@ -12,8 +12,8 @@ __all__ = ["Constant", "edge_dots", "edge_product", "multiplied", "reduced"]
 # Bytes of a row from which on the CPU's kernel for reductions is faster than the library's product.
 _LONG_ROW = 256
 
-# Bytes of the rows that are multiplied at a time for the gradient of weights: so much as a core's cache holds.
-_BLOCK = 1 << 18
+# Bytes of the rows that are multiplied at a time where there is no kernel for it: so much as a core's cache holds.
+_BLOCK = 1 << 20
 
 
 class Constant:
@@ -77,6 +77,12 @@ def edge_dots(y: Tensor, x: Tensor, rowptr: Tensor, col: Tensor, dtype: torch.dt
         dtype: of the result.
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
+    fits = col.numel() <= y.size(0) * x.size(0)  # the kernel copies no more than all places
+    if x.device.type == "cpu" and fits and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        zeros = sparse_csr(rowptr, col, x.new_zeros(col.numel(), dtype=wide), (y.size(0), x.size(0)))
+        with torch.autocast("cpu", enabled=False):
+            found: Tensor = torch.sparse.sampled_addmm(zeros, y.to(wide), x.to(wide).t(), beta=0).values()
+        return found.to(dtype)
     row, dots = rows_of_entries(rowptr, col.numel()), x.new_empty(col.numel(), dtype=dtype)
     # A device that starts a program for each block gets larger ones: no larger than the features.
     room = max(_BLOCK, x.nbytes) if x.is_cuda else _BLOCK
