@@ -107,7 +107,7 @@ class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
     _head = True
 
     def make_head(self, in_channels: int, hidden_channels: int, out_channels: int) -> list[nn.Module]:
-        """Return a map to the first layer, which ends in a ReLU, and one from the first layer's input and all outputs."""
+        """Return a map to the first layer, with a ReLU, and one from the first layer's input and all outputs."""
         norm = nn.BatchNorm1d(hidden_channels) if self.batch_norm else nn.Identity()
         return [
             nn.Sequential(nn.Linear(in_channels, hidden_channels), norm, nn.ReLU()),

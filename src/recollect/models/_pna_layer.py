@@ -27,8 +27,8 @@ class PNALayer(nn.Module):
     """Principal neighbourhood aggregation (Corso et al., arXiv 2004.05718), in GNNAutoScale's form.
 
     W X + b + the sum over pairs of an aggregator and a scaler of scale_k(V_k aggregate_k(ReLU(U_k X)) + c_k), each pair
-    with its own U_k and V_k. The maps are applied to nodes and not to edges, so their cost does not grow with the degree.
-    With edge features, E_k e is added before the ReLU, which then is applied to each edge.
+    with its own U_k and V_k. The maps are applied to nodes and not to edges, so their cost does not grow with the
+    degree. With edge features, E_k e is added before the ReLU, which then is applied to each edge.
 
     Args:
         in_channels: of X.
