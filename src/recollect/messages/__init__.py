@@ -11,6 +11,7 @@ The other names are what the package shares about sparse CSR adjacencies.
 from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of
 from recollect.messages._convolutions import convolve
 from recollect.messages._extreme import extreme
+from recollect.messages._pairs import naming_pairs
 from recollect.messages._products import propagate
 from recollect.messages._weights import with_weights
 
@@ -20,6 +21,7 @@ __all__ = [
     "described",
     "extreme",
     "make_adj_t",
+    "naming_pairs",
     "propagate",
     "rows_of",
     "sparse_csr",
