@@ -300,8 +300,8 @@ def test_reset_parameters(name):
         (lambda: PNA(9, IN, 4, OUT, 2, "mean", ["identity"], torch.ones(9)), "as a list"),
         (lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.zeros(9)), "deg must hold the in-degree of every"),
         (
-            lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.ones(5)),
-            "deg has 5 numbers, but there are 9 nodes",
+            lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.ones(5, 1)),
+            r"deg has shape \[5, 1\], but must be \[nodes\]",
         ),
         (lambda: PNA_JK(9, IN, [4], OUT, 2, ["mean"], ["linear"], torch.ones(9)), "have the same width"),
         (lambda: GCN2(9, IN, 4, OUT, 2, theta=-1.0), "theta must be above 0"),

@@ -25,8 +25,8 @@ class PNA(ConvStack):
         num_layers: convolutions, L.
         aggregators: of ``max``, ``mean``, ``min``, ``std``, ``sum``, ``var``.
         scalers: of ``identity``, ``amplification``, ``attenuation``, ``linear``, ``inverse_linear``.
-        deg: the in-degree of every node of the training graph [num_nodes], for the scalers' means:
-            ``adj_t.crow_indices().diff()``. (Not a histogram.)
+        deg: the in-degree of every node of the training graph, which may be another than the N nodes, for the scalers'
+            means: ``adj_t.crow_indices().diff()``. (Not a histogram, as torch_geometric's PNAConv takes.)
         dropout: probability in [0, 1), before each layer.
         drop_input: apply dropout to the features too.
         batch_norm: normalise each convolution's output, but not the logits.
@@ -64,10 +64,10 @@ class PNA(ConvStack):
         edge_dim: int | None = None,
         **options: Any,
     ) -> None:
-        if deg.dim() != 1 or deg.numel() != num_nodes:
+        if deg.dim() != 1:
             raise ValueError(
-                f"deg has {deg.numel()} numbers, but there are {num_nodes} nodes: the in-degree of each is expected, "
-                "adj_t.crow_indices().diff()"
+                f"deg has shape {list(deg.shape)}, but must be [nodes]: the in-degree of each node of the training "
+                "graph, adj_t.crow_indices().diff()"
             )
         super().__init__(
             num_nodes,
