@@ -103,6 +103,15 @@ def test_polyaks_step_from_the_squared_norm_of_a_gradient():
     assert min(result.steps) < 0.5 * max(result.steps)  # the slope decides
 
 
+def test_gates_of_edges_on_mini_batches():
+    pytest.importorskip("torch_geometric.data")  # also hides what it warns of when it is imported
+    result = load("edge_gate").train()
+    assert result.accuracy > 0.95
+    assert result.accuracy > result.ungated + 0.05
+    assert result.within > 0.9
+    assert result.between < 0.2
+
+
 def test_depth_graph_and_objectives_at_once():
     result = load("three_axes").train(num_nodes=1000, epochs=3)
     assert result.accuracy > result.always_same + 0.1
