@@ -8,7 +8,8 @@ waited for is counted: see :func:`watch`.
 Copies to the host that do not block arrive late: an event that was recorded after them is over when it has been asked
 ``device.lag`` times, or when the host has waited for something later. Until then the copy holds NaN.
 
-Not emulated: sparse COO tensors, pinned memory and streams of one's own, storages that are resized, ``torch.Generator("other")``.
+Not emulated: sparse COO tensors, pinned memory and streams of one's own, storages that are made or resized by hand,
+``torch.Generator("other")``.
 """
 
 from __future__ import annotations

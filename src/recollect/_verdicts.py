@@ -1,0 +1,232 @@
+"""Verdicts over numbers that a device computes, without waiting for it.
+
+What is to be judged is copied to the host beside what the device does next. The verdict is given when the copy has
+arrived: that is looked for when a backward pass ends and when the next region or engine begins. Whoever wants it sooner
+calls :func:`settle`, which waits. What nobody asked for is given when the process ends, as a warning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect._torch import graph_task_id, outside_modes, when_backward_ends
+
+__all__ = ["arrive", "later", "look", "outstanding", "settle"]
+
+Numbers = list[list[Any]]
+Verdict = Callable[[Numbers], None]
+
+# So many sends may be under way; then the oldest is waited for. The host is seldom that many steps ahead.
+_MOST = 8
+
+
+class _Collected(threading.local):
+    """What a thread has to judge in the backward pass that is running."""
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.items: list[tuple[Sequence[Tensor], Verdict]] = []
+
+
+class _Copy:
+    """Numbers of one device on their way to the host."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        first = tensors[0]
+        dtype = first.dtype
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        joined = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+        self._sizes = [tensor.numel() for tensor in tensors]
+        self._host, self._event = joined, None
+        backend: Any = None if first.device.type == "cpu" else torch.get_device_module(first.device)
+        if backend is not None and hasattr(backend, "Event"):  # without events, nobody knows when a copy is over
+            pinned = first.device.type == "cuda"
+            self._host = torch.empty(joined.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            self._host.copy_(joined, non_blocking=True)
+            self._event = backend.Event()
+            self._event.record()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is something to wait for."""
+        return self._event is not None
+
+    def is_here(self) -> bool:
+        """Whether reading waits for nothing."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> Numbers:
+        """Return the numbers of each tensor, and wait if they are not here."""
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        return [part.tolist() for part in torch.split(self._host.cpu(), self._sizes)]
+
+
+class _Sent:
+    """Copies that were begun together, and the verdicts over them."""
+
+    def __init__(self, items: Sequence[tuple[Sequence[Tensor], Verdict]]) -> None:
+        groups: dict[tuple[torch.device, bool], dict[int, Tensor]] = {}
+        for tensors, _ in items:
+            for tensor in tensors:
+                groups.setdefault((tensor.device, tensor.is_floating_point()), {})[id(tensor)] = tensor
+        with torch.inference_mode(False), torch.no_grad(), outside_modes():
+            self._copies = [(list(group), _Copy(list(group.values()))) for group in groups.values()]
+        self._verdicts = [([id(tensor) for tensor in tensors], verdict) for tensors, verdict in items]
+
+    def is_here(self) -> bool:
+        """Whether all numbers have arrived."""
+        return all(copy.is_here() for _, copy in self._copies)
+
+    def judge(self) -> list[Exception]:
+        """Give the verdicts, and return what they raised."""
+        numbers: dict[int, list[Any]] = {}
+        for keys, copy in self._copies:
+            numbers.update(zip(keys, copy.read(), strict=True))
+        raised: list[Exception] = []
+        for keys, verdict in self._verdicts:
+            try:
+                verdict([numbers[key] for key in keys])
+            except Exception as error:
+                if any(copy.is_late for _, copy in self._copies):
+                    error.add_note(
+                        "It was found when numbers came from the device, which nothing waits for: it may concern the "
+                        "gradients of an earlier step"
+                    )
+                raised.append(error)
+        return raised
+
+
+_collected = _Collected()
+_lock = threading.RLock()
+_waiting: list[_Sent] = []
+_raised: list[Exception] = []  # by verdicts, and not yet by anybody who asked
+
+
+def later(tensors: Sequence[Tensor], verdict: Verdict) -> None:
+    """Call ``verdict`` with the numbers of each tensor, flat, when they have arrived on the host.
+
+    Inside a backward pass they are sent when it ends, all at once.
+
+    Args:
+        tensors: floating-point ones and integers, which come exact up to 64 bits.
+        verdict: raises, or warns, where the numbers are not what they must be. What it holds lives until then.
+
+    Raises:
+        Exception: what verdicts raised that are there already.
+    """
+    task = graph_task_id()
+    if task != -1 and _collected.task == task:
+        _collected.items.append((tensors, verdict))
+        return
+    _send_collected()  # of a pass that an exception ended
+    _collected.items.append((tensors, verdict))
+    if task == -1:
+        _send_collected()
+        look()
+        return
+    when_backward_ends(_end)
+    _collected.task = task
+
+
+def _end() -> None:
+    _send_collected()
+    look()
+
+
+def _send_collected() -> None:
+    items, _collected.items, _collected.task = _collected.items, [], -1
+    if items:
+        sent = _Sent(items)
+        with _lock:
+            _waiting.append(sent)
+        while len(_waiting) > _MOST:
+            _judge(1)
+
+
+def _judge(number: int) -> None:
+    """Give the verdicts over the first that were sent."""
+    with _lock:
+        due = _waiting[:number]
+        del _waiting[:number]
+    for sent in due:
+        raised = sent.judge()
+        with _lock:
+            _raised.extend(raised)
+
+
+def outstanding() -> bool:
+    """Whether there are verdicts that nobody has been told of."""
+    return bool(_waiting or _raised or _collected.items)
+
+
+def arrive() -> None:
+    """Wait for all numbers that were sent, and give the verdicts; errors are kept for whoever looks next."""
+    _send_collected()
+    _judge(len(_waiting))
+
+
+def look() -> None:
+    """Give the verdicts over what has arrived, without waiting.
+
+    Raises:
+        Exception: the first that a verdict raised; it has a note of the others.
+    """
+    while _waiting and _waiting[0].is_here():
+        _judge(1)
+    _raise()
+
+
+def settle() -> None:
+    """Wait for the devices, and give all verdicts over what was computed until now.
+
+    On devices other than the CPU nothing waits for the comparison of what backward has rebuilt with the forward pass,
+    of the drift, and of Gramians with gradients. Errors come with a later step then, and with this function at the
+    latest: call it at the end of training, and before parameters are saved.
+
+    Raises:
+        RebuildError: a rebuild did not repeat the forward pass.
+        GramianError: a Gramian does not fit the gradient that it weighs.
+
+    Warns:
+        DriftWarning: a reconstruction is off by more than the threshold.
+
+    Example:
+        >>> import torch, recollect
+        >>> x = torch.randn(3, requires_grad=True)
+        >>> recollect.checkpoint(torch.exp, x * 1).sum().backward()
+        >>> recollect.frames.settle()
+    """
+    arrive()
+    _raise()
+
+
+def _raise() -> None:
+    with _lock:
+        if not _raised:
+            return
+        first, *others = _raised
+        _raised.clear()
+    for other in others:
+        first.add_note(f"Another one: {type(other).__name__}: {other}")
+    raise first
+
+
+def _report() -> None:
+    """Tell at the end of the process what nobody has asked for."""
+    try:
+        settle()
+    except Exception as error:
+        notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
+        warnings.warn(f"found when the process ended: {type(error).__name__}: {error}{notes}", stacklevel=1)
+
+
+atexit.register(_report)
