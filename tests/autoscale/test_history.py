@@ -98,11 +98,11 @@ def test_pushes_of_nothing_count_and_write_nothing(make, dtype):
 
 
 def test_a_history_that_is_larger_than_its_pieces(tmp_path, monkeypatch):
-    from recollect.autoscale import _file_rows
+    from recollect.autoscale.histories import _file
 
     for name in ("_REGION_BYTES", "_COPY_BYTES"):
-        monkeypatch.setattr(_file_rows, name, 64)
-    monkeypatch.setattr(_file_rows, "_RESIDENT_BYTES", 200)
+        monkeypatch.setattr(_file, name, 64)
+    monkeypatch.setattr(_file, "_RESIDENT_BYTES", 200)
     torch.manual_seed(0)
     x = torch.randn(500, 3)
     memory, file = History(500, 3), History(500, 3, path=tmp_path / "h")

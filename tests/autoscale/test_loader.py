@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import bipartite_subgraph, k_hop_subgraph
 
 from recollect.autoscale import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
-from recollect.autoscale._cut import Cut
+from recollect.autoscale.loader._cut import Cut
 from recollect.data import load
 from recollect.memory import peak_memory
 

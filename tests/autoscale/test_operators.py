@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from recollect.autoscale import add_self_loops, edge_index_of, normalize, partition, to_adj_t, with_weights
-from recollect.autoscale._operators import adjacency_of, as_csr, first_rows
+from recollect.autoscale._adjacency import adjacency_of, as_csr, first_rows
 
 
 def ascending(adj_t):

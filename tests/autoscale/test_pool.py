@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recollect.autoscale import AsyncIOPool, History
-from recollect.autoscale._table import Table
+from recollect.autoscale.histories._table import Table
 from recollect.frames import backward_mode
 
 ROWS = 60

@@ -21,7 +21,7 @@ def test_the_whole_graph_is_as_with_histories(kind):
 
 
 def test_no_memory_is_taken(monkeypatch):
-    monkeypatch.setattr("recollect.autoscale._history.memory_table", None)
+    monkeypatch.setattr("recollect.autoscale.histories._history.memory_table", None)
     model = Mean(keep_histories=False)
     assert [history.embedding_dim for history in model.histories] == [5, 2, 6]
     History(2**40, 2**20, keep=False).push(torch.ones(1, 2**20), torch.tensor([2**39]))  # nor for what is pushed

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recollect.autoscale import _subgraph
-from recollect.autoscale._ranges import Ranges
-from recollect.autoscale._subgraph import OneHop
+from recollect.autoscale.loader import _subgraph
+from recollect.autoscale.loader._subgraph import OneHop, Ranges
 
 CPU = torch.device("cpu")
 
@@ -55,7 +54,7 @@ def test_numbers_are_those_of_sets(graph_and_pairs, sliced):
     (rowptr, col), pairs = graph_and_pairs
     one_hop = OneHop(rowptr, col)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recollect.autoscale._ranges._FEW", 32 if sliced else 0)
+        patch.setattr("recollect.autoscale.loader._subgraph._FEW", 32 if sliced else 0)
         for _ in range(2):  # the second finds the table that the first left
             found = cut(one_hop, rowptr, pairs)
             assert tuple(part.tolist() for part in found) == by_sets(rowptr, col, pairs)
@@ -63,8 +62,8 @@ def test_numbers_are_those_of_sets(graph_and_pairs, sliced):
 
 @pytest.mark.parametrize("limits", [(32, 512), (0, 512), (0, 1)], ids=["few", "many short", "many long"])
 def test_ranges_take_rows_one_after_the_other(limits, monkeypatch):
-    monkeypatch.setattr("recollect.autoscale._ranges._FEW", limits[0])
-    monkeypatch.setattr("recollect.autoscale._ranges._LONG", limits[1])
+    monkeypatch.setattr("recollect.autoscale.loader._subgraph._FEW", limits[0])
+    monkeypatch.setattr("recollect.autoscale.loader._subgraph._LONG", limits[1])
     pairs = [(3, 6), (6, 6), (0, 1), (9, 9), (8, 10)]
     ranges = Ranges(*torch.tensor(pairs).unbind(1), CPU)
     rows = torch.randn(10, 2)

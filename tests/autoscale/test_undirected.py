@@ -4,7 +4,7 @@ from graph_zoo import every_graph
 from torch_geometric.data import Data
 
 from recollect.autoscale import to_adj_t
-from recollect.autoscale._undirected import undirected
+from recollect.autoscale.partitioning._undirected import undirected
 
 
 @every_graph

@@ -6,20 +6,14 @@ costs one mini-batch and its 1-hop halo, however large the graph and however man
 Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 """
 
-from recollect.autoscale._adj_t import to_adj_t
-from recollect.autoscale._file import HistoryFileError
+from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize, with_weights
 from recollect.autoscale._get_data import GraphData, get_data
-from recollect.autoscale._history import History, history_bytes
-from recollect.autoscale._loader import EvalSubgraphLoader, SubgraphLoader
-from recollect.autoscale._operators import add_self_loops, edge_index_of, normalize, with_weights
-from recollect.autoscale._partition import Partition, PartitionQuality, metis, partition, partition_quality
-from recollect.autoscale._permute import permute
-from recollect.autoscale._pool import AsyncIOPool
-from recollect.autoscale._rows_source import Rows
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
-from recollect.autoscale._sub_data import SubData
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
+from recollect.autoscale.histories import AsyncIOPool, History, HistoryFileError, Rows, history_bytes
+from recollect.autoscale.loader import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
+from recollect.autoscale.partitioning import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.messages import propagate
 
 __all__ = [

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._history import History
-from recollect.autoscale._pool import AsyncIOPool
-from recollect.autoscale._rows_source import Rows, check_not_pushed, pushes_of
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._pool import AsyncIOPool
+from recollect.autoscale.histories._rows_source import Rows, check_not_pushed, pushes_of
 from recollect.frames import frames_apply, in_backward, in_dry_mode
 
 __all__ = ["Exchange"]

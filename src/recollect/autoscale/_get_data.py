@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from recollect.autoscale._adj_t import to_adj_t
+from recollect.autoscale.loader._order import to_adj_t
 from recollect.data import load, names
 
 if TYPE_CHECKING:

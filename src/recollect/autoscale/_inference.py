@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect.autoscale._adjacency import adjacency_of, first_rows
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._history import History
-from recollect.autoscale._layered import LayeredGNN
-from recollect.autoscale._loader import SubgraphLoader
-from recollect.autoscale._operators import adjacency_of, first_rows
-from recollect.autoscale._sub_data import SubData
+from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._loader import SubgraphLoader
+from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["LayerWise", "evaluating"]
 

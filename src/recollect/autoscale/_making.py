@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from recollect._arguments import as_count
-from recollect.autoscale._history import History, history_bytes
-from recollect.autoscale._pool import AsyncIOPool
+from recollect.autoscale.histories._history import History, history_bytes
+from recollect.autoscale.histories._pool import AsyncIOPool
 
 __all__ = ["as_channels", "forget", "fresh_histories", "make_histories", "make_pool", "widths_of"]
 

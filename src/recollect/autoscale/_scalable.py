@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
+from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
-from recollect.autoscale._layered import LayeredGNN
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
-from recollect.autoscale._operators import as_csr, first_rows
-from recollect.autoscale._sub_data import SubData
+from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.autoscale._adjacency import adjacency_of
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._history import History
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import forget, fresh_histories
-from recollect.autoscale._operators import adjacency_of
 from recollect.autoscale._scalable import ScalableGNN
-from recollect.autoscale._sub_data import SubData
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["history_errors"]
 

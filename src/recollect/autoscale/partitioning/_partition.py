@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect.autoscale._cache import cached
-from recollect.autoscale._checks import check_square
-from recollect.autoscale._kaminpar import kaminpar_clusters
-from recollect.autoscale._metis import metis_clusters
-from recollect.autoscale._operators import as_csr
+from recollect.autoscale._adjacency import as_csr, check_square
+from recollect.autoscale.partitioning._cache import cached
+from recollect.autoscale.partitioning._methods import kaminpar_clusters, metis_clusters
 from recollect.messages import rows_of
 
 __all__ = ["Method", "Partition", "PartitionQuality", "metis", "partition", "partition_quality"]

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from recollect.autoscale._kinds import Kind, kinds_of
-from recollect.autoscale._ranges import Ranges
 from recollect.autoscale._require import require
-from recollect.autoscale._sub_data import SubData
-from recollect.autoscale._subgraph import OneHop
+from recollect.autoscale.loader._roles import Kind, kinds_of
+from recollect.autoscale.loader._sub_data import SubData
+from recollect.autoscale.loader._subgraph import OneHop, Ranges
 from recollect.messages import rows_of, sparse_csr
 
 if TYPE_CHECKING:

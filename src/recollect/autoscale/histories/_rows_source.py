@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.autoscale._history import History
-from recollect.autoscale._selection import select_rows
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._selection import select_rows
 from recollect.frames import Arguments, Held, InPlaceError, Kept, Source
 
 __all__ = ["Rows", "check_not_pushed", "pushes_of"]

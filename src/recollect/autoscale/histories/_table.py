@@ -1,17 +1,74 @@
-"""The rows of a history, each with the time of its last push, wherever they lie."""
+"""The rows of a history, each with the time of its last push, and what they need of the place that they lie in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from recollect.autoscale._codec import Codec
-from recollect.autoscale._rows import STAMP, Clock, Rows
-from recollect.autoscale._selection import Selection, Slices, length, select_all
+from recollect.autoscale.histories._codec import Codec
+from recollect.autoscale.histories._selection import Selection, Slices, length, select_all
 
-__all__ = ["STATE", "Table"]
+__all__ = ["STAMP", "STATE", "Clock", "Rows", "Table"]
+
+STAMP = torch.int32
+"""Type of the number of the push in which a row was written last; 0: never."""
+
+
+class Rows(Protocol):
+    """Equal rows of one type."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """On which rows are read and written."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and entries of a row."""
+        ...
+
+    def write(self, values: Tensor, where: Selection) -> None:
+        """Copy ``values`` [rows, width] to the selected rows, converting type and device."""
+        ...
+
+    def read(self, where: Selection, out: Tensor) -> None:
+        """Copy the selected rows into ``out`` [rows, width], contiguous and of this type and device."""
+        ...
+
+    def whole(self) -> Tensor:
+        """Return all of them, not copied."""
+        ...
+
+    def zero_(self) -> None:
+        """Set all to 0."""
+        ...
+
+
+class Clock(Protocol):
+    """Counts the pushes."""
+
+    @property
+    def pushes(self) -> int:
+        """So far."""
+        ...
+
+    def push(self) -> AbstractContextManager[int]:
+        """Count one more; in the body its rows are written. Gives its number."""
+        ...
+
+    def reset(self, pushes: int = 0) -> None:
+        """Count from here."""
+        ...
+
 
 STATE = ("table", "stamps", "pushes")
 """What a table's state consists of."""

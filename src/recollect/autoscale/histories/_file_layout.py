@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import torch
 
-from recollect.autoscale._codec import codec_for
-from recollect.autoscale._rows import STAMP
+from recollect.autoscale.histories._codec import codec_for
+from recollect.autoscale.histories._table import STAMP
 
 __all__ = ["HEADER_BYTES", "FileLayout", "HistoryFileError", "close_file", "open_file"]
 

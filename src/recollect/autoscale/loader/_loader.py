@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recollect._arguments import as_count
-from recollect.autoscale._adj_t import to_adj_t
-from recollect.autoscale._checks import check_data
-from recollect.autoscale._cut import Adjacency, Cut, check_permuted, checked_ptr
-from recollect.autoscale._kinds import Kind
+from recollect.autoscale.loader._cut import Adjacency, Cut, check_permuted, checked_ptr
+from recollect.autoscale.loader._order import to_adj_t
+from recollect.autoscale.loader._roles import Kind, check_data
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -7,10 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.autoscale._checks import check_square
 from recollect.messages import check_csr, described, make_adj_t, rows_of, sparse_csr
 
-__all__ = ["add_self_loops", "adjacency_of", "as_csr", "edge_index_of", "first_rows", "normalize", "with_weights"]
+__all__ = [
+    "add_self_loops",
+    "adjacency_of",
+    "as_csr",
+    "check_square",
+    "edge_index_of",
+    "first_rows",
+    "normalize",
+    "with_weights",
+]
+
+
+def check_square(adj_t: Tensor) -> None:
+    """Refuse what is not the adjacency of one set of nodes in sparse CSR form."""
+    check_csr(adj_t)
+    if adj_t.dim() != 2 or adj_t.size(0) != adj_t.size(1):
+        raise ValueError(f"adj_t has shape {tuple(adj_t.shape)}, but must be [N, N]")
 
 
 def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect.autoscale._history import History
-from recollect.autoscale._pull_queue import Pull, PullQueue
-from recollect.autoscale._push_queue import PushQueue
-from recollect.autoscale._selection import Integers, check_values, length, select_batch, select_parts
-from recollect.autoscale._worker import Worker
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._queues import Pull, PullQueue, PushQueue, Worker
+from recollect.autoscale.histories._selection import Integers, check_values, length, select_batch, select_parts
 from recollect.frames import in_backward
 
 __all__ = ["AsyncIOPool"]

@@ -8,12 +8,34 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from recollect.autoscale._checks import check_data, check_square
+from recollect.autoscale._adjacency import check_square
+from recollect.messages import described
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["Kind", "kinds_of"]
+__all__ = ["Kind", "check_data", "check_nodes", "kinds_of"]
+
+
+def check_data(data: Any) -> None:
+    """Refuse what is no graph with attributes, such as its dataset, its mini-batch or one of its tensors."""
+    if hasattr(data, "to_dict"):
+        return
+    inside = hasattr(data, "data") and hasattr(data.data, "to_dict")
+    remedy = "give its attribute data" if inside else "Data(x=x, edge_index=edge_index) makes one of tensors"
+    raise TypeError(f"data is {described(data)}, but must be a graph, a torch_geometric.data.Data; {remedy}")
+
+
+def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
+    """Refuse what are no numbers of nodes, or numbers that no node has."""
+    if nodes.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"data.{name} is of {nodes.dtype}, but must hold nodes by number, in int64 or int32")
+    if nodes.numel() and (int(nodes.min()) < 0 or int(nodes.max()) >= num_nodes):
+        raise ValueError(
+            f"data.{name} has entries from {int(nodes.min())} to {int(nodes.max())}, "
+            f"but the graph's {num_nodes} nodes are 0 to {num_nodes - 1}"
+        )
+
 
 Kind = Literal["node", "edge", "index", "graph"]
 """A row for each node; a row for each edge; entries that are nodes; or neither of them."""
