@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from rich.console import Console
 
 from recollect.frames import DriftWarning
@@ -35,10 +37,20 @@ def make_fabric(settings: Settings) -> Fabric:
     ):
         if device == "cuda" and not cuda:
             raise UsageError(f"{key}=cuda: torch sees no CUDA device here; use {other}")
-    accelerator = "cuda" if cuda and settings.device != "cpu" else "cpu"
+    own = settings.device not in ("auto", "cpu", "cuda")  # of a kind that Fabric does not know
+    accelerator = "cuda" if cuda and settings.device in ("auto", "cuda") else "cpu"
     if accelerator == "cpu" and settings.precision == "16-mixed":
-        raise UsageError("precision=16-mixed needs a CUDA device; on the CPU use 32-true or bf16-mixed")
+        raise UsageError("precision=16-mixed needs a CUDA device; on others use 32-true or bf16-mixed")
     # One device: a full batch is one piece.
+    if own:
+        mixed = settings.precision.endswith("-mixed")
+        precision = MixedPrecision(settings.precision, settings.device) if mixed else None  # type: ignore[arg-type]
+        return Fabric(
+            strategy=SingleDeviceStrategy(torch.device(settings.device, 0)),
+            devices=1,
+            precision=None if mixed else settings.precision,  # type: ignore[arg-type]
+            plugins=[AtomicCheckpointIO(), *([] if precision is None else [precision])],
+        )
     return Fabric(
         accelerator=accelerator,
         devices=1,
