@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
-from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from rich.console import Console
 
 from recollect.frames import DriftWarning
+from recollect.train._accelerator import fabric_on
 from recollect.train._errors import UsageError
 from recollect.train._files import AtomicCheckpointIO
 from recollect.train._settings import RevGNNSettings, Settings
@@ -43,14 +42,7 @@ def make_fabric(settings: Settings) -> Fabric:
         raise UsageError("precision=16-mixed needs a CUDA device; on others use 32-true or bf16-mixed")
     # One device: a full batch is one piece.
     if own:
-        mixed = settings.precision.endswith("-mixed")
-        precision = MixedPrecision(settings.precision, settings.device) if mixed else None  # type: ignore[arg-type]
-        return Fabric(
-            strategy=SingleDeviceStrategy(torch.device(settings.device, 0)),
-            devices=1,
-            precision=None if mixed else settings.precision,  # type: ignore[arg-type]
-            plugins=[AtomicCheckpointIO(), *([] if precision is None else [precision])],
-        )
+        return fabric_on(torch.device(settings.device, 0), settings.precision, AtomicCheckpointIO())
     return Fabric(
         accelerator=accelerator,
         devices=1,
