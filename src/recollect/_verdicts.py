@@ -8,6 +8,7 @@ calls :func:`settle`, which waits. What nobody asked for is given when the proce
 from __future__ import annotations
 
 import atexit
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,17 +23,10 @@ __all__ = ["arrive", "later", "look", "outstanding", "settle"]
 
 Numbers = list[list[Any]]
 Verdict = Callable[[Numbers], None]
+Item = tuple[Sequence[Tensor], Verdict]
 
 # So many sends may be under way; then the oldest is waited for. The host is seldom that many steps ahead.
 _MOST = 8
-
-
-class _Collected(threading.local):
-    """What a thread has to judge in the backward pass that is running."""
-
-    def __init__(self) -> None:
-        self.task = -1
-        self.items: list[tuple[Sequence[Tensor], Verdict]] = []
 
 
 class _Copy:
@@ -73,7 +67,7 @@ class _Copy:
 class _Sent:
     """Copies that were begun together, and the verdicts over them."""
 
-    def __init__(self, items: Sequence[tuple[Sequence[Tensor], Verdict]]) -> None:
+    def __init__(self, items: Sequence[Item]) -> None:
         groups: dict[tuple[torch.device, bool], dict[int, Tensor]] = {}
         for tensors, _ in items:
             for tensor in tensors:
@@ -105,8 +99,9 @@ class _Sent:
         return raised
 
 
-_collected = _Collected()
 _lock = threading.RLock()
+# What is to be judged when a backward pass ends, by its number. Passes that an exception ended stay, until the next.
+_collected: dict[int, list[Item]] = {}
 _waiting: list[_Sent] = []
 _raised: list[Exception] = []  # by verdicts, and not yet by anybody who asked
 
@@ -124,32 +119,46 @@ def later(tensors: Sequence[Tensor], verdict: Verdict) -> None:
         Exception: what verdicts raised that are there already.
     """
     task = graph_task_id()
-    if task != -1 and _collected.task == task:
-        _collected.items.append((tensors, verdict))
-        return
-    _send_collected()  # of a pass that an exception ended
-    _collected.items.append((tensors, verdict))
     if task == -1:
-        _send_collected()
+        _send([(tensors, verdict)])
         look()
         return
-    when_backward_ends(_end)
-    _collected.task = task
+    with _lock:
+        if task in _collected:
+            _collected[task].append((tensors, verdict))
+            return
+        _send_collected()
+        _collected[task] = [(tensors, verdict)]
+    try:
+        when_backward_ends(functools.partial(_end, task))
+    except RuntimeError:  # an engine without such calls
+        _end(task)
 
 
-def _end() -> None:
-    _send_collected()
+def _end(task: int) -> None:
+    with _lock:
+        items = _collected.pop(task, [])
+    _send(items)
     look()
 
 
 def _send_collected() -> None:
-    items, _collected.items, _collected.task = _collected.items, [], -1
-    if items:
-        sent = _Sent(items)
-        with _lock:
-            _waiting.append(sent)
-        while len(_waiting) > _MOST:
-            _judge(1)
+    """Send what passes have collected; those that run in other threads collect on."""
+    with _lock:
+        items = [item for collected in _collected.values() for item in collected]
+        for collected in _collected.values():
+            collected.clear()
+    _send(items)
+
+
+def _send(items: Sequence[Item]) -> None:
+    if not items:
+        return
+    sent = _Sent(items)
+    with _lock:
+        _waiting.append(sent)
+    while len(_waiting) > _MOST:
+        _judge(1)
 
 
 def _judge(number: int) -> None:
@@ -165,7 +174,7 @@ def _judge(number: int) -> None:
 
 def outstanding() -> bool:
     """Whether there are verdicts that nobody has been told of."""
-    return bool(_waiting or _raised or _collected.items)
+    return bool(_waiting or _raised or any(_collected.values()))
 
 
 def arrive() -> None:

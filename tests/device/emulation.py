@@ -9,7 +9,8 @@ Copies to the host that do not block arrive late: an event that was recorded aft
 ``device.lag`` times, or when the host has waited for something later. Until then the copy holds NaN.
 
 Not emulated: sparse COO tensors, pinned memory and streams of one's own, storages that are made or resized by hand,
-``torch.Generator("other")``.
+``torch.Generator("other")``. An error that a hook of a tensor, or of a saved tensor, raises on the device ends the process
+(torch asks the device, which is in Python, for its type while the error is on its way).
 """
 
 from __future__ import annotations
@@ -320,6 +321,15 @@ def _scalar(tensor: Tensor) -> Any:
     return _aten._local_scalar_dense(_off(tensor))
 
 
+def _deepcopy(tensor: Tensor, original: Callable[..., Tensor], memo: dict[int, Any]) -> Tensor:
+    """Copy without making a storage, which only a device of torch's own can."""
+    if not _is_other(tensor) or not tensor.is_leaf:
+        return original(tensor, memo)
+    if id(tensor) not in memo:
+        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 # Autocast.
 
 _LOW = (
@@ -519,4 +529,5 @@ def _register() -> None:
     for names, full in ((_LOW, False), (_FULL, True)):
         for name in names:
             aten.impl(name, _casting(_overload(name), full), "AutocastPrivateUse1")
+    torch.Tensor.__deepcopy__ = functools.partialmethod(_deepcopy, torch.Tensor.__deepcopy__)
     _libraries.extend([everything, aten])

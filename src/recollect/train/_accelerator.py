@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.accelerators import Accelerator
+from lightning_fabric.accelerators.accelerator import Accelerator
 from lightning_fabric.plugins import CheckpointIO, MixedPrecision
 from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
