@@ -200,6 +200,12 @@ def _share(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value) if isinstance(value, (int, complex)) else value
+
+
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     name = op._schema.name.removeprefix("aten::")
     if _waits(name, args, kwargs):
@@ -211,6 +217,9 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
             f"Expected all tensors to be on the same device, but {name} got tensors on {NAME} and on the CPU, the "
             f"latter of shape {list(strangers[0].shape)}"
         )
+    # Numbers that stand for tensors come as numbers.
+    kinds = [isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments]
+    args = tuple(_as_tensor(a) if k else a for a, k in zip(args, kinds, strict=False))
     found = _Found()
     wanted = kwargs.get("device")
     here = torch.device(wanted).type == NAME if wanted is not None else any(map(_is_other, tensors))
