@@ -9,8 +9,8 @@ Copies to the host that do not block arrive late: an event that was recorded aft
 ``device.lag`` times, or when the host has waited for something later. Until then the copy holds NaN.
 
 Not emulated: sparse COO tensors, pinned memory and streams of one's own, storages that are made or resized by hand,
-``torch.Generator("other")``. An error that a hook of a tensor, or of a saved tensor, raises on the device ends the process
-(torch asks the device, which is in Python, for its type while the error is on its way).
+``torch.Generator("other")``. An error that a hook of a tensor, or of a saved tensor, raises on the device ends the
+process: torch asks the device, which is in Python, for its type while the error is on its way.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from device.compare import assert_same, saved_and_loaded, there, waits
 from torch import nn
 from torch.nn import functional as F
 
+from device.compare import assert_same, saved_and_loaded, there, waits
 from recollect import models
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, add_self_loops, normalize, permute, to_adj_t
 from recollect.frames import settle

@@ -28,13 +28,13 @@ class Step:
         fabric: gives device and precision.
         settings: of the optimizer, the mini-batches, and the largest norm of the gradient.
         graph: prepared for the model; it comes to the device unless all that is done is done on parts.
-        network: the model; Fabric moves it to the device.
+        network: the model; it comes to the device.
     """
 
     def __init__(self, fabric: Fabric, settings: Settings, graph: TrainingGraph, network: nn.Module) -> None:
         training = settings.training
         self.fabric = fabric
-        self.network = network
+        self.network = network.to(fabric.device)  # before the optimizer: some devices get new parameters
         self.clip_norm = settings.clip_norm
         self.lipschitz = training.lipschitz
         self.errors_every = training.errors_every
