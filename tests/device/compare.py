@@ -34,7 +34,7 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
 def gradients(module: nn.Module, *inputs: Any, call: Callable[..., Any] | None = None) -> list[Tensor | None]:
     """Return the output, and the gradients of a weighting of it by the first input and the parameters."""
     x = inputs[0].detach().requires_grad_()
-    output = (call or module)(x * 1.0, *inputs[1:])
+    output = (module if call is None else call)(x * 1.0, *inputs[1:])
     outputs = [output] if isinstance(output, Tensor) else [o for o in output if isinstance(o, Tensor)]
     total = sum((o * _weights(o)).sum() for o in outputs)
     leaves = [x, *(p for p in module.parameters() if p.requires_grad)]

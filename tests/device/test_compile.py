@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
-from device.compare import assert_same, gradients, there, waits
 from torch import nn
 
+from device.compare import assert_same, gradients, there, waits
 from recollect import invertible as inn
 from recollect.autogram import Engine
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
+
+# What torch.compile looks at of every tensor, and hides where warnings are no errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 CONVS = ["gat", "gcn", "gen", "gin", "graphconv", "sage"]
 NODES = 24
@@ -91,8 +94,8 @@ def test_a_step_with_compiled_blocks_does_not_wait(other):
 
     for wrap in (False, True):
         if wrap:
-            for layer in layers:
-                for block in layer.gnn_modules:
+            for block in layers.modules():
+                if isinstance(block, Block):
                     block.compile(backend="eager", fullgraph=True)
         torch.manual_seed(5)
         found.append(gradients(layers, x, call=call))

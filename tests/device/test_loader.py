@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from device.compare import there
 from device.emulation import watch
-
 from recollect.autoscale import (
     EvalSubgraphLoader,
     SubgraphLoader,

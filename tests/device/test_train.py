@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from device.emulation import device, watch
 
+from device.emulation import device, watch
 from recollect.cli import main
 from recollect.train._step import Step
 from recollect.train._trainer import Trainer
