@@ -46,7 +46,10 @@ class _Copy:
             self._host = torch.empty(joined.shape, dtype=dtype, device="cpu", pin_memory=pinned)
             self._host.copy_(joined, non_blocking=True)
             self._event = backend.Event()
-            self._event.record()
+            if hasattr(backend, "current_stream"):
+                self._event.record(backend.current_stream(first.device))  # of the tensors' device, of several
+            else:
+                self._event.record()
 
     @property
     def is_late(self) -> bool:
@@ -157,30 +160,37 @@ def _send(items: Sequence[Item]) -> None:
     sent = _Sent(items)
     with _lock:
         _waiting.append(sent)
-    while len(_waiting) > _MOST:
-        _judge(1)
+    for one in _first(len(_waiting) - _MOST):
+        _judge(one)
 
 
-def _judge(number: int) -> None:
-    """Give the verdicts over the first that were sent."""
+def _first(number: int) -> list[_Sent]:
+    """Return so many that wait for a verdict, in their order."""
     with _lock:
-        due = _waiting[:number]
-        del _waiting[:number]
-    for sent in due:
-        raised = sent.judge()
-        with _lock:
-            _raised.extend(raised)
+        return _waiting[: max(number, 0)]
+
+
+def _judge(sent: _Sent) -> None:
+    """Give the verdicts over what was sent, unless another thread does."""
+    with _lock:
+        if sent not in _waiting:
+            return
+        _waiting.remove(sent)
+    raised = sent.judge()
+    with _lock:
+        _raised.extend(raised)
 
 
 def outstanding() -> bool:
     """Whether there are verdicts that nobody has been told of."""
-    return bool(_waiting or _raised or any(_collected.values()))
+    return bool(_waiting or _raised or any(list(_collected.values())))
 
 
 def arrive() -> None:
     """Wait for all numbers that were sent, and give the verdicts; errors are kept for whoever looks next."""
     _send_collected()
-    _judge(len(_waiting))
+    for one in _first(len(_waiting)):
+        _judge(one)
 
 
 def look() -> None:
@@ -189,8 +199,10 @@ def look() -> None:
     Raises:
         Exception: the first that a verdict raised; it has a note of the others.
     """
-    while _waiting and _waiting[0].is_here():
-        _judge(1)
+    for one in _first(len(_waiting)):
+        if not one.is_here():
+            break
+        _judge(one)
     _raise()
 
 

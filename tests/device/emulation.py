@@ -478,6 +478,9 @@ class _Device:
     def synchronize(self, device: Any = None) -> None:
         _waited("synchronize")
 
+    def current_stream(self, device: Any = None) -> None:
+        return None  # there is one
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
