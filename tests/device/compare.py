@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -63,7 +62,3 @@ def waits(step: Callable[[], Any], times: int = 2) -> list[str]:
         for _ in range(times):
             step()
     return log.where
-
-
-def copied(module: Module) -> Module:
-    return copy.deepcopy(module)
