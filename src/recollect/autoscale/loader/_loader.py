@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recollect._arguments import as_count
+from recollect.autoscale.loader._checks import check_data
 from recollect.autoscale.loader._cut import Adjacency, Cut, check_permuted, checked_ptr
+from recollect.autoscale.loader._links import LinkCut, Links
 from recollect.autoscale.loader._order import to_adj_t
-from recollect.autoscale.loader._roles import Kind, check_data
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -66,7 +67,9 @@ class SubgraphLoader(DataLoader[int]):
         log: bool = True,
         *,
         adjacency: Adjacency = "csr",
-        kinds: Mapping[str, Kind] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        links: Tensor | None = None,
+        link_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         start = time.perf_counter()
@@ -75,11 +78,24 @@ class SubgraphLoader(DataLoader[int]):
         if "collate_fn" in kwargs:
             raise ValueError("a loader of mini-batches has a collate_fn of its own: leave it out")
         check_permuted(data)
-        self.data, self.ptr, self.bipartite = to_adj_t(data, kinds), checked_ptr(ptr, int(data.num_nodes)), bipartite
-        cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
-        parts: Any = range(self.ptr.numel() - 1)
-        if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
-            parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()
+        self.data = to_adj_t(data, kinds)
+        self.ptr, self.bipartite = checked_ptr(ptr, self.data.adj_t.size(0)), bipartite
+        self.units: list[tuple[int, ...]] | None = None
+        kinds = {name: kind for name, kind in (kinds or {}).items() if name in self.data or "." in name}
+        cut: Any
+        parts: Any
+        if links is not None:
+            sorted_links, rest = Links.of(self.data, links, link_labels, self.ptr, kinds)
+            cut = LinkCut(Cut(rest, self.ptr, bipartite, adjacency, kinds), sorted_links)
+            self.units = sorted_links.units
+            parts = range(len(self.units))
+        elif link_labels is not None:
+            raise ValueError("link_labels go with links: give links=edge_label_index, [2, K], too")
+        else:
+            cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
+            parts = range(self.ptr.numel() - 1)
+            if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
+                parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()
         if log:
             _logger.info("prepared mini-batches of %d parts in %.2f s", len(parts), time.perf_counter() - start)
         super().__init__(parts, batch_size=batch_size, collate_fn=cut, **kwargs)
@@ -103,6 +119,11 @@ class EvalSubgraphLoader(SubgraphLoader):
         for name in ("sampler", "batch_sampler", "drop_last", "shuffle"):
             if kwargs.pop(name, None):
                 raise ValueError(f"EvalSubgraphLoader yields every node once, in order: it takes no {name}")
+        if kwargs.get("links") is not None or kwargs.get("link_labels") is not None:
+            raise ValueError(
+                "EvalSubgraphLoader yields every node once, and links lie between parts: evaluate the nodes first, "
+                "then out[links], or take a SubgraphLoader"
+            )
         check_data(data)
         batch_size = as_count("batch_size", batch_size, _PARTS)
         ptr = checked_ptr(ptr, int(data.num_nodes))

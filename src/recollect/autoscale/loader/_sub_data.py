@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from recollect.autoscale.loader._attributes import graph_copy
 from recollect.messages import sparse_csr
 
 if TYPE_CHECKING:
@@ -60,5 +61,6 @@ if not TYPE_CHECKING:  # type checkers know what there is
 
 
 def _rebuild(parts: tuple[Tensor, Tensor, Tensor, tuple[int, int]], data: Data, *rest: Any) -> SubData:
+    data = graph_copy(data)
     data.adj_t = sparse_csr(*parts)
     return SubData(data, *rest)
