@@ -30,7 +30,7 @@ def to_adj_t(data: Data, kinds: Mapping[str, str] | None = None) -> Data:
     Args:
         data: With ``edge_index`` [2, E] (row 0: sources, row 1: targets), int64 or int32, a tensor or an
             ``EdgeIndex``; or with ``adj_t``, which is then kept as it is.
-        kinds: What each tensor belongs to, where names and sizes do not say; see `permute`.
+        kinds: What each tensor belongs to, where names do not say; see `permute`.
 
     Returns:
         A shallow copy of ``data`` with ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
@@ -82,8 +82,8 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
        ``edge_label_...`` go with ``edge_label_index``, ``edge_attr_2`` with ``edge_index_2``, where the sizes agree.
        ``ptr`` says where graphs of a ``Batch`` begin; no permutation keeps that, and the result has none.
     4. A name and a size that agree: ``edge`` in the name, and as many rows as edges; ``node_...``, ``..._mask``,
-       ``..._pe``, ``x_...``, ``y_...``, ``feat_...``, ``pos_...``, ``z`` or ``normal``, and as many rows as nodes; a mask,
-       which is a tensor of booleans, under any name, of as many rows as nodes or as edges, but not as both.
+       ``..._pe``, ``x_...``, ``y_...``, ``feat_...``, ``pos_...``, ``z`` or ``normal``, and as many rows as nodes; any
+       name of booleans, which are a mask, of as many rows as nodes or as edges, but not as both.
     5. The class of ``data``: ``is_node_attr`` or ``is_edge_attr`` of its own; or a ``__cat_dim__`` of its own for this
        name, along which there are as many rows as nodes or as edges, but not as both.
 
