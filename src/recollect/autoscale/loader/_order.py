@@ -40,7 +40,7 @@ def to_adj_t(data: Data, kinds: Mapping[str, str] | None = None) -> Data:
         ValueError: ``data`` has no edges, both forms of them, a tensor of the wrong size, or one of which it is
             unclear whether it belongs to nodes or to edges.
     """
-    roles = roles_of(data, kinds)
+    roles = roles_of(data, kinds, edges_alone=True)
     result = graph_copy(data)
     if roles.structure == "adj_t":
         return result

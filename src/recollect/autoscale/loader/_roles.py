@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
@@ -69,8 +69,10 @@ class Roles:
         return {path: role for path, role in self.roles.items() if role.kind == kind and (role.of is None) == of_edges}
 
 
-def roles_of(data: Data, kinds: Mapping[str, str] | None = None) -> Roles:
+def roles_of(data: Data, kinds: Mapping[str, str] | None = None, edges_alone: bool = False) -> Roles:
     """Count nodes and edges and sort all other tensors of ``data`` by what they belong to; `permute` has the rules.
+
+    With ``edges_alone``, what may be of nodes by chance does not matter, and counts as of the graph.
 
     Raises:
         TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``adj_t`` is not in sparse
@@ -88,7 +90,8 @@ def roles_of(data: Data, kinds: Mapping[str, str] | None = None) -> Roles:
     if name == "edge_index":
         check_nodes("edge_index", structure, num_nodes)
     declared = Declarations(data, num_nodes, _NODE_NAMES)
-    sorter = _Sorter(found, num_nodes, num_edges, declared, dict(kinds or {}))
+    doubtful = {num_edges} if edges_alone else {num_nodes, num_edges}
+    sorter = _Sorter(found, num_nodes, num_edges, declared, dict(kinds or {}), doubtful)
     roles = {path: role for path, value in found.items() if (role := sorter(path, value)) is not None}
     return Roles(num_nodes, num_edges, name, roles)
 
@@ -125,7 +128,9 @@ class _Sorter:
         num_edges: int,
         declared: Declarations,
         kinds: dict[str, str],
+        doubtful: Set[int],
     ) -> None:
+        self._doubtful = doubtful
         self._found, self._declared, self._kinds = found, declared, kinds
         self._sizes = {"node": num_nodes, "edge": num_edges}
         self._indices: dict[Path, int] = {}
@@ -241,7 +246,7 @@ class _Sorter:
     def _check_not_by_chance(self, path: Path, value: Tensor, dim: int | None) -> None:
         """Rows as many as nodes or edges are no proof; numbers may be those of nodes."""
         sizes = value.shape if value.layout != torch.strided else () if dim is None else (value.size(dim),)
-        if any(size in self._sizes.values() for size in sizes):
+        if any(size in self._doubtful for size in sizes):
             self._ask(path, value, "and nothing but its size says what it belongs to, which may be chance")
         number = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
         if dim is not None and number and _LIKE_NUMBERS.fullmatch(_name(path)):
