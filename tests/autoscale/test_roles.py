@@ -133,7 +133,7 @@ def test_names_of_nodes(form, name):
 def test_the_form_of_edges_alone_does_not_ask_what_is_of_nodes():
     data = to_adj_t(with_attributes(charge=torch.arange(8)))
     assert torch.equal(permute(data, PERM, kinds={"charge": "node"}).charge, PERM)
-    with pytest.raises(ValueError, match="data.current has shape"):
+    with pytest.raises(ValueError, match=r"data\.current has shape"):
         to_adj_t(with_attributes(current=torch.arange(16)))
 
 
@@ -313,7 +313,6 @@ def test_a_batch_of_graphs():
             TypeError,
             r"data.adj_t = data.adj_t.to_sparse_csr\(\)",
         ),
-        (lambda: with_attributes(table=torch.eye(8).to_sparse()), ValueError, r"data.table has shape \(8, 8\)"),
         (lambda: with_attributes(refractive_index=torch.ones(8)), TypeError, "kinds={'refractive_index': 'graph'}"),
         (lambda: with_attributes(pair_index=torch.tensor([8])), ValueError, "entries from 8 to 8, .* 8 nodes"),
         (lambda: with_attributes(edge_label_index=ring().edge_index, edge_label=torch.ones(3)), ValueError, "entries;"),
@@ -323,6 +322,13 @@ def test_a_batch_of_graphs():
 def test_what_is_given_by_mistake_is_refused(call, make, error, message):
     with pytest.raises(error, match=message):
         call(make())
+
+
+def test_another_sparse_matrix_of_nodes_is_refused_until_it_is_said():
+    data = with_attributes(table=torch.eye(8).to_sparse())
+    with pytest.raises(ValueError, match=r"data.table has shape \(8, 8\) .* kinds={'table': 'node'}, .* or 'graph'"):
+        permute(data, PERM)
+    assert permute(data, PERM, kinds={"table": "graph"}).table is data.table
 
 
 class SparseTensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data.storage import GlobalStorage
+from torch_geometric.data.storage import GlobalStorage, recursive_apply_
 
 from recollect.autoscale.loader._attributes import leaves
 
@@ -35,11 +35,8 @@ class GraphStorage(GlobalStorage):  # type: ignore[misc]  # which has no types
         """Apply a function in place to all tensors, or to those under the given names: to each part of a CSR one."""
         names = args or tuple(self.keys())
         for _, value in leaves({name: self[name] for name in names if name in self}):
-            if _is_csr(value):
-                for part in (value.crow_indices(), value.col_indices(), value.values()):
-                    func(part)
-        strided = {name: value for name, value in self._mapping.items() if not _is_csr(value) and name in names}
-        GlobalStorage(strided).apply_(func)
+            parts = (value.crow_indices(), value.col_indices(), value.values()) if _is_csr(value) else value
+            recursive_apply_(parts, func)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
