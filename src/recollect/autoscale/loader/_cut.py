@@ -34,7 +34,7 @@ class Cut:
         ptr: [num_parts + 1] int64 on the CPU.
         bipartite: ``adj_t`` has no rows for the halo.
         adjacency: The form of the edges.
-        kinds: What each tensor belongs to, where names and sizes do not say.
+        kinds: What each tensor belongs to, where names do not say.
     """
 
     def __init__(

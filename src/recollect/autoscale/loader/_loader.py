@@ -33,6 +33,11 @@ class SubgraphLoader(DataLoader[int]):
     ``generator`` as in any ``DataLoader``; the content of a mini-batch depends on its parts alone. Parts without nodes
     are left out. The columns in a row of ``adj_t`` do not ascend: their order is that of the whole graph.
 
+    Nodes by number are those of the mini-batch: of a tensor whose entries are nodes, such as ``edge_label_index`` or
+    ``face``, a mini-batch has the entries (columns) that lie within its parts, as rows of its tensors, and what goes
+    with these. All others, also those with a node in the halo, whose row a network does not return, are dropped: give
+    ``links`` where every pair counts.
+
     Args:
         data: A graph that `permute` has brought into the order of the parts, with ``adj_t`` or ``edge_index``. Edges,
             weights and edge-level tensors are those of `to_adj_t`. Mini-batches are cut on the device that it lies on.
@@ -43,7 +48,16 @@ class SubgraphLoader(DataLoader[int]):
         adjacency: ``"csr"``: ``data.adj_t`` is a ``torch.sparse_csr`` tensor. ``"edge_index"``: ``data.edge_index``
             is a ``torch_geometric.EdgeIndex`` [2, E'] of sources and targets, sorted by target, and
             ``data.edge_weight`` [E'] the weights.
-        kinds: What each tensor belongs to, where names and sizes do not say; see `permute`.
+        kinds: What each tensor belongs to, where names do not say; see `permute`.
+        links: [2, K] int64 or int32: pairs of nodes to be predicted, in the numbers of ``data``, such as
+            ``data.edge_label_index``. Mini-batches are then made of units: a part with the pairs within it, or two
+            parts with the pairs between them. ``batch_size``, ``shuffle`` and samplers choose units (``loader.units``)
+            instead of parts; a mini-batch has the parts of its units, each once, and ``data.edge_label_index`` [2, k],
+            the pairs of its units as rows of the mini-batch. So one epoch hands out each pair once. Parts without pairs
+            are left out.
+        link_labels: [K, ...]: labels of the pairs, which mini-batches have as ``data.edge_label``. Default: where
+            ``links`` is ``data.edge_label_index``, ``data.edge_label`` and all that goes with it by name; a
+            ``data.edge_label`` [K] without ``edge_label_index``; or no labels.
         **kwargs: Arguments of ``torch.utils.data.DataLoader``, such as ``shuffle`` and ``num_workers``. A sampler
             chooses parts by their numbers.
 
@@ -51,9 +65,10 @@ class SubgraphLoader(DataLoader[int]):
         data: The graph with ``adj_t``.
         ptr: [num_parts + 1] int64 on the CPU.
         bipartite: As given.
+        units: With ``links``, the parts of each unit, one or two; else None.
 
     Raises:
-        TypeError: ``data`` is no graph, or rows of nodes or edges are not in a dense tensor.
+        TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``links`` are no numbers.
         ValueError: ``data`` was not permuted, ``ptr`` does not cover its nodes, a tensor has the wrong size, or another
             argument is out of its range.
     """
