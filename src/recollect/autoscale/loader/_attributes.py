@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from recollect.autoscale._require import require
-
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["Path", "found_at", "graph_copy", "leaves", "put", "spelled"]
+__all__ = ["Path", "found_at", "leaves", "put", "spelled"]
 
 Path = tuple[str | int, ...]
 """The name of an attribute, then keys and positions in the containers that it is made of."""
@@ -70,12 +67,3 @@ def put(data: Data, paths: Iterable[Path], change: Callable[[Path], Tensor]) -> 
     for path in paths:
         new = change(path)
         data[path[0]] = _replaced(data[path[0]], path[1:], new) if len(path) > 1 else new
-
-
-def graph_copy(data: Data) -> Data:
-    """A shallow copy of a graph whose attributes can be copied deeply and shared, sparse ones too."""
-    require("torch_geometric", "a graph")
-    from recollect.autoscale.loader._storage import copyable  # torch_geometric is there now
-
-    result: Data = copyable(copy.copy(data))
-    return result

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._require import require
-from recollect.autoscale.loader._attributes import Path, found_at, graph_copy, put, spelled
+from recollect.autoscale.loader._attributes import Path, found_at, put, spelled
 from recollect.autoscale.loader._local import Entries
 from recollect.autoscale.loader._order import without_bounds
 from recollect.autoscale.loader._roles import Roles, roles_of
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.autoscale.loader._subgraph import OneHop, Ranges
 from recollect.messages import rows_of, sparse_csr

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recollect.autoscale.loader._attributes import graph_copy
 from recollect.autoscale.loader._checks import check_edge_index, check_nodes
 from recollect.autoscale.loader._cut import Cut
 from recollect.autoscale.loader._local import in_parts, local_numbers
 from recollect.autoscale.loader._roles import roles_of
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.autoscale.loader._sub_data import SubData
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recollect.autoscale.loader._attributes import Path, found_at, graph_copy, put
+from recollect.autoscale.loader._attributes import Path, found_at, put
 from recollect.autoscale.loader._roles import Role, Roles, roles_of
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.messages import make_adj_t, rows_of
 
 if TYPE_CHECKING:

@@ -6,51 +6,64 @@ its rows, columns and values have one each.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data.storage import GlobalStorage, recursive_apply_
 
+from recollect.autoscale._require import require
 from recollect.autoscale.loader._attributes import leaves
 
-__all__ = ["GraphStorage", "copyable"]
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = ["graph_copy"]
 
 
-class GraphStorage(GlobalStorage):  # type: ignore[misc]  # which has no types
-    """The attributes of a graph, as torch_geometric keeps them, some of which may be sparse CSR tensors.
-
-    It is saved as a storage of torch_geometric, so that files do not depend on this library.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any] | None) -> GraphStorage:
-        memo = {} if memo is None else memo
-        for _, value in leaves(self._mapping):
-            if _is_csr(value) and id(value) not in memo:
-                memo[id(value)] = _clone(value)
-        return super().__deepcopy__(memo)  # type: ignore[no-any-return]
-
-    def apply_(self, func: Callable[..., Any], *args: str) -> GraphStorage:
-        """Apply a function in place to all tensors, or to those under the given names: to each part of a CSR one."""
-        names = args or tuple(self.keys())
-        for _, value in leaves({name: self[name] for name in names if name in self}):
-            parts = (value.crow_indices(), value.col_indices(), value.values()) if _is_csr(value) else value
-            recursive_apply_(parts, func)
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return GlobalStorage, (), self.__getstate__()
-
-
-def copyable(data: Any) -> Any:
-    """``data`` itself, its attributes now in a `GraphStorage` if they were in a storage of torch_geometric."""
-    store = data.__dict__.get("_store")
-    if type(store) is GlobalStorage:
-        made = GraphStorage.__new__(GraphStorage)
+def graph_copy(data: Data) -> Data:
+    """A shallow copy of a graph that can itself be copied deeply and shared, also with sparse CSR tensors in it."""
+    result = copy.copy(data)
+    store: Any = result.__dict__.get("_store")
+    plain, ours = _storages()
+    if type(store) is plain:
+        made = ours.__new__(ours)
         made.__dict__.update(store.__dict__)
-        data.__dict__["_store"] = made
-    return data
+        result.__dict__["_store"] = made
+    return result
+
+
+@functools.cache
+def _storages() -> tuple[Any, Any]:
+    """In which torch_geometric keeps the attributes of a graph, and ours in its place."""
+    geometric = require("torch_geometric.data.storage", "a graph")
+    plain: Any = geometric.GlobalStorage
+
+    class GraphStorage(plain):  # type: ignore[misc]
+        """Attributes, some of which may be sparse CSR tensors."""
+
+        def __deepcopy__(self, memo: dict[int, Any] | None) -> Any:
+            memo = {} if memo is None else memo
+            for _, value in leaves(self._mapping):
+                if _is_csr(value) and id(value) not in memo:
+                    memo[id(value)] = _clone(value)  # where deepcopy looks first
+            return super().__deepcopy__(memo)
+
+        def apply_(self, func: Callable[..., Any], *args: str) -> Any:
+            """Apply a function in place to each tensor, or to those under the given names; to each part of a CSR."""
+            names = args or tuple(self.keys())
+            for _, value in leaves({name: self[name] for name in names if name in self}):
+                parts = (value.crow_indices(), value.col_indices(), value.values()) if _is_csr(value) else value
+                geometric.recursive_apply_(parts, func)
+            return self
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """As a storage of torch_geometric, so that files do not depend on this library."""
+            return plain, (), self.__getstate__()
+
+    return plain, GraphStorage
 
 
 def _is_csr(value: Any) -> bool:

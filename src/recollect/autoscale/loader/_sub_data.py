@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from recollect.autoscale.loader._attributes import graph_copy
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.messages import sparse_csr
 
 if TYPE_CHECKING:
