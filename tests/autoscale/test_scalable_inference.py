@@ -155,7 +155,9 @@ def test_what_layers_leave_in_their_state_and_what_the_data_gives_them():
     x = data.x
     for calls in (1, 2, 3):
         x = data.adj_t @ x + data.x * calls + 2 * data.x * data.extra
-    torch.testing.assert_close(model(loader=EvalSubgraphLoader(data, PTR, kinds={"extra": "node"})), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        model(loader=EvalSubgraphLoader(data, PTR, kinds={"extra": "node"})), x, rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(model(data.x, data.adj_t, extra=data.extra), x, rtol=1e-12, atol=1e-12)
 
 

@@ -45,9 +45,10 @@ class Cut:
             raise ValueError(f"adjacency is {adjacency!r}, but must be one of {', '.join(get_args(Adjacency))}")
         if adjacency == "edge_index" and "edge_weight" in data:
             raise ValueError("data has edge_weight beside adj_t, whose values are weights already: delete one of them")
-        roles = roles_of(data, {name: kind for name, kind in (kinds or {}).items() if name != "edge_weight"})
+        kinds = {name: kind for name, kind in (kinds or {}).items() if name.partition(".")[0] in data}
+        roles = roles_of(data, kinds)
         self._rest = graph_copy(data)
-        without_bounds(self._rest, roles, kinds or ())
+        without_bounds(self._rest, roles, kinds)
         for name in ("adj_t", "node_order"):
             if name in self._rest:
                 del self._rest[name]

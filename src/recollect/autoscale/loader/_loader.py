@@ -96,7 +96,7 @@ class SubgraphLoader(DataLoader[int]):
         self.data = to_adj_t(data, kinds)
         self.ptr, self.bipartite = checked_ptr(ptr, self.data.adj_t.size(0)), bipartite
         self.units: list[tuple[int, ...]] | None = None
-        kinds = {name: kind for name, kind in (kinds or {}).items() if name in self.data or "." in name}
+        kinds = {name: kind for name, kind in (kinds or {}).items() if name.partition(".")[0] in self.data}
         cut: Any
         parts: Any
         if links is not None:
