@@ -111,13 +111,14 @@ def _is_list_of_tensors(value: Any) -> bool:
 
 def _sizes(data: Data, attributes: Mapping[str, Any], name: str, structure: Tensor) -> tuple[int, int]:
     if name == "edge_index":
-        num_nodes, said = int(data.num_nodes), getattr(structure, "sparse_size", tuple)()  # of an EdgeIndex
+        num_nodes = int(data.num_nodes)
+        said: tuple[Any, ...] = getattr(structure, "sparse_size", tuple)()  # of an EdgeIndex
         if any(size not in (None, num_nodes) for size in said):
             raise ValueError(f"data.edge_index is of a graph of {list(said)} nodes, but data has {num_nodes} nodes")
         return num_nodes, int(structure.size(1))
-    num_nodes, said = int(structure.size(0)), attributes.get("num_nodes")
-    if said is not None and int(said) != num_nodes:
-        raise ValueError(f"data.adj_t is {list(structure.shape)}, but data.num_nodes is {int(said)}")
+    num_nodes, own = int(structure.size(0)), attributes.get("num_nodes")
+    if own is not None and int(own) != num_nodes:
+        raise ValueError(f"data.adj_t is {list(structure.shape)}, but data.num_nodes is {int(own)}")
     return num_nodes, int(structure.values().size(0))
 
 
