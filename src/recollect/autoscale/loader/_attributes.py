@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -62,8 +62,7 @@ def found_at(data: Data, path: Path) -> Any:
     return value
 
 
-def put(data: Data, paths: Iterable[Path], change: Callable[[Path], Tensor]) -> None:
-    """Give a graph another tensor at each of some paths; containers on the way are copied."""
-    for path in paths:
-        new = change(path)
-        data[path[0]] = _replaced(data[path[0]], path[1:], new) if len(path) > 1 else new
+def put(data: Data, new: Mapping[Path, Tensor]) -> None:
+    """Give a graph other tensors at some paths; containers on the way are copied."""
+    for path, value in new.items():
+        data[path[0]] = _replaced(data[path[0]], path[1:], value) if len(path) > 1 else value

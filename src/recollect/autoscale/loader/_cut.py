@@ -94,22 +94,20 @@ class Cut:
         """All but the edges, for these nodes."""
         rest = self._rest
         data = copy.copy(rest)
-        put(data, self._nodes, lambda path: found_at(rest, path).index_select(self._nodes[path], n_id))
-        put(data, self._edges, lambda path: _take(edges, found_at(rest, path), self._edges[path]))
+        put(data, {path: found_at(rest, path).index_select(dim, n_id) for path, dim in self._nodes.items()})
+        put(data, {path: _take(edges, found_at(rest, path), dim) for path, dim in self._edges.items()})
         if "num_nodes" in rest:
             data.num_nodes = n_id.numel()
         return data
 
     def _put_entries(self, data: Data, parts: Tensor, offset: Tensor, count: Tensor) -> None:
         """Tensors of nodes, and what goes with their entries: those within the parts."""
-        kept = {}
-        for path, entries in self._entries.items():
-            nodes, kept[path] = entries(parts, offset, count)
-            put(data, [path], lambda _, nodes=nodes: nodes)  # type: ignore[misc]
+        found = {path: entries(parts, offset, count) for path, entries in self._entries.items()}
+        put(data, {path: nodes for path, (nodes, _) in found.items()})
         for path, role in self._companions.items():
             if role.of is not None:
-                rows = found_at(self._rest, path).index_select(role.dim or 0, kept[role.of])
-                put(data, [path], lambda _, rows=rows: rows)  # type: ignore[misc]
+                _, kept = found[role.of]
+                put(data, {path: found_at(self._rest, path).index_select(role.dim or 0, kept)})
 
 
 def _take(edges: Ranges, value: Tensor, dim: int) -> Tensor:

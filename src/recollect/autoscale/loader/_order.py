@@ -57,7 +57,7 @@ def to_adj_t(data: Data, kinds: Mapping[str, str] | None = None) -> Data:
     if weight is not None:
         del result.edge_weight
     edges = {path: role for path, role in roles.of_kind("edge").items() if path != ("edge_weight",)}
-    put(result, edges, lambda path: _rows(data, path, edges[path], order))
+    put(result, _in_order(data, edges, order))
     return result
 
 
@@ -111,13 +111,11 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
     result = graph_copy(data)
     if roles.structure == "adj_t":
         order = _permute_adj_t(result, inverse.to(data.adj_t.device))
-        edges = roles.of_kind("edge")
-        put(result, edges, lambda path: _rows(data, path, edges[path], order))
+        put(result, _in_order(data, roles.of_kind("edge"), order))
     else:
         result.edge_index = inverse.to(data.edge_index.device)[data.edge_index.as_subclass(Tensor)]
-    nodes = roles.of_kind("node")
-    put(result, nodes, lambda path: _rows(data, path, nodes[path], perm))
-    put(result, roles.of_kind("index"), lambda path: _renumbered(found_at(data, path), inverse))
+    put(result, _in_order(data, roles.of_kind("node"), perm))
+    put(result, {path: _renumbered(found_at(data, path), inverse) for path in roles.of_kind("index")})
     without_bounds(result, roles, kinds or {})
     if "node_order" not in data:
         result.node_order = perm.clone()
@@ -126,9 +124,10 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
     return result
 
 
-def _rows(data: Data, path: Path, role: Role, order: Tensor) -> Tensor:
-    value: Tensor = found_at(data, path)
-    return value.index_select(role.dim or 0, order.to(value.device))
+def _in_order(data: Data, roles: Mapping[Path, Role], order: Tensor) -> dict[Path, Tensor]:
+    """The tensors of these roles, their rows in another order."""
+    values: dict[Path, Tensor] = {path: found_at(data, path) for path in roles}
+    return {path: value.index_select(roles[path].dim or 0, order.to(value.device)) for path, value in values.items()}
 
 
 def _renumbered(nodes: Tensor, inverse: Tensor) -> Tensor:
