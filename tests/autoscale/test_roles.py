@@ -97,6 +97,9 @@ def test_a_class_says_what_is_of_nodes_and_edges():
     data = with_attributes(Levels, charge=torch.arange(8), current=torch.arange(16))
     found = permute(to_adj_t(data), PERM)
     assert torch.equal(found.charge, PERM)
+    by_edge = dict(zip(zip(*edges(data), strict=True), range(16), strict=True))
+    for source, target, row in zip(*edges(found), found.current.tolist(), strict=True):
+        assert by_edge[int(PERM[source]), int(PERM[target])] == row
     assert type(found) is Levels
     with pytest.raises(ValueError, match=r"data.other has shape \(8,\)"):  # as large as nodes, of which it says nothing
         permute(with_attributes(Levels, other=torch.arange(8.0)), PERM)

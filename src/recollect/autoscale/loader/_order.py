@@ -77,16 +77,17 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
     1. ``kinds``, by name; what lies in a dictionary or list is called ``"name.key"``, and all of it ``"name"``.
     2. ``data.__inc__(name)`` is the number of nodes (for torch_geometric: names with ``index``, and ``face``): entries
        are nodes.
-    3. The conventions of torch_geometric for names: ``x``, ``feat``, ``pos``, ``y``, ``batch``, ``node_type``,
+    3. The class of ``data`` has an ``is_node_attr`` or ``is_edge_attr`` of its own that says so, whatever the sizes.
+    4. The conventions of torch_geometric for names: ``x``, ``feat``, ``pos``, ``y``, ``batch``, ``node_type``,
        ``n_id``, ``train_mask``, ``val_mask`` and ``test_mask`` have a row for each node; ``edge_attr``,
        ``edge_weight``, ``edge_type`` and ``e_id`` for each edge; another size is an error. ``edge_label`` and
        ``edge_label_...`` go with ``edge_label_index``, ``edge_attr_2`` with ``edge_index_2``, where the sizes agree.
        ``ptr`` says where graphs of a ``Batch`` begin; no permutation keeps that, and the result has none.
-    4. A name and a size that agree: ``edge`` in the name, and as many rows as edges; ``node_...``, ``..._mask``,
+    5. A name and a size that agree: ``edge`` in the name, and as many rows as edges; ``node_...``, ``..._mask``,
        ``..._pe``, ``x_...``, ``y_...``, ``feat_...``, ``pos_...``, ``z`` or ``normal``, and as many rows as nodes; any
        name of booleans, which are a mask, of as many rows as nodes or as edges, but not as both.
-    5. The class of ``data``: ``is_node_attr`` or ``is_edge_attr`` of its own; or a ``__cat_dim__`` of its own for this
-       name, along which there are as many rows as nodes or as edges, but not as both.
+    6. The class of ``data`` has a ``__cat_dim__`` of its own for this name, along which there are as many rows as nodes
+       or as edges, but not as both.
 
     Anything else belongs to the graph as a whole. If it has as many rows as there are nodes or edges nevertheless, that
     may be chance, and is an error until ``kinds`` says what it is; so are integers with ``idx`` or ``nodes`` in their

@@ -155,11 +155,9 @@ class _Sorter:
         if path in self._indices:
             check_nodes(spelled(path), value, self._sizes["node"])
             return Role("index", dim)
-        kind = self._by_names(path, value, dim)
+        kind = (self._declared.level(str(path[0])) if len(path) == 1 else None) or self._by_names(path, value, dim)
         if isinstance(kind, Role):
             return kind
-        level = self._declared.level(str(path[0])) if len(path) == 1 else None
-        kind = level or kind
         if kind is None and own_dim and dim is not None:
             kind = self._by_declared_dim(path, value, dim)
         if kind is None:
