@@ -63,7 +63,8 @@ def step(model, out, y):
 
 
 def test_every_public_model_is_tried():
-    assert set(SCALABLE) | {"RevGNN"} == set(models.__all__)
+    beside = {"PygasReport", "load_pygas_state_dict"}
+    assert set(SCALABLE) | {"RevGNN"} == set(models.__all__) - beside
 
 
 @each
