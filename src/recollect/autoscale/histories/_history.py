@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recollect._arguments import as_count
 from recollect.autoscale.histories._codec import codec_for
-from recollect.autoscale.histories._file import FileTable
+from recollect.autoscale.histories._file_table import FileTable
 from recollect.autoscale.histories._memory import memory_table, no_table
 from recollect.autoscale.histories._selection import check_values, length, select_all, select_batch, select_rows
 from recollect.autoscale.histories._table import STAMP, STATE, Table

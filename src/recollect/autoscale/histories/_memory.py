@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._selection import Selection
-from recollect.autoscale.histories._table import STAMP, Table
+from recollect.autoscale.histories._table import STAMP, Table, UnderWay
 
 __all__ = ["MemoryClock", "MemoryRows", "memory_table", "no_table"]
 
@@ -79,16 +78,15 @@ class MemoryClock:
 
     def __init__(self) -> None:
         self.pushes = 0
+        self.base = 0
 
-    @contextmanager
-    def push(self) -> Iterator[int]:
+    def note(self, pushes: int, base: int, under_way: UnderWay = UnderWay.NOTHING) -> None:
         """See :class:`Clock`."""
-        self.pushes += 1
-        yield self.pushes
+        self.pushes, self.base = pushes, base
 
     def reset(self, pushes: int = 0) -> None:
         """See :class:`Clock`."""
-        self.pushes = pushes
+        self.note(pushes, 0)
 
 
 def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Table:
