@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
-from recollect.autoscale._batch import Batch
+from recollect.autoscale._batch import Batch, BatchArguments
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, evaluating
-from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
+from recollect.autoscale._inference import LayerWise, Tables, evaluating
+from recollect.autoscale._making import HistoryOptions, as_channels, fresh_histories, widths_of
 from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale._stamp import GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
@@ -46,25 +48,25 @@ class ScalableGNN(LayeredGNN):
         num_nodes: of the whole graph, N.
         hidden_channels: width of every layer's output but the last, or one number for each.
         num_layers: L, at least 1; there are L - 1 histories.
-        pool_size: buffers of an :class:`~recollect.autoscale.AsyncIOPool`, which moves rows beside the computation:
-            the pulls of all layers start before the first one is computed. Results are the same, bit for bit.
-            ``None``: rows are moved when they are needed.
-        buffer_size: rows of each buffer, at least those of the largest halo; comes with ``pool_size``. For layer-wise
-            inference to use the pool too, at least those of the largest mini-batch and its halo.
+        pool_size: see :class:`~recollect.autoscale.HistoryOptions`.
+        buffer_size: see there; comes with ``pool_size``.
         device: of the histories; ``None``: host memory.
-        history_dtype: in which histories are kept.
-        history_path: a folder; histories are then files in it, ``0.history`` and so on.
-        save_histories: whether ``state_dict`` holds the histories, see :class:`~recollect.autoscale.History`.
-        keep_histories: ``False``: the network is for the whole graph, and histories take no memory. Mini-batches are
-            refused then; layer-wise inference fills histories that it makes for itself.
+        histories: their other options.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
             the layer is run again and its halo rows are pulled again.
+        **options: ``history_dtype``, ``history_path``, ``save_histories`` and ``keep_histories``: ``dtype``, ``path``,
+            ``save`` and ``keep`` of ``histories``, under the names that they have beside a network's other arguments.
 
     Attributes:
+        histories: a ModuleList of :class:`~recollect.autoscale.History`, one for each layer but the last.
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range, or ``history_path`` is a file.
+        ValueError: a number is out of its range, options do not go together, or the path of histories is no folder.
+        TypeError: there is no such option.
+
+    Warns:
+        UserWarning: once, when the first mini-batch is trained on with histories that were not filled.
 
     Example:
         >>> import torch
@@ -100,25 +102,52 @@ class ScalableGNN(LayeredGNN):
         buffer_size: int | None = None,
         device: torch.device | str | None = None,
         *,
-        history_dtype: torch.dtype = torch.float32,
-        history_path: str | Path | None = None,
-        save_histories: bool = False,
-        keep_histories: bool = True,
+        histories: HistoryOptions | None = None,
         recompute: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(num_layers, recompute)
-        if not keep_histories and (pool_size or history_path or save_histories):
-            raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
+        given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
+        self.history_options = (histories or HistoryOptions()).updated(**given, **options)
         self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
         self.hidden_channels = as_channels(hidden_channels)
+        self._make_histories()
+        self._told = False  # that histories were not filled
+
+    def _make_histories(self) -> None:
         widths = widths_of(self.hidden_channels, self.num_layers)
-        self.pool = make_pool(pool_size, buffer_size, widths)
-        self.keep_histories = keep_histories
-        self.histories = make_histories(
-            self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
-        )
+        self.pool = self.history_options.make_pool(widths)
+        self.histories = self.history_options.make_histories(self.num_nodes, widths)
         self._exchange = Exchange(self.pool)
-        self._device = torch.device("cpu" if device is None else device)
+
+    @property
+    def keep_histories(self) -> bool:
+        """Whether there are histories for mini-batches."""
+        return self.history_options.keep
+
+    @property
+    def pool_size(self) -> int | None:
+        """Buffers of the pool; ``None``: there is no pool."""
+        return self.history_options.pool_size
+
+    @property
+    def buffer_size(self) -> int | None:
+        """Rows of each of the pool's buffers; ``None``: there is no pool."""
+        return self.history_options.buffer_size
+
+    @property
+    def emb_device(self) -> torch.device:
+        """On which the histories lie."""
+        for history in self.tables:
+            return history.table.records.device
+        return torch.device(self.history_options.device or "cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """On which the network computes, and its histories return what is pulled."""
+        for history in self.tables:
+            return history.out_device
+        return next((tensor.device for tensor in self.parameters()), self.emb_device)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -162,10 +191,14 @@ class ScalableGNN(LayeredGNN):
                 f"x must be a tensor (got {type(x).__name__}): call model(data.x, data.adj_t) for the whole graph, "
                 "model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch, or model(loader=loader)"
             )
-        batch = Batch.of(batch_size, n_id, offset, count)
+        batch = self._batch((batch_size, n_id, offset, count))
         try:
-            if batch is not None:
-                self._exchange.start(self.tables, batch.halo)
+            if batch is None:
+                self._exchange.whole = self._stamp(adj_t)
+            else:
+                check_graph(self.tables, batch.graph)
+                self._warn(batch)
+                self._exchange.start(self.tables, batch)
             out: Tensor = super().__call__(x, adj_t, batch_size, n_id, offset, count, **inputs)
             return out
         finally:
@@ -205,7 +238,7 @@ class ScalableGNN(LayeredGNN):
             IndexError: a node that the histories do not have.
         """
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
-        batch = Batch.of(batch_size, n_id, offset, count)
+        batch = self._batch((batch_size, n_id, offset, count))
         if batch is None:
             if not x.size(0) == adj_t.size(0) == adj_t.size(1):
                 raise ValueError(
@@ -218,7 +251,7 @@ class ScalableGNN(LayeredGNN):
             x,
             first_rows(adj_t, batch.size),
             inputs,
-            lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
+            lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
         )
 
@@ -251,15 +284,52 @@ class ScalableGNN(LayeredGNN):
             ValueError: sizes disagree, or the history is of another size than the graph.
             IndexError: a node that the history does not have.
         """
-        batch = Batch.of(batch_size, n_id, offset, count)
+        batch = self._exchange.batch
+        arguments = batch_size, n_id, offset, count
+        if batch is None or not batch.is_made_of(arguments, history.num_embeddings):
+            batch = Batch.of(arguments, history.num_embeddings)
         if batch is None:
-            if x.size(0) == history.num_embeddings:
-                history.push(x.detach())
+            self._exchange.fill(history, x)
             return x
         return self._exchange.swap(history, x, batch)
 
+    def _batch(self, arguments: BatchArguments) -> Batch | None:
+        """Return the mini-batch of these arguments, as it was checked when the call began."""
+        num_nodes = self.num_nodes if self.num_layers > 1 else None
+        batch = self._exchange.batch
+        if batch is not None and batch.is_made_of(arguments, num_nodes):
+            return batch
+        return Batch.of(arguments, num_nodes)
+
+    def _stamp(self, adj_t: Any) -> GraphStamp | None:
+        """Return what tells the whole graph from others, where a pass over it fills histories."""
+        own = type(self).forward is not ScalableGNN.forward
+        if not self.keep_histories or self.num_layers == 1 or (self.training and not own):
+            return None
+        if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr or torch.compiler.is_compiling():
+            return None
+        return GraphStamp.of(adj_t) if adj_t.dim() == 2 and adj_t.device.type != "meta" else None
+
+    def _warn(self, batch: Batch) -> None:
+        """Say once that a mini-batch is trained on rows that nobody pushed."""
+        if self._told or not (self.training and torch.is_grad_enabled() and batch.halo.numel() and self.keep_histories):
+            return
+        self._told = True
+        unfilled = self.never_pushed()
+        if any(unfilled):
+            warnings.warn(
+                f"histories are not filled: of {self.num_nodes} rows, {', '.join(map(str, unfilled))} were never "
+                "pushed and are 0, and training pulls such rows for the halo of this mini-batch; fill them before "
+                "the first step by model(loader=EvalSubgraphLoader(data, ptr))",
+                stacklevel=3,
+            )
+
     def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
         """Evaluate the whole graph layer by layer, in mini-batches, and fill the histories on the way.
+
+        The graph may be another one than that of the histories, larger for instance: its own are then made for the
+        time of the call, and those of the network are left alone. Mini-batches of a SubgraphLoader say what graph they
+        are of; others are taken to be of the histories' graph.
 
         Every layer is evaluated for all mini-batches before the next one begins, so the result is that of the whole
         graph, to the precision of the histories. It is always computed in evaluation mode and without gradients; the
@@ -276,10 +346,71 @@ class ScalableGNN(LayeredGNN):
             ValueError: the loader leaves out nodes, or changes its mini-batches.
         """
         with evaluating(self):
-            if self.keep_histories:
-                return LayerWise(self, self.num_nodes, loader, self.tables, self._exchange).run(self._device)
-            fresh = fresh_histories(self.tables, self.parameters())
-            return LayerWise(self, self.num_nodes, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
+            return LayerWise(self, loader, self._tables_for).run(self.emb_device)
+
+    def _tables_for(self, graph: GraphStamp | None) -> Tables:
+        """Return the network's histories if they are a graph's, and else make some for it."""
+        num_nodes = self.num_nodes if graph is None else graph.num_nodes
+        theirs = graph is None or all(belongs(history, graph) for history in self.tables)
+        if self.keep_histories and theirs:
+            for history in self.tables:
+                take_graph(history, graph)
+            return Tables(num_nodes, self.tables, self._exchange)
+        fresh = fresh_histories(self.tables, self.parameters(), *([] if num_nodes == self.num_nodes else [num_nodes]))
+        return Tables(num_nodes, fresh, Exchange(), passing=True)
+
+    def for_graph(self, num_nodes: int, histories: HistoryOptions | None = None) -> Self:
+        """Return this network for another graph: with histories of its own, which are empty, and the same parameters.
+
+        Submodules are shared too, and so is their mode: training one network trains the other.
+
+        Args:
+            num_nodes: of the other graph.
+            histories: their options; default: those of this network. If these have a path, another one is needed.
+
+        Raises:
+            ValueError: a number is out of its range, or both would have their histories in the same files.
+        """
+        options = histories or self.history_options
+        if options.path is not None and options.path == self.history_options.path:
+            raise ValueError(
+                f"the histories of this network lie in {str(options.path)!r}, which cannot be those of another graph "
+                "too: give HistoryOptions with another path"
+            )
+        other = copy.copy(self)
+        other.__dict__ |= {name: dict(self.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
+        other.history_options = options
+        other.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
+        other._make_histories()
+        other._told = False
+        for ours, theirs in zip(self.tables, other.tables, strict=True):
+            theirs.to(ours.out_device, ours.out_dtype)
+        return other
+
+    def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
+        """Append rows for new nodes, which are numbered behind those that there are, and fill them by inference.
+
+        Args:
+            num_nodes: of the graph from now on.
+            loader: yields every node of the grown graph once, see :meth:`mini_inference`; the rows of the old nodes
+                become exact too. ``None``: new rows are 0, as never pushed.
+
+        Returns:
+            What layer-wise inference returns; ``None`` without a loader.
+
+        Raises:
+            ValueError: there are more nodes already, or the loader is of a graph of another size.
+            HistoryFileError: there is no room for larger files.
+        """
+        num_nodes = as_count("num_nodes", num_nodes, least=self.num_nodes)
+        graph = loader.graph if isinstance(loader, SubgraphLoader) else None
+        if graph is not None and graph.num_nodes != num_nodes:
+            raise ValueError(f"the loader's graph has {graph.num_nodes} nodes (expected {num_nodes}, those of extend)")
+        for history in self.tables:
+            history.extend(num_nodes)
+            history.graph = None  # it has edges to and from the new nodes
+        self.num_nodes = num_nodes
+        return None if loader is None else self.mini_inference(loader)
 
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.
@@ -310,7 +441,8 @@ class ScalableGNN(LayeredGNN):
         return [history for history in self.histories if isinstance(history, History)]
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
-        return self.push_and_pull(self.tables[layer], rows)
+        self._exchange.fill(self.tables[layer], rows)
+        return rows
 
 
 def _unchanged(layer: int, rows: Tensor) -> Tensor:

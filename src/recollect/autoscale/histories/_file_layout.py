@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import codec_for
 from recollect.autoscale.histories._table import STAMP, UnderWay
 
@@ -24,7 +25,9 @@ __all__ = [
     "check_place",
     "close_file",
     "open_file",
+    "read_graph",
     "read_state",
+    "write_graph",
     "write_state",
 ]
 
@@ -34,6 +37,8 @@ _VERSION = 1
 _FIELDS = struct.Struct("<8sI16sQQ")  # magic, version, dtype, rows, channels
 _STATE = struct.Struct("<qqq")  # pushes so far, what is under way, and what stamps are numbers above
 _STATE_AT = 64  # their place in the header
+_GRAPH = struct.Struct("<QQQ")  # 0 for none, 1 without and 2 with an order; fingerprints of edges and order
+_GRAPH_AT = 128
 
 
 class HistoryFileError(RuntimeError):
@@ -98,6 +103,18 @@ def read_state(path: Path, descriptor: int) -> FileState:
 def write_state(descriptor: int, state: FileState) -> None:
     """Write what changes in a header, in one call."""
     os.pwrite(descriptor, _STATE.pack(state.pushes, state.under_way, state.base), _STATE_AT)
+
+
+def read_graph(descriptor: int, num_nodes: int) -> GraphStamp | None:
+    """Read whose nodes the rows are."""
+    known, edges, order = _GRAPH.unpack(os.pread(descriptor, _GRAPH.size, _GRAPH_AT))
+    return GraphStamp(num_nodes, edges, order if known == 2 else None) if known else None
+
+
+def write_graph(descriptor: int, graph: GraphStamp | None) -> None:
+    """Write whose nodes the rows are."""
+    fields = (0, 0, 0) if graph is None else (1 if graph.order is None else 2, graph.edges, graph.order or 0)
+    os.pwrite(descriptor, _GRAPH.pack(*fields), _GRAPH_AT)
 
 
 def check_place(path: Path) -> None:

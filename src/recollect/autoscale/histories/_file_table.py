@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._file import FileRows
 from recollect.autoscale.histories._file_layout import (
@@ -22,7 +23,9 @@ from recollect.autoscale.histories._file_layout import (
     HistoryFileError,
     close_file,
     open_file,
+    read_graph,
     read_state,
+    write_graph,
     write_state,
 )
 from recollect.autoscale.histories._selection import Selection, numbers_of
@@ -81,7 +84,7 @@ class FileTable(Table):
 
     def __init__(self, path: Path, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, codec: Codec) -> None:
         self.path = path
-        layout = FileLayout(num_embeddings, embedding_dim, dtype)
+        self.layout = layout = FileLayout(num_embeddings, embedding_dim, dtype)
         descriptor = open_file(path, layout)
         weakref.finalize(self, close_file, descriptor, os.getpid())
         self._descriptor = descriptor
@@ -91,7 +94,7 @@ class FileTable(Table):
         shape = num_embeddings, codec.record_width
         self._file_records = FileRows(descriptor, mapped, layout.records_at, shape, codec.record_dtype)
         stamps = FileRows(descriptor, mapped, HEADER_BYTES, (num_embeddings, 1), STAMP)
-        clock = _FileClock(descriptor, read_state(path, descriptor))
+        self._file_clock = clock = _FileClock(descriptor, read_state(path, descriptor))
         super().__init__(codec, self._file_records, stamps, clock)
         if clock.state.under_way == UnderWay.REBASE:
             self._forget_ages()
@@ -101,18 +104,17 @@ class FileTable(Table):
         if clock.state.under_way:
             clock.note(clock.pushes, clock.base)
 
-    def write(self, x: Tensor, where: Selection) -> None:
+    def put(self, records: Tensor, where: Selection, number: int) -> None:
         """See :class:`Table`."""
-        self.mend()
-        records, number = self.codec.encode(x), self.next_push()
-        before = torch.empty(x.size(0), 1, dtype=STAMP, device="cpu")
+        before = torch.empty(records.size(0), 1, dtype=STAMP, device="cpu")
         self.stamps.read(where, before)
         self.clock.note(number, self.clock.base, UnderWay.PUSH)
         self._push = _Push(number, records, where, before)
         try:
             # Stamps first: what was being written when the process died is known by its number.
-            self.stamps.write(self.stamp(number).expand(x.size(0), 1), where)
+            self.stamps.write(self.stamp(number).expand(records.size(0), 1), where)
             self.records.write(records, where)
+            self.clock.note(number, self.clock.base)
         except Exception as error:
             try:
                 self.mend()
@@ -122,7 +124,6 @@ class FileTable(Table):
                 )
             raise
         self._push = None
-        self.clock.note(number, self.clock.base)
 
     def mend(self) -> None:
         """Give the rows that a push did not write, because it failed or was interrupted, their stamps again.
@@ -132,6 +133,9 @@ class FileTable(Table):
         """
         push = self._push
         if push is None:
+            if self._file_clock.state.under_way == UnderWay.PUSH:  # not a push, but a reset or a load
+                self._forget_last_push()
+                self.clock.note(self.clock.pushes, self.clock.base)
             return
         held = self.holding(push.records, push.where)
         stamps = torch.where(held.unsqueeze(1), self.stamp(push.number), push.stamps)
@@ -143,30 +147,36 @@ class FileTable(Table):
         self.clock.note(push.number if torn is not None or bool(held.any()) else push.number - 1, self.clock.base)
         self._file_records.torn = self._push = None
 
-    def read(self, where: Selection, out: Tensor) -> None:
-        """See :class:`Table`."""
-        self.mend()
-        super().read(where, out)
+    @property
+    def graph(self) -> GraphStamp | None:
+        """See :class:`Table`; it stands in the header."""
+        return read_graph(self._descriptor, self.layout.num_embeddings)
 
-    def ages(self, where: Selection) -> Tensor:
-        """See :class:`Table`."""
-        self.mend()
-        return super().ages(where)
+    @graph.setter
+    def graph(self, graph: GraphStamp | None) -> None:
+        if graph != self.graph:
+            write_graph(self._descriptor, graph)
 
-    def state(self) -> dict[str, Tensor]:
-        """See :class:`Table`."""
+    def extended(self, rows: int) -> Table:
+        """See :class:`Table`; the new file takes the old one's name when it is complete."""
         self.mend()
-        return super().state()
+        layout, beside = self.layout, self.path.with_name(f"{self.path.name}.extended")
+        beside.unlink(missing_ok=True)  # of a process that ended meanwhile: whoever has this file open, owns that too
+        other = FileTable(beside, rows, layout.embedding_dim, layout.dtype, self.codec)
+        try:
+            self.copy_to(other)
+            other.flush()
+            os.replace(beside, self.path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        other.path = self.path
+        return other
 
     def flush(self) -> None:
         """Wait until the file is on the disk."""
         self.mend()
         os.fsync(self._descriptor)
-
-    def next_push(self) -> int:
-        """See :class:`Table`."""
-        self.mend()
-        return super().next_push()
 
     def _check_stamps(self) -> None:
         """Raise a HistoryFileError if a row has the number of a push that is yet to come."""
@@ -180,7 +190,7 @@ class FileTable(Table):
 
     def _forget_last_push(self) -> None:
         """Set to 0 the rows that were being written when the process ended: each may be half old and half new."""
-        forgotten = 0
+        forgotten, self._file_records.torn = 0, None
         for ((start, stop),) in self.pieces():
             torn = (self.numbers(((start, stop),)) == self.clock.pushes - self.clock.base).nonzero().squeeze(1) + start
             self.records.write(torch.zeros(torn.numel(), self.records.shape[1], device="cpu"), torn)

@@ -98,7 +98,17 @@ def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Tab
         shape = num_embeddings, codec.record_width
         records = torch.zeros(shape, dtype=codec.record_dtype, device=device, pin_memory=_is_pinnable(device))
         stamps = torch.zeros(num_embeddings, 1, dtype=STAMP, device="cpu")
-    return Table(codec, MemoryRows(records, pinned=True), MemoryRows(stamps), MemoryClock())
+    return MemoryTable(codec, MemoryRows(records, pinned=True), MemoryRows(stamps), MemoryClock())
+
+
+class MemoryTable(Table):
+    """A table in a tensor."""
+
+    def extended(self, rows: int) -> Table:
+        """See :class:`Table`."""
+        other = memory_table(self.codec, rows, self.records.device)
+        self.copy_to(other)
+        return other
 
 
 class NoRows:
@@ -133,6 +143,10 @@ class NoTable(Table):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Leave it: there is no place for what was kept elsewhere."""
+
+    def extended(self, rows: int) -> Table:
+        """See :class:`Table`."""
+        return no_table(self.codec, rows)
 
 
 def no_table(codec: Codec, num_embeddings: int) -> Table:

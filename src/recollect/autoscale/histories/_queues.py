@@ -84,7 +84,8 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    if any([worker.forget() for worker in list(_workers)]):
+    forgotten = [worker.forget() for worker in list(_workers)]
+    if any(forgotten):
         # Nor are OpenMP's other threads in the child: it would wait for them forever. Loaders' workers do so too.
         torch.set_num_threads(1)
     _no_fork.release()

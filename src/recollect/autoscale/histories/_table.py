@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._selection import Selection, Slices, length, numbers_of, select_all
 
@@ -22,6 +23,9 @@ _LARGEST = 2**32 - 1
 
 _PIECE = 1 << 20
 """Rows whose stamps are looked at in one go."""
+
+_COPY_BYTES = 8 << 20
+"""What is copied from one table to another in one go."""
 
 
 class Rows(Protocol):
@@ -101,7 +105,12 @@ class Table:
         records: [rows, codec.record_width].
         stamps: [rows, 1], numbers of pushes.
         clock: of the pushes.
+
+    Attributes:
+        graph: whose nodes the rows are; ``None``: not known.
     """
+
+    graph: GraphStamp | None = None
 
     def __init__(self, codec: Codec, records: Rows, stamps: Rows, clock: Clock) -> None:
         self.codec = codec
@@ -114,7 +123,11 @@ class Table:
 
         Where that fails, rows that were not written keep their stamps, and a push that wrote none does not count.
         """
-        records, number = self.codec.encode(x), self.next_push()
+        self.mend()
+        self.put(self.codec.encode(x), where, self.next_push())
+
+    def put(self, records: Tensor, where: Selection, number: int) -> None:
+        """Do the push of this number."""
         try:
             self.records.write(records, where)
         except BaseException:
@@ -124,10 +137,14 @@ class Table:
                 self.stamps.write(self.stamp(number).expand(written.numel(), 1), written)
             raise
         self.clock.note(number, self.clock.base)
-        self.stamps.write(self.stamp(number).expand(x.size(0), 1), where)
+        self.stamps.write(self.stamp(number).expand(records.size(0), 1), where)
+
+    def mend(self) -> None:
+        """Finish what a push that failed left half done, before anything else; here it leaves nothing so."""
 
     def read(self, where: Selection, out: Tensor) -> None:
         """Read the selected rows into ``out`` [rows, channels], contiguous, of any float type, on any device."""
+        self.mend()
         if self.codec.decodes_to(out.dtype) and out.device == self.records.device:
             self.records.read(where, out)
             return
@@ -139,11 +156,13 @@ class Table:
 
     def ages(self, where: Selection) -> Tensor:
         """Return the pushes since the selected rows were written, [rows] int64 on the CPU."""
+        self.mend()
         above = self.numbers(where)
         return self.clock.pushes - torch.where(above > 0, above + self.clock.base, 0)
 
     def state(self) -> dict[str, Tensor]:
         """Return what ``state_dict`` holds: the tensors themselves, as it does of parameters."""
+        self.mend()
         return {
             "table": self.records.whole(),
             "stamps": self.stamps.whole(),
@@ -152,6 +171,7 @@ class Table:
 
     def load(self, state: Mapping[str, Tensor]) -> str | None:
         """Take over a state; one that does not fit is left alone, and what is wrong is returned."""
+        self.mend()
         for name, rows in (("table", self.records), ("stamps", self.stamps)):
             found = state[name]
             if found.shape != rows.shape or found.dtype != rows.dtype:
@@ -172,10 +192,13 @@ class Table:
         self.records.write(state["table"], self.everything)
         self.stamps.write(state["stamps"], self.everything)
         self.clock.reset(int(pushes))
+        self.graph = None
         return None
 
     def reset(self) -> None:
         """Set all rows to 0, never pushed."""
+        self.mend()
+        self.graph = None
         if self.clock.pushes == 0:  # they are; a large file is made in no time, but not written in none
             return
         number = self.next_push()  # as in a push: what was being set to 0 when the process died is known
@@ -184,6 +207,19 @@ class Table:
         self.records.zero_()
         self.stamps.zero_()
         self.clock.reset()
+
+    def extended(self, rows: int) -> Table:
+        """Return a table in the place of this one that begins with its rows; further ones are 0, never pushed."""
+        raise NotImplementedError
+
+    def copy_to(self, other: Table) -> None:
+        """Copy all rows, their stamps and the numbers of pushes to the first rows of another table."""
+        for ours, theirs in ((self.stamps, other.stamps), (self.records, other.records)):
+            for piece in self.pieces(max(1, _COPY_BYTES // (ours.shape[1] * ours.dtype.itemsize))):
+                values = torch.empty(length(piece), ours.shape[1], dtype=ours.dtype, device=ours.device)
+                ours.read(piece, values)
+                theirs.write(values, piece)
+        other.clock.note(self.clock.pushes, self.clock.base)
 
     @property
     def everything(self) -> Slices:
@@ -223,11 +259,11 @@ class Table:
             new = torch.where(above > 0, function(above), 0)
             self.stamps.write(new.to(STAMP).unsqueeze(1), piece)
 
-    def pieces(self) -> Iterator[Slices]:
+    def pieces(self, size: int = _PIECE) -> Iterator[Slices]:
         """Cut all rows into ranges that are looked at one after the other."""
         rows = self.records.shape[0]
-        for start in range(0, rows, _PIECE):
-            yield ((start, min(rows, start + _PIECE)),)
+        for start in range(0, rows, size):
+            yield ((start, min(rows, start + size)),)
 
     def holding(self, records: Tensor, where: Selection) -> Tensor:
         """Return which of the selected rows hold these records bit for bit [rows] bool; none if they are unreadable."""

@@ -50,6 +50,7 @@ class SubgraphLoader(DataLoader[int]):
         data: The graph with ``adj_t``.
         ptr: [num_parts + 1] int64 on the CPU.
         bipartite: As given.
+        graph: The stamp that its mini-batches have, by which histories know their graph.
 
     Raises:
         TypeError: ``data`` is no graph, or rows of nodes or edges are not in a dense tensor.
@@ -77,6 +78,7 @@ class SubgraphLoader(DataLoader[int]):
         check_permuted(data)
         self.data, self.ptr, self.bipartite = to_adj_t(data, kinds), checked_ptr(ptr, int(data.num_nodes)), bipartite
         cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
+        self.graph = cut.graph
         parts: Any = range(self.ptr.numel() - 1)
         if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
             parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()
