@@ -14,10 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from recollect._transfer import Buffer, Buffers, Event, Streams, streams_of
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._selection import Selection, length
 from recollect.autoscale.histories._table import Table
-from recollect.autoscale.histories._transfer import Buffer, Buffers, Streams, streams_of
 
 __all__ = ["Pull", "PullQueue", "PushQueue", "Worker"]
 
@@ -189,8 +189,6 @@ def _read(table: Table, parts: list[Selection], out: Tensor) -> Tensor:
 
 def _fill(pull: Pull, buffer: Buffer, streams: Streams | None) -> Tensor:
     """Read into a buffer and send it on, in the worker."""
-    if buffer.in_use is not None:
-        buffer.in_use.synchronize()
     values = _read(pull.history.table, pull.parts, buffer.view(pull.shape, pull.dtype))
     return values if streams is None else streams.send(values, buffer)
 
@@ -252,7 +250,7 @@ class PushQueue:
         self._failure = self._failure or failure
 
 
-def _write(table: Table, values: Tensor, where: Selection, fetched: torch.cuda.Event | None) -> None:
+def _write(table: Table, values: Tensor, where: Selection, fetched: Event | None) -> None:
     """Write what is in a buffer, or on its way there, in the worker."""
     if fetched is not None:
         fetched.synchronize()
