@@ -143,6 +143,22 @@ def test_without_streams_a_copy_is_over_when_it_returns():
     assert out.tolist() == [1, 1]
 
 
+def test_what_a_lane_asks_of_a_tensor():
+    class Memory:
+        def record_stream(self, stream):
+            asked.append(("lent to", stream))
+
+        def copy_(self, source, *, non_blocking):
+            asked.append((source, non_blocking))
+
+    asked: list[Any] = []
+    lane, memory = Lane(CPU, object()), Memory()
+    lane.lend(memory, "stream")
+    lane.copy(memory, "source")
+    lane.copy(memory, "source", pinned=False)
+    assert asked == [("lent to", "stream"), ("source", True), ("source", False)]
+
+
 def test_what_goes_to_the_host_comes_after_what_computes_it(device, streams):
     x, out = torch.zeros(3, 2), torch.zeros(3, 2)
     device.compute.work.append(lambda: x.fill_(5))

@@ -119,6 +119,7 @@ class FileRows:
         if isinstance(where, Tensor):
             self._gather(where, out)
             return
+        self._check_length()
         done = 0
         for start, stop in where:
             _read(self._descriptor, out[done : done + stop - start], self._at(start))
@@ -172,7 +173,7 @@ class FileRows:
         self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _check_length(self) -> None:
-        missing = self._at(self.shape[0]) - os.fstat(self._descriptor).st_size
+        missing = len(self._mapped) - os.fstat(self._descriptor).st_size
         if missing > 0:
             raise OSError(_CUT.format(missing))
 
