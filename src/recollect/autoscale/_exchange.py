@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._stamp import GraphStamp, belongs, check_graph, take_graph
+from recollect.autoscale._stamp import GraphStamp, belongs, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._pool import AsyncIOPool
 from recollect.autoscale.histories._rows_source import Rows, check_not_pushed, pushes_of
@@ -38,13 +38,7 @@ class Exchange:
         return Exchange, (self.pool,)
 
     def start(self, histories: Iterable[History], batch: Batch) -> None:
-        """Begin with a mini-batch: start the pulls of all layers.
-
-        Raises:
-            ValueError: it is of another graph than the histories.
-        """
-        histories = list(histories)
-        check_graph(histories, batch.graph)
+        """Begin with a mini-batch: start the pulls of all layers."""
         self.batch = batch
         if self.pool is None or in_backward():
             return

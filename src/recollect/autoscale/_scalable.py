@@ -19,7 +19,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, Tables, evaluating
 from recollect.autoscale._making import HistoryOptions, as_channels, fresh_histories, widths_of
 from recollect.autoscale._network import LayeredGNN
-from recollect.autoscale._stamp import GraphStamp, belongs, check_graph, take_graph
+from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
@@ -191,12 +191,13 @@ class ScalableGNN(LayeredGNN):
                 f"x must be a tensor (got {type(x).__name__}): call model(data.x, data.adj_t) for the whole graph, "
                 "model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch, or model(loader=loader)"
             )
+        if isinstance(batch_size, BatchSize):
+            check_graph(self.tables, batch_size.graph)
         batch = self._batch((batch_size, n_id, offset, count))
         try:
             if batch is None:
                 self._exchange.whole = self._stamp(adj_t)
             else:
-                check_graph(self.tables, batch.graph)
                 self._warn(batch)
                 self._exchange.start(self.tables, batch)
             out: Tensor = super().__call__(x, adj_t, batch_size, n_id, offset, count, **inputs)
@@ -378,7 +379,7 @@ class ScalableGNN(LayeredGNN):
                 "too: give HistoryOptions with another path"
             )
         other = copy.copy(self)
-        other.__dict__ |= {name: dict(self.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
+        other.__dict__ |= {name: copy.copy(value) for name, value in self.__dict__.items() if isinstance(value, dict)}
         other.history_options = options
         other.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
         other._make_histories()

@@ -58,8 +58,10 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
         errors.append(_error(model.tables[layer], torch.split(rows, _ROWS_AT_ONCE)))
         return rows
 
+    adj_t = adjacency_of(data)
+    check_graph(model.tables, GraphStamp.of(adj_t))
     inputs = {name: data[name] for name in model.inputs}
-    model.run_layers(data.x, adjacency_of(data), inputs, compare)
+    model.run_layers(data.x, adj_t, inputs, compare)
     return errors
 
 

@@ -75,7 +75,7 @@ def check_graph(histories: Iterable[_OfGraph], graph: GraphStamp | None) -> None
             other = "another one with as many nodes, or the same in another order or with other edges"
             found = f"one of {graph.num_nodes} nodes" if graph.num_nodes != history.num_embeddings else other
             raise ValueError(
-                f"the histories are of one graph of {history.num_embeddings} nodes, in one order, and this mini-batch "
+                f"the histories are of one graph of {history.num_embeddings} nodes, in one order, and what is given "
                 f"is of another graph (got {found}): make a model for it with model.for_graph(num_nodes); or, to give "
                 "the histories to it, empty each with history.reset_parameters()"
             )
@@ -87,7 +87,12 @@ def belongs(history: _OfGraph, graph: GraphStamp) -> bool:
 
 
 def take_graph(history: _OfGraph, graph: GraphStamp | None) -> None:
-    """Let a history be of a graph, if it is of none that is known as well."""
+    """Let a history be of a graph, if it is of none that is known as well.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    check_graph([history], graph)
     if graph is not None and (history.graph is None or history.graph.order is None):
         history.graph = graph
 
