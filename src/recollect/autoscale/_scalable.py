@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +13,9 @@ from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch, BatchArguments
 from recollect.autoscale._exchange import Exchange
+from recollect.autoscale._history_network import HistoryGNN
 from recollect.autoscale._inference import LayerWise, Tables, evaluating
-from recollect.autoscale._making import HistoryOptions, as_channels, fresh_histories, widths_of
-from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
@@ -27,7 +24,7 @@ from recollect.autoscale.loader._sub_data import SubData
 __all__ = ["ScalableGNN"]
 
 
-class ScalableGNN(LayeredGNN):
+class ScalableGNN(HistoryGNN):
     """A network that trains on mini-batches of a graph's parts, with histories for their halo.
 
     Write each layer once, in :meth:`forward_layer`. From it derive:
@@ -71,7 +68,8 @@ class ScalableGNN(LayeredGNN):
     Example:
         >>> import torch
         >>> from torch_geometric.data import Data
-        >>> from recollect.autoscale import ScalableGNN, SubgraphLoader, partition, permute, propagate, to_adj_t
+        >>> from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader
+        >>> from recollect.autoscale import partition, permute, propagate, to_adj_t
         >>> class Sum(ScalableGNN):
         ...     def __init__(self, num_nodes, channels, num_layers):
         ...         super().__init__(num_nodes, channels, num_layers)
@@ -84,70 +82,15 @@ class ScalableGNN(LayeredGNN):
         >>> perm, ptr, *_ = partition(data.adj_t, num_parts=2, method="contiguous", log=False)
         >>> data = permute(data, perm, log=False)
         >>> model = Sum(num_nodes=8, channels=4, num_layers=3)
+        >>> everything = EvalSubgraphLoader(data, ptr, log=False)
+        >>> model(loader=everything).shape  # all nodes, exactly, in mini-batches; fills the histories
+        torch.Size([8, 4])
         >>> for batch in SubgraphLoader(data, ptr, log=False):  # a step of training: optimizer and loss as ever
         ...     out = model(batch.data.x, batch.data.adj_t, *batch[1:])
         ...     out.sum().backward()
         >>> out.shape
         torch.Size([4, 4])
-        >>> model(loader=SubgraphLoader(data, ptr, log=False)).shape  # all nodes, exactly, in mini-batches
-        torch.Size([8, 4])
     """
-
-    def __init__(
-        self,
-        num_nodes: int,
-        hidden_channels: int | Sequence[int],
-        num_layers: int,
-        pool_size: int | None = None,
-        buffer_size: int | None = None,
-        device: torch.device | str | None = None,
-        *,
-        histories: HistoryOptions | None = None,
-        recompute: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_layers, recompute)
-        given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
-        self.history_options = (histories or HistoryOptions()).updated(**given, **options)
-        self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
-        self.hidden_channels = as_channels(hidden_channels)
-        self._make_histories()
-        self._told = False  # that histories were not filled
-
-    def _make_histories(self) -> None:
-        widths = widths_of(self.hidden_channels, self.num_layers)
-        self.pool = self.history_options.make_pool(widths)
-        self.histories = self.history_options.make_histories(self.num_nodes, widths)
-        self._exchange = Exchange(self.pool)
-
-    @property
-    def keep_histories(self) -> bool:
-        """Whether there are histories for mini-batches."""
-        return self.history_options.keep
-
-    @property
-    def pool_size(self) -> int | None:
-        """Buffers of the pool; ``None``: there is no pool."""
-        return self.history_options.pool_size
-
-    @property
-    def buffer_size(self) -> int | None:
-        """Rows of each of the pool's buffers; ``None``: there is no pool."""
-        return self.history_options.buffer_size
-
-    @property
-    def emb_device(self) -> torch.device:
-        """On which the histories lie."""
-        for history in self.tables:
-            return history.table.records.device
-        return torch.device(self.history_options.device or "cpu")
-
-    @property
-    def device(self) -> torch.device:
-        """On which the network computes, and its histories return what is pulled."""
-        for history in self.tables:
-            return history.out_device
-        return next((tensor.device for tensor in self.parameters()), self.emb_device)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -198,7 +141,7 @@ class ScalableGNN(LayeredGNN):
             if batch is None:
                 self._exchange.whole = self._stamp(adj_t)
             else:
-                self._warn(batch)
+                self.warn_of_unfilled(batch)
                 self._exchange.start(self.tables, batch)
             out: Tensor = super().__call__(x, adj_t, batch_size, n_id, offset, count, **inputs)
             return out
@@ -311,20 +254,6 @@ class ScalableGNN(LayeredGNN):
             return None
         return GraphStamp.of(adj_t) if adj_t.dim() == 2 and adj_t.device.type != "meta" else None
 
-    def _warn(self, batch: Batch) -> None:
-        """Say once that a mini-batch is trained on rows that nobody pushed."""
-        if self._told or not (self.training and torch.is_grad_enabled() and batch.halo.numel() and self.keep_histories):
-            return
-        self._told = True
-        unfilled = self.never_pushed()
-        if any(unfilled):
-            warnings.warn(
-                f"histories are not filled: of {self.num_nodes} rows, {', '.join(map(str, unfilled))} were never "
-                "pushed and are 0, and training pulls such rows for the halo of this mini-batch; fill them before "
-                "the first step by model(loader=EvalSubgraphLoader(data, ptr))",
-                stacklevel=3,
-            )
-
     def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
         """Evaluate the whole graph layer by layer, in mini-batches, and fill the histories on the way.
 
@@ -360,34 +289,6 @@ class ScalableGNN(LayeredGNN):
         fresh = fresh_histories(self.tables, self.parameters(), *([] if num_nodes == self.num_nodes else [num_nodes]))
         return Tables(num_nodes, fresh, Exchange(), passing=True)
 
-    def for_graph(self, num_nodes: int, histories: HistoryOptions | None = None) -> Self:
-        """Return this network for another graph: with histories of its own, which are empty, and the same parameters.
-
-        Submodules are shared too, and so is their mode: training one network trains the other.
-
-        Args:
-            num_nodes: of the other graph.
-            histories: their options; default: those of this network. If these have a path, another one is needed.
-
-        Raises:
-            ValueError: a number is out of its range, or both would have their histories in the same files.
-        """
-        options = histories or self.history_options
-        if options.path is not None and options.path == self.history_options.path:
-            raise ValueError(
-                f"the histories of this network lie in {str(options.path)!r}, which cannot be those of another graph "
-                "too: give HistoryOptions with another path"
-            )
-        other = copy.copy(self)
-        other.__dict__ |= {name: copy.copy(value) for name, value in self.__dict__.items() if isinstance(value, dict)}
-        other.history_options = options
-        other.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
-        other._make_histories()
-        other._told = False
-        for ours, theirs in zip(self.tables, other.tables, strict=True):
-            theirs.to(ours.out_device, ours.out_dtype)
-        return other
-
     def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
         """Append rows for new nodes, which are numbered behind those that there are, and fill them by inference.
 
@@ -412,34 +313,6 @@ class ScalableGNN(LayeredGNN):
             history.graph = None  # it has edges to and from the new nodes
         self.num_nodes = num_nodes
         return None if loader is None else self.mini_inference(loader)
-
-    def staleness(self) -> list[float]:
-        """Return the mean age of each history's rows: how often the history was pushed to since a row was.
-
-        Rows that were never pushed, which are 0, count as old as the history; :meth:`never_pushed` tells how many there
-        are. A history that was never pushed to at all has no age: it is infinite. See
-        :func:`~recollect.autoscale.history_errors` for how wrong the rows are.
-
-        Raises:
-            RuntimeError: the network was made with ``keep_histories=False``.
-        """
-        ages = [float(history.age().to(torch.float64).mean()) for history in self.tables]
-        return [age if history.table.clock.pushes else math.inf for age, history in zip(ages, self.tables, strict=True)]
-
-    def never_pushed(self) -> list[int]:
-        """Return how many rows of each history are still 0: their nodes were in no mini-batch, and nothing filled them.
-
-        ``model(loader=loader)`` fills them all.
-
-        Raises:
-            RuntimeError: the network was made with ``keep_histories=False``.
-        """
-        return [history.never_pushed() for history in self.tables]
-
-    @property
-    def tables(self) -> list[History]:
-        """The histories, as what they are."""
-        return [history for history in self.histories if isinstance(history, History)]
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
         self._exchange.fill(self.tables[layer], rows)

@@ -234,11 +234,12 @@ class History(TableModule):
 
     @torch.no_grad()
     def write(self, x: Tensor, where: Selection) -> None:
-        """Do what :meth:`push` does for rows that were selected and checked already, as those of a mini-batch are."""
+        """Do what :meth:`push` does, for rows that were selected already, as those of a mini-batch are."""
         if in_backward():
             return
+        x = check_values(x, length(where), self.embedding_dim, exact=False)
         self.settle()
-        self.table.write(x.detach(), where)
+        self.table.write(x, where)
 
     @torch.no_grad()
     def pull(self, n_id: Tensor | None = None) -> Tensor:

@@ -139,12 +139,13 @@ class AsyncIOPool:
 
     @torch.no_grad()
     def write(self, history: History, x: Tensor, where: Selection) -> None:
-        """Do what :meth:`async_push` does for rows that were selected and checked already."""
+        """Do what :meth:`async_push` does, for rows that were selected already."""
         if in_backward():
             return
+        x = check_values(x, length(where), history.embedding_dim, exact=False)
         self._begin(history)
         self._pulls.start(history)
-        self._pushes.add(history, x.detach(), where)
+        self._pushes.add(history, x, where)
 
     def synchronize_push(self) -> None:
         """Wait until all that was pushed is written.
