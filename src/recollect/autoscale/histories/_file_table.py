@@ -89,6 +89,7 @@ class FileTable(Table):
         weakref.finalize(self, close_file, descriptor, os.getpid())
         self._descriptor = descriptor
         self._push: _Push | None = None
+        self._graph = read_graph(descriptor, num_embeddings)
         mapped = mmap.mmap(descriptor, layout.file_bytes)
         mapped.madvise(mmap.MADV_RANDOM)  # what lies beside a row of the halo is most often not wanted
         shape = num_embeddings, codec.record_width
@@ -150,12 +151,13 @@ class FileTable(Table):
     @property
     def graph(self) -> GraphStamp | None:
         """See :class:`Table`; it stands in the header."""
-        return read_graph(self._descriptor, self.layout.num_embeddings)
+        return self._graph
 
     @graph.setter
     def graph(self, graph: GraphStamp | None) -> None:
-        if graph != self.graph:
+        if graph != self._graph:
             write_graph(self._descriptor, graph)
+            self._graph = graph
 
     def extended(self, rows: int) -> Table:
         """See :class:`Table`; the new file takes the old one's name when it is complete."""
