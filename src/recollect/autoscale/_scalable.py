@@ -15,11 +15,14 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._compensation import Compensation
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
-from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale._network import Follow, LayeredGNN
+from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
@@ -105,8 +108,15 @@ class ScalableGNN(LayeredGNN):
         save_histories: bool = False,
         keep_histories: bool = True,
         recompute: bool = False,
+        compensate: bool = False,
     ) -> None:
         super().__init__(num_layers, recompute)
+        if compensate and (not keep_histories or type(self).forward is not ScalableGNN.forward):
+            found = "a forward of its own" if keep_histories else "keep_histories=False"
+            raise ValueError(
+                f"{type(self).__name__} has {found}, but compensate=True needs histories and layers that are written "
+                "in forward_layer alone"
+            )
         if not keep_histories and (pool_size or history_path or save_histories):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
@@ -117,6 +127,11 @@ class ScalableGNN(LayeredGNN):
         self.histories = make_histories(
             self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
         )
+        self.compensate = compensate
+        self._gradients: GradientHistories | None = None
+        if compensate:
+            self._gradients = GradientHistories(self.num_nodes, widths[1:], device, history_dtype, history_path)
+        self._separable: set[int] = set()  # layers of which is known that they are sums over edges
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
 
@@ -214,12 +229,14 @@ class ScalableGNN(LayeredGNN):
                 )
             return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
+        follow = self._compensation(batch, inputs.pop("outward", None), inputs)
         return self.run_layers(
             x,
             first_rows(adj_t, batch.size),
             inputs,
             lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
+            follow,
         )
 
     def push_and_pull(
@@ -308,6 +325,20 @@ class ScalableGNN(LayeredGNN):
     def tables(self) -> list[History]:
         """The histories, as what they are."""
         return [history for history in self.histories if isinstance(history, History)]
+
+    def _compensation(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any]) -> Follow | None:
+        """Return what completes the gradients of a mini-batch, if it shall."""
+        if self._gradients is None or not torch.is_grad_enabled():
+            return None
+        if outward is None:
+            if not self.training:
+                return None
+            raise ValueError(
+                "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
+                "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
+            )
+        given = Compensation(self, self._gradients, self.tables, batch, outward, inputs, self._separable)
+        return given.follow
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
         return self.push_and_pull(self.tables[layer], rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._require import require
+from recollect.autoscale.loader._outward import OUTWARD, OutwardCut
 from recollect.autoscale.loader._roles import Kind, kinds_of
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.autoscale.loader._subgraph import OneHop, Ranges
@@ -32,11 +33,20 @@ class Cut:
         bipartite: ``adj_t`` has no rows for the halo.
         adjacency: The form of the edges.
         kinds: What each tensor belongs to, where names and sizes do not say.
+        outward: Which edges to the out-neighbours come with a mini-batch, see `Outward`.
     """
 
     def __init__(
-        self, data: Data, ptr: Tensor, bipartite: bool, adjacency: Adjacency, kinds: Mapping[str, Kind] | None
+        self,
+        data: Data,
+        ptr: Tensor,
+        bipartite: bool,
+        adjacency: Adjacency,
+        kinds: Mapping[str, Kind] | None,
+        outward: bool | str = False,
     ) -> None:
+        if outward not in OUTWARD:
+            raise ValueError(f"outward is {outward!r}, but must be one of {', '.join(map(repr, OUTWARD))}")
         if adjacency not in get_args(Adjacency):
             raise ValueError(f"adjacency is {adjacency!r}, but must be one of {', '.join(get_args(Adjacency))}")
         if adjacency == "edge_index" and "edge_weight" in data:
@@ -51,6 +61,8 @@ class Cut:
             data.adj_t.values(),
         )
         self._one_hop = OneHop(rowptr, col)
+        form = OUTWARD[outward]
+        self._outward = form and OutwardCut(rowptr, col, self._value, attributes, self._kinds, form)
         self._ptr = ptr
         self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
         self._bipartite = bipartite
@@ -76,6 +88,8 @@ class Cut:
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
+        if self._outward:
+            data.outward = self._outward(n_id[: nodes.total])
         return SubData(data, nodes.total, n_id, offset, end - offset)
 
     def _attributes(self, n_id: Tensor, edges: Ranges) -> Data:

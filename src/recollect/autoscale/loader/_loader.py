@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from recollect._arguments import as_count
 from recollect.autoscale.loader._cut import Adjacency, Cut, check_permuted, checked_ptr
 from recollect.autoscale.loader._order import to_adj_t
+from recollect.autoscale.loader._outward import OutwardEdges
 from recollect.autoscale.loader._roles import Kind, check_data
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class SubgraphLoader(DataLoader[int]):
             is a ``torch_geometric.EdgeIndex`` [2, E'] of sources and targets, sorted by target, and
             ``data.edge_weight`` [E'] the weights.
         kinds: What each tensor belongs to, where names and sizes do not say; see `permute`.
+        outward: Also bring the edges to nodes outside of the mini-batch, as ``data.outward`` (`Outward`), for
+            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"complete"``: all
+            edges into these nodes, whose sources may be two steps away.
         **kwargs: Arguments of ``torch.utils.data.DataLoader``, such as ``shuffle`` and ``num_workers``. A sampler
             chooses parts by their numbers.
 
@@ -67,6 +71,7 @@ class SubgraphLoader(DataLoader[int]):
         *,
         adjacency: Adjacency = "csr",
         kinds: Mapping[str, Kind] | None = None,
+        outward: bool | OutwardEdges = False,
         **kwargs: Any,
     ) -> None:
         start = time.perf_counter()
@@ -76,7 +81,7 @@ class SubgraphLoader(DataLoader[int]):
             raise ValueError("a loader of mini-batches has a collate_fn of its own: leave it out")
         check_permuted(data)
         self.data, self.ptr, self.bipartite = to_adj_t(data, kinds), checked_ptr(ptr, int(data.num_nodes)), bipartite
-        cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
+        cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds, outward)
         parts: Any = range(self.ptr.numel() - 1)
         if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
             parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()

@@ -1,0 +1,134 @@
+"""The edges from a mini-batch to nodes outside of it, which carry gradients back into the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale.loader._roles import Kind
+from recollect.autoscale.loader._subgraph import number_nodes
+from recollect.messages import rows_of, sparse_csr
+
+__all__ = ["OUTWARD", "Outward", "OutwardCut", "OutwardEdges"]
+
+OutwardEdges = Literal["cut", "complete"]
+OUTWARD: dict[bool | str, OutwardEdges | None] = {False: None, True: "cut", "cut": "cut", "complete": "complete"}
+"""What a loader's ``outward`` may be, and what it stands for."""
+
+
+class Outward(NamedTuple):
+    """The out-neighbours of a mini-batch of B nodes outside of it, as targets of a layer.
+
+    Attributes:
+        n_id: [T + B + S] int64: the T out-neighbours, ascending; the batch's nodes, in its order; and, if ``complete``,
+            the other nodes that the out-neighbours have edges from, ascending.
+        rowptr: [T + 1] int64: where the edges of each out-neighbour begin.
+        col: [E'] int64: their sources, positions in ``n_id``.
+        value: [E'] their weights.
+        nodes: the graph's node-level tensors by name, [T + B + S, ...].
+        edges: the graph's edge-level tensors by name, [E', ...].
+        others: names of the graph's tensors that belong to neither.
+        complete: whether these are all edges into the out-neighbours, or only those from the batch.
+    """
+
+    n_id: Tensor
+    rowptr: Tensor
+    col: Tensor
+    value: Tensor
+    nodes: dict[str, Tensor]
+    edges: dict[str, Tensor]
+    others: tuple[str, ...]
+    complete: bool
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        return self.rowptr.numel() - 1
+
+    def adj_t(self) -> Tensor:
+        """Return the edges as sparse CSR adjacency [T, T + B + S]."""
+        return sparse_csr(self.rowptr, self.col, self.value, (self.num_targets, self.n_id.numel()))
+
+
+class OutwardCut:
+    """Cuts the outward edges of mini-batches.
+
+    Args:
+        rowptr: [N + 1] int64, of the whole graph's transposed adjacency.
+        col: [E] int64, the source of each edge.
+        value: [E] its weight.
+        attributes: the graph's tensors by name.
+        kinds: what each of them belongs to.
+        form: ``"cut"``: the edges from the batch. ``"complete"``: all edges into its out-neighbours.
+    """
+
+    def __init__(
+        self,
+        rowptr: Tensor,
+        col: Tensor,
+        value: Tensor,
+        attributes: Mapping[str, Tensor],
+        kinds: Mapping[str, Kind],
+        form: OutwardEdges,
+    ) -> None:
+        self._rowptr, self._col, self._value = rowptr, col, value
+        self._nodes = {name: attributes[name] for name, kind in kinds.items() if kind == "node" and name in attributes}
+        self._edges = {name: attributes[name] for name, kind in kinds.items() if kind == "edge" and name in attributes}
+        self._others = tuple(name for name, kind in kinds.items() if kind not in ("node", "edge"))
+        self._complete = form == "complete"
+        # By source: entry k is edge self._order[k], into self._target[k].
+        self._order = col.argsort(stable=True)
+        self._begin = torch.zeros_like(rowptr)
+        torch.cumsum(col.bincount(minlength=rowptr.numel() - 1), 0, out=self._begin[1:])
+        self._target = rows_of(sparse_csr(rowptr, col, value, (rowptr.numel() - 1,) * 2))[self._order]
+
+    def __call__(self, batch: Tensor) -> Outward:
+        """Return the outward edges of the nodes ``batch`` [B]."""
+        device = batch.device
+        counts = self._begin[batch + 1] - self._begin[batch]
+        leaving = _spread(self._begin[batch], counts)
+        edges, target = self._order[leaving], self._target[leaving]
+        table = torch.full((self._rowptr.numel() - 1,), -1, dtype=torch.int64, device=device)
+        table[batch] = torch.arange(batch.numel(), device=device)
+        crossing = table[target] < 0
+        edges, target = edges[crossing], target[crossing]
+        if self._complete:
+            targets: Tensor = torch.unique(target)
+            counts = self._rowptr[targets + 1] - self._rowptr[targets]
+            edges = _spread(self._rowptr[targets], counts)
+            rest, col = number_nodes(torch.cat([targets, batch]), self._col[edges], self._rowptr.numel() - 1)
+            rowptr = _ends(counts)
+            n_id = torch.cat([targets, batch, rest])
+        else:
+            edges, order = edges.sort()  # the graph's edges are sorted by target
+            target = target[order]
+            targets, counts = torch.unique_consecutive(target, return_counts=True)
+            rowptr = _ends(counts)
+            col = table[self._col[edges]] + targets.numel()
+            n_id = torch.cat([targets, batch])
+        return Outward(
+            n_id,
+            rowptr,
+            col,
+            self._value[edges],
+            {name: value[n_id] for name, value in self._nodes.items()},
+            {name: value[edges] for name, value in self._edges.items()},
+            self._others,
+            self._complete,
+        )
+
+
+def _spread(start: Tensor, count: Tensor) -> Tensor:
+    """Return the numbers from ``start[k]`` to ``start[k] + count[k]``, for one k after the other."""
+    ends = count.cumsum(0)
+    steps = torch.arange(int(ends[-1]) if ends.numel() else 0, device=start.device)
+    return steps + torch.repeat_interleave(start - (ends - count), count, output_size=steps.numel())
+
+
+def _ends(count: Tensor) -> Tensor:
+    rowptr = count.new_zeros(count.numel() + 1)
+    torch.cumsum(count, 0, out=rowptr[1:])
+    return rowptr
