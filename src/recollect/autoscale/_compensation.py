@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from torch.autograd.function import once_differentiable
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import check_separable
+from recollect.autoscale._separable import Blank, Form, form_of, transposed
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 
 __all__ = ["Compensation"]
+
+
+_FORMS = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES)
 
 
 class Compensation:
@@ -40,7 +44,7 @@ class Compensation:
         batch: the mini-batch.
         outward: its edges to the nodes outside.
         inputs: what the layers' state began with.
-        checked: the layers of which is known that they are sums over edges; others are added.
+        forms: of the layers of which it is known; others are added.
     """
 
     def __init__(
@@ -51,16 +55,19 @@ class Compensation:
         batch: Batch,
         outward: Outward,
         inputs: dict[str, Any],
-        checked: set[int],
+        forms: dict[int, Form],
     ) -> None:
         self._model = model
         self._gradients = gradients
         self._histories = histories
         self._batch = batch
         self._outward = outward
-        self._inputs = _inputs_of(inputs, outward)
-        self._checked = checked
-        self._adj_t: Tensor | None = None
+        self._inputs = _inputs_of(inputs, self._by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._forms = forms
+
+    @cached_property
+    def _by_target(self) -> Outward:
+        return self._outward.by_target()
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
         """Take a layer's output and the state that it left; return both so that backward passes through here.
@@ -79,46 +86,55 @@ class Compensation:
             self._gradients.table(layer, out.size(1))
         back = None
         if not last and self._outward.num_targets:
-            back = self._transposed(layer + 1, _blank(self._inputs, state))
-            if not self._outward.complete and layer + 1 not in self._checked:
-                with plain(self._model):
-                    check_separable(self._model, layer + 1, out, self._outward, _blank(self._inputs, state))
-                self._checked.add(layer + 1)
+            back = self._back(layer + 1, out, _blank(self._inputs, state))
         joined: Tensor = _Join.apply(out, _Step(layer, self._batch, push, back))  # type: ignore[no-untyped-call]
         if layer:
             tree = Tree(state)
             state = tree.build([joined if tensor is out else tensor for tensor in tree.tensors])
         return joined, state
 
-    def _transposed(self, layer: int, blank: Callable[[int], State]) -> Callable[[Tensor], Tensor | None]:
+    def _back(self, layer: int, x: Tensor, blank: Blank) -> Callable[[Tensor], Tensor | None]:
         """Return what takes the batch's rows of the layer's input to their gradient through the nodes outside."""
         autocast = _autocast_now()
+        form = Form.ANY if self._outward.complete else self._form(layer, x, blank)
+        outward = self._by_target if form == Form.EDGES else self._outward
 
-        def transposed(own: Tensor) -> Tensor | None:
+        def back(own: Tensor) -> Tensor | None:
             if self._gradients.is_empty(layer):
                 return None
-            outward = self._outward
-            if self._adj_t is None:
-                self._adj_t = outward.adj_t()
-            targets = outward.num_targets
-            given = self._gradients.pull(layer, outward.n_id[:targets])
-            with plain(self._model), autocast(), torch.enable_grad():
-                own = own.detach().requires_grad_()
-                out = self._model.run_layer(layer, self._sources(layer, own), self._adj_t, blank(targets))
-                if not out.requires_grad:
-                    return None
-                return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0]
+            given = self._gradients.pull(layer, outward.n_id[: outward.num_targets])
+            with plain(self._model), autocast():
+                if form == Form.ANY:
+                    return self._through_all(layer, own, given, blank)
+                return transposed(self._model, layer, form, own, given, outward, blank)
 
-        return transposed
+        return back
 
-    def _sources(self, layer: int, own: Tensor) -> Tensor:
-        """Return a layer's input for the outward edges; without all edges, what the nodes outside hold has no effect."""
+    def _form(self, layer: int, x: Tensor, blank: Blank) -> Form:
+        if layer not in self._forms:
+            with plain(self._model):
+                form = form_of(self._model, layer, x, self._outward, self._inputs, blank)
+            if form == Form.ANY:
+                raise NotImplementedError(
+                    f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
+                    "what a source does to a target depends on the target's other sources. Apply the activation (and "
+                    "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
+                    'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
+                    "the nodes outside"
+                )
+            self._forms[layer] = form
+        return self._forms[layer]
+
+    def _through_all(self, layer: int, own: Tensor, given: Tensor, blank: Blank) -> Tensor | None:
+        """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""
         outward = self._outward
         targets, known = outward.num_targets, outward.num_targets + self._batch.size
-        if not outward.complete:
-            return torch.cat([own.new_zeros(targets, own.size(1)), own])
         others = self._histories[layer - 1].pull(torch.cat([outward.n_id[:targets], outward.n_id[known:]])).to(own)
-        return torch.cat([others[:targets], own, others[targets:]])
+        with torch.enable_grad():
+            own = own.detach().requires_grad_()
+            x = torch.cat([others[:targets], own, others[targets:]])
+            out = self._model.run_layer(layer, x, outward.adj_t(), blank(targets))
+            return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
 
     def _check_state(self, layer: int, out: Tensor, before: State, state: State) -> None:
         old = {id(tensor) for tensor in tensors_of(before)}
@@ -211,7 +227,7 @@ def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
     return found
 
 
-def _blank(inputs: State, state: State) -> Callable[[int], State]:
+def _blank(inputs: State, state: State) -> Blank:
     """Return what makes a state for some targets: the inputs, and zeros for what earlier layers left."""
     tree = Tree({name: value for name, value in state.items() if name not in inputs})
     kinds = [(tensor.shape[1:] if tensor.dim() else None, tensor.dtype, tensor.device) for tensor in tree.tensors]

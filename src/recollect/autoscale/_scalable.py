@@ -20,6 +20,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._network import Follow, LayeredGNN
+from recollect.autoscale._separable import Form
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -128,10 +129,10 @@ class ScalableGNN(LayeredGNN):
             self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
         )
         self.compensate = compensate
-        self._gradients: GradientHistories | None = None
+        self.gradients: GradientHistories | None = None
         if compensate:
-            self._gradients = GradientHistories(self.num_nodes, widths[1:], device, history_dtype, history_path)
-        self._separable: set[int] = set()  # layers of which is known that they are sums over edges
+            self.gradients = GradientHistories(self.num_nodes, widths[1:], device, history_dtype, history_path)
+        self._forms: dict[int, Form] = {}  # of the layers, as far as they are known
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
 
@@ -328,7 +329,7 @@ class ScalableGNN(LayeredGNN):
 
     def _compensation(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any]) -> Follow | None:
         """Return what completes the gradients of a mini-batch, if it shall."""
-        if self._gradients is None or not torch.is_grad_enabled():
+        if self.gradients is None or not torch.is_grad_enabled():
             return None
         if outward is None:
             if not self.training:
@@ -337,7 +338,7 @@ class ScalableGNN(LayeredGNN):
                 "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
                 "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
             )
-        given = Compensation(self, self._gradients, self.tables, batch, outward, inputs, self._separable)
+        given = Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._forms)
         return given.follow
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Whether a layer is a sum over edges."""
+"""How a layer's gradient by the rows of a mini-batch is found from what nodes outside get of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -10,28 +11,66 @@ from torch import Tensor
 from recollect._util._tree import Tree
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
-from recollect.messages import sparse_csr
+from recollect.messages import propagate, sparse_csr
 
-__all__ = ["check_separable"]
+__all__ = ["Blank", "Form", "form_of", "transposed"]
+
+Blank = Callable[[int], State]
+"""Makes a layer's state for so many targets."""
 
 
-def check_separable(
-    model: LayeredGNN, layer: int, like: Tensor, outward: Outward, blank: Callable[[int], State]
-) -> None:
-    """Raise unless what sources outside send to a target does not change what those inside do to it.
+class Form(Enum):
+    """What a layer z = f(x, A) is, as a function of its sources j for a target i; the first are the fastest.
 
-    That is so for z_i = Σ_j a_ij g(z_j) + s(z_i). It is observed: the gradient by the batch's rows is compared, once
-    with the batch's edges alone, and once with another edge into each target, and with other rows of the targets.
+    All but the last send Σ_i (∂z_i / ∂x_j)ᵀ v_i back without what the target's other sources hold.
+    """
+
+    SUM = "z_i = Σ a_ij g(x_j)"
+    SUM_AND_OWN = "z_i = Σ a_ij g(x_j) + s(x_i)"
+    EDGES = "z_i = Σ g(x_j, a_ij) + s(x_i)"
+    ANY = "z_i = f(x_j for all j)"
+
+
+def transposed(
+    model: LayeredGNN, layer: int, form: Form, own: Tensor, given: Tensor, outward: Outward, blank: Blank
+) -> Tensor | None:
+    """Return Σ_i (∂z_i / ∂x_j)ᵀ v_i over the nodes i outside, for each j in the batch [B, channels], or ``None`` for 0.
+
+    Args:
+        model: gives the layer.
+        layer: its number.
+        form: the layer's, but not ``ANY``.
+        own: x_j [B, channels].
+        given: v_i [T, out_channels].
+        outward: the edges, not by target for the first two forms and by target for the third.
+        blank: makes the layer's state.
+    """
+    size = own.size(0)
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        x, before = own, 0
+        if form != Form.SUM:  # then rows of the targets come first, which are others than those of their sources
+            before = outward.num_targets if form == Form.EDGES else size
+            x = torch.cat([own.new_zeros(before, own.size(1)), own])
+        if form == Form.EDGES:
+            out = model.run_layer(layer, x, outward.adj_t(), blank(outward.num_targets))
+            given = given.to(out)
+        else:
+            out = model.run_layer(layer, x, _one_edge_each(outward.value, size, before), blank(size))
+            given = propagate(outward.adj(), given.to(out))
+        return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+
+
+def form_of(model: LayeredGNN, layer: int, like: Tensor, outward: Outward, inputs: State, blank: Blank) -> Form:
+    """Return the form of a layer, which is observed: by gradients with and without other edges and rows.
 
     Args:
         model: gives the layer.
         layer: its number.
         like: its input's rows of the mini-batch [B, channels].
-        outward: the edges from the mini-batch to nodes outside.
-        blank: makes the layer's state for so many targets.
-
-    Raises:
-        NotImplementedError: it is none.
+        outward: the edges from the mini-batch to nodes outside, at least one; not by target.
+        inputs: the layer's keyword arguments, for the outward edges by target.
+        blank: makes its state.
     """
     generator = torch.Generator().manual_seed(layer)
 
@@ -39,51 +78,65 @@ def check_separable(
         values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
         return values.to(tensor) if tensor.is_floating_point() else tensor
 
-    targets, sources = outward.num_targets, outward.n_id.numel()
     own = drawn(like)
-    alone = torch.cat([own.new_zeros(targets, own.size(1)), own])
-    beside = torch.cat([drawn(alone[:targets]), own])
-    size = (targets, sources)
-    # An edge of each target from its own row comes behind its others.
-    ends, each = outward.rowptr[1:], torch.arange(targets, device=outward.col.device)
-    order = torch.cat([torch.arange(outward.col.numel(), device=ends.device), ends - 1]).argsort(stable=True)
-    weights = 0.5 + drawn(outward.value.new_ones(targets)).abs().to(outward.value)
-    more = sparse_csr(
-        outward.rowptr + torch.cat([each, each.new_full((1,), targets)]),
+    by_target = outward.by_target()
+    with torch.no_grad():
+        rows = torch.cat([own.new_zeros(outward.num_targets, own.size(1)), own])
+        given = drawn(model.run_layer(layer, rows, by_target.adj_t(), blank(outward.num_targets)))
+    alone = transposed(model, layer, Form.EDGES, own, given, by_target, blank)
+    if not _same(alone, _among_others(model, layer, own, given, by_target, blank, drawn)):
+        return Form.ANY
+    if not any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
+        for form in (Form.SUM, Form.SUM_AND_OWN):
+            if _same(alone, transposed(model, layer, form, own, given, outward, blank)):
+                return form
+    return Form.EDGES
+
+
+def _among_others(
+    model: LayeredGNN,
+    layer: int,
+    own: Tensor,
+    given: Tensor,
+    outward: Outward,
+    blank: Blank,
+    drawn: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """Return what :func:`transposed` does, with drawn rows of the targets, each with one more edge, from itself."""
+    targets = outward.num_targets
+    each = torch.arange(targets, device=outward.col.device)
+    place = torch.cat([torch.arange(outward.col.numel(), device=each.device), outward.rowptr[1:] - 1])
+    order = place.argsort(stable=True)  # the edge from itself comes behind a target's others
+
+    def with_more(values: Tensor) -> Tensor:
+        more = values.new_zeros(targets, *values.shape[1:])
+        return torch.cat([values, drawn(more) + 0.5 if values.is_floating_point() else more])[order]
+
+    adj_t = sparse_csr(
+        outward.rowptr + torch.arange(targets + 1, device=each.device),
         torch.cat([outward.col, each])[order],
-        torch.cat([outward.value, weights])[order],
-        size,
+        with_more(outward.value),
+        (targets, outward.n_id.numel()),
     )
     state = blank(targets)
     tree = Tree({name: value for name, value in state.items() if name not in outward.edges})
-    other = tree.build([drawn(tensor) for tensor in tree.tensors])
-    for name in outward.edges.keys() & state.keys():
-        edge = state[name]
-        other[name] = torch.cat([edge, drawn(edge[:1].expand(targets, *edge.shape[1:]))])[order]
-    given: list[Tensor] = []
+    other: State = tree.build([drawn(tensor) for tensor in tree.tensors])
+    other |= {name: with_more(state[name]) for name in outward.edges.keys() & state.keys()}
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        x = torch.cat([drawn(own.new_zeros(targets, own.size(1))), own])
+        out = model.run_layer(layer, x, adj_t, other)
+        return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
 
-    def gradient(rows: Tensor, adj_t: Tensor, state: State) -> Tensor | None:
-        with torch.enable_grad():
-            rows = rows.detach().requires_grad_()
-            out = model.run_layer(layer, rows, adj_t, state)
-            given.append(given[0] if given else drawn(out))
-            found = torch.autograd.grad(out, rows, given[0], allow_unused=True)[0] if out.requires_grad else None
-        return None if found is None else found[targets:]
 
-    first = gradient(alone, outward.adj_t(), state)
-    second = gradient(beside, more, other)
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
-        if first is second:
-            return
-        close = False
-    else:
-        scale = max(float(first.abs().max()), float(second.abs().max()))
-        close = float((first - second).abs().max()) <= scale * torch.finfo(first.dtype).eps ** 0.5
-    if not close:
-        raise NotImplementedError(
-            f"layer {layer} of {type(model).__name__} is no sum over edges, z_i = sum of a_ij g(z_j) over sources j, "
-            "plus what depends on i: what a source does to a target depends on the target's other sources. Apply the "
-            "activation (and norm) at the beginning of the next layer in the place of the end of this one, and divide "
-            "by degrees with weights of edges; or give the loader outward=\"complete\", which brings all edges of the "
-            "nodes outside"
-        )
+        return first is second
+    scale = torch.maximum(first.abs().max(), second.abs().max())
+    return bool((first - second).abs().max() <= scale * torch.finfo(first.dtype).eps ** 0.5)
+
+
+def _one_edge_each(value: Tensor, size: int, before: int) -> Tensor:
+    """Return the adjacency [size, before + size] with an edge of weight 1 into each target from the row behind."""
+    rowptr = torch.arange(size + 1, device=value.device)
+    return sparse_csr(rowptr, rowptr[:-1] + before, value.new_ones(size), (size, before + size))

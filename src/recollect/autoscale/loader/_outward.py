@@ -25,8 +25,10 @@ class Outward(NamedTuple):
     Attributes:
         n_id: [T + B + S] int64: the T out-neighbours, ascending; the batch's nodes, in its order; and, if ``complete``,
             the other nodes that the out-neighbours have edges from, ascending.
-        rowptr: [T + 1] int64: where the edges of each out-neighbour begin.
-        col: [E'] int64: their sources, positions in ``n_id``.
+        num_targets: T.
+        rowptr: if ``complete`` [T + 1] int64, where the edges of each out-neighbour begin; otherwise [B + 1], where
+            those of each node of the batch begin.
+        col: [E'] int64: the other end: if ``complete``, a position in ``n_id``; otherwise one of the T.
         value: [E'] their weights.
         nodes: the graph's node-level tensors by name, [T + B + S, ...].
         edges: the graph's edge-level tensors by name, [E', ...].
@@ -35,6 +37,7 @@ class Outward(NamedTuple):
     """
 
     n_id: Tensor
+    num_targets: int
     rowptr: Tensor
     col: Tensor
     value: Tensor
@@ -43,14 +46,24 @@ class Outward(NamedTuple):
     others: tuple[str, ...]
     complete: bool
 
-    @property
-    def num_targets(self) -> int:
-        """T."""
-        return self.rowptr.numel() - 1
+    def by_target(self) -> Outward:
+        """Return the same with edges as if ``complete``: those of each out-neighbour together."""
+        if self.complete:
+            return self
+        targets = self.num_targets
+        source = rows_of(sparse_csr(self.rowptr, self.col, self.value, (self.rowptr.numel() - 1, targets)))
+        order = self.col.argsort(stable=True)
+        rowptr = _ends(self.col.bincount(minlength=targets))
+        edges = {name: value[order] for name, value in self.edges.items()}
+        return self._replace(rowptr=rowptr, col=source[order] + targets, value=self.value[order], edges=edges)
 
     def adj_t(self) -> Tensor:
-        """Return the edges as sparse CSR adjacency [T, T + B + S]."""
+        """Return the edges, once they are by target, as sparse CSR adjacency [T, T + B + S]."""
         return sparse_csr(self.rowptr, self.col, self.value, (self.num_targets, self.n_id.numel()))
+
+    def adj(self) -> Tensor:
+        """Return the edges, unless they are by target, from the batch as sparse CSR matrix [B, T]."""
+        return sparse_csr(self.rowptr, self.col, self.value, (self.rowptr.numel() - 1, self.num_targets))
 
 
 class OutwardCut:
@@ -87,30 +100,24 @@ class OutwardCut:
 
     def __call__(self, batch: Tensor) -> Outward:
         """Return the outward edges of the nodes ``batch`` [B]."""
-        device = batch.device
+        num_nodes = self._rowptr.numel() - 1
         counts = self._begin[batch + 1] - self._begin[batch]
         leaving = _spread(self._begin[batch], counts)
-        edges, target = self._order[leaving], self._target[leaving]
-        table = torch.full((self._rowptr.numel() - 1,), -1, dtype=torch.int64, device=device)
-        table[batch] = torch.arange(batch.numel(), device=device)
-        crossing = table[target] < 0
-        edges, target = edges[crossing], target[crossing]
+        targets, place = number_nodes(batch, self._target[leaving], num_nodes)
         if self._complete:
-            targets: Tensor = torch.unique(target)
             counts = self._rowptr[targets + 1] - self._rowptr[targets]
             edges = _spread(self._rowptr[targets], counts)
-            rest, col = number_nodes(torch.cat([targets, batch]), self._col[edges], self._rowptr.numel() - 1)
-            rowptr = _ends(counts)
-            n_id = torch.cat([targets, batch, rest])
+            inside = torch.cat([targets, batch])
+            rest, col = number_nodes(inside, self._col[edges], num_nodes)
+            n_id, rowptr = torch.cat([inside, rest]), _ends(counts)
         else:
-            edges, order = edges.sort()  # the graph's edges are sorted by target
-            target = target[order]
-            targets, counts = torch.unique_consecutive(target, return_counts=True)
-            rowptr = _ends(counts)
-            col = table[self._col[edges]] + targets.numel()
+            crossing = place >= batch.numel()
+            rowptr = _ends(crossing)[_ends(counts)]
+            edges, col = self._order[leaving[crossing]], place[crossing] - batch.numel()
             n_id = torch.cat([targets, batch])
         return Outward(
             n_id,
+            targets.numel(),
             rowptr,
             col,
             self._value[edges],
@@ -129,6 +136,7 @@ def _spread(start: Tensor, count: Tensor) -> Tensor:
 
 
 def _ends(count: Tensor) -> Tensor:
-    rowptr = count.new_zeros(count.numel() + 1)
+    """Return where each of these many begin, and where the last ones end."""
+    rowptr = torch.zeros(count.numel() + 1, dtype=torch.int64, device=count.device)
     torch.cumsum(count, 0, out=rowptr[1:])
     return rowptr
