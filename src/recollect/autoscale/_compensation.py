@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Blank, Form, form_of, transposed
+from recollect.autoscale._separable import Blank, Edges, Form, form_of, transposed
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -62,12 +61,9 @@ class Compensation:
         self._histories = histories
         self._batch = batch
         self._outward = outward
-        self._inputs = _inputs_of(inputs, self._by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._edges = Edges(outward)
+        self._inputs = _inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
         self._forms = forms
-
-    @cached_property
-    def _by_target(self) -> Outward:
-        return self._outward.by_target()
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
         """Take a layer's output and the state that it left; return both so that backward passes through here.
@@ -97,23 +93,23 @@ class Compensation:
         """Return what takes the batch's rows of the layer's input to their gradient through the nodes outside."""
         autocast = _autocast_now()
         form = Form.ANY if self._outward.complete else self._form(layer, x, blank)
-        outward = self._by_target if form == Form.EDGES else self._outward
+        targets = self._outward.n_id[: self._outward.num_targets]
 
         def back(own: Tensor) -> Tensor | None:
             if self._gradients.is_empty(layer):
                 return None
-            given = self._gradients.pull(layer, outward.n_id[: outward.num_targets])
+            given = self._gradients.pull(layer, targets)
             with plain(self._model), autocast():
                 if form == Form.ANY:
                     return self._through_all(layer, own, given, blank)
-                return transposed(self._model, layer, form, own, given, outward, blank)
+                return transposed(self._model, layer, form, own, given, self._edges, blank)
 
         return back
 
     def _form(self, layer: int, x: Tensor, blank: Blank) -> Form:
         if layer not in self._forms:
             with plain(self._model):
-                form = form_of(self._model, layer, x, self._outward, self._inputs, blank)
+                form = form_of(self._model, layer, x, self._edges, self._inputs, blank)
             if form == Form.ANY:
                 raise NotImplementedError(
                     f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "

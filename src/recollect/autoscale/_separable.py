@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import propagate, sparse_csr
 
-__all__ = ["Blank", "Form", "form_of", "transposed"]
+__all__ = ["Blank", "Edges", "Form", "form_of", "transposed"]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -31,8 +32,50 @@ class Form(Enum):
     ANY = "z_i = f(x_j for all j)"
 
 
+class Edges:
+    """A mini-batch's outward edges in the ways that layers need them, each made when it is first asked for.
+
+    Args:
+        outward: the edges, not ``complete``.
+    """
+
+    def __init__(self, outward: Outward) -> None:
+        self._outward = outward
+        self._one_each: dict[int, Tensor] = {}
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        return self._outward.num_targets
+
+    @cached_property
+    def by_target(self) -> Outward:
+        """See :meth:`Outward.by_target`."""
+        return self._outward.by_target()
+
+    @cached_property
+    def adj_t(self) -> Tensor:
+        """See :meth:`Outward.adj_t`."""
+        return self.by_target.adj_t()
+
+    @cached_property
+    def adj(self) -> Tensor:
+        """See :meth:`Outward.adj`."""
+        return self._outward.adj()
+
+    def one_each(self, before: int) -> Tensor:
+        """Return an adjacency [B, before + B] with an edge of weight 1 into each target, from the row so far behind."""
+        if before not in self._one_each:
+            value = self._outward.value
+            size = self._outward.rowptr.numel() - 1
+            rowptr = torch.arange(size + 1, device=value.device)
+            weights = value.new_ones(size)
+            self._one_each[before] = sparse_csr(rowptr, rowptr[:-1] + before, weights, (size, before + size))
+        return self._one_each[before]
+
+
 def transposed(
-    model: LayeredGNN, layer: int, form: Form, own: Tensor, given: Tensor, outward: Outward, blank: Blank
+    model: LayeredGNN, layer: int, form: Form, own: Tensor, given: Tensor, edges: Edges, blank: Blank
 ) -> Tensor | None:
     """Return Σ_i (∂z_i / ∂x_j)ᵀ v_i over the nodes i outside, for each j in the batch [B, channels], or ``None`` for 0.
 
@@ -42,7 +85,7 @@ def transposed(
         form: the layer's, but not ``ANY``.
         own: x_j [B, channels].
         given: v_i [T, out_channels].
-        outward: the edges, not by target for the first two forms and by target for the third.
+        edges: to the nodes i.
         blank: makes the layer's state.
     """
     size = own.size(0)
@@ -50,25 +93,25 @@ def transposed(
         own = own.detach().requires_grad_()
         x, before = own, 0
         if form != Form.SUM:  # then rows of the targets come first, which are others than those of their sources
-            before = outward.num_targets if form == Form.EDGES else size
+            before = edges.num_targets if form == Form.EDGES else size
             x = torch.cat([own.new_zeros(before, own.size(1)), own])
         if form == Form.EDGES:
-            out = model.run_layer(layer, x, outward.adj_t(), blank(outward.num_targets))
+            out = model.run_layer(layer, x, edges.adj_t, blank(edges.num_targets))
             given = given.to(out)
         else:
-            out = model.run_layer(layer, x, _one_edge_each(outward.value, size, before), blank(size))
-            given = propagate(outward.adj(), given.to(out))
+            out = model.run_layer(layer, x, edges.one_each(before), blank(size))
+            given = propagate(edges.adj, given.to(out))
         return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
 
 
-def form_of(model: LayeredGNN, layer: int, like: Tensor, outward: Outward, inputs: State, blank: Blank) -> Form:
+def form_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Form:
     """Return the form of a layer, which is observed: by gradients with and without other edges and rows.
 
     Args:
         model: gives the layer.
         layer: its number.
         like: its input's rows of the mini-batch [B, channels].
-        outward: the edges from the mini-batch to nodes outside, at least one; not by target.
+        edges: from the mini-batch to nodes outside, at least one.
         inputs: the layer's keyword arguments, for the outward edges by target.
         blank: makes its state.
     """
@@ -79,16 +122,15 @@ def form_of(model: LayeredGNN, layer: int, like: Tensor, outward: Outward, input
         return values.to(tensor) if tensor.is_floating_point() else tensor
 
     own = drawn(like)
-    by_target = outward.by_target()
     with torch.no_grad():
-        rows = torch.cat([own.new_zeros(outward.num_targets, own.size(1)), own])
-        given = drawn(model.run_layer(layer, rows, by_target.adj_t(), blank(outward.num_targets)))
-    alone = transposed(model, layer, Form.EDGES, own, given, by_target, blank)
-    if not _same(alone, _among_others(model, layer, own, given, by_target, blank, drawn)):
+        rows = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
+        given = drawn(model.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
+    alone = transposed(model, layer, Form.EDGES, own, given, edges, blank)
+    if not _same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
         return Form.ANY
     if not any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
         for form in (Form.SUM, Form.SUM_AND_OWN):
-            if _same(alone, transposed(model, layer, form, own, given, outward, blank)):
+            if _same(alone, transposed(model, layer, form, own, given, edges, blank)):
                 return form
     return Form.EDGES
 
@@ -134,9 +176,3 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
         return first is second
     scale = torch.maximum(first.abs().max(), second.abs().max())
     return bool((first - second).abs().max() <= scale * torch.finfo(first.dtype).eps ** 0.5)
-
-
-def _one_edge_each(value: Tensor, size: int, before: int) -> Tensor:
-    """Return the adjacency [size, before + size] with an edge of weight 1 into each target from the row behind."""
-    rowptr = torch.arange(size + 1, device=value.device)
-    return sparse_csr(rowptr, rowptr[:-1] + before, value.new_ones(size), (size, before + size))
