@@ -68,6 +68,13 @@ class Own(Layers):
         return out
 
 
+class Gated(Layers):
+    """What a source sends is no linear function of its products with weights."""
+
+    def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
+        return propagate(adj_t, self.layers[layer](x).tanh())
+
+
 class EdgeWise(Layers):
     """Messages g(x_j, e_ij), each edge's attributes in a product with its source's row."""
 
@@ -101,6 +108,7 @@ SUMS: dict[str, Callable[..., ScalableGNN]] = {
     "graphconv": lambda layers, **options: Layers(lambda a, b: GraphConv((a, a), b), layers, **options),
     "sage-sum": lambda layers, **options: Layers(lambda a, b: SAGEConv((a, a), b, aggr="sum"), layers, **options),
     "own": lambda layers, **options: Own(nn.Linear, layers, **options),
+    "gated": lambda layers, **options: Gated(nn.Linear, layers, **options),
     "edges": lambda layers, **options: EdgeWise(nn.Linear, layers, **options),
 }
 OTHERS: dict[str, Callable[..., ScalableGNN]] = {

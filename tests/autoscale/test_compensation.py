@@ -5,7 +5,7 @@ import torch
 from compensation_zoo import NODES, OTHERS, PTR, SUMS, epoch, error, fill, loss_of, make, make_data, run, whole
 
 from recollect.autoscale import SubgraphLoader
-from recollect.autoscale._separable import Form
+from recollect.autoscale._separable import Form, Way
 
 EXACT = 1e-12
 depths = pytest.mark.parametrize("layers", [2, 3, 4])
@@ -37,13 +37,20 @@ def test_layers_that_are_no_sums_need_all_edges_of_the_nodes_outside(name, layer
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
+    ("name", "way"),
     [
-        ("gcn", Form.SUM), ("appnp", Form.SUM), ("gcn2", Form.SUM), ("gcn-linear", Form.SUM_AND_OWN),
-        ("graphconv", Form.SUM_AND_OWN), ("own", Form.SUM_AND_OWN), ("sage-sum", Form.EDGES), ("edges", Form.EDGES),
+        ("gcn", Way(Form.SUM, products=False)),
+        ("appnp", Way(Form.SUM, products=False)),
+        ("gcn2", Way(Form.SUM, products=False)),
+        ("gcn-linear", Way(Form.SUM_AND_OWN, products=False)),
+        ("graphconv", Way(Form.SUM_AND_OWN, products=False)),
+        ("own", Way(Form.SUM_AND_OWN, products=False)),
+        ("sage-sum", Way(Form.EDGES, products=False)),
+        ("gated", Way(Form.SUM)),
+        ("edges", Way(Form.EDGES, products=False)),
     ],
-)  # fmt: skip
-def test_the_form_of_a_layer_is_observed(name, form):
+)
+def test_how_gradients_are_sent_back_is_observed(name, way):
     data, model = make_data(), make(name, 3, compensate=True)
     epoch(model, data, True)
-    assert model._forms[1] == form
+    assert model._ways == {1: way, 2: way}

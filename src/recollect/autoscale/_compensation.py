@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Blank, Edges, Form, form_of, transposed
+from recollect.autoscale._separable import Blank, Edges, Form, Way, transposed, way_of
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -43,7 +43,7 @@ class Compensation:
         batch: the mini-batch.
         outward: its edges to the nodes outside.
         inputs: what the layers' state began with.
-        forms: of the layers of which it is known; others are added.
+        ways: of sending gradients back through each layer, as far as they are known; others are added.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Compensation:
         batch: Batch,
         outward: Outward,
         inputs: dict[str, Any],
-        forms: dict[int, Form],
+        ways: dict[int, Way],
     ) -> None:
         self._model = model
         self._gradients = gradients
@@ -63,7 +63,7 @@ class Compensation:
         self._outward = outward
         self._edges = Edges(outward)
         self._inputs = _inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
-        self._forms = forms
+        self._ways = ways
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
         """Take a layer's output and the state that it left; return both so that backward passes through here.
@@ -92,7 +92,7 @@ class Compensation:
     def _back(self, layer: int, x: Tensor, blank: Blank) -> Callable[[Tensor], Tensor | None]:
         """Return what takes the batch's rows of the layer's input to their gradient through the nodes outside."""
         autocast = _autocast_now()
-        form = Form.ANY if self._outward.complete else self._form(layer, x, blank)
+        way = Way(Form.ANY) if self._outward.complete else self._way(layer, x, blank)
         targets = self._outward.n_id[: self._outward.num_targets]
 
         def back(own: Tensor) -> Tensor | None:
@@ -100,17 +100,17 @@ class Compensation:
                 return None
             given = self._gradients.pull(layer, targets)
             with plain(self._model), autocast():
-                if form == Form.ANY:
+                if way.form == Form.ANY:
                     return self._through_all(layer, own, given, blank)
-                return transposed(self._model, layer, form, own, given, self._edges, blank)
+                return transposed(self._model, layer, way, own, given, self._edges, blank)
 
         return back
 
-    def _form(self, layer: int, x: Tensor, blank: Blank) -> Form:
-        if layer not in self._forms:
+    def _way(self, layer: int, x: Tensor, blank: Blank) -> Way:
+        if layer not in self._ways:
             with plain(self._model):
-                form = form_of(self._model, layer, x, self._edges, self._inputs, blank)
-            if form == Form.ANY:
+                way = way_of(self._model, layer, x, self._edges, self._inputs, blank)
+            if way.form == Form.ANY:
                 raise NotImplementedError(
                     f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
                     "what a source does to a target depends on the target's other sources. Apply the activation (and "
@@ -118,8 +118,8 @@ class Compensation:
                     'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
                     "the nodes outside"
                 )
-            self._forms[layer] = form
-        return self._forms[layer]
+            self._ways[layer] = way
+        return self._ways[layer]
 
     def _through_all(self, layer: int, own: Tensor, given: Tensor, blank: Blank) -> Tensor | None:
         """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""

@@ -20,7 +20,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._network import Follow, LayeredGNN
-from recollect.autoscale._separable import Form
+from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -132,7 +132,7 @@ class ScalableGNN(LayeredGNN):
         self.gradients: GradientHistories | None = None
         if compensate:
             self.gradients = GradientHistories(self.num_nodes, widths[1:], device, history_dtype, history_path)
-        self._forms: dict[int, Form] = {}  # of the layers, as far as they are known
+        self._ways: dict[int, Way] = {}  # of sending gradients back through each layer, as far as they are known
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
 
@@ -338,7 +338,7 @@ class ScalableGNN(LayeredGNN):
                 "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
                 "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
             )
-        given = Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._forms)
+        given = Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._ways)
         return given.follow
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect._util._tree import Tree
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import propagate, sparse_csr
 
-__all__ = ["Blank", "Edges", "Form", "form_of", "transposed"]
+__all__ = ["Blank", "Edges", "Form", "Way", "transposed", "way_of"]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -30,6 +34,33 @@ class Form(Enum):
     SUM_AND_OWN = "z_i = Σ a_ij g(x_j) + s(x_i)"
     EDGES = "z_i = Σ g(x_j, a_ij) + s(x_i)"
     ANY = "z_i = f(x_j for all j)"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer's gradient is sent back.
+
+    Attributes:
+        form: the layer's.
+        products: whether the results of its products count, and not only the graph behind them. They do not where the
+            layer is linear from its products on.
+    """
+
+    form: Form
+    products: bool = True
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """Products of matrices give zeros. Autograd, which is above this, gets the same graph as ever."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            left, right = args[-2:]
+            return torch.zeros(left.size(0), right.size(1), dtype=right.dtype, device=right.device)
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 class Edges:
@@ -75,20 +106,21 @@ class Edges:
 
 
 def transposed(
-    model: LayeredGNN, layer: int, form: Form, own: Tensor, given: Tensor, edges: Edges, blank: Blank
+    model: LayeredGNN, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
 ) -> Tensor | None:
     """Return Σ_i (∂z_i / ∂x_j)ᵀ v_i over the nodes i outside, for each j in the batch [B, channels], or ``None`` for 0.
 
     Args:
         model: gives the layer.
         layer: its number.
-        form: the layer's, but not ``ANY``.
+        way: the layer's, of a form but ``ANY``.
         own: x_j [B, channels].
         given: v_i [T, out_channels].
         edges: to the nodes i.
         blank: makes the layer's state.
     """
-    size = own.size(0)
+    size, form = own.size(0), way.form
+    products = nullcontext() if way.products else _WithoutProducts()
     with torch.enable_grad():
         own = own.detach().requires_grad_()
         x, before = own, 0
@@ -96,16 +128,19 @@ def transposed(
             before = edges.num_targets if form == Form.EDGES else size
             x = torch.cat([own.new_zeros(before, own.size(1)), own])
         if form == Form.EDGES:
-            out = model.run_layer(layer, x, edges.adj_t, blank(edges.num_targets))
-            given = given.to(out)
+            adj_t, targets = edges.adj_t, edges.num_targets
         else:
-            out = model.run_layer(layer, x, edges.one_each(before), blank(size))
-            given = propagate(edges.adj, given.to(out))
+            adj_t, targets = edges.one_each(before), size
+        with products:
+            out = model.run_layer(layer, x, adj_t, blank(targets))
+        given = given.to(out)
+        if form != Form.EDGES:
+            given = propagate(edges.adj, given)
         return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
 
 
-def form_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Form:
-    """Return the form of a layer, which is observed: by gradients with and without other edges and rows.
+def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Way:
+    """Return the first way that is right for a layer; that is observed, with drawn numbers in the place of all rows.
 
     Args:
         model: gives the layer.
@@ -125,14 +160,14 @@ def form_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: S
     with torch.no_grad():
         rows = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
         given = drawn(model.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
-    alone = transposed(model, layer, Form.EDGES, own, given, edges, blank)
+    alone = transposed(model, layer, Way(Form.EDGES), own, given, edges, blank)
     if not _same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
-        return Form.ANY
-    if not any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
-        for form in (Form.SUM, Form.SUM_AND_OWN):
-            if _same(alone, transposed(model, layer, form, own, given, edges, blank)):
-                return form
-    return Form.EDGES
+        return Way(Form.ANY)
+    forms = [Form.SUM, Form.SUM_AND_OWN, Form.EDGES]
+    if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
+        forms = [Form.EDGES]  # the inputs are those of the outward edges
+    ways = (Way(form, products) for form in forms for products in (False, True))
+    return next(way for way in ways if _same(alone, transposed(model, layer, way, own, given, edges, blank)))
 
 
 def _among_others(
