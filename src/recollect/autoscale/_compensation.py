@@ -101,8 +101,10 @@ class Compensation:
             given = self._gradients.pull(layer, targets)
             with plain(self._model), autocast():
                 if way.form == Form.ANY:
-                    return self._through_all(layer, own, given, blank)
-                return transposed(self._model, layer, way, own, given, self._edges, blank)
+                    found = self._through_all(layer, own, given, blank)
+                else:
+                    found = transposed(self._model, layer, way, own, given, self._edges, blank)
+            return None if found is None else found * self._gradients.trust(layer).to(found)
 
         return back
 

@@ -55,12 +55,14 @@ class _WithoutProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
-            left, right = args[-2:]
-            return torch.zeros(left.size(0), right.size(1), dtype=right.dtype, device=right.device)
+            left, right = args[-2:] if func is not _REDUCED else args[:2]
+            zeros = torch.zeros(left.size(0), right.size(1), dtype=right.dtype, device=right.device)
+            return (zeros, zeros.new_empty(0, dtype=torch.int64)) if func is _REDUCED else zeros
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_REDUCED = torch.ops.aten._sparse_mm_reduce_impl.default
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, _REDUCED)
 
 
 class Edges:

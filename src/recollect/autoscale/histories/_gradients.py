@@ -76,17 +76,15 @@ class GradientHistories(nn.Module):
         return len(self.tables) < layer or self.table(layer).table.clock.pushes == 0
 
     def pull(self, layer: int, n_id: Tensor) -> Tensor:
-        """Return the rows of these nodes, times λ [nodes, channels]."""
-        rows = self.table(layer).pull(n_id)
-        return rows.mul_(self.trust(layer).to(rows))
+        """Return the rows of these nodes [nodes, channels]."""
+        return self.table(layer).pull(n_id)
 
     def push(self, layer: int, rows: Tensor, n_id: Tensor, offset: Tensor, count: Tensor) -> None:
         """Write the rows of a mini-batch's nodes [B, channels], and compare them with those that were there."""
         history = self.table(layer, rows.size(1))
         if history.table.clock.pushes:
-            old = history.pull(n_id)
-            new = rows.to(old)
-            sums = torch.stack([(old * new).sum(), old.square().sum()])
+            old = history.pull(n_id).flatten()
+            sums = torch.stack([old.dot(rows.to(old).flatten()), old.dot(old)])
             self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
         history.push(rows, n_id, offset, count)
 
