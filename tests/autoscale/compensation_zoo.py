@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -86,6 +86,15 @@ class EdgeWise(Layers):
         return rows.new_zeros(adj_t.size(0), rows.size(1)).index_add(0, target, rows)
 
 
+class Leaving(Layers):
+    """Leaves more than its output."""
+
+    def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
+        out = propagate(adj_t, self.layers[layer](x))
+        state["more"] = out.sin()
+        return out
+
+
 class Late(Layers):
     """Its activation comes at a layer's end: no sum over edges."""
 
@@ -123,7 +132,8 @@ OTHERS: dict[str, Callable[..., ScalableGNN]] = {
 
 def make(name: str, layers: int, **options: Any) -> ScalableGNN:
     torch.manual_seed(0)
-    return (SUMS | OTHERS)[name](layers, **DOUBLE | options).double()
+    made = SUMS | OTHERS | {"leaving": lambda layers, **options: Leaving(nn.Linear, layers, **options)}
+    return made[name](layers, **DOUBLE | options).double()
 
 
 def run(model: ScalableGNN, batch: Any) -> Tensor:
@@ -159,11 +169,11 @@ def whole(model: ScalableGNN, data: Data) -> tuple[Tensor, list[Tensor], list[Te
     return gradients_of(model), [row.detach() for row in rows], [row.grad for row in rows]
 
 
-def fill(model: ScalableGNN, rows: list[Tensor], gradients: list[Tensor]) -> None:
+def fill(model: ScalableGNN, rows: list[Tensor], gradients: Sequence[Tensor] = ()) -> None:
     """Put these into the histories."""
     for history, row in zip(model.tables, rows, strict=False):
         history.push(row)
-    for layer in range(1, model.num_layers if model.compensate else 0):
+    for layer in range(1, len(gradients) if model.compensate else 0):
         model.gradients.table(layer, gradients[layer].size(1)).push(gradients[layer])
 
 

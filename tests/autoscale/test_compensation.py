@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from compensation_zoo import NODES, OTHERS, PTR, SUMS, epoch, error, fill, loss_of, make, make_data, run, whole
+from compensation_zoo import (
+    NODES, OTHERS, PTR, SUMS, epoch, error, fill, gradients_of, loss_of, make, make_data, run, whole,
+)  # fmt: skip
 
-from recollect.autoscale import SubgraphLoader
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
 from recollect.autoscale._separable import Form, Way
+from recollect.models import GIN
 
 EXACT = 1e-12
 depths = pytest.mark.parametrize("layers", [2, 3, 4])
@@ -54,3 +57,116 @@ def test_how_gradients_are_sent_back_is_observed(name, way):
     data, model = make_data(), make(name, 3, compensate=True)
     epoch(model, data, True)
     assert model._ways == {1: way, 2: way}
+
+
+@depths
+@pytest.mark.parametrize("name", [*SUMS, *OTHERS])
+def test_after_a_refresh_the_first_step_is_exact(name, layers):
+    data, model = make_data(), make(name, layers, compensate=True)
+    expected, rows, gradients = whole(model, data)
+
+    def loss(out, batch):
+        return loss_of(out, batch.data.share[: batch.batch_size])
+
+    model.refresh(EvalSubgraphLoader(data, PTR, 2, log=False), loss)
+    for layer in range(1, layers):
+        torch.testing.assert_close(model.gradients.table(layer).pull(), gradients[layer], rtol=1e-11, atol=1e-12)
+    outward = True if name in SUMS else "complete"
+    for batch in SubgraphLoader(data, PTR, 2, log=False, outward=outward):
+        loss(run(model, batch), batch).backward()
+    assert error(gradients_of(model), expected) < EXACT
+
+
+def test_histories_converge_to_the_exact_ones():
+    data, model = make_data(), make("gcn", 4, compensate=True)
+    expected, rows, gradients = whole(model, data)
+    errors = [error(epoch(model, data, True), expected) for _ in range(30)]
+    assert errors[0] > 0.1, errors
+    assert errors[-1] < EXACT
+    for layer in range(1, 4):
+        torch.testing.assert_close(model.gradients.table(layer).pull(), gradients[layer], rtol=1e-11, atol=1e-12)
+
+
+def test_a_mini_batch_goes_backward_once():
+    data, model = make_data(), make("gcn", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    out = run(model, batch)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="go backward once for each forward pass, from the sum of all losses"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_step_pushes_once(recompute):
+    data, model = make_data(), make("gcn", 4, compensate=True, recompute=recompute)
+    for step, batch in enumerate(SubgraphLoader(data, PTR, 1, log=False, outward=True), 1):
+        run(model, batch).sum().backward()
+        assert [model.gradients.table(layer).table.clock.pushes for layer in (1, 2, 3)] == [step] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"history_dtype": torch.float32}, {"history_dtype": torch.float16}, {"history_dtype": torch.int8},
+        {"pool_size": 2, "buffer_size": NODES}, {"history_path": True},
+    ],
+    ids=["float32", "float16", "int8", "pool", "file"],
+)  # fmt: skip
+def test_every_kind_of_history(options, tmp_path):
+    if "history_path" in options:
+        options = {"history_path": tmp_path}
+    data, model = make_data(), make("gcn", 3, compensate=True, **options)
+    expected = whole(model, data)[0]
+    for _ in range(30):
+        found = epoch(model, data, True)
+    exact = model.tables[0].dtype == torch.float64
+    assert error(found, expected) < (EXACT if exact else 0.03)
+    assert {t.dtype for t in model.gradients.tables} != {torch.float16}
+    assert (tmp_path / "2.gradients").exists() == ("history_path" in options)
+
+
+def test_rows_that_were_never_pushed_compensate_nothing():
+    data, found = make_data(), []
+    for compensate in (False, True):
+        model = make("gcn", 3, compensate=compensate)
+        fill(model, whole(model, data)[1])
+        batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=compensate)))
+        loss_of(run(model, batch), batch.data.share[: batch.batch_size]).backward()
+        found.append(gradients_of(model))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+def test_old_rows_count_as_far_as_they_agree_with_what_replaces_them():
+    model = make("gcn", 3, compensate=True)
+    history = model.gradients
+    n_id, parts = torch.arange(NODES), (torch.tensor([0]), torch.tensor([NODES]))
+    rows = torch.randn(NODES, 6, dtype=torch.float64)
+    assert history.trust(1) == 1
+    for factor, trust in ((1.0, 1.0), (0.25, 0.25), (-3.0, 0.0)):
+        history.reset_parameters()
+        history.push(1, rows, n_id, *parts)
+        history.push(1, rows * factor, n_id, *parts)
+        assert float(history.trust(1)) == pytest.approx(trust)
+
+
+def test_what_is_refused():
+    data = make_data()
+    with pytest.raises(ValueError, match="keep_histories=False, but compensate=True needs histories"):
+        make("gcn", 3, compensate=True, keep_histories=False)
+    with pytest.raises(ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'complete'"):
+        SubgraphLoader(data, PTR, log=False, outward="all")
+    model = make("gcn", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, log=False)))
+    with pytest.raises(ValueError, match="outward=batch.data.outward"):
+        run(model, batch)
+    with pytest.raises(ValueError, match="needs the loss of a mini-batch"):
+        model.refresh(EvalSubgraphLoader(data, PTR, log=False))
+    with pytest.raises(NotImplementedError, match="may leave there what they return, and nothing else"):
+        epoch(make("leaving", 3, compensate=True), data, True)
+    with pytest.raises(NotImplementedError, match=r"with a gradient in state\['lipschitz'\]"):
+        epoch(GIN(NODES, 3, 6, 4, 3, noise=0.1, compensate=True).double(), data, "complete")
+    edges = make("edges", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, log=False, outward=True)))
+    batch.data.outward.edges.clear()
+    with pytest.raises(ValueError, match="the graph of the mini-batch's loader has no edge_attr"):
+        run(edges, batch)

@@ -20,6 +20,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
 from recollect.autoscale._network import Follow, LayeredGNN
+from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
@@ -298,6 +299,31 @@ class ScalableGNN(LayeredGNN):
                 return LayerWise(self, self.num_nodes, loader, self.tables, self._exchange).run(self._device)
             fresh = fresh_histories(self.tables, self.parameters())
             return LayerWise(self, self.num_nodes, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
+
+    def refresh(self, loader: Iterable[SubData], loss: Loss | None = None) -> Tensor:
+        """Make the histories those of the present parameters: embeddings, and with ``compensate=True`` gradients too.
+
+        Both are computed layer by layer in mini-batches, embeddings from the first layer to the last and gradients from
+        the last to the second, in evaluation mode. The next mini-batch's gradient is then exact. It costs about two
+        forward passes and a backward pass over the graph.
+
+        Args:
+            loader: yields every node once, in the same mini-batches each time: an EvalSubgraphLoader.
+            loss: from a mini-batch's output [B, out_channels] and the mini-batch to its loss, a scalar: as in training,
+                with the same factor for each node. Needed with ``compensate=True``.
+
+        Returns:
+            The output [num_nodes, out_channels], as of :meth:`mini_inference`.
+
+        Raises:
+            ValueError: ``loss`` is missing; see :meth:`mini_inference` too.
+        """
+        if self.gradients is not None and loss is None:
+            raise ValueError("compensate=True: refresh(loader, loss) needs the loss of a mini-batch, loss(out, batch)")
+        out = self.mini_inference(loader)
+        if self.gradients is not None and loss is not None:
+            GradientSweep(self, self.num_nodes, loader, self.tables, self.gradients, loss).run()
+        return out
 
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.

@@ -12,7 +12,7 @@ from recollect.autoscale.histories._history import History
 
 __all__ = ["GradientHistories"]
 
-_KEEP = 0.9
+_KEEP = 0.5
 """What a push leaves of the sums that agreement is measured by."""
 
 
