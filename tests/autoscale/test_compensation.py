@@ -157,7 +157,7 @@ def test_what_is_refused():
         SubgraphLoader(data, PTR, log=False, outward="all")
     model = make("gcn", 3, compensate=True)
     batch = next(iter(SubgraphLoader(data, PTR, log=False)))
-    with pytest.raises(ValueError, match="outward=batch.data.outward"):
+    with pytest.raises(ValueError, match=r"outward=batch\.data\.outward"):
         run(model, batch)
     with pytest.raises(ValueError, match="needs the loss of a mini-batch"):
         model.refresh(EvalSubgraphLoader(data, PTR, log=False))

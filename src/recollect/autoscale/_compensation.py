@@ -191,7 +191,7 @@ class _Join(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.step(grad, *ctx.saved_tensors), None
 
@@ -236,7 +236,8 @@ def _blank(inputs: State, state: State) -> Blank:
             torch.zeros(() if shape is None else (targets, *shape), dtype=dtype, device=device)
             for shape, dtype, device in kinds
         ]
-        return inputs | tree.build(zeros)
+        left: State = tree.build(zeros)
+        return inputs | left
 
     return make
 

@@ -50,7 +50,7 @@ class Way:
     products: bool = True
 
 
-class _WithoutProducts(TorchDispatchMode):
+class _WithoutProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products of matrices give zeros. Autograd, which is above this, gets the same graph as ever."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -122,7 +122,7 @@ def transposed(
         blank: makes the layer's state.
     """
     size, form = own.size(0), way.form
-    products = nullcontext() if way.products else _WithoutProducts()
+    products = nullcontext() if way.products else _WithoutProducts()  # type: ignore[no-untyped-call]
     with torch.enable_grad():
         own = own.detach().requires_grad_()
         x, before = own, 0
