@@ -54,7 +54,7 @@ class Layers(ScalableGNN):
 
 
 class Own(Layers):
-    """A user's layer, whose own rows stay apart; the first one's output goes into all others, and that of all layers."""
+    """A user's layer: a target's own row stays apart, and what the layers before returned for it goes in too."""
 
     def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         out = self.layers[layer](propagate(adj_t, x.square()) + x[: adj_t.size(0)])

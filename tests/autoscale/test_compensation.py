@@ -3,7 +3,19 @@
 import pytest
 import torch
 from compensation_zoo import (
-    NODES, OTHERS, PTR, SUMS, epoch, error, fill, gradients_of, loss_of, make, make_data, run, whole,
+    NODES,
+    OTHERS,
+    PTR,
+    SUMS,
+    epoch,
+    error,
+    fill,
+    gradients_of,
+    loss_of,
+    make,
+    make_data,
+    run,
+    whole,
 )  # fmt: skip
 
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
@@ -63,7 +75,7 @@ def test_how_gradients_are_sent_back_is_observed(name, way):
 @pytest.mark.parametrize("name", [*SUMS, *OTHERS])
 def test_after_a_refresh_the_first_step_is_exact(name, layers):
     data, model = make_data(), make(name, layers, compensate=True)
-    expected, rows, gradients = whole(model, data)
+    expected, _, gradients = whole(model, data)
 
     def loss(out, batch):
         return loss_of(out, batch.data.share[: batch.batch_size])
@@ -79,7 +91,7 @@ def test_after_a_refresh_the_first_step_is_exact(name, layers):
 
 def test_histories_converge_to_the_exact_ones():
     data, model = make_data(), make("gcn", 4, compensate=True)
-    expected, rows, gradients = whole(model, data)
+    expected, _, gradients = whole(model, data)
     errors = [error(epoch(model, data, True), expected) for _ in range(30)]
     assert errors[0] > 0.1, errors
     assert errors[-1] < EXACT

@@ -62,8 +62,7 @@ class GradientHistories(nn.Module):
         """
         if layer == self._num_layers - 1 and len(self.tables) < layer and width is not None:
             self._append(width)
-        found = self.tables[layer - 1]
-        assert isinstance(found, History)  # noqa: S101  # for the type checker
+        found = [history for history in self.tables if isinstance(history, History)][layer - 1]
         if width is not None and found.embedding_dim != width:
             raise ValueError(
                 f"layer {layer} returned {width} channels, but its history of gradients has {found.embedding_dim}: "
