@@ -64,12 +64,17 @@ class ScalableGNN(LayeredGNN):
             refused then; layer-wise inference fills histories that it makes for itself.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
             the layer is run again and its halo rows are pulled again.
+        compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
+            gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
+            layers that are sums over edges, unless all edges are there; see docs/graph.md.
 
     Attributes:
+        gradients: with ``compensate``, the histories of gradients.
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range, or ``history_path`` is a file.
+        ValueError: a number is out of its range, ``history_path`` is a file, or ``compensate`` goes without histories or
+            with a ``forward`` of the network's own.
 
     Example:
         >>> import torch
@@ -211,7 +216,8 @@ class ScalableGNN(LayeredGNN):
             n_id: the mini-batch's nodes and their halo [B + halo], int64.
             offset: first node of each of its parts [parts], int64.
             count: number of nodes of each part [parts], int64.
-            **inputs: what the layers find in their state, such as ``edge_attr``; ``edge_weight`` of an ``EdgeIndex``.
+            **inputs: what the layers find in their state, such as ``edge_attr``; ``edge_weight`` of an ``EdgeIndex``;
+                ``outward``, a mini-batch's ``data.outward``, with ``compensate=True``.
 
         Returns:
             [num_nodes, out_channels], or [B, out_channels].
@@ -220,6 +226,7 @@ class ScalableGNN(LayeredGNN):
             TypeError: ``adj_t`` is neither, or a layer returns no tensor.
             ValueError: sizes disagree, or the batch is not one of this graph, permuted. Nothing was written then.
             IndexError: a node that the histories do not have.
+            NotImplementedError: ``compensate=True`` does not hold for a layer; the message says what to do.
         """
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
         batch = Batch.of(batch_size, n_id, offset, count)
