@@ -154,11 +154,21 @@ def test_old_rows_count_as_far_as_they_agree_with_what_replaces_them():
     n_id, parts = torch.arange(NODES), (torch.tensor([0]), torch.tensor([NODES]))
     rows = torch.randn(NODES, 6, dtype=torch.float64)
     assert history.trust(1) == 1
-    for factor, trust in ((1.0, 1.0), (0.25, 0.25), (-3.0, 0.0)):
+    noise = torch.randn_like(rows)
+    noise -= rows * (noise * rows).sum() / rows.square().sum()
+    noise *= rows.norm() / noise.norm()
+    for factor, share, trust in (
+        (1.0, 0.0, 1.0),
+        (0.25, 0.0, 0.25),
+        (2.0, 0.0, 1.0),
+        (-3.0, 0.0, 0.0),
+        (1.0, 0.5, 2 / 1.25 - 1),  # of the new rows' squares 1 of 1 + 0.25 is explained
+        (1.0, 1.1, 0.0),
+    ):
         history.reset_parameters()
         history.push(1, rows, n_id, *parts)
-        history.push(1, rows * factor, n_id, *parts)
-        assert float(history.trust(1)) == pytest.approx(trust)
+        history.push(1, rows * factor + noise * share, n_id, *parts)
+        assert float(history.trust(1)) == pytest.approx(trust, abs=1e-9)
 
 
 def test_what_is_refused():

@@ -20,8 +20,9 @@ class GradientHistories(nn.Module):
     """A history of ∂loss/∂z_l for each layer l but the first, and how far its rows are to be trusted.
 
     A row is as old as its node's last mini-batch. Where the loss' gradient changes much in between, old rows can be
-    worse than none. So each push compares what it replaces with what it writes: the least-squares factor
-    λ = ⟨old, new⟩ / ⟨old, old⟩, over the rows of the last pushes and held to [0, 1], is what old rows count.
+    worse than none. So each push compares what it replaces with what it writes, and old rows count by a factor of all
+    rows of the last pushes: that of least squares, λ = ⟨old, new⟩ / ⟨old, old⟩, held to [0, 1], times 2ρ² - 1 where the
+    share ρ² of the new rows that the old ones explain is above a half, and 0 below.
 
     They are never part of ``state_dict``: those of a loaded model are zeros until they are pushed.
 
@@ -52,7 +53,7 @@ class GradientHistories(nn.Module):
         self.tables = nn.ModuleList()
         for width in widths:
             self._append(width)
-        self.register_buffer("_sums", torch.zeros(self._num_layers, 2, dtype=torch.float64), persistent=False)
+        self.register_buffer("_sums", torch.zeros(self._num_layers, 3, dtype=torch.float64), persistent=False)
 
     def table(self, layer: int, width: int | None = None) -> History:
         """Return the history of a layer's output, from 1 on; that of the last layer is made with this width.
@@ -83,14 +84,17 @@ class GradientHistories(nn.Module):
         history = self.table(layer, rows.size(1))
         if history.table.clock.pushes:
             old = history.pull(n_id).flatten()
-            sums = torch.stack([old.dot(rows.to(old).flatten()), old.dot(old)])
+            new = rows.to(old).flatten()
+            sums = torch.stack([old.dot(new), old.dot(old), new.dot(new)])
             self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
         history.push(rows, n_id, offset, count)
 
     def trust(self, layer: int) -> Tensor:
-        """Return λ, a scalar; 1 where nothing was compared yet."""
-        both, old = self._sums[layer]
-        return torch.where(old > 0, (both / old).clamp(0.0, 1.0), 1.0)
+        """Return by what factor old rows count, a scalar in [0, 1]; 1 where nothing was compared yet."""
+        both, old, new = self._sums[layer]
+        explained = both.clamp(min=0.0).square() / (old * new)
+        trust = (both / old).clamp(0.0, 1.0) * (2 * explained - 1).clamp(0.0, 1.0)
+        return torch.where(old * new > 0, trust, 1.0)
 
     def believe(self) -> None:
         """Forget what was compared: the rows are those of the present parameters."""
