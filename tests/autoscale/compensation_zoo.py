@@ -95,6 +95,16 @@ class Leaving(Layers):
         return out
 
 
+class LateState(Layers):
+    """What the first layer left goes into an activation at the end of each other."""
+
+    def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
+        out = self.layers[layer](propagate(adj_t, x))
+        if layer == 0:
+            state["first"] = out
+        return F.softplus(out + state["first"].mean(-1, keepdim=True))
+
+
 class Late(Layers):
     """Its activation comes at a layer's end: no sum over edges."""
 
@@ -132,7 +142,9 @@ OTHERS: dict[str, Callable[..., ScalableGNN]] = {
 
 def make(name: str, layers: int, **options: Any) -> ScalableGNN:
     torch.manual_seed(0)
-    made = SUMS | OTHERS | {"leaving": lambda layers, **options: Leaving(nn.Linear, layers, **options)}
+    made = SUMS | OTHERS
+    made["leaving"] = lambda layers, **options: Leaving(nn.Linear, layers, **options)
+    made["late-state"] = lambda layers, **options: LateState(nn.Linear, layers, **options)
     return made[name](layers, **DOUBLE | options).double()
 
 

@@ -185,6 +185,8 @@ def test_what_is_refused():
         model.refresh(EvalSubgraphLoader(data, PTR, log=False))
     with pytest.raises(NotImplementedError, match="may leave there what they return, and nothing else"):
         epoch(make("leaving", 3, compensate=True), data, True)
+    with pytest.raises(NotImplementedError, match="reads from its state what earlier layers left for a target"):
+        epoch(make("late-state", 3, compensate=True), data, "complete")
     with pytest.raises(NotImplementedError, match=r"with a gradient in state\['lipschitz'\]"):
         epoch(GIN(NODES, 3, 6, 4, 3, noise=0.1, compensate=True).double(), data, "complete")
     edges = make("edges", 3, compensate=True)

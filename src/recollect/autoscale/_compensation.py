@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Blank, Edges, Form, Way, transposed, way_of
+from recollect.autoscale._separable import Blank, Edges, Form, Way, drawn_like, same, transposed, way_of
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -92,7 +92,7 @@ class Compensation:
     def _back(self, layer: int, x: Tensor, blank: Blank) -> Callable[[Tensor], Tensor | None]:
         """Return what takes the batch's rows of the layer's input to their gradient through the nodes outside."""
         autocast = _autocast_now()
-        way = Way(Form.ANY) if self._outward.complete else self._way(layer, x, blank)
+        way = self._way(layer, x, blank)
         targets = self._outward.n_id[: self._outward.num_targets]
 
         def back(own: Tensor) -> Tensor | None:
@@ -109,6 +109,9 @@ class Compensation:
         return back
 
     def _way(self, layer: int, x: Tensor, blank: Blank) -> Way:
+        if self._outward.complete:
+            self._check_apart_from_state(layer, x, blank)
+            return Way(Form.ANY)
         if layer not in self._ways:
             with plain(self._model):
                 way = way_of(self._model, layer, x, self._edges, self._inputs, blank)
@@ -122,6 +125,34 @@ class Compensation:
                 )
             self._ways[layer] = way
         return self._ways[layer]
+
+    def _check_apart_from_state(self, layer: int, x: Tensor, blank: Blank) -> None:
+        """Raise if the gradient depends on what earlier layers left for the nodes outside, which is not known here."""
+        if layer in self._ways or not self._outward.col.numel():
+            return
+        generator = torch.Generator().manual_seed(layer)
+
+        def drawn(targets: int) -> State:
+            tree = Tree({name: value for name, value in blank(targets).items() if name not in self._inputs})
+            others: State = tree.build([drawn_like(tensor, generator) for tensor in tree.tensors])
+            return self._inputs | others
+
+        with plain(self._model):
+            own = drawn_like(x, generator)
+            rows = torch.cat([own.new_zeros(self._outward.num_targets, own.size(1)), own])
+            rows = torch.cat([rows, own.new_zeros(self._outward.n_id.numel() - rows.size(0), own.size(1))])
+            with torch.no_grad():
+                out = self._model.run_layer(layer, rows, self._outward.adj_t(), blank(self._outward.num_targets))
+            given = drawn_like(out, generator)
+            found = [self._through_all(layer, own, given, state) for state in (blank, drawn)]
+        if not same(*found):
+            raise NotImplementedError(
+                f"layer {layer} of {type(self._model).__name__} reads from its state what earlier layers left for a "
+                "target, and what a source does to the target depends on it; of nodes outside of a mini-batch that is "
+                "not known. With compensate=True such a term is added after all that is not linear, or comes from an "
+                "attribute of the graph"
+            )
+        self._ways[layer] = Way(Form.ANY)
 
     def _through_all(self, layer: int, own: Tensor, given: Tensor, blank: Blank) -> Tensor | None:
         """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""

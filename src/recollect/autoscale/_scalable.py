@@ -73,8 +73,8 @@ class ScalableGNN(LayeredGNN):
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range, ``history_path`` is a file, or ``compensate`` goes without histories or
-            with a ``forward`` of the network's own.
+        ValueError: a number is out of its range, ``history_path`` is a file, or ``compensate`` goes without histories
+            or with a ``forward`` of the network's own.
 
     Example:
         >>> import torch
@@ -229,6 +229,7 @@ class ScalableGNN(LayeredGNN):
             NotImplementedError: ``compensate=True`` does not hold for a layer; the message says what to do.
         """
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
+        outward = inputs.pop("outward", None)
         batch = Batch.of(batch_size, n_id, offset, count)
         if batch is None:
             if not x.size(0) == adj_t.size(0) == adj_t.size(1):
@@ -238,7 +239,7 @@ class ScalableGNN(LayeredGNN):
                 )
             return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
-        follow = self._compensation(batch, inputs.pop("outward", None), inputs)
+        follow = self._compensation(batch, outward, inputs)
         return self.run_layers(
             x,
             first_rows(adj_t, batch.size),

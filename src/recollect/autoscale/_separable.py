@@ -18,7 +18,7 @@ from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import propagate, sparse_csr
 
-__all__ = ["Blank", "Edges", "Form", "Way", "transposed", "way_of"]
+__all__ = ["Blank", "Edges", "Form", "Way", "drawn_like", "same", "transposed", "way_of"]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -155,21 +155,20 @@ def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: St
     generator = torch.Generator().manual_seed(layer)
 
     def drawn(tensor: Tensor) -> Tensor:
-        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-        return values.to(tensor) if tensor.is_floating_point() else tensor
+        return drawn_like(tensor, generator)
 
     own = drawn(like)
     with torch.no_grad():
         rows = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
         given = drawn(model.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
     alone = transposed(model, layer, Way(Form.EDGES), own, given, edges, blank)
-    if not _same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
+    if not same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
         return Way(Form.ANY)
     forms = [Form.SUM, Form.SUM_AND_OWN, Form.EDGES]
     if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
         forms = [Form.EDGES]  # the inputs are those of the outward edges
     ways = (Way(form, products) for form in forms for products in (False, True))
-    return next(way for way in ways if _same(alone, transposed(model, layer, way, own, given, edges, blank)))
+    return next(way for way in ways if same(alone, transposed(model, layer, way, own, given, edges, blank)))
 
 
 def _among_others(
@@ -208,7 +207,14 @@ def _among_others(
         return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
 
 
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
+def drawn_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal numbers in the place of a tensor's, unless it holds integers."""
+    values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(tensor) if tensor.is_floating_point() else tensor
+
+
+def same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether two gradients agree, to the root of their type's precision; ``None`` is none."""
     if first is None or second is None:
         return first is second
     scale = torch.maximum(first.abs().max(), second.abs().max())
