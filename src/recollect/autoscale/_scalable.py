@@ -15,22 +15,17 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._compensation import Compensation
+from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, evaluating
 from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
-from recollect.autoscale._network import Follow, LayeredGNN
-from recollect.autoscale._refresh import GradientSweep, Loss
-from recollect.autoscale._separable import Way
-from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
-from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
 
 
-class ScalableGNN(LayeredGNN):
+class ScalableGNN(CorrectedGNN):
     """A network that trains on mini-batches of a graph's parts, with histories for their halo.
 
     Write each layer once, in :meth:`forward_layer`. From it derive:
@@ -134,11 +129,7 @@ class ScalableGNN(LayeredGNN):
         self.histories = make_histories(
             self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
         )
-        self.compensate = compensate
-        self.gradients: GradientHistories | None = None
-        if compensate:
-            self.gradients = GradientHistories(self.num_nodes, widths[1:], device, history_dtype, history_path)
-        self._ways: dict[int, Way] = {}  # of sending gradients back through each layer, as far as they are known
+        self.keep_gradients(compensate, self.num_nodes, widths, device, history_dtype, history_path)
         self._exchange = Exchange(self.pool)
         self._device = torch.device("cpu" if device is None else device)
 
@@ -239,14 +230,13 @@ class ScalableGNN(LayeredGNN):
                 )
             return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
-        follow = self._compensation(batch, outward, inputs)
         return self.run_layers(
             x,
             first_rows(adj_t, batch.size),
             inputs,
             lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
-            follow,
+            self.correction(batch, outward, inputs),
         )
 
     def push_and_pull(
@@ -308,31 +298,6 @@ class ScalableGNN(LayeredGNN):
             fresh = fresh_histories(self.tables, self.parameters())
             return LayerWise(self, self.num_nodes, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
 
-    def refresh(self, loader: Iterable[SubData], loss: Loss | None = None) -> Tensor:
-        """Make the histories those of the present parameters: embeddings, and with ``compensate=True`` gradients too.
-
-        Both are computed layer by layer in mini-batches, embeddings from the first layer to the last and gradients from
-        the last to the second, in evaluation mode. The next mini-batch's gradient is then exact. It costs about two
-        forward passes and a backward pass over the graph.
-
-        Args:
-            loader: yields every node once, in the same mini-batches each time: an EvalSubgraphLoader.
-            loss: from a mini-batch's output [B, out_channels] and the mini-batch to its loss, a scalar: as in training,
-                with the same factor for each node. Needed with ``compensate=True``.
-
-        Returns:
-            The output [num_nodes, out_channels], as of :meth:`mini_inference`.
-
-        Raises:
-            ValueError: ``loss`` is missing; see :meth:`mini_inference` too.
-        """
-        if self.gradients is not None and loss is None:
-            raise ValueError("compensate=True: refresh(loader, loss) needs the loss of a mini-batch, loss(out, batch)")
-        out = self.mini_inference(loader)
-        if self.gradients is not None and loss is not None:
-            GradientSweep(self, self.num_nodes, loader, self.tables, self.gradients, loss).run()
-        return out
-
     def staleness(self) -> list[float]:
         """Return the mean age of each history's rows: how often the history was pushed to since a row was.
 
@@ -360,20 +325,6 @@ class ScalableGNN(LayeredGNN):
     def tables(self) -> list[History]:
         """The histories, as what they are."""
         return [history for history in self.histories if isinstance(history, History)]
-
-    def _compensation(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any]) -> Follow | None:
-        """Return what completes the gradients of a mini-batch, if it shall."""
-        if self.gradients is None or not torch.is_grad_enabled():
-            return None
-        if outward is None:
-            if not self.training:
-                return None
-            raise ValueError(
-                "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
-                "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
-            )
-        given = Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._ways)
-        return given.follow
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
         return self.push_and_pull(self.tables[layer], rows)
