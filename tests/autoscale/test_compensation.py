@@ -19,7 +19,7 @@ from compensation_zoo import (
 )  # fmt: skip
 
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
-from recollect.autoscale._separable import Form, Way
+from recollect.autoscale._separable import Edges, Form, Way
 from recollect.models import GIN
 
 EXACT = 1e-12
@@ -38,6 +38,16 @@ def test_exact_histories_give_the_whole_graphs_gradient(name, recompute, outward
     without = make(name, layers)
     fill(without, *whole(without, data)[1:])
     assert error(epoch(without, data, False), expected) > 0.01
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_mini_batches_few_of_whose_nodes_have_edges_to_the_outside(name):
+    data, model = make_data(edges=30), make(name, 3, compensate=True)
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    near = [Edges(batch.data.outward).near for batch in SubgraphLoader(data, PTR, 2, log=False, outward=True)]
+    assert any(rows is not None and rows.numel() for rows in near)
+    assert error(epoch(model, data, True), expected) < EXACT
 
 
 @depths

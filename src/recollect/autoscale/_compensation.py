@@ -30,6 +30,8 @@ from recollect.autoscale.loader._outward import Outward
 __all__ = ["Compensation"]
 
 
+Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
 _FORMS = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES)
 
 
@@ -89,13 +91,13 @@ class Compensation:
             state = tree.build([joined if tensor is out else tensor for tensor in tree.tensors])
         return joined, state
 
-    def _back(self, layer: int, x: Tensor, blank: Blank) -> Callable[[Tensor], Tensor | None]:
-        """Return what takes the batch's rows of the layer's input to their gradient through the nodes outside."""
+    def _back(self, layer: int, x: Tensor, blank: Blank) -> Back:
+        """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
         autocast = _autocast_now()
         way = self._way(layer, x, blank)
         targets = self._outward.n_id[: self._outward.num_targets]
 
-        def back(own: Tensor) -> Tensor | None:
+        def back(own: Tensor) -> tuple[Tensor, Tensor] | None:
             if self._gradients.is_empty(layer):
                 return None
             given = self._gradients.pull(layer, targets)
@@ -104,7 +106,7 @@ class Compensation:
                     found = self._through_all(layer, own, given, blank)
                 else:
                     found = transposed(self._model, layer, way, own, given, self._edges, blank)
-            return None if found is None else found * self._gradients.trust(layer).to(found)
+            return None if found is None else (found, self._gradients.trust(layer))
 
         return back
 
@@ -188,7 +190,7 @@ class _Step:
         layer: int,
         batch: Batch,
         push: Callable[..., None] | None,
-        back: Callable[[Tensor], Tensor | None] | None,
+        back: Back | None,
     ) -> None:
         self._layer = layer
         self._batch = batch
@@ -205,7 +207,8 @@ class _Step:
         self._done = True
         extra = None if self._back is None else self._back(own)
         if extra is not None:
-            grad = grad + extra.to(grad)
+            rows, trust = extra
+            grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
         if self._push is not None:
             batch = self._batch
             self._push(self._layer, grad, batch.n_id[: batch.size], batch.offset, batch.count)

@@ -92,15 +92,24 @@ class Edges:
         return self.by_target.adj_t()
 
     @cached_property
+    def near(self) -> Tensor | None:
+        """The rows of the batch that have outward edges [R], int64, if they are less than half of it."""
+        rows = self._outward.rowptr.diff().nonzero().squeeze(1)
+        return rows if 2 * rows.numel() < self._outward.rowptr.numel() - 1 else None
+
+    @cached_property
     def adj(self) -> Tensor:
-        """See :meth:`Outward.adj`."""
-        return self._outward.adj()
+        """The edges of these rows as sparse CSR matrix [R, T]; of all rows if ``near`` is ``None``."""
+        outward = self._outward
+        if self.near is not None:
+            outward = outward._replace(rowptr=torch.cat([outward.rowptr[self.near], outward.rowptr[-1:]]))
+        return outward.adj()
 
     def one_each(self, before: int) -> Tensor:
-        """Return an adjacency [B, before + B] with an edge of weight 1 into each target, from the row so far behind."""
+        """Return an adjacency [R, before + R] with an edge of weight 1 into each target, from the row so far behind."""
         if before not in self._one_each:
             value = self._outward.value
-            size = self._outward.rowptr.numel() - 1
+            size = self.adj.size(0)
             rowptr = torch.arange(size + 1, device=value.device)
             weights = value.new_ones(size)
             self._one_each[before] = sparse_csr(rowptr, rowptr[:-1] + before, weights, (size, before + size))
@@ -121,10 +130,12 @@ def transposed(
         edges: to the nodes i.
         blank: makes the layer's state.
     """
-    size, form = own.size(0), way.form
+    form, shape = way.form, own.shape
+    near = None if form == Form.EDGES else edges.near
     products = nullcontext() if way.products else _WithoutProducts()  # type: ignore[no-untyped-call]
     with torch.enable_grad():
-        own = own.detach().requires_grad_()
+        own = (own if near is None else own[near]).detach().requires_grad_()
+        size = own.size(0)
         x, before = own, 0
         if form != Form.SUM:  # then rows of the targets come first, which are others than those of their sources
             before = edges.num_targets if form == Form.EDGES else size
@@ -138,7 +149,10 @@ def transposed(
         given = given.to(out)
         if form != Form.EDGES:
             given = propagate(edges.adj, given)
-        return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+        found = torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+    if near is None or found is None:
+        return found
+    return found.new_zeros(shape).index_copy_(0, near, found)
 
 
 def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Way:

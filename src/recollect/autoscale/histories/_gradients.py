@@ -12,6 +12,8 @@ from recollect.autoscale.histories._history import History
 
 __all__ = ["GradientHistories"]
 
+_SAMPLE = 1_024
+"""Rows of a push that are compared, at most."""
 _KEEP = 0.5
 """What a push leaves of the sums that agreement is measured by."""
 
@@ -20,9 +22,9 @@ class GradientHistories(nn.Module):
     """A history of ∂loss/∂z_l for each layer l but the first, and how far its rows are to be trusted.
 
     A row is as old as its node's last mini-batch. Where the loss' gradient changes much in between, old rows can be
-    worse than none. So each push compares what it replaces with what it writes, and old rows count by a factor of all
-    rows of the last pushes: that of least squares, λ = ⟨old, new⟩ / ⟨old, old⟩, held to [0, 1], times 2ρ² - 1 where the
-    share ρ² of the new rows that the old ones explain is above a half, and 0 below.
+    worse than none. So each push compares a sample of what it replaces with what it writes, and old rows count by a
+    factor: that of least squares, λ = ⟨old, new⟩ / ⟨old, old⟩, held to [0, 1], times 2ρ² - 1 where the share ρ² of the
+    new rows that the old ones explain is above a half, and 0 below.
 
     They are never part of ``state_dict``: those of a loaded model are zeros until they are pushed.
 
@@ -83,8 +85,9 @@ class GradientHistories(nn.Module):
         """Write the rows of a mini-batch's nodes [B, channels], and compare them with those that were there."""
         history = self.table(layer, rows.size(1))
         if history.table.clock.pushes:
-            old = history.pull(n_id).flatten()
-            new = rows.to(old).flatten()
+            every = max(-(-n_id.numel() // _SAMPLE), 1)
+            old = history.pull(n_id[::every]).flatten()
+            new = rows[::every].to(old).flatten()
             sums = torch.stack([old.dot(new), old.dot(old), new.dot(new)])
             self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
         history.push(rows, n_id, offset, count)
