@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def measure_scores(course: Course, root: Path | None, runs: int) -> Row:
         `course`; `test`, percent by mode and seed; `mean` and `std` by mode.
     """
     data, ptr = course.permuted(root)
-    row: Row = {"course": course.__dict__, "test": {}, "mean": {}, "std": {}}
+    row: Row = {"course": asdict(course), "test": {}, "mean": {}, "std": {}}
     for mode, begin in MODES.items():
         found = []
         for seed in range(runs):
