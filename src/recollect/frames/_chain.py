@@ -166,16 +166,18 @@ class Slot:
     Attributes:
         maker: the stage that brings it back, if there is one.
         mark: the tensor's fingerprint, if somebody took it.
+        digits: k, if the values are multiples of 2^-k.
     """
 
     __slots__ = (
-        "__weakref__", "_cache", "_function", "_kept", "_scope", "_tensor", "_version", "maker", "mark",
+        "__weakref__", "_cache", "_function", "_kept", "_scope", "_tensor", "_version", "digits", "maker", "mark",
         "position",
     )  # fmt: skip
 
     def __init__(self, tensor: Tensor, position: int, function: Callable[..., Any]) -> None:
         self.position = position
         self.mark: Fingerprint | None = None
+        self.digits: int | None = None
         self._scope = None if local.scope is None else weakref.ref(local.scope)
         self._function = function
         self.maker: Stage | None = None

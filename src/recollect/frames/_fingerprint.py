@@ -95,8 +95,8 @@ def fingerprint(
         bits = _bits_of(values)
     for indices in _indices_of(tensor):
         bits = bits * 31 + _bits_of(indices)
-    if not values.is_floating_point():
-        return Fingerprint([], bits, order)
+    if exact or not values.is_floating_point():
+        return Fingerprint([], bits, order, None, exact)
     with_norm = like is None and values.numel() > _PERIOD
     projections = _project(values, with_norm)
     if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
