@@ -12,13 +12,13 @@ The gradient passes the rounding, as that of the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect._torch import is_in_transform
+from recollect._torch import is_fake, is_in_transform
 from recollect.frames._chain import slot_of
 from recollect.frames._errors import LatticeError
 
@@ -85,6 +85,7 @@ class Lattice:
 
         Raises:
             TypeError: a type with too few digits.
+            ValueError: k leaves the type no digits before the point.
             LatticeError: a value is out of range.
         """
         if x.dtype not in _DIGITS:
@@ -92,6 +93,7 @@ class Lattice:
                 f"an exact stream is in float32 or float64 (got {x.dtype}): convert the input with .float(), and let "
                 "autocast run the blocks in half precision"
             )
+        digits_of(self.digits, x.dtype)
         slot = slot_of(x)
         if slot is not None and slot.digits == self.digits:
             return x
@@ -99,9 +101,9 @@ class Lattice:
         with torch.no_grad():
             values = rounded.detach().mul_(2.0**self.digits).round_().mul_(2.0**-self.digits)
             values += 0.0  # there is no -0.0 on the lattice: it would come back as 0.0
-            if slot is not None and x.is_cpu and torch.equal(values, x.detach()):
+            if slot is not None and _has_values(x) and torch.equal(values, x.detach()):
                 rounded = x  # made by a stage that moves values about: the chain goes on
-        self.check([rounded], "the input of an exact stream")
+        self.check(rounded, [rounded], lambda _: "the input of an exact stream")
         return rounded
 
     def __call__(self, group: Tensor, output: Tensor) -> tuple[Tensor, ...]:
@@ -113,40 +115,61 @@ class Lattice:
         return (self._sum(group, output, -self.sign),)
 
     def _sum(self, group: Tensor, output: Tensor, sign: int) -> Tensor:
+        unit = sign * 2.0**-self.digits
+        if not torch.is_grad_enabled():
+            return torch.add(group, self.steps(output, torch.promote_types(group.dtype, output.dtype)), alpha=unit)
         total = torch.add(group, output, alpha=sign)
         with torch.no_grad():
             # The exact sum in the place of the rounded one, of which autograd keeps nothing.
-            steps = output.detach().to(total.dtype).mul(2.0**self.digits).round_()
-            unit = sign * 2.0**-self.digits
-            if is_in_transform():
-                total.detach().copy_(group.detach() + unit * steps)
+            steps, values = self.steps(output, total.dtype), total.detach()
+            if is_in_transform() or type(total) is not Tensor:
+                values.copy_(torch.add(group.detach(), steps, alpha=unit))
             else:
-                torch.add(group.detach(), steps, alpha=unit, out=total.detach())
+                torch.add(group.detach(), steps, alpha=unit, out=values)
         return total
 
-    def check(self, tensors: Sequence[Tensor], name: str) -> None:
-        """Raise unless all values are in range.
+    def steps(self, output: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return round(f 2^k), for the stream's type."""
+        return output.detach().to(dtype).mul(2.0**self.digits).round_()
+
+    def check(self, stream: Tensor, groups: Sequence[Tensor], name: Callable[[int], str]) -> None:
+        """Raise unless all values of a stream are in range.
+
+        Args:
+            stream: what is on the lattice, as a whole.
+            groups: its groups, to say in which one a value is out of range.
+            name: of what made a group, by its index.
 
         Raises:
-            LatticeError: one is not, or is not finite.
+            LatticeError: a value is not, or is not finite.
         """
-        if torch.compiler.is_compiling():
-            return  # plain: nothing is undone
-        for tensor in tensors:
-            values = tensor.detach()
-            if values.numel() == 0 or not values.is_cpu:
-                continue
-            low, high = torch.aminmax(values)  # some times faster than a norm
-            largest = max(-float(low), float(high))
-            room = _DIGITS[values.dtype] - self.digits
-            if largest < 2.0**room:
-                continue
-            if not math.isfinite(largest):
-                raise LatticeError(f"{name}: a stream that is exact has finite values alone (got {largest})")
-            holds = _DIGITS[values.dtype] - math.frexp(largest)[1]
-            remedy = f"exact={holds} holds it" if holds >= 0 else "no number of digits holds it"
-            raise LatticeError(
-                f"{name}: with exact={self.digits} the stream holds |x| < {2.0**room:g} in {values.dtype} (got "
-                f"{largest:.4g}); {remedy}, float64 holds 2^29 times more, and blocks that end in small weights or "
-                "normalise keep it small"
-            )
+        if torch.compiler.is_compiling() or not _has_values(stream) or self._largest(stream) < self.limit(stream.dtype):
+            return
+        for index, group in enumerate(groups):
+            self._judge(self._largest(group), group.dtype, name(index))
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Return what all values of a stream are below."""
+        return float(2.0 ** (_DIGITS[dtype] - self.digits))
+
+    def _largest(self, values: Tensor) -> float:
+        low, high = torch.aminmax(values.detach())  # some times faster than a norm
+        return max(-float(low), float(high)) if float(low) == float(low) else math.nan
+
+    def _judge(self, largest: float, dtype: torch.dtype, name: str) -> None:
+        if largest < self.limit(dtype):
+            return
+        if not math.isfinite(largest):
+            raise LatticeError(f"{name}: a stream that is exact has finite values alone (got {largest})")
+        holds = _DIGITS[dtype] - math.frexp(largest)[1]
+        remedy = f"exact={holds} holds it" if holds > 0 else "no number of digits holds it"
+        more = ", a stream in float64 holds 2^29 times more" if dtype is torch.float32 else ""
+        raise LatticeError(
+            f"{name}: with exact={self.digits} the stream holds |x| < {self.limit(dtype):g} in {dtype} (got "
+            f"{largest:.4g}); {remedy}{more}, and blocks that normalise, or end in small weights, keep it small"
+        )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether values can be read, without waiting for a device."""
+    return tensor.is_cpu and tensor.numel() > 0 and not is_fake(tensor) and not is_in_transform()

@@ -220,7 +220,7 @@ class _Halving(Lattice):
             if self._odd is None:  # the forward pass
                 self._odd = _packed(odd)
             exact = torch.add(old, odd, alpha=unit).mul_(self._gamma)
-            exact.add_(output.detach().to(total.dtype).mul(2.0**self.digits).round_(), alpha=unit)
+            exact.add_(self.steps(output, total.dtype), alpha=unit)
             total.detach().copy_(exact.add_(0.0))  # there is no -0.0 on the lattice
         return (total,)
 
@@ -230,7 +230,7 @@ class _Halving(Lattice):
             raise RuntimeError("the parity of the forward pass is not there")
         with torch.no_grad():
             unit = 2.0**-self.digits
-            steps = output.detach().to(group.dtype).mul(2.0**self.digits).round_()
+            steps = self.steps(output, group.dtype)
             old = torch.sub(group, steps, alpha=unit).div_(self._gamma)
             old.sub_(_unpacked(self._odd, old), alpha=unit)
         return (old.add_(0.0),)

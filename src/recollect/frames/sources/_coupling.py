@@ -21,9 +21,9 @@ from torch import Tensor
 
 from recollect._arguments import Certify, check_certify
 from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
-from recollect.frames._chain import Parts, Slot, Stage, whole
+from recollect.frames._chain import Parts, Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
-from recollect.frames._errors import RebuildError
+from recollect.frames._errors import RebuildError, describe
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._frame import Frame, certificate_of_process
 from recollect.frames._lattice import Lattice
@@ -169,13 +169,13 @@ def couple_by(
     if not enabled or not frames_apply():
         y, extras = _forward(regions, groups, args, keywords, dim, flip)
         if lattice is not None:
-            _check_range(lattice, regions, _split(y, sizes, dim, flip))
+            _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
         return y, extras
     stage = _CouplingStage(dim, flip, sizes, seed, certify, certificate or certificate_of_process)
     runs = [functools.partial(stage.run, region) for region in regions]
     y, extras = _forward(runs, groups, args, keywords, dim, flip)
     if lattice is not None:
-        _check_range(lattice, regions, _split(y, sizes, dim, flip))
+        _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
     if y.requires_grad:
         stage.close(x, groups, y, gauge, anchor_every, None if lattice is None else lattice.digits)
         del groups  # views of x
@@ -207,7 +207,10 @@ def uncouple_by(
         z = groups[i - 1] if i > 0 else _sum(groups[1:])
         groups[i], *extra = transforms[i].inverse(groups[i], blocks[i](z, *args[i], **keywords[i]))
         extras.append(tuple(extra))
-    return torch.cat(groups, dim), extras
+    x = torch.cat(groups, dim)
+    if lattice is not None:
+        lattice.check(x, groups, lambda index: f"the inverse of {describe(blocks[index])}")
+    return x, extras
 
 
 def _each(transform: Transform | Sequence[Transform], number: int) -> list[Transform]:
@@ -218,9 +221,15 @@ def _lattice_of(transforms: Sequence[Transform]) -> Lattice | None:
     return next((transform for transform in transforms if isinstance(transform, Lattice)), None)
 
 
-def _check_range(lattice: Lattice, regions: Sequence[Transformed], groups: Sequence[Tensor]) -> None:
-    for region, group in zip(regions, groups, strict=True):
-        lattice.check([group], region.name)
+def _check_range(
+    lattice: Lattice, regions: Sequence[Transformed], x: Tensor, y: Tensor, groups: Sequence[Tensor]
+) -> None:
+    def name(index: int) -> str:
+        before = slot_of(x)
+        place = "" if before is None else f", after {before.position} couplings"
+        return f"{regions[index].name}{place}"
+
+    lattice.check(y, groups, name)
 
 
 def _sizes(x: Tensor, number: int, dim: int, sizes: Sequence[int] | None) -> list[int]:
@@ -463,7 +472,7 @@ class _CouplingStage(Stage):
             return
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
-        if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
+        if returned <= (0.0 if exact else tolerance) and block.gross <= (0.0 if exact else tolerance):
             self._certificate.note(returned)
             return
         z = self._input_of(index)
