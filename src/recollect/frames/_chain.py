@@ -95,6 +95,7 @@ class Stage(ABC):
         returned: frozenset[int] = frozenset(),
         gauge: DriftGauge | None = None,
         anchor_every: int | None = None,
+        digits: int | None = None,
         function: Callable[..., Any],
     ) -> int:
         """Take the place after the stages that made the inputs, and return how many come before.
@@ -105,6 +106,7 @@ class Stage(ABC):
             returned: ids of inputs that are outputs as they are.
             gauge: where a chain's drift is recorded.
             anchor_every: keep the chain's every s-th activation.
+            digits: k, where multiples of 2^-k come back bit for bit; inputs that must, and would not, are kept.
             function: the stage's module, for messages.
         """
         position, anchored, heads = 0, False, []
@@ -114,7 +116,10 @@ class Stage(ABC):
             if id(tensor) in returned and (before is None or before.maker is None):
                 before = before or Slot(tensor, 0, function)
                 self._passed.append(before)
-            keep = before is not None and anchor_every is not None and before.position % anchor_every == 0
+            keep = before is not None and (
+                (anchor_every is not None and before.position % anchor_every == 0)
+                or before.digits not in (None, digits)
+            )
             if before is not None:
                 if id(tensor) not in returned:
                     before.link(self, keep=keep)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
-from recollect._torch import is_fake, is_in_transform
+from recollect._torch import is_fake, is_in_transform, is_recorded
 from recollect.frames._chain import slot_of
 from recollect.frames._errors import LatticeError
 
@@ -81,7 +81,7 @@ class Lattice:
         return Lattice(self.digits, -self.sign)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return a stream on the lattice: ``x`` itself where a coupling on it made it, else ``x`` rounded.
+        """Return a stream on the lattice: ``x`` itself where it is there, as a chain knows, else ``x`` rounded.
 
         Raises:
             TypeError: a type with too few digits.
@@ -94,15 +94,13 @@ class Lattice:
                 "autocast run the blocks in half precision"
             )
         digits_of(self.digits, x.dtype)
-        slot = slot_of(x)
+        slot = None if is_recorded() or is_in_transform() else slot_of(x)
         if slot is not None and slot.digits == self.digits:
-            return x
+            return x  # made by a coupling, or by a stage that moves values about
         rounded = x.clone()
         with torch.no_grad():
             values = rounded.detach().mul_(2.0**self.digits).round_().mul_(2.0**-self.digits)
             values += 0.0  # there is no -0.0 on the lattice: it would come back as 0.0
-            if slot is not None and _has_values(x) and torch.equal(values, x.detach()):
-                rounded = x  # made by a stage that moves values about: the chain goes on
         self.check(rounded, [rounded], lambda _: "the input of an exact stream")
         return rounded
 
@@ -143,7 +141,7 @@ class Lattice:
         Raises:
             LatticeError: a value is not, or is not finite.
         """
-        if torch.compiler.is_compiling() or not _has_values(stream) or self._largest(stream) < self.limit(stream.dtype):
+        if not _has_values(stream) or self._largest(stream) < self.limit(stream.dtype):
             return
         for index, group in enumerate(groups):
             self._judge(self._largest(group), group.dtype, name(index))
@@ -172,4 +170,6 @@ class Lattice:
 
 def _has_values(tensor: Tensor) -> bool:
     """Return whether values can be read, without waiting for a device."""
-    return tensor.is_cpu and tensor.numel() > 0 and not is_fake(tensor) and not is_in_transform()
+    if is_recorded() or is_in_transform():
+        return False
+    return tensor.is_cpu and tensor.numel() > 0 and not is_fake(tensor)

@@ -325,6 +325,8 @@ class AdditiveCoupling(_Coupling):
         True
     """
 
+    exact: bool | int = False  # modules that were pickled before there was such a stream have none
+
     def __init__(
         self,
         *blocks: nn.Module,

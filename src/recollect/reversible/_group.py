@@ -31,6 +31,8 @@ class _Grouped(InvertibleModule):
         **options: of :class:`InvertibleModule`.
     """
 
+    exact: bool | int = False  # modules that were pickled before there was such a stream have none
+
     def __init__(
         self,
         blocks: nn.ModuleList,

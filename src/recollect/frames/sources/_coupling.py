@@ -387,7 +387,9 @@ class _CouplingStage(Stage):
     ) -> None:
         """Take the stage's place in the chain, when all blocks have run."""
         function = self.blocks[-1].region.function
-        position = self.join([x], samples=groups, gauge=gauge, anchor_every=anchor_every, function=function)
+        position = self.join(
+            [x], samples=groups, gauge=gauge, anchor_every=anchor_every, digits=digits, function=function
+        )
         slot = Slot(y, position + 1, function)
         slot.digits = digits
         self.outputs = [slot]
