@@ -63,19 +63,24 @@ class _Stream(Measured):
             if alone:
                 pair.append((_nothing, _adding(digits)))
             run, transforms = zip(*pair, strict=True)
-            stream, _ = couple_by(
-                transforms,
-                [_Unstacked(block) for block in run],
-                stream,
-                [args] * 2,
-                kwargs=[kwargs] * 2,
-                dim=0,
-                gauge=self._gauge,
-                anchor_every=self.anchor_every,
-                enabled=not self.disable,
-                certify=self.certify,
-                certificate=self.certificate,
-            )
+            try:
+                stream, _ = couple_by(
+                    transforms,
+                    [_Unstacked(block) for block in run],
+                    stream,
+                    [args] * 2,
+                    kwargs=[kwargs] * 2,
+                    dim=0,
+                    gauge=self._gauge,
+                    anchor_every=self.anchor_every,
+                    enabled=not self.disable,
+                    certify=self.certify,
+                    certificate=self.certificate,
+                )
+            except Exception as error:
+                which = f"block {first}" if alone else f"blocks {first} and {first + 1}"
+                error.add_note(f"{type(self).__name__}: this is of {which}, of {len(blocks)}.")
+                raise
         return stream[0 if alone else 1]
 
     def _branch(self, block: nn.Module, layer: int, digits: int | None, x: Tensor) -> tuple[Any, Transform]:
@@ -180,12 +185,31 @@ class Midpoint(_Stream):
         return (_Scaled(block) if layer else block), _adding(digits)
 
 
+class _Gamma:
+    """1/2 or -1/2 for each sample, drawn when this is made; a bit for each is kept.
+
+    Args:
+        x: [batch, ...].
+    """
+
+    __slots__ = ("_bits", "_number")
+
+    def __init__(self, x: Tensor) -> None:
+        self._number = x.size(0) if x.dim() else 1
+        self._bits = _packed(torch.randint(2, (self._number,), device=x.device))
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return γ [batch, 1, ...] for an ``x`` [batch, ...], in its type."""
+        shape = [self._number, *[1] * (x.dim() - 1)] if x.dim() else []
+        return _unpacked(self._bits, self._number).view(shape).to(x.dtype) - 0.5
+
+
 class _Mixed:
     """A block's output and its input, weighed: (1 - γ) x + (1 + γ) f(x)."""
 
     __slots__ = ("_gamma", "owner")
 
-    def __init__(self, block: nn.Module, gamma: Tensor) -> None:
+    def __init__(self, block: nn.Module, gamma: _Gamma) -> None:
         self.owner = block
         self._gamma = gamma
 
@@ -193,7 +217,8 @@ class _Mixed:
         output = self.owner(z, *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape != z.shape:
             return output  # refused by the coupling
-        return (1 - self._gamma) * z + (1 + self._gamma) * output.to(z.dtype)
+        gamma = self._gamma.like(z)
+        return (1 - gamma) * z + (1 + gamma) * output.to(z.dtype)
 
 
 class _Halving(Lattice):
@@ -201,25 +226,26 @@ class _Halving(Lattice):
 
     Args:
         digits: k.
-        gamma: γ [1, batch, 1, ...].
+        gamma: γ.
     """
 
     saves = True
 
-    def __init__(self, digits: int, gamma: Tensor) -> None:
+    def __init__(self, digits: int, gamma: _Gamma) -> None:
         super().__init__(digits)
         self._gamma = gamma
         self._odd: Tensor | None = None  # packed, eight values in a byte
 
     def __call__(self, group: Tensor, output: Tensor) -> tuple[Tensor, ...]:
         """Return the new activation, and note the parity of the old."""
-        total = self._gamma * group + output
+        gamma = self._gamma.like(group[0]).unsqueeze(0)  # the group is [1, batch, ...]
+        total = gamma * group + output
         with torch.no_grad():
             unit, old = 2.0**-self.digits, group.detach()
             odd = (old * 2.0**self.digits).remainder_(2.0)
             if self._odd is None:  # the forward pass
                 self._odd = _packed(odd)
-            exact = torch.add(old, odd, alpha=unit).mul_(self._gamma)
+            exact = torch.add(old, odd, alpha=unit).mul_(gamma)
             exact.add_(self.steps(output, total.dtype), alpha=unit)
             total.detach().copy_(exact.add_(0.0))  # there is no -0.0 on the lattice
         return (total,)
@@ -231,8 +257,8 @@ class _Halving(Lattice):
         with torch.no_grad():
             unit = 2.0**-self.digits
             steps = self.steps(output, group.dtype)
-            old = torch.sub(group, steps, alpha=unit).div_(self._gamma)
-            old.sub_(_unpacked(self._odd, old), alpha=unit)
+            old = torch.sub(group, steps, alpha=unit).div_(self._gamma.like(group[0]).unsqueeze(0))
+            old.sub_(_unpacked(self._odd, old.numel()).view(old.shape).to(old.dtype), alpha=unit)
         return (old.add_(0.0),)
 
 
@@ -243,14 +269,13 @@ def _packed(odd: Tensor) -> Tensor:
     """Return zeros and ones as bits."""
     flat = odd.to(torch.uint8).reshape(-1)
     flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
-    return (flat * flat.new_tensor(_PLACES)).sum(1, dtype=torch.uint8)
+    return (flat * torch.tensor(_PLACES, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 
-def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """Return bits as zeros and ones, of the shape and type of ``like``."""
+def _unpacked(bits: Tensor, number: int) -> Tensor:
+    """Return so many bits as booleans."""
     places = torch.tensor(_PLACES, dtype=torch.uint8, device=bits.device)
-    flat = (bits.unsqueeze(1) & places).ne(0).view(-1)[: like.numel()]
-    return flat.view(like.shape).to(like.dtype)
+    return (bits.unsqueeze(1) & places).ne(0).view(-1)[:number]
 
 
 class BDIA(_Stream):
@@ -326,6 +351,5 @@ class BDIA(_Stream):
             raise ValueError("BDIA needs a lattice")
         if layer == 0:
             return block, Lattice(digits)
-        shape = [x.size(0), *[1] * (x.dim() - 1)] if x.dim() else []
-        gamma = torch.randint(2, shape, device=x.device).to(x.dtype) - 0.5
-        return _Mixed(block, gamma), _Halving(digits, gamma.unsqueeze(0))
+        gamma = _Gamma(x)
+        return _Mixed(block, gamma), _Halving(digits, gamma)
