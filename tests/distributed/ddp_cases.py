@@ -125,7 +125,9 @@ def exact_case(make: Callable[[], nn.Module], ddp: dict[str, Any]) -> Callable[[
 
 def exact_layers() -> nn.Module:
     block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh())
-    return nn.Sequential(nn.Linear(8, 8), *(OfRows(GroupAddRev(Rows(block), num_groups=2, exact=True)) for _ in range(5)))
+    return nn.Sequential(
+        nn.Linear(8, 8), *(OfRows(GroupAddRev(Rows(block), num_groups=2, exact=True)) for _ in range(5))
+    )
 
 
 class Rows(nn.Module):
