@@ -15,6 +15,7 @@ from recollect.reversible import GroupAddRev
 
 NORMS = ("layer", "none")
 DIGITS = 14  # k of the exact stream: a thousand layers add up to more than the 256 of k = 16
+OWN = 16
 Run = Callable[[Tensor], Tensor]
 
 
@@ -50,10 +51,12 @@ class Block(nn.Module):
         return 0.2 * self.conv(self.norm(x).relu(), graph)
 
 
-def stacks(depth: int, work: Work, norm: str) -> nn.ModuleList:
+def stacks(depth: int, work: Work, norm: str) -> list[nn.ModuleList]:
+    """Return each layer's blocks; sixteen layers have weights of their own, and those after them the same in turn."""
     torch.manual_seed(0)
     half = work.channels // 2
-    return nn.ModuleList(nn.ModuleList(Block(half, norm) for _ in range(2)) for _ in range(depth))
+    own = [nn.ModuleList(Block(half, norm) for _ in range(2)) for _ in range(min(depth, OWN))]
+    return [own[index % OWN] for index in range(depth)]
 
 
 def _chain(layers: nn.ModuleList | list[Run], graph: Tensor) -> Run:
@@ -65,7 +68,7 @@ def _chain(layers: nn.ModuleList | list[Run], graph: Tensor) -> Run:
     return run
 
 
-def _recollect(blocks: nn.ModuleList, graph: Tensor, exact: bool | int) -> tuple[Run, Run]:
+def _recollect(blocks: list[nn.ModuleList], graph: Tensor, exact: bool | int) -> tuple[Run, Run]:
     options = {"fuse": False, "certify": False}  # as the peers, so that what differs is the stream alone
     return (
         _chain(nn.ModuleList(GroupAddRev(stack, exact=exact, **options) for stack in blocks), graph),
@@ -73,7 +76,7 @@ def _recollect(blocks: nn.ModuleList, graph: Tensor, exact: bool | int) -> tuple
     )
 
 
-def _pyg(blocks: nn.ModuleList, graph: Tensor) -> tuple[Run, Run]:
+def _pyg(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     make = torch_geometric.nn.GroupAddRev
     return tuple(  # type: ignore[return-value]
         _chain(nn.ModuleList(make(stack, disable=disable) for stack in blocks), graph) for disable in (False, True)
@@ -92,7 +95,7 @@ class _OnGraph(nn.Module):
         return self.block(x, self.graph)
 
 
-def _memcnn(blocks: nn.ModuleList, graph: Tensor) -> tuple[Run, Run]:
+def _memcnn(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     memcnn = imported("memcnn")
 
     def layer(stack: nn.ModuleList) -> Run:
@@ -103,7 +106,7 @@ def _memcnn(blocks: nn.ModuleList, graph: Tensor) -> tuple[Run, Run]:
     return _chain([layer(stack) for stack in blocks], graph), _pyg(blocks, graph)[1]
 
 
-SYSTEMS: dict[str, Callable[[nn.ModuleList, Tensor], tuple[Run, Run]]] = {
+SYSTEMS: dict[str, Callable[[list[nn.ModuleList], Tensor], tuple[Run, Run]]] = {
     "exact": functools.partial(_recollect, exact=DIGITS),
     "float": functools.partial(_recollect, exact=False),
     "torch_geometric": _pyg,
@@ -111,15 +114,16 @@ SYSTEMS: dict[str, Callable[[nn.ModuleList, Tensor], tuple[Run, Run]]] = {
 }
 
 
-def gradients(run: Run, blocks: nn.ModuleList, work: Work) -> list[Tensor]:
+def gradients(run: Run, blocks: list[nn.ModuleList], work: Work) -> list[Tensor]:
     """Gradients of the input and all parameters."""
     x = work.features().requires_grad_()
     weights = torch.linspace(0.5, 2.0, work.nodes * work.channels).view(work.nodes, work.channels)
-    for parameter in blocks.parameters():
+    parameters = list(nn.ModuleList(blocks[:OWN]).parameters())
+    for parameter in parameters:
         parameter.grad = None
     y = run(x * 1)  # some empty what they are given
     ((y / y.detach().norm()).sin() * weights).sum().backward()
-    return [x.grad, *(p.grad for p in blocks.parameters())]  # type: ignore[list-item]
+    return [x.grad, *(p.grad for p in parameters)]  # type: ignore[list-item]
 
 
 def errors(depth: int, work: Work, norm: str) -> dict[str, float | str]:
