@@ -141,6 +141,7 @@ class Lattice:
         Raises:
             LatticeError: a value is not, or is not finite.
         """
+        # What is on another device is not read here, which would wait for it: a verdict that comes late belongs here.
         if not _has_values(stream) or self._largest(stream) < self.limit(stream.dtype):
             return
         for index, group in enumerate(groups):
