@@ -67,10 +67,10 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     for panel, (norm, found) in zip(panels, rows.items(), strict=True):
         for name, marker in zip(SYSTEMS, "os^d", strict=True):
             points = [(row["depth"], row["errors"][name]) for row in found if isinstance(row["errors"][name], float)]
-            heights = [min(max(error, floor), 10.0) if error == error else 10.0 for _, error in points]
+            heights = [min(max(error, floor), 1.0) if error == error else 1.0 for _, error in points]
             label = "recollect, exact" if name == "exact" else "recollect" if name == "float" else name
             panel.plot([depth for depth, _ in points], heights, marker=marker, markersize=4, linewidth=1, label=label)
-        panel.set(xscale="log", yscale="log", xlabel="layers", title=TITLES[norm], ylim=(floor / 2, 20.0))
+        panel.set(xscale="log", yscale="log", xlabel="layers", title=TITLES[norm], ylim=(floor / 2, 1.0))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error of the gradients\n(bottom: equal bits)")
     panels[0].legend(fontsize=8)

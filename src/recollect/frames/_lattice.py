@@ -114,16 +114,23 @@ class Lattice:
 
     def _sum(self, group: Tensor, output: Tensor, sign: int) -> Tensor:
         unit = sign * 2.0**-self.digits
+        in_place = not is_recorded() and not is_in_transform() and type(group) is type(output) is Tensor
         if not torch.is_grad_enabled():
-            return torch.add(group, self.steps(output, torch.promote_types(group.dtype, output.dtype)), alpha=unit)
+            steps = self.steps(output, torch.promote_types(group.dtype, output.dtype))
+            in_place = in_place and group.shape == output.shape
+            return torch.add(group, steps, alpha=unit, out=steps) if in_place else group + unit * steps
         total = torch.add(group, output, alpha=sign)
         with torch.no_grad():
             # The exact sum in the place of the rounded one, of which autograd keeps nothing.
-            steps, values = self.steps(output, total.dtype), total.detach()
-            if is_in_transform() or type(total) is not Tensor:
-                values.copy_(torch.add(group.detach(), steps, alpha=unit))
-            else:
-                torch.add(group.detach(), steps, alpha=unit, out=values)
+            old, new, values = group.detach(), output.detach(), total.detach()
+            if not in_place:
+                values.copy_(torch.add(old, self.steps(new, total.dtype), alpha=unit))
+            else:  # without another tensor beside it
+                if new.dtype is values.dtype:
+                    torch.mul(new, 2.0**self.digits, out=values)
+                else:  # not in the block's type, which may overflow
+                    values.copy_(new).mul_(2.0**self.digits)
+                torch.add(old, values.round_(), alpha=unit, out=values)
         return total
 
     def steps(self, output: Tensor, dtype: torch.dtype) -> Tensor:
