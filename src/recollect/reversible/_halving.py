@@ -48,7 +48,8 @@ class Mixed:
         if not isinstance(output, Tensor) or output.shape != z.shape:
             return output  # refused by the coupling
         gamma = self._gamma.like(z)
-        return (1 - gamma) * z + (1 + gamma) * output.to(z.dtype)
+        output = (1 + gamma) * output.to(z.dtype)
+        return torch.addcmul(output, z, 1 - gamma)
 
 
 class Halving(Lattice):
@@ -69,12 +70,13 @@ class Halving(Lattice):
     def __call__(self, group: Tensor, output: Tensor) -> tuple[Tensor, ...]:
         """Return the new activation, and note the parity of the old."""
         gamma = self._gamma.like(group[0]).unsqueeze(0)  # the group is [1, batch, ...]
-        total = gamma * group + output
+        total = torch.addcmul(output, group, gamma)
+        if self._odd is not None:
+            return (total,)  # a rebuild, of which the graph alone counts
         with torch.no_grad():
             unit, old = 2.0**-self.digits, group.detach()
             odd = (old * 2.0**self.digits).remainder_(2.0)
-            if self._odd is None:  # the forward pass
-                self._odd = _packed(odd)
+            self._odd = _packed(odd)
             exact = torch.add(old, odd, alpha=unit).mul_(gamma)
             exact.add_(self.steps(output, total.dtype), alpha=unit)
             total.detach().copy_(exact.add_(0.0))  # there is no -0.0 on the lattice
@@ -86,12 +88,16 @@ class Halving(Lattice):
             raise RuntimeError("the parity of the forward pass is not there")
         with torch.no_grad():
             unit = 2.0**-self.digits
-            steps = self.steps(output, group.dtype)
-            old = torch.sub(group, steps, alpha=unit).div_(self._gamma.like(group[0]).unsqueeze(0))
-            old.sub_(_unpacked(self._odd, old.numel()).view(old.shape).to(old.dtype), alpha=unit)
+            old = self.steps(output, group.dtype).contiguous().mul_(-unit).add_(group)
+            old.div_(self._gamma.like(group[0]).unsqueeze(0))
+            flat = old.view(-1)
+            for start in range(0, flat.numel(), _PIECE):  # unpacked, bits are as large as the values
+                piece = flat[start : start + _PIECE]
+                piece.sub_(_unpacked(self._odd[start // 8 :], piece.numel()).to(flat.dtype), alpha=unit)
         return (old.add_(0.0),)
 
 
+_PIECE = 1 << 18  # divisible by 8
 _PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -105,4 +111,4 @@ def _packed(odd: Tensor) -> Tensor:
 def _unpacked(bits: Tensor, number: int) -> Tensor:
     """Return so many bits as booleans."""
     places = torch.tensor(_PLACES, dtype=torch.uint8, device=bits.device)
-    return (bits.unsqueeze(1) & places).ne(0).view(-1)[:number]
+    return (bits[: -(-number // 8)].unsqueeze(1) & places).ne(0).view(-1)[:number]
