@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
 from recollect._torch import is_fake, is_in_transform, is_recorded
+from recollect._verdicts import later
 from recollect.frames._chain import slot_of
-from recollect.frames._errors import LatticeError
+from recollect.frames._errors import LatticeError, naming
 
 __all__ = ["Lattice", "check_exact", "digits_of"]
 
@@ -101,7 +103,7 @@ class Lattice:
         with torch.no_grad():
             values = rounded.detach().mul_(2.0**self.digits).round_().mul_(2.0**-self.digits)
             values += 0.0  # there is no -0.0 on the lattice: it would come back as 0.0
-        self.check(rounded, [rounded], lambda _: "the input of an exact stream")
+        self.check(rounded, [rounded], [type(self)], "the input of an exact stream")
         return rounded
 
     def __call__(self, group: Tensor, output: Tensor) -> tuple[Tensor, ...]:
@@ -137,30 +139,41 @@ class Lattice:
         """Return round(f 2^k), for the stream's type."""
         return output.detach().to(dtype).mul(2.0**self.digits).round_()
 
-    def check(self, stream: Tensor, groups: Sequence[Tensor], name: Callable[[int], str]) -> None:
-        """Raise unless all values of a stream are in range.
+    def check(
+        self, stream: Tensor, groups: Sequence[Tensor], makers: Sequence[Callable[..., Any]], form: str = "{}"
+    ) -> None:
+        """Raise unless all values of a stream are in range; on devices other than the CPU, when they have arrived.
 
         Args:
             stream: what is on the lattice, as a whole.
             groups: its groups, to say in which one a value is out of range.
-            name: of what made a group, by its index.
+            makers: for each group the block that made it.
+            form: how messages name one, for ``str.format``.
 
         Raises:
             LatticeError: a value is not, or is not finite.
         """
-        # What is on another device is not read here, which would wait for it: a verdict that comes late belongs here.
-        if not _has_values(stream) or self._largest(stream) < self.limit(stream.dtype):
+        if not _has_values(stream):
             return
-        for index, group in enumerate(groups):
-            self._judge(self._largest(group), group.dtype, name(index))
+        if stream.is_cpu:
+            if _largest(*torch.aminmax(stream.detach())) < self.limit(stream.dtype):  # some times faster than a norm
+                return
+            for group, maker in zip(groups, makers, strict=True):
+                self._judge(_largest(*torch.aminmax(group.detach())), group.dtype, form.format(naming(maker)()))
+            return
+        dtype, names = stream.dtype, [naming(maker) for maker in makers]
+        ends = [end for group in groups for end in torch.aminmax(group.detach())]
+
+        def come(numbers: list[list[float]]) -> None:
+            values = [number for (number,) in numbers]
+            for low, high, name in zip(values[::2], values[1::2], names, strict=True):
+                self._judge(_largest(low, high), dtype, form.format(name()))
+
+        later(ends, come)
 
     def limit(self, dtype: torch.dtype) -> float:
         """Return what all values of a stream are below."""
         return float(2.0 ** (_DIGITS[dtype] - self.digits))
-
-    def _largest(self, values: Tensor) -> float:
-        low, high = torch.aminmax(values.detach())  # some times faster than a norm
-        return max(-float(low), float(high)) if float(low) == float(low) else math.nan
 
     def _judge(self, largest: float, dtype: torch.dtype, name: str) -> None:
         if largest < self.limit(dtype):
@@ -176,8 +189,14 @@ class Lattice:
         )
 
 
+def _largest(low: Tensor | float, high: Tensor | float) -> float:
+    """Return the largest magnitude; NaN if one is."""
+    low, high = float(low), float(high)
+    return max(-low, high) if low == low else math.nan
+
+
 def _has_values(tensor: Tensor) -> bool:
-    """Return whether values can be read, without waiting for a device."""
-    if is_recorded() or is_in_transform():
+    """Return whether a tensor's values can be read."""
+    if is_recorded() or is_in_transform() or tensor.device.type == "meta":
         return False
-    return tensor.is_cpu and tensor.numel() > 0 and not is_fake(tensor)
+    return tensor.numel() > 0 and not is_fake(tensor)

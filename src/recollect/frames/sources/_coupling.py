@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import Certify, check_certify
+from recollect._torch import is_recorded
 from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
 from recollect.frames._chain import Parts, Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
-from recollect.frames._errors import RebuildError, describe
+from recollect.frames._errors import RebuildError, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._frame import Frame, certificate_of_process
 from recollect.frames._lattice import Lattice
@@ -209,7 +210,7 @@ def uncouple_by(
         extras.append(tuple(extra))
     x = torch.cat(groups, dim)
     if lattice is not None:
-        lattice.check(x, groups, lambda index: f"the inverse of {describe(blocks[index])}")
+        lattice.check(x, groups, blocks, "the inverse of {}")
     return x, extras
 
 
@@ -224,12 +225,9 @@ def _lattice_of(transforms: Sequence[Transform]) -> Lattice | None:
 def _check_range(
     lattice: Lattice, regions: Sequence[Transformed], x: Tensor, y: Tensor, groups: Sequence[Tensor]
 ) -> None:
-    def name(index: int) -> str:
-        before = slot_of(x)
-        place = "" if before is None else f", after {before.position} couplings"
-        return f"{regions[index].name}{place}"
-
-    lattice.check(y, groups, name)
+    before = None if is_recorded() else slot_of(x)
+    form = "{}" if before is None else f"{{}}, after {before.position} couplings"
+    lattice.check(y, groups, [region.owner for region in regions], form)
 
 
 def _sizes(x: Tensor, number: int, dim: int, sizes: Sequence[int] | None) -> list[int]:
@@ -475,13 +473,13 @@ class _CouplingStage(Stage):
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         if returned <= (0.0 if exact else tolerance) and block.gross <= (0.0 if exact else tolerance):
-            self._certificate.note(returned)
+            self._certificate.figures.note(returned)
             return
         z = self._input_of(index)
         given = difference(block.given, z, exact=exact, sample=True)
         name = block.region.name
         if is_gross(block.gross, given, tolerance):
-            check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate)
+            check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate.figures)
 
         def amplification() -> float | None:
             args, kwargs = block.arguments.get(block.region.function)
@@ -500,7 +498,7 @@ class _CouplingStage(Stage):
             tolerance,
             amplification,
             self._certify,
-            self._certificate,
+            self._certificate.figures,
         )
 
     def _check_late(self, index: int, output: Tensor) -> None:
@@ -509,10 +507,11 @@ class _CouplingStage(Stage):
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         given = fingerprint(self._input_of(index), exact=exact, sample=True, like=block.given)
         returned = fingerprint(output, exact=exact, like=block.returned)
-        name, certify, certificate = block.region.name, self._certify, self._certificate
+        # What judges does not hold the stage, or what that keeps would live until then.
+        name, certify, figures = naming(block.region.function), self._certify, self._certificate.figures
         judge(
             [(block.given, given), (block.returned, returned)],
-            lambda errors: check_block(name, errors[0], errors[1], tolerance, None, certify, certificate),
+            lambda errors: check_block(name(), errors[0], errors[1], tolerance, None, certify, figures),
         )
 
     def _input_of(self, index: int) -> Tensor:
