@@ -80,6 +80,7 @@ class RevGNN(nn.Module):
         disable: run plain, keeping everything.
         conv_kwargs: options of a conv that is given by name.
         certify: as in :class:`~recollect.reversible.GroupAddRev`.
+        exact: as in :class:`~recollect.reversible.GroupAddRev`; activations are then not kept for ``"gen"`` either.
 
     Shapes:
         - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels].
@@ -106,9 +107,10 @@ class RevGNN(nn.Module):
         disable: bool = False,
         conv_kwargs: dict[str, Any] | None = None,
         certify: bool | Literal["exact"] = True,
+        exact: bool | int = False,
     ) -> None:
         super().__init__()
-        if anchor_every is None and isinstance(conv, str):
+        if anchor_every is None and isinstance(conv, str) and exact is False:
             anchor_every = _ANCHORS.get(conv)
         in_channels, out_channels = as_count("in_channels", in_channels), as_count("out_channels", out_channels)
         hidden_channels, num_layers = as_count("hidden_channels", hidden_channels), as_count("num_layers", num_layers)
@@ -138,6 +140,7 @@ class RevGNN(nn.Module):
                 chunk_args=(0,),
                 anchor_every=anchor_every,
                 certify=certify,
+                exact=exact,
             )
             for _ in range(1 if tied else num_layers)
         )
