@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ class Part:
     def size(self) -> int:
         """Number of its nodes."""
         return self.stop - self.start
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, with the adjacencies that convolutions make of its edges."""
+        own = [self.halo, self.edge_index, self.x, self.y, self.train, *self.edges.values()]
+        return sum(tensor.nbytes for tensor in own) + 32 * self.edge_index.size(1)
 
     @property
     def n_id(self) -> Tensor:
@@ -105,13 +112,17 @@ class Parts:
         inputs: names of what blocks need of each edge.
         further: see :class:`Part`.
         folder: where each part has a file; ``None``: in memory.
+        memory: bytes that parts may take of those that stay in memory beside their files: the first ones, since in each
+            pass all come in turn.
     """
 
-    def __init__(self, data: Any, ptr: Tensor, inputs: tuple[str, ...], further: bool, folder: Path | None) -> None:
+    def __init__(
+        self, data: Any, ptr: Tensor, inputs: tuple[str, ...], further: bool, folder: Path | None, memory: int
+    ) -> None:
         self._folder = folder
         self._kept: list[Part] = []
         bounds = ptr.tolist()
-        self.bounds = [(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if stop > start]
+        self.bounds = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
         rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
         place = torch.full((rowptr.numel() - 1,), -1, dtype=torch.int64)
@@ -122,17 +133,21 @@ class Parts:
             train = data.train_mask[start:stop].nonzero().view(-1).cpu()
             y = data.y[start:stop].cpu()[train]
             part = Part(number, start, stop, halo, edge_index, found, further, data.x[start:stop].cpu(), y, train)
-            if folder is None:
+            if folder is not None:
+                part = replace(part, x=part.x.clone())  # of a view, all would be written
+                torch.save(vars(part), self._file(number))
+            memory -= part.nbytes
+            if folder is None or (memory >= 0 and len(self._kept) == number):
                 self._kept.append(part)
-            else:
-                torch.save({**vars(part), "x": part.x.clone()}, self._file(number))
 
     def __len__(self) -> int:
         return len(self.bounds)
 
     def __getitem__(self, number: int) -> Part:
-        if self._folder is None:
+        if number < len(self._kept):
             return self._kept[number]
+        if number >= len(self):
+            raise IndexError(f"there are {len(self)} parts (got number {number})")
         fields: dict[str, Any] = torch.load(self._file(number), weights_only=True)
         return Part(**fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from recollect.models import RevGNN
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._reach import looks_further
-from recollect.outofcore._tables import Changes, Rows, Tables, _save
+from recollect.outofcore._tables import Changes, Rows, Tables, save
 
 __all__ = ["WholeGraph"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Read = tuple[Tensor, Tensor, Tensor | None]
 
 
 class WholeGraph:
@@ -44,6 +46,8 @@ class WholeGraph:
             activations come back up to rounding.
         inputs: names of what the convolutions get of each edge beside ``edge_index``, in their order, such as
             ``("edge_weight",)``.
+        memory: bytes of parts that stay in memory beside their files in ``store``; what a part needs otherwise is read
+            again, and sorted again, for each block.
 
     Raises:
         TypeError: another kind of network.
@@ -76,6 +80,7 @@ class WholeGraph:
         *,
         exact: bool | int = True,
         inputs: tuple[str, ...] = (),
+        memory: int = 128 << 20,
     ) -> None:
         if not isinstance(model, RevGNN):
             raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
@@ -98,7 +103,7 @@ class WholeGraph:
         self._folder = folder
         data = to_adj_t(data)
         further = self._looks_further(data)
-        self.parts = Parts(data, self._ptr, self._inputs, further, None if folder is None else folder / "parts")
+        self.parts = Parts(data, self._ptr, self._inputs, further, None if folder is None else folder / "parts", memory)
         groups = range(self.num_groups)
         widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
         dtypes = dict.fromkeys(widths, self._dtype)
@@ -134,7 +139,7 @@ class WholeGraph:
         self._tables.forget()
         state = {"random": torch.get_rng_state(), "model": self._digest()}
         if self._folder is not None:
-            _save(self._folder / "step.pt", state)
+            save(self._folder / "step.pt", state)
         return self._run(state, criterion, None)
 
     def resume(self, criterion: Criterion) -> Tensor:
@@ -324,7 +329,7 @@ class _Step:
         """Write the gradients so far, when a pass over the parts is over."""
         of = self._of
         if of._folder is not None and self._done < self._operation:
-            _save(
+            save(
                 of._folder / "gradients.pt",
                 {self._names[parameter]: gradient for parameter, gradient in self.gradients.items()},
             )
@@ -350,10 +355,7 @@ class _Step:
         self._pass(lambda part: None, self._embed)
         for layer in range(of.num_layers):
             for group in range(of.num_groups):
-                self._pass(
-                    lambda part, group=group: self._rows(group, part),  # type: ignore[misc]
-                    lambda part, rows, at=(layer, group): self._forward(*at, part, *rows),  # type: ignore[misc]
-                )
+                self._pass(partial(self._rows, group), partial(self._forward, layer, group))
 
     def _embed(self, part: Part, _: None) -> Changes:
         with torch.no_grad():
@@ -369,7 +371,7 @@ class _Step:
     def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         return torch.chunk(rows, self._of.num_groups, 1)
 
-    def _rows(self, group: int, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _rows(self, group: int, part: Part) -> Read:
         """Read a group of a part, the block's input, and the factors of its dropout."""
         of, n_id = self._of, part.n_id
         inputs = [group - 1] if group else list(range(1, of.num_groups))
@@ -381,8 +383,9 @@ class _Step:
             mask = self._chunks(of._masks["mask"].read(n_id, of._dtype))[group]
         return of._tables[f"x{group}"].read((part.start, part.stop)), z, mask
 
-    def _forward(self, layer: int, group: int, part: Part, own: Tensor, z: Tensor, mask: Tensor | None) -> Changes:
+    def _forward(self, layer: int, group: int, part: Part, rows: Read) -> Changes:
         of = self._of
+        own, z, mask = rows
         training = self._criterion is not None
         with torch.enable_grad() if training else contextlib.nullcontext():
             y = self._evaluate(layer, group, part, z.requires_grad_(training), mask).detach()
@@ -462,22 +465,15 @@ class _Step:
         of = self._of
         for layer in reversed(range(of.num_layers)):
             for group in reversed(range(of.num_groups)):
-                self._pass(
-                    lambda part, group=group: (  # type: ignore[misc]
-                        *self._rows(group, part),
-                        of._tables[f"g{group}"].read((part.start, part.stop)),
-                    ),
-                    lambda part, rows, at=(layer, group): self._backward(*at, part, *rows),  # type: ignore[misc]
-                )
+                self._pass(partial(self._rows_and_gradient, group), partial(self._backward, layer, group))
                 self._keep()
         self._errors = self._norms = 0.0
         self._pass(self._read_first, self._leave)
         of.last_drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
 
-    def _backward(
-        self, layer: int, group: int, part: Part, own: Tensor, z: Tensor, mask: Tensor | None, gradient: Tensor
-    ) -> Changes:
+    def _backward(self, layer: int, group: int, part: Part, rows: tuple[Read, Tensor]) -> Changes:
         of = self._of
+        (own, z, mask), gradient = rows
         block = of.model.layer(layer)._blocks()[group]
         parameters = _trained([getattr(block, "module", block)])
         with torch.enable_grad():
@@ -498,6 +494,9 @@ class _Step:
             inputs = [group - 1] if group else list(range(1, of.num_groups))
             changes.added = [(f"g{other}", part.n_id, found[0]) for other in inputs]
         return changes
+
+    def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
+        return self._rows(group, part), self._of._tables[f"g{group}"].read((part.start, part.stop))
 
     def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
         tables, where = self._of._tables, (part.start, part.stop)
