@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Part:
         own = [self.halo, self.edge_index, self.x, self.y, self.train, *self.edges.values()]
         return sum(tensor.nbytes for tensor in own) + 32 * self.edge_index.size(1)
 
-    @property
+    @cached_property
     def n_id(self) -> Tensor:
         """Its nodes and its halo, by number."""
         return torch.cat([torch.arange(self.start, self.stop, device="cpu"), self.halo])
@@ -135,7 +136,7 @@ class Parts:
             part = Part(number, start, stop, halo, edge_index, found, further, data.x[start:stop].cpu(), y, train)
             if folder is not None:
                 part = replace(part, x=part.x.clone())  # of a view, all would be written
-                torch.save(vars(part), self._file(number))
+                torch.save({field.name: getattr(part, field.name) for field in fields(part)}, self._file(number))
             memory -= part.nbytes
             if folder is None or (memory >= 0 and len(self._kept) == number):
                 self._kept.append(part)
@@ -148,8 +149,8 @@ class Parts:
             return self._kept[number]
         if number >= len(self):
             raise IndexError(f"there are {len(self)} parts (got number {number})")
-        fields: dict[str, Any] = torch.load(self._file(number), weights_only=True)
-        return Part(**fields)
+        found: dict[str, Any] = torch.load(self._file(number), weights_only=True)
+        return Part(**found)
 
     def _file(self, number: int) -> Path:
         assert self._folder is not None

@@ -530,9 +530,10 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Let torch's generator draw from a seed, and put it back afterwards."""
-    before = torch.get_rng_state()
-    torch.manual_seed(seed)
+    generator = torch.default_generator  # torch.manual_seed also looks for CUDA, each time
+    before = generator.get_state()
+    generator.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(before)
+        generator.set_state(before)
