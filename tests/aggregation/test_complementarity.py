@@ -129,7 +129,6 @@ def test_work_is_shared_by_all_rows():
             solve(matrix, offset)
         counts[m] = count
     assert counts[96].total < 2 * counts[24].total < 1000
-    assert counts[96].reads < 40
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weight_asserts import counting
 from weight_inputs import gram, normal, square, wide
 from weight_oracles import shortest
 
@@ -106,10 +105,3 @@ def test_flattening_takes_cross_gramians():
     cross = square(6)
     generalised = cross.reshape(2, 3, 2, 3).transpose(2, 3)
     torch.testing.assert_close(Flattening(MoDoWeighting())(generalised).flatten(), MoDoWeighting()(cross))
-
-
-@pytest.mark.parametrize("make", [MoDoWeighting, SDMGradWeighting])
-def test_steps_do_not_wait(make):
-    with counting() as count:
-        make()(square(5))
-    assert count.reads <= 1  # whether all is finite

@@ -83,12 +83,11 @@ def test_the_norm_of_the_combination_is_of_the_nearest_gramian(dtype):
     assert float(length) == pytest.approx(float(expected), rel=1e-6, abs=2e-3)  # of shares of about 1e4
 
 
-def test_steps_are_few_and_wait_seldom():
+def test_steps_are_few():
     gramian = gram(wide(40))
     with counting() as count:
         FairGradWeighting(2.0)(gramian)
     assert count.calls["linalg_cholesky_ex"] <= 16
-    assert count.reads <= 4
 
 
 @pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf")])

@@ -43,7 +43,7 @@ def test_chunks_of_any_size_give_the_same(monkeypatch):
     monkeypatch.setattr(_subsets, "_SMALL", 0)
     matrix, members, target = gram(wide(30)), normal(30, 30) > 0, normal(30, 30, seed=1)
     expected = solve_on(matrix, members, target)
-    monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 1})
+    monkeypatch.setattr(_subsets, "_CHUNK", 1)
     torch.testing.assert_close(solve_on(matrix, members, target), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -76,7 +76,7 @@ def test_a_chunk_is_bounded(monkeypatch):
     for name in ("_solve", "_solve_any"):
         solve = getattr(_subsets, name)
         monkeypatch.setattr(_subsets, name, lambda a, b, solve=solve: shapes.append(a.shape) or solve(a, b))
-    monkeypatch.setattr(_subsets, "_CHUNK", {"cpu": 2000})
+    monkeypatch.setattr(_subsets, "_CHUNK", 2000)
     solve_on(gram(wide(30)), normal(30, 30) > 0, normal(30, 30))
     assert len(shapes) > 3
     assert all(shape.numel() <= 2000 for shape in shapes)

@@ -201,7 +201,7 @@ def test_all_methods_are_in_these_tests():
 
 
 def test_settings_are_shown():
-    assert repr(UPGradWeighting(reg_eps=0.5)) == "UPGradWeighting(reg_eps=0.5, pref_vector=None)"
+    assert repr(UPGradWeighting(reg_eps=0.5)) == "UPGradWeighting(pref_vector=None, reg_eps=0.5)"
     assert "weights=tensor([1., 2.])" in repr(ConstantWeighting(torch.tensor([1.0, 2.0])))
 
 

@@ -57,11 +57,6 @@ class Count(TorchDispatchMode):
     def total(self) -> int:
         return sum(self.calls.values())
 
-    @property
-    def reads(self) -> int:
-        """How often a value is brought from the device, on which all has to wait."""
-        return sum(self.calls.get(name, 0) for name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"))
-
 
 @contextmanager
 def counting() -> Iterator[Count]:

@@ -14,8 +14,9 @@ weights do not look at them. :class:`MoDoWeighting` and :class:`SDMGradWeighting
 batches' gradients, :class:`CRMOGMWeighting` smooths the weights of any method, and :class:`GaussNewtonWeighting` takes
 the objectives as residuals. Every method has a short name too: ``UPGrad`` is ``UPGradWeighting``.
 
-Quadratic programs are solved in torch, all rows of one matrix together, on the Gramian's device and to rounding, and
-how well is checked at each call.
+Weights are computed in host memory, in float64: a call waits for the Gramian's device once, copies the Gramian, and
+sends the weights there without another wait. Quadratic programs are solved in torch, all rows of one matrix together
+and to rounding, and how well is checked at each call.
 
 No method asks for gradients of a certain size: numbers are made relative first, from zero to as far apart as their type
 reaches. A Gramian that is none, or that is not finite, is refused; the error names the objectives.

@@ -71,7 +71,7 @@ def _pivot(matrix: Tensor, offset: Tensor, positive: Tensor) -> tuple[Tensor, Te
     Kim and Park 2011, "Fast nonnegative matrix factorization: an active-set-like method and comparisons", algorithm 2
     without its backup rule: solve on the set of entries taken as positive, move all entries with a wrong sign to the
     other side, repeat. Rows leave when they are done, and also when the count of their wrong signs has not fallen for
-    some rounds. A round reads from the device which rows remain and how large their sets are, nothing else.
+    some rounds.
     """
     found, good, wrong = _attempt(matrix, offset, positive)
     left = rows = (~good).nonzero()[:, 0]

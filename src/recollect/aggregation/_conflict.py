@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import check_tensor, checked, correlations, flattened
+from recollect.aggregation._host import fetched
 
 __all__ = ["Conflict", "conflict"]
 
@@ -18,8 +19,8 @@ class Conflict:
 
     Attributes:
         negative_share: of all pairs of objectives, how many have gradients with a negative product; 0 to 1.
-        cosines: between the update Jᵀ w and each gradient, in the shape of the weights, float64; 0 where one of them
-            is zero. Where it is negative, a small step makes the objective worse.
+        cosines: between the update Jᵀ w and each gradient, in the shape of the weights, float64, in host memory; 0
+            where one of them is zero. Where it is negative, a small step makes the objective worse.
         min_cosine: the smallest cosine with a gradient that is not zero; 0 if there is none.
     """
 
@@ -30,7 +31,7 @@ class Conflict:
 
 @torch.no_grad()
 def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
-    """Measure conflict from the Gramian alone.
+    """Measure conflict from the Gramian alone. The host waits for the device once.
 
     Args:
         gramian: ``[m1, .., mk, mk, .., m1]``; with one axis of objectives that is ``[m, m]``.
@@ -44,6 +45,7 @@ def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
         ValueError: what weightings refuse, or weights of another shape or not finite.
     """
     matrix, shape = flattened(gramian)
+    matrix, weights = fetched([matrix, weights])
     matrix = checked(matrix, shape)
     if weights is None:
         weights = matrix.new_ones(shape)

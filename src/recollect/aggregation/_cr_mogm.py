@@ -55,7 +55,6 @@ class CRMOGMWeighting(StatefulWeighting, settings=_SETTINGS):
         self, weighting: Callable[[Tensor], Tensor], alpha: float = 0.9, initial_weights: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.register_buffer("initial_weights", None, persistent=False)
         self.weighting = weighting
         self.alpha = alpha
         self.initial_weights = initial_weights

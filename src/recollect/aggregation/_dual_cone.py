@@ -38,7 +38,7 @@ def project(gramian: Tensor, vectors: Tensor, reg_eps: float) -> Projection:
     .. math:: \min_v v^\top G v \quad \text{subject to} \quad u \preceq v.
 
     G is divided by its trace, and ``reg_eps`` is added to its diagonal; where that is less than 1e-12, so much of each
-    gradient's own square is added instead. All rows are solved together, in float64, on the Gramian's device.
+    gradient's own square is added instead. All rows are solved together, in float64.
 
     Args:
         gramian: G ``[m, m]``, already checked.

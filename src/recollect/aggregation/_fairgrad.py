@@ -14,7 +14,6 @@ __all__ = ["FairGradWeighting", "fair_shares"]
 _RIDGE = 1e-8  # beside the ones on the diagonal: keeps weights bounded where gradients cancel
 _STEPS = 100
 _CORRECTIONS = 5
-_BETWEEN = 10  # steps between two looks at whether all is done: a look waits for the device
 _PART = 1e-3  # no full step leaves less of an entry, or of its right side
 _LEAST, _VAST = 1e-200, 1e200  # no share is smaller, no derivative larger
 
@@ -90,15 +89,13 @@ def _descended(matrix: Tensor, offset: Tensor, sizes: Tensor, alpha: float, q: T
     anywhere. A full step is taken where the function falls deeper by it; it is one in :math:`p^{-1/\alpha}` for the
     entries that their right side rules.
     """
-    least = sizes * _LEAST
-    for step in range(most):
+    least, absolute = sizes * _LEAST, matrix.abs()
+    for _ in range(most):
         p = q / sizes
         right = sizes * (p ** (-1 / alpha)).clamp(max=_VAST)
         slope = matrix @ q - offset - right
-        if step and step % _BETWEEN == 0:
-            rounding = torch.finfo(q.dtype).eps * (matrix.abs() @ q + right)
-            if bool((slope.abs() <= 16 * rounding).all()):
-                break
+        rounding = torch.finfo(q.dtype).eps * (absolute @ q + right)
+        done = bool((slope.abs() <= 16 * rounding).all())  # but for one more step, which takes the rest
         bend = (p ** (-1 / alpha - 1) / alpha).clamp(max=_VAST)
         # The Hessian H + diag(bend), scaled: no entry is large because a p is small.
         scale = (1 + bend).rsqrt()
@@ -113,4 +110,6 @@ def _descended(matrix: Tensor, offset: Tensor, sizes: Tensor, alpha: float, q: T
         gain = (power * low).exp() * torch.expm1(power * (high - low)) / power if power else high - low
         deeper = ((full - sure) * (matrix @ (full + sure) / 2 - offset) - gain * sizes**2).sum() < 0
         q = torch.where(deeper, full, sure)
+        if done:
+            break
     return q

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import check_tensor, checked, flattened
+from recollect.aggregation._host import sent
 from recollect.aggregation._settings import Configurable, weighting_of_any_kind
 from recollect.aggregation._weighting import Weighting, checked_weights
 
@@ -51,7 +52,7 @@ class Flattening(Configurable, settings={"weighting": weighting_of_any_kind}):
 
     @torch.no_grad()
     def forward(self, gramian: Tensor, *vectors: Tensor) -> Tensor:
-        """Return the weights.
+        """Return the weights, on the Gramian's device. The wrapped weighting gets everything in host memory.
 
         Args:
             gramian: the generalised Gramian.
@@ -67,7 +68,8 @@ class Flattening(Configurable, settings={"weighting": weighting_of_any_kind}):
             if tuple(vector.shape) != shape:
                 found = list(vector.shape)
                 raise ValueError(f"losses have the shape {list(shape)}; what comes beside their Gramian has {found}")
+        matrix, *beside = self.on_host(matrix, *vectors)
         # The weighting would name objectives by their number.
         check = self.weighting.check_gramian if isinstance(self.weighting, Weighting) else checked
-        weights = self.weighting(check(matrix, shape), *(vector.flatten() for vector in vectors))
-        return checked_weights(weights, len(matrix), "the wrapped weighting").reshape(shape)
+        weights = self.weighting(check(matrix, shape), *(vector.flatten() for vector in beside))
+        return sent(checked_weights(weights, len(matrix), "the wrapped weighting").reshape(shape), gramian.device)

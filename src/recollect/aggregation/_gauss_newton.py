@@ -45,18 +45,19 @@ class ResidualWeighting(Configurable, ABC):
             ValueError: what a :class:`Weighting` refuses; residuals or a projection of another shape than [m], or not
                 finite.
         """
-        check_tensor("the Gramian", gramian)
-        matrix = checked(gramian)
+        host, residuals, projection = self.on_host(gramian, residuals, projection)
+        check_tensor("the Gramian", host)
+        matrix = checked(host)
         given = [_checked_vector("residuals", residuals, matrix)]
         if projection is not None:
             given.append(_checked_vector("projection", projection, matrix))
-        with torch.autocast(gramian.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             weights = self.weigh(matrix, *given)
         return fitted(checked_weights(weights, len(matrix), f"{type(self).__name__}.weigh"), gramian)
 
     @abstractmethod
     def weigh(self, gramian: Tensor, residuals: Tensor, projection: Tensor | None = None) -> Tensor:
-        """Return the weights ``[m]`` for what has passed the checks; the vectors are in float64."""
+        """Return the weights ``[m]`` for what has passed the checks, in host memory; the vectors are in float64."""
 
 
 def _checked_vector(name: str, value: Tensor, gramian: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _checked_vector(name: str, value: Tensor, gramian: Tensor) -> Tensor:
         raise ValueError(f"{name} has the shape {list(value.shape)}; the Gramian is of {len(gramian)} objectives")
     if not value.is_floating_point() or not bool(value.isfinite().all()):
         raise ValueError(f"{name} must be finite numbers of floating point; found {value.tolist()}")
-    return value.to(gramian.device, torch.float64)
+    return value.double()
 
 
 class GaussNewtonWeighting(ResidualWeighting, settings={"damping": NOT_NEGATIVE, "momentum": FRACTION}):

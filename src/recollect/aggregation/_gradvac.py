@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import correlations
+from recollect.aggregation._host import sent
 from recollect.aggregation._pcgrad import random_orders
 from recollect.aggregation._settings import POSITIVE, UNIT
 from recollect.aggregation._settings import generator as a_generator
@@ -28,7 +29,8 @@ class GradVacWeighting(StatefulWeighting, settings={"beta": UNIT, "eps": POSITIV
     Args:
         beta: how much of a target is new after a call, from 0 to 1.
         eps: the least sine of the angle to a target: targets near 1 would ask for weights without bounds.
-        generator: where the orders come from, and the device on which they are drawn; None: torch's own, on the CPU.
+        generator: where the orders come from, and the device on which they are drawn and steps are taken; None:
+            torch's own, on the CPU.
 
     Attributes:
         state: the targets ``[m, m]``, a row for each gradient that is changed; None before the first call.
@@ -47,14 +49,15 @@ class GradVacWeighting(StatefulWeighting, settings={"beta": UNIT, "eps": POSITIV
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``, and move the targets."""
-        cosines, norms = correlations(gramian)
-        count = len(cosines)
+        count = len(gramian)
+        orders = random_orders(count, self.generator, without_self=True)
+        cosines, norms = (sent(part, orders.device) for part in correlations(gramian))
         targets = self.recalled(torch.zeros_like(cosines)).clone()
         there = norms > 0
         rows = torch.arange(count, device=cosines.device)
         shares = torch.eye(count, dtype=cosines.dtype, device=cosines.device)  # of unit gradients, in each row's own
         products = cosines.clone()
-        for others in random_orders(count, self.generator, without_self=True).to(cosines.device):
+        for others in orders:
             length = (shares * products).sum(1).clamp(min=0).sqrt()
             cosine = (products[rows, others] / torch.where(length > 0, length, 1.0)).clamp(-1, 1)
             target = targets[rows, others]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["modulus"]
 
-_BETWEEN = 5  # steps between two looks at what has changed: a look waits for the device
+_BETWEEN = 5  # steps between two looks at what has changed: a look takes as long as a step or two
 
 
 def modulus(matrix: Tensor, offset: Tensor, shift: Tensor, most: int = 40, unsettled: float = 0.05) -> Tensor:

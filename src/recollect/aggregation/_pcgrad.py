@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import normalized
+from recollect.aggregation._host import sent
 from recollect.aggregation._settings import generator as a_generator
 from recollect.aggregation._weighting import Weighting
 
@@ -19,7 +20,8 @@ class PCGradWeighting(Weighting, settings={"generator": a_generator}):
     random order, a new one for each gradient. All gradients take their steps together: m steps, not m².
 
     Args:
-        generator: where the orders come from, and the device on which they are drawn; None: torch's own, on the CPU.
+        generator: where the orders come from, and the device on which they are drawn and steps are taken; None:
+            torch's own, on the CPU.
 
     Raises:
         TypeError: ``generator`` is none.
@@ -31,9 +33,9 @@ class PCGradWeighting(Weighting, settings={"generator": a_generator}):
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
-        matrix = normalized(gramian)
-        count = len(matrix)
-        orders = random_orders(count, self.generator).to(matrix.device)
+        count = len(gramian)
+        orders = random_orders(count, self.generator)
+        matrix = sent(normalized(gramian), orders.device)
         rows = torch.arange(count, device=matrix.device)
         squares = matrix.diagonal()
         weights = torch.eye(count, dtype=matrix.dtype, device=matrix.device)

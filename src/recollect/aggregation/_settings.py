@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.aggregation._gramian import check_tensor
+from recollect.aggregation._host import fetched
 
 __all__ = [
     "FRACTION",
@@ -90,16 +91,16 @@ class Vector:
     optional: bool = True
 
     def __call__(self, name: str, value: Any) -> Tensor | None:
-        """Return the tensor without history, or raise a TypeError or a ValueError."""
+        """Return the tensor without history, in host memory, or raise a TypeError or a ValueError."""
         if value is None and self.optional:
             return None
         check_tensor(name, value)
         if value.ndim != 1 or not len(value):
             raise ValueError(f"{name} has one number for each objective, [m]; found {list(value.shape)}")
-        if not bool((value.isfinite() & ((value >= 0) | self.negative)).all()):
+        kept: Tensor = value.detach().cpu()
+        if not bool((kept.isfinite() & ((kept >= 0) | self.negative)).all()):
             also = "" if self.negative else " and not negative"
-            raise ValueError(f"{name} must be finite{also}; found {value.tolist()}")
-        kept: Tensor = value.detach()
+            raise ValueError(f"{name} must be finite{also}; found {kept.tolist()}")
         return kept
 
 
@@ -155,5 +156,22 @@ class Configurable(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what the module was made with."""
-        settings = {k: v for k, v in {**vars(self), **self._buffers}.items() if not k.startswith("_")}
-        return ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("training", "last_residual", "state"))
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("training", "last_residual"))
+
+    def on_host(self, *values: Any) -> list[Any]:
+        """Return values with all tensors in host memory, having waited once for each device that they are on.
+
+        Buffers come along, also those of a wrapped weighting, and stay there: weights are computed in host memory.
+        """
+        held = [
+            (module, name, buffer)
+            for module in self.modules()
+            if isinstance(module, Configurable)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.device.type != "cpu"
+        ]
+        found = fetched([*values, *(buffer for *_, buffer in held)])
+        for (module, name, _), buffer in zip(held, found[len(values) :], strict=True):
+            setattr(module, name, buffer)
+        return found[: len(values)]

@@ -43,7 +43,6 @@ class ConstantWeighting(Weighting, settings={"weights": Vector(negative=True, op
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weights", None, persistent=False)
         self.weights = weights
 
     def weigh(self, gramian: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ class RandomWeighting(Weighting, settings={"generator": a_generator}):
     2111.10603).
 
     Args:
-        generator: where the numbers come from, and the device on which they are drawn; None: torch's own.
+        generator: where the numbers come from, and the device on which they are drawn; None: torch's own, on the CPU.
 
     Raises:
         TypeError: ``generator`` is none.
@@ -72,6 +71,6 @@ class RandomWeighting(Weighting, settings={"generator": a_generator}):
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
-        device = gramian.device if self.generator is None else self.generator.device
+        device = "cpu" if self.generator is None else self.generator.device
         dtype = torch.promote_types(gramian.dtype, torch.float32)
         return torch.randn(len(gramian), generator=self.generator, device=device, dtype=dtype).softmax(0)

@@ -12,8 +12,7 @@ __all__ = ["solve_on"]
 
 _EXACT = 1e-11  # rounding in an exchange beyond which it is not used
 _SMALL = 2**15  # so many numbers in all the rows' matrices: not worth the picking
-_CHUNK = {"cpu": 2**17}  # numbers in one chunk: a mebibyte stays in a CPU's cache
-_CHUNK_ELSEWHERE = 2**24
+_CHUNK = 2**17  # numbers in one chunk: a mebibyte stays in a CPU's cache
 
 
 def solve_on(matrix: Tensor, members: Tensor, target: Tensor) -> Tensor:
@@ -77,8 +76,8 @@ def _picked(matrix: Tensor, members: Tensor, target: Tensor, solve: Callable[[Te
     index[row, members.cumsum(1)[row, column] - 1] = column
     entries, target = F.pad(matrix, (0, 1, 0, 1)).flatten(), F.pad(target, (0, 1))
     found = torch.zeros_like(target)
-    start, room = 0, _CHUNK.get(matrix.device.type, _CHUNK_ELSEWHERE)
-    space = matrix.new_empty(min(count, max(1, room // largest[0] ** 2)) * largest[0] ** 2)
+    start = 0
+    space = matrix.new_empty(min(count, max(1, _CHUNK // largest[0] ** 2)) * largest[0] ** 2)
     while start < count and (width := largest[start]):
         rows = order[start : start + len(space) // width**2]
         picks = index[rows, :width]

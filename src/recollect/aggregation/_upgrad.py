@@ -19,7 +19,7 @@ class UPGradWeighting(ProjectingWeighting):
     proposition 1. The update conflicts with no objective, scales linearly with each gradient (:math:`A(\mathrm{diag}(c)
     J)` is linear in :math:`c > 0`), and lies in the span of the gradients.
 
-    All m quadratic programs are solved together, on the Gramian's device, in float64.
+    All m quadratic programs are solved together, in float64.
 
     Args:
         pref_vector: p ``[m]``, finite and not negative; None: 1 / m each.

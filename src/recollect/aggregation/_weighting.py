@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.aggregation._gramian import check_tensor, checked
+from recollect.aggregation._host import sent
 from recollect.aggregation._settings import Configurable, Vector
 
 __all__ = ["PreferenceWeighting", "StatefulWeighting", "Weighting", "checked_weights", "fitted"]
@@ -22,7 +23,8 @@ class Weighting(Configurable, ABC):
     extend this class and define :meth:`weigh`. As with any module, ``register_forward_hook`` tells what a weighting
     returns in the midst of training. Settings can be assigned anew, and are checked then as in the constructor.
 
-    No gradients flow through the weights.
+    Weights are computed in host memory, in float64: the Gramian is copied there, and the weights to its device. That is
+    the only time a call waits for the device. No gradients flow through the weights.
     """
 
     if TYPE_CHECKING:  # a module's own takes and returns anything
@@ -33,7 +35,7 @@ class Weighting(Configurable, ABC):
     def forward(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``, in the Gramian's type and on its device.
 
-        All methods here compute in float64, whatever the type. Where a weight is beyond the range of the Gramian's
+        Where a weight is beyond the range of the Gramian's
         type (a float16 ends at 65504), all weights are divided by one number: the update keeps its direction.
 
         Args:
@@ -44,8 +46,9 @@ class Weighting(Configurable, ABC):
             ValueError: it is no Gramian (not square, empty, not symmetric, a negative diagonal) or not finite; the
                 error names the objectives at fault. Or :meth:`weigh` returns another shape than [m].
         """
-        matrix = self.check_gramian(gramian)
-        with torch.autocast(gramian.device.type, enabled=False):
+        (host,) = self.on_host(gramian)
+        matrix = self.check_gramian(host)
+        with torch.autocast("cpu", enabled=False):
             weights = self.weigh(matrix)
         return fitted(checked_weights(weights, len(matrix), f"{type(self).__name__}.weigh"), gramian)
 
@@ -61,7 +64,11 @@ class Weighting(Configurable, ABC):
 
     @abstractmethod
     def weigh(self, gramian: Tensor) -> Tensor:
-        """Return the weights ``[m]`` for a Gramian ``[m, m]`` that has passed the checks."""
+        """Return the weights ``[m]`` for a Gramian ``[m, m]`` in host memory that has passed the checks.
+
+        Buffers are in host memory too. Weights on another device are as good, but are fetched if the Gramian given to
+        :meth:`forward` is not there.
+        """
 
 
 def checked_weights(weights: Tensor, count: int, giver: str) -> Tensor:
@@ -78,12 +85,12 @@ def checked_weights(weights: Tensor, count: int, giver: str) -> Tensor:
 def fitted(weights: Tensor, like: Tensor) -> Tensor:
     """Return weights in the type and on the device of another tensor, all of them shrunk if one would overflow."""
     most = torch.finfo(like.dtype).max
-    if weights.is_floating_point() and torch.promote_types(weights.dtype, like.dtype) == like.dtype:
-        return weights.to(like)
-    exact = weights.double()
-    largest = exact.abs().amax()
-    beyond = (largest > most) & largest.isfinite()
-    return (exact * torch.where(beyond, most / largest, 1.0)).to(like)
+    if not weights.is_floating_point() or torch.promote_types(weights.dtype, like.dtype) != like.dtype:
+        exact = weights.double()
+        largest = exact.abs().amax()
+        beyond = (largest > most) & largest.isfinite()
+        weights = exact * torch.where(beyond, most / largest, 1.0)
+    return sent(weights.to(like.dtype), like.device)
 
 
 class PreferenceWeighting(Weighting, settings={"pref_vector": Vector()}):
@@ -101,7 +108,6 @@ class PreferenceWeighting(Weighting, settings={"pref_vector": Vector()}):
 
     def __init__(self, pref_vector: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("pref_vector", None, persistent=False)
         self.pref_vector = pref_vector
 
     def preference(self, gramian: Tensor) -> Tensor:
@@ -121,7 +127,8 @@ class PreferenceWeighting(Weighting, settings={"pref_vector": Vector()}):
 class StatefulWeighting(Weighting):
     """A weighting that remembers something from call to call.
 
-    What it remembers is in ``state_dict()``, and moves with the module. A call that raises leaves it as it was.
+    What it remembers is in ``state_dict()``. A module that moves to a device takes it there; the next call brings it
+    back, in one copy with the Gramian. A call that raises leaves it as it was.
 
     Attributes:
         state: what is remembered, in float64; None before the first call.
@@ -151,10 +158,10 @@ class StatefulWeighting(Weighting):
                 f"{type(self).__name__} remembers {len(self.state)} objectives, and the Gramian has {len(first)}: call "
                 "reset() when objectives change"
             )
-        return self.state.to(first)
+        return sent(self.state.to(first.dtype), first.device)
 
 
 def _make_room(module: StatefulWeighting, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give the state the shape of the one that is about to be loaded, whatever was there."""
     loaded = state_dict.get(f"{prefix}state")
-    module.state = torch.empty_like(loaded) if isinstance(loaded, Tensor) else None
+    module.state = torch.empty_like(loaded, device="cpu") if isinstance(loaded, Tensor) else None

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._settings import (
     PATH_KEYS,
@@ -53,6 +55,10 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{key}={value}: must be at least {low}{upper}")
         if above is not None and value <= above:
             raise UsageError(f"{key}={value}: must be above {above}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = dict.fromkeys(["auto", "cpu", "cuda", *([] if accelerator is None else [accelerator.type])])
+    if settings.device not in devices:
+        raise UsageError(f"device: {choose_from('value', settings.device, devices)}")
     if settings.seed + settings.runs > SEEDS:
         raise UsageError(
             f"seed={settings.seed} and runs={settings.runs}: the last run's seed must be below {SEEDS} too; give a "

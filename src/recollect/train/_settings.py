@@ -179,7 +179,7 @@ class Settings:
     checkpoint_every: int | None = field(
         metadata=about("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
     )
-    device: str = field(metadata=about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
+    device: str = field(metadata=about("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator"))
     precision: str = field(metadata=about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
     threads: int | None = field(metadata=about("CPU threads; null: one for a small graph, else torch's default", low=1))
     run_dir: str | None = field(metadata=about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
