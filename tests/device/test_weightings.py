@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from device.emulation import watch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect.aggregation
+from device.emulation import watch
 from recollect.aggregation import (
     CRMOGM,
     IMTLG,

@@ -1,5 +1,6 @@
 """A step whose process was killed goes on, and gives the numbers of one that was not."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,8 +8,8 @@ import textwrap
 
 import pytest
 import torch
+from whole_graph_zoo import N, a_graph, sum_of_losses, whole_step
 
-from outofcore.conftest import N, a_graph, sum_of_losses, whole_step
 from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
 from recollect.outofcore._tables import Tables
@@ -49,10 +50,12 @@ def test_after_each_kind_of_operation(at, written, tmp_path, monkeypatch):
             raise Killed
 
     monkeypatch.setattr(Tables, "_write", stop)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed) as caught:
         whole_step(broken, data)
     monkeypatch.undo()
-    del broken
+    caught.value.__traceback__ = None  # which holds the files open
+    del caught, broken
+    gc.collect()
 
     again, data = a_whole(tmp_path / "broken")
     assert again.unfinished
@@ -89,8 +92,8 @@ def test_another_network_does_not_go_on(tmp_path, monkeypatch):
 CODE = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from outofcore.test_resume import a_whole
-from outofcore.conftest import sum_of_losses
+from test_resume import a_whole
+from whole_graph_zoo import sum_of_losses
 whole, data = a_whole(sys.argv[1])
 torch.manual_seed(5)
 print("begun", flush=True)
@@ -104,7 +107,7 @@ def test_killed_at_any_moment(tmp_path):
     whole, data = a_whole(tmp_path / "whole")
     loss, gradients, number = whole_step(whole, data)
     store = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), str(store), os.path.dirname(__file__) + "/.."]
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), str(store), os.path.dirname(__file__)]
     for kill in range(int(os.environ.get("RECOLLECT_KILLS", "2"))):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline().strip() == "begun"

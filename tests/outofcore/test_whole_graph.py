@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from torch_geometric.nn import GATConv, GCNConv, PNAConv, SAGEConv
+from whole_graph_zoo import N, a_graph, plain_step, sum_of_losses, whole_step
 
-from outofcore.conftest import N, a_graph, plain_step, sum_of_losses, whole_step
 from recollect.frames import LatticeError, RebuildError
 from recollect.models import GCN, RevGNN
 from recollect.outofcore import WholeGraph
