@@ -8,6 +8,7 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 
 from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize
 from recollect.autoscale._get_data import GraphData, get_data
+from recollect.autoscale._making import HistoryOptions
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
@@ -22,6 +23,7 @@ __all__ = [
     "GraphData",
     "History",
     "HistoryFileError",
+    "HistoryOptions",
     "Partition",
     "PartitionQuality",
     "Rows",

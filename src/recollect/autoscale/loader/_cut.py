@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._require import require
+from recollect.autoscale._stamp import BatchSize, GraphStamp
 from recollect.autoscale.loader._attributes import Path, found_at, put, spelled
 from recollect.autoscale.loader._local import Entries
 from recollect.autoscale.loader._order import without_bounds
@@ -62,6 +63,7 @@ class Cut:
             data.adj_t.values(),
         )
         self._one_hop = OneHop(rowptr, col)
+        self.graph = GraphStamp.of(data.adj_t, data.node_order)
         self._ptr = ptr
         self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
         self._bipartite = bipartite
@@ -88,7 +90,7 @@ class Cut:
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
-        return SubData(data, nodes.total, n_id, offset, end - offset)
+        return SubData(data, BatchSize(nodes.total, self.graph), n_id, offset, end - offset)
 
     def _attributes(self, n_id: Tensor, edges: Ranges) -> Data:
         """All but the edges, for these nodes."""

@@ -94,7 +94,7 @@ class LinkCut:
     """Cuts a mini-batch of the parts of some units, with their pairs; a loader's workers get a copy of it."""
 
     def __init__(self, cut: Cut, links: Links) -> None:
-        self._cut, self._links = cut, links
+        self._cut, self._links, self.graph = cut, links, cut.graph
 
     def __call__(self, units: Sequence[int]) -> SubData:
         """The mini-batch of these units, in this order; each may be there once."""

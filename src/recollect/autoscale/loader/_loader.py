@@ -66,6 +66,7 @@ class SubgraphLoader(DataLoader[int]):
         ptr: [num_parts + 1] int64 on the CPU.
         bipartite: As given.
         units: With ``links``, the parts of each unit, one or two; else None.
+        graph: The stamp that its mini-batches have, by which histories know their graph.
 
     Raises:
         TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``links`` are no numbers.
@@ -111,6 +112,7 @@ class SubgraphLoader(DataLoader[int]):
             parts = range(self.ptr.numel() - 1)
             if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
                 parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()
+        self.graph = cut.graph
         if log:
             _logger.info("prepared mini-batches of %d parts in %.2f s", len(parts), time.perf_counter() - start)
         super().__init__(parts, batch_size=batch_size, collate_fn=cut, **kwargs)
