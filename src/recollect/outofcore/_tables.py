@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale.histories._codec import codec_for
-from recollect.autoscale.histories._file import FileRows, FileTable
+from recollect.autoscale.histories._file import FileRows
+from recollect.autoscale.histories._file_table import FileTable
 from recollect.autoscale.histories._memory import memory_table
 from recollect.autoscale.histories._selection import Slices, length
 
