@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recollect.outofcore._tables import Rows, Where
+from recollect.autoscale.histories import PlainRows, Where
 
 __all__ = ["Masks", "width_of"]
 
@@ -27,7 +27,7 @@ class Masks:
         p: the probability of zero.
     """
 
-    def __init__(self, rows: Rows, channels: int, p: float) -> None:
+    def __init__(self, rows: PlainRows, channels: int, p: float) -> None:
         self._rows = rows
         self._channels = channels
         dropped = min(round(p * _LEVELS), _LEVELS - 1)

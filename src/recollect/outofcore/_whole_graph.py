@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale import to_adj_t
-from recollect.autoscale.histories._queues import Worker
-from recollect.autoscale.loader._cut import checked_ptr
-from recollect.frames import Lattice, RebuildError, check_exact, digits_of
-from recollect.frames._fingerprint import bits_of
+from recollect.autoscale.histories import PlainRows, Worker
+from recollect.autoscale.loader import checked_ptr
+from recollect.frames import Lattice, RebuildError, bits_of, check_exact, digits_of
 from recollect.models import RevGNN
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._reach import looks_further
-from recollect.outofcore._tables import Changes, Rows, Tables, save
+from recollect.outofcore._tables import Changes, Tables, save
 
 __all__ = ["WholeGraph"]
 
@@ -114,7 +113,7 @@ class WholeGraph:
             name: Masks(self._tables[name], self._hidden, model.dropout) for name in widths if name.endswith("mask")
         }
         places = self.num_layers * self.num_groups * len(self.parts)
-        self._marks = Rows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
+        self._marks = PlainRows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
         self._worker = Worker()
         self.last_drift: float | None = None
 
