@@ -35,6 +35,7 @@ _PARTS = (
     "memory",
     "messages",
     "models",
+    "outofcore",
     "reversible",
     "testing",
     "train",

@@ -34,6 +34,7 @@ from recollect.frames._errors import (
     RebuildError,
     ReleasedTensorError,
 )
+from recollect.frames._fingerprint import bits_of
 from recollect.frames._frame import certificate_of_process, devices_of, run_frame
 from recollect.frames._lattice import Lattice, check_exact, digits_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
@@ -68,6 +69,7 @@ __all__ = [
     "Source",
     "Transform",
     "backward_mode",
+    "bits_of",
     "certificate_of_process",
     "check_exact",
     "checkpoint",
