@@ -393,7 +393,8 @@ class _Step:
             own = own + y
         else:
             (own,) = of._lattice(own, y)
-            of._lattice.check([own], f"layer {layer}, block {group}")
+            block = of.model.layer(layer)._blocks()[group]
+            of._lattice.check(own, [own], [block], f"layer {layer}, block {group}: {{}}")
         if training and of._lattice is not None:
             of._marks.write(self._place(layer, group, part), _bytes_of(y))
         return Changes([(f"x{group}", where, own)], state=self._state([]) if training else {})
