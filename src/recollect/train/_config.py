@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from recollect.train._check import check, check_given, kind_text
+from recollect.train._check import check, check_given, documented, kind_text
 from recollect.train._errors import InvalidRunError, UsageError, choose_from
 from recollect.train._settings import FREE_KEYS, GROUP_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings
 
@@ -145,6 +145,8 @@ def _check_key(key: str, known: Mapping[str, Any], options: dict[str, list[str]]
         raise UsageError(f"{said}; choose from: {', '.join(options[group])}")
     if key in known or _is_free(key):
         return
+    if needs := documented().get(key, {}).get("needs"):
+        raise UsageError(f"{key} counts only with {needs[0]}={' or '.join(needs[1:])}: write that as well")
     inside = {name.rpartition(".")[0] for name in known}
     if key in inside:
         raise UsageError(f"{key!r} is a group of keys; set one of them: {', '.join(_below(key, known))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,12 +58,14 @@ def create(settings: Settings) -> RunFolder:
         folder = RunFolder(_make(settings))
         # The run may be gone on with from another working directory.
         data = replace(settings.data, root=_absolute(settings.data.root))
+        dataset = replace(settings.dataset, path=_absolute(settings.dataset.path))
         training = replace(
             settings.training,
             history_path=_absolute(settings.training.history_path),
             partition_cache=_absolute(settings.training.partition_cache),
         )
-        write_text(folder.config, write(replace(settings, data=data, training=training, run_dir=None, resume=None)))
+        own = replace(settings, dataset=dataset, data=data, training=training, run_dir=None, resume=None)
+        write_text(folder.config, write(own))
     except OSError as error:
         raise TrainingError(f"the run's folder cannot be made: {error}") from error
     return folder
@@ -88,6 +91,11 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().resolve()) if path else None
 
 
+def _file_name(text: str) -> str:
+    """Letters, digits and a few marks of a text: names are anybody's words, and a path must not follow from them."""
+    return re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII)[:100]
+
+
 def _make(settings: Settings) -> Path:
     if settings.run_dir:
         path = Path(settings.run_dir).expanduser()
@@ -97,7 +105,8 @@ def _make(settings: Settings) -> Path:
             raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
         path.mkdir(parents=True, exist_ok=True)
         return path
-    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{settings.dataset.name}_{settings.model.name}"
+    words = _file_name(f"{settings.dataset.name}_{settings.model.name}")
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{words}"
     for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
         path = Path("runs") / f"{name}{suffix}"
         try:

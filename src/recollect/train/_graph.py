@@ -41,6 +41,11 @@ def prepare(settings: Settings, graph: GraphDataset) -> TrainingGraph:
         TrainingError: the package that cuts the graph is missing.
     """
     data = copy.copy(graph.data)
+    if graph.learnt_features and (settings.data.features or settings.training.name == "autoscale"):
+        raise UsageError(
+            "dataset.features=embedding needs data.features=null and training=full: learnt vectors are no numbers of "
+            "the file; or choose dataset.features=degree"
+        )
     data.x = _features(data.x, settings.data.features)
     ptr = None
     if isinstance(settings.model, ScalableSettings):

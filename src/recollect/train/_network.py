@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recollect import models
 from recollect.autoscale import HistoryFileError, ScalableGNN
+from recollect.train._embedding import learn_features
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import ModelSettings, RevGNNSettings, ScalableSettings, TrainingSettings
@@ -53,17 +54,30 @@ def build_model(
     if num_layers is not None:
         settings = replace(settings, num_layers=num_layers)
     try:
-        if isinstance(settings, RevGNNSettings):
-            return _reversible(settings, graph)
-        if isinstance(settings, ScalableSettings):
-            if training is None or training.name == "full":
-                return build_scalable(settings, graph, keep_histories=False)
-            return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
+        network = _network(settings, graph, training, device)
     except (ImportError, OSError, HistoryFileError) as error:
         raise TrainingError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"the model cannot be built: {error}") from error
+    if graph.learnt_features:
+        learn_features(network, graph.data.num_nodes, settings.hidden_channels)
+    return network
+
+
+def _network(
+    settings: ModelSettings, graph: TrainingGraph, training: TrainingSettings | None, device: torch.device | None
+) -> nn.Module:
+    if isinstance(settings, RevGNNSettings):
+        return _reversible(settings, graph)
+    if isinstance(settings, ScalableSettings):
+        if training is None or training.name == "full":
+            return build_scalable(settings, graph, keep_histories=False)
+        return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
     raise UsageError(f"model.kind={settings.kind} is no known network")
+
+
+def _in_channels(settings: ModelSettings, graph: TrainingGraph) -> int:
+    return settings.hidden_channels if graph.learnt_features else int(graph.data.x.size(-1))
 
 
 def build_scalable(settings: ScalableSettings, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
@@ -73,7 +87,7 @@ def build_scalable(settings: ScalableSettings, graph: TrainingGraph, **histories
         options["deg"] = graph.data.adj_t.crow_indices().diff()
     return _SCALABLE[settings.kind](
         num_nodes=graph.data.num_nodes,
-        in_channels=graph.data.x.size(-1),
+        in_channels=_in_channels(settings, graph),
         hidden_channels=settings.hidden_channels,
         out_channels=graph.num_classes,
         num_layers=settings.num_layers,
@@ -96,7 +110,7 @@ def _reversible(settings: RevGNNSettings, graph: TrainingGraph) -> models.RevGNN
     if _has_edge_features(settings, graph):
         options.setdefault("edge_dim", graph.data.edge_attr.size(-1))
     return models.RevGNN(
-        graph.data.x.size(-1),
+        _in_channels(settings, graph),
         settings.hidden_channels,
         graph.num_classes,
         settings.num_layers,

@@ -35,7 +35,7 @@ GROUP_KEYS = {
     "objective.name": "objective",
 }
 # Values that are taken as they stand, whatever characters they have.
-PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
+PATH_KEYS = ("data.root", "dataset.path", "training.history_path", "training.partition_cache", "run_dir", "resume")
 SEEDS = 2**32  # so many there are, from 0 on
 
 
@@ -48,6 +48,20 @@ class DatasetSettings:
 
     name: str = field(metadata=about("graph, by its name in recollect.data"))
     options: dict[str, Any] = field(metadata=about("options of recollect.data.load for this graph"))
+    path: str | None = field(
+        default=None,
+        metadata=about(
+            "file or folder of your own graph: .pt, .npz, .mat, .graphml, CSV files", needs=("dataset", "file")
+        ),
+    )
+    features: str | None = field(
+        default=None,
+        metadata=about(
+            "of the nodes, in the place of the file's: their degrees, or a learnt vector each; null: the file's",
+            choices=("degree", "embedding"),
+            needs=("dataset", "file"),
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from recollect.data import describe
 from recollect.memory import map_large_blocks
 from recollect.train._build import build_dataset
 from recollect.train._config import write
@@ -15,9 +16,9 @@ from recollect.train._graph import TrainingGraph, prepare
 from recollect.train._histories import check_room, expect_histories
 from recollect.train._logs import Logs
 from recollect.train._measure import Costs, measure
-from recollect.train._metrics import score
+from recollect.train._metrics import other_scores, score
 from recollect.train._network import build_model
-from recollect.train._progress import show_summary, training_bar
+from recollect.train._progress import show_graph, show_summary, training_bar
 from recollect.train._report import report
 from recollect.train._settings import ScalableSettings, Settings
 from recollect.train._step import Step
@@ -35,7 +36,10 @@ def load_graph(settings: Settings, console: Console) -> TrainingGraph:
     """Load and prepare the graph of a run; show how it is cut, and what the histories will take."""
     device = make_fabric(settings).device
     with told(console):
-        graph = prepare(settings, build_dataset(settings.dataset, settings.data))
+        loaded = build_dataset(settings.dataset, settings.data)
+        graph = prepare(settings, loaded)
+    if settings.dataset.path is not None:
+        show_graph(console, describe(loaded))
     if isinstance(settings.model, ScalableSettings) and graph.ptr is not None:
         histories = expect_histories(settings.model, graph, settings.training, device)
         console.print(f"histories: {histories_text(histories)}", highlight=False, markup=False, soft_wrap=True)
@@ -87,9 +91,10 @@ def _execute(
             raise
         raise UsageError(f"training.buffer_size={settings.training.buffer_size} is too small: {error}") from error
     trainer.restore_best()
-    test = score(step.graph, step.evaluate(), "test")
+    logits = step.evaluate()
+    test, others = score(step.graph, logits, "test"), other_scores(step.graph, logits, "test")
     costs = _measure(settings, step, console) if settings.measure.enabled else Costs()
-    summary = summarize(trainer, test, costs)
+    summary = {**summarize(trainer, test, costs), "other_scores": others}
     write_text(folder.report, report(summary, trainer.history, write(settings)))
     write_summary(folder.summary, summary)
     if not brief:

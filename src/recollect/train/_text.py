@@ -17,7 +17,10 @@ __all__ = [
     "table",
 ]
 
-METRICS = {"accuracy": "accuracy", "rocauc": "ROC-AUC", "micro_f1": "micro-F1"}
+METRICS = {
+    **{"accuracy": "accuracy", "rocauc": "ROC-AUC"},
+    **{"micro_f1": "micro-F1", "average_precision": "average precision"},
+}
 
 
 def bytes_text(number: int | None) -> str:
@@ -74,6 +77,11 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
     facts = [
         (f"test {metric}", percent_text(summary, "test_accuracy")),
         (f"validation {metric}", f"{percent_text(summary, 'val_accuracy')} ({best})"),
+        *(
+            (f"test {METRICS[name]}", f"{100 * score:.2f} %")
+            for name, score in summary.get("other_scores", {}).items()
+            if not runs
+        ),
         ("epochs", f"{summary['epochs']} in {seconds_text(summary['seconds'])}"),
         ("graph", f"{summary['dataset']}: {summary['nodes']:,} nodes, {summary['edges']:,} edges"),
         ("model", f"{summary['model']}: {summary['layers']} layers, {summary['parameters']:,} parameters"),
