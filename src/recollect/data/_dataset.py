@@ -34,7 +34,7 @@ class GraphDataset:
             classes, and that class 1 is the positive one.
         num_splits: How many splits the graph's literature averages over; the option ``split`` chooses one by its
             number, if there are several.
-        learnt_features: ``x`` [N, 1] int64 holds the nodes' numbers, and a network learns a vector for each.
+        learnt_features: ``x`` holds random vectors for a network to begin with, which learns them.
         notes: What was made, or not used, when a file was read.
         node_ids: What the file calls the nodes, N of them; None if that is their number.
         class_names: What the file calls the classes; empty where they have no names.
@@ -99,7 +99,7 @@ def assemble(
     if task == "multiclass":
         _check_numbers(name, y[train | val | test], num_classes, "the class")
     data = data_module.Data(
-        x=x.to(torch.int64 if learnt_features else torch.float32).contiguous(),
+        x=x.to(torch.float32).contiguous(),
         edge_index=edge_index.to(torch.int64).contiguous(),
         y=y.contiguous(),
         train_mask=train.contiguous(),

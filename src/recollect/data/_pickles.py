@@ -164,6 +164,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 class _Reader(pickle._Unpickler):
     """Python's reader of pickles, in Python: its compiled twin believes the sizes that a file tells of its memory."""
 
+    stack: list[Any]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from recollect.train._check import check, check_given, documented, kind_text
 from recollect.train._errors import InvalidRunError, UsageError, choose_from
 from recollect.train._settings import FREE_KEYS, GROUP_KEYS, PATH_KEYS, RevGNNSettings, ScalableSettings, Settings
+from recollect.train._stored import check_settings_text, read_text
 
 __all__ = ["defaults", "groups", "parse", "read", "write"]
 
@@ -89,7 +90,7 @@ def read(path: Path) -> Settings:
         InvalidRunError: the file is not one of these.
     """
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.create(check_settings_text(read_text(path), path))
         if not isinstance(loaded, DictConfig):
             raise InvalidRunError(f"{path} holds no settings of a run")
         return _to_settings(loaded)
@@ -114,7 +115,7 @@ def _parse_one(text: str) -> Override:
         text = f'{key}="{quoted}"'
     try:
         override: Override = OverridesParser.create().parse_override(text)
-    except HydraException as error:  # OverrideParseException, or a bare one where there is no "="
+    except (HydraException, RecursionError) as error:  # OverrideParseException, or a bare one where there is no "="
         raise UsageError(f"{text!r} cannot be read: write key=value, and quote unusual values: key='a, b'") from error
     if not override.key_or_group:
         raise UsageError(f"{text!r} has no key: write key=value")

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["learn_features"]
 
 
-def learn_features(network: nn.Module, num_nodes: int, channels: int) -> None:
-    """Let a network look its features up in a table that it learns, ``network.node_features``.
-
-    The first argument of its calls then holds numbers of nodes [rows, 1] int64.
+def learn_features(network: nn.Module, x: Tensor) -> None:
+    """Let a network learn its features: they are its parameter ``node_features``, in the place of its first argument.
 
     Args:
-        network: takes features [rows, channels] as its first argument.
-        num_nodes: N.
-        channels: of each vector, which are drawn from a normal distribution.
+        network: takes features of the whole graph as its first argument.
+        x: the vectors to begin with [num_nodes, channels].
     """
-    network.node_features = nn.Embedding(num_nodes, channels)
-    network.register_forward_pre_hook(_look_up)
+    network.node_features = nn.Parameter(x.detach().clone())
+    network.register_forward_pre_hook(_take_own)
 
 
-def _look_up(network: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    numbers, *rest = arguments
-    return (network.node_features(numbers[:, 0]), *rest)
+def _take_own(network: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (network.node_features, *arguments[1:])

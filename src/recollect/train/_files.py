@@ -29,7 +29,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def _replace(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     # One name for all attempts, so that one that was cut short leaves nothing that the next does not take over.
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)  # it may be a link to a file of somebody
+    with partial.open("xb") as file:
         fill(file)
         file.flush()
         os.fsync(file.fileno())  # otherwise a power failure could keep the new name and lose the content

@@ -91,11 +91,6 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().resolve()) if path else None
 
 
-def _file_name(text: str) -> str:
-    """Letters, digits and a few marks of a text: names are anybody's words, and a path must not follow from them."""
-    return re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII)[:100]
-
-
 def _make(settings: Settings) -> Path:
     if settings.run_dir:
         path = Path(settings.run_dir).expanduser()
@@ -105,8 +100,8 @@ def _make(settings: Settings) -> Path:
             raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
         path.mkdir(parents=True, exist_ok=True)
         return path
-    words = _file_name(f"{settings.dataset.name}_{settings.model.name}")
-    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{words}"
+    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]  # it stays in the folder
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{label}"
     for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
         path = Path("runs") / f"{name}{suffix}"
         try:

@@ -53,31 +53,27 @@ def build_model(
     """
     if num_layers is not None:
         settings = replace(settings, num_layers=num_layers)
-    try:
-        network = _network(settings, graph, training, device)
-    except (ImportError, OSError, HistoryFileError) as error:
-        raise TrainingError(str(error)) from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the model cannot be built: {error}") from error
+    network = _network(settings, graph, training, device)
     if graph.learnt_features:
-        learn_features(network, graph.data.num_nodes, settings.hidden_channels)
+        learn_features(network, graph.data.x)
     return network
 
 
 def _network(
     settings: ModelSettings, graph: TrainingGraph, training: TrainingSettings | None, device: torch.device | None
 ) -> nn.Module:
-    if isinstance(settings, RevGNNSettings):
-        return _reversible(settings, graph)
-    if isinstance(settings, ScalableSettings):
-        if training is None or training.name == "full":
-            return build_scalable(settings, graph, keep_histories=False)
-        return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
+    try:
+        if isinstance(settings, RevGNNSettings):
+            return _reversible(settings, graph)
+        if isinstance(settings, ScalableSettings):
+            if training is None or training.name == "full":
+                return build_scalable(settings, graph, keep_histories=False)
+            return build_scalable(settings, graph, **_history_options(training, graph.data.num_nodes, device))
+    except (ImportError, OSError, HistoryFileError) as error:
+        raise TrainingError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model cannot be built: {error}") from error
     raise UsageError(f"model.kind={settings.kind} is no known network")
-
-
-def _in_channels(settings: ModelSettings, graph: TrainingGraph) -> int:
-    return settings.hidden_channels if graph.learnt_features else int(graph.data.x.size(-1))
 
 
 def build_scalable(settings: ScalableSettings, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
@@ -87,7 +83,7 @@ def build_scalable(settings: ScalableSettings, graph: TrainingGraph, **histories
         options["deg"] = graph.data.adj_t.crow_indices().diff()
     return _SCALABLE[settings.kind](
         num_nodes=graph.data.num_nodes,
-        in_channels=_in_channels(settings, graph),
+        in_channels=graph.data.x.size(-1),
         hidden_channels=settings.hidden_channels,
         out_channels=graph.num_classes,
         num_layers=settings.num_layers,
@@ -110,7 +106,7 @@ def _reversible(settings: RevGNNSettings, graph: TrainingGraph) -> models.RevGNN
     if _has_edge_features(settings, graph):
         options.setdefault("edge_dim", graph.data.edge_attr.size(-1))
     return models.RevGNN(
-        _in_channels(settings, graph),
+        graph.data.x.size(-1),
         settings.hidden_channels,
         graph.num_classes,
         settings.num_layers,

@@ -13,10 +13,10 @@ import torch
 
 import recollect
 from recollect.autoscale import ScalableGNN
-from recollect.train._errors import InvalidRunError
 from recollect.train._files import write_text
 from recollect.train._histories import histories_of
 from recollect.train._measure import Costs
+from recollect.train._stored import check_summary, read_text
 from recollect.train._text import per_layer
 from recollect.train._trainer import Trainer
 
@@ -106,13 +106,7 @@ def read_summary(path: Path) -> Summary:
     Raises:
         InvalidRunError: it is damaged.
     """
-    try:
-        summary = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidRunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(summary, dict):
-        raise InvalidRunError(f"{path} is not the summary of a run")
-    return summary
+    return check_summary(read_text(path), path)
 
 
 def _mean_of(history: Sequence[dict[str, float]], key: str) -> float | None:

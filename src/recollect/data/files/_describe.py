@@ -25,7 +25,7 @@ def describe(graph: GraphDataset) -> list[tuple[str, str]]:
     )
     parts = [f"{int(data[f'{part}_mask'].sum()):,} {part}" for part in ("train", "val", "test")]
     rest = n - sum(int(data[f"{part}_mask"].sum()) for part in ("train", "val", "test"))
-    features = f"a learnt vector for each of {n:,} nodes" if graph.learnt_features else f"{data.x.size(1):,} a node"
+    features = f"{data.x.size(1):,} a node{', which are learnt' if graph.learnt_features else ''}"
     rows = [
         ("graph", f"{graph.name}: {n:,} nodes, {e:,} edges"),
         ("edges", f"{'undirected' if is_undirected(edges, n) else 'directed'}{_weighted(data)}"),

@@ -18,6 +18,7 @@ from recollect.data.files._labels import TASKS, understand
 from recollect.data.files._parts import choose_masks
 
 Features = Literal["degree", "embedding"]
+EMBEDDING_CHANNELS = 64
 
 
 def from_file(
@@ -49,7 +50,8 @@ def from_file(
     Args:
         path: The file or folder; or the table for each of ``edges``, ``features``, ``labels``, ``split``, ``nodes``.
         features: In the place of the file's own: ``"degree"``, log(1 + d) of in-degree and out-degree, or
-            ``"embedding"``, a vector for each node that is learnt. None: the file's, and degrees if it has none.
+            ``"embedding"``, a vector of 64 numbers for each node, which `recollect.train` learns. None: the file's, and
+            degrees if it has none.
         task: What labels are, where the file leaves it open.
         split: Which of the file's splits.
         undirected: Whether edges that are there in one direction are joined in the other as well.
@@ -199,7 +201,8 @@ def _features(found: Found, edge_index: torch.Tensor, features: Features | None)
             )
         return torch.from_numpy(found.x.astype(np.float32))
     if features == "embedding":
-        return torch.arange(found.num_nodes, dtype=torch.float64)[:, None]
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(found.num_nodes, EMBEDDING_CHANNELS, generator=generator)
     if found.x is None and features is None:
         found.notes.append("no features in the file: degrees are used (features=embedding learns a vector a node)")
     degrees = [torch.bincount(end, minlength=found.num_nodes) for end in (edge_index[1], edge_index[0])]
