@@ -53,7 +53,7 @@ FLOORS = {
     "messages": floor("_torch"),
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch frames invertible messages"),
-    "data": floor("", "torch_geometric sklearn ogb"),
+    "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor("_arguments _parameters frames messages data", "torch_geometric pymetis kaminpar"),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),

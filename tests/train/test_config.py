@@ -142,7 +142,7 @@ def test_options_of_a_convolution_are_free():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: amazon-computers, .*yelp"),
+        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: actor, .*yelp"),
         ("model=[a]", "choose from: appnp, gat, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
         ("model.num_layer=3", r"did you mean 'model.num_layers'\?\); choose from: model.name, model.num_layers"),
@@ -172,7 +172,7 @@ def test_options_of_a_convolution_are_free():
         ("seed=4294967296", "must be at least 0 and below 4294967296"),
         ("data.seed=-1", "data.seed=-1: must be at least 0"),
         ("clip_norm=0", "clip_norm=0.0: must be above 0"),
-        ("dataset.name=cora", "is set by its group, .*: write dataset=...; choose from: amazon-computers"),
+        ("dataset.name=cora", "is set by its group, .*: write dataset=...; choose from: actor, amazon-computers"),
         ("model.kind=gcn", "write model=...; choose from: appnp, gat, gcn"),
         ("training.name=autoscale", "write training=...; choose from: autoscale, full"),
         ("training.num_parts=4", "training.num_parts counts only with training=autoscale, and this is training=full"),

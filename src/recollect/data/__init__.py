@@ -25,7 +25,11 @@ is never written into, not even by the superuser. Results appear whole or not at
 torch_geometric, scikit-learn and ogb are imported when a graph that needs them is loaded, not before.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from recollect.data._dataset import GraphDataset
+from recollect.data._describe import describe
 from recollect.data._errors import (
     InvalidFileError,
     InvalidRawFilesError,
@@ -34,7 +38,9 @@ from recollect.data._errors import (
     UnknownDatasetError,
 )
 from recollect.data._registry import load, names
-from recollect.data.files import describe, from_data, from_file
+
+if TYPE_CHECKING:
+    from recollect.data.files import from_data, from_file
 
 __all__ = [
     "GraphDataset",
@@ -49,3 +55,10 @@ __all__ = [
     "load",
     "names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs NumPy when it is asked for: the rest of the package needs torch alone."""
+    if name in ("from_data", "from_file"):
+        return getattr(importlib.import_module("recollect.data.files"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from recollect.data._dataset import GraphDataset, assemble
@@ -76,6 +75,8 @@ def heterophilous(name: str, root: Path, seed: int, *, split: int = 0, download:
 
 def _read(file: Path) -> tuple[Any, int]:
     """A graph that torch_geometric's class does not know, from a file of the same form."""
+    import numpy as np
+
     with np.load(file, allow_pickle=False) as arrays:
         x, y, edges, *masks = (torch.from_numpy(arrays[name]) for name in _ARRAYS)
     both = require("torch_geometric.utils", extra="graph").to_undirected(edges.t().contiguous(), num_nodes=x.size(0))

@@ -8,12 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 
 from recollect.data._dataset import GraphDataset, assemble
 from recollect.data._foreign import require
-from recollect.data._pickles import read_pickle
 from recollect.data._raw import RawSource, read
 from recollect.data._stored import distrustful
 
@@ -84,6 +82,10 @@ def _dataset_class() -> Any:
 
 def _read(raw: Path, name: str) -> Any:
     """The graph of eight files: first the known nodes, then those for testing, in the order of their indices."""
+    import numpy as np
+
+    from recollect.data._pickles import read_pickle
+
     tx, allx, y, ty, ally, graph = (
         read_pickle(raw / f"ind.{name}.{part}") for part in ("tx", "allx", "y", "ty", "ally", "graph")
     )

@@ -23,7 +23,6 @@ from recollect.data._pitfalls import pitfalls
 from recollect.data._planetoid import planetoid
 from recollect.data._sbm import sbm
 from recollect.data._wikics import wikics
-from recollect.data.files import from_file
 
 # A loader takes root and seed; its keyword-only parameters are the dataset's options.
 _LOADERS: dict[str, Callable[..., GraphDataset]] = {
@@ -123,6 +122,8 @@ def _file(
 ) -> GraphDataset:
     if not path:
         raise ValueError("file: no path is given; give that of a file or folder (on the command line dataset.path=...)")
+    from recollect.data.files import from_file
+
     return from_file(path, features=features, task=task, split=split, undirected=undirected, seed=seed)
 
 

@@ -4,7 +4,6 @@ Sizes and values never decide what an array is. Where a file can be read in two 
 Nothing here runs code that a file holds: pickles, and arrays of objects, are not read.
 """
 
-from recollect.data.files._describe import describe
 from recollect.data.files._from_file import from_data, from_file
 
-__all__ = ["describe", "from_data", "from_file"]
+__all__ = ["from_data", "from_file"]
