@@ -10,7 +10,7 @@ import numpy as np
 from recollect.data._errors import InvalidFileError
 from recollect.data._foreign import require
 from recollect.data._limits import fits_in_memory
-from recollect.data.files._found import PARTS, Array, Found, check_edges, masks_of_words
+from recollect.data.files._found import PARTS, Array, Found, as_float32, check_edges, masks_of_words
 
 # Role -> the names that an array of it can have.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -139,7 +139,7 @@ def _adjacency(value: Any, size: int, source: str) -> tuple[Array, Array | None]
     row, col, data = matrix.row, matrix.col, matrix.data
     there = data != 0
     edge_index = check_edges(np.stack([row[there], col[there]]), size, f"{source}: the adjacency")
-    weight = data[there].astype(np.float32)
+    weight = as_float32(data[there], f"{source}: the adjacency")
     return edge_index, None if bool((weight == 1).all()) else weight
 
 
@@ -163,7 +163,7 @@ def _of_edges(value: Any, role: str, count: int, source: str) -> Array:
             f"{source}: {role} is of type {array.dtype} and shape {list(array.shape)}, but must hold numbers {form}: a "
             f"row for each edge, in their order"
         )
-    return array.astype(np.float32)
+    return as_float32(array, f"{source}: {role}")
 
 
 def _masks(given: Mapping[str, Any], size: int, source: str) -> tuple[Array, Array, Array] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from recollect.data._errors import InvalidFileError
-from recollect.data.files._found import Array, Found, masks_of_words
+from recollect.data.files._found import Array, Found, as_float32, masks_of_words
 from recollect.data.files._table import UNKNOWN, Table, as_count, as_number, read_table
 
 ROLES = ("edges", "nodes", "features", "labels", "split")
@@ -198,7 +198,7 @@ def _edges(table: Table, numbers: dict[str, int] | None, size: int) -> tuple[Arr
                 )
                 raise InvalidFileError(f"{table.path}, line {line}: there is no node {cell[:40]!r}: {remedy}")
             ends[end, place] = number
-    return ends, None if weight is None else table.numbers([weight])[:, 0].astype(np.float32)
+    return ends, None if weight is None else as_float32(table.numbers([weight])[:, 0], f"{table.path}: weight")
 
 
 def _features(found: Found, table: Table, columns: list[int], rows: Array) -> None:
@@ -208,7 +208,7 @@ def _features(found: Found, table: Table, columns: list[int], rows: Array) -> No
         raise InvalidFileError(
             f"{table.path} has features of {len(rows)} nodes, and there are {found.num_nodes}; add the missing rows"
         )
-    x = np.empty((found.num_nodes, len(columns)), dtype=np.float32)
+    x = np.empty((found.num_nodes, len(columns)))
     x[rows] = table.numbers(columns)
     found.x = x
 

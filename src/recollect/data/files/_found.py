@@ -105,3 +105,23 @@ def check_edges(edge_index: Array, num_nodes: int, where: str) -> Array:
                 f"number them from 0, or add the missing rows to features and labels"
             )
     return edge_index.astype(np.int64)
+
+
+def as_float32(array: Array, what: str) -> Array:
+    """Numbers as float32.
+
+    Args:
+        array: Of any shape.
+        what: The file and the array, for messages.
+
+    Raises:
+        InvalidFileError: It holds no numbers, or one that is not finite, or too large for float32.
+    """
+    if array.dtype.kind not in "biuf":
+        raise InvalidFileError(f"{what} is of type {array.dtype}, but must hold numbers")
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if not (finite := np.isfinite(numbers)).all():
+        place = tuple(int(axis[0]) for axis in (~finite).nonzero())
+        raise InvalidFileError(f"{what} holds {array[place]} at {list(place)}; numbers must be finite in float32")
+    return numbers

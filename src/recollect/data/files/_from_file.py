@@ -13,7 +13,7 @@ from recollect.data._dataset import GraphDataset, Task, assemble
 from recollect.data._errors import InvalidFileError
 from recollect.data.files._folder import ROLES, SUFFIXES, read_folder, read_tables
 from recollect.data.files._formats import READERS, from_mapping
-from recollect.data.files._found import Found
+from recollect.data.files._found import Found, as_float32
 from recollect.data.files._labels import TASKS, understand
 from recollect.data.files._parts import choose_masks
 
@@ -188,18 +188,11 @@ def _finish(
 
 def _features(found: Found, edge_index: torch.Tensor, features: Features | None) -> torch.Tensor:
     if features is None and found.x is not None:
-        if found.x.dtype.kind not in "biuf":
-            raise InvalidFileError(f"{found.source}: features are of type {found.x.dtype}, but must be numbers")
-        if not (finite := np.isfinite(found.x)).all():
-            node, column = (int(place[0]) for place in (~finite).nonzero())
-            raise InvalidFileError(
-                f"{found.source}: feature {column} of node {node} is {found.x[node, column]}; features must be finite"
-            )
         if not found.x.shape[1]:
             raise InvalidFileError(
                 f"{found.source}: the features have no column; leave them out, or write features=degree"
             )
-        return torch.from_numpy(found.x.astype(np.float32))
+        return torch.from_numpy(as_float32(found.x, f"{found.source}: x"))
     if features == "embedding":
         generator = torch.Generator().manual_seed(0)
         return torch.randn(found.num_nodes, EMBEDDING_CHANNELS, generator=generator)

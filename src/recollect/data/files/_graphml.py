@@ -10,7 +10,7 @@ import numpy as np
 
 from recollect.data._errors import InvalidFileError
 from recollect.data._foreign import foreign_code, require
-from recollect.data.files._found import Found, masks_of_words
+from recollect.data.files._found import Found, as_float32, masks_of_words
 
 _LABEL = ("class", "y", "label")
 _PIECE = 4096  # bytes
@@ -94,9 +94,10 @@ def _weights(rows: list[Any], path: Path) -> Any:
         a, b, _ = rows[having.index(False)]
         raise InvalidFileError(f"{path}: the edge from {a!r} to {b!r} has no weight, and others have; give it one")
     try:
-        return np.array([float(attributes["weight"]) for _, _, attributes in rows], dtype=np.float32)
+        weights = np.array([float(attributes["weight"]) for _, _, attributes in rows])
     except (TypeError, ValueError) as error:
         raise InvalidFileError(f"{path}: weights of edges must be numbers: {error}") from error
+    return as_float32(weights, f"{path}: weight")
 
 
 def _features(found: Found, nodes: list[Any], names: list[str]) -> None:
