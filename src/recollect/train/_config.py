@@ -94,7 +94,7 @@ def read(path: Path) -> Settings:
         if not isinstance(loaded, DictConfig):
             raise InvalidRunError(f"{path} holds no settings of a run")
         return _to_settings(loaded)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, UsageError) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
 
 
@@ -115,7 +115,7 @@ def _parse_one(text: str) -> Override:
         text = f'{key}="{quoted}"'
     try:
         override: Override = OverridesParser.create().parse_override(text)
-    except (HydraException, RecursionError) as error:  # OverrideParseException, or a bare one where there is no "="
+    except (HydraException, RecursionError, ValueError) as error:  # a bare HydraException where there is no "="
         raise UsageError(f"{text!r} cannot be read: write key=value, and quote unusual values: key='a, b'") from error
     if not override.key_or_group:
         raise UsageError(f"{text!r} has no key: write key=value")

@@ -113,7 +113,7 @@ def check_checkpoint(
     """
     wrong = _wrong_field(state, network, optimizer, others)
     if wrong:
-        raise InvalidRunError(f"the checkpoint {path} cannot be read: {wrong}; start the run anew")
+        raise InvalidRunError(f"the checkpoint {path} cannot be read ({wrong}); start the run anew")
     return dict(state)
 
 
