@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from recollect.data import InvalidFileError, from_file
 from recollect.train import InvalidRunError, train
 from recollect.train._command import command
 from recollect.train._config import parse, read, write
@@ -239,6 +241,16 @@ def test_a_name_stays_in_its_folder(name: str, tmp_path: Path, monkeypatch: pyte
     folder = create(settings)
     assert folder.path.parent == Path("runs")
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("config.yaml", "edges.csv", "labels.csv"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidRunError, match=r"config\.yaml is no file"):
+        read(tmp_path / "config.yaml")
+    with pytest.raises(InvalidFileError, match=r"has no edges\.csv"):
+        from_file(tmp_path)
 
 
 def test_links_in_the_place_of_files_are_not_followed(tmp_path: Path) -> None:

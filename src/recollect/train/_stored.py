@@ -31,6 +31,8 @@ def read_text(path: Path) -> str:
         InvalidRunError: it is no file of text, or too large for one of these.
     """
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise InvalidRunError(f"{path} is no file")
         if path.stat().st_size > _LARGEST:
             raise InvalidRunError(f"{path} has more than {_LARGEST / 2**20:.0f} MiB, so it is not a file of a run")
         return path.read_text(encoding="utf-8")

@@ -155,6 +155,8 @@ class Trainer:
         Raises:
             InvalidRunError: it cannot be read, or is not of this model.
         """
+        if not self.checkpoint.is_file():
+            raise InvalidRunError(f"the checkpoint {self.checkpoint} is no file; remove it, and start the run anew")
         fabric = self.step.fabric
         network, optimizer, precision = self.step.network, self.step.optimizer.optimizer, fabric.strategy.precision
         others = {"scheduler": self.scheduler.state_dict(), "precision": precision.state_dict()}

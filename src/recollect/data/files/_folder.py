@@ -31,7 +31,7 @@ def read_folder(folder: Path) -> Found:
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and path.stem.lower() in ROLES:
+        if path.suffix.lower() in SUFFIXES and path.stem.lower() in ROLES and path.is_file():
             role = path.stem.lower()
             if role in files:
                 raise InvalidFileError(f"{folder} has both {files[role].name} and {path.name}; remove one of them")
