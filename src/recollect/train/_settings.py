@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from recollect.train._about import about
-from recollect.train._model_settings import ModelSettings, RevGNNSettings, ScalableSettings
+from typing import Any, ClassVar
 
 __all__ = [
     "FREE_KEYS",
     "GROUP_KEYS",
-    "PATH_KEYS",
+    "MODELS",
     "SEEDS",
     "DataSettings",
     "DatasetSettings",
+    "ImportSettings",
     "MeasureSettings",
     "ModelSettings",
     "ObjectiveSettings",
@@ -23,9 +21,10 @@ __all__ = [
     "ScalableSettings",
     "Settings",
     "TrainingSettings",
+    "about",
 ]
 
-FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
+FREE_KEYS = ("model.conv_kwargs", "model.kwargs")  # below these, keys are the network's, not ours
 # What a group's option sets together with the keys that belong to it.
 GROUP_KEYS = {
     "dataset.name": "dataset",
@@ -34,12 +33,41 @@ GROUP_KEYS = {
     "training.name": "training",
     "objective.name": "objective",
 }
-# Values that are taken as they stand, whatever characters they have.
-PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
 SEEDS = 2**32  # so many there are, from 0 on
 
-
 _PARTS = ("training", "autoscale")
+
+
+def about(
+    text: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    needs: tuple[str, ...] | None = None,
+    path: bool = False,
+) -> dict[str, Any]:
+    """What is known of a setting beside its type.
+
+    Args:
+        text: its meaning.
+        low: its least value.
+        above: its lower bound, excluded.
+        below: its upper bound, excluded.
+        choices: the values that it can have.
+        needs: a group, and those of the group's options with which it counts; None: it always does.
+        path: whether it is a path, which is taken as it stands, whatever characters it has.
+    """
+    return {
+        "help": text,
+        "low": low,
+        "above": above,
+        "below": below,
+        "choices": choices,
+        "needs": needs,
+        "path": path,
+    }
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,111 @@ class DatasetSettings:
 
     name: str = field(metadata=about("graph, by its name in recollect.data"))
     options: dict[str, Any] = field(metadata=about("options of recollect.data.load for this graph"))
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which network: what those of every kind have."""
+
+    name: str = field(metadata=about("label of the model in the run's files"))
+    num_layers: int | None = field(metadata=about("layers", low=1))
+    hidden_channels: int | None = field(metadata=about("channels of the layers", low=1))
+    dropout: float | None = field(metadata=about("dropout probability", low=0, below=1))
+    kind: str = field(
+        metadata=about(
+            "network of recollect.models, or one of your own",
+            choices=("revgnn", "gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin", "import"),
+        )
+    )
+
+    family: ClassVar[str]
+    """Which of `recollect.train.families` it belongs to."""
+    histories: ClassVar[bool] = False
+    """Whether it can be trained on parts."""
+
+    @property
+    def weighs_edges(self) -> bool:
+        """Whether the network takes notice of the edges' weights."""
+        return False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the settings say which network it is; those of one that was given to `fit` do not."""
+        return True
+
+
+@dataclass(frozen=True)
+class RevGNNSettings(ModelSettings):
+    """A deep reversible network; see `recollect.models.RevGNN`."""
+
+    family: ClassVar[str] = "reversible"
+
+    num_layers: int = field(metadata=about("layers", low=1))
+    hidden_channels: int = field(metadata=about("channels of the layers", low=1))
+    dropout: float = field(metadata=about("dropout probability", low=0, below=1))
+    num_groups: int = field(metadata=about("groups of a reversible layer; hidden_channels is divisible by them", low=2))
+    conv: str = field(metadata=about("convolution: gat, gcn, gen, gin, graphconv or sage"))
+    conv_kwargs: dict[str, Any] = field(metadata=about("options of the convolution, as in model.conv_kwargs.aggr=max"))
+    edge_features: bool = field(
+        metadata=about("give the graph's edge features, if it has any, to a gat or gen convolution")
+    )
+    shared_dropout: bool = field(metadata=about("one dropout mask for all layers, as in the paper"))
+    norm: str | None = field(metadata=about("normalisation in the layers", choices=("layer", "batch")))
+    tied: bool = field(metadata=about("all layers share one set of parameters"))
+    anchor_every: int | None = field(metadata=about("keep every s-th activation, to bound drift; null: none", low=1))
+    disable: bool = field(metadata=about("keep every activation: train without recollecting"))
+
+
+@dataclass(frozen=True)
+class ScalableSettings(ModelSettings):
+    """A network whose layers can take their neighbours from histories; see `recollect.autoscale.ScalableGNN`."""
+
+    family: ClassVar[str] = "histories"
+    histories: ClassVar[bool] = True
+
+    num_layers: int = field(metadata=about("layers", low=1))
+    hidden_channels: int = field(metadata=about("channels of the layers", low=1))
+    dropout: float = field(metadata=about("dropout probability", low=0, below=1))
+    adjacency: str = field(
+        metadata=about(
+            "edges; with self-loops; and by the roots of degrees",
+            choices=("plain", "loops", "symmetric"),
+        )
+    )
+    options: dict[str, Any] = field(metadata=about("further options of this network"))
+
+    @property
+    def weighs_edges(self) -> bool:
+        """Whether the network takes notice of the edges' weights."""
+        return self.kind not in ("gat", "pna", "pna_jk")
+
+
+@dataclass(frozen=True)
+class ImportSettings(ModelSettings):
+    """A network of one's own: what a function or a class in a module makes."""
+
+    family: ClassVar[str] = "own"
+    histories: ClassVar[bool] = True
+
+    target: str | None = field(metadata=about("MODULE:NAME of a class or function that makes the network"))
+    folder: str | None = field(
+        metadata=about("folder in which the module is looked for first; null: the working directory", path=True)
+    )
+    num_layers: int | None = field(metadata=about("given to the target if it names it; null: not", low=1))
+    hidden_channels: int | None = field(metadata=about("given to the target if it names it; null: not", low=1))
+    dropout: float | None = field(metadata=about("given to the target if it names it; null: not", low=0, below=1))
+    kwargs: dict[str, Any] = field(metadata=about("further arguments of the target"))
+    adjacency: str = field(
+        metadata=about("edges of adj_t, as of the networks with histories", choices=("plain", "loops", "symmetric"))
+    )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a target."""
+        return self.target is not None
+
+
+MODELS = {"revgnn": RevGNNSettings, "import": ImportSettings}  # by kind; ScalableSettings for all others
 
 
 @dataclass(frozen=True)
@@ -67,7 +200,9 @@ class OptimizerSettings:
 class DataSettings:
     """Where raw files are."""
 
-    root: str | None = field(metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data"))
+    root: str | None = field(
+        metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data", path=True)
+    )
     seed: int = field(metadata=about("seed of generated graphs (sbm)", low=0, below=SEEDS))
     features: str | None = field(
         metadata=about(
@@ -90,7 +225,7 @@ class TrainingSettings:
         metadata=about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_PARTS)
     )
     partition_cache: str | None = field(
-        metadata=about("folder in which the parts of a graph are kept; null: none", needs=_PARTS)
+        metadata=about("folder in which the parts of a graph are kept; null: none", needs=_PARTS, path=True)
     )
     history_device: str | None = field(
         metadata=about("where histories are; null: on the model's device", choices=("cpu", "cuda"), needs=_PARTS)
@@ -98,7 +233,9 @@ class TrainingSettings:
     history_dtype: str = field(
         metadata=about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"), needs=_PARTS)
     )
-    history_path: str | None = field(metadata=about("folder for histories on disk; null: in memory", needs=_PARTS))
+    history_path: str | None = field(
+        metadata=about("folder for histories on disk; null: in memory", needs=_PARTS, path=True)
+    )
     pool_size: int | None = field(
         metadata=about("transfers of history rows beside the computation, at a time; null: none", low=1, needs=_PARTS)
     )
@@ -182,5 +319,8 @@ class Settings:
     device: str = field(metadata=about("auto is cuda where there is one, else cpu", choices=("auto", "cpu", "cuda")))
     precision: str = field(metadata=about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
     threads: int | None = field(metadata=about("CPU threads; null: one for a small graph, else torch's default", low=1))
-    run_dir: str | None = field(metadata=about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
-    resume: str | None = field(metadata=about("go on with the run in this folder, under its own settings"))
+    run_dir: str | None = field(
+        metadata=about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>", path=True)
+    )
+    resume: str | None = field(metadata=about("go on with the run in this folder, or extend it by epochs=N", path=True))
+    config: str | None = field(metadata=about("file of settings to begin with, such as a run's config.yaml", path=True))
