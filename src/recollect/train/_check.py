@@ -23,7 +23,10 @@ __all__ = ["check", "check_given", "documented", "kind_text", "nearest_keys", "w
 @functools.cache
 def documented() -> dict[str, dict[str, Any]]:
     """Key -> what `about` knows of it, and its "type", in the order of the classes."""
-    return {key: metadata for key, _, metadata in _walk(Settings, None)}
+    known: dict[str, dict[str, Any]] = {}
+    for key, _, metadata in _walk(Settings, None):
+        known.setdefault(key, metadata)  # what several kinds of models have is told as of the first
+    return known
 
 
 def check(settings: Settings) -> None:
@@ -191,4 +194,4 @@ def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any,
             yield from _walk(group, value, f"{prefix}{item.name}.")
 
 
-_MODELS = (ScalableSettings, *MODELS.values())
+_MODELS = (MODELS["revgnn"], ScalableSettings, MODELS["import"])

@@ -80,6 +80,8 @@ def parse(overrides: Sequence[str]) -> Settings:
         OmegaConf.update(config, key, value, merge=False)
     settings = _to_settings(config)
     check_given(settings, values)
+    if settings.data.root and Path(settings.data.root).expanduser().is_file():
+        raise UsageError(f"data.root={settings.data.root} is a file: give the folder that the raw files are in")
     return settings
 
 
@@ -152,7 +154,7 @@ def parse_override(text: str) -> Override:
 
 
 def _compose(choices: Sequence[str]) -> DictConfig:
-    store_presets()
+    store_presets(choice.removeprefix("preset=") for choice in choices if choice.startswith("preset="))
     hydra = GlobalHydra.instance()
     outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
     try:
@@ -176,10 +178,9 @@ def _file(path: Path, chosen: Mapping[str, str]) -> tuple[dict[str, str], Values
     for group in groups():
         found = loaded.get(group)
         if isinstance(found, dict):
-            names = (
-                [found.pop(key, None) for key in ("kind", "name")] if group == "model" else [found.pop("name", None)]
-            )
-            option = next((name for name in names if name is not None), None)
+            option = found.pop(
+                "kind" if "kind" in found else "name", None
+            )  # a model's name may be a label of one's own
         else:
             option = loaded.pop(group, None)
         if option is not None:

@@ -17,7 +17,7 @@ __all__ = [
     "did_you_mean",
 ]
 
-_FEW = 12  # so many names are read at a glance
+_GLANCE, _FEW = 6, 12  # so many names are read at a glance, and so many are read
 
 
 class TrainingError(Exception):
@@ -71,9 +71,10 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
 def did_you_mean(wrong: object, right: Iterable[str]) -> str:
     """Ask for the nearest names; where none is near, list all if they are few, else the first of them."""
     names = list(right)
-    near = difflib.get_close_matches(str(wrong), names, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(str(wrong), names, n=3)
     if near:
-        return f"did you mean {' or '.join(near)}?"
+        all_of_them = f" Choose from: {', '.join(names)}" if len(names) <= _GLANCE else ""
+        return f"did you mean {' or '.join(near)}?{all_of_them}"
     if not names:
         return "there are none"
     if len(names) <= _FEW:

@@ -13,11 +13,11 @@ from torch import nn
 from recollect.data import GraphDataset
 from recollect.train._config import changed, parse
 from recollect.train._errors import UsageError
-from recollect.train._folder import RunFolder, create, extend, reopen
+from recollect.train._folder import RunFolder, extend, reopen
 from recollect.train._given import as_dataset
-from recollect.train._run import CHANGEABLE
+from recollect.train._run import CHANGEABLE, to_the_end
 from recollect.train._settings import DatasetSettings
-from recollect.train._single import single
+from recollect.train._single import in_folder
 from recollect.train._summary import read_summary
 from recollect.train.families import Call, own_family
 
@@ -124,7 +124,7 @@ def fit(
                 "resume= goes on under the run's own settings: leave out out, lr, objective, histories, seed"
             )
         folder, before = reopen(str(resume), given=True)
-        settings = changed(before, [*words, *overrides], CHANGEABLE, folder.path)
+        settings = changed(before, to_the_end([*words, *overrides]), CHANGEABLE, folder.path)
     else:
         words = [*words, *_words(lr, objective, histories), *overrides]
         settings = parse(["model=import", "patience=null", *([] if epochs else ["epochs=200"]), *words])
@@ -137,14 +137,13 @@ def fit(
             model=replace(settings.model, name=type(model).__name__),
             run_dir=None if out is None else str(out),
         )
-        folder = create(settings)
     else:
         with folder.locked():
             finished = extend(folder, settings, before)
         if finished:
             return _result(read_summary(folder.summary), folder)
     family = own_family(settings, model, call)
-    return _result(single(settings, console, folder, family.prepare(graph), family=family), folder)
+    return _result(*in_folder(settings, console, folder, family.prepare(graph), family=family))
 
 
 def _words(

@@ -14,7 +14,7 @@ from recollect.train._settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["CHANGEABLE", "start", "train"]
+__all__ = ["CHANGEABLE", "start", "to_the_end", "train"]
 
 CHANGEABLE = ("epochs", "runs", "patience", "checkpoint_every", "device", "threads", "measure")
 
@@ -26,7 +26,7 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
         overrides: of the settings, as on the command line: ``["dataset=cora", "model.num_layers=112"]`` or
             ``["preset=cora_gcn", "runs=5"]``; or ``["config=FILE", "seed=3"]`` to begin with the settings of a file; or
             ``["resume=RUN_DIR"]`` to go on with a run that was interrupted, ``["resume=RUN_DIR", "epochs=200"]`` to
-            extend one that is finished.
+            extend one that is finished; it has so many epochs then, unless ``patience`` is given as well.
         console: where progress and table are shown; by default nowhere.
 
     Returns:
@@ -46,8 +46,14 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
         return _sweep_again(resumed[-1], [text for word, text in words if word.key_or_group != "resume"], console)
     folder, before = reopen(resumed[-1])
     others = [text for word, text in words if word.key_or_group != "resume"]
-    settings = changed(before, others, CHANGEABLE, folder.path)
+    settings = changed(before, to_the_end(others), CHANGEABLE, folder.path)
     return _start(settings, console, folder)
+
+
+def to_the_end(words: Sequence[str]) -> list[str]:
+    """Words for a run that is there: who extends it to ``epochs`` wants them all, unless patience is named too."""
+    keys = [word.partition("=")[0] for word in words]
+    return [*words, "patience=null"] if "epochs" in keys and "patience" not in keys else list(words)
 
 
 def start(overrides: Sequence[str], console: Console, folder: RunFolder) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from recollect.train._surroundings import drift_told_once, make_fabric, threads,
 from recollect.train._trainer import Trainer
 from recollect.train.families import Family, family_of
 
-__all__ = ["load_graph", "single"]
+__all__ = ["in_folder", "load_graph", "single"]
 
 _DEEP = 2**30  # bytes of activations in all layers
 
@@ -57,6 +57,18 @@ def single(
         brief: show only a bar.
         family: of the network, if it is not the one that the settings name.
     """
+    return in_folder(settings, console, folder, graph, brief, family)[0]
+
+
+def in_folder(
+    settings: Settings,
+    console: Console,
+    folder: RunFolder | None,
+    graph: TrainingGraph | None,
+    brief: bool = False,
+    family: Family | None = None,
+) -> tuple[Summary, RunFolder]:
+    """As `single`; return the folder too."""
     fabric = make_fabric(settings)
     graph = graph or load_graph(settings, console)
     family = family or family_of(settings)
@@ -66,9 +78,10 @@ def single(
     with threads(settings.threads, features):
         fabric.seed_everything(settings.seed, verbose=False)
         step = Step(fabric, family, graph, family.build(graph, fabric.device))
+        family.rehearse(step.evaluate)
         folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
         with folder.locked(), explained(folder):
-            return _execute(settings, step, folder, console, brief)
+            return _execute(settings, step, folder, console, brief), folder
 
 
 def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:

@@ -21,7 +21,7 @@ from recollect.train._config import MODULE, groups, parse, parse_override
 from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder
-from recollect.train._presets import store_presets
+from recollect.train._presets import preset_names, store_presets
 
 __all__ = ["resume_sweep", "sweep"]
 
@@ -114,7 +114,7 @@ def _check_all(words: Sequence[str]) -> None:
 
 
 def _multirun(words: list[str]) -> None:
-    store_presets()
+    store_presets(preset_names())
     hydra = GlobalHydra.instance()
     outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
     try:

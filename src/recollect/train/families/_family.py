@@ -118,6 +118,13 @@ class Family(ABC):
         inputs = self.inputs(network, graph)
         return lambda model: self.call(model, inputs)
 
+    def rehearse(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - ours are known to work
+        """Find out whether the network can be trained, before anything is written.
+
+        Raises:
+            UsageError: it cannot.
+        """
+
     def fill(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - most have nothing to fill
         """Bring what steps read, beside the parameters, to the state of the parameters."""
 

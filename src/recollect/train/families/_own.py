@@ -99,6 +99,25 @@ class OwnFamily(Family):
             )
         return found
 
+    def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
+        """A function from the model to the logits; they are refused if they are not of this graph's classes."""
+        evaluate, shape = super().evaluation(network, graph), (graph.data.num_nodes, graph.num_classes)
+
+        def checked(model: Callable[..., Any]) -> Tensor:
+            logits = evaluate(model)
+            if logits.shape != shape:
+                raise UsageError(
+                    f"the model returned logits {list(logits.shape)}, and the graph has {shape[0]} nodes and {shape[1]} "
+                    f"{'classes' if graph.task == 'multiclass' else 'labels'}: {list(shape)} is wanted"
+                )
+            return logits
+
+        return checked
+
+    def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
+        """Evaluate once."""
+        evaluate()
+
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible and with everything kept, if there are reversible modules."""
         return ["reversible", "everything kept"] if self._stages else super().modes(network)

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 
 import pytest
 import torch
 
 from recollect import models
 from recollect.train._config import parse
-from recollect.train._errors import TrainingError, UsageError
-from recollect.train._graph import prepare
-from recollect.train._histories import check_room, expect_histories, histories_of
-from recollect.train._network import build_model, graph_inputs
+from recollect.train._errors import TrainingError
+from recollect.train._room import check_room, histories_of
+from recollect.train.families import family_of
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -27,48 +25,8 @@ PARTS = ["training=autoscale", "training.num_parts=3", "training.parts_per_batch
 
 
 def prepared(graph_maker, overrides, **kwargs):
-    settings = parse(overrides)
-    return settings, prepare(settings, graph_maker("multiclass", "accuracy", 3, **kwargs))
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.hidden_channels=7", "hidden_channels=7 is not divisible"),
-        ("model.conv=conv", "choose from gat, gcn"),
-        ("model.conv_kwargs.colour=red", "the model cannot be built: .*colour"),
-    ],
-)
-def test_a_wrong_model_is_wrong_usage(graph_maker, override, message):
-    settings, graph = prepared(graph_maker, [override])
-    with pytest.raises(UsageError, match=message):
-        build_model(settings.model, graph)
-
-
-def test_a_model_can_have_another_depth(graph_maker):
-    settings, graph = prepared(graph_maker, ["model.num_layers=3"])
-    assert build_model(settings.model, graph, num_layers=5).num_layers == 5
-
-
-@pytest.mark.parametrize("conv", ["gat", "gen"])
-def test_edge_features_reach_the_output(graph_maker, conv):
-    overrides = ["model=revgnn_deep", f"model.conv={conv}", "model.num_layers=2", "model.hidden_channels=8"]
-    settings, graph = prepared(graph_maker, overrides, edge_attr=True)
-    model_settings = replace(settings.model, conv_kwargs={})
-    model = build_model(model_settings, graph).eval()
-    x, edge_index, edge_attr = graph_inputs(model_settings, graph)
-    assert not torch.allclose(model(x, edge_index, edge_attr), model(x, edge_index, 2 * edge_attr))
-
-
-def test_a_graph_without_edge_features_needs_none(graph_maker):
-    settings, graph = prepared(graph_maker, ["model=revgnn_deep"])
-    assert len(graph_inputs(settings.model, graph)) == 2
-
-
-def test_edge_features_need_a_convolution_that_takes_them(graph_maker):
-    settings, graph = prepared(graph_maker, ["model.edge_features=true"], edge_attr=True)
-    with pytest.raises(UsageError, match="gat, gen"):
-        build_model(settings.model, graph)
+    family = family_of(parse(overrides))
+    return family, family.prepare(graph_maker("multiclass", "accuracy", 3, **kwargs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,12 +34,12 @@ def test_full_and_autoscale_build_the_same_network(graph_maker, kind):
     overrides = [f"model={kind}", "model.num_layers=3", "model.hidden_channels=8"]
     outputs = []
     for training in ([], PARTS):
-        settings, graph = prepared(graph_maker, [*overrides, *training])
+        family, graph = prepared(graph_maker, [*overrides, *training])
         torch.manual_seed(0)
-        model = build_model(settings.model, graph, settings.training, CPU)
+        model = family.build(graph, CPU)
         assert type(model) is KINDS[kind]
         assert model.keep_histories is bool(training)
-        out = model.eval()(*graph_inputs(settings.model, graph)).detach()
+        out = model.eval()(*family.inputs(model, graph)).detach()
         outputs.append(torch.empty_like(out).index_copy_(0, graph.data.get("node_order", torch.arange(12)), out))
     assert outputs[0].shape == (12, 3)
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
@@ -89,8 +47,8 @@ def test_full_and_autoscale_build_the_same_network(graph_maker, kind):
 
 def test_options_reach_the_network(graph_maker):
     overrides = ["model=gcn2", "model.options.theta=0.25", "model.options.alpha=0.75", "model.num_layers=2"]
-    settings, graph = prepared(graph_maker, overrides)
-    model = build_model(settings.model, graph)
+    family, graph = prepared(graph_maker, overrides)
+    model = family.build(graph, CPU)
     assert (model.theta, model.alpha) == (0.25, 0.75)
 
 
@@ -111,43 +69,43 @@ def test_every_option_of_a_network_can_be_set_and_has_its_default(kind):
 
 
 def test_pna_is_scaled_by_the_degrees_of_the_graph(graph_maker):
-    settings, graph = prepared(graph_maker, ["model=pna"])
+    family, graph = prepared(graph_maker, ["model=pna"])
     degrees = (graph.data.adj_t.to_dense() != 0).sum(1)
-    built = build_model(settings.model, graph).eval()
+    built = family.build(graph, CPU).eval()
     torch.manual_seed(0)
-    own = models.PNA(12, 5, 64, 3, 3, **settings.model.options, deg=degrees, dropout=0.5)
+    own = models.PNA(12, 5, 64, 3, 3, **family.settings.model.options, deg=degrees, dropout=0.5)
     own.load_state_dict(built.state_dict())
-    inputs = graph_inputs(settings.model, graph)
+    inputs = family.inputs(built, graph)
     assert torch.allclose(own.eval()(*inputs), built(*inputs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_what_histories_will_take_is_what_they_take(graph_maker, kind, dtype):
-    settings, graph = prepared(
+    family, graph = prepared(
         graph_maker, [f"model={kind}", "model.num_layers=3", *PARTS, f"training.history_dtype={dtype}"]
     )
-    expected = expect_histories(settings.model, graph, settings.training, CPU)
-    model = build_model(settings.model, graph, settings.training, CPU)
-    assert expected == histories_of(model, settings.training, CPU)
+    expected = family.expected_histories(graph, CPU)
+    model = family.build(graph, CPU)
+    assert expected == histories_of(model, family.settings.training, CPU)
     assert expected["layers"] == 2
     held = [tensor for history in model.histories for tensor in history.table.state().values() if tensor.dim()]
     assert expected["bytes"] == sum(tensor.nbytes for tensor in held)
 
 
 def test_histories_that_have_no_room_are_refused_before_they_are_made(graph_maker):
-    settings, graph = prepared(graph_maker, ["model=gcn", *PARTS, "model.hidden_channels=1000000000"])
+    family, graph = prepared(graph_maker, ["model=gcn", *PARTS, "model.hidden_channels=1000000000"])
     graph.data.num_nodes = 12
-    expected = expect_histories(settings.model, graph, settings.training, CPU) | {"bytes": 2**60}
+    expected = family.expected_histories(graph, CPU) | {"bytes": 2**60}
     with pytest.raises(TrainingError, match=r"need 1,073,741,824.00 GiB on cpu, and .* are free: try .*=int8"):
         check_room(expected, CPU)
     check_room(expected | {"place": "a/folder"}, CPU)  # which has another limit
 
 
 def test_histories_lie_where_the_settings_say(graph_maker, tmp_path):
-    settings, graph = prepared(graph_maker, ["model=gcn", *PARTS, f"training.history_path={tmp_path}"])
-    model = build_model(settings.model, graph, settings.training, CPU)
+    family, graph = prepared(graph_maker, ["model=gcn", *PARTS, f"training.history_path={tmp_path}"])
+    model = family.build(graph, CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["0.history"]
     with pytest.raises(TrainingError, match=r"0.history is in use"):
-        build_model(settings.model, graph, settings.training, CPU)
+        family.build(graph, CPU)
     del model
