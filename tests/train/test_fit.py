@@ -46,7 +46,7 @@ def test_it_trains_as_a_plain_loop_does(graph, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         logits = oracle(data.x, data.edge_index).detach()
         right = float((logits.argmax(1) == data.y)[data.val_mask].double().mean())
         rank = (right, -float(F.cross_entropy(logits[data.val_mask], data.y[data.val_mask])))

@@ -118,6 +118,28 @@ def test_resume_takes_no_other_setting(tmp_path):
         train([f"resume={tmp_path / 'run'}", "seed=3"])
 
 
+def test_a_finished_run_is_extended_as_if_it_had_been_longer(tiny, tmp_path):
+    quiet = [*tiny[:-1], "measure.enabled=false", "patience=1", "optimizer.lr=0.2", "warmup_epochs=0"]
+    whole = train([*quiet, "epochs=9", "patience=null", f"run_dir={tmp_path / 'whole'}"])
+    first = train([*quiet, "epochs=9", f"run_dir={tmp_path / 'run'}"])
+    assert first["epochs"] < 9  # it was patience that ended it
+    more = train([f"resume={tmp_path / 'run'}", "epochs=9"])
+    assert (more["epochs"], more["test_accuracy"]) == (9, whole["test_accuracy"])
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert read(tmp_path / "run" / "config.yaml").epochs == 9
+    assert train([f"resume={tmp_path / 'run'}"]) == more
+    with pytest.raises(UsageError, match=r"epochs=3: the run in .* has 9 already; give more"):
+        train([f"resume={tmp_path / 'run'}", "epochs=3"])
+    assert train([f"resume={tmp_path / 'run'}"]) == more
+
+
+def test_several_runs_are_extended_and_become_more(tiny, tmp_path):
+    quiet = [*tiny[:-1], "measure.enabled=false", "runs=2"]
+    train([*quiet, "epochs=2", f"run_dir={tmp_path}"])
+    more = train([f"resume={tmp_path}", "epochs=3", "runs=3"])
+    assert [(run["seed"], run["epochs"]) for run in more["results"]] == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_resume_of_no_run_is_refused(tmp_path):
     with pytest.raises(InvalidRunError, match="not the folder of a run"):
         train([f"resume={tmp_path}"])

@@ -197,8 +197,9 @@ def _checked_option(group: str, value: Any, text: str) -> str:
     return cast(str, value)
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def _is_free(key: str, config: DictConfig) -> bool:
+    frees = (free for free in FREE_KEYS if key == free or key.startswith(f"{free}."))
+    return any(OmegaConf.select(config, free) is not None for free in frees)
 
 
 def _check_key(key: str, value: Any, config: DictConfig, given: bool) -> None:
@@ -206,7 +207,7 @@ def _check_key(key: str, value: Any, config: DictConfig, given: bool) -> None:
     if given and (group := GROUP_KEYS.get(key)):
         said = f"{key} is set by its group, with all that belongs to it: write {group}=NAME"
         raise UsageError(f"{said}; {did_you_mean(value, groups()[group])}")
-    if _is_free(key):
+    if _is_free(key, config):
         return
     known = _leaves(OmegaConf.to_container(config, resolve=False))
     if key not in known:

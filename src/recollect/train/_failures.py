@@ -35,7 +35,7 @@ def explained(folder: RunFolder) -> Iterator[None]:
         cause = error.__cause__ or error.__context__
         if "can't allocate memory" in str(error):
             raise TrainingError(_memory(folder, error)) from error
-        if isinstance(cause, OSError) and "write" in str(error).lower():
+        if isinstance(cause, OSError) and cause.errno in _FULL:  # torch.save finds fewer bytes than it wrote
             raise TrainingError(_files(folder, cause)) from error
         raise
 

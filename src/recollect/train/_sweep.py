@@ -54,12 +54,12 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
     if _take("resume", own)[0]:
         raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
     passed = [_passed(word) for word in own]
-    if own == words:
+    hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+    if not hydras:
         _check_all(passed)
     folder = folder or _make(run_dir)
     write_text(folder.sweep, json.dumps({"words": list(words), "runs": []}, indent=2) + "\n")
     console.print(f"sweep: {folder.path}", highlight=False, markup=False, soft_wrap=True)
-    hydras = [word for word in words if word not in own and not word.startswith("run_dir=")]
     with folder.locked():
         try:
             _multirun([*passed, *_QUIET, *hydras, f'hydra.sweep.dir="{folder.path}"'])

@@ -107,8 +107,8 @@ class OwnFamily(Family):
             logits = evaluate(model)
             if logits.shape != shape:
                 raise UsageError(
-                    f"the model returned logits {list(logits.shape)}, and the graph has {shape[0]} nodes and {shape[1]} "
-                    f"{'classes' if graph.task == 'multiclass' else 'labels'}: {list(shape)} is wanted"
+                    f"the model returned logits {list(logits.shape)}, and the graph has {shape[0]} nodes and "
+                    f"{shape[1]} {'classes' if graph.task == 'multiclass' else 'labels'}: {list(shape)} is wanted"
                 )
             return logits
 
