@@ -22,7 +22,7 @@ __all__ = ["check", "check_given", "documented", "kind_text", "nearest_keys", "w
 
 @functools.cache
 def documented() -> dict[str, dict[str, Any]]:
-    """Key -> what `about` knows of it, and its "type", in the order of the classes."""
+    """Key -> what `key` was told of it, and its "type", in the order of the classes."""
     known: dict[str, dict[str, Any]] = {}
     for key, _, metadata in _walk(Settings, None):
         known.setdefault(key, metadata)  # what several kinds of models have is told as of the first
@@ -51,6 +51,7 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{key}={value}: must be at least {low}{upper}")
         if above is not None and value <= above:
             raise UsageError(f"{key}={value}: must be above {above}")
+    _check_device(settings.device)
     if settings.seed + settings.runs > SEEDS:
         raise UsageError(
             f"seed={settings.seed} and runs={settings.runs}: the last run's seed must be below {SEEDS} too; give a "
@@ -65,6 +66,19 @@ def check(settings: Settings) -> None:
             f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
             f"they are; choose 32-true or bf16-mixed"
         )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a kind of device that torch does not know; it is asked only about one that is not usual."""
+    usual = ("auto", "cpu", "cuda")
+    if device in usual:
+        return
+    import torch  # takes seconds
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = dict.fromkeys([*usual, *([] if accelerator is None else [accelerator.type])])
+    if device not in devices:
+        raise UsageError(f"device: {choose_from('value', device, devices)}")
 
 
 def check_given(settings: Settings, keys: Iterable[str]) -> None:

@@ -135,6 +135,7 @@ def fit_axis(axes: Axes, values: Sequence[float]) -> None:
     else:
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
         axes.set_ylim(low - margin, high + margin)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
 
 
 def _drift(axes: Axes, history: Sequence[Row]) -> None:

@@ -145,8 +145,8 @@ class _Probe:
         return memory.peak_bytes
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
 
 
 def _whole(

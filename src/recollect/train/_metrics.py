@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,7 +10,7 @@ from recollect.autoscale import compute_micro_f1
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
-__all__ = ["losses", "score"]
+__all__ = ["losses", "score", "scored"]
 
 
 def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
@@ -43,11 +44,21 @@ def score(graph: GraphDataset, logits: Tensor, part: str) -> float:
     Raises:
         TrainingError: ROC-AUC is asked for where no label both occurs and is missing.
     """
-    mask = graph.data[f"{part}_mask"]
-    logits, y = logits[mask].float(), graph.data.y[mask]
+    return float(scored(graph, logits, graph.data[f"{part}_mask"].nonzero().flatten(), part))
+
+
+def scored(graph: GraphDataset, logits: Tensor, rows: Tensor, part: str) -> Tensor:
+    """Return :func:`score` as a scalar, on the rows of the part; nothing waits for an accuracy."""
+    logits, y = logits[rows].float(), graph.data.y[rows]
     if graph.metric == "accuracy":
         right = logits.argmax(-1) == y if graph.task == "multiclass" else (logits > 0) == (y > 0.5)
-        return float(right.double().mean())
+        share: Tensor = right.double().mean()
+        return share
+    logits, y = logits.cpu(), y.cpu()
+    return torch.tensor(_by_counts(graph, logits, y, part), dtype=torch.float64, device="cpu")
+
+
+def _by_counts(graph: GraphDataset, logits: Tensor, y: Tensor, part: str) -> float:
     if graph.metric == "micro_f1":
         return compute_micro_f1(logits, y)
     if graph.task == "multiclass":
@@ -60,7 +71,6 @@ def score(graph: GraphDataset, logits: Tensor, part: str) -> float:
 def _rocauc(values: Tensor, true: Tensor, name: str, part: str) -> float:
     from sklearn.metrics import roc_auc_score
 
-    values, true = values.cpu(), true.cpu()
     areas = [
         float(roc_auc_score(true[:, k].numpy(), values[:, k].numpy()))
         for k in range(true.size(1))

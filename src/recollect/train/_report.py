@@ -38,6 +38,7 @@ _PAGE = string.Template("""\
   th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
   th { font-weight: 600; }
   td { font-variant-numeric: tabular-nums; }
+  .columns td { white-space: nowrap; }
   .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
   svg { width: 100%; height: auto; }
   @media (max-width: 40rem) {
@@ -152,11 +153,12 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], headed: bool 
         headed: whether the first cell of each row is its name.
     """
     first = "th" if headed else "td"
+    kind = "" if headed else ' class="columns"'
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if head else []
     for row in rows:
         cells = [f"<{first}>{escape(row[0])}</{first}>", *(f"<td>{escape(cell)}</td>" for cell in row[1:])]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<div class="wide"><table{kind}>{"".join(lines)}</table></div>'
 
 
 def panels(figures: Sequence[Figure]) -> str:

@@ -104,7 +104,8 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
         raise UsageError(f"training.buffer_size={settings.training.buffer_size} is too small: {error}") from error
     trainer.restore_best()
     test = score(step.graph, step.evaluate(), "test")
-    costs = _measure(settings, step, console) if settings.measure.enabled else Costs()
+    measured = settings.measure.enabled and step.fabric.device.type in ("cpu", "cuda")  # where memory can be measured
+    costs = _measure(settings, step, console) if measured else Costs()
     trainer.restore_best()  # measuring takes steps
     summary = summarize(trainer, test, costs)
     write_text(folder.report, report(summary, trainer.history, write(settings)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recollect.train._build import build_optimizer
 from recollect.train._graph import TrainingGraph
-from recollect.train._metrics import losses
+from recollect.train._metrics import losses, scored
 from recollect.train._objective import make_objective
 from recollect.train.families import Family
 
@@ -22,17 +22,18 @@ class Step:
         fabric: gives device and precision.
         family: of the network; with the settings of the optimizer, the mini-batches, and the largest gradient norm.
         graph: prepared for the network; it comes to the device unless all that is done is done on parts.
-        network: the model; Fabric moves it to the device.
+        network: the model; it comes to the device.
     """
 
     def __init__(self, fabric: Fabric, family: Family, graph: TrainingGraph, network: nn.Module) -> None:
         settings = family.settings
         self.fabric = fabric
         self.family = family
-        self.network = network
+        self.network = network.to(fabric.device)  # before the optimizer: some devices get new parameters
         self.clip_norm = settings.clip_norm
         self.lipschitz = settings.training.lipschitz
         self.graph = family.place(graph, fabric.device)
+        self.rows = {part: self.graph.data[f"{part}_mask"].nonzero().flatten() for part in ("train", "val", "test")}
         self.own = family.batches(network, self.graph, fabric.device)
         self.batches = self.own
         self.objective = make_objective(settings.objective, graph, network)
@@ -53,13 +54,12 @@ class Step:
     def train(self) -> float:
         """Take the steps of an epoch; return the mean of their losses, by training nodes."""
         self.model.train()
-        total, nodes = 0.0, 0
-        for inputs, target, mask in self.batches:
+        total, nodes = torch.zeros((), dtype=torch.float64, device=self.fabric.device), 0
+        for inputs, target, rows in self.batches:
             # In place: gradients then belong to what is always there, as in the measurements.
             self.optimizer.zero_grad(set_to_none=False)
-            value, update = self.objective(
-                losses(self.graph.task, self.family.call(self.model, inputs)[mask], target[mask])
-            )
+            logits = self.family.call(self.model, inputs)
+            value, update = self.objective(losses(self.graph.task, logits[rows], target[rows]))
             if self.lipschitz:
                 extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
                 value, update = value + extra, update + extra
@@ -70,9 +70,8 @@ class Step:
                     self.model, self.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False
                 )
             self.optimizer.step()
-            count = int(mask.sum())
-            total, nodes = total + count * float(value.detach()), nodes + count
-        return total / nodes
+            total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
+        return float(total) / nodes  # the one wait for the device
 
     def evaluate(self) -> Tensor:
         """Return the logits [num_nodes, num_classes] in evaluation mode, where the graph's labels are.
@@ -97,5 +96,9 @@ class Step:
 
     def loss(self, logits: Tensor, part: str) -> Tensor:
         """The loss, a scalar, on the nodes of a part of the split."""
-        mask = self.graph.data[f"{part}_mask"]
-        return losses(self.graph.task, logits[mask], self.graph.data.y[mask]).mean()
+        rows = self.rows[part]
+        return losses(self.graph.task, logits[rows], self.graph.data.y[rows]).mean()
+
+    def score(self, logits: Tensor, part: str) -> Tensor:
+        """The graph's metric, a scalar, on the nodes of a part of the split; see `recollect.train._metrics.score`."""
+        return scored(self.graph, logits, self.rows[part], part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "seed": settings.seed,
         "precision": settings.precision,
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_name": _name_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "recollect": recollect.__version__,
@@ -110,6 +110,13 @@ def read_summary(path: Path) -> Summary:
     if not isinstance(summary, dict):
         raise InvalidRunError(f"{path} is not the summary of a run")
     return summary
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cpu":
+        return platform.machine()
+    name: Callable[[torch.device], str] | None = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else name(device)
 
 
 def _mean_of(history: Sequence[dict[str, float]], key: str) -> float | None:

@@ -15,6 +15,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from rich.console import Console
 
 from recollect.frames import DriftWarning
+from recollect.train._accelerator import fabric_on
 from recollect.train._errors import UsageError
 from recollect.train._files import replace_file
 from recollect.train._settings import Settings
@@ -37,10 +38,13 @@ def make_fabric(settings: Settings) -> Fabric:
     ):
         if device == "cuda" and not cuda:
             raise UsageError(f"{key}=cuda: torch sees no CUDA device here; use {other}")
-    accelerator = "cuda" if cuda and settings.device != "cpu" else "cpu"
+    own = settings.device not in ("auto", "cpu", "cuda")  # of a kind that Fabric does not know
+    accelerator = "cuda" if cuda and settings.device in ("auto", "cuda") else "cpu"
     if accelerator == "cpu" and settings.precision == "16-mixed":
-        raise UsageError("precision=16-mixed needs a CUDA device; on the CPU use 32-true or bf16-mixed")
+        raise UsageError("precision=16-mixed needs a CUDA device; on others use 32-true or bf16-mixed")
     # One device: a full batch is one piece.
+    if own:
+        return fabric_on(torch.device(settings.device, 0), settings.precision, AtomicCheckpointIO())
     return Fabric(
         accelerator=accelerator,
         devices=1,

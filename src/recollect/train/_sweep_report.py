@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import yaml  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -147,8 +147,10 @@ def _number(text: str) -> float | None:
 
 
 def _scores(runs: Sequence[Run], swept: Sequence[str]) -> Figure:
-    """Test scores against the first swept key, a line for each combination of the others; seeds are the spread."""
-    axis = next((key for key in swept if key != "seed"), "seed" if "seed" in swept else "")
+    """Test scores against a swept key, a line for each combination of the others; seeds are the spread."""
+    keys = [key for key in swept if key != "seed"]
+    numeric_keys = [key for key in keys if all(_number(run["values"].get(key, "")) is not None for run in runs)]
+    axis = next(iter([*numeric_keys, *keys, *swept]), "")  # a number makes the better axis
     places = list(dict.fromkeys(run["values"].get(axis, "") for run in runs))
     numbers = [_number(place) for place in places]
     numeric = all(number is not None for number in numbers)
@@ -194,6 +196,7 @@ def _curves(runs: Sequence[Run], folder: Path) -> Figure:
             if histories:
                 draw_runs(axes, histories, "val_accuracy", COLORS[number % len(COLORS)], label, 100)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if 1 < len(lines) <= 12:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return figure

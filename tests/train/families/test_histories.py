@@ -56,11 +56,12 @@ def test_options_reach_the_network(graph_maker):
 def test_every_option_of_a_network_can_be_set_and_has_its_default(kind):
     """But for what the graph gives, and what another key says."""
     known = {"num_nodes", "in_channels", "hidden_channels", "out_channels", "num_layers", "dropout", "deg", "edge_dim"}
+    known |= {"pool_size", "buffer_size", "device"}  # settings of the training
     signature = inspect.signature(KINDS["pna" if kind == "pna_jk" else kind])
     own = {
         name: parameter.default
         for name, parameter in signature.parameters.items()
-        if name not in known and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if name not in known and parameter.kind is not parameter.VAR_KEYWORD
     }
     options = parse([f"model={kind}"]).model.options
     assert set(options) == set(own)
