@@ -103,7 +103,61 @@ def test_polyaks_step_from_the_squared_norm_of_a_gradient():
     assert min(result.steps) < 0.5 * max(result.steps)  # the slope decides
 
 
+def test_gates_of_edges_on_mini_batches():
+    pytest.importorskip("torch_geometric.data")  # also hides what it warns of when it is imported
+    result = load("edge_gate").train()
+    assert result.accuracy > 0.95
+    assert result.accuracy > result.ungated + 0.05
+    assert result.within > 0.9
+    assert result.between < 0.2
+
+
 def test_depth_graph_and_objectives_at_once():
     result = load("three_axes").train(num_nodes=1000, epochs=3)
     assert result.accuracy > result.always_same + 0.1
     assert result.peak < result.peak_plain / 5
+
+
+def test_link_prediction_on_mini_batches():
+    pytest.importorskip("torch_geometric.data")
+    result = load("link_prediction").train(num_nodes=500, epochs=15)
+    assert result.pairs == result.links  # an epoch hands out each pair once
+    assert result.auc > 0.75  # 0.5 is chance
+    assert result.auc > result.auc_before + 0.05
+
+
+def test_typed_edges_on_mini_batches():
+    pytest.importorskip("torch_geometric.data")
+    heterogeneous = load("heterogeneous")
+    result = heterogeneous.train(num_papers=400, epochs=12)
+    assert result.accuracy > 0.8
+    assert result.accuracy_untyped < 0.7
+    assert result.accuracy > result.accuracy_untyped + 0.2
+
+
+def test_a_typed_convolution_is_a_sum_over_types():
+    """Against a dense matrix for each type, and in mini-batches as on the whole graph."""
+    pytest.importorskip("torch_geometric.data")
+    from recollect.autoscale import EvalSubgraphLoader, partition, permute
+
+    heterogeneous = load("heterogeneous")
+    torch.manual_seed(0)
+    data = heterogeneous.prepare(heterogeneous.make_graph(30))
+    perm, ptr = partition(data.adj_t, 4, "random", log=False)
+    data = permute(data, perm, log=False)
+    model = heterogeneous.TypedGNN(data.num_nodes, data.x.size(1), 4).eval()
+    x = data.x
+    rows = torch.repeat_interleave(torch.arange(data.num_nodes), data.adj_t.crow_indices().diff())
+    for layer in range(2):
+        out = model.own[layer](x)
+        for kind in range(4):
+            of_type = data.edge_type == kind
+            means = torch.zeros(data.num_nodes, data.num_nodes)
+            where = rows[of_type], data.adj_t.col_indices()[of_type]
+            means.index_put_(where, torch.ones(int(of_type.sum())), accumulate=True)
+            means /= means.sum(1, keepdim=True).clamp_(min=1)
+            out = out + means @ model.typed[layer][kind](x)
+        x = out if layer == 1 else out.relu()
+    whole = model(data.x, data.adj_t, edge_type=data.edge_type)
+    assert torch.allclose(whole, x, atol=1e-5)
+    assert torch.allclose(model(loader=EvalSubgraphLoader(data, ptr, batch_size=2, log=False)), x, atol=1e-5)

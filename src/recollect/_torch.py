@@ -9,6 +9,7 @@ used                                                         for                
 ``torch._C._autograd._top_saved_tensors_default_hooks``      what surrounds a frame                    2.5
 ``torch._C._autograd._saved_tensors_hooks_is_enabled``       whether frames can act                    2.1
 ``torch._C._functorch.peek_interpreter_stack``               whether torch.func is at work             2.0
+``torch._C._functorch.is_functorch_wrapped_tensor``          whether a tensor is one of a transform's  2.1
 ``torch._functorch.pyfunctorch.temporarily_clear_...``       rebuilds in batched backward              2.0
 ``torch._C._vmapmode_{in,de}crement_nesting``                the same                                  1.8
 ``torch.autograd.forward_ad._current_level``                 whether forward mode is at work           1.8
@@ -71,6 +72,7 @@ __all__ = [
     "is_in_transform",
     "is_recorded",
     "is_traceable_wrapper_subclass",
+    "is_transformed",
     "node_sequence",
     "opened_by_pytree",
     "outputs_come_first_hand",
@@ -116,6 +118,12 @@ def hooks_are_enabled() -> bool:
 def transform_level_is_open() -> bool:
     """Return whether a transform of torch.func is at work here."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of torch.func that is at work."""
+    wrapped: bool = _functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
 
 
 def is_in_transform() -> bool:

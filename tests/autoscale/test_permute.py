@@ -135,7 +135,7 @@ def test_names_decide_where_sizes_do_not(form):
 def test_what_could_be_either_is_refused_until_it_is_said(form):
     data = form(square())
     data.charge = torch.arange(6)
-    with pytest.raises(ValueError, match=r"6 rows, and the graph 6 nodes and 6 edges: .* kinds={'charge': 'node'}"):
+    with pytest.raises(ValueError, match=r"of 6 nodes and 6 edges, .* kinds={'charge': 'node'}"):
         permute(data, torch.arange(6))
     perm = torch.tensor([3, 5, 0, 1, 4, 2])
     assert torch.equal(permute(data, perm, kinds={"charge": "node"}).charge, perm)

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -477,3 +479,140 @@ def test_cuda(place, dtype, tmp_path):
             assert torch.equal(found, expected)
             pool.free_pull()
     assert torch.equal(beside.pull(), at_once.pull())
+
+
+# Forks.
+
+
+def in_child(function):
+    """Run a function in a forked child and return whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(30)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+
+
+@forks
+@pytest.mark.parametrize("started", [False, True], ids=["fresh", "in use"])
+def test_a_fork_finds_what_was_pushed_and_goes_on_on_both_sides(started):
+    history, ahead = History(ROWS, 4), History(ROWS, 4)
+    x, n_id = torch.randn(ROWS, 4), torch.arange(0, 50, 2)
+    pool = AsyncIOPool(2, 50, 4)
+    ahead.push(x)
+    if started:
+        pool.async_push(history, x)
+        pool.async_pull(ahead, n_id=n_id)
+
+    def go_on(value):
+        if started:
+            assert torch.equal(take(pool), x[n_id])
+            assert torch.equal(history.pull(), x)
+        for k in range(4):
+            pool.async_push(history, torch.full((ROWS, 4), value + k))
+        pool.async_pull(history, n_id=n_id)
+        assert bool((take(pool) == value + 3).all())
+        assert bool((history.pull() == value + 3).all())
+        pool.close()
+
+    assert in_child(lambda: go_on(100.0))
+    go_on(7.0)  # what the child did is not here
+
+
+@forks
+def test_a_fork_waits_for_what_is_under_way_and_files_have_it_once(tmp_path, gate):
+    history, pool = History(ROWS, 4, path=tmp_path / "h"), AsyncIOPool(4, 50, 4)
+    gate.clear()
+    for k in range(3):
+        pool.async_push(history, torch.full((ROWS, 4), float(k)))
+    threading.Timer(0.05, gate.set).start()
+
+    def look():
+        assert bool((history.pull() == 2).all())
+        assert history.table.clock.pushes == 3
+
+    assert in_child(look)
+    look()
+    pool.close()
+
+
+@forks
+def test_an_error_from_before_a_fork_is_told_on_both_sides(broken, pool):
+    pool.async_push(broken("write"), torch.ones(ROWS, 4))
+
+    def told():
+        with pytest.raises(OSError, match="no medium"):
+            pool.synchronize_push()
+        pool.synchronize_push()
+
+    assert in_child(told)
+    told()
+
+
+@forks
+def test_a_forked_pool_ends_with_the_child():
+    pool, history = AsyncIOPool(2, 50, 4), History(ROWS, 4)
+    pool.async_push(history, torch.ones(ROWS, 4))
+
+    def drop():
+        nonlocal pool
+        before = workers()
+        pool.async_push(history, torch.zeros(ROWS, 4))
+        assert len(workers()) == len(before) + 1
+        del pool
+        gc.collect()
+        assert workers() == before
+        assert not history.pull().any()
+
+    assert in_child(drop)
+    assert history.pull().sum() == 4 * ROWS
+
+
+@forks
+def test_forks_while_another_thread_uses_a_pool():
+    history, pool, over = History(ROWS, 4), AsyncIOPool(2, 50, 4), threading.Event()
+
+    def use():
+        while not over.is_set():
+            pool.async_push(history, torch.ones(ROWS, 4))
+            pool.async_pull(history, n_id=torch.arange(50))
+            take(pool)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        for _ in range(10):
+            assert in_child(lambda: AsyncIOPool(1, 5, 4).async_push(History(5, 4), torch.ones(5, 4)))
+    finally:
+        over.set()
+        thread.join()
+    pool.close()
+
+
+@forks
+def test_a_fork_of_a_process_that_computes_in_several_threads():
+    """OpenMP's threads are not in the child either."""
+    program = """
+import os, torch
+from recollect.autoscale import AsyncIOPool, History
+torch.set_num_threads(2)
+history, pool, x = History(40_000, 32), AsyncIOPool(2, 40_000, 32), torch.randn(40_000, 32) * 2
+pool.async_push(history, x)
+child = os.fork()
+assert torch.get_num_threads() == (1 if child == 0 else 2)
+assert torch.equal(history.pull(), x)
+pool.async_push(history, x * 3)
+assert torch.equal(history.pull(), x * 3)
+pool.close()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

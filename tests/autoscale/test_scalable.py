@@ -148,7 +148,7 @@ class TestArguments:
         ("change", "error", "message"),
         [
             ({"n_id": None}, TypeError, "without n_id"),
-            ({"offset": None, "count": None}, TypeError, "without offset, count"),
+            ({"count": None}, TypeError, "without count"),
             ({"offset": [0], "count": [6]}, TypeError, r"tensors .* \(got shape \[\d+\], list, list\)"),
             ({"count": torch.tensor(6)}, TypeError, r"tensors of one dimension, .*shape \[\]\)"),
             ({"batch_size": 5}, ValueError, "batch_size=5, but count adds up to 6"),

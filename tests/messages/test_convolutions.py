@@ -23,7 +23,8 @@ from torch_geometric.nn.aggr import MaxAggregation
 import recollect
 from recollect.memory import peak_memory
 from recollect.messages import _adjacency, _convolutions, convolve, sparse_csr
-from recollect.messages._products import extreme, propagate
+from recollect.messages._extreme import extreme
+from recollect.messages._products import propagate
 from recollect.reversible import GroupAddRev
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own forward mode

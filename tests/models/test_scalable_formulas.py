@@ -189,7 +189,7 @@ def test_pna_layer(aggregator, scaler, edge_dim):
             "linear": d / mean,
             "inverse_linear": mean / d.clamp(min=1),
         }[scaler]
-        rows.append(conv.lin(data.x[i]) + conv.post_lins[0](by_hand(aggregator, messages) * scale))
+        rows.append(conv.lin(data.x[i]) + conv.post_lins[0](by_hand(aggregator, messages)) * scale)
     found = conv(data.x, data.adj_t, data.edge_attr if edge_dim else None)
     check(found, torch.stack(rows))
     found = torch.autograd.grad(found.sin().sum(), list(conv.parameters()))
@@ -251,11 +251,12 @@ def test_drop_input(name):
         ("gcn", ["convs.0", "convs.1"], ["convs.2"]),
         ("gcn-all", ["convs", "bns"], ["lins"]),
         ("gcn-bare-all", ["convs.0", "convs.1", "bns"], ["convs.2"]),
-        ("gat", ["convs.0", "convs.1"], ["convs.2"]),
+        ("gat", ["convs"], []),
+        ("gat-all", ["convs", "bns"], []),
         ("gcn2", ["convs"], ["lins"]),
         ("appnp", ["lins.0"], ["lins.1"]),
-        ("pna", ["convs"], []),
-        ("pna-scalers", ["convs", "bns"], []),
+        ("pna", ["convs.0", "convs.1"], ["convs.2"]),
+        ("pna-scalers", ["convs.0", "convs.1", "bns"], ["convs.2"]),
         ("pna-jk-all", ["convs", "bns"], ["lins"]),
         ("gin-all", ["convs", "bns"], ["lins"]),
     ],
@@ -299,13 +300,13 @@ def test_reset_parameters(name):
         (lambda: PNA(9, IN, 4, OUT, 2, "mean", ["identity"], torch.ones(9)), "as a list"),
         (lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.zeros(9)), "deg must hold the in-degree of every"),
         (
-            lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.ones(5)),
-            "deg has 5 numbers, but there are 9 nodes",
+            lambda: PNA(9, IN, 4, OUT, 2, ["mean"], ["linear"], torch.ones(5, 1)),
+            r"deg has shape \[5, 1\], but must be \[nodes\]",
         ),
         (lambda: PNA_JK(9, IN, [4], OUT, 2, ["mean"], ["linear"], torch.ones(9)), "have the same width"),
         (lambda: GCN2(9, IN, 4, OUT, 2, theta=-1.0), "theta must be above 0"),
-        (lambda: GAT(9, IN, 0, OUT, 2), r"hidden_channels must be at least 1 \(got 0\)"),
-        (lambda: GAT(9, IN, 4, OUT, 2, hidden_heads=0), r"hidden_heads must be at least 1 \(got 0\)"),
+        (lambda: GAT(9, IN, 0, 8, OUT, 1, 2), r"hidden_channels must be at least 1 \(got 0\)"),
+        (lambda: GAT(9, IN, 4, 0, OUT), r"hidden_heads must be at least 1 \(got 0\)"),
         (lambda: GCN(9, 0, 4, OUT, 2), r"in_channels must be at least 1 \(got 0\)"),
         (lambda: APPNP(9, IN, 4, "3", 2), r"out_channels must be an integer of at least 1 \(got '3'\)"),
         (lambda: GCN2(9, IN, 4, OUT, 2, alpha=1.5), r"alpha must be in"),

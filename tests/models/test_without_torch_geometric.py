@@ -84,7 +84,7 @@ def test_networks_on_histories_but_gat_need_none():
             torch.testing.assert_close(model(x[:3], part, *batch), whole[:2])
         assert not any(name.startswith("torch_geometric") for name in sys.modules)
         try:
-            GAT(4, 3, 5, 2, 3)
+            GAT(4, 3, 5, 2, 2, 1, 3)
         except ImportError as error:
             print(error)
         """

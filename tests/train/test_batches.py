@@ -7,7 +7,7 @@ import torch
 
 from recollect.train._batches import FullBatch, PartBatches, evaluation_loader
 from recollect.train._config import parse
-from recollect.train._graph import prepare
+from recollect.train.families import family_of
 
 CPU = torch.device("cpu")
 SETTINGS = parse(["model=gcn", "training=autoscale", "training.num_parts=4", "training.parts_per_batch=2"])
@@ -15,7 +15,7 @@ SETTINGS = parse(["model=gcn", "training=autoscale", "training.num_parts=4", "tr
 
 @pytest.fixture
 def graph(graph_maker):
-    return prepare(SETTINGS, graph_maker("multiclass", "accuracy", 3))
+    return family_of(SETTINGS).prepare(graph_maker("multiclass", "accuracy", 3))
 
 
 def test_the_whole_graph_is_one_step(graph):
@@ -23,19 +23,19 @@ def test_the_whole_graph_is_one_step(graph):
     assert batch.inputs[0] is graph.data.x
     assert batch.inputs[1] is graph.data.adj_t
     assert batch.target is graph.data.y
-    assert batch.mask is graph.data.train_mask
+    assert torch.equal(batch.rows, graph.data.train_mask.nonzero().flatten())
 
 
 def test_an_epoch_has_every_training_node_once_with_its_own_row(graph):
     seen = []
-    for inputs, target, mask in PartBatches(graph, SETTINGS.training, CPU):
+    for inputs, target, rows in PartBatches(graph, SETTINGS.training, CPU):
         x, adj_t, size, n_id, offset, count = inputs
         assert torch.equal(x, graph.data.x[n_id])
         assert torch.equal(adj_t.to_dense(), graph.data.adj_t.to_dense()[n_id[:size]][:, n_id])
         assert torch.equal(target, graph.data.y[n_id[:size]])
-        assert torch.equal(mask, graph.data.train_mask[n_id[:size]])
+        assert torch.equal(rows, graph.data.train_mask[n_id[:size]].nonzero().flatten())
         assert (offset.numel(), int(count.sum())) == (2, size)
-        seen += n_id[:size][mask].tolist()
+        seen += n_id[:size][rows].tolist()
     assert sorted(seen) == graph.data.train_mask.nonzero().flatten().tolist()
 
 
@@ -75,6 +75,6 @@ def test_evaluation_has_every_node_in_order(graph):
 
 
 def test_a_graph_that_is_not_cut_is_refused(graph_maker):
-    whole = prepare(parse(["model=gcn"]), graph_maker("multiclass", "accuracy", 3))
+    whole = family_of(parse(["model=gcn"])).prepare(graph_maker("multiclass", "accuracy", 3))
     with pytest.raises(ValueError, match="not cut into parts"):
         PartBatches(whole, SETTINGS.training, CPU)

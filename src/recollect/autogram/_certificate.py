@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from recollect._verdicts import later, settle
 from recollect.autogram._choice import Choice
 from recollect.autogram._passes import Job
 from recollect.autogram._walk import Graph
@@ -56,7 +57,6 @@ class Certificate:
     skipped: int = 0
     last: float | None = None
     largest: float = 0.0
-    _waiting: list[tuple[Tensor, float, str, tuple[str, str, str]]] = field(default_factory=list, repr=False)
 
     def compare(
         self, sides: tuple[Tensor, ...] | None, tolerance: float, rules: str, names: tuple[str, str, str]
@@ -73,42 +73,44 @@ class Certificate:
         Raises:
             GramianError: they differ.
         """
-        self.settle()
         if sides is None:
             self.skipped += 1
             return
         device = sides[0].device
-        self._waiting.append((torch.stack([side.double().to(device) for side in sides]), tolerance, rules, names))
-        if device.type == "cpu":
-            self.settle()
+
+        def judge(numbers: list[list[float]]) -> None:
+            self._judge(numbers[0], tolerance, rules, names)
+
+        later([torch.stack([side.double().to(device) for side in sides])], judge)
 
     def settle(self) -> None:
-        """Give the verdicts that have not been given.
+        """Wait for the devices, and give all verdicts; the same as :func:`recollect.frames.settle`.
 
         Raises:
             GramianError: a Gramian did not fit.
         """
-        while self._waiting:
-            sides, tolerance, rules, names = self._waiting.pop(0)
-            found, expected, bound, size = sides.tolist()
-            if not math.isfinite(found + expected + bound + size):
-                self.skipped += 1
-                continue
-            difference = abs(found - expected)
-            if difference <= tolerance * bound and tolerance * bound >= size / 2 > 0:
-                self.skipped += 1  # gradients of rounding alone: that they fit shows nothing
-                continue
-            self.checks += 1
-            self.last = difference / bound if bound else float(difference > 0)
-            self.largest = max(self.largest, self.last)
-            if self.last > tolerance:
-                raise GramianError(
-                    f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
-                    f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "
-                    f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and "
-                    "at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
-                    "Gradients that were accumulated by this call are right"
-                )
+        settle()
+
+    def _judge(self, sides: list[float], tolerance: float, rules: str, names: tuple[str, str, str]) -> None:
+        found, expected, bound, size = sides
+        if not math.isfinite(found + expected + bound + size):
+            self.skipped += 1
+            return
+        difference = abs(found - expected)
+        if difference <= tolerance * bound and tolerance * bound >= size / 2 > 0:
+            self.skipped += 1  # gradients of rounding alone: that they fit shows nothing
+            return
+        self.checks += 1
+        self.last = difference / bound if bound else float(difference > 0)
+        self.largest = max(self.largest, self.last)
+        if self.last > tolerance:
+            raise GramianError(
+                f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
+                f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "
+                f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and "
+                "at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
+                "Gradients that were accumulated by this call are right"
+            )
 
 
 @dataclass(slots=True)

@@ -19,6 +19,8 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
+from recollect.autogram._index import counts_up
+
 __all__ = [
     "Lost",
     "Place",
@@ -364,15 +366,19 @@ class _IndexOf(NamedTuple):
 
 def _indices(node: Any) -> tuple[Any, ...]:
     found: list[_IndexOf | None] = []
+    sizes = iter(node._saved_self_sym_sizes)
     for saved in node._raw_saved_indices:
         if saved.unpack_hook is not None:  # what a frame has put away stays there
             found.append(_IndexOf(None, 0, None))
+            sizes = iter(())  # of how many axes it takes nothing is known
         elif saved.data is None:
             found.append(None)
+            next(sizes, None)
         else:
             index = saved.data
             mask = index.dtype in (torch.bool, torch.uint8)
-            counts = not mask and index.dim() == 1 and bool((index == torch.arange(len(index)).to(index)).all())
+            size = [next(sizes, None) for _ in range(index.dim() if mask else 1)][-1:]
+            counts = not mask and index.dim() == 1 and size == [len(index)] and counts_up(index)
             found.append(_IndexOf(index.dim(), index.dim() if mask else 0, len(index) if counts else None))
     return tuple(found)
 

@@ -82,17 +82,31 @@ def group_pieces(factor: Outer, step: int) -> Iterator[Tensor]:
 
 
 def entries_of(*factors: Picked) -> list[Picked]:
-    """Return lookups of one parameter with no entries but those that any of them looked up."""
-    entries, places = torch.unique(torch.cat([factor.index.flatten() for factor in factors]), return_inverse=True)
+    """Return lookups of one parameter with no entries but those that any of them looked up.
+
+    On other devices than the CPU with no more entries than lookups: how many were looked up would have to be read.
+    """
+    index = torch.cat([factor.index.flatten() for factor in factors])
+    if index.is_cpu:
+        entries, places = torch.unique(index, return_inverse=True)
+        number = len(entries)
+    elif factors[0].num_entries <= index.numel():
+        return list(factors)
+    else:
+        ordered, order = index.sort()
+        places = torch.empty_like(index).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
+        number = index.numel()
     parts = places.split([factor.index.numel() for factor in factors])
     return [
-        Picked(factor.grad, part.view_as(factor.index), len(entries))
-        for factor, part in zip(factors, parts, strict=True)
+        Picked(factor.grad, part.view_as(factor.index), number) for factor, part in zip(factors, parts, strict=True)
     ]
 
 
 def picked_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield J [m, columns] for so many of the entries at a time."""
+    if not factor.grad.is_cpu:
+        yield from _unread_pieces(factor, min(step, factor.num_entries), dtype)
+        return
     m, T, d = factor.grad.shape
     places = factor.index.expand(m, T).flatten()
     order = places.argsort(stable=True)
@@ -103,4 +117,17 @@ def picked_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Ten
         chosen = order[low:high]
         slab = grads.new_zeros(m * step, d, dtype=dtype)
         slab.index_add_(0, chosen // T * step + places[low:high] - k * step, grads[chosen].to(dtype))
+        yield slab.view(m, -1)
+
+
+def _unread_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Do the same without reading which lookups are of a piece: each takes all, and zeros of those of others."""
+    m, T, d = factor.grad.shape
+    grads = factor.grad.reshape(m * T, d).to(dtype)
+    places = factor.index.expand(m, T).flatten()
+    rows = torch.arange(m, device=places.device).repeat_interleave(T, output_size=m * T) * step
+    for start in range(0, factor.num_entries, step):
+        inside = places.div(step, rounding_mode="floor") == start // step
+        slab = grads.new_zeros(m * step, d)
+        slab.index_add_(0, rows + places % step, grads * inside.unsqueeze(1))
         yield slab.view(m, -1)

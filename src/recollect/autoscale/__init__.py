@@ -6,15 +6,16 @@ costs one mini-batch and its 1-hop halo, however large the graph and however man
 Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 """
 
-from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize, with_weights
+from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize
 from recollect.autoscale._get_data import GraphData, get_data
+from recollect.autoscale._making import HistoryOptions
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 from recollect.autoscale.histories import AsyncIOPool, History, HistoryFileError, Rows, history_bytes
 from recollect.autoscale.loader import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
 from recollect.autoscale.partitioning import Partition, PartitionQuality, metis, partition, partition_quality
-from recollect.messages import propagate
+from recollect.messages import propagate, with_weights
 
 __all__ = [
     "AsyncIOPool",
@@ -22,6 +23,7 @@ __all__ = [
     "GraphData",
     "History",
     "HistoryFileError",
+    "HistoryOptions",
     "Partition",
     "PartitionQuality",
     "Rows",

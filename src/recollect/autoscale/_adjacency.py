@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.messages import check_csr, described, make_adj_t, rows_of, sparse_csr
+from recollect.messages import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of, with_weights
 
 __all__ = [
     "add_self_loops",
@@ -17,7 +17,6 @@ __all__ = [
     "edge_index_of",
     "first_rows",
     "normalize",
-    "with_weights",
 ]
 
 
@@ -74,17 +73,7 @@ def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:
         return adj_t
     rowptr = adj_t.crow_indices()[: num_rows + 1]
     edges = int(rowptr[-1])
-    return sparse_csr(rowptr, adj_t.col_indices()[:edges], adj_t.values()[:edges], (num_rows, adj_t.size(1)))
-
-
-def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
-    """Return an adjacency of the same edges with other weights [num_edges].
-
-    Raises:
-        TypeError: it is no sparse CSR tensor.
-    """
-    check_csr(adj_t)
-    return sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), weights, (adj_t.size(0), adj_t.size(1)))
+    return sparse_csr(rowptr, adj_t.col_indices()[:edges], values_of(adj_t)[:edges], (num_rows, adj_t.size(1)))
 
 
 def edge_index_of(adj_t: Tensor) -> Tensor:
@@ -113,7 +102,7 @@ def add_self_loops(adj_t: Tensor, fill_value: float = 1.0) -> Tensor:
         ValueError: it is not square: add self-loops to the whole graph, before it is cut into mini-batches.
     """
     check_square(adj_t)
-    row, col, value = rows_of(adj_t), adj_t.col_indices(), adj_t.values()
+    row, col, value = rows_of(adj_t), adj_t.col_indices(), values_of(adj_t)
     missing = torch.ones(adj_t.size(0), dtype=torch.bool, device=row.device)
     missing[row[row == col]] = False
     new = missing.nonzero().view(-1)
@@ -142,9 +131,9 @@ def normalize(adj_t: Tensor, self_loops: bool = True) -> Tensor:
     check_square(adj_t)
     if self_loops:
         adj_t = add_self_loops(adj_t)
-    row, col, value = rows_of(adj_t), adj_t.col_indices(), adj_t.values()
+    row, col, value = rows_of(adj_t), adj_t.col_indices(), values_of(adj_t)
     exact = value.to(torch.promote_types(value.dtype, torch.float32))  # a sum of ones ends at 2,048 in float16
     degree = exact.new_zeros(adj_t.size(0)).index_add_(0, row, exact)
-    scale = degree.rsqrt().masked_fill_(degree <= 0, 0.0)
+    scale = degree.masked_fill(degree <= 0, torch.inf).rsqrt()  # of which there is a gradient, 0
     normalised = scale[row] * exact * scale[col]
     return with_weights(adj_t, normalised.to(value.dtype) if value.is_floating_point() else normalised)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._stamp import GraphStamp, belongs, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._pool import AsyncIOPool
 from recollect.autoscale.histories._rows_source import Rows, check_not_pushed, pushes_of
@@ -27,6 +28,8 @@ class Exchange:
 
     def __init__(self, pool: AsyncIOPool | None = None) -> None:
         self.pool = pool
+        self.batch: Batch | None = None  # that the model evaluates now
+        self.whole: GraphStamp | None = None  # or the whole graph, if it is known
         self._ahead: deque[History] = deque()  # whose pulls were started and not yet used, in this order
         # By n_id and history: the last push before the rows of a frame's forward were pulled.
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -34,19 +37,28 @@ class Exchange:
     def __reduce__(self) -> tuple[type[Exchange], tuple[AsyncIOPool | None]]:
         return Exchange, (self.pool,)
 
-    def start(self, histories: Iterable[History], halo: Tensor) -> None:
-        """Start the pulls of all layers of a mini-batch."""
+    def start(self, histories: Iterable[History], batch: Batch) -> None:
+        """Begin with a mini-batch: start the pulls of all layers."""
+        self.batch = batch
         if self.pool is None or in_backward():
             return
         for history in histories:
-            self.pool.async_pull(history, n_id=halo)
+            self.pool.async_pull(history, n_id=batch.halo)
             self._ahead.append(history)
 
     def finish(self) -> None:
-        """Give up the pulls that no layer has used."""
+        """End with a mini-batch: give up the pulls that no layer has used."""
+        self.batch = self.whole = None
         while self._ahead and self.pool is not None:
             self._ahead.popleft()
             self.pool.free_pull()
+
+    def fill(self, history: History, x: Tensor) -> None:
+        """Push a whole graph's rows, if they are of the graph of the history."""
+        if x.size(0) != history.num_embeddings or (self.whole is not None and not belongs(history, self.whole)):
+            return
+        take_graph(history, self.whole)
+        history.push(x.detach())
 
     def swap(self, history: History, x: Tensor, batch: Batch) -> Tensor:
         """Push the batch's rows, the first ones of ``x``; return them with those of its halo below."""
@@ -56,10 +68,11 @@ class Exchange:
                 f"x is {list(x.shape)}, but for a mini-batch of {batch.size} nodes and a history of "
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
+        take_graph(history, batch.graph)
         # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
         if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
             out = torch.cat([own, self._pulled(history, batch).to(own)])
-            history.push(own, batch.n_id, batch.offset, batch.count)
+            history.write(own, batch.rows)
             return out
         self._ahead.popleft()
         try:
@@ -67,7 +80,7 @@ class Exchange:
         finally:
             self.pool.free_pull()
         self._note(history, batch)
-        self.pool.async_push(history, own, batch.offset, batch.count, batch.n_id)
+        self.pool.write(history, own, batch.rows)
         return out
 
     def source_of(self, history: History, x: Tensor, batch: Batch) -> Rows:
@@ -82,7 +95,8 @@ class Exchange:
         pool = self.pool
         if pool is None or batch.n_id.numel() > pool.buffer_size:
             return lambda: history.pull(batch.n_id)
-        pool.async_pull(history, batch.offset, batch.count, batch.halo)
+        _, n_id, offset, count = batch.arguments
+        pool.async_pull(history, offset, count, n_id if offset is None else batch.halo)
 
         def take() -> Tensor:
             try:
@@ -95,9 +109,9 @@ class Exchange:
     def write(self, history: History, x: Tensor, batch: Batch) -> None:
         """Push the batch's rows."""
         if self.pool is None:
-            history.push(x, batch.n_id, batch.offset, batch.count)
+            history.write(x, batch.rows)
         else:
-            self.pool.async_push(history, x, batch.offset, batch.count, batch.n_id)
+            self.pool.write(history, x, batch.rows)
 
     def clear(self) -> None:
         """Give up all pulls and wait for all pushes, so that nothing is left of a pass that failed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from recollect.autoscale._adjacency import adjacency_of, first_rows
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
+from recollect.autoscale._making import forget
 from recollect.autoscale._network import LayeredGNN
-from recollect.autoscale.histories._history import History
+from recollect.autoscale._stamp import BatchSize, GraphStamp
+from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
-__all__ = ["LayerWise", "evaluating"]
+__all__ = ["LayerWise", "Tables", "evaluating"]
 
 Take = Callable[[], Tensor] | None
 
@@ -37,6 +39,26 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What one pass of layer-wise inference writes and reads.
+
+    Attributes:
+        num_nodes: of the whole graph.
+        histories: what each layer but the last writes, and the next one reads.
+        exchange: reads and writes them.
+        passing: whether a history is dropped as soon as no layer reads it any more.
+    """
+
+    num_nodes: int
+    histories: list[Any]
+    exchange: Exchange
+    passing: bool = False
+
+
+TablesFor = Callable[[GraphStamp | None], Tables]
+
+
 class LayerWise:
     """One pass of layer-wise inference: each layer for all mini-batches, before the next layer begins.
 
@@ -44,27 +66,18 @@ class LayerWise:
 
     Args:
         model: gives the layers.
-        num_nodes: of the whole graph.
         loader: yields every node once in each of its passes, in the same mini-batches.
-        histories: what each layer but the last writes, and the next one reads.
-        exchange: reads and writes them.
+        tables_for: from the graph that the mini-batches are of, as far as they say so, to the tables for it.
     """
 
-    def __init__(
-        self,
-        model: LayeredGNN,
-        num_nodes: int,
-        loader: Iterable[SubData],
-        histories: Sequence[History],
-        exchange: Exchange,
-    ) -> None:
+    def __init__(self, model: LayeredGNN, loader: Iterable[SubData], tables_for: TablesFor) -> None:
         self._model = model
-        self._num_nodes = num_nodes
-        self._exchange = exchange
         self._loader = loader
-        self._histories = histories
+        self._tables_for = tables_for
+        self._tables: Tables | None = None
+        self._graph: GraphStamp | None = None
         self._device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-        self._states: dict[tuple[tuple[int, ...], ...], dict[str, Any]] = {}
+        self._states: dict[tuple[tuple[int, int], ...], dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
 
     def run(self, device: torch.device, finished: Callable[[int], None] = lambda layer: None) -> Tensor:
@@ -78,44 +91,64 @@ class LayerWise:
             The last layer's output [num_nodes, out_channels].
 
         Raises:
-            ValueError: the loader is of another graph, leaves out nodes, or yields other mini-batches in a later pass.
+            ValueError: the loader leaves out nodes, or yields other mini-batches in a later pass, or other graphs'.
         """
         if isinstance(self._loader, SubgraphLoader):  # of others it is known after a pass, from what they yielded
-            _check_cover([torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])], self._num_nodes)
+            parts = [torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])]
+            _check_cover(parts, self._tables_of(self._loader.graph).num_nodes)
+        result = _Result(device)
+        last = self._model.num_layers - 1
         try:
-            for layer, history in enumerate(self._histories):
-                self._pass(layer, partial(self._exchange.write, history))
-                finished(layer)
-            result = _Result(self._num_nodes, device)
-            self._pass(self._model.num_layers - 1, result.write)
+            for layer in range(last + 1):
+                self._pass(layer, result)
+                tables = self._tables_of(self._graph)
+                if layer < last:
+                    finished(layer)
+                    if tables.passing:
+                        forget(tables.histories, layer)
         except BaseException:
-            self._exchange.clear()
+            if self._tables is not None:
+                self._tables.exchange.clear()
             raise
         return result.rows
 
-    def _pass(self, layer: int, write: Callable[[Tensor, Batch], None]) -> None:
+    def _tables_of(self, graph: GraphStamp | None) -> Tables:
+        """Return the tables; which ones, the first mini-batch decides."""
+        if self._tables is None:
+            self._graph, self._tables = graph, self._tables_for(graph)
+        if graph is not None and self._graph is not None and not graph.is_of(self._graph):
+            raise ValueError(
+                "the loader yields mini-batches of more than one graph, but layer-wise inference evaluates one; use "
+                "EvalSubgraphLoader(data, ptr) for each"
+            )
+        return self._tables
+
+    def _pass(self, layer: int, result: _Result) -> None:
         """Evaluate one layer for all mini-batches."""
         parts: list[Tensor] = []
         for sub, batch, take in self._loaded(layer):
-            write(self._evaluate(layer, sub, batch, take), batch)
-            parts.append(torch.stack([batch.offset, batch.count]))
-        _check_cover(parts, self._num_nodes)
+            out = self._evaluate(layer, sub, batch, take)
+            tables = self._tables_of(self._graph)
+            if layer < len(tables.histories):
+                tables.exchange.write(tables.histories[layer], out, batch)
+            else:
+                result.write(out, batch, tables.num_nodes)
+            parts.append(_parts(batch))
+        _check_cover(parts, self._tables_of(self._graph).num_nodes)
 
     def _loaded(self, layer: int) -> Iterator[tuple[SubData, Batch, Take]]:
         """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""
         waiting: deque[tuple[SubData, Batch, Take]] = deque()
         for sub in self._loader:
-            batch = None
-            if isinstance(sub, SubData):
-                batch = Batch.of(sub.batch_size, sub.n_id, sub.offset, sub.count)
+            if not isinstance(sub, SubData):
+                raise _no_mini_batch(sub)
+            tables = self._tables_of(sub.batch_size.graph if isinstance(sub.batch_size, BatchSize) else None)
+            batch = Batch.of((sub.batch_size, sub.n_id, sub.offset, sub.count), tables.num_nodes)
             if batch is None:
-                raise TypeError(
-                    f"the loader must yield mini-batches, each a SubData (found {type(sub).__name__}): use "
-                    "EvalSubgraphLoader(data, ptr)"
-                )
-            take = self._exchange.read(self._histories[layer - 1], batch) if layer else None
+                raise _no_mini_batch(sub)
+            take = tables.exchange.read(tables.histories[layer - 1], batch) if layer else None
             waiting.append((sub, batch, take))
-            if len(waiting) > (self._exchange.pool is not None):
+            if len(waiting) > (tables.exchange.pool is not None):
                 yield waiting.popleft()
         yield from waiting
 
@@ -141,8 +174,8 @@ class LayerWise:
             return state
         except KeyError:
             raise ValueError(
-                f"the loader yielded a mini-batch of the parts at {batch.offset.tolist()} for layer {layer}, but none "
-                "for the layer before: layer-wise inference needs the same mini-batches in every pass; use "
+                f"the loader yielded a mini-batch of the parts at {_parts(batch)[0].tolist()} for layer {layer}, but "
+                "none for the layer before: layer-wise inference needs the same mini-batches in every pass; use "
                 "EvalSubgraphLoader(data, ptr)"
             ) from None
 
@@ -150,15 +183,21 @@ class LayerWise:
 class _Result:
     """The last layer's output for all nodes, made when its width is known."""
 
-    def __init__(self, num_nodes: int, device: torch.device) -> None:
-        self._num_nodes = num_nodes
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self.rows = torch.empty(0)
 
-    def write(self, out: Tensor, batch: Batch) -> None:
+    def write(self, out: Tensor, batch: Batch, num_nodes: int) -> None:
         if not self.rows.numel():
-            self.rows = out.new_empty(self._num_nodes, out.size(-1), device=self._device)
-        self.rows.index_copy_(0, batch.n_id[: batch.size].to(self._device), out.to(self._device))
+            self.rows = out.new_empty(num_nodes, out.size(-1), device=self._device)
+        self.rows.index_copy_(0, numbers_of(batch.rows).to(self._device), out.to(self._device))
+
+
+def _no_mini_batch(found: object) -> TypeError:
+    return TypeError(
+        f"the loader must yield mini-batches, each a SubData (found {type(found).__name__}): use "
+        "EvalSubgraphLoader(data, ptr)"
+    )
 
 
 def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
@@ -174,8 +213,16 @@ def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
         )
 
 
-def _name(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    return tuple(batch.offset.tolist()), tuple(batch.count.tolist())
+def _parts(batch: Batch) -> Tensor:
+    """The ranges of a batch's rows: where each begins, and how many they are [2, parts]."""
+    if isinstance(batch.rows, Tensor):
+        return torch.stack([batch.rows, torch.ones_like(batch.rows)])
+    ranges = torch.tensor(batch.rows, dtype=torch.int64, device="cpu").view(-1, 2)
+    return torch.stack([ranges[:, 0], ranges[:, 1] - ranges[:, 0]])
+
+
+def _name(batch: Batch) -> tuple[tuple[int, int], ...]:
+    return batch.rows if isinstance(batch.rows, tuple) else tuple((row, row + 1) for row in batch.rows.tolist())
 
 
 def _moved(value: Any, device: torch.device) -> Any:

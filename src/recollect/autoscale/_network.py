@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recollect._arguments import as_count
 from recollect.frames import Source, checkpoint, in_backward
+from recollect.messages import naming_pairs
 
 __all__ = ["Between", "LayeredGNN", "SourceOf"]
 
@@ -59,7 +60,8 @@ class LayeredGNN(nn.Module):
 
     def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
-        out = self.forward_layer(layer, x, adj_t, state)
+        with naming_pairs(adj_t):
+            out = self.forward_layer(layer, x, adj_t, state)
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"{type(self).__name__}.forward_layer({layer}, ...) returned a {type(out).__name__}, but must return a "

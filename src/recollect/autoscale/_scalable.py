@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,18 +11,20 @@ from torch import Tensor, nn
 from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
-from recollect.autoscale._batch import Batch
+from recollect.autoscale._batch import Batch, BatchArguments
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, evaluating
-from recollect.autoscale._making import as_channels, forget, fresh_histories, make_histories, make_pool, widths_of
-from recollect.autoscale._network import LayeredGNN
+from recollect.autoscale._history_network import HistoryGNN
+from recollect.autoscale._inference import LayerWise, Tables, evaluating
+from recollect.autoscale._making import fresh_histories
+from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["ScalableGNN"]
 
 
-class ScalableGNN(LayeredGNN):
+class ScalableGNN(HistoryGNN):
     """A network that trains on mini-batches of a graph's parts, with histories for their halo.
 
     Write each layer once, in :meth:`forward_layer`. From it derive:
@@ -46,30 +45,31 @@ class ScalableGNN(LayeredGNN):
         num_nodes: of the whole graph, N.
         hidden_channels: width of every layer's output but the last, or one number for each.
         num_layers: L, at least 1; there are L - 1 histories.
-        pool_size: buffers of an :class:`~recollect.autoscale.AsyncIOPool`, which moves rows beside the computation:
-            the pulls of all layers start before the first one is computed. Results are the same, bit for bit.
-            ``None``: rows are moved when they are needed.
-        buffer_size: rows of each buffer, at least those of the largest halo; comes with ``pool_size``. For layer-wise
-            inference to use the pool too, at least those of the largest mini-batch and its halo.
+        pool_size: see :class:`~recollect.autoscale.HistoryOptions`.
+        buffer_size: see there; comes with ``pool_size``.
         device: of the histories; ``None``: host memory.
-        history_dtype: in which histories are kept.
-        history_path: a folder; histories are then files in it, ``0.history`` and so on.
-        save_histories: whether ``state_dict`` holds the histories, see :class:`~recollect.autoscale.History`.
-        keep_histories: ``False``: the network is for the whole graph, and histories take no memory. Mini-batches are
-            refused then; layer-wise inference fills histories that it makes for itself.
+        histories: their other options.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
             the layer is run again and its halo rows are pulled again.
+        **options: ``history_dtype``, ``history_path``, ``save_histories`` and ``keep_histories``: ``dtype``, ``path``,
+            ``save`` and ``keep`` of ``histories``, under the names that they have beside a network's other arguments.
 
     Attributes:
+        histories: a ModuleList of :class:`~recollect.autoscale.History`, one for each layer but the last.
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range, or ``history_path`` is a file.
+        ValueError: a number is out of its range, options do not go together, or the path of histories is no folder.
+        TypeError: there is no such option.
+
+    Warns:
+        UserWarning: once, when the first mini-batch is trained on with histories that were not filled.
 
     Example:
         >>> import torch
         >>> from torch_geometric.data import Data
-        >>> from recollect.autoscale import ScalableGNN, SubgraphLoader, partition, permute, propagate, to_adj_t
+        >>> from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader
+        >>> from recollect.autoscale import partition, permute, propagate, to_adj_t
         >>> class Sum(ScalableGNN):
         ...     def __init__(self, num_nodes, channels, num_layers):
         ...         super().__init__(num_nodes, channels, num_layers)
@@ -82,43 +82,15 @@ class ScalableGNN(LayeredGNN):
         >>> perm, ptr, *_ = partition(data.adj_t, num_parts=2, method="contiguous", log=False)
         >>> data = permute(data, perm, log=False)
         >>> model = Sum(num_nodes=8, channels=4, num_layers=3)
+        >>> everything = EvalSubgraphLoader(data, ptr, log=False)
+        >>> model(loader=everything).shape  # all nodes, exactly, in mini-batches; fills the histories
+        torch.Size([8, 4])
         >>> for batch in SubgraphLoader(data, ptr, log=False):  # a step of training: optimizer and loss as ever
         ...     out = model(batch.data.x, batch.data.adj_t, *batch[1:])
         ...     out.sum().backward()
         >>> out.shape
         torch.Size([4, 4])
-        >>> model(loader=SubgraphLoader(data, ptr, log=False)).shape  # all nodes, exactly, in mini-batches
-        torch.Size([8, 4])
     """
-
-    def __init__(
-        self,
-        num_nodes: int,
-        hidden_channels: int | Sequence[int],
-        num_layers: int,
-        pool_size: int | None = None,
-        buffer_size: int | None = None,
-        device: torch.device | str | None = None,
-        *,
-        history_dtype: torch.dtype = torch.float32,
-        history_path: str | Path | None = None,
-        save_histories: bool = False,
-        keep_histories: bool = True,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(num_layers, recompute)
-        if not keep_histories and (pool_size or history_path or save_histories):
-            raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
-        self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
-        self.hidden_channels = as_channels(hidden_channels)
-        widths = widths_of(self.hidden_channels, self.num_layers)
-        self.pool = make_pool(pool_size, buffer_size, widths)
-        self.keep_histories = keep_histories
-        self.histories = make_histories(
-            self.num_nodes, widths, device, history_dtype, history_path, save_histories, keep_histories
-        )
-        self._exchange = Exchange(self.pool)
-        self._device = torch.device("cpu" if device is None else device)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -162,10 +134,15 @@ class ScalableGNN(LayeredGNN):
                 f"x must be a tensor (got {type(x).__name__}): call model(data.x, data.adj_t) for the whole graph, "
                 "model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch, or model(loader=loader)"
             )
-        batch = Batch.of(batch_size, n_id, offset, count)
+        if isinstance(batch_size, BatchSize):
+            check_graph(self.tables, batch_size.graph)
+        batch = self._batch((batch_size, n_id, offset, count))
         try:
-            if batch is not None:
-                self._exchange.start(self.tables, batch.halo)
+            if batch is None:
+                self._exchange.whole = self._stamp(adj_t)
+            else:
+                self.warn_of_unfilled(batch)
+                self._exchange.start(self.tables, batch)
             out: Tensor = super().__call__(x, adj_t, batch_size, n_id, offset, count, **inputs)
             return out
         finally:
@@ -205,7 +182,7 @@ class ScalableGNN(LayeredGNN):
             IndexError: a node that the histories do not have.
         """
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
-        batch = Batch.of(batch_size, n_id, offset, count)
+        batch = self._batch((batch_size, n_id, offset, count))
         if batch is None:
             if not x.size(0) == adj_t.size(0) == adj_t.size(1):
                 raise ValueError(
@@ -218,7 +195,7 @@ class ScalableGNN(LayeredGNN):
             x,
             first_rows(adj_t, batch.size),
             inputs,
-            lambda layer, rows: self.push_and_pull(self.tables[layer], rows, *batch.arguments),
+            lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
         )
 
@@ -251,15 +228,38 @@ class ScalableGNN(LayeredGNN):
             ValueError: sizes disagree, or the history is of another size than the graph.
             IndexError: a node that the history does not have.
         """
-        batch = Batch.of(batch_size, n_id, offset, count)
+        batch = self._exchange.batch
+        arguments = batch_size, n_id, offset, count
+        if batch is None or not batch.is_made_of(arguments, history.num_embeddings):
+            batch = Batch.of(arguments, history.num_embeddings)
         if batch is None:
-            if x.size(0) == history.num_embeddings:
-                history.push(x.detach())
+            self._exchange.fill(history, x)
             return x
         return self._exchange.swap(history, x, batch)
 
+    def _batch(self, arguments: BatchArguments) -> Batch | None:
+        """Return the mini-batch of these arguments, as it was checked when the call began."""
+        num_nodes = self.num_nodes if self.num_layers > 1 else None
+        batch = self._exchange.batch
+        if batch is not None and batch.is_made_of(arguments, num_nodes):
+            return batch
+        return Batch.of(arguments, num_nodes)
+
+    def _stamp(self, adj_t: Any) -> GraphStamp | None:
+        """Return what tells the whole graph from others, where a pass over it fills histories."""
+        own = type(self).forward is not ScalableGNN.forward
+        if not self.keep_histories or self.num_layers == 1 or (self.training and not own):
+            return None
+        if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr or torch.compiler.is_compiling():
+            return None
+        return GraphStamp.of(adj_t) if adj_t.dim() == 2 and adj_t.device.type != "meta" else None
+
     def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
         """Evaluate the whole graph layer by layer, in mini-batches, and fill the histories on the way.
+
+        The graph may be another one than that of the histories, larger for instance: its own are then made for the
+        time of the call, and those of the network are left alone. Mini-batches of a SubgraphLoader say what graph they
+        are of; others are taken to be of the histories' graph.
 
         Every layer is evaluated for all mini-batches before the next one begins, so the result is that of the whole
         graph, to the precision of the histories. It is always computed in evaluation mode and without gradients; the
@@ -276,41 +276,47 @@ class ScalableGNN(LayeredGNN):
             ValueError: the loader leaves out nodes, or changes its mini-batches.
         """
         with evaluating(self):
-            if self.keep_histories:
-                return LayerWise(self, self.num_nodes, loader, self.tables, self._exchange).run(self._device)
-            fresh = fresh_histories(self.tables, self.parameters())
-            return LayerWise(self, self.num_nodes, loader, fresh, Exchange()).run(self._device, partial(forget, fresh))
+            return LayerWise(self, loader, self._tables_for).run(self.emb_device)
 
-    def staleness(self) -> list[float]:
-        """Return the mean age of each history's rows: how often the history was pushed to since a row was.
+    def _tables_for(self, graph: GraphStamp | None) -> Tables:
+        """Return the network's histories if they are a graph's, and else make some for it."""
+        num_nodes = self.num_nodes if graph is None else graph.num_nodes
+        theirs = graph is None or all(belongs(history, graph) for history in self.tables)
+        if self.keep_histories and theirs:
+            for history in self.tables:
+                take_graph(history, graph)
+            return Tables(num_nodes, self.tables, self._exchange)
+        fresh = fresh_histories(self.tables, self.parameters(), *([] if num_nodes == self.num_nodes else [num_nodes]))
+        return Tables(num_nodes, fresh, Exchange(), passing=True)
 
-        Rows that were never pushed, which are 0, count as old as the history; :meth:`never_pushed` tells how many there
-        are. A history that was never pushed to at all has no age: it is infinite. See
-        :func:`~recollect.autoscale.history_errors` for how wrong the rows are.
+    def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
+        """Append rows for new nodes, which are numbered behind those that there are, and fill them by inference.
+
+        Args:
+            num_nodes: of the graph from now on.
+            loader: yields every node of the grown graph once, see :meth:`mini_inference`; the rows of the old nodes
+                become exact too. ``None``: new rows are 0, as never pushed.
+
+        Returns:
+            What layer-wise inference returns; ``None`` without a loader.
 
         Raises:
-            RuntimeError: the network was made with ``keep_histories=False``.
+            ValueError: there are more nodes already, or the loader is of a graph of another size.
+            HistoryFileError: there is no room for larger files.
         """
-        ages = [float(history.age().to(torch.float64).mean()) for history in self.tables]
-        return [age if history.table.clock.pushes else math.inf for age, history in zip(ages, self.tables, strict=True)]
-
-    def never_pushed(self) -> list[int]:
-        """Return how many rows of each history are still 0: their nodes were in no mini-batch, and nothing filled them.
-
-        ``model(loader=loader)`` fills them all.
-
-        Raises:
-            RuntimeError: the network was made with ``keep_histories=False``.
-        """
-        return [history.never_pushed() for history in self.tables]
-
-    @property
-    def tables(self) -> list[History]:
-        """The histories, as what they are."""
-        return [history for history in self.histories if isinstance(history, History)]
+        num_nodes = as_count("num_nodes", num_nodes, least=self.num_nodes)
+        graph = loader.graph if isinstance(loader, SubgraphLoader) else None
+        if graph is not None and graph.num_nodes != num_nodes:
+            raise ValueError(f"the loader's graph has {graph.num_nodes} nodes (expected {num_nodes}, those of extend)")
+        for history in self.tables:
+            history.extend(num_nodes)
+            history.graph = None  # it has edges to and from the new nodes
+        self.num_nodes = num_nodes
+        return None if loader is None else self.mini_inference(loader)
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
-        return self.push_and_pull(self.tables[layer], rows)
+        self._exchange.fill(self.tables[layer], rows)
+        return rows
 
 
 def _unchanged(layer: int, rows: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from recollect.autoscale._adjacency import adjacency_of
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, evaluating
-from recollect.autoscale._making import forget, fresh_histories
+from recollect.autoscale._inference import LayerWise, Tables, evaluating
+from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._scalable import ScalableGNN
+from recollect.autoscale._stamp import GraphStamp, check_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._sub_data import SubData
 
@@ -57,8 +58,10 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
         errors.append(_error(model.tables[layer], torch.split(rows, _ROWS_AT_ONCE)))
         return rows
 
+    adj_t = adjacency_of(data)
+    check_graph(model.tables, GraphStamp.of(adj_t))
     inputs = {name: data[name] for name in model.inputs}
-    model.run_layers(data.x, adjacency_of(data), inputs, compare)
+    model.run_layers(data.x, adj_t, inputs, compare)
     return errors
 
 
@@ -66,11 +69,14 @@ def _errors_of_batches(model: ScalableGNN, loader: Iterable[SubData]) -> list[fl
     fresh: list[Any] = fresh_histories(model.tables, model.parameters())
     errors: list[float] = []
 
+    def tables_for(graph: GraphStamp | None) -> Tables:
+        check_graph(model.tables, graph)
+        return Tables(model.num_nodes, fresh, Exchange(), passing=True)
+
     def compare(layer: int) -> None:
         errors.append(_error(model.tables[layer], _rows_of(fresh[layer])))
-        forget(fresh, layer)
 
-    LayerWise(model, model.num_nodes, loader, fresh, Exchange()).run(torch.device("cpu"), compare)
+    LayerWise(model, loader, tables_for).run(torch.device("cpu"), compare)
     return errors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from recollect.messages import check_csr, sparse_csr
+from recollect.messages import check_csr, values_of, with_weights
 
 __all__ = ["compute_micro_f1", "dropout", "gen_masks"]
 
@@ -105,5 +105,4 @@ def dropout(adj_t: Tensor, p: float, training: bool = True) -> Tensor:
         raise ValueError(f"p is {p}, but must be from 0 to 1")
     if not training or p == 0:
         return adj_t
-    value = torch.nn.functional.dropout(adj_t.values(), p)
-    return sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), value, (adj_t.size(0), adj_t.size(1)))
+    return with_weights(adj_t, torch.nn.functional.dropout(values_of(adj_t), p))

@@ -20,6 +20,7 @@ Frames pull and nobody pushes: a stage whose output is the next stage's input ke
 No storage is resized behind a caller's back, except inside :func:`eager_release`, where that is asked for.
 """
 
+from recollect._verdicts import settle
 from recollect.frames._certificate import Certificate
 from recollect.frames._checkpoint import checkpoint, checkpoint_sequential
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
@@ -76,6 +77,7 @@ __all__ = [
     "in_dry_mode",
     "run_frame",
     "run_invertible",
+    "settle",
     "uncouple",
     "uncouple_by",
 ]

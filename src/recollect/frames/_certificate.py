@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from recollect._arguments import Certify
-from recollect._torch import graph_task_id, when_backward_ends
-from recollect.frames._errors import FrameError, RebuildError
-from recollect.frames._fingerprint import Fingerprint, error_between, is_late
-from recollect.frames._modes import local
+from recollect._verdicts import arrive, later, outstanding
+from recollect.frames._errors import RebuildError
+from recollect.frames._fingerprint import Fingerprint, error_between, is_late, late_parts, on_host
 
-__all__ = ["GROSS", "Certificate", "check_block", "is_gross", "judge", "tolerance_of"]
+__all__ = ["GROSS", "Certificate", "Figures", "check_block", "is_gross", "judge", "tolerance_of"]
 
 # Relative error (of the norm) that a repetition may have: what kernels that sum in another order every time may do.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 
 
-class Certificate:
-    """Figures of what was certified since the last :meth:`reset`.
-
-    Attributes:
-        equal: how many rebuilt tensors had the fingerprint of the forward's.
-        rounded: how many differed within the rounding of their dtype.
-        largest: the largest relative error among the latter, as estimated from fingerprints; 0.0 if there was none.
-    """
+class Figures:
+    """What was counted between two resets; verdicts that come late are counted where they belong."""
 
     __slots__ = ("equal", "largest", "rounded")
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin to count anew."""
         self.equal = self.rounded = 0
         self.largest = 0.0
 
@@ -45,6 +35,42 @@ class Certificate:
         else:
             self.rounded += 1
             self.largest = max(self.largest, error)
+
+
+class Certificate:
+    """Figures of what was certified since the last :meth:`reset`.
+
+    To read one waits for the devices that what was rebuilt is on, if they are not done with it.
+    """
+
+    __slots__ = ("figures",)
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.figures = Figures()
+
+    @property
+    def equal(self) -> int:
+        """How many rebuilt tensors had the fingerprint of the forward's."""
+        return self._read().equal
+
+    @property
+    def rounded(self) -> int:
+        """How many differed within the rounding of their dtype."""
+        return self._read().rounded
+
+    @property
+    def largest(self) -> float:
+        """The largest relative error among the latter, as estimated from fingerprints; 0.0 if there was none."""
+        return self._read().largest
+
+    def _read(self) -> Figures:
+        if outstanding():
+            arrive()
+        return self.figures
 
     def __repr__(self) -> str:
         return f"Certificate(equal={self.equal}, rounded={self.rounded}, largest={self.largest:.1e})"
@@ -58,42 +84,21 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def judge(
     pairs: Sequence[tuple[Fingerprint | None, Fingerprint | None]], verdict: Callable[[list[float]], None]
 ) -> None:
-    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or on other devices as backward ends."""
+    """Give ``verdict`` the relative errors of pairs of fingerprints: at once, or when they come from their device."""
+    marks = [mark for pair in pairs for mark in pair if mark is not None]
+    if not any(map(is_late, marks)):
+        verdict(_errors_between(pairs))
+        return
 
-    def read() -> None:
-        verdict([0.0 if then is None or now is None else error_between(then, now) for then, now in pairs])
+    def read(numbers: list[list[Any]]) -> None:
+        coming = iter(numbers)
+        verdict(_errors_between([tuple(None if m is None else on_host(m, coming) for m in pair) for pair in pairs]))
 
-    if any(is_late(mark) for pair in pairs for mark in pair):
-        _at_the_end(read)
-    else:
-        read()
+    later([tensor for mark in marks for tensor in late_parts(mark)], read)
 
 
-def _at_the_end(read: Callable[[], None]) -> None:
-    """Call ``read`` when the backward pass ends that is running; now if there is none."""
-    task = graph_task_id()
-    if local.verdicts[0] != task:
-        waiting: list[Callable[[], None]] = []
-
-        def read_all() -> None:
-            errors = []
-            for one in waiting:
-                try:
-                    one()
-                except FrameError as error:
-                    errors.append(error)
-            waiting.clear()
-            local.verdicts = (-1, [])
-            if errors:
-                raise errors[0]
-
-        try:
-            when_backward_ends(read_all)
-        except RuntimeError:
-            read()
-            return
-        local.verdicts = (task, waiting)
-    local.verdicts[1].append(read)
+def _errors_between(pairs: Sequence[tuple[Fingerprint | None, ...]]) -> list[float]:
+    return [0.0 if then is None or now is None else error_between(then, now) for then, now in pairs]
 
 
 def check_block(
@@ -103,7 +108,7 @@ def check_block(
     tolerance: float,
     amplification: Callable[[], float | None] | None,
     certify: Certify,
-    certificate: Certificate,
+    figures: Figures,
 ) -> None:
     """Tell a repetition that drifts by rounding from one that computed something else.
 
@@ -115,7 +120,7 @@ def check_block(
         amplification: measures how many times larger the error of what is returned is than that of what is given, and
             returns ``None`` if it does not return the same twice; asked only where the errors alone do not tell.
         certify: what is accepted.
-        certificate: where it is counted.
+        figures: where it is counted.
 
     Raises:
         RebuildError: it computed something else.
@@ -140,7 +145,7 @@ def check_block(
             "something that was changed in between. Draw from torch, pass what changes as an argument, or use a "
             "checkpoint, which keeps the input"
         )
-    certificate.note(returned)
+    figures.note(returned)
 
 
 def is_gross(error: float, given: float, tolerance: float) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recollect._torch import is_fake, is_traceable_wrapper_subclass
+from recollect._verdicts import arrive, later
 from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
@@ -31,21 +32,57 @@ class DriftGauge:
         threshold: relative error above which a :class:`~recollect.frames.DriftWarning` is given.
     """
 
-    __slots__ = ("_warned", "last", "owner", "threshold")
+    __slots__ = ("_last", "_late", "_round", "_warned", "owner", "threshold")
 
     def __init__(self, owner: str | Callable[..., Any], threshold: float = DRIFT_THRESHOLD) -> None:
         self.owner = owner
         self.threshold = threshold
-        self.last: float | None = None
+        self._last: float | None = None
+        self._late = 0  # how many measurements are on the way, of those since ``last`` was set
+        self._round = 0
         self._warned = 0.0  # the drift of the last warning: a training run need not read of the same one at every step
+
+    @property
+    def last(self) -> float | None:
+        """The largest measurement since this was set to ``None``; to read it waits for those that are on the way."""
+        if self._late:
+            arrive()
+            self._late = 0
+        return self._last
+
+    @last.setter
+    def last(self, value: float | None) -> None:
+        self._last, self._late = value, 0
+        self._round += 1
 
     def record(self, drift: float) -> None:
         """Store a measurement, if it is the largest since ``last`` was reset; warn if it is above the threshold.
 
         Another warning follows when it has become ten times worse.
         """
-        if self.last is None or not drift <= self.last:
-            self.last = drift
+        self._keep(drift)
+        self._warn(drift)
+
+    def record_late(self, drift: Tensor) -> None:
+        """Do the same when a measurement, 0-D, has come from its device; below 0 it is none."""
+        self._late += 1
+        of_round = self._round
+
+        def come(numbers: list[list[float]]) -> None:
+            ((value,),) = numbers
+            if value < 0:
+                return
+            if of_round == self._round:
+                self._keep(value)
+            self._warn(value)
+
+        later([drift], come)
+
+    def _keep(self, drift: float) -> None:
+        if self._last is None or not drift <= self._last:
+            self._last = drift
+
+    def _warn(self, drift: float) -> None:
         if not drift <= max(self.threshold, 10 * self._warned):
             self._warned = drift if math.isfinite(drift) else math.inf
             name = self.owner if isinstance(self.owner, str) else describe(self.owner)
@@ -56,7 +93,7 @@ class DriftGauge:
                 "instead of inverting. A large error also comes from an inverse that is wrong, and from blocks that "
                 "draw from other random numbers than torch's own: recollect.testing.check_invertible tells",
                 DriftWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
 
@@ -90,21 +127,30 @@ class DriftProbe:
 
     def measure(self, tensors: Sequence[Tensor]) -> None:
         """Record ``||x' - x|| / ||x||`` over the sample, for reconstructed tensors ``x'`` in the same order."""
-        error = norm = 0.0
+        squares = []
         with torch.no_grad():
             for tensor, (index, value) in zip(parts_of(tensors), self._samples, strict=True):
-                if not value.is_floating_point() and not value.is_complex():
-                    continue
-                error += _square_of(torch.take(tensor.detach(), index) - value)
-                norm += _square_of(value)
-        if norm > 0 or error > 0:
-            self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
+                if value.is_floating_point() or value.is_complex():
+                    squares.append((_square_of(torch.take(tensor.detach(), index) - value), _square_of(value)))
+            if all(square.is_cpu for pair in squares for square in pair):
+                error, norm = (sum(map(float, side)) for side in zip(*[(0.0, 0.0), *squares], strict=True))
+                if norm > 0 or error > 0:
+                    self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
+            else:
+                self._gauge.record_late(_drift_of(squares))
 
 
-def _square_of(tensor: Tensor) -> float:
+def _drift_of(squares: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the relative error on its device, for squares of errors and of norms; -1 if all are zero."""
+    device = next(error.device for error, _ in squares if not error.is_cpu)
+    errors, norms = (torch.stack([square.to(device) for square in side]).sum() for side in zip(*squares, strict=True))
+    return torch.where((norms == 0) & (errors == 0), -1.0, (errors / norms).sqrt())
+
+
+def _square_of(tensor: Tensor) -> Tensor:
     """Return the sum of the squares in double precision."""
     wide = (tensor.abs() if tensor.is_complex() else tensor).double()
-    return float(torch.dot(wide, wide))
+    return torch.dot(wide, wide)
 
 
 def _sample(size: int) -> Tensor:

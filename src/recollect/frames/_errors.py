@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "RebuildError",
     "ReleasedTensorError",
     "describe",
+    "naming",
 ]
 
 
@@ -45,12 +47,7 @@ class DriftWarning(UserWarning):
 
 def describe(function: Callable[..., Any]) -> str:
     """Name a function in an error: a module by its ``repr``, anything else by its qualified name."""
-    owner: Any = function
-    while not isinstance(owner, nn.Module):  # bound methods, partials, and what says whom it works for
-        inner = next((getattr(owner, name) for name in ("owner", "__self__", "func") if hasattr(owner, name)), None)
-        if inner is None or isinstance(inner, types.ModuleType):
-            break
-        owner = inner
+    owner = _owner_of(function)
     if isinstance(owner, nn.Module):
         text = " ".join(repr(owner).split())
         return text if len(text) <= 120 else f"{text[:117]}..."
@@ -59,3 +56,28 @@ def describe(function: Callable[..., Any]) -> str:
     if isinstance(function, types.BuiltinFunctionType):
         return f"{function.__module__ or 'torch'}.{function.__name__}"
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _owner_of(function: Callable[..., Any]) -> Any:
+    owner: Any = function
+    while not isinstance(owner, nn.Module):  # bound methods, partials, and what says whom it works for
+        inner = next((getattr(owner, name) for name in ("owner", "__self__", "func") if hasattr(owner, name)), None)
+        if inner is None or isinstance(inner, types.ModuleType):
+            break
+        owner = inner
+    return owner
+
+
+def naming(function: Callable[..., Any]) -> Callable[[], str]:
+    """Return what names a function later, without keeping a module alive, and without the cost of its ``repr`` now."""
+    owner = _owner_of(function)
+    if not isinstance(owner, nn.Module):
+        name = describe(function)
+        return lambda: name
+    reference, kind = weakref.ref(owner), type(owner).__name__
+
+    def name_of_module() -> str:
+        module = reference()
+        return kind if module is None else describe(module)
+
+    return name_of_module

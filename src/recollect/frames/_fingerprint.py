@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from recollect._torch import is_in_transform, without_overrides
 
 __all__ = [
     "PROJECTIONS", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite", "is_late",
-    "norm_of",
+    "late_parts", "norm_of", "on_host",
 ]  # fmt: skip
 
 # A prime, so that whole rows or samples never fall on one another.
@@ -41,7 +41,7 @@ _PIECE_ON_DEVICES = 1 << 22  # where each piece is a few kernels
 _LONG = 1 << 22  # products are summed up in their own precision
 _WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
 
-# Devices whose values can be read without waiting for them. What is compared on others is judged when backward ends.
+# Devices whose values can be read without waiting for them. What is compared on others is judged when it has arrived.
 _READ_AT_ONCE = {"cpu"}
 
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -194,6 +194,18 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
 def is_late(mark: Fingerprint | None) -> bool:
     """Return whether reading a fingerprint would wait for its device."""
     return mark is not None and (isinstance(mark.projections, Tensor) or isinstance(mark.bits, Tensor))
+
+
+def late_parts(mark: Fingerprint) -> list[Tensor]:
+    """Return what of a fingerprint is on a device."""
+    return [part for part in (mark.projections, mark.bits) if isinstance(part, Tensor)]
+
+
+def on_host(mark: Fingerprint, numbers: Iterator[list[Any]]) -> Fingerprint:
+    """Return a fingerprint on the host, made with the numbers of :func:`late_parts`, which are next."""
+    projections = next(numbers) if isinstance(mark.projections, Tensor) else mark.projections
+    bits = next(numbers)[0] if isinstance(mark.bits, Tensor) else mark.bits
+    return mark._replace(projections=projections, bits=bits)
 
 
 def norm_of(mark: Fingerprint | None) -> float:

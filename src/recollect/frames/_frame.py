@@ -16,8 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from recollect._arguments import Certify
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
+from recollect._verdicts import look, outstanding
 from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
-from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe
+from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
@@ -203,6 +204,8 @@ class Frame(Scope):
 
     def run(self, arguments: Arguments) -> Any:
         """Run the region for the first time, on its arguments, and drop what autograd saves in it."""
+        if not local.backward and outstanding():
+            look()
         self._live = arguments
         self._held.begins(self._region)
         given = tensors_among(*arguments)
@@ -506,7 +509,10 @@ class Frame(Scope):
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
-        self._accept(index, tensor.dtype, error)
+        if error > 0.0:
+            self._acceptance(index)(error)
+        else:
+            self._certificate.figures.note(error)
         return error
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
@@ -525,18 +531,24 @@ class Frame(Scope):
         """Compare on a device that is not waited for; of what drifts, the source compares what blocks return alone."""
         if not self._held.drifts:
             now = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, like=then)
-            dtype = tensor.dtype
-            judge([(then, now)], lambda errors: self._accept(index, dtype, errors[0]))
+            accept = self._acceptance(index)  # does not hold the frame, or what it keeps would live until then
+            judge([(then, now)], lambda errors: accept(errors[0]))
 
-    def _accept(self, index: int, dtype: torch.dtype, error: float) -> None:
-        if error > 0.0:
-            allowed = max(tolerance_of(dtype), self._region.tolerance)
-            if self._certify == "exact" or error > allowed:
-                raise self._differs(
-                    f"saved tensor {index}, {_show(self._metas[index])}, has other values (relative error {error:.1e}; "
-                    + ("certify='exact' allows none)" if self._certify == "exact" else f"rounding: {allowed:.0e})")
+    def _acceptance(self, index: int) -> Callable[[float], None]:
+        """Return what judges a relative error of a saved tensor."""
+        meta, exact, figures = self._metas[index], self._certify == "exact", self._certificate.figures
+        allowed, name = max(tolerance_of(meta[1]), self._region.tolerance), naming(self._region.function)
+
+        def accept(error: float) -> None:
+            if error > 0.0 and (exact or error > allowed):
+                raise _differs(
+                    name(),
+                    f"saved tensor {index}, {_show(meta)}, has other values (relative error {error:.1e}; "
+                    + ("certify='exact' allows none)" if exact else f"rounding: {allowed:.0e})"),
                 )
-        self._certificate.note(error)
+            figures.note(error)
+
+        return accept
 
     def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""
@@ -562,13 +574,7 @@ class Frame(Scope):
                 )
 
     def _differs(self, what: str) -> RebuildError:
-        return RebuildError(
-            f"{self._region.name}: running it again for backward differs from the forward pass: {what}. It must "
-            "compute the same again. Most often it draws random numbers from somewhere other than torch's default "
-            "generators (NumPy, random), or was called with seed=False, or reads something that was changed in "
-            "between, or branches on recollect.in_backward(). Draw from torch, pass what changes as an argument, or "
-            "call it without a frame"
-        )
+        return _differs(self._region.name, what)
 
 
 def run_frame(
@@ -602,6 +608,16 @@ def _empty(arguments: Arguments) -> None:
 def devices_of(arguments: Any) -> set[torch.device]:
     """Return the devices of all tensors among the arguments."""
     return {tensor.device for tensor in tensors_of(arguments)}
+
+
+def _differs(name: str, what: str) -> RebuildError:
+    return RebuildError(
+        f"{name}: running it again for backward differs from the forward pass: {what}. It must "
+        "compute the same again. Most often it draws random numbers from somewhere other than torch's default "
+        "generators (NumPy, random), or was called with seed=False, or reads something that was changed in "
+        "between, or branches on recollect.in_backward(). Draw from torch, pass what changes as an argument, or "
+        "call it without a frame"
+    )
 
 
 def _show(meta: Meta) -> str:

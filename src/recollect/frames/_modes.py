@@ -64,7 +64,6 @@ class _Local(threading.local):
         self.outermost = Scope()
         self.freed: list[Any] = []  # nodes of the graph that are about to be freed
         self.freeing = False
-        self.verdicts: tuple[int, list[Any]] = (-1, [])  # backward pass, and what is judged when it ends
         self.keeping = 0  # what is given to saved-tensor hooks is kept by a frame, and saved by no operation
         self.aside = 0  # what runs is recollect's own, and not observed
         self.recorders: list[Any] = []  # of the regions that this thread runs for the first time, outermost first

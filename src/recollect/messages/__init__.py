@@ -8,9 +8,12 @@ calls a convolution of torch_geometric, or a block with convolutions in it, by m
 The other names are what the package shares about sparse CSR adjacencies.
 """
 
-from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr
+from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of
 from recollect.messages._convolutions import convolve
-from recollect.messages._products import extreme, propagate
+from recollect.messages._extreme import extreme
+from recollect.messages._pairs import naming_pairs
+from recollect.messages._products import propagate
+from recollect.messages._weights import with_weights
 
 __all__ = [
     "check_csr",
@@ -18,7 +21,10 @@ __all__ = [
     "described",
     "extreme",
     "make_adj_t",
+    "naming_pairs",
     "propagate",
     "rows_of",
     "sparse_csr",
+    "values_of",
+    "with_weights",
 ]

@@ -1,4 +1,4 @@
-"""Adjacencies as sparse CSR tensors, and those of an ``edge_index``, kept while it lives and stays the same."""
+"""Adjacencies as sparse CSR tensors, their weights, and those of an ``edge_index``, kept while it stays the same."""
 
 from __future__ import annotations
 
@@ -9,16 +9,105 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Edges", "check_csr", "described", "edges_of", "make_adj_t", "narrow_adj_t", "rows_of", "sparse_csr"]
+from recollect._torch import is_transformed
+
+__all__ = [
+    "Edges",
+    "check_csr",
+    "described",
+    "edges_of",
+    "make_adj_t",
+    "narrow_adj_t",
+    "rows_of",
+    "rows_of_entries",
+    "sparse_csr",
+    "values_of",
+    "weights_of",
+]
+
+# What a sparse tensor is called that was made of weights with a history: the weights themselves. Frames bring such
+# attributes back.
+_WEIGHTS = "_recollect_weights"
 
 
 def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
-    """A sparse CSR tensor without a check of its parts, which are known to fit."""
+    """A sparse CSR tensor without a check of its parts, which are known to fit.
+
+    A gradient reaches the values in whatever order the columns are. (Torch's own goes to the wrong ones.)
+
+    Raises:
+        TypeError: the values belong to a transform of torch.func, or have a tangent.
+    """
+    if is_transformed(value) or _has_tangent(value):
+        raise TypeError(
+            "these weights belong to a transform of torch.func or have a tangent, and no sparse tensor can: leave the "
+            "adjacency as it is, and call propagate(adj_t, x, weights)"
+        )
     _hear_of_state()
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return _bare_csr(rowptr, col, value, size)
+    adj_t: Tensor = _Assembled.apply(value, rowptr, col, size)  # type: ignore[no-untyped-call]
+    setattr(adj_t, _WEIGHTS, value)
+    return adj_t
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _bare_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
     # On the device of its parts, not on the default device.
     return torch.sparse_csr_tensor(rowptr, col, value, size, device=value.device, check_invariants=False)
+
+
+def values_of(adj_t: Tensor) -> Tensor:
+    """The values of a sparse CSR tensor [E]: those that it was made of, where they have a history.
+
+    Their gradient is then a plain tensor. That of ``adj_t.values()`` is a sparse one, which has no second order.
+    """
+    weights = weights_of(adj_t)
+    return adj_t.values() if weights is None else weights
+
+
+def weights_of(adj_t: Tensor) -> Tensor | None:
+    """The weights with a history that a sparse CSR tensor was made of, where it was made here and not detached."""
+    weights: Tensor | None = getattr(adj_t, _WEIGHTS, None) if adj_t.requires_grad else None
+    return weights
+
+
+class _Assembled(torch.autograd.Function):
+    """A sparse CSR tensor of its values, whose gradient may be sparse, as theirs is, or dense, as that of ``@`` is.
+
+    Torch adds gradients up by places: from a sum one cannot tell what belongs to which edge of several at a place.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, rowptr: Tensor, col: Tensor, size: tuple[int, int]) -> Tensor:
+        return _bare_csr(rowptr, col, value, size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rowptr, col, ctx.size = inputs
+        ctx.save_for_backward(rowptr, col)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rowptr, col = ctx.saved_tensors
+        found = grad.col_indices() if grad.layout == torch.sparse_csr else None
+        if found is not None and found.data_ptr() == col.data_ptr():  # no sum: torch makes new indices for one
+            return grad.values(), None, None, None
+        row = rows_of_entries(rowptr, col.numel())
+        shared = torch.unique(row * ctx.size[1] + col).numel() < col.numel()
+        if shared or not (grad.layout == torch.strided or (found is not None and torch.equal(found, col))):
+            why = "nodes share several edges, whose weights" if shared else f"{described(grad)}, whose entries"
+            raise RuntimeError(
+                f"{why} torch's own operations do not tell apart in backward: call propagate(adj_t, x) instead of "
+                "adj_t @ x, and adj_t.values() no more than once"
+            )
+        return grad.values() if grad.layout == torch.sparse_csr else grad[row, col], None, None, None
 
 
 @functools.cache
@@ -34,8 +123,13 @@ def _hear_of_state() -> None:
 
 def rows_of(adj_t: Tensor) -> Tensor:
     """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it."""
-    end = adj_t.crow_indices()[1:]
-    ends = torch.zeros(adj_t.col_indices().numel() + 1, dtype=torch.int64, device=end.device)
+    return rows_of_entries(adj_t.crow_indices(), adj_t.col_indices().numel())
+
+
+def rows_of_entries(rowptr: Tensor, number: int) -> Tensor:
+    """The row of each of so many entries, [number] int64."""
+    end = rowptr[1:]
+    ends = torch.zeros(number + 1, dtype=torch.int64, device=end.device)
     ends.index_add_(0, end, torch.ones_like(end, dtype=torch.int64))
     return ends[:-1].cumsum_(0)
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from recollect._torch import is_recorded
 from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
-from recollect.messages._products import extreme, propagate
+from recollect.messages._extreme import extreme
+from recollect.messages._products import propagate
 
 __all__ = ["convolve"]
 

@@ -1,14 +1,12 @@
-"""What each target reduces the rows of its sources to, by products with an adjacency, and the gradients.
+"""The weighted sum over each target's edges, as a product with the adjacency, and its gradient.
 
 No function here makes a row for each edge, neither in forward nor in backward.
 """
 
 from __future__ import annotations
 
-import bisect
 import weakref
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,91 +14,53 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._torch import outside_functorch
 from recollect.messages._adjacency import check_csr, sparse_csr
+from recollect.messages._kernels import Constant, multiplied
+from recollect.messages._weights import weighted_product
 
-__all__ = ["extreme", "propagate"]
+__all__ = ["propagate"]
 
 # While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# Messages are compared with the extreme that they may be in pieces of so many elements, and of no more than the
-# features have: pieces that fit into a core's cache, in which the time does not depend much on the number.
-_PIECE = (1 << 14, 1 << 18)
 
-# Bytes of a row from which on the CPU's kernel for reductions is faster than the library's product.
-_LONG_ROW = 256
-
-
-def propagate(adj_t: Tensor, x: Tensor) -> Tensor:
+def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the weighted sum over each target's edges, ``adj_t @ x``.
 
-    Faster in backward than the operator: the transpose is made once for an adjacency and kept as long as that lives, so
-    an adjacency must not be changed in place between passes. Computed in at least float32, also under autocast. An
-    adjacency that requires grad goes through the operator.
+    Faster in backward than the operator: what the transpose takes is made once for an adjacency and kept as long as
+    that lives, so an adjacency must not be changed in place between passes. Computed in at least float32, also under
+    autocast.
+
+    Weights of edges can be learnt, as those of :func:`~recollect.autoscale.with_weights` or as ``weights``: the
+    gradient of an edge's weight is the scalar product of its target's gradient and its source's row, in whatever order
+    the columns are and however many edges two nodes share.
 
     Args:
         adj_t: sparse CSR [num_targets, num_sources].
         x: [num_sources, channels].
+        weights: [num_edges], floating point, in the place of the values of ``adj_t``; for transforms of torch.func.
 
     Returns:
         [num_targets, channels], of the type of ``x``.
 
     Raises:
         TypeError: ``adj_t`` is no sparse CSR tensor.
+        ValueError: there is not one of the ``weights`` for each edge; or ``adj_t`` requires grad, was not made by
+            :func:`~recollect.autoscale.with_weights`, and has unsorted columns or several edges between two nodes.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import propagate, with_weights
+        >>> adj_t = torch.tensor([[0.0, 1.0], [1.0, 1.0]]).to_sparse_csr()
+        >>> weights = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        >>> propagate(with_weights(adj_t, weights), torch.tensor([[1.0], [10.0]])).sum().backward()
+        >>> weights.grad
+        tensor([10.,  1., 10.])
     """
     check_csr(adj_t)
-    if adj_t.requires_grad:
-        return adj_t @ x
-    out: Tensor = _Propagate.apply(x, _Constant(adj_t))  # type: ignore[no-untyped-call]
-    return out
-
-
-def extreme(adj_t: Tensor, x: Tensor, which: Literal["max", "min"]) -> Tensor:
-    """Return the largest, or the smallest, of the rows of each target's sources, channel by channel; 0 without any.
-
-    The gradient is that of torch's ``scatter_reduce_(..., "amax", include_self=False)`` into zeros, which
-    torch_geometric uses: the edges whose rows are the extreme share it evenly, and where the extreme is 0, the zero
-    that was there before takes a share as well, which is lost. (No subgradient is more right than another; this one is
-    what a network gets without recollect.)
-
-    Args:
-        adj_t: sparse CSR [num_targets, num_sources], on the CPU; its values are not looked at.
-        x: [num_sources, channels], floating point, on the CPU.
-        which: ``"max"`` or ``"min"``.
-
-    Returns:
-        [num_targets, channels], of the type of ``x``.
-
-    Raises:
-        TypeError: ``adj_t`` is no sparse CSR tensor.
-        ValueError: ``which`` is something else, or ``x`` is on another device than the CPU.
-    """
-    check_csr(adj_t)
-    if which not in ("max", "min"):
-        raise ValueError(f"which={which!r} is unknown; choose 'max' or 'min'")
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}, but torch has this reduction on the CPU only")
-    out: Tensor = _Extreme.apply(x, _Constant(adj_t), which)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Constant:
-    """Hides a sparse tensor from torch.func, which cannot wrap it and need not."""
-
-    def __init__(self, adj_t: Tensor) -> None:
-        self.adj_t = adj_t
-
-
-def _product(adj_t: Tensor, x: Tensor) -> Tensor:
-    """``adj_t @ x``, by the faster of two ways: on long rows torch's kernel for reductions, on the CPU, by far."""
-    is_long = x.size(1) * x.element_size() >= _LONG_ROW or not torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if x.device.type == "cpu" and x.is_floating_point() and is_long:
-        return _reduced(adj_t, x, "sum")
-    return adj_t @ x
-
-
-def _reduced(adj_t: Tensor, x: Tensor, how: str) -> Tensor:
-    out: Tensor = torch.sparse.mm(adj_t, x, how)
-    return out
+    if weights is None and not adj_t.requires_grad:
+        out: Tensor = _Propagate.apply(x, Constant(adj_t))  # type: ignore[no-untyped-call]
+        return out
+    return weighted_product(adj_t, weights, x)
 
 
 class _Propagate(torch.autograd.Function):
@@ -109,14 +69,11 @@ class _Propagate(torch.autograd.Function):
     independent_axes = ({1: 1},)
 
     @staticmethod
-    def forward(x: Tensor, constant: _Constant) -> Tensor:
-        adj_t = constant.adj_t
-        dtype = torch.promote_types(torch.promote_types(adj_t.dtype, x.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return _product(adj_t.to(dtype), x.to(dtype)).to(x.dtype)
+    def forward(x: Tensor, constant: Constant) -> Tensor:
+        return multiplied(constant.adj_t, x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Constant], output: Tensor) -> None:
         # An adjacency that others keep is not to be asked for; one that nobody keeps is made again of what autograd
         # saved, as that is what frames can drop.
         adj_t = inputs[1].adj_t
@@ -137,7 +94,7 @@ class _Propagate(torch.autograd.Function):
         return propagate(ctx.kept(), tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, constant: _Constant) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, constant: Constant) -> tuple[Tensor, int]:
         batched = x.movedim(in_dims[0], -1)  # a batch is more channels
         out = propagate(constant.adj_t, batched.flatten(1))
         return out.reshape(out.size(0), *batched.shape[1:]), -1
@@ -159,141 +116,3 @@ def _transposed(adj_t: Tensor) -> Tensor:
         _TRANSPOSES[adj_t] = transpose
         _TRANSPOSES[transpose] = weakref.ref(adj_t)
     return transpose
-
-
-class _Extreme(torch.autograd.Function):
-    """The largest or smallest row of each target's sources."""
-
-    independent_axes = ({1: 1},)
-
-    @staticmethod
-    def forward(x: Tensor, constant: _Constant, which: str) -> Tensor:
-        adj_t, dtype = constant.adj_t, torch.promote_types(x.dtype, torch.float32)
-        ones = torch.ones_like(adj_t.values(), dtype=dtype)
-        plain = sparse_csr(adj_t.crow_indices(), adj_t.col_indices(), ones, (adj_t.size(0), adj_t.size(1)))
-        return _reduced(plain, x.to(dtype), f"a{which}").to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Constant, str], output: Tensor) -> None:
-        x, constant, _ = inputs
-        with outside_functorch():
-            rowptr, col = constant.adj_t.crow_indices(), constant.adj_t.col_indices()
-        ctx.save_for_backward(x, output, rowptr, col)
-        ctx.save_for_forward(x, output, rowptr, col)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Shared.apply(grad, *ctx.saved_tensors, True, True), None, None  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        out: Tensor = _Shared.apply(tangent, *ctx.saved_tensors, False, False)  # type: ignore[no-untyped-call]
-        return out
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int, None, None], x: Tensor, constant: _Constant, which: Literal["max", "min"]
-    ) -> tuple[Tensor, int]:
-        batched = x.movedim(in_dims[0], -1)
-        out = extreme(constant.adj_t, batched.flatten(1), which)
-        return out.reshape(out.size(0), *batched.shape[1:]), -1
-
-
-class _Shared(torch.autograd.Function):
-    """Hands values of the targets to the sources that are their extremes, in even shares; or the other way round.
-
-    Linear in the values; backward is the other way round. Which messages are extremes is found by comparing them again,
-    in pieces.
-    """
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        """Arguments as of :func:`_share`."""
-        shared: Tensor = _share(*args)
-        return shared
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:5])
-        ctx.save_for_forward(*inputs[1:5])
-        ctx.flags = inputs[5:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        to_sources, with_zero = ctx.flags
-        back = _Shared.apply(grad, *ctx.saved_tensors, not to_sources, with_zero)  # type: ignore[no-untyped-call]
-        return back, *[None] * 6
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        out: Tensor = _Shared.apply(tangent, *ctx.saved_tensors, *ctx.flags)  # type: ignore[no-untyped-call]
-        return out
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        each = [
-            _Shared.apply(  # type: ignore[no-untyped-call]
-                *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(each), 0
-
-
-@torch.library.custom_op("recollect::share", mutates_args=())  # an operator, over which batched gradients can loop
-def _share(
-    values: Tensor, x: Tensor, out: Tensor, rowptr: Tensor, col: Tensor, to_sources: bool, with_zero: bool
-) -> Tensor:
-    """Return what the sources get [num_sources, channels], or what the targets get [num_targets, channels].
-
-    Args:
-        values: of the targets, [num_targets, channels]; the other way round of the sources.
-        x: [num_sources, channels], the messages.
-        out: [num_targets, channels], the extremes.
-        rowptr: where each target's edges begin, [num_targets + 1].
-        col: the source of each edge, [num_edges].
-        to_sources: the way.
-        with_zero: an extreme that is 0 has one more to share with.
-    """
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    found = torch.zeros_like(x if to_sources else out, dtype=dtype)
-    for rows, edges, channels in _pieces(rowptr.tolist(), x):
-        source, top, given = col[edges], out[rows, channels], values[:, channels]
-        degrees = rowptr[rows.start : rows.stop + 1].diff()
-        target = torch.repeat_interleave(degrees, output_size=source.numel())
-        is_top = (x[:, channels].index_select(0, source) == top.index_select(0, target)).to(dtype)
-        number = torch.zeros_like(top, dtype=dtype).index_add_(0, target, is_top)
-        if with_zero:
-            number += top == 0
-        if to_sources:
-            share = given[rows] / number
-            found[:, channels].index_add_(0, source, is_top.mul_(share.index_select(0, target)))
-        else:
-            whole = torch.zeros_like(number).index_add_(0, target, is_top.mul_(given.index_select(0, source)))
-            found[rows, channels] = whole / number.clamp_(min=1)
-    return found.to(values.dtype)
-
-
-@_share.register_fake
-def _(values: Tensor, x: Tensor, out: Tensor, rowptr: Tensor, col: Tensor, to_sources: bool, with_zero: bool) -> Tensor:
-    return torch.empty_like(x if to_sources else out, dtype=values.dtype)
-
-
-def _pieces(rowptr: list[int], x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut the messages into pieces: the targets, their edges, and the channels of each.
-
-    A piece has all edges of its targets; one with very many goes by a few channels at a time.
-    """
-    channels = x.size(1)
-    size = min(max(x.numel(), _PIECE[0]), _PIECE[1])
-    start, last = 0, len(rowptr) - 1
-    while start < last and channels:
-        end = bisect.bisect_right(rowptr, rowptr[start] + size // channels) - 1
-        width = channels
-        if end <= start:
-            end, width = start + 1, max(size // (rowptr[start + 1] - rowptr[start]), 1)
-        edges = slice(rowptr[start], rowptr[end])
-        if edges.stop > edges.start:
-            for channel in range(0, channels, width):
-                yield slice(start, end), edges, slice(channel, min(channel + width, channels))
-        start = end

@@ -11,6 +11,18 @@ from recollect.models._gcn import GCN
 from recollect.models._gcn2 import GCN2
 from recollect.models._gin import GIN
 from recollect.models._pna import PNA, PNA_JK
+from recollect.models._pygas import PygasReport, load_pygas_state_dict
 from recollect.models._revgnn import RevGNN
 
-__all__ = ["APPNP", "GAT", "GCN", "GCN2", "GIN", "PNA", "PNA_JK", "RevGNN"]
+__all__ = [
+    "APPNP",
+    "GAT",
+    "GCN",
+    "GCN2",
+    "GIN",
+    "PNA",
+    "PNA_JK",
+    "PygasReport",
+    "RevGNN",
+    "load_pygas_state_dict",
+]

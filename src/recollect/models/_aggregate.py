@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recollect.autoscale import propagate, with_weights
+from recollect.messages import propagate, values_of, with_weights
 
 __all__ = ["AGGREGATORS", "Messages"]
 
@@ -44,7 +44,7 @@ class Messages:
             return self._reduced(self._each() ** power, "sum")
         if power == 1:
             return propagate(self._adj_t, self._x)
-        return propagate(with_weights(self._adj_t, self._adj_t.values() ** power), self._x**power)
+        return propagate(with_weights(self._adj_t, values_of(self._adj_t) ** power), self._x**power)
 
     def mean(self, power: int = 1) -> Tensor:
         """Return the mean of the messages, or of a power of them; 0 where there are none."""
@@ -72,7 +72,7 @@ class Messages:
         rows = self._x.index_select(0, self._adj_t.col_indices())
         if self._edges is not None:
             rows = self._activation(rows + self._edges)
-        return rows * self._adj_t.values().to(rows.dtype).unsqueeze(-1)
+        return rows * values_of(self._adj_t).to(rows.dtype).unsqueeze(-1)
 
     def _reduced(self, messages: Tensor, how: str) -> Tensor:
         out = torch.segment_reduce(messages, how, offsets=self._adj_t.crow_indices())

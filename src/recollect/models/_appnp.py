@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recollect._arguments import as_count
@@ -28,7 +29,10 @@ class APPNP(ScalableGNN):
         num_layers: propagations, L.
         alpha: probability of returning to the node itself.
         dropout: probability in [0, 1), before each linear map.
-        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
+        pool_size: as ``buffer_size`` and ``device`` of :class:`~recollect.autoscale.ScalableGNN`.
+        buffer_size: see there.
+        device: see there.
+        **options: its others, by name.
 
     Raises:
         ValueError: a number is out of its range.
@@ -43,10 +47,13 @@ class APPNP(ScalableGNN):
         num_layers: int,
         alpha: float = 0.1,
         dropout: float = 0.0,
+        pool_size: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
         out_channels = as_count("out_channels", out_channels)
-        super().__init__(num_nodes, out_channels, num_layers, **options)
+        super().__init__(num_nodes, out_channels, num_layers, pool_size, buffer_size, device, **options)
         check_dropout(dropout)
         check_alpha(alpha)
         self.in_channels = in_channels = as_count("in_channels", in_channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,16 +25,20 @@ class GAT(ConvStack):
         num_nodes: of the whole graph, N.
         in_channels: of the features.
         hidden_channels: of each head of the layers but the last.
-        out_channels: classes, or labels.
-        num_layers: convolutions, L.
         hidden_heads: of the layers but the last; their outputs are concatenated.
+        out_channels: classes, or labels. Without a default, though heads that come before it have one.
         out_heads: of the last layer; their outputs are averaged.
+        num_layers: convolutions, L.
         dropout: probability in [0, 1), of each layer's input and of the attention.
+        pool_size: as ``buffer_size`` and ``device`` of :class:`~recollect.autoscale.ScalableGNN`.
+        buffer_size: see there.
+        device: see there.
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
-        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
+        **options: of :class:`~recollect.autoscale.ScalableGNN`, by name.
 
     Raises:
+        TypeError: there is no ``out_channels``.
         ValueError: a number is out of its range.
         ImportError: torch_geometric is missing.
     """
@@ -43,15 +48,21 @@ class GAT(ConvStack):
         num_nodes: int,
         in_channels: int,
         hidden_channels: int,
-        out_channels: int,
-        num_layers: int,
         hidden_heads: int = 8,
+        out_channels: int | None = None,
         out_heads: int = 1,
+        num_layers: int = 2,
         dropout: float = 0.0,
+        pool_size: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
+        *,
         batch_norm: bool = False,
         residual: bool = False,
         **options: Any,
     ) -> None:
+        if out_channels is None:
+            raise TypeError("GAT needs out_channels, the number of classes or labels")
         try:
             from torch_geometric.nn import GATConv
         except ImportError as error:
@@ -77,8 +88,21 @@ class GAT(ConvStack):
             batch_norm=batch_norm,
             residual=residual,
             activation=F.elu,
+            pool_size=pool_size,
+            buffer_size=buffer_size,
+            device=device,
             **options,
         )
+
+    @property
+    def reg_modules(self) -> nn.ModuleList:
+        """What the paper's code regularises by weight decay: all convolutions, and norms."""
+        return nn.ModuleList([*self.convs, *self.bns])
+
+    @property
+    def nonreg_modules(self) -> nn.ModuleList:
+        """Nothing."""
+        return nn.ModuleList()
 
     def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """Attend from the targets to the sources."""

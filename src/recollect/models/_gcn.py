@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from recollect.models._layers import GCNLayer
 from recollect.models._stack import ConvStack
 
@@ -27,7 +29,10 @@ class GCN(ConvStack):
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
         linear: a linear map before the first convolution and one after the last.
-        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
+        pool_size: as ``buffer_size`` and ``device`` of :class:`~recollect.autoscale.ScalableGNN`.
+        buffer_size: see there.
+        device: see there.
+        **options: its others, by name.
 
     Raises:
         ValueError: a number is out of its range.
@@ -45,6 +50,9 @@ class GCN(ConvStack):
         batch_norm: bool = False,
         residual: bool = False,
         linear: bool = False,
+        pool_size: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -59,5 +67,8 @@ class GCN(ConvStack):
             batch_norm=batch_norm,
             residual=residual,
             head=linear,
+            pool_size=pool_size,
+            buffer_size=buffer_size,
+            device=device,
             **options,
         )

@@ -31,7 +31,10 @@ class GIN(ConvStack):
         drop_input: apply dropout to the features too.
         batch_norm: normalise each convolution's output.
         residual: add a layer's input to the convolution's output.
-        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
+        pool_size: as ``buffer_size`` and ``device`` of :class:`~recollect.autoscale.ScalableGNN`.
+        buffer_size: see there.
+        device: see there.
+        **options: its others, by name.
 
     Raises:
         ValueError: a number is out of its range.
@@ -49,6 +52,9 @@ class GIN(ConvStack):
         drop_input: bool = False,
         batch_norm: bool = False,
         residual: bool = False,
+        pool_size: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
         if noise < 0:
@@ -65,6 +71,9 @@ class GIN(ConvStack):
             batch_norm=batch_norm,
             residual=residual,
             head=True,
+            pool_size=pool_size,
+            buffer_size=buffer_size,
+            device=device,
             **options,
         )
         self.noise = noise

@@ -25,14 +25,17 @@ class PNA(ConvStack):
         num_layers: convolutions, L.
         aggregators: of ``max``, ``mean``, ``min``, ``std``, ``sum``, ``var``.
         scalers: of ``identity``, ``amplification``, ``attenuation``, ``linear``, ``inverse_linear``.
-        deg: the in-degree of every node of the training graph [num_nodes], for the scalers' means:
-            ``adj_t.crow_indices().diff()``. (Not a histogram.)
+        deg: the in-degree of every node of the training graph, which may be another than the N nodes, for the scalers'
+            means: ``adj_t.crow_indices().diff()``. (Not a histogram, as torch_geometric's PNAConv takes.)
         dropout: probability in [0, 1), before each layer.
         drop_input: apply dropout to the features too.
         batch_norm: normalise each convolution's output, but not the logits.
         residual: add a layer's input to the convolution's output, where they are of the same width.
+        pool_size: as ``buffer_size`` and ``device`` of :class:`~recollect.autoscale.ScalableGNN`.
+        buffer_size: see there.
+        device: see there.
         edge_dim: features of each edge. Calls then take ``edge_attr=`` [num_edges, edge_dim], in the adjacency's order.
-        **options: from ``pool_size`` on, by name, of :class:`~recollect.autoscale.ScalableGNN`.
+        **options: of :class:`~recollect.autoscale.ScalableGNN`, by name.
 
     Raises:
         ValueError: a number is out of its range, or a name unknown.
@@ -54,13 +57,17 @@ class PNA(ConvStack):
         drop_input: bool = True,
         batch_norm: bool = False,
         residual: bool = False,
+        pool_size: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
+        *,
         edge_dim: int | None = None,
         **options: Any,
     ) -> None:
-        if deg.dim() != 1 or deg.numel() != num_nodes:
+        if deg.dim() != 1:
             raise ValueError(
-                f"deg has {deg.numel()} numbers, but there are {num_nodes} nodes: the in-degree of each is expected, "
-                "adj_t.crow_indices().diff()"
+                f"deg has shape {list(deg.shape)}, but must be [nodes]: the in-degree of each node of the training "
+                "graph, adj_t.crow_indices().diff()"
             )
         super().__init__(
             num_nodes,
@@ -76,19 +83,12 @@ class PNA(ConvStack):
             batch_norm=batch_norm,
             residual=residual,
             head=self._head,
+            pool_size=pool_size,
+            buffer_size=buffer_size,
+            device=device,
             **options,
         )
         self.inputs = () if edge_dim is None else ("edge_attr",)
-
-    @property
-    def reg_modules(self) -> nn.ModuleList:
-        """What the paper's code regularises by weight decay: convolutions and norms."""
-        return nn.ModuleList([*self.convs, *self.bns])
-
-    @property
-    def nonreg_modules(self) -> nn.ModuleList:
-        """The linear maps, if there are any."""
-        return nn.ModuleList(self.lins)
 
     def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """See :class:`PNALayer`."""
@@ -107,14 +107,15 @@ class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
     _head = True
 
     def make_head(self, in_channels: int, hidden_channels: int, out_channels: int) -> list[nn.Module]:
-        """Return a map to the first layer, and one from the first layer's input and all outputs."""
+        """Return a map to the first layer, with a ReLU, and one from the first layer's input and all outputs."""
+        norm = nn.BatchNorm1d(hidden_channels) if self.batch_norm else nn.Identity()
         return [
-            nn.Linear(in_channels, hidden_channels),
+            nn.Sequential(nn.Linear(in_channels, hidden_channels), norm, nn.ReLU()),
             nn.Linear((self.num_layers + 1) * hidden_channels, out_channels),
         ]
 
     def enter(self, x: Tensor, num_targets: int, state: State) -> Tensor:
-        """Return the first linear map, bare."""
+        """Return the first map's output."""
         out: Tensor = self.lins[0](self.drop(x) if self.drop_input else x)
         state["layers"] = (out[:num_targets],)
         return out

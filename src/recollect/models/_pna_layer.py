@@ -26,9 +26,9 @@ SCALERS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 class PNALayer(nn.Module):
     """Principal neighbourhood aggregation (Corso et al., arXiv 2004.05718), in GNNAutoScale's form.
 
-    W X + b + the sum over pairs of an aggregator and a scaler of V_k scale_k(aggregate_k(ReLU(U_k X))), each pair with
-    its own U_k and V_k. The maps are applied to nodes and not to edges, so their cost does not grow with the degree.
-    With edge features, E_k e is added before the ReLU, which then is applied to each edge.
+    W X + b + the sum over pairs of an aggregator and a scaler of scale_k(V_k aggregate_k(ReLU(U_k X)) + c_k), each pair
+    with its own U_k and V_k. The maps are applied to nodes and not to edges, so their cost does not grow with the
+    degree. With edge features, E_k e is added before the ReLU, which then is applied to each edge.
 
     Args:
         in_channels: of X.
@@ -90,7 +90,7 @@ class PNALayer(nn.Module):
         for index, (aggregator, scaler) in enumerate(self.pairs):
             messages = self._messages(index, x, adj_t, edge_attr)
             scale = SCALERS[scaler](degree, self.mean, self.mean_log)
-            out = out + self.post_lins[index](AGGREGATORS[aggregator](messages) * scale)
+            out = out + self.post_lins[index](AGGREGATORS[aggregator](messages)) * scale
         return out
 
     def _messages(self, index: int, x: Tensor, adj_t: Tensor, edge_attr: Tensor | None) -> Messages:

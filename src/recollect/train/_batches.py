@@ -21,12 +21,13 @@ class Batch(NamedTuple):
     Attributes:
         inputs: what the network is called with.
         target: labels of its output's rows.
-        mask: which rows the loss is of [rows] bool.
+        rows: those that the loss is of [number] int64. Places and not a mask: a mask has to be turned into them in each
+            step, which waits for the device.
     """
 
     inputs: tuple[Any, ...]
     target: Tensor
-    mask: Tensor
+    rows: Tensor
 
 
 class Batches(Protocol):
@@ -48,6 +49,7 @@ class FullBatch:
 
     def __init__(self, graph: TrainingGraph, inputs: tuple[Any, ...], edge_dropout: float = 0.0) -> None:
         self._graph = graph
+        self._rows = graph.data.train_mask.nonzero().flatten()
         self._inputs = inputs
         self._edge_dropout = edge_dropout
 
@@ -56,7 +58,7 @@ class FullBatch:
         inputs = self._inputs
         if self._edge_dropout:
             inputs = (inputs[0], dropout(inputs[1], self._edge_dropout))
-        yield Batch(inputs, self._graph.data.y, self._graph.data.train_mask)
+        yield Batch(inputs, self._graph.data.y, self._rows)
 
 
 class PartBatches:
@@ -78,12 +80,12 @@ class PartBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield them."""
         for sub in self._loader:
-            mask = sub.data.train_mask[: sub.batch_size]
-            if not bool(mask.any()):
+            rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten()
+            if not len(rows):
                 continue
             data, size, *where = sub.to(self._device)
             adj_t = dropout(data.adj_t, self._edge_dropout)
-            yield Batch((data.x, adj_t, size, *where), data.y[:size], mask.to(self._device))
+            yield Batch((data.x, adj_t, size, *where), data.y[:size], rows.to(self._device))
 
 
 def evaluation_loader(graph: TrainingGraph, training: TrainingSettings) -> EvalSubgraphLoader:

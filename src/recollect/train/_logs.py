@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import shutil
 import warnings
@@ -14,7 +15,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from recollect.train._errors import TrainingError
 from recollect.train._trainer import Row
 
-__all__ = ["Logs"]
+__all__ = ["Logs", "read_history"]
 
 
 def _clear(run_dir: Path) -> None:
@@ -65,3 +66,17 @@ class Logs:
         """Write what is left."""
         self._csv.finalize("success")
         self._tensorboard.finalize("success")
+
+
+def read_history(run_dir: Path) -> list[Row]:
+    """The epochs of a run's metrics.csv; none if it cannot be read.
+
+    Args:
+        run_dir: its folder.
+    """
+    try:
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+    return [{key: value for key, value in row.items() if key != "step"} for row in rows]

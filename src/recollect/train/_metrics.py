@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +12,9 @@ from recollect.autoscale import compute_micro_f1
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
-__all__ = ["losses", "other_scores", "score"]
+__all__ = ["losses", "other_scores", "score", "scored"]
+
+_NAMES = {"rocauc": "ROC-AUC", "average_precision": "average precision"}
 
 
 def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
@@ -25,9 +28,7 @@ def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
     """
     if task == "multiclass":
         return F.cross_entropy(logits, target, reduction="none")
-    known = ~target.isnan() if target.is_floating_point() else None
-    if known is None or bool(known.all()):
-        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+    known = ~target.isnan()
     each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
     return each * known * (known.numel() / known.sum().clamp(min=1))
 
@@ -50,7 +51,26 @@ def score(graph: GraphDataset, logits: Tensor, part: str) -> float:
     Raises:
         TrainingError: ROC-AUC or average precision is asked for where no label both occurs and is missing.
     """
-    return _score(graph, logits, part, graph.metric)
+    return float(scored(graph, logits, graph.data[f"{part}_mask"].nonzero().flatten(), part))
+
+
+def scored(graph: GraphDataset, logits: Tensor, rows: Tensor, part: str, metric: str | None = None) -> Tensor:
+    """Return :func:`score`, or that by another metric, as a scalar on the rows of the part.
+
+    Nothing waits for an accuracy.
+    """
+    metric = metric or graph.metric
+    logits, y = logits[rows].float(), graph.data.y[rows]
+    if metric == "accuracy":
+        share: Tensor
+        if graph.task == "multiclass":
+            share = (logits.argmax(-1) == y).double().mean()
+            return share
+        known = ~y.isnan()
+        share = (((logits > 0) == (y > 0.5)) & known).double().sum() / known.double().sum()
+        return share
+    logits, y = logits.cpu(), y.cpu()
+    return torch.tensor(_by_counts(graph, logits, y, part, metric), dtype=torch.float64, device="cpu")
 
 
 def other_scores(graph: GraphDataset, logits: Tensor, part: str) -> dict[str, float]:
@@ -60,39 +80,34 @@ def other_scores(graph: GraphDataset, logits: Tensor, part: str) -> dict[str, fl
     """
     if graph.task != "multilabel":
         return {}
+    rows = graph.data[f"{part}_mask"].nonzero().flatten()
     others = [metric for metric in ("average_precision", "micro_f1") if metric != graph.metric]
     scores = {}
     for metric in others:
         with contextlib.suppress(TrainingError):  # a label may be on all nodes of the part, or on none
-            scores[metric] = _score(graph, logits, part, metric)
+            scores[metric] = float(scored(graph, logits, rows, part, metric))
     return scores
 
 
-def _score(graph: GraphDataset, logits: Tensor, part: str, metric: str) -> float:
-    mask = graph.data[f"{part}_mask"]
-    logits, y = logits[mask].float(), graph.data.y[mask]
+def _by_counts(graph: GraphDataset, logits: Tensor, y: Tensor, part: str, metric: str) -> float:
     if graph.task == "multiclass":
-        if metric == "accuracy":
-            return float((logits.argmax(-1) == y).double().mean())
         if metric == "micro_f1":
             return compute_micro_f1(logits, y)
         if graph.num_classes != 2:
-            raise TrainingError(f"{metric} of {graph.num_classes} exclusive classes is not defined: {graph.name!r}")
-        return _mean_over_labels(metric, (logits[:, 1] - logits[:, 0])[:, None], (y == 1)[:, None].float(), graph, part)
-    known = ~y.isnan()
-    if metric == "accuracy":
-        return float(((logits > 0) == (y > 0.5))[known].double().mean())
+            name = _NAMES[metric]
+            raise TrainingError(f"{name} of {graph.num_classes} exclusive classes is not defined: {graph.name!r}")
+        values, true = (logits[:, 1] - logits[:, 0])[:, None], (y == 1)[:, None].float()
+        return _mean_over_labels(metric, values, true, graph.name, part)
     if metric == "micro_f1":
-        return compute_micro_f1(logits.masked_fill(~known, -1.0), y.nan_to_num(0.0))
-    return _mean_over_labels(metric, logits, y, graph, part)
+        return compute_micro_f1(logits.masked_fill(y.isnan(), -1.0), y.nan_to_num(0.0))
+    return _mean_over_labels(metric, logits, y, graph.name, part)
 
 
-def _mean_over_labels(metric: str, values: Tensor, true: Tensor, graph: GraphDataset, part: str) -> float:
+def _mean_over_labels(metric: str, values: Tensor, true: Tensor, graph: str, part: str) -> float:
     """The mean of a score of rankings over the labels [nodes, labels] that both occur and are missing."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     one = {"rocauc": roc_auc_score, "average_precision": average_precision_score}[metric]
-    values, true = values.cpu(), true.cpu()
     scores = []
     for k in range(true.size(1)):
         known = ~true[:, k].isnan()
@@ -100,8 +115,7 @@ def _mean_over_labels(metric: str, values: Tensor, true: Tensor, graph: GraphDat
         if bool(has.any()) and not bool(has.all()):
             scores.append(float(one(has.numpy(), value.numpy())))
     if not scores:
-        name = {"rocauc": "ROC-AUC", "average_precision": "average precision"}[metric]
         raise TrainingError(
-            f"{name} is not defined: each label is on all or on none of the {part} nodes of {graph.name!r}"
+            f"{_NAMES[metric]} is not defined: each label is on all or on none of the {part} nodes of {graph!r}"
         )
     return sum(scores) / len(scores)

@@ -151,4 +151,4 @@ def _some_nodes(losses: Tensor, number: int) -> Tensor:
     """Losses of so many nodes at random, or of all if there are no more."""
     each = losses if losses.dim() == 1 else losses.mean(1)
     chosen = torch.randperm(each.numel())[:number].to(each.device)
-    return each[chosen]
+    return each[chosen] if number < each.numel() else each

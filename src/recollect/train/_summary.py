@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import recollect
-from recollect.autoscale import ScalableGNN
 from recollect.train._files import write_text
-from recollect.train._histories import histories_of
 from recollect.train._measure import Costs
 from recollect.train._stored import check_summary, read_text
-from recollect.train._text import per_layer
 from recollect.train._trainer import Trainer
 
 __all__ = ["Summary", "combine", "read_summary", "summarize", "write_summary"]
@@ -56,7 +53,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "epochs": trainer.epoch,
         "seconds": sum(row["seconds"] for row in trainer.history),
         "largest_drift": max(drifts, default=None),
-        "histories": _histories(trainer),
+        "histories": step.family.summarize(step.network, trainer.history, device),
         "modes": step.modes,
         "peak_bytes": costs.peak,
         "peak_bytes_plain": costs.peak_plain,
@@ -70,7 +67,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "seed": settings.seed,
         "precision": settings.precision,
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_name": _name_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "recollect": recollect.__version__,
@@ -109,19 +106,13 @@ def read_summary(path: Path) -> Summary:
     return check_summary(read_text(path), path)
 
 
+def _name_of(device: torch.device) -> str:
+    if device.type == "cpu":
+        return platform.machine()
+    name: Callable[[torch.device], str] | None = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else name(device)
+
+
 def _mean_of(history: Sequence[dict[str, float]], key: str) -> float | None:
     values = [row[key] for row in history if key in row]
     return statistics.fmean(values) if values else None
-
-
-def _histories(trainer: Trainer) -> Summary | None:
-    """Size of the histories; mean ages after the last epoch, and their errors where they were last measured."""
-    step, training = trainer.step, trainer.settings.training
-    if not isinstance(step.network, ScalableGNN) or not step.in_parts:
-        return None
-    errors = [found for row in trainer.history if (found := per_layer(row, "error")) and found[0] == found[0]]
-    return {
-        **histories_of(step.network, training, step.fabric.device),
-        "ages": per_layer(trainer.history[-1], "age"),
-        "errors": errors[-1] if errors else [],
-    }

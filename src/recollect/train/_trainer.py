@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.frames import settle
 from recollect.train._build import warmup
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
-from recollect.train._metrics import score
 from recollect.train._settings import Settings
 from recollect.train._step import Step
 from recollect.train._stored import check_checkpoint
@@ -89,15 +89,23 @@ class Trainer:
         seen = self.step.observe(errors=every is not None and epoch % every == 0)
         self.scheduler.step()
         logits = self.step.evaluate()
-        val_loss = float(self.step.loss(logits, "val"))
+        found = [
+            self.step.loss(logits, "val"),
+            logits.double().abs().sum(),
+            self.step.score(logits, "train"),
+            self.step.score(logits, "val"),
+        ]
+        # Together: each number by itself would be waited for.
+        val_loss, size, train_score, val_score = torch.stack([one.double().to(logits.device) for one in found]).tolist()
+        settle()  # what is wrong with the gradients of this epoch is an error of this epoch
         # A step can ruin the parameters with its own loss still finite. Then nothing of this epoch may be kept.
         self._check(val_loss, "validation loss", epoch)
-        self._check(float(logits.double().abs().sum()), "model's output", epoch)
+        self._check(size, "model's output", epoch)
         row = {
             "epoch": epoch,
             "loss": loss,
-            "train_accuracy": score(self.step.graph, logits, "train"),
-            "val_accuracy": score(self.step.graph, logits, "val"),
+            "train_accuracy": train_score,
+            "val_accuracy": val_score,
             "val_loss": val_loss,
             "learning_rate": float(learning_rate),
             "seconds": time.perf_counter() - start,
@@ -143,7 +151,7 @@ class Trainer:
                 "history": self.history,
                 "best_epoch": self.best_epoch,
                 "best_state": self.best_state,
-                "random": _random_state(),
+                "random": _random_state(fabric.device),
             },
         )
         self._saved = time.perf_counter()
@@ -169,7 +177,7 @@ class Trainer:
             precision.load_state_dict(rest["precision"])
             self.history, self.best_epoch = rest["history"], rest["best_epoch"]
             self.best_state = {name: value.to(fabric.device) for name, value in rest["best_state"].items()}
-            _restore_random_state(rest["random"])
+            _restore_random_state(rest["random"], fabric.device)
         except InvalidRunError:
             raise
         except Exception as error:  # torch.load of a damaged file raises half a dozen unrelated types
@@ -183,12 +191,17 @@ class Trainer:
         self.step.network.load_state_dict(self.best_state)
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    state = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    if device.type not in state:
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
+def _restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type not in ("cpu", "cuda") and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])

@@ -15,6 +15,7 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
     import torch_geometric.nn as geometric
 
+from recollect.messages import propagate, sparse_csr, with_weights
 from recollect.models import RevGNN
 
 
@@ -137,6 +138,28 @@ class GIN(OnGraph):
     def conv(self, width: int, out: int) -> nn.Module:
         mlp = nn.Sequential(nn.Linear(width, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, out))
         return geometric.GINConv(mlp, train_eps=True)
+
+
+@member
+class EdgeGate(OnGraph):
+    """Weights of edges that are learnt, as parameters and from features of the edges; columns are in no order."""
+
+    def conv(self, width: int, out: int) -> nn.Module:
+        return nn.Linear(width, out)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 33, dtype=torch.float64))
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        row, order = edge_index[1].sort(stable=True)
+        rowptr = torch.cat([row.new_zeros(1), row.bincount(minlength=NODES).cumsum(0)])
+        adj_t = sparse_csr(rowptr, edge_index[0][order], torch.ones(33, dtype=x.dtype), (NODES, NODES))
+        weights = self.gate(self.draw(33, 2)).squeeze(1).sigmoid() * self.scale
+        for conv in self.convs:
+            x = propagate(with_weights(adj_t, weights), conv(x)).tanh()
+        return x
 
 
 @member

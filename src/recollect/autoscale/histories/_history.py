@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from recollect._arguments import as_count
+from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import codec_for
-from recollect.autoscale.histories._file import FileTable
+from recollect.autoscale.histories._file_table import FileTable
 from recollect.autoscale.histories._memory import memory_table, no_table
-from recollect.autoscale.histories._selection import check_values, length, select_all, select_batch, select_rows
+from recollect.autoscale.histories._selection import (
+    Selection,
+    check_values,
+    length,
+    select_all,
+    select_batch,
+    select_rows,
+)
 from recollect.autoscale.histories._table import STAMP, STATE, Table
 from recollect.frames import in_backward
 
@@ -222,7 +230,14 @@ class History(TableModule):
         if in_backward():
             return
         where = select_batch(n_id, offset, count, self.num_embeddings)
-        x = check_values(x, length(where), self.embedding_dim, exact=offset is None)
+        self.write(check_values(x, length(where), self.embedding_dim, exact=offset is None), where)
+
+    @torch.no_grad()
+    def write(self, x: Tensor, where: Selection) -> None:
+        """Do what :meth:`push` does, for rows that were selected already, as those of a mini-batch are."""
+        if in_backward():
+            return
+        x = check_values(x, length(where), self.embedding_dim, exact=False)
         self.settle()
         self.table.write(x, where)
 
@@ -243,6 +258,47 @@ class History(TableModule):
         out = self._result.new_empty(length(where), self.embedding_dim)
         self.table.read(where, out)
         return out
+
+    @property
+    def emb(self) -> Tensor:
+        """The whole table as floats [num_embeddings, embedding_dim], to be read.
+
+        It is the table itself where that holds floats (of a file, its memory map), and a copy of an int8 table.
+
+        Raises:
+            RuntimeError: it was made with ``keep=False``.
+        """
+        if not self.dtype.is_floating_point:
+            return self.pull()
+        self.settle()
+        return self.table.state()["table"]
+
+    @property
+    def graph(self) -> GraphStamp | None:
+        """The graph whose nodes the rows are, as far as mini-batches of a loader have told."""
+        return self.table.graph
+
+    @graph.setter
+    def graph(self, graph: GraphStamp | None) -> None:
+        self.table.graph = graph
+
+    def extend(self, num_embeddings: int) -> None:
+        """Append rows, which are 0, as never pushed; the others keep what they have.
+
+        A history in a file gets a new file in the place of the old one, in one step: there must be room for both.
+
+        Args:
+            num_embeddings: rows from now on.
+
+        Raises:
+            ValueError: fewer than there are.
+            HistoryFileError: there is no room for the new file.
+        """
+        num_embeddings = as_count("num_embeddings", num_embeddings, least=self.num_embeddings)
+        self.settle()
+        if num_embeddings > self.num_embeddings:
+            self.table = self.table.extended(num_embeddings)
+            self.num_embeddings = num_embeddings
 
     def age(self, n_id: Tensor | None = None) -> Tensor:
         """Return the pushes to this history since the rows ``n_id`` (all without it) were pushed last, [rows] int64.

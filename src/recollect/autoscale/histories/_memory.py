@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._selection import Selection
-from recollect.autoscale.histories._table import STAMP, Table
+from recollect.autoscale.histories._table import STAMP, Table, UnderWay
 
 __all__ = ["MemoryClock", "MemoryRows", "memory_table", "no_table"]
 
@@ -79,16 +78,15 @@ class MemoryClock:
 
     def __init__(self) -> None:
         self.pushes = 0
+        self.base = 0
 
-    @contextmanager
-    def push(self) -> Iterator[int]:
+    def note(self, pushes: int, base: int, under_way: UnderWay = UnderWay.NOTHING) -> None:
         """See :class:`Clock`."""
-        self.pushes += 1
-        yield self.pushes
+        self.pushes, self.base = pushes, base
 
     def reset(self, pushes: int = 0) -> None:
         """See :class:`Clock`."""
-        self.pushes = pushes
+        self.note(pushes, 0)
 
 
 def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Table:
@@ -100,7 +98,17 @@ def memory_table(codec: Codec, num_embeddings: int, device: torch.device) -> Tab
         shape = num_embeddings, codec.record_width
         records = torch.zeros(shape, dtype=codec.record_dtype, device=device, pin_memory=_is_pinnable(device))
         stamps = torch.zeros(num_embeddings, 1, dtype=STAMP, device="cpu")
-    return Table(codec, MemoryRows(records, pinned=True), MemoryRows(stamps), MemoryClock())
+    return MemoryTable(codec, MemoryRows(records, pinned=True), MemoryRows(stamps), MemoryClock())
+
+
+class MemoryTable(Table):
+    """A table in a tensor."""
+
+    def extended(self, rows: int) -> Table:
+        """See :class:`Table`."""
+        other = memory_table(self.codec, rows, self.records.device)
+        self.copy_to(other)
+        return other
 
 
 class NoRows:
@@ -135,6 +143,10 @@ class NoTable(Table):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Leave it: there is no place for what was kept elsewhere."""
+
+    def extended(self, rows: int) -> Table:
+        """See :class:`Table`."""
+        return no_table(self.codec, rows)
 
 
 def no_table(codec: Codec, num_embeddings: int) -> Table:

@@ -11,7 +11,14 @@ from torch import Tensor
 from recollect._arguments import as_count
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._queues import Pull, PullQueue, PushQueue, Worker
-from recollect.autoscale.histories._selection import Integers, check_values, length, select_batch, select_parts
+from recollect.autoscale.histories._selection import (
+    Integers,
+    Selection,
+    check_values,
+    length,
+    select_batch,
+    select_parts,
+)
 from recollect.frames import in_backward
 
 __all__ = ["AsyncIOPool"]
@@ -128,7 +135,14 @@ class AsyncIOPool:
         if in_backward():
             return
         where = select_batch(n_id, offset, count, history.num_embeddings)
-        x = check_values(x, length(where), history.embedding_dim, exact=offset is None)
+        self.write(history, check_values(x, length(where), history.embedding_dim, exact=offset is None), where)
+
+    @torch.no_grad()
+    def write(self, history: History, x: Tensor, where: Selection) -> None:
+        """Do what :meth:`async_push` does, for rows that were selected already."""
+        if in_backward():
+            return
+        x = check_values(x, length(where), history.embedding_dim, exact=False)
         self._begin(history)
         self._pulls.start(history)
         self._pushes.add(history, x, where)

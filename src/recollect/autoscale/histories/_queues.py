@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from recollect._transfer import Buffer, Buffers, Event, Streams, streams_of
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._selection import Selection, length
 from recollect.autoscale.histories._table import Table
-from recollect.autoscale.histories._transfer import Buffer, Buffers, Streams, streams_of
 
 __all__ = ["Pull", "PullQueue", "PushQueue", "Worker"]
 
@@ -33,24 +34,65 @@ def _end(executor: ThreadPoolExecutor) -> None:
 class Worker:
     """A thread that starts with its first job, and ends with :meth:`close`, with this object or with the process.
 
-    In each case it first does all that it was given.
+    In each case it first does all that it was given. So it does before the process forks: a child has no such thread,
+    and finds everything done; its first job starts a thread of its own. It computes with one thread.
     """
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
+        self._last: Future[Any] | None = None
+        _workers.add(self)
 
     def submit(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Let the thread call a function after all that was submitted before."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix=_NAME)
-            self._finalizer = weakref.finalize(self, _end, self._executor)
-        return self._executor.submit(function, *args, **kwargs)
+        with _no_fork:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix=_NAME)
+                self._finalizer = weakref.finalize(self, _end, self._executor)
+            self._last = future = self._executor.submit(function, *args, **kwargs)
+        return future
 
     def close(self) -> None:
         """Wait until all is done, and end the thread; another job starts another one."""
         if self._executor is not None:
             self._finalizer()
-            self._executor = None
+            self._executor = self._last = None
+
+    def drain(self) -> None:
+        """Wait until all is done."""
+        if self._last is not None:
+            self._last.exception()  # in their order: then all are, and the thread holds the lock of none
+
+    def forget(self) -> bool:
+        """Forget a thread that is not in this process; return whether there was one."""
+        if self._executor is None:
+            return False
+        self._finalizer.detach()
+        self._executor = self._last = None
+        return True
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_no_fork = threading.RLock()
+
+
+def _before_fork() -> None:
+    _no_fork.acquire()
+    if not threading.current_thread().name.startswith(_NAME):  # it would wait for itself
+        for worker in list(_workers):
+            worker.drain()
+
+
+def _after_fork_in_child() -> None:
+    forgotten = [worker.forget() for worker in list(_workers)]
+    if any(forgotten):
+        # Nor are OpenMP's other threads in the child: it would wait for them forever. Loaders' workers do so too.
+        torch.set_num_threads(1)
+    _no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_no_fork.release, after_in_child=_after_fork_in_child)
 
 
 @dataclass(eq=False)
@@ -147,8 +189,6 @@ def _read(table: Table, parts: list[Selection], out: Tensor) -> Tensor:
 
 def _fill(pull: Pull, buffer: Buffer, streams: Streams | None) -> Tensor:
     """Read into a buffer and send it on, in the worker."""
-    if buffer.in_use is not None:
-        buffer.in_use.synchronize()
     values = _read(pull.history.table, pull.parts, buffer.view(pull.shape, pull.dtype))
     return values if streams is None else streams.send(values, buffer)
 
@@ -210,7 +250,7 @@ class PushQueue:
         self._failure = self._failure or failure
 
 
-def _write(table: Table, values: Tensor, where: Selection, fetched: torch.cuda.Event | None) -> None:
+def _write(table: Table, values: Tensor, where: Selection, fetched: Event | None) -> None:
     """Write what is in a buffer, or on its way there, in the worker."""
     if fetched is not None:
         fetched.synchronize()

@@ -14,6 +14,7 @@ __all__ = [
     "Slices",
     "check_values",
     "length",
+    "numbers_of",
     "select_all",
     "select_batch",
     "select_parts",
@@ -35,6 +36,14 @@ def length(selection: Selection) -> int:
     if isinstance(selection, Tensor):
         return selection.numel()
     return sum(stop - start for start, stop in selection)
+
+
+def numbers_of(selection: Selection) -> Tensor:
+    """Return the numbers of the rows selected [rows], int64 on the CPU, in their order."""
+    if isinstance(selection, Tensor):
+        return selection
+    ranges = [torch.arange(start, stop, device="cpu") for start, stop in selection]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def select_all(num_embeddings: int) -> Slices:
@@ -171,8 +180,7 @@ def _parts_of(offset: Integers | None, count: Integers | None, num_embeddings: i
 
 def _check_order(n_id: Tensor, slices: Slices) -> None:
     rows = length(slices)
-    expected = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in slices]) if slices else n_id[:0]
-    if n_id.numel() < rows or not torch.equal(n_id[:rows], expected):
+    if n_id.numel() < rows or not torch.equal(n_id[:rows], numbers_of(slices)):
         raise ValueError(
             f"n_id must begin with the {rows} nodes of the batch's parts, in their order (got {n_id.numel()} nodes "
             "that begin otherwise); permute the data by the partition before it is loaded"

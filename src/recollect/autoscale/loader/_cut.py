@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._require import require
-from recollect.autoscale.loader._roles import Kind, kinds_of
+from recollect.autoscale._stamp import BatchSize, GraphStamp
+from recollect.autoscale.loader._attributes import Path, found_at, put, spelled
+from recollect.autoscale.loader._local import Entries
+from recollect.autoscale.loader._order import without_bounds
+from recollect.autoscale.loader._roles import Roles, roles_of
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.autoscale.loader._subgraph import OneHop, Ranges
 from recollect.messages import rows_of, sparse_csr
@@ -31,26 +36,34 @@ class Cut:
         ptr: [num_parts + 1] int64 on the CPU.
         bipartite: ``adj_t`` has no rows for the halo.
         adjacency: The form of the edges.
-        kinds: What each tensor belongs to, where names and sizes do not say.
+        kinds: What each tensor belongs to, where names do not say.
     """
 
     def __init__(
-        self, data: Data, ptr: Tensor, bipartite: bool, adjacency: Adjacency, kinds: Mapping[str, Kind] | None
+        self, data: Data, ptr: Tensor, bipartite: bool, adjacency: Adjacency, kinds: Mapping[str, str] | None
     ) -> None:
         if adjacency not in get_args(Adjacency):
             raise ValueError(f"adjacency is {adjacency!r}, but must be one of {', '.join(get_args(Adjacency))}")
         if adjacency == "edge_index" and "edge_weight" in data:
             raise ValueError("data has edge_weight beside adj_t, whose values are weights already: delete one of them")
-        left = {key: kind for key, kind in (kinds or {}).items() if key in data}
-        _, _, self._kinds = kinds_of(data, left)
-        attributes = {key: value for key, value in data.to_dict().items() if key not in ("adj_t", "node_order")}
-        self._rest = data.__class__.from_dict(attributes)
+        kinds = {name: kind for name, kind in (kinds or {}).items() if name.partition(".")[0] in data}
+        roles = roles_of(data, kinds)
+        self._rest = graph_copy(data)
+        without_bounds(self._rest, roles, kinds)
+        for name in ("adj_t", "node_order"):
+            if name in self._rest:
+                del self._rest[name]
+        self._nodes = {path: role.dim or 0 for path, role in roles.of_kind("node").items() if path != ("node_order",)}
+        self._edges = {path: role.dim or 0 for path, role in roles.of_kind("edge").items()}
+        self._entries = _entries(data, roles, ptr)
+        self._companions = roles.of_kind("edge", of_edges=False)
         rowptr, col, self._value = (
             data.adj_t.crow_indices().long(),
             data.adj_t.col_indices().long(),
             data.adj_t.values(),
         )
         self._one_hop = OneHop(rowptr, col)
+        self.graph = GraphStamp.of(data.adj_t, data.node_order)
         self._ptr = ptr
         self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
         self._bipartite = bipartite
@@ -72,23 +85,51 @@ class Cut:
             rowptr = torch.cat([rowptr, rowptr[-1:].expand(num_rows - nodes.total)])
         adj_t = sparse_csr(rowptr, col, edges.take(self._value), (num_rows, n_id.numel()))
         data = self._attributes(n_id, edges)
+        self._put_entries(data, chosen, offset, end - offset)
         if self._adjacency == "csr":
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
-        return SubData(data, nodes.total, n_id, offset, end - offset)
+        return SubData(data, BatchSize(nodes.total, self.graph), n_id, offset, end - offset)
 
     def _attributes(self, n_id: Tensor, edges: Ranges) -> Data:
         """All but the edges, for these nodes."""
-        data = copy.copy(self._rest)
-        for key, kind in self._kinds.items():
-            if kind == "node" and key != "node_order":
-                data[key] = self._rest[key].index_select(0, n_id)
-            elif kind == "edge":
-                data[key] = edges.take(self._rest[key])
-        if "num_nodes" in self._rest:
+        rest = self._rest
+        data = copy.copy(rest)
+        put(data, {path: found_at(rest, path).index_select(dim, n_id) for path, dim in self._nodes.items()})
+        put(data, {path: _take(edges, found_at(rest, path), dim) for path, dim in self._edges.items()})
+        if "num_nodes" in rest:
             data.num_nodes = n_id.numel()
         return data
+
+    def _put_entries(self, data: Data, parts: Tensor, offset: Tensor, count: Tensor) -> None:
+        """Tensors of nodes, and what goes with their entries: those within the parts."""
+        found = {path: entries(parts, offset, count) for path, entries in self._entries.items()}
+        put(data, {path: nodes for path, (nodes, _) in found.items()})
+        for path, role in self._companions.items():
+            if role.of is not None:
+                _, kept = found[role.of]
+                put(data, {path: found_at(self._rest, path).index_select(role.dim or 0, kept)})
+
+
+def _take(edges: Ranges, value: Tensor, dim: int) -> Tensor:
+    return edges.take(value) if dim == 0 else edges.take(value.movedim(dim, 0)).movedim(0, dim)
+
+
+def _entries(data: Data, roles: Roles, ptr: Tensor) -> dict[Path, Entries]:
+    """What cuts each tensor of nodes."""
+    found = {}
+    for path, role in roles.of_kind("index").items():
+        if role.dim is None:
+            nodes = found_at(data, path)
+            raise ValueError(
+                f"data.{spelled(path)} has shape {tuple(nodes.shape)} and holds nodes by number, but nothing says "
+                "along which dimension its entries lie, of which a mini-batch gets those within its parts: give it a "
+                "name with index in it (its last dimension), a __cat_dim__ in a class of yours, or at least one "
+                f"dimension; or leave it as it is with kinds={{{spelled(path)!r}: 'graph'}}"
+            )
+        found[path] = Entries(found_at(data, path), role.dim, ptr)
+    return found
 
 
 def check_permuted(data: Data) -> None:

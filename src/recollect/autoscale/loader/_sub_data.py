@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from recollect.autoscale.loader._storage import graph_copy
 from recollect.messages import sparse_csr
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ class SubData(NamedTuple):
 
     Attributes:
         data: The graph of these nodes: node-level tensors have ``len(n_id)`` rows; ``adj_t`` holds all edges into
-            nodes of the parts, and no others; edge-level tensors follow these edges.
-        batch_size: Number of nodes in the parts: B. They are the first B rows.
+            nodes of the parts, and no others; edge-level tensors follow these edges. Tensors of nodes by number hold
+            rows of the mini-batch, below B.
+        batch_size: Number of nodes in the parts: B. They are the first B rows. A loader's number has a ``graph``, the
+            stamp by which histories know whose rows they are; another integer says nothing of it.
         n_id: [B + halo] int64: the nodes' numbers in the whole graph. Those of the halo ascend.
         offset: [parts] int64 on the CPU: the number of each part's first node.
         count: [parts] int64 on the CPU: the nodes in each part; ``n_id[:B]`` are the ranges
@@ -60,5 +63,6 @@ if not TYPE_CHECKING:  # type checkers know what there is
 
 
 def _rebuild(parts: tuple[Tensor, Tensor, Tensor, tuple[int, int]], data: Data, *rest: Any) -> SubData:
+    data = graph_copy(data)
     data.adj_t = sparse_csr(*parts)
     return SubData(data, *rest)

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from recollect.autoscale._require import require
 from recollect.autoscale.partitioning._undirected import Undirected, undirected
+from recollect.autoscale.partitioning._weights import whole
 
 __all__ = ["kaminpar_clusters", "metis_clusters", "write_parhip"]
 
 
 def metis_clusters(
-    adj_t: Tensor, num_parts: int, *, seed: int = 0, recursive: bool = False, weighted: bool = False
+    adj_t: Tensor,
+    num_parts: int,
+    *,
+    seed: int = 0,
+    recursive: bool = False,
+    weighted: bool = False,
+    node_weight: Tensor | None = None,
 ) -> Tensor:
     """The part of each node, [N] int64, as METIS finds it.
 
@@ -25,6 +32,7 @@ def metis_clusters(
         seed: Of METIS's random numbers.
         recursive: Halve again and again rather than divide into all parts at once.
         weighted: The values of ``adj_t`` are edge weights.
+        node_weight: [N], not negative: what the parts are to have the same sum of; default: the number of nodes.
 
     Raises:
         ImportError: pymetis is not installed.
@@ -38,6 +46,7 @@ def metis_clusters(
     _, parts = pymetis.part_graph(
         num_parts,
         adjacency=pymetis.CSRAdjacency(rowptr, col),
+        vweights=None if node_weight is None else whole(node_weight).to(dtype).numpy(),
         eweights=None if graph.weight is None else graph.weight.to(dtype).numpy(),
         recursive=recursive,
         options=pymetis.Options(seed=seed + 1),  # srand takes 0 for 1
@@ -57,6 +66,7 @@ def kaminpar_clusters(
     imbalance: float = 0.03,
     preset: str = "default",
     threads: int | None = None,
+    node_weight: Tensor | None = None,
 ) -> Tensor:
     """The part of each node, [N] int64, as KaMinPar finds it.
 
@@ -68,6 +78,7 @@ def kaminpar_clusters(
         imbalance: How far the largest part may exceed the mean, as a share of it; positive.
         preset: One of ``kaminpar.context_names()``.
         threads: At least 1; default: torch's number.
+        node_weight: [N], not negative: what the parts are to have the same sum of; default: the number of nodes.
 
     Raises:
         ImportError: kaminpar is not installed.
@@ -84,7 +95,7 @@ def kaminpar_clusters(
         return torch.arange(adj_t.size(0), device="cpu").clamp_(max=num_parts - 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "graph.parhip")
-        write_parhip(graph, file)
+        write_parhip(graph, file, None if node_weight is None else whole(node_weight))
         loaded = kaminpar.load_graph(str(file), kaminpar.GraphFileFormat.PARHIP)
     seed_before = kaminpar.seed()
     kaminpar.reseed(seed)
@@ -95,16 +106,17 @@ def kaminpar_clusters(
         kaminpar.reseed(seed_before)
 
 
-def write_parhip(graph: Undirected, file: Path) -> None:
+def write_parhip(graph: Undirected, file: Path, node_weight: Tensor | None = None) -> None:
     """Write a graph in ParHiP's binary form, all of 64-bit numbers.
 
     First which weights are missing, the numbers of nodes and of directed edges; then N + 1 numbers, the positions in
-    the file, in bytes, where each node's neighbours begin; then the neighbours, then the weights of these edges.
+    the file, in bytes, where each node's neighbours begin; then the neighbours, then the weights of the nodes, then
+    those of these edges.
     """
-    flags = _NO_NODE_WEIGHTS | (_NO_EDGE_WEIGHTS if graph.weight is None else 0)
+    flags = (_NO_NODE_WEIGHTS if node_weight is None else 0) | (_NO_EDGE_WEIGHTS if graph.weight is None else 0)
     header = torch.tensor([flags, graph.rowptr.numel() - 1, graph.col.numel()], device="cpu")
     first_edge = 8 * (header.numel() + graph.rowptr.numel())
     with file.open("wb") as stream:
-        for numbers in (header, graph.rowptr * 8 + first_edge, graph.col, graph.weight):
+        for numbers in (header, graph.rowptr * 8 + first_edge, graph.col, node_weight, graph.weight):
             if numbers is not None:
                 numbers.numpy().tofile(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import operator
 import time
@@ -16,6 +17,7 @@ from recollect._arguments import as_count
 from recollect.autoscale._adjacency import as_csr, check_square
 from recollect.autoscale.partitioning._cache import cached
 from recollect.autoscale.partitioning._methods import kaminpar_clusters, metis_clusters
+from recollect.autoscale.partitioning._weights import checked_weight, even_parts
 from recollect.messages import rows_of
 
 __all__ = ["Method", "Partition", "PartitionQuality", "metis", "partition", "partition_quality"]
@@ -46,6 +48,8 @@ class PartitionQuality(NamedTuple):
         num_edges: All edges.
         largest: Nodes in the largest part.
         balance: ``largest`` over the mean number of nodes in a part; 1 is best.
+        heaviest: The largest sum of ``node_weight`` in a part; None without weights.
+        weight_balance: ``heaviest`` over the mean sum of ``node_weight`` in a part; 1 is best; None without weights.
     """
 
     num_parts: int
@@ -53,6 +57,8 @@ class PartitionQuality(NamedTuple):
     num_edges: int
     largest: int
     balance: float
+    heaviest: float | None = None
+    weight_balance: float | None = None
 
     @property
     def cut_share(self) -> float:
@@ -68,9 +74,10 @@ def partition(
     seed: int = 0,
     log: bool = True,
     cache: str | Path | None = None,
+    node_weight: Tensor | None = None,
     **options: Any,
 ) -> Partition:
-    """Divide the nodes of a graph into parts of about the same size.
+    """Divide the nodes of a graph into parts of about the same size, or weight.
 
     Edges between parts are what a mini-batch takes from histories, so that few of them mean little to transfer and
     little that is stale. Directed graphs are made symmetric for ``"metis"`` and ``"kaminpar"``; self-loops and
@@ -86,6 +93,11 @@ def partition(
             ``"kaminpar"`` if ``threads=1``.
         log: Log time, edge cut and balance, at level INFO.
         cache: A folder in which the result is kept and found again, by the graph and all arguments.
+        node_weight: [N], numbers or booleans, finite, not negative and not all 0: parts get about the same sum of it
+            instead of the same number of nodes. ``data.train_mask`` gives each part as many nodes for training, but
+            says nothing of the others; ``1 + 9 * data.train_mask`` counts a node for training ten times. METIS and
+            KaMinPar get whole numbers (the heaviest is 10,000 where weights are fractions). ``"random"`` and
+            ``"contiguous"`` cut their order where the sum says; then a part is off by at most the heaviest node.
         **options: For ``"metis"``: ``recursive=False`` (recursive bisection), ``weighted=False`` (the values of
             ``adj_t``, not negative, are edge weights: heavy edges are kept together). For ``"kaminpar"``:
             ``weighted=False``, ``imbalance=0.03`` (how far the largest part may exceed the mean), ``preset="default"``
@@ -93,6 +105,7 @@ def partition(
 
     Raises:
         ImportError: The method's package is not installed; the message says how to get it.
+        TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.
         ValueError: An argument is out of its range.
     """
     if method not in get_args(Method):
@@ -100,14 +113,17 @@ def partition(
     adj_t = as_csr(adj_t)
     check_square(adj_t)
     num_parts, seed = as_count("num_parts", num_parts), operator.index(seed)
+    weight = checked_weight(node_weight, adj_t.size(0))
     if options and method not in _OPTIMISING:
         raise ValueError(f"{method} takes no {', '.join(options)}; its only option is the seed")
     start = time.perf_counter()
     settings = {"num_parts": num_parts, "method": method, "seed": seed, **options}
-    clusters = cached(cache, adj_t, settings, lambda: _clusters(adj_t, num_parts, method, seed, options))
+    if weight is not None:
+        settings["node_weight"] = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+    clusters = cached(cache, adj_t, settings, lambda: _clusters(adj_t, num_parts, method, seed, options, weight))
     result = _ordered(clusters.to(adj_t.device), num_parts)
     if log:
-        _log(method, partition_quality(adj_t, *result), time.perf_counter() - start)
+        _log(method, partition_quality(adj_t, *result, node_weight), time.perf_counter() - start)
     return result
 
 
@@ -116,16 +132,22 @@ def metis(adj_t: Tensor, num_parts: int, recursive: bool = False, log: bool = Tr
     return partition(adj_t, num_parts, "metis", recursive=recursive, log=log, **options)
 
 
-def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor) -> PartitionQuality:
+def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor, node_weight: Tensor | None = None) -> PartitionQuality:
     """Count the edges between parts and measure the balance of parts.
 
     Args:
         adj_t: The graph that was divided, before it is permuted.
         perm: [N] int64, as `partition` returns it.
         ptr: [num_parts + 1] int64, as `partition` returns it.
+        node_weight: [N], as `partition` takes it, in the order before it is permuted.
+
+    Raises:
+        TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.
+        ValueError: ``adj_t`` is not square, or ``node_weight`` does not fit.
     """
     adj_t = as_csr(adj_t)
     check_square(adj_t)
+    weight = checked_weight(node_weight, adj_t.size(0))
     counts = ptr.diff()
     clusters = torch.empty_like(perm)
     parts = torch.arange(counts.numel(), device=perm.device)
@@ -133,21 +155,31 @@ def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor) -> PartitionQual
     cut = int((clusters[rows_of(adj_t)] != clusters[adj_t.col_indices()]).sum())
     largest = int(counts.max())
     balance = largest * counts.numel() / max(perm.numel(), 1)
-    return PartitionQuality(counts.numel(), cut, adj_t.col_indices().numel(), largest, balance)
+    quality = PartitionQuality(counts.numel(), cut, adj_t.col_indices().numel(), largest, balance)
+    if weight is None:
+        return quality
+    sums = weight.new_zeros(counts.numel()).index_add_(0, clusters.cpu(), weight)
+    heaviest, total = float(sums.max()), float(sums.sum())
+    return quality._replace(heaviest=heaviest, weight_balance=heaviest * counts.numel() / total if total else 1.0)
 
 
 _OPTIMISING: dict[str, Callable[..., Tensor]] = {"metis": metis_clusters, "kaminpar": kaminpar_clusters}
 
 
-def _clusters(adj_t: Tensor, num_parts: int, method: Method, seed: int, options: dict[str, Any]) -> Tensor:
+def _clusters(
+    adj_t: Tensor, num_parts: int, method: Method, seed: int, options: dict[str, Any], weight: Tensor | None
+) -> Tensor:
     """The part of each node, [N] int64 on the CPU."""
     num_nodes = adj_t.size(0)
+    if num_parts >= num_nodes:
+        weight = None  # each node is a part, whatever it weighs
     if method in _OPTIMISING:
-        return _OPTIMISING[method](adj_t, num_parts, seed=seed, **options)
-    even = torch.arange(num_nodes, device="cpu") * num_parts // max(num_nodes, 1)
-    if method == "contiguous":
-        return even
-    return even[torch.randperm(num_nodes, generator=torch.Generator().manual_seed(seed), device="cpu")]
+        return _OPTIMISING[method](adj_t, num_parts, seed=seed, node_weight=weight, **options)
+    order = torch.arange(num_nodes, device="cpu")
+    if method == "random":
+        place = torch.randperm(num_nodes, generator=torch.Generator().manual_seed(seed), device="cpu")
+        order = torch.empty_like(place).scatter_(0, place, order)
+    return even_parts(order, num_parts, weight)
 
 
 def _ordered(clusters: Tensor, num_parts: int) -> Partition:
@@ -157,8 +189,11 @@ def _ordered(clusters: Tensor, num_parts: int) -> Partition:
 
 
 def _log(method: str, quality: PartitionQuality, seconds: float) -> None:
+    weights = (
+        "" if quality.weight_balance is None else f"; the heaviest {quality.weight_balance:.3f} of the mean weight"
+    )
     _logger.info(
-        "%s: %d parts in %.2f s; %d of %d edges cut (%.1f %%), largest part %d nodes, %.3f of the mean",
+        "%s: %d parts in %.2f s; %d of %d edges cut (%.1f %%), largest part %d nodes, %.3f of the mean%s",
         *(method, quality.num_parts, seconds, quality.edge_cut, quality.num_edges, 100 * quality.cut_share),
-        *(quality.largest, quality.balance),
+        *(quality.largest, quality.balance, weights),
     )

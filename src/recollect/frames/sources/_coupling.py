@@ -23,7 +23,7 @@ from recollect._arguments import Certify, check_certify
 from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
 from recollect.frames._chain import Parts, Slot, Stage, whole
 from recollect.frames._drift import DriftGauge
-from recollect.frames._errors import RebuildError
+from recollect.frames._errors import RebuildError, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._frame import Frame, certificate_of_process
 from recollect.frames._modes import aside, frames_apply, local
@@ -429,13 +429,13 @@ class _CouplingStage(Stage):
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
-            self._certificate.note(returned)
+            self._certificate.figures.note(returned)
             return
         z = self._input_of(index)
         given = difference(block.given, z, exact=exact, sample=True)
         name = block.region.name
         if is_gross(block.gross, given, tolerance):
-            check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate)
+            check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate.figures)
 
         def amplification() -> float | None:
             args, kwargs = block.arguments.get(block.region.function)
@@ -454,7 +454,7 @@ class _CouplingStage(Stage):
             tolerance,
             amplification,
             self._certify,
-            self._certificate,
+            self._certificate.figures,
         )
 
     def _check_late(self, index: int, output: Tensor) -> None:
@@ -463,10 +463,11 @@ class _CouplingStage(Stage):
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
         given = fingerprint(self._input_of(index), exact=exact, sample=True, like=block.given)
         returned = fingerprint(output, exact=exact, like=block.returned)
-        name, certify, certificate = block.region.name, self._certify, self._certificate
+        # What judges does not hold the stage, or what that keeps would live until then.
+        name, certify, figures = naming(block.region.function), self._certify, self._certificate.figures
         judge(
             [(block.given, given), (block.returned, returned)],
-            lambda errors: check_block(name, errors[0], errors[1], tolerance, None, certify, certificate),
+            lambda errors: check_block(name(), errors[0], errors[1], tolerance, None, certify, figures),
         )
 
     def _input_of(self, index: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._transfer import Lane
 from recollect.frames._errors import InPlaceError
 from recollect.frames._watch import version_of
 from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
@@ -17,12 +18,12 @@ from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
 __all__ = ["Copies", "HostStore", "host_store"]
 
 
-class Copies:
-    """Copies between an accelerator and host memory, on a stream of their own.
+class Copies(Lane):
+    """Copies of frames' inputs between an accelerator and host memory, on a stream of their own.
 
-    The order of streams is decided here and nowhere else. Device memory is allocated and given back on the stream that
-    computes, and that stream waits for a copy before such memory can have another use. So memory is not held longer
-    than the order of work asks for, however far the host is ahead of the device.
+    Device memory is allocated and given back on the stream that computes, and that stream waits for a copy before such
+    memory can have another use. So memory is not held longer than the order of work asks for, however far the host is
+    ahead of the device.
 
     Args:
         device: the accelerator.
@@ -31,12 +32,8 @@ class Copies:
     """
 
     def __init__(self, device: torch.device, pin: bool, backend: Any = None) -> None:
-        self._device = device
-        self._backend = torch.get_device_module(device) if backend is None else backend
-        # Where there are no streams (mps), a copy is over when it returns.
-        streams = all(hasattr(self._backend, name) for name in ("Stream", "stream", "current_stream"))
-        self._stream = self._backend.Stream(device) if streams else None
-        self._pin = pin and streams
+        super().__init__(device, backend)
+        self._pin = pin and self.stream is not None
 
     def leave(self, tensor: Tensor, extent: Extent) -> tuple[Tensor, _Copy]:
         """Begin to copy a tensor to host memory, as it is after what was asked of the current stream until now."""
@@ -49,27 +46,13 @@ class Copies:
         return self._begin(flat, host, flat)
 
     def _begin(self, out: Tensor, source: Tensor, on_device: Tensor) -> _Copy:
-        if self._stream is None:
-            self.copy(out, source)
-            return _Copy(self, on_device, None, None)
-        here = self._backend.current_stream(self._device)
-        self._stream.wait_stream(here)
-        with self._backend.stream(self._stream):
-            self.copy(out, source)
-            event = self._stream.record_event()
+        here = self.current()
+        _, event = self.run(lambda: self.copy(out, source), behind=True)
         return _Copy(self, on_device, here, event)
 
-    def copy(self, out: Tensor, source: Tensor) -> None:
-        """Copy on the current stream."""
-        out.copy_(source, non_blocking=self._pin)
-
-    def lend(self, memory: Tensor, stream: Any) -> None:
-        """Let a stream use memory that was allocated on another one."""
-        memory.record_stream(stream)
-
-    def current(self) -> Any:
-        """Return the stream that computes; ``None`` where there are none."""
-        return None if self._stream is None else self._backend.current_stream(self._device)
+    def copy(self, out: Tensor, source: Tensor, *, pinned: bool | None = None) -> None:
+        """See :class:`Lane`."""
+        super().copy(out, source, pinned=self._pin if pinned is None else pinned)
 
 
 class _Copy:

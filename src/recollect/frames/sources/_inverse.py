@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import Certify, pack
-from recollect.frames._certificate import GROSS, Certificate, check_block, is_gross, judge, tolerance_of
+from recollect.frames._certificate import GROSS, Certificate, Figures, check_block, is_gross, judge, tolerance_of
 from recollect.frames._chain import Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
-from recollect.frames._errors import InPlaceError, RebuildError, describe
+from recollect.frames._errors import InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_finite, is_late, norm_of
 from recollect.frames._frame import certificate_of_process, run_frame
 from recollect.frames._modes import local
@@ -325,7 +325,7 @@ class _InverseStage(Stage, Held):
                 )
 
             tolerance = self._tolerance(layout.layout.dtype)
-            check_block(self._region.name, given, returned, tolerance, amplification, self._certify, self._certificate)
+            check_block(self._region.name, given, returned, tolerance, amplification, self._certify, self._figures)
         self._errors = (given, worst)
 
     def _check_function(self, outputs: tuple[Any, ...]) -> None:
@@ -333,11 +333,11 @@ class _InverseStage(Stage, Held):
         if not self._certify:
             return
         if any(map(is_late, self._taken)):
-            exact, name = self._certify == "exact", self._region.name
+            exact = self._certify == "exact"
             for taken, tensor in zip(self._taken, outputs, strict=False):
                 if isinstance(tensor, Tensor) and taken is not None:
                     allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
-                    judge([(taken, fingerprint(tensor, exact=exact, like=taken))], self._verdict(name, allowed))
+                    judge([(taken, fingerprint(tensor, exact=exact, like=taken))], self._verdict(allowed))
             return
         norms = [norm for norm in map(norm_of, self._taken) if norm < math.inf]
         for taken, tensor in zip(self._taken, outputs, strict=False):
@@ -347,12 +347,18 @@ class _InverseStage(Stage, Held):
                 continue  # a mean that is zero but for rounding, beside other outputs
             error = self._difference(taken, tensor)
             allowed = min(_ILL_CONDITIONED * self._tolerance(tensor.dtype), GROSS)
-            check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._certificate)
+            check_block(self._region.name, self._errors[1], error, allowed, None, self._certify, self._figures)
         worst = self._errors[1]
         rounding = max((self._tolerance(layout.layout.dtype) for layout in self._layouts), default=0.0)
         if is_gross(self._gross, worst, rounding):
             check_block(
-                self._region.name, self._errors[1], self._gross, rounding, None, self._certify, self._certificate
+                self._region.name,
+                self._errors[1],
+                self._gross,
+                rounding,
+                None,
+                self._certify,
+                self._figures,
             )
 
     def _check_late(self) -> None:
@@ -363,16 +369,20 @@ class _InverseStage(Stage, Held):
         for layout, tensor in zip(self._layouts, self._inverted, strict=True):
             now = fingerprint(tensor, exact=exact, like=layout.mark)
             allowed = min(_ILL_CONDITIONED * self._tolerance(layout.layout.dtype), GROSS)
-            judge([*outputs, (layout.mark, now)], self._verdict(self._region.name, allowed))
+            judge([*outputs, (layout.mark, now)], self._verdict(allowed))
 
-    def _verdict(self, name: str, allowed: float) -> Callable[[list[float]], None]:
-        certify, certificate = self._certify, self._certificate
+    def _verdict(self, allowed: float) -> Callable[[list[float]], None]:
+        certify, figures, name = self._certify, self._figures, naming(self._region.function)
 
         def verdict(errors: list[float]) -> None:
             given = max(errors[:-1], default=0.0)
-            check_block(name, given, errors[-1], allowed, None, certify, certificate)
+            check_block(name(), given, errors[-1], allowed, None, certify, figures)
 
         return verdict
+
+    @property
+    def _figures(self) -> Figures:
+        return self._certificate.figures
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return max(tolerance_of(dtype), self._region.tolerance)

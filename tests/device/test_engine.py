@@ -1,0 +1,234 @@
+"""The engine on another device, with each kind of layer that has a rule."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from device.compare import there, waits
+from device.emulation import watch
+from recollect.autogram import Engine, GramianError, Rows, gradient_noise_scale
+from recollect.autogram import _engine as engine_module
+from recollect.autogram._factors import form_rows
+from recollect.autogram._registry import Entry, Registry
+from recollect.autogram.rules import RULES
+from recollect.frames import settle
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, of whose outputs the first is the output."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        output = self.layer(x)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def floats(*shape):
+    return lambda: torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def numbers(high, *shape):
+    return lambda: torch.randint(high, shape, generator=torch.Generator().manual_seed(1))
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x):
+        return self.layer(x, x.sin())
+
+
+# For each kind of layer: a network around one, and an input of a batch of four.
+LAYERS = {
+    nn.Linear: (lambda: nn.Linear(3, 2), floats(4, 3)),
+    nn.Bilinear: (Pairs, floats(4, 3)),
+    nn.Conv1d: (lambda: nn.Conv1d(2, 3, 3), floats(4, 2, 6)),
+    nn.Conv2d: (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), floats(4, 2, 5, 5)),
+    nn.Conv3d: (lambda: nn.Conv3d(2, 2, 2), floats(4, 2, 3, 3, 3)),
+    nn.ConvTranspose1d: (lambda: nn.ConvTranspose1d(2, 3, 3), floats(4, 2, 4)),
+    nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), floats(4, 2, 3, 3)),
+    nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(2, 2, 2), floats(4, 2, 2, 2, 2)),
+    nn.LayerNorm: (lambda: nn.LayerNorm(3), floats(4, 5, 3)),
+    nn.RMSNorm: (lambda: nn.RMSNorm(3), floats(4, 5, 3)),
+    nn.GroupNorm: (lambda: nn.GroupNorm(2, 4), floats(4, 4, 3)),
+    nn.InstanceNorm1d: (lambda: nn.InstanceNorm1d(3, affine=True), floats(4, 3, 5)),
+    nn.InstanceNorm2d: (lambda: nn.InstanceNorm2d(3, affine=True), floats(4, 3, 2, 3)),
+    nn.InstanceNorm3d: (lambda: nn.InstanceNorm3d(2, affine=True), floats(4, 2, 2, 2, 3)),
+    nn.BatchNorm1d: (lambda: nn.BatchNorm1d(3).eval(), floats(4, 3)),
+    nn.BatchNorm2d: (lambda: nn.BatchNorm2d(3).eval(), floats(4, 3, 2, 2)),
+    nn.BatchNorm3d: (lambda: nn.BatchNorm3d(2).eval(), floats(4, 2, 2, 2, 2)),
+    nn.SyncBatchNorm: (lambda: nn.SyncBatchNorm(3).eval(), floats(4, 3)),
+    nn.PReLU: (lambda: nn.PReLU(3), floats(4, 3)),
+    nn.Embedding: (lambda: nn.Embedding(6, 3), numbers(6, 4, 2)),
+    nn.EmbeddingBag: (lambda: nn.EmbeddingBag(6, 3, mode="sum"), numbers(6, 4, 2)),
+    nn.RNN: (lambda: Recurrent(nn.RNN(3, 2, batch_first=True)), floats(4, 5, 3)),
+    nn.LSTM: (lambda: Recurrent(nn.LSTM(3, 2, batch_first=True)), floats(4, 5, 3)),
+    nn.GRU: (lambda: Recurrent(nn.GRU(3, 2, batch_first=True)), floats(4, 5, 3)),
+    nn.RNNCell: (lambda: Recurrent(nn.RNNCell(3, 2)), floats(4, 3)),
+    nn.LSTMCell: (lambda: Recurrent(nn.LSTMCell(3, 2)), floats(4, 3)),
+    nn.GRUCell: (lambda: Recurrent(nn.GRUCell(3, 2)), floats(4, 3)),
+}
+each = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+
+
+def make(kind):
+    torch.manual_seed(0)
+    network, draw = LAYERS[kind]
+    return network().double(), draw()
+
+
+def losses(network, x):
+    return network(x).flatten(1).sin().square().sum(1)
+
+
+def jacobian_gramian(network, x):
+    """By plain autograd, a backward pass for each loss."""
+    rows = []
+    for loss in losses(network, x):
+        grads = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(
+            network.parameters(), grads, strict=True)]))  # fmt: skip
+    jacobian = torch.stack(rows)
+    return jacobian @ jacobian.T
+
+
+def test_every_kind_with_a_rule_is_tried():
+    assert set(LAYERS) == {kind for kind in RULES if not isinstance(kind, str)}
+
+
+@each
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_gramians(other, kind, batch_dim):
+    network, x = make(kind)
+    expected = jacobian_gramian(network, x)
+    network.to(other)
+    engine = Engine(network, batch_dim=batch_dim)
+    for _ in range(2):
+        found = engine.compute_gramian(losses(network, there(x)))
+        assert found.device.type == other
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
+    settle()
+    assert engine.certificate.checks > 0
+
+
+@each
+def test_gradients_and_norms(other, kind):
+    network, x = make(kind)
+    gramian = jacobian_gramian(network, x)
+    weights = torch.linspace(0.5, 2, 4, dtype=torch.float64)
+    expected = torch.autograd.grad((losses(network, x) * weights).sum(), list(network.parameters()))
+    network.to(other)
+    engine = Engine(network, batch_dim=0)
+    engine.backward(losses(network, there(x)), lambda _: there(weights))
+    for parameter, one in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu(), one, rtol=1e-9, atol=1e-9)
+    norms = engine.compute_norms(losses(network, there(x)))
+    torch.testing.assert_close(norms.cpu(), gramian.diag().sqrt(), rtol=1e-9, atol=1e-9)
+    settle()
+
+
+@each
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_nothing_waits_after_the_first_call(other, kind, batch_dim):
+    network, x = make(kind)
+    network, x = network.to(other), there(x)
+    engine = Engine(network, batch_dim=batch_dim)
+    assert waits(lambda: engine.compute_gramian(losses(network, x)), times=3) == []
+    settle()
+
+
+class TestAnIndex:
+    """Whether an index is 0, 1, 2 and so on is the one thing that is read of values."""
+
+    def network(self, other):
+        torch.manual_seed(0)
+        return nn.Linear(3, 4).double().to(other), torch.randn(6, 3, dtype=torch.float64).to(other)
+
+    def picked(self, network, x, index, target):
+        return -network(x).log_softmax(-1)[index, target]
+
+    def expected(self, network, x, index, target):
+        rows = []
+        for loss in self.picked(network, x, index, target):
+            grads = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in grads]))
+        return torch.stack(rows) @ torch.stack(rows).T
+
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 2, 1, 3, 5, 4]], ids=["counting", "another"])
+    def test_one_that_is_kept_is_read_once(self, other, order):
+        network, x = self.network(other)
+        index, target = torch.tensor(order, device=other), torch.tensor([0, 1, 2, 3, 0, 1], device=other)
+        engine, expected = Engine(network), self.expected(network, x, index, target)
+        counts = []
+        for _ in range(4):
+            with watch() as log:
+                found = engine.compute_gramian(self.picked(network, x, index, target))
+            counts.append(log.syncs)
+            torch.testing.assert_close(found, expected)
+        assert counts == [0, 1, 0, 0]
+        index.copy_(index.flip(0))  # another version: another index
+        expected = self.expected(network, x, index, target)
+        for _ in range(3):
+            torch.testing.assert_close(engine.compute_gramian(self.picked(network, x, index, target)), expected)
+
+    def test_one_that_is_new_in_each_call_is_never_read(self, other):
+        network, x = self.network(other)
+        target = torch.tensor([0, 1, 2, 3, 0, 1], device=other)
+        engine = Engine(network)
+        expected = self.expected(network, x, torch.arange(6, device=other), target)
+        for number in range(4):
+            with watch() as log, warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                found = engine.compute_gramian(self.picked(network, x, torch.arange(6, device=other), target))
+            torch.testing.assert_close(found, expected)
+            assert log.where == []
+            assert bool(told) == (number > 1)
+        assert "Keep the index" in str(told[-1].message)
+
+    def test_one_of_another_length_does_not_matter(self, other):
+        network, x = self.network(other)
+        engine, target = Engine(network), torch.tensor([0, 1, 2, 3, 0, 1], device=other)
+        with watch() as log:
+            for _ in range(3):
+                engine.compute_gramian(network(x)[torch.tensor([0, 3], device=other)].sum(1))
+                engine.compute_gramian(F.cross_entropy(network(x), target, reduction="none"))
+        assert log.where == []
+
+
+def test_a_wrong_rule_is_found_late(other, monkeypatch):
+    network, x = make(nn.Linear)
+    network, x = network.to(other), there(x)
+    entry = RULES[nn.Linear]
+
+    def wrong(layer, inputs, grads):
+        found = entry.rule(layer, inputs, grads)
+        return {name: Rows(1.1 * form_rows([one], slice(0, 4)).view(4, *one.shape)) for name, one in found.items()}
+
+    monkeypatch.setattr(engine_module, "_REGISTRY", Registry({**RULES, nn.Linear: Entry(wrong, entry.sharing)}))
+    engine = Engine(network, batch_dim=0)
+    with watch() as log:
+        engine.compute_gramian(losses(network, x))
+    assert log.where == []
+    with pytest.raises(GramianError, match="does not fit"):
+        settle()
+    with watch() as log, pytest.raises(GramianError, match="does not fit"):  # noqa: PT012  (which call is not fixed)
+        for _ in range(3):
+            engine.backward(losses(network, x), lambda gramian: torch.ones_like(gramian[0]))
+    assert log.where == []
+    with contextlib.suppress(GramianError):  # of the last call
+        settle()
+
+
+def test_the_noise_scale(other):
+    network, x = make(nn.Linear)
+    gramian = jacobian_gramian(network, x)
+    assert gradient_noise_scale(there(gramian)) == gradient_noise_scale(gramian)
