@@ -112,7 +112,7 @@ def test_a_file_of_one_s_own_is_loaded_with_its_options(tmp_path):
     (tmp_path / "g.npz").write_text("x")
     with pytest.raises(TrainingError, match=r"is no file of numpy\.savez"):
         build_dataset(*_parsed("dataset=file", f"dataset.path={tmp_path / 'g.npz'}"))
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="folder"):
         build_dataset(*_parsed("dataset=karate", f"data.root={tmp_path / 'g.npz'}"))
 
 

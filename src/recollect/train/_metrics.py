@@ -25,9 +25,7 @@ def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
     """
     if task == "multiclass":
         return F.cross_entropy(logits, target, reduction="none")
-    known = ~target.isnan() if target.is_floating_point() else None
-    if known is None or bool(known.all()):
-        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+    known = ~target.isnan()
     each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
     return each * known * (known.numel() / known.sum().clamp(min=1))
 
