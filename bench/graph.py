@@ -4,6 +4,7 @@
     python -m bench.graph --quick                 # small graphs; well under a minute
     python -m bench.graph --only accuracy --root ROOT    # Cora, hours; ROOT holds the raw files
     python -m bench.graph --only epoch            # one epoch of 1,000,000 nodes
+    python -m bench.graph --only corrected scores --runs 10 --root ROOT  # corrected histories: a quarter of an hour
 
 Times are medians of repeats in one run, the systems taking turns; partitions and epochs are timed once. Peaks are of
 tensor bytes; resident memory is that of a process of its own. Each part writes a JSON file into bench/results, with
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from bench import _graph_accuracy as accuracy
+from bench import _graph_corrected as corrected
+from bench import _graph_corrected_accuracy as scores
 from bench import _graph_histories as histories
 from bench import _graph_loader as loader
 from bench import _graph_models as models
@@ -83,6 +86,36 @@ def run_accuracy(options: argparse.Namespace, device: torch.device) -> Found:
     return {"rows": rows}, accuracy.accuracy_targets(rows)
 
 
+def run_corrected(options: argparse.Namespace, device: torch.device) -> Found:
+    """Bias of gradients, and the time of a step, with histories that are corrected."""
+    if options.quick:
+        courses = [corrected.Course("sbm", 3, 4, nodes=1_000, channels=8)]
+        timed = courses
+    else:
+        courses = [corrected.Course(graph, layers, 40) for graph in ("cora", "sbm") for layers in (2, 4)]
+        timed = [*courses, corrected.Course("sbm", 4, 40, channels=256)]
+    epochs = (1, 2) if options.quick else (1, 2, 3, 5, 7, 10, 20, 30, 40)
+    biases, steps = [], []
+    for course in courses:
+        biases.append(corrected.measure_bias(course, options.root, epochs))
+        print(corrected.bias_table(course, biases[-1]), flush=True)
+    for course in timed:
+        steps.append(corrected.measure_step(course, options.root, options.repeats, device))
+    print(corrected.step_table(timed, steps))
+    targets = [] if options.quick else corrected.corrected_targets(biases, steps)
+    return {"bias": biases, "steps": steps}, targets
+
+
+def run_scores(options: argparse.Namespace, device: torch.device) -> Found:
+    """Test scores with corrected histories beside the other ways."""
+    courses = [corrected.Course(graph, 4, 25, dropout=0.5) for graph in ("cora", "pcg")]
+    rows = []
+    for course in courses:
+        rows.append(scores.measure_scores(course, options.root, options.runs))
+        print(scores.scores_table([course], rows[-1:]), flush=True)
+    return {"rows": rows}, []
+
+
 PARTS: dict[str, Part] = {
     "loader": run_loader,
     "step": run_step,
@@ -90,6 +123,8 @@ PARTS: dict[str, Part] = {
     "partition": run_partition,
     "epoch": run_epoch,
     "accuracy": run_accuracy,
+    "corrected": run_corrected,
+    "scores": run_scores,
 }
 DEFAULT = ("loader", "step", "memory", "partition")
 

@@ -1,9 +1,10 @@
 """Runs all tests on one thread: for tensors as small as theirs a second one costs time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,3 +13,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def assert_same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Tensors have the same values, and zeros the same signs."""
+    assert len(found) == len(expected)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert (one is None) == (other is None), f"tensor {index} of {len(expected)}"
+        if one is not None and other is not None:
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            differs = (one != other) | (one.signbit() != other.signbit())
+            assert not differs.any(), f"{int(differs.sum())} of {one.numel()} elements differ in tensor {index}"
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[..., None]:
+    return assert_same_bits

@@ -86,6 +86,13 @@ def test_instance_wise_risk_minimisation_on_digits():
     assert mean.hurt > 0.2  # an ordinary step does hurt
 
 
+def test_a_transformer_at_full_width():
+    result = load("full_width").train(iterations=120, layers=3, half=3, tokens=5, dropout=0.1)
+    assert result.same
+    assert result.peak_bytes < 0.6 * result.kept_bytes
+    assert result.accuracy > 0.6  # 0.2 is chance
+
+
 def test_several_tasks_for_each_image():
     result = load("multitask").train(epochs=4)
     assert result.digits > 0.9

@@ -56,8 +56,11 @@ FLOORS = {
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch frames invertible messages"),
     "data": floor("", "torch_geometric sklearn ogb"),
-    "autoscale": floor("_arguments _parameters _transfer frames messages data", "torch_geometric pymetis kaminpar"),
+    "autoscale": floor(
+        "_arguments _parameters _transfer _util frames messages data", "torch_geometric pymetis kaminpar"
+    ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
+    "outofcore": floor("_arguments frames messages autoscale models"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),

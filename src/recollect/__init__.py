@@ -36,6 +36,7 @@ _PARTS = (
     "memory",
     "messages",
     "models",
+    "outofcore",
     "reversible",
     "testing",
     "train",

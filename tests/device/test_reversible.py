@@ -8,8 +8,8 @@ from torch import nn
 
 from device.compare import assert_same, gradients, saved_and_loaded, there, waits
 from recollect import reversible
-from recollect.frames import settle
-from recollect.reversible import GroupAddRev, GroupRevRes, InvertibleModule
+from recollect.frames import LatticeError, settle
+from recollect.reversible import BDIA, GroupAddRev, GroupRevRes, InvertibleModule, Midpoint
 
 
 class Block(nn.Module):
@@ -44,12 +44,15 @@ LAYERS = {
     "GroupAddRev": lambda **o: GroupAddRev(Block(**o), num_groups=2),
     "GroupRevRes": lambda **o: GroupRevRes(Block(**o), groups=2),
     "InvertibleModule": lambda **o: Swap(**o),
+    "exact": lambda **o: GroupAddRev(Block(**o), num_groups=2, exact=True),
+    "Midpoint": lambda **o: Midpoint(Block(8, **o) for _ in range(3)),
+    "BDIA": lambda **o: BDIA(Block(8, **o) for _ in range(3)),
 }
 each = pytest.mark.parametrize("name", LAYERS)
 
 
 def call(layer, x):
-    if isinstance(layer, Swap):
+    if isinstance(layer, (Swap, Midpoint, BDIA)):
         return layer(x)
     return layer(None, x) if isinstance(layer, GroupRevRes) else layer(x, None)
 
@@ -73,16 +76,18 @@ class Stack(nn.Module):
 
 
 def test_every_public_layer_is_tried():
-    assert set(LAYERS) == set(reversible.__all__)
+    assert set(LAYERS) == {"exact", *reversible.__all__}
 
 
 @each
 def test_values_and_states(other, name):
     stack, x = Stack(name, dropout=0.0), torch.randn(6, 8, dtype=torch.float64)
+    if name == "BDIA":
+        stack.eval()  # in training it draws, and another device other numbers
     expected = gradients(stack, x)
     stack.to(other)
     assert_same(gradients(stack, there(x)), expected)
-    assert_same(gradients(saved_and_loaded(stack, Stack(name, dropout=0.0)), there(x)), expected)
+    assert_same(gradients(saved_and_loaded(stack, Stack(name, dropout=0.0).train(stack.training)), there(x)), expected)
 
 
 @each
@@ -119,3 +124,22 @@ def test_a_step_does_not_wait(other, name):
     assert waits(step, times=3) == []
     assert stack.layers[0].last_drift < 1e-12
     assert all(layer.certificate.equal + layer.certificate.rounded for layer in stack.layers)
+
+
+@pytest.mark.parametrize("value", [300.0, float("nan")])
+def test_what_is_out_of_range_is_refused_when_it_has_arrived(other, value):
+    class Grows(nn.Module):
+        def forward(self, x, graph):
+            return torch.full_like(x, value)
+
+    layer, x = GroupAddRev(Grows(), num_groups=2, exact=True), torch.zeros(3, 8, device=other)
+
+    def run():
+        with torch.no_grad():
+            layer(x, None)
+        settle()
+
+    with pytest.raises(LatticeError, match=r"^Grows\(\)"):
+        run()
+    settle()
+    assert layer(x.new_empty(0, 8), None).shape == (0, 8)

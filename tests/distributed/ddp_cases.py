@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recollect.invertible as inn
+from recollect.reversible import BDIA, GroupAddRev, Midpoint
 
 
 class Spare(Net):
@@ -97,3 +98,68 @@ case("routed", Routed, around, {"find_unused_parameters": True}, none_is_zero=Tr
 case("dropout", functools.partial(Net, dropout=0.3), around, {"static_graph": True})
 case("accumulate", Net, around, {}, mode="accumulate", number=3)
 case("adam-float32", Net, around, {}, number=3, optimizer=torch.optim.Adam, dtype=torch.float32, tolerance=1e-4)
+
+
+def exact_case(make: Callable[[], nn.Module], ddp: dict[str, Any]) -> Callable[[Wrap, int, int], None]:
+    """Gradients of all ranks, bit for bit those of the same network under DDP with everything kept."""
+
+    def run(wrap: Wrap, rank: int, world: int) -> None:
+        found: list[list[Tensor]] = []
+        for disable in (False, True):
+            torch.manual_seed(0)
+            net = make()
+            for module in net.modules():
+                if hasattr(module, "disable"):
+                    module.disable = disable
+            parallel = DistributedDataParallel(net, **ddp)
+            torch.manual_seed(1 + rank)
+            for _ in range(2):  # static graphs are known in the second step
+                net.zero_grad()
+                parallel(torch.randn(6, 8)).sin().sum().backward()
+            found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+        assert len(found[0]) == len(list(net.parameters()))
+        assert all(map(torch.equal, *found))
+
+    return run
+
+
+def exact_layers() -> nn.Module:
+    block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh())
+    return nn.Sequential(
+        nn.Linear(8, 8), *(OfRows(GroupAddRev(Rows(block), num_groups=2, exact=True)) for _ in range(5))
+    )
+
+
+class Rows(nn.Module):
+    """A block that needs no graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, graph: None) -> Tensor:
+        y: Tensor = self.block(x)
+        return y
+
+
+class OfRows(nn.Module):
+    """A layer that is called without a graph."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, None)
+        return y
+
+
+def exact_stack(kind: Callable[..., nn.Module]) -> nn.Module:
+    blocks = [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh()) for _ in range(5)]
+    return nn.Sequential(nn.Linear(8, 8), kind(blocks))
+
+
+for way in ("default", "static_graph", "small_buckets"):
+    CASES[f"exact-{way}"] = exact_case(exact_layers, WAYS[way])
+    CASES[f"midpoint-{way}"] = exact_case(functools.partial(exact_stack, Midpoint), WAYS[way])
+    CASES[f"bdia-{way}"] = exact_case(functools.partial(exact_stack, BDIA), WAYS[way])

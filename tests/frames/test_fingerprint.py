@@ -60,12 +60,31 @@ def test_projections_are_those_of_the_sums_over_the_period(shape):
 @each_type
 def test_bits_are_weighted_by_their_position(shape, dtype):
     x = values(shape, dtype)
-    flat = (torch.view_as_real(x) if x.is_complex() else x).flatten()
-    kind = {1: torch.uint8 if dtype is torch.bool else torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    columns = sums(flat.view(kind[flat.element_size()]).long())
-    expected = sum((2654435762 * i + 1) * int(column) for i, column in enumerate(columns))
+    flat = (torch.view_as_real(x) if x.is_complex() else x).flatten().view(torch.uint8)
+    wide = dtype in (torch.float64, torch.int64)
+    words = torch.cat([flat, flat.new_zeros(-len(flat) % 4)]).view(torch.int64 if wide else torch.int32)
+    period = 4 * (1021 if len(words) % 1021 else 1019)
+    number = min(len(words), period)
+    columns = words.new_zeros(number).index_add_(0, torch.arange(len(words)) % period, words).tolist()
+    if wide:
+        columns = [column ^ ((column % 2**64) >> 29) for column in columns]
+    weights = _fingerprint._weights_on(x.device).tolist()
+    assert all(weight % 2 for weight in weights)
+    assert len(set(weights)) == 4 * 1021
+    expected = sum(weight * column for weight, column in zip(weights, columns, strict=False))
     assert bits_of(x) == (expected + 2**63) % 2**64 - 2**63
     assert all(bits_of(one) == bits_of(x) for one in gapped(x))
+    assert bits_of(torch.cat([x.flatten()[:1], x.flatten()])[1:].view(shape)) == bits_of(x)  # between two words
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 64, 1021, 1019, 2042, 2038, 4084])
+def test_bits_see_columns_that_change_their_sign(rows, dtype):
+    x = values((rows, 16), dtype)
+    for column in range(16):
+        y = x.clone()
+        y[:, column] *= -1
+        assert bits_of(x) != bits_of(y)
 
 
 @each_shape

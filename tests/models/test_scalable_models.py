@@ -23,7 +23,7 @@ def embeddings(model: ScalableGNN, data: Any) -> list[Tensor]:
     for layer in range(model.num_layers):
         x = model.forward_layer(layer, x, data.adj_t, state)
         found.append(x)
-    return found
+    return [*found[:-1], model.readout(x, state)]
 
 
 def gradients(model: ScalableGNN, out: Tensor, target: Tensor) -> list[Tensor]:
@@ -37,9 +37,10 @@ def oracle(model: ScalableGNN, data: Any, rows: Tensor, true: list[Tensor]) -> T
     x, state = data.x, given(model, data)
     for layer in range(model.num_layers):
         out = model.forward_layer(layer, x, data.adj_t, state)
-        x = true[layer + 1].detach().clone()
-        x[rows] = out[rows]
-    return x[rows]
+        if layer < model.num_layers - 1:
+            x = true[layer + 1].detach().clone()
+            x[rows] = out[rows]
+    return model.readout(out, state)[rows]
 
 
 @every_model

@@ -164,7 +164,8 @@ class LayerWise:
         if layer < self._model.num_layers - 1:
             kept = {name: value for name, value in state.items() if name not in given}
             self._states[_name(batch)] = _moved(kept, torch.device("cpu"))
-        return out
+            return out
+        return self._model.readout(out, state)
 
     def _take_state(self, layer: int, batch: Batch) -> dict[str, Any]:
         if layer == 0:

@@ -11,10 +11,12 @@ from recollect._arguments import as_count
 from recollect.frames import Source, checkpoint, in_backward
 from recollect.messages import naming_pairs
 
-__all__ = ["Between", "LayeredGNN", "SourceOf"]
+__all__ = ["Between", "Follow", "LayeredGNN", "SourceOf", "State"]
 
 Between = Callable[[int, Tensor], Tensor]
 SourceOf = Callable[[int, Tensor], Source]
+State = dict[str, Any]
+Follow = Callable[[int, Tensor, State, State], tuple[Tensor, State]]
 
 
 class LayeredGNN(nn.Module):
@@ -58,6 +60,15 @@ class LayeredGNN(nn.Module):
             "layer-wise inference both derive from it"
         )
 
+    def readout(self, x: Tensor, state: State) -> Tensor:
+        """Return the network's output, row by row, of the last layer's; that itself, unless a network writes this.
+
+        Args:
+            x: [num_targets, channels].
+            state: what the layers left.
+        """
+        return x
+
     def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
         with naming_pairs(adj_t):
@@ -72,7 +83,7 @@ class LayeredGNN(nn.Module):
                 f"{type(self).__name__}.forward_layer({layer}, ...) returned {out.size(0)} rows, but its adjacency "
                 f"has {adj_t.size(0)} targets: one for each is expected"
             )
-        return out[: adj_t.size(0)]
+        return out if out.size(0) == adj_t.size(0) else out[: adj_t.size(0)]
 
     def conclude(self, state: dict[str, Any]) -> None:
         """Take notice of what the layers left in their state, at the end of a pass over the whole graph or a batch.
@@ -88,6 +99,7 @@ class LayeredGNN(nn.Module):
         inputs: dict[str, Any],
         between: Between,
         source_of: SourceOf | None = None,
+        follow: Follow | None = None,
     ) -> Tensor:
         """Evaluate all layers.
 
@@ -98,9 +110,10 @@ class LayeredGNN(nn.Module):
             between: from the number of a layer but the last and its output, to the next layer's input.
             source_of: from the same, to what brings this input back in the next layer's frame, if layers have frames;
                 called first. ``None``: inputs are kept.
+            follow: from the number of a layer, its output, and the state before and after it, to output and state.
 
         Returns:
-            The last layer's output [num_targets, out_channels].
+            The network's output [num_targets, out_channels].
         """
         state = dict(inputs)
         for layer in range(self.num_layers):
@@ -109,19 +122,24 @@ class LayeredGNN(nn.Module):
                 if self.recompute and source_of is not None:
                     source = source_of(layer - 1, x)
                 x = between(layer - 1, x)
-            stage = self._stage(layer, adj_t, state)
-            x, state = checkpoint(stage, x, source=source) if self.recompute else stage(x)
+            stage = self._stage(layer, adj_t, state, follow is None)
+            x, after = checkpoint(stage, x, source=source) if self.recompute else stage(x)
+            x, state = (x, after) if follow is None else follow(layer, x, state, after)
+        if follow is not None:
+            x = checkpoint(self.readout, x, state) if self.recompute else self.readout(x, state)
         if not in_backward():
             self.conclude(state)
         return x
 
     def _stage(
-        self, layer: int, adj_t: Tensor, state: dict[str, Any]
-    ) -> Callable[[Tensor], tuple[Tensor, dict[str, Any]]]:
-        """Return a layer as a function of its input, which leaves ``state`` as it is."""
+        self, layer: int, adj_t: Tensor, state: State, with_readout: bool
+    ) -> Callable[[Tensor], tuple[Tensor, State]]:
+        """Return a layer, the last one with the readout or without, as a function of its input that keeps ``state``."""
 
-        def stage(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        def stage(x: Tensor) -> tuple[Tensor, State]:
             after = dict(state)
-            return self.run_layer(layer, x, adj_t, after), after
+            out = self.run_layer(layer, x, adj_t, after)
+            last = layer == self.num_layers - 1
+            return self.readout(out, after) if last and with_readout else out, after
 
         return stage

@@ -12,8 +12,8 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch, BatchArguments
+from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._history_network import HistoryGNN
 from recollect.autoscale._inference import LayerWise, Tables, evaluating
 from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
@@ -24,7 +24,7 @@ from recollect.autoscale.loader._sub_data import SubData
 __all__ = ["ScalableGNN"]
 
 
-class ScalableGNN(HistoryGNN):
+class ScalableGNN(CorrectedGNN):
     """A network that trains on mini-batches of a graph's parts, with histories for their halo.
 
     Write each layer once, in :meth:`forward_layer`. From it derive:
@@ -51,15 +51,20 @@ class ScalableGNN(HistoryGNN):
         histories: their other options.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
             the layer is run again and its halo rows are pulled again.
+        compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
+            gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
+            layers that are sums over edges, unless all edges are there; see docs/graph.md.
         **options: ``history_dtype``, ``history_path``, ``save_histories`` and ``keep_histories``: ``dtype``, ``path``,
             ``save`` and ``keep`` of ``histories``, under the names that they have beside a network's other arguments.
 
     Attributes:
+        gradients: with ``compensate``, the histories of gradients.
         histories: a ModuleList of :class:`~recollect.autoscale.History`, one for each layer but the last.
         inputs: names of what the layers need of a mini-batch's data beside ``x`` and ``adj_t``, such as ``edge_attr``.
 
     Raises:
-        ValueError: a number is out of its range, options do not go together, or the path of histories is no folder.
+        ValueError: a number is out of its range, options do not go together, the path of histories is no folder, or
+            ``compensate`` goes without histories or with a ``forward`` of the network's own.
         TypeError: there is no such option.
 
     Warns:
@@ -171,7 +176,8 @@ class ScalableGNN(HistoryGNN):
             n_id: the mini-batch's nodes and their halo [B + halo], int64.
             offset: first node of each of its parts [parts], int64.
             count: number of nodes of each part [parts], int64.
-            **inputs: what the layers find in their state, such as ``edge_attr``; ``edge_weight`` of an ``EdgeIndex``.
+            **inputs: what the layers find in their state, such as ``edge_attr``; ``edge_weight`` of an ``EdgeIndex``;
+                ``outward``, a mini-batch's ``data.outward``, with ``compensate=True``.
 
         Returns:
             [num_nodes, out_channels], or [B, out_channels].
@@ -180,8 +186,10 @@ class ScalableGNN(HistoryGNN):
             TypeError: ``adj_t`` is neither, or a layer returns no tensor.
             ValueError: sizes disagree, or the batch is not one of this graph, permuted. Nothing was written then.
             IndexError: a node that the histories do not have.
+            NotImplementedError: ``compensate=True`` does not hold for a layer; the message says what to do.
         """
         adj_t = as_csr(adj_t, inputs.pop("edge_weight", None))
+        outward = inputs.pop("outward", None)
         batch = self._batch((batch_size, n_id, offset, count))
         if batch is None:
             if not x.size(0) == adj_t.size(0) == adj_t.size(1):
@@ -197,6 +205,7 @@ class ScalableGNN(HistoryGNN):
             inputs,
             lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
+            self.correction(batch, outward, inputs),
         )
 
     def push_and_pull(
@@ -312,7 +321,16 @@ class ScalableGNN(HistoryGNN):
             history.extend(num_nodes)
             history.graph = None  # it has edges to and from the new nodes
         self.num_nodes = num_nodes
+        self.keep_gradients()
         return None if loader is None else self.mini_inference(loader)
+
+    def _make_histories(self) -> None:
+        if self.compensate and type(self).forward is not ScalableGNN.forward:
+            raise ValueError(
+                f"{type(self).__name__} has a forward of its own, but compensate=True needs histories and layers that "
+                "are written in forward_layer alone"
+            )
+        super()._make_histories()
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
         self._exchange.fill(self.tables[layer], rows)

@@ -30,10 +30,13 @@ from recollect.frames._errors import (
     FrameError,
     GraphFreedError,
     InPlaceError,
+    LatticeError,
     RebuildError,
     ReleasedTensorError,
 )
+from recollect.frames._fingerprint import bits_of
 from recollect.frames._frame import certificate_of_process, devices_of, run_frame
+from recollect.frames._lattice import Lattice, check_exact, digits_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
 from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
@@ -56,6 +59,8 @@ __all__ = [
     "InPlaceError",
     "Inverse",
     "Kept",
+    "Lattice",
+    "LatticeError",
     "Offload",
     "OffloadError",
     "RandomState",
@@ -64,12 +69,15 @@ __all__ = [
     "Source",
     "Transform",
     "backward_mode",
+    "bits_of",
     "certificate_of_process",
+    "check_exact",
     "checkpoint",
     "checkpoint_sequential",
     "couple",
     "couple_by",
     "devices_of",
+    "digits_of",
     "dry_mode",
     "eager_release",
     "frames_apply",

@@ -136,14 +136,22 @@ def check_block(
             unseen = min(tolerance, max(tolerance / _ORDINARY, _TOLERANCES[torch.float32]))
             accepted = times is not None and returned <= _SAFETY * times * max(given, unseen)
     if not accepted:
-        allowed = "certify='exact' allows none" if certify == "exact" else f"rounding: {tolerance:.0e}"
+        if certify == "exact":
+            found = "what it returns has other bits, " + ("as had" if given else "but not") + " what it was given"
+            allowed = "certify='exact' and streams with exact= take equal bits alone"
+            remedy = (
+                ". Kernels that add up in another order each time repeat themselves under "
+                "torch.use_deterministic_algorithms(True), and exact=False takes what differs by rounding"
+            )
+        else:
+            found = f"what it returns has a relative error of {returned:.1e}, and what it was given one of {given:.1e}"
+            allowed, remedy = f"rounding: {tolerance:.0e}", ""
         raise RebuildError(
-            f"{name}: running it again for backward differs from the forward pass: what it returns has a relative "
-            f"error of {returned:.1e}, and what it was given one of {given:.1e} ({allowed}). It must compute the same "
-            "again, and an inverse give back what its function was given. Most often it draws random numbers from "
-            "somewhere other than torch's default generators (NumPy, random), or was called with seed=False, or reads "
-            "something that was changed in between. Draw from torch, pass what changes as an argument, or use a "
-            "checkpoint, which keeps the input"
+            f"{name}: running it again for backward differs from the forward pass: {found} ({allowed}). It must "
+            "compute the same again, and an inverse give back what its function was given. Most often it draws random "
+            "numbers from somewhere other than torch's default generators (NumPy, random), or was called with "
+            "seed=False, or reads something that was changed in between. Draw from torch, pass what changes as an "
+            f"argument, or use a checkpoint, which keeps the input{remedy}"
         )
     figures.note(returned)
 

@@ -95,6 +95,7 @@ class Stage(ABC):
         returned: frozenset[int] = frozenset(),
         gauge: DriftGauge | None = None,
         anchor_every: int | None = None,
+        digits: int | None = None,
         function: Callable[..., Any],
     ) -> int:
         """Take the place after the stages that made the inputs, and return how many come before.
@@ -105,6 +106,7 @@ class Stage(ABC):
             returned: ids of inputs that are outputs as they are.
             gauge: where a chain's drift is recorded.
             anchor_every: keep the chain's every s-th activation.
+            digits: k, where multiples of 2^-k come back bit for bit; inputs that must, and would not, are kept.
             function: the stage's module, for messages.
         """
         position, anchored, heads = 0, False, []
@@ -114,7 +116,10 @@ class Stage(ABC):
             if id(tensor) in returned and (before is None or before.maker is None):
                 before = before or Slot(tensor, 0, function)
                 self._passed.append(before)
-            keep = before is not None and anchor_every is not None and before.position % anchor_every == 0
+            keep = before is not None and (
+                (anchor_every is not None and before.position % anchor_every == 0)
+                or before.digits not in (None, digits)
+            )
             if before is not None:
                 if id(tensor) not in returned:
                     before.link(self, keep=keep)
@@ -166,16 +171,18 @@ class Slot:
     Attributes:
         maker: the stage that brings it back, if there is one.
         mark: the tensor's fingerprint, if somebody took it.
+        digits: k, if the values are multiples of 2^-k.
     """
 
     __slots__ = (
-        "__weakref__", "_cache", "_function", "_kept", "_scope", "_tensor", "_version", "maker", "mark",
+        "__weakref__", "_cache", "_function", "_kept", "_scope", "_tensor", "_version", "digits", "maker", "mark",
         "position",
     )  # fmt: skip
 
     def __init__(self, tensor: Tensor, position: int, function: Callable[..., Any]) -> None:
         self.position = position
         self.mark: Fingerprint | None = None
+        self.digits: int | None = None
         self._scope = None if local.scope is None else weakref.ref(local.scope)
         self._function = function
         self.maker: Stage | None = None

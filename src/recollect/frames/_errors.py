@@ -14,6 +14,7 @@ __all__ = [
     "FrameError",
     "GraphFreedError",
     "InPlaceError",
+    "LatticeError",
     "RebuildError",
     "ReleasedTensorError",
     "describe",
@@ -39,6 +40,10 @@ class GraphFreedError(FrameError):
 
 class ReleasedTensorError(FrameError):
     """A tensor whose memory :func:`recollect.eager_release` gave back was read."""
+
+
+class LatticeError(FrameError, ValueError):
+    """A value is out of the range in which a stream is exact."""
 
 
 class DriftWarning(UserWarning):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +95,8 @@ def fingerprint(
         bits = _bits_of(values)
     for indices in _indices_of(tensor):
         bits = bits * 31 + _bits_of(indices)
-    if not values.is_floating_point():
-        return Fingerprint([], bits, order)
+    if exact or not values.is_floating_point():
+        return Fingerprint([], bits, order, None, exact)
     with_norm = like is None and values.numel() > _PERIOD
     projections = _project(values, with_norm)
     if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
@@ -353,10 +353,15 @@ def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tenso
         return _folded_rows(values.view(-1), period)
     # In double precision: many sums of pieces are added up.
     wide = torch.float64 if dtype is torch.float32 and values.device.type == "cpu" else dtype
-    columns = torch.zeros(period, dtype=wide, device=values.device)
-    position = 0
-    for piece in _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES):
-        piece = (piece if of is None else of(piece)).to(dtype)
+    pieces = _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES)
+    taken = ((piece if of is None else of(piece)).to(dtype) for piece in pieces)
+    return _folded_pieces(taken, torch.zeros(period, dtype=wide, device=values.device)).to(dtype)
+
+
+def _folded_pieces(pieces: Iterable[Tensor], columns: Tensor) -> Tensor:
+    """Add the elements of rows that follow on one another to the sums over the period, and return these."""
+    period, position = columns.numel(), 0
+    for piece in pieces:
         start, size = position % period, piece.numel()
         head = min(period - start, size) if start else 0
         if head:
@@ -366,7 +371,7 @@ def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tenso
         elif size > head:
             columns[: size - head] += piece[head:]
         position += size
-    return columns.to(dtype)
+    return columns
 
 
 def _folded_rows(flat: Tensor, period: int) -> Tensor:
@@ -441,7 +446,6 @@ def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 # Bits.
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _weights: dict[torch.device, Tensor] = {}
 
 
@@ -452,28 +456,63 @@ def bits_of(tensor: Tensor) -> int | Tensor | None:
 
 
 def _bits_of(values: Tensor, of: Callable[[Tensor], Tensor] | None = None) -> int | Tensor:
-    """Return the sum of the elements' bits, each times an odd number that depends on its position, modulo 2^64.
+    """Return the sum of the elements' bits, each times a pseudo-random odd number of its position, modulo 2^64.
+
+    Elements count in words of 32 bits (of 64, where they have as many): small ones several to a word. Words whose
+    positions are equal modulo four periods are first summed up in their own width, which converts nothing.
 
     Args:
         values: a strided tensor.
         of: the bits of ``of(values)``, whole numbers, instead.
     """
-    if of is None and values.dtype is torch.bool:
-        values = values.view(torch.uint8)
-    elif of is None and values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        values = values.view(_INTEGERS[values.element_size()])
-    device, size = values.device, values.numel()
+    device = values.device
+    if of is not None:
+        columns = _folded(values, _period_of(values.numel()), torch.int64, of)
+    else:
+        wide, several = values.element_size() == 8, _in_a_word(values)
+        number = -(-values.numel() // several)
+        period, words = 4 * _period_of(number), _words_of(values, several)
+        kind = torch.int64 if wide else torch.int32
+        if number <= period:
+            pieces = list(words)
+            columns = pieces[0] if len(pieces) == 1 else torch.cat([torch.zeros(0, dtype=kind, device=device), *pieces])
+        else:
+            columns = _folded_pieces(words, torch.zeros(period, dtype=kind, device=device))
+        if wide:  # an odd number keeps the highest bit where it is, and two of them would cancel
+            columns = columns ^ ((columns >> 29) & (2**35 - 1))
+    total = (columns * _weights_on(device)[: columns.numel()]).sum()
+    return int(total) if device.type in _READ_AT_ONCE else total
+
+
+def _in_a_word(values: Tensor) -> int:
+    """Return how many elements make one word."""
+    return max(4 // values.element_size(), 1)
+
+
+def _words_of(values: Tensor, several: int) -> Iterator[Tensor]:
+    """Yield the bits of a strided tensor's elements as integers in rows, the last word filled up with zeros."""
+    kind = torch.int64 if values.element_size() == 8 else torch.int32
+    limit = _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES
+    left = None
+    for piece in _pieces_of(values, max(values.numel(), 1) if values.is_contiguous() else limit):
+        row = piece if left is None else torch.cat([left, piece])
+        end = row.numel() - row.numel() % several
+        left = row[end:] if end < row.numel() else None
+        if end:
+            row = row[:end].contiguous()
+            yield (row.clone() if row.storage_offset() % several else row).view(kind)
+    if left is not None:
+        yield torch.cat([left, left.new_zeros(several - left.numel())]).view(kind)
+
+
+def _weights_on(device: torch.device) -> Tensor:
     weights = _weights.get(device)
     if weights is None:
-        with torch.inference_mode(False):
-            weights = _weights[device] = torch.arange(_PERIOD, device=device) * 2654435762 + 1
-    if size <= _PERIOD:
-        flat = values.reshape(-1)
-        total = ((flat if of is None else of(flat)) * weights[:size]).sum()
-    else:
-        columns = _folded(values, _period_of(size), torch.int64, of)
-        total = (columns * weights[: columns.numel()]).sum()
-    return int(total) if device.type in _READ_AT_ONCE else total
+        with torch.inference_mode(False), torch.device("cpu"):
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(-(2**62), 2**62, (4 * _PERIOD,), generator=generator)
+            weights = _weights[device] = (2 * drawn + 1).to(device)
+    return weights
 
 
 for _type in (torch.float32, torch.float64):  # now, so that nobody takes them for what a frame keeps

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.frames._errors import InPlaceError, describe
+from recollect.frames._lattice import Lattice
 from recollect.frames._watch import version_of
 
 __all__ = ["Add", "NewGroup", "Transform", "Transformed"]
@@ -57,7 +58,7 @@ class Transformed:
 
     def __init__(self, block: Callable[..., Any], transform: Transform, dim: int) -> None:
         self.owner = block
-        self.runs_owner_alone = type(transform) is Add
+        self.runs_owner_alone = isinstance(transform, (Add, Lattice))
         self.seen: Callable[[Tensor], None] | None = None
         self._transform = transform
         self._dim = dim

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import Add, Transform, couple_by, frames_apply, uncouple_by
+from recollect.frames import Add, Lattice, Transform, check_exact, couple_by, digits_of, frames_apply, uncouple_by
 from recollect.invertible._algebra import values_log_det, zero_log_det
 from recollect.invertible._conditions import Takes
 from recollect.invertible._measured import under_autocast
@@ -58,7 +58,7 @@ class _Coupling(Module):
             )
         return found
 
-    def _transform(self, log_det: bool) -> Transform:
+    def _transform(self, log_det: bool, dtype: torch.dtype) -> Transform:
         raise NotImplementedError
 
     @property
@@ -119,7 +119,7 @@ class _Coupling(Module):
     def _function(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], log_det: bool) -> tuple[Tensor, Parts]:
         x, extra, keywords = self._split(args, kwargs)
         return couple_by(
-            self._transform(log_det),
+            self._transform(log_det, x.dtype),
             list(self.blocks),
             x,
             extra,
@@ -132,7 +132,13 @@ class _Coupling(Module):
     def _inverse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], log_det: bool) -> tuple[Tensor, Parts]:
         y, extra, keywords = self._split(args, kwargs)
         return uncouple_by(
-            self._transform(log_det), list(self.blocks), y, extra, kwargs=keywords, sizes=self.sizes, dim=self.dim
+            self._transform(log_det, y.dtype),
+            list(self.blocks),
+            y,
+            extra,
+            kwargs=keywords,
+            sizes=self.sizes,
+            dim=self.dim,
         )
 
     @property
@@ -150,9 +156,9 @@ class _Coupling(Module):
         self._forget_drift()
         x, extra, keywords = self._split(args, kwargs)
         order = slice(None, None, -1) if self.reversed else slice(None)
-        transform, blocks = self._transform(log_det), list(self.blocks)
+        transform, blocks = self._transform(log_det, x.dtype), list(self.blocks)
         return couple_by(
-            _Inverse(transform) if self.reversed else transform,
+            _swapped(transform) if self.reversed else transform,
             blocks[order],
             x,
             extra[order],
@@ -261,6 +267,10 @@ def _sum(parts: Parts, x: Tensor) -> Tensor:
     return torch.stack(values).sum(0) if values else zero_log_det(x)
 
 
+def _swapped(transform: Transform) -> Transform:
+    return transform.swapped() if isinstance(transform, Lattice) else _Inverse(transform)
+
+
 class _Inverse:
     """A transform with its two directions exchanged."""
 
@@ -292,6 +302,9 @@ class AdditiveCoupling(_Coupling):
         sizes: of the groups in ``dim``, for two blocks: f_1 maps the size of the second group, n_2, to that of the
             first, n_1, and f_2 maps n_1 to n_2. ``None``: equal ones. More than two groups have equal sizes: X'_0 is a
             sum of all but the first.
+        exact: keep the stream on the multiples of 2^-k, so that it comes back bit for bit at any depth: k, or ``True``
+            for 16 in float32 and 40 in float64. Values must stay below 2^(24-k), in float64 below 2^(53-k). Each block
+            must then compute the same bits twice.
         **options: ``anchor_every`` and ``drift_threshold``; see :class:`Module`.
 
     Shapes:
@@ -312,8 +325,26 @@ class AdditiveCoupling(_Coupling):
         True
     """
 
-    def _transform(self, log_det: bool) -> Transform:
-        return Add()
+    exact: bool | int = False  # modules that were pickled before there was such a stream have none
+
+    def __init__(
+        self,
+        *blocks: nn.Module,
+        dim: int = 1,
+        sizes: Sequence[int] | None = None,
+        exact: bool | int = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*blocks, dim=dim, sizes=sizes, **options)
+        self.exact = check_exact(exact)
+
+    def _transform(self, log_det: bool, dtype: torch.dtype) -> Transform:
+        digits = digits_of(self.exact, dtype)
+        return Add() if digits is None else Lattice(digits)
+
+    def extra_repr(self) -> str:
+        """Return the settings and the flags."""
+        return super().extra_repr() if self.exact is False else f"exact={self.exact}, {super().extra_repr()}"
 
 
 class AffineCoupling(_Coupling):
@@ -368,7 +399,7 @@ class AffineCoupling(_Coupling):
         # few digits, which the inverse multiplies by up to exp(max_log_scale), in every layer of a chain.
         return 1 if self.anchor_every is None and under_autocast(x) else self.anchor_every
 
-    def _transform(self, log_det: bool) -> Transform:
+    def _transform(self, log_det: bool, dtype: torch.dtype) -> Transform:
         return _Affine(self.dim, self.max_log_scale, log_det)
 
     def extra_repr(self) -> str:

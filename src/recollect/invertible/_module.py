@@ -81,6 +81,7 @@ class Module(Measured):
 
     _hands_on: ClassVar[bool] = False  # its conditions to modules inside, which know what they take
     _written: ClassVar[tuple[str, str] | None] = ("function", "inverse")
+    _moves: ClassVar[bool] = False  # values about, and changes none
     seed: bool = True
     _checkpoint: bool = True
     _invertible: bool = True
@@ -229,6 +230,7 @@ class Module(Measured):
             takes=-1 if log_det else None,
             gauge=self._gauge,
             anchor_every=self.anchor_every,
+            moves=self._moves,
             certify=self.certify,
             certificate=self.certificate,
         )

@@ -18,6 +18,8 @@ __all__ = ["ConstantPad", "Flatten", "Identity", "Moves", "Permute", "Unflatten"
 class Moves(Module):
     """A bijection with determinant one, as long as the batch, dimension 0, stays what it is."""
 
+    _moves = True
+
     def _moves_batch(self, x: Tensor) -> bool:
         """Whether dimension 0 of an argument of :meth:`function` does not stay what it is."""
         raise NotImplementedError

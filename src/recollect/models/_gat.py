@@ -43,6 +43,8 @@ class GAT(ConvStack):
         ImportError: torch_geometric is missing.
     """
 
+    sums_over_edges = False
+
     def __init__(
         self,
         num_nodes: int,

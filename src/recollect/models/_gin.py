@@ -40,6 +40,8 @@ class GIN(ConvStack):
         ValueError: a number is out of its range.
     """
 
+    sums_over_edges = False
+
     def __init__(
         self,
         num_nodes: int,

@@ -41,6 +41,7 @@ class PNA(ConvStack):
         ValueError: a number is out of its range, or a name unknown.
     """
 
+    sums_over_edges = False
     _head = False
 
     def __init__(
@@ -123,7 +124,8 @@ class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """See :class:`~recollect.autoscale.ScalableGNN`."""
         out = super().forward_layer(layer, x, adj_t, state)
-        state["layers"] = (*state["layers"], out)
+        if layer < self.num_layers - 1:
+            state["layers"] = (*state["layers"], out)
         return out
 
     def leave(self, x: Tensor, state: State) -> Tensor:

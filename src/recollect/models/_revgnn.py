@@ -80,6 +80,7 @@ class RevGNN(nn.Module):
         disable: run plain, keeping everything.
         conv_kwargs: options of a conv that is given by name.
         certify: as in :class:`~recollect.reversible.GroupAddRev`.
+        exact: as in :class:`~recollect.reversible.GroupAddRev`; activations are then not kept for ``"gen"`` either.
 
     Shapes:
         - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels].
@@ -106,9 +107,10 @@ class RevGNN(nn.Module):
         disable: bool = False,
         conv_kwargs: dict[str, Any] | None = None,
         certify: bool | Literal["exact"] = True,
+        exact: bool | int = False,
     ) -> None:
         super().__init__()
-        if anchor_every is None and isinstance(conv, str):
+        if anchor_every is None and isinstance(conv, str) and exact is False:
             anchor_every = _ANCHORS.get(conv)
         in_channels, out_channels = as_count("in_channels", in_channels), as_count("out_channels", out_channels)
         hidden_channels, num_layers = as_count("hidden_channels", hidden_channels), as_count("num_layers", num_layers)
@@ -138,6 +140,7 @@ class RevGNN(nn.Module):
                 chunk_args=(0,),
                 anchor_every=anchor_every,
                 certify=certify,
+                exact=exact,
             )
             for _ in range(1 if tied else num_layers)
         )
@@ -182,12 +185,32 @@ class RevGNN(nn.Module):
             TypeError: ``x`` is no tensor.
             ValueError: a sparse adjacency is not that of the nodes in ``x``, such as a mini-batch's.
         """
-        # Under autocast the projection is in half precision; the residual stream, which is inverted, must not be.
-        x = self.project(x).to(self.project.weight.dtype)
+        x = self.embed(x)
         mask = self._mask(x)
         for index in range(self.num_layers):
-            x = self.layers[0 if self.tied else index](x, edge_index, mask, *args)
-        x = dropout(self.norm(x).relu(), self.dropout, self.training)
+            x = self.layer(index)(x, edge_index, mask, *args)
+        return self.classify(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the first layer's input [num_nodes, hidden_channels], of the features [num_nodes, in_channels]."""
+        # Under autocast the projection is in half precision; the residual stream, which is inverted, must not be.
+        return self.project(x).to(self.project.weight.dtype)  # type: ignore[no-any-return]
+
+    def layer(self, index: int) -> GroupAddRev:
+        """Return the reversible layer with this number, from 0; the same one for all where they are tied."""
+        layer = self.layers[0 if self.tied else index]
+        assert isinstance(layer, GroupAddRev)
+        return layer
+
+    def classify(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the logits [num_nodes, out_channels], of the last layer's output [num_nodes, hidden_channels].
+
+        Args:
+            x: the output.
+            mask: what takes the place of dropout before the head, of the shape of ``x``.
+        """
+        x = self.norm(x).relu()
+        x = dropout(x, self.dropout, self.training) if mask is None else x * mask
         logits: Tensor = self.head(x)
         return logits
 

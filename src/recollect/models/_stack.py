@@ -42,7 +42,13 @@ class ConvStack(ScalableGNN):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Attributes:
+        sums_over_edges: whether a convolution is one, of something of each source, plus something of the target. With
+            ``compensate=True`` the activation then stands at the beginning of the next layer.
     """
+
+    sums_over_edges = True
 
     def __init__(
         self,
@@ -70,6 +76,8 @@ class ConvStack(ScalableGNN):
         self.batch_norm = batch_norm
         self.residual = residual
         self.activation = activation
+        # Layers are then sums over edges, and histories hold what goes into the activation.
+        self._activates_next = self.compensate and self.sums_over_edges
         self.lins = nn.ModuleList()
         if head:
             if not isinstance(self.hidden_channels, int):
@@ -104,7 +112,7 @@ class ConvStack(ScalableGNN):
             check_features(x, self.in_channels)
             x = self.enter(x, adj_t.size(0), state)
         else:
-            x = self.drop(x)
+            x = self.drop(self.activation(x) if self._activates_next else x)
         out = self.convolve(layer, x, adj_t, state)
         last = layer == self.num_layers - 1
         if last and not self.lins:
@@ -113,8 +121,13 @@ class ConvStack(ScalableGNN):
             out = self.bns[layer](out)
         if self.residual and out.size(-1) == x.size(-1):
             out = out + x[: out.size(0)]
-        out = self.activation(out)
-        return self.leave(out, state) if last else out
+        return out if self._activates_next else self.activation(out)
+
+    def readout(self, x: Tensor, state: State) -> Tensor:
+        """Return the logits."""
+        if not self.lins:
+            return x
+        return self.leave(self.activation(x) if self._activates_next else x, state)
 
     def convolve(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """Return the convolution of all sources for the targets."""

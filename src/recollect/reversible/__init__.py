@@ -11,5 +11,6 @@ is evaluated twice per training step: once forward, and once to bring back its i
 
 from recollect.reversible._group import GroupAddRev, GroupRevRes
 from recollect.reversible._module import InvertibleModule
+from recollect.reversible._streams import BDIA, Midpoint
 
-__all__ = ["GroupAddRev", "GroupRevRes", "InvertibleModule"]
+__all__ = ["BDIA", "GroupAddRev", "GroupRevRes", "InvertibleModule", "Midpoint"]

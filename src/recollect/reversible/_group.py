@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recollect._arguments import Certify
 from recollect._parameters import reset_parameters
-from recollect.frames import DRIFT_THRESHOLD, checkpoint, couple, uncouple
+from recollect.frames import DRIFT_THRESHOLD, check_exact, checkpoint, couple, digits_of, uncouple
 from recollect.messages import convolve
 from recollect.reversible._module import InvertibleModule
 
@@ -27,14 +27,23 @@ class _Grouped(InvertibleModule):
         split_dim: the dimension of ``x`` that holds the groups.
         chunk_args: which extra arguments are split over the groups, by position or name; ``None``: those that look like
             node features.
+        exact: whether the stream is on a lattice.
         **options: of :class:`InvertibleModule`.
     """
 
+    exact: bool | int = False  # modules that were pickled before there was such a stream have none
+
     def __init__(
-        self, blocks: nn.ModuleList, split_dim: int, chunk_args: Sequence[int | str] | None, **options: Any
+        self,
+        blocks: nn.ModuleList,
+        split_dim: int,
+        chunk_args: Sequence[int | str] | None,
+        exact: bool | int,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         _check_groups(len(blocks))
+        self.exact = check_exact(exact)
         self.split_dim = split_dim
         self.chunk_args = None if chunk_args is None else frozenset(chunk_args)
 
@@ -58,6 +67,7 @@ class _Grouped(InvertibleModule):
                 enabled=not self.disable,
                 certify=self.certify,
                 certificate=self.certificate,
+                exact=digits_of(self.exact, x.dtype),
             )
         except Exception as error:
             part, whole = x.size(self.split_dim) // len(blocks), x.size(self.split_dim)
@@ -69,7 +79,9 @@ class _Grouped(InvertibleModule):
     def _uncouple(self, y: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         blocks = self._blocks()
         arguments, keywords = self._arguments(y, graph, args, kwargs, len(blocks))
-        return uncouple(blocks, self._widened(y), arguments, kwargs=keywords, dim=self.split_dim)
+        y = self._widened(y)
+        exact = digits_of(self.exact, y.dtype)
+        return uncouple(blocks, y, arguments, kwargs=keywords, dim=self.split_dim, exact=exact)
 
     def inverse(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`_inverse`, trainable as :meth:`forward` is.
@@ -187,6 +199,9 @@ class GroupAddRev(_Grouped):
         fuse: compute blocks that are convolutions of torch_geometric without a row for each edge, where
             :func:`recollect.messages.convolve` can; the same up to rounding, in less time and memory. ``False``: call
             them as they are.
+        exact: keep the stream on the multiples of 2^-k, so that it comes back bit for bit at any depth: k, or ``True``
+            for 16 in float32 and 40 in float64. Values must stay below 2^(24-k), in float64 below 2^(53-k). Each block
+            must then compute the same bits twice.
 
     Shapes:
         - ``x``: [num_nodes, C * channels]; output: the same. Under autocast x is widened to float32, or to the
@@ -221,6 +236,7 @@ class GroupAddRev(_Grouped):
         drift_threshold: float = DRIFT_THRESHOLD,
         certify: Certify = True,
         fuse: bool = True,
+        exact: bool | int = False,
     ) -> None:
         _check_module("conv", conv, "a module, or a torch.nn.ModuleList of one for each group")
         if isinstance(conv, nn.ModuleList):
@@ -237,6 +253,7 @@ class GroupAddRev(_Grouped):
             convs,
             split_dim,
             chunk_args,
+            exact,
             disable=disable,
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,
@@ -303,6 +320,7 @@ class GroupRevRes(_Grouped):
         anchor_every: as in :class:`GroupAddRev`.
         drift_threshold: as in :class:`GroupAddRev`.
         certify: as in :class:`GroupAddRev`.
+        exact: as in :class:`GroupAddRev`.
 
     Shapes:
         - ``x``: [num_nodes, groups * channels]; output: the same.
@@ -323,6 +341,7 @@ class GroupRevRes(_Grouped):
         anchor_every: int | None = None,
         drift_threshold: float = DRIFT_THRESHOLD,
         certify: Certify = True,
+        exact: bool | int = False,
     ) -> None:
         _check_module("gnn_module", gnn_module, "one module, of which each group gets a copy", nn.ModuleList)
         modules = _copies(gnn_module, groups)
@@ -330,6 +349,7 @@ class GroupRevRes(_Grouped):
             modules,
             -1,
             chunk_args,
+            exact,
             disable=disable,
             num_bwd_passes=num_bwd_passes,
             anchor_every=anchor_every,

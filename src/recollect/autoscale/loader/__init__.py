@@ -1,7 +1,8 @@
 """From a graph to mini-batches: what its tensors belong to, its nodes in the order of parts, parts with their halo."""
 
+from recollect.autoscale.loader._cut import checked_ptr
 from recollect.autoscale.loader._loader import EvalSubgraphLoader, SubgraphLoader
 from recollect.autoscale.loader._order import permute, to_adj_t
 from recollect.autoscale.loader._sub_data import SubData
 
-__all__ = ["EvalSubgraphLoader", "SubData", "SubgraphLoader", "permute", "to_adj_t"]
+__all__ = ["EvalSubgraphLoader", "SubData", "SubgraphLoader", "checked_ptr", "permute", "to_adj_t"]

@@ -14,6 +14,7 @@ from recollect.autoscale._stamp import BatchSize, GraphStamp
 from recollect.autoscale.loader._attributes import Path, found_at, put, spelled
 from recollect.autoscale.loader._local import Entries
 from recollect.autoscale.loader._order import without_bounds
+from recollect.autoscale.loader._outward import OUTWARD, OutwardCut
 from recollect.autoscale.loader._roles import Roles, roles_of
 from recollect.autoscale.loader._storage import graph_copy
 from recollect.autoscale.loader._sub_data import SubData
@@ -37,11 +38,20 @@ class Cut:
         bipartite: ``adj_t`` has no rows for the halo.
         adjacency: The form of the edges.
         kinds: What each tensor belongs to, where names do not say.
+        outward: Which edges to the out-neighbours come with a mini-batch, see `Outward`.
     """
 
     def __init__(
-        self, data: Data, ptr: Tensor, bipartite: bool, adjacency: Adjacency, kinds: Mapping[str, str] | None
+        self,
+        data: Data,
+        ptr: Tensor,
+        bipartite: bool,
+        adjacency: Adjacency,
+        kinds: Mapping[str, str] | None,
+        outward: bool | str = False,
     ) -> None:
+        if outward not in OUTWARD:
+            raise ValueError(f"outward is {outward!r}, but must be one of {', '.join(map(repr, OUTWARD))}")
         if adjacency not in get_args(Adjacency):
             raise ValueError(f"adjacency is {adjacency!r}, but must be one of {', '.join(get_args(Adjacency))}")
         if adjacency == "edge_index" and "edge_weight" in data:
@@ -64,6 +74,8 @@ class Cut:
         )
         self._one_hop = OneHop(rowptr, col)
         self.graph = GraphStamp.of(data.adj_t, data.node_order)
+        form = OUTWARD[outward]
+        self._outward = form and OutwardCut(rowptr, col, self._value, *self._by_name(data), form)
         self._ptr = ptr
         self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
         self._bipartite = bipartite
@@ -90,7 +102,18 @@ class Cut:
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
+        if self._outward:
+            data.outward = self._outward(n_id[: nodes.total])
         return SubData(data, BatchSize(nodes.total, self.graph), n_id, offset, end - offset)
+
+    def _by_name(self, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+        """The tensors that belong to nodes and to edges row by row, by name, and the names of all others."""
+        nodes, edges = (
+            {str(path[0]): found_at(data, path) for path, dim in found.items() if len(path) == 1 and dim == 0}
+            for found in (self._nodes, self._edges)
+        )
+        others = tuple(name for name in data.to_dict() if name not in nodes and name not in edges and name != "adj_t")
+        return nodes, edges, others
 
     def _attributes(self, n_id: Tensor, edges: Ranges) -> Data:
         """All but the edges, for these nodes."""

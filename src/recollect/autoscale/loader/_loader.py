@@ -16,6 +16,7 @@ from recollect.autoscale.loader._checks import check_data
 from recollect.autoscale.loader._cut import Adjacency, Cut, check_permuted, checked_ptr
 from recollect.autoscale.loader._links import LinkCut, Links
 from recollect.autoscale.loader._order import to_adj_t
+from recollect.autoscale.loader._outward import OutwardEdges
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -58,6 +59,9 @@ class SubgraphLoader(DataLoader[int]):
         link_labels: [K, ...]: labels of the pairs, which mini-batches have as ``data.edge_label``. Default: where
             ``links`` is ``data.edge_label_index``, ``data.edge_label`` and all that goes with it by name; a
             ``data.edge_label`` [K] without ``edge_label_index``; or no labels.
+        outward: Also bring the edges to nodes outside of the mini-batch, as ``data.outward`` (`Outward`), for
+            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"complete"``: all
+            edges into these nodes, whose sources may be two steps away.
         **kwargs: Arguments of ``torch.utils.data.DataLoader``, such as ``shuffle`` and ``num_workers``. A sampler
             chooses parts by their numbers.
 
@@ -86,6 +90,7 @@ class SubgraphLoader(DataLoader[int]):
         kinds: Mapping[str, str] | None = None,
         links: Tensor | None = None,
         link_labels: Tensor | None = None,
+        outward: bool | OutwardEdges = False,
         **kwargs: Any,
     ) -> None:
         start = time.perf_counter()
@@ -102,13 +107,13 @@ class SubgraphLoader(DataLoader[int]):
         parts: Any
         if links is not None:
             sorted_links, rest = Links.of(self.data, links, link_labels, self.ptr, kinds)
-            cut = LinkCut(Cut(rest, self.ptr, bipartite, adjacency, kinds), sorted_links)
+            cut = LinkCut(Cut(rest, self.ptr, bipartite, adjacency, kinds, outward), sorted_links)
             self.units = sorted_links.units
             parts = range(len(self.units))
         elif link_labels is not None:
             raise ValueError("link_labels go with links: give links=edge_label_index, [2, K], too")
         else:
-            cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds)
+            cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds, outward)
             parts = range(self.ptr.numel() - 1)
             if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
                 parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OneHop", "Ranges", "Subgraph"]
+__all__ = ["OneHop", "Ranges", "Subgraph", "number_nodes"]
 
 _FEW, _LONG = 32, 512  # ranges; rows of the mean range
 
@@ -127,6 +127,12 @@ def _number(table: Tensor, inside: Tensor, source: Tensor) -> tuple[Tensor, Tens
     col = table.index_select(0, source).to(torch.int64)
     table.scatter_(0, torch.cat([inside, halo]), -1)
     return halo, col
+
+
+def number_nodes(inside: Tensor, source: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Return the sources that are not ``inside``, ascending, and the position of each source in both together."""
+    table = torch.full((num_nodes,), -1, dtype=_TABLE, device=source.device)
+    return _number(table, inside, source)
 
 
 def _distinct(table: Tensor, nodes: Tensor) -> Tensor:

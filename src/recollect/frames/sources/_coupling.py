@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import Certify, check_certify
+from recollect._torch import is_recorded
 from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
-from recollect.frames._chain import Parts, Slot, Stage, whole
+from recollect.frames._chain import Parts, Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
 from recollect.frames._frame import Frame, certificate_of_process
+from recollect.frames._lattice import Lattice
 from recollect.frames._modes import aside, frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
@@ -54,6 +56,7 @@ def couple(
     seed: bool = True,
     certify: Certify = True,
     certificate: Certificate | None = None,
+    exact: int | None = None,
 ) -> Tensor:
     """Apply the additive coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
 
@@ -71,6 +74,7 @@ def couple(
         seed: replay random state in rebuilds.
         certify: what is accepted of a rebuild; see :func:`~recollect.checkpoint`.
         certificate: where it is counted.
+        exact: k, for a stream on the multiples of 2^-k, which comes back bit for bit; ``None``: a stream that rounds.
 
     Returns:
         X'_1 || ... || X'_C, of the shape of ``x``; in float32 where autocast is on and ``x`` in half precision.
@@ -80,7 +84,7 @@ def couple(
         InPlaceError: a block changed its input in place.
     """
     return couple_by(
-        Add(),
+        Add() if exact is None else Lattice(exact),
         blocks,
         x,
         args,
@@ -104,13 +108,15 @@ def uncouple(
     kwargs: Keywords = None,
     sizes: Sequence[int] | None = None,
     dim: int = -1,
+    exact: int | None = None,
 ) -> Tensor:
     """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
-    return uncouple_by(Add(), blocks, y, args, kwargs=kwargs, sizes=sizes, dim=dim)[0]
+    transform = Add() if exact is None else Lattice(exact)
+    return uncouple_by(transform, blocks, y, args, kwargs=kwargs, sizes=sizes, dim=dim)[0]
 
 
 def couple_by(
-    transform: Transform,
+    transform: Transform | Sequence[Transform],
     blocks: Sequence[Block],
     x: Tensor,
     args: Sequence[tuple[Any, ...]],
@@ -130,7 +136,7 @@ def couple_by(
     """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
 
     Args:
-        transform: T.
+        transform: T; or one for each block.
         blocks: as in :func:`couple`; their outputs are ``transform.factor`` times as large as the group they change.
         x: as in :func:`couple`.
         args: as in :func:`couple`.
@@ -153,16 +159,26 @@ def couple_by(
     if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
         x = x.float()  # the blocks compute in half precision, and the stream keeps what they add
     sizes = _sizes(x, len(blocks), dim, sizes)
+    transforms = _each(transform, len(blocks))
+    lattice = _lattice_of(transforms)
+    if lattice is not None:
+        x = lattice.enter(x)
+        certify = certify and "exact"
     groups = _split(x, sizes, dim, flip)
-    regions = [Transformed(block, transform, dim) for block in blocks]
+    regions = [Transformed(block, own, dim) for block, own in zip(blocks, transforms, strict=True)]
     keywords = [{} for _ in blocks] if kwargs is None else kwargs
     if not enabled or not frames_apply():
-        return _forward(regions, groups, args, keywords, dim, flip)
+        y, extras = _forward(regions, groups, args, keywords, dim, flip)
+        if lattice is not None:
+            _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
+        return y, extras
     stage = _CouplingStage(dim, flip, sizes, seed, certify, certificate or certificate_of_process)
     runs = [functools.partial(stage.run, region) for region in regions]
     y, extras = _forward(runs, groups, args, keywords, dim, flip)
+    if lattice is not None:
+        _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
     if y.requires_grad:
-        stage.close(x, groups, y, gauge, anchor_every)
+        stage.close(x, groups, y, gauge, anchor_every, None if lattice is None else lattice.digits)
         del groups  # views of x
         if local.policy is not None and storage_of(x) not in map(storage_of, keep):
             outputs = [y, *(tensor for extra in extras for tensor in extra)]
@@ -171,7 +187,7 @@ def couple_by(
 
 
 def uncouple_by(
-    transform: Transform,
+    transform: Transform | Sequence[Transform],
     blocks: Sequence[Block],
     y: Tensor,
     args: Sequence[tuple[Any, ...]],
@@ -181,14 +197,37 @@ def uncouple_by(
     dim: int = -1,
 ) -> tuple[Tensor, Extras]:
     """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned."""
+    transforms = _each(transform, len(blocks))
+    lattice = _lattice_of(transforms)
+    if lattice is not None:
+        y = lattice.enter(y)
     groups = _split(y, _sizes(y, len(blocks), dim, sizes), dim)
     keywords = [{} for _ in blocks] if kwargs is None else kwargs
     extras: Extras = []
     for i in reversed(range(len(blocks))):
         z = groups[i - 1] if i > 0 else _sum(groups[1:])
-        groups[i], *extra = transform.inverse(groups[i], blocks[i](z, *args[i], **keywords[i]))
+        groups[i], *extra = transforms[i].inverse(groups[i], blocks[i](z, *args[i], **keywords[i]))
         extras.append(tuple(extra))
-    return torch.cat(groups, dim), extras
+    x = torch.cat(groups, dim)
+    if lattice is not None:
+        lattice.check(x, groups, blocks, "the inverse of {}")
+    return x, extras
+
+
+def _each(transform: Transform | Sequence[Transform], number: int) -> list[Transform]:
+    return list(transform) if isinstance(transform, Sequence) else [transform] * number
+
+
+def _lattice_of(transforms: Sequence[Transform]) -> Lattice | None:
+    return next((transform for transform in transforms if isinstance(transform, Lattice)), None)
+
+
+def _check_range(
+    lattice: Lattice, regions: Sequence[Transformed], x: Tensor, y: Tensor, groups: Sequence[Tensor]
+) -> None:
+    before = None if is_recorded() else slot_of(x)
+    form = "{}" if before is None else f"{{}}, after {before.position} couplings"
+    lattice.check(y, groups, [region.owner for region in regions], form)
 
 
 def _sizes(x: Tensor, number: int, dim: int, sizes: Sequence[int] | None) -> list[int]:
@@ -342,11 +381,16 @@ class _CouplingStage(Stage):
         y: Tensor,
         gauge: DriftGauge | None,
         anchor_every: int | None,
+        digits: int | None,
     ) -> None:
         """Take the stage's place in the chain, when all blocks have run."""
         function = self.blocks[-1].region.function
-        position = self.join([x], samples=groups, gauge=gauge, anchor_every=anchor_every, function=function)
-        self.outputs = [Slot(y, position + 1, function)]
+        position = self.join(
+            [x], samples=groups, gauge=gauge, anchor_every=anchor_every, digits=digits, function=function
+        )
+        slot = Slot(y, position + 1, function)
+        slot.digits = digits
+        self.outputs = [slot]
 
     # Backward: what the blocks' frames hold.
 
@@ -428,7 +472,7 @@ class _CouplingStage(Stage):
             return
         returned = difference(block.returned, output, exact=exact)
         tolerance = max(tolerance_of(output.dtype), block.region.tolerance)
-        if returned <= tolerance and block.gross <= tolerance and self._certify != "exact":
+        if returned <= (0.0 if exact else tolerance) and block.gross <= (0.0 if exact else tolerance):
             self._certificate.figures.note(returned)
             return
         z = self._input_of(index)

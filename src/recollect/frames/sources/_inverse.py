@@ -44,6 +44,7 @@ class Inverse(Source):
         takes: ``function`` gets ``outputs[:takes]``, and the others are not kept for it.
         gauge: where a chain's drift is recorded.
         anchor_every: keep the chain's every s-th activation.
+        moves: the function moves values and changes none, so that what is exact stays so.
 
     Raises:
         TypeError: ``function`` cannot be called.
@@ -58,6 +59,7 @@ class Inverse(Source):
         takes: int | None = None,
         gauge: DriftGauge | None = None,
         anchor_every: int | None = None,
+        moves: bool = False,
     ) -> None:
         if not callable(function):
             raise TypeError(f"inverse must be a function of the outputs (got {function!r})")
@@ -67,6 +69,7 @@ class Inverse(Source):
         self.takes = takes
         self.gauge = gauge
         self.anchor_every = anchor_every
+        self.moves = moves
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
         """See :class:`Source`."""
@@ -85,6 +88,7 @@ def run_invertible(
     takes: int | None = None,
     gauge: DriftGauge | None = None,
     anchor_every: int | None = None,
+    moves: bool = False,
     certify: Certify = True,
     certificate: Certificate | None = None,
 ) -> Any:
@@ -103,6 +107,7 @@ def run_invertible(
         takes: ``inverse`` gets ``outputs[:takes]``, and the others are not kept for it.
         gauge: where a chain's drift is recorded.
         anchor_every: keep the chain's every s-th activation.
+        moves: the function moves values and changes none.
         certify: what is accepted of a rebuild.
         certificate: where it is counted.
     """
@@ -113,6 +118,7 @@ def run_invertible(
         takes=takes,
         gauge=gauge,
         anchor_every=anchor_every,
+        moves=moves,
     )
     return run_frame(function, args, kwargs or {}, source, seed=seed, certify=certify, certificate=certificate)
 
@@ -194,8 +200,15 @@ class _InverseStage(Stage, Held):
             return
         inputs = [args[i] for i in dropped]
         self._layouts = [_Dropped(i, args[i], self._mark_of(args[i])) for i in dropped]
+        before = slot_of(inputs[0]) if source.moves and len(inputs) == 1 else None
+        digits = None if before is None else before.digits
         position = self.join(
-            inputs, returned=returned, gauge=self._gauge, anchor_every=source.anchor_every, function=function
+            inputs,
+            returned=returned,
+            gauge=self._gauge,
+            anchor_every=source.anchor_every,
+            digits=digits,
+            function=function,
         )
         for tensor in outputs[: source.takes]:
             if not isinstance(tensor, Tensor):
@@ -207,6 +220,7 @@ class _InverseStage(Stage, Held):
             else:
                 slot = Slot(tensor, position + 1, function)
                 slot.mark = self._fingerprint(tensor)
+                slot.digits = digits
                 self.outputs.append(slot)
         if local.policy is not None:
             local.policy.closed(self, inputs, outputs, name)

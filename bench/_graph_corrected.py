@@ -1,0 +1,236 @@
+"""What corrected histories do to gradients: their bias against the whole graph's, and the time of a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench._harness import alternating, median
+from bench._report import Target, ratio, show, table
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, normalize, partition, permute, to_adj_t
+from recollect.data import load
+from recollect.models import GCN
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A GCN in training on mini-batches of parts by METIS, with Adam and a learning rate that falls to a fiftieth.
+
+    Attributes:
+        graph: ``"cora"``, ``"pcg"``, or ``"sbm"`` of so many nodes, 10 blocks and degree 10.
+        layers: L.
+        epochs: of training.
+        nodes: of ``"sbm"``.
+        channels: of the layers.
+        dropout: 0 where gradients are compared, which it makes random.
+        parts: of the graph.
+        parts_in_batch: so many of them are a mini-batch.
+    """
+
+    graph: str
+    layers: int
+    epochs: int
+    nodes: int = 20_000
+    channels: int = 64
+    dropout: float = 0.0
+    parts: int = 40
+    parts_in_batch: int = 10
+    rate: float = 0.01
+    decay: float = 5e-4
+
+    def __str__(self) -> str:
+        size = f" of {self.nodes:,} nodes" if self.graph == "sbm" else ""
+        return f"{self.graph}{size}, {self.layers} layers x {self.channels}"
+
+    def permuted(self, root: Path | None) -> tuple[Any, Tensor]:
+        """The graph in the order of its parts, and where these begin."""
+        if self.graph == "pcg":
+            data = pcg(root or Path())
+        elif self.graph == "sbm":
+            data = load("sbm", num_nodes=self.nodes).data
+        else:
+            data = load(self.graph, root).data
+        data = to_adj_t(data)
+        data.adj_t = normalize(data.adj_t)
+        perm, ptr = partition(data.adj_t, self.parts, "metis", log=False)[:2]
+        return permute(data, perm, log=False), ptr
+
+    def model(self, data: Any, seed: int, **options: Any) -> GCN:
+        torch.manual_seed(seed)
+        classes = data.y.size(1) if data.y.dim() == 2 else int(data.y.max()) + 1
+        return GCN(
+            data.num_nodes, data.num_features, self.channels, classes, self.layers, dropout=self.dropout, **options
+        )
+
+    def steps(self, model: GCN) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What comes before a backward pass, and after it."""
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.rate, weight_decay=self.decay)
+        total = self.epochs * self.parts // self.parts_in_batch
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: max(0.02, (1 + math.cos(math.pi * min(step / total, 1))) / 2)
+        )
+
+        def after() -> None:
+            optimizer.step()
+            falling.step()
+
+        return optimizer.zero_grad, after
+
+
+def pcg(root: Path) -> Any:
+    """The protein graph of "Multi-label Node Classification On Graph-Structured Data", from its CSV files."""
+    from torch_geometric.data import Data
+
+    def numbers(name: str) -> Tensor:
+        lines = (root / "multilabel/pcg" / name).read_text().split()
+        return torch.tensor([[float(word) for word in line.split(",")] for line in lines])
+
+    split = (root / "multilabel/pcg/split.csv").read_text().split()
+    features = numbers("features.csv")
+    masks = {f"{part}_mask": torch.tensor([word == part for word in split]) for part in ("train", "val", "test")}
+    features = (features - features.mean(0)) / features.std(0)
+    return Data(x=features, edge_index=numbers("edges.csv").long().t(), y=numbers("labels.csv"), **masks)
+
+
+def loss_of(out: Tensor, data: Any, total: int) -> Tensor:
+    """The training nodes' losses, divided by the number of all training nodes: a sum over nodes times a constant."""
+    mask = data.train_mask[: out.size(0)]
+    out, y = out[mask], data.y[: mask.size(0)][mask]
+    if y.dim() == 2:
+        return F.binary_cross_entropy_with_logits(out, y, reduction="sum") / (total * y.size(1))
+    return F.cross_entropy(out, y, reduction="sum") / total
+
+
+def run(model: GCN, batch: Any, compensate: bool) -> Tensor:
+    outward = {"outward": batch.data.outward} if compensate else {}
+    return model(batch.data.x, batch.data.adj_t, *batch[1:], **outward)
+
+
+def train(course: Course, data: Any, ptr: Tensor, seed: int = 0, **options: Any) -> Iterator[tuple[int, GCN]]:
+    """Train with histories, and give the model before each epoch and after the last."""
+    model = course.model(data, seed, **options)
+    loader = SubgraphLoader(
+        data, ptr, course.parts_in_batch, log=False, shuffle=True, outward=model.compensate,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    total = int(data.train_mask.sum())
+    before, after = course.steps(model)
+    model(loader=EvalSubgraphLoader(data, ptr, course.parts_in_batch, log=False))
+    for epoch in range(course.epochs):
+        yield epoch, model
+        model.train()
+        for batch in loader:
+            before()
+            loss_of(run(model, batch, model.compensate), batch.data, total).backward()
+            after()
+    yield course.epochs, model
+
+
+def bias(model: GCN, data: Any, batches: Sequence[Any], compensate: bool) -> float:
+    """Relative error of the sum of the mini-batches' gradients, each from the histories as they are now."""
+    total = int(data.train_mask.sum())
+    whole = copy.deepcopy(model).eval()
+    # In evaluation mode the whole graph fills the histories, here those of a copy.
+    loss_of(whole(data.x, data.adj_t), data, total).backward()
+    sums: list[Any] = [0.0] * len(list(model.parameters()))
+    for batch in batches:
+        found = copy.deepcopy(model).eval()
+        found.zero_grad()
+        loss_of(run(found, batch, compensate), batch.data, total).backward()
+        sums = [value + p.grad for value, p in zip(sums, found.parameters(), strict=True)]
+    expected = [p.grad for p in whole.parameters()]
+    wrong = sum(float((a - b).square().sum()) for a, b in zip(sums, expected, strict=True))
+    return math.sqrt(wrong / sum(float(b.square().sum()) for b in expected))
+
+
+def measure_bias(course: Course, root: Path | None, epochs: Sequence[int]) -> Row:
+    """Bias at some epochs: of plain histories in their own training; and in corrected training without and with."""
+    data, ptr = course.permuted(root)
+    row: Row = {"course": asdict(course), "epochs": list(epochs), "plain": [], "corrected_off": [], "corrected": []}
+    batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=True))
+    for epoch, model in train(course, data, ptr):
+        if epoch in epochs:
+            row["plain"].append(bias(model, data, batches, False))
+    for epoch, model in train(course, data, ptr, compensate=True):
+        if epoch in epochs:
+            row["corrected_off"].append(bias(model, data, batches, False))
+            row["corrected"].append(bias(model, data, batches, True))
+    return row
+
+
+def measure_step(course: Course, root: Path | None, repeats: int, device: torch.device) -> Row:
+    """Time an epoch of mini-batches that are cut already, with plain and with corrected histories in turns."""
+    data, ptr = course.permuted(root)
+    total = int(data.train_mask.sum())
+
+    def system(compensate: bool) -> Callable[[], None]:
+        model = course.model(data, 0, compensate=compensate)
+        before, after = course.steps(model)
+        batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=compensate))
+
+        def epoch() -> None:
+            for batch in batches:
+                before()
+                loss_of(run(model, batch, compensate), batch.data, total).backward()
+                after()
+
+        epoch()
+        return epoch
+
+    times = alternating({"plain": system(False), "corrected": system(True)}, repeats, device)
+    steps = course.parts // course.parts_in_batch
+    found = {name: (median(values) or 0.0) / steps for name, values in times.items()}
+    crossing = SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=True)
+    edges = [(batch.data.adj_t.values().numel(), batch.data.outward.value.numel()) for batch in crossing]
+    return {
+        "course": asdict(course),
+        "seconds": found,
+        "ratio": ratio(found["corrected"], found["plain"]),
+        "edges": sum(inside for inside, _ in edges),
+        "outward_edges": sum(outside for _, outside in edges),
+    }
+
+
+def bias_table(course: Course, row: Row) -> str:
+    body = [
+        [str(epoch), *(show(row[key][k], ".3f") for key in ("plain", "corrected_off", "corrected"))]
+        for k, epoch in enumerate(row["epochs"])
+    ]
+    return f"{course}\n" + table(["epoch", "plain", "corrected training, left out", "corrected"], body)
+
+
+def step_table(courses: Sequence[Course], rows: Sequence[Row]) -> str:
+    body = [
+        [
+            str(course), *(show(row["seconds"][name], ".1f", 1e-3) for name in ("plain", "corrected")),
+            show(row["ratio"], ".2f"), show(row["outward_edges"] / row["edges"], ".2f"),
+        ]
+        for course, row in zip(courses, rows, strict=True)
+    ]  # fmt: skip
+    return table(["step, ms", "plain", "corrected", "ratio", "edges outward / inward"], body)
+
+
+def corrected_targets(biases: Sequence[Row], steps: Sequence[Row]) -> list[Target]:
+    """Hold both against the numbers to reach."""
+    found = []
+    for row in biases:
+        name = f"{row['course']['graph']}, {row['course']['layers']} layers"
+        if row["course"]["layers"] == 4:
+            value = ratio(row["corrected"][-1], row["plain"][-1])
+            found.append(Target(f"{name}: bias at the end, corrected / plain", value, 0.1))
+        worst = max(a / b for a, b in zip(row["corrected"], row["corrected_off"], strict=True) if b)
+        found.append(Target(f"{name}: bias with correction / without, same histories, worst epoch", worst, 1.0))
+    for row in steps:
+        name = f"{row['course']['graph']}, {row['course']['layers']} layers x {row['course']['channels']}"
+        found.append(Target(f"{name}: step, corrected / plain", row["ratio"], 1.3))
+    return found

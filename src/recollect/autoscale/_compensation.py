@@ -1,0 +1,283 @@
+"""Gradients that a mini-batch's nodes get through nodes outside of it.
+
+In a mini-batch B a node j is a source of nodes outside of B too, and their part of the gradient,
+
+    Σ_(i outside B) (∂z_l,i / ∂z_(l-1),j)ᵀ V_l,i,    V_l,i = ∂loss / ∂z_l,i,
+
+is lost without compensation. Here z_l is what layer l returns, and V_l comes from a history of gradients: each node's
+row is written when its mini-batch goes backward ("LMC: Fast Training of GNNs via Subgraph Sampling with Provable
+Convergence", arXiv 2302.00924, section 4). Parameters get gradients from the batch's own rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from recollect._util._tree import Tree, tensors_of
+from recollect.autoscale._batch import Batch
+from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale._separable import Blank, Edges, Form, Way, drawn_like, same, transposed, way_of
+from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._outward import Outward
+
+__all__ = ["Compensation"]
+
+
+Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
+_FORMS = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES)
+
+
+class Compensation:
+    """One mini-batch's pass through the layers, whose backward pass is compensated.
+
+    Args:
+        model: gives the layers.
+        gradients: histories of V_l; read for the nodes outside, and written for the batch's.
+        histories: of z_l, which layers that need all sources of a node outside read.
+        batch: the mini-batch.
+        outward: its edges to the nodes outside.
+        inputs: what the layers' state began with.
+        ways: of sending gradients back through each layer, as far as they are known; others are added.
+    """
+
+    def __init__(
+        self,
+        model: LayeredGNN,
+        gradients: GradientHistories,
+        histories: list[History],
+        batch: Batch,
+        outward: Outward,
+        inputs: dict[str, Any],
+        ways: dict[int, Way],
+    ) -> None:
+        self._model = model
+        self._gradients = gradients
+        self._histories = histories
+        self._batch = batch
+        self._outward = outward
+        self._edges = Edges(outward)
+        self._inputs = _inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._ways = ways
+
+    def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
+        """Take a layer's output and the state that it left; return both so that backward passes through here.
+
+        Raises:
+            NotImplementedError: the layer left more in its state than its output, with a gradient; or the next layer is
+                no sum over edges, and there are not all edges that it needs.
+        """
+        if not (torch.is_grad_enabled() and out.requires_grad):
+            return out, state
+        if layer:
+            self._check_state(layer, out, before, state)
+        last = layer == self._model.num_layers - 1
+        push = self._gradients.push if layer else None
+        if layer:
+            self._gradients.table(layer, out.size(1))
+        back = None
+        if not last and self._outward.num_targets:
+            back = self._back(layer + 1, out, _blank(self._inputs, state))
+        joined: Tensor = _Join.apply(out, _Step(layer, self._batch, push, back))  # type: ignore[no-untyped-call]
+        if layer:
+            tree = Tree(state)
+            state = tree.build([joined if tensor is out else tensor for tensor in tree.tensors])
+        return joined, state
+
+    def _back(self, layer: int, x: Tensor, blank: Blank) -> Back:
+        """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
+        autocast = _autocast_now()
+        way = self._way(layer, x, blank)
+        targets = self._outward.n_id[: self._outward.num_targets]
+
+        def back(own: Tensor) -> tuple[Tensor, Tensor] | None:
+            if self._gradients.is_empty(layer):
+                return None
+            given = self._gradients.pull(layer, targets)
+            with plain(self._model), autocast():
+                if way.form == Form.ANY:
+                    found = self._through_all(layer, own, given, blank)
+                else:
+                    found = transposed(self._model, layer, way, own, given, self._edges, blank)
+            return None if found is None else (found, self._gradients.trust(layer))
+
+        return back
+
+    def _way(self, layer: int, x: Tensor, blank: Blank) -> Way:
+        if self._outward.complete:
+            self._check_apart_from_state(layer, x, blank)
+            return Way(Form.ANY)
+        if layer not in self._ways:
+            with plain(self._model):
+                way = way_of(self._model, layer, x, self._edges, self._inputs, blank)
+            if way.form == Form.ANY:
+                raise NotImplementedError(
+                    f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
+                    "what a source does to a target depends on the target's other sources. Apply the activation (and "
+                    "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
+                    'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
+                    "the nodes outside"
+                )
+            self._ways[layer] = way
+        return self._ways[layer]
+
+    def _check_apart_from_state(self, layer: int, x: Tensor, blank: Blank) -> None:
+        """Raise if the gradient depends on what earlier layers left for the nodes outside, which is not known here."""
+        if layer in self._ways or not self._outward.col.numel():
+            return
+        generator = torch.Generator().manual_seed(layer)
+
+        def drawn(targets: int) -> State:
+            tree = Tree({name: value for name, value in blank(targets).items() if name not in self._inputs})
+            others: State = tree.build([drawn_like(tensor, generator) for tensor in tree.tensors])
+            return self._inputs | others
+
+        with plain(self._model):
+            own = drawn_like(x, generator)
+            rows = torch.cat([own.new_zeros(self._outward.num_targets, own.size(1)), own])
+            rows = torch.cat([rows, own.new_zeros(self._outward.n_id.numel() - rows.size(0), own.size(1))])
+            with torch.no_grad():
+                out = self._model.run_layer(layer, rows, self._outward.adj_t(), blank(self._outward.num_targets))
+            given = drawn_like(out, generator)
+            found = [self._through_all(layer, own, given, state) for state in (blank, drawn)]
+        if not same(*found):
+            raise NotImplementedError(
+                f"layer {layer} of {type(self._model).__name__} reads from its state what earlier layers left for a "
+                "target, and what a source does to the target depends on it; of nodes outside of a mini-batch that is "
+                "not known. With compensate=True such a term is added after all that is not linear, or comes from an "
+                "attribute of the graph"
+            )
+        self._ways[layer] = Way(Form.ANY)
+
+    def _through_all(self, layer: int, own: Tensor, given: Tensor, blank: Blank) -> Tensor | None:
+        """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""
+        outward = self._outward
+        targets, known = outward.num_targets, outward.num_targets + self._batch.size
+        others = self._histories[layer - 1].pull(torch.cat([outward.n_id[:targets], outward.n_id[known:]])).to(own)
+        with torch.enable_grad():
+            own = own.detach().requires_grad_()
+            x = torch.cat([others[:targets], own, others[targets:]])
+            out = self._model.run_layer(layer, x, outward.adj_t(), blank(targets))
+            return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
+
+    def _check_state(self, layer: int, out: Tensor, before: State, state: State) -> None:
+        old = {id(tensor) for tensor in tensors_of(before)}
+        for name, value in state.items():
+            for tensor in tensors_of(value):
+                if tensor is not out and id(tensor) not in old and tensor.requires_grad:
+                    raise NotImplementedError(
+                        f"layer {layer} left a tensor of shape {list(tensor.shape)} with a gradient in "
+                        f"state[{name!r}], whose gradient through nodes outside of the mini-batch has no history; with "
+                        "compensate=True layers after the first may leave there what they return, and nothing else "
+                        "that they computed"
+                    )
+
+
+class _Step:
+    """What happens at the output of a layer when its gradient has come."""
+
+    __slots__ = ("_back", "_batch", "_done", "_layer", "_push")
+
+    def __init__(
+        self,
+        layer: int,
+        batch: Batch,
+        push: Callable[..., None] | None,
+        back: Back | None,
+    ) -> None:
+        self._layer = layer
+        self._batch = batch
+        self._push = push
+        self._back = back
+        self._done = False
+
+    def __call__(self, grad: Tensor, own: Tensor) -> Tensor:
+        if self._done:
+            raise RuntimeError(
+                "this mini-batch went backward before, and its gradients are in their histories already; with "
+                "compensate=True go backward once for each forward pass, from the sum of all losses"
+            )
+        self._done = True
+        extra = None if self._back is None else self._back(own)
+        if extra is not None:
+            rows, trust = extra
+            grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
+        if self._push is not None:
+            _, n_id, offset, count = self._batch.arguments
+            assert n_id is not None
+            self._push(self._layer, grad, n_id[: self._batch.size], offset, count)
+        return grad
+
+
+class _Join(torch.autograd.Function):
+    """The identity, whose gradient is completed on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, step: _Step) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(out)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.step(grad, *ctx.saved_tensors), None
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Run the body in evaluation mode: dropout is its mean, and nothing is counted or drawn."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
+    """Return the inputs of the outward edges."""
+    found = {}
+    for name, value in inputs.items():
+        if name in outward.nodes or name in outward.edges:
+            value = outward.nodes[name] if name in outward.nodes else outward.edges[name]
+        elif isinstance(value, Tensor) and value.dim() and name not in outward.others:
+            raise ValueError(
+                f"the layers get {name}= {list(value.shape)}, but the graph of the mini-batch's loader has no {name} "
+                "for the nodes and edges outside: with compensate=True such inputs are attributes of the graph, and "
+                "have their names"
+            )
+        found[name] = value
+    return found
+
+
+def _blank(inputs: State, state: State) -> Blank:
+    """Return what makes a state for some targets: the inputs, and zeros for what earlier layers left."""
+    tree = Tree({name: value for name, value in state.items() if name not in inputs})
+    kinds = [(tensor.shape[1:] if tensor.dim() else None, tensor.dtype, tensor.device) for tensor in tree.tensors]
+    tree.tensors.clear()
+
+    def make(targets: int) -> State:
+        zeros = [
+            torch.zeros(() if shape is None else (targets, *shape), dtype=dtype, device=device)
+            for shape, dtype, device in kinds
+        ]
+        left: State = tree.build(zeros)
+        return inputs | left
+
+    return make
+
+
+def _autocast_now() -> Callable[[], torch.autocast]:
+    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)

@@ -1,0 +1,105 @@
+"""Networks whose mini-batches get the gradients that go through nodes outside of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._batch import Batch
+from recollect.autoscale._compensation import Compensation
+from recollect.autoscale._history_network import HistoryGNN
+from recollect.autoscale._network import Follow
+from recollect.autoscale._refresh import GradientSweep, Loss
+from recollect.autoscale._separable import Way
+from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.autoscale.loader._outward import Outward
+from recollect.autoscale.loader._sub_data import SubData
+
+__all__ = ["CorrectedGNN"]
+
+
+class CorrectedGNN(HistoryGNN):
+    """A network with histories, which may have histories of gradients too.
+
+    Attributes:
+        compensate: whether there are histories of gradients.
+        gradients: they, or ``None``.
+    """
+
+    compensate: bool = False
+    gradients: GradientHistories | None
+    _ways: dict[int, Way]  # of sending gradients back through each layer, as far as they are known
+
+    def __init__(self, *args: Any, compensate: bool = False, **options: Any) -> None:
+        self.compensate = compensate
+        super().__init__(*args, **options)
+
+    @abstractmethod
+    def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
+        """Fill the histories of embeddings, layer by layer."""
+
+    def _make_histories(self) -> None:
+        super()._make_histories()
+        if self.compensate and not self.keep_histories:
+            raise ValueError(
+                f"{type(self).__name__} has keep_histories=False, but compensate=True needs histories and layers that "
+                "are written in forward_layer alone"
+            )
+        self.keep_gradients()
+
+    def keep_gradients(self) -> None:
+        """Make the histories of gradients, empty, if there shall be any; they take the place of earlier ones."""
+        options = self.history_options
+        self._ways = {}
+        before, self.gradients = self._modules.get("gradients"), None
+        if self.compensate:
+            widths = [history.embedding_dim for history in self.tables[1:]]
+            self.gradients = GradientHistories(self.num_nodes, widths, options.device, options.dtype, options.path)
+            if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
+                self.gradients.to(before.place)
+
+    def correction(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any]) -> Follow | None:
+        """Return what completes the gradients of a mini-batch between its layers, if they shall be.
+
+        Raises:
+            ValueError: they shall be, and the mini-batch has no outward edges.
+        """
+        if self.gradients is None or not torch.is_grad_enabled():
+            return None
+        if outward is None:
+            if not self.training:
+                return None
+            raise ValueError(
+                "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
+                "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
+            )
+        return Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._ways).follow
+
+    def refresh(self, loader: Iterable[SubData], loss: Loss | None = None) -> Tensor:
+        """Make the histories those of the present parameters: embeddings, and with ``compensate=True`` gradients too.
+
+        Both are computed layer by layer in mini-batches, embeddings from the first layer to the last and gradients from
+        the last to the second, in evaluation mode. The next mini-batch's gradient is then exact. It costs about two
+        forward passes and a backward pass over the graph.
+
+        Args:
+            loader: yields every node once, in the same mini-batches each time: an EvalSubgraphLoader.
+            loss: from a mini-batch's output [B, out_channels] and the mini-batch to its loss, a scalar: as in training,
+                with the same factor for each node. Needed with ``compensate=True``.
+
+        Returns:
+            The output [num_nodes, out_channels], as of :meth:`mini_inference`.
+
+        Raises:
+            ValueError: ``loss`` is missing; see :meth:`mini_inference` too.
+        """
+        if self.gradients is not None and loss is None:
+            raise ValueError("compensate=True: refresh(loader, loss) needs the loss of a mini-batch, loss(out, batch)")
+        out = self.mini_inference(loader)
+        if self.gradients is not None and loss is not None:
+            GradientSweep(self, out.size(0), loader, self.tables, self.gradients, loss).run()
+        return out

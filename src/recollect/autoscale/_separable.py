@@ -1,0 +1,235 @@
+"""How a layer's gradient by the rows of a mini-batch is found from what nodes outside get of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recollect._util._tree import Tree
+from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale.loader._outward import Outward
+from recollect.messages import propagate, sparse_csr
+
+__all__ = ["Blank", "Edges", "Form", "Way", "drawn_like", "same", "transposed", "way_of"]
+
+Blank = Callable[[int], State]
+"""Makes a layer's state for so many targets."""
+
+
+class Form(Enum):
+    """What a layer z = f(x, A) is, as a function of its sources j for a target i; the first are the fastest.
+
+    All but the last send Σ_i (∂z_i / ∂x_j)ᵀ v_i back without what the target's other sources hold.
+    """
+
+    SUM = "z_i = Σ a_ij g(x_j)"
+    SUM_AND_OWN = "z_i = Σ a_ij g(x_j) + s(x_i)"
+    EDGES = "z_i = Σ g(x_j, a_ij) + s(x_i)"
+    ANY = "z_i = f(x_j for all j)"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer's gradient is sent back.
+
+    Attributes:
+        form: the layer's.
+        products: whether the results of its products count, and not only the graph behind them. They do not where the
+            layer is linear from its products on.
+    """
+
+    form: Form
+    products: bool = True
+
+
+class _WithoutProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of matrices give zeros. Autograd, which is above this, gets the same graph as ever."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            left, right = args[-2:] if func is not _REDUCED else args[:2]
+            zeros = torch.zeros(left.size(0), right.size(1), dtype=right.dtype, device=right.device)
+            return (zeros, zeros.new_empty(0, dtype=torch.int64)) if func is _REDUCED else zeros
+        return func(*args, **(kwargs or {}))
+
+
+_REDUCED = torch.ops.aten._sparse_mm_reduce_impl.default
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, _REDUCED)
+
+
+class Edges:
+    """A mini-batch's outward edges in the ways that layers need them, each made when it is first asked for.
+
+    Args:
+        outward: the edges, not ``complete``.
+    """
+
+    def __init__(self, outward: Outward) -> None:
+        self._outward = outward
+        self._one_each: dict[int, Tensor] = {}
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        return self._outward.num_targets
+
+    @cached_property
+    def by_target(self) -> Outward:
+        """See :meth:`Outward.by_target`."""
+        return self._outward.by_target()
+
+    @cached_property
+    def adj_t(self) -> Tensor:
+        """See :meth:`Outward.adj_t`."""
+        return self.by_target.adj_t()
+
+    @cached_property
+    def near(self) -> Tensor | None:
+        """The rows of the batch that have outward edges [R], int64, if they are less than half of it."""
+        rows = self._outward.rowptr.diff().nonzero().squeeze(1)
+        return rows if 2 * rows.numel() < self._outward.rowptr.numel() - 1 else None
+
+    @cached_property
+    def adj(self) -> Tensor:
+        """The edges of these rows as sparse CSR matrix [R, T]; of all rows if ``near`` is ``None``."""
+        outward = self._outward
+        if self.near is not None:
+            outward = outward._replace(rowptr=torch.cat([outward.rowptr[self.near], outward.rowptr[-1:]]))
+        return outward.adj()
+
+    def one_each(self, before: int) -> Tensor:
+        """Return an adjacency [R, before + R] with an edge of weight 1 into each target, from the row so far behind."""
+        if before not in self._one_each:
+            value = self._outward.value
+            size = self.adj.size(0)
+            rowptr = torch.arange(size + 1, device=value.device)
+            weights = value.new_ones(size)
+            self._one_each[before] = sparse_csr(rowptr, rowptr[:-1] + before, weights, (size, before + size))
+        return self._one_each[before]
+
+
+def transposed(
+    model: LayeredGNN, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
+) -> Tensor | None:
+    """Return Σ_i (∂z_i / ∂x_j)ᵀ v_i over the nodes i outside, for each j in the batch [B, channels], or ``None`` for 0.
+
+    Args:
+        model: gives the layer.
+        layer: its number.
+        way: the layer's, of a form but ``ANY``.
+        own: x_j [B, channels].
+        given: v_i [T, out_channels].
+        edges: to the nodes i.
+        blank: makes the layer's state.
+    """
+    form, shape = way.form, own.shape
+    near = None if form == Form.EDGES else edges.near
+    products = nullcontext() if way.products else _WithoutProducts()  # type: ignore[no-untyped-call]
+    with torch.enable_grad():
+        own = (own if near is None else own[near]).detach().requires_grad_()
+        size = own.size(0)
+        x, before = own, 0
+        if form != Form.SUM:  # then rows of the targets come first, which are others than those of their sources
+            before = edges.num_targets if form == Form.EDGES else size
+            x = torch.cat([own.new_zeros(before, own.size(1)), own])
+        if form == Form.EDGES:
+            adj_t, targets = edges.adj_t, edges.num_targets
+        else:
+            adj_t, targets = edges.one_each(before), size
+        with products:
+            out = model.run_layer(layer, x, adj_t, blank(targets))
+        given = given.to(out)
+        if form != Form.EDGES:
+            given = propagate(edges.adj, given)
+        found = torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+    if near is None or found is None:
+        return found
+    return found.new_zeros(shape).index_copy_(0, near, found)
+
+
+def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Way:
+    """Return the first way that is right for a layer; that is observed, with drawn numbers in the place of all rows.
+
+    Args:
+        model: gives the layer.
+        layer: its number.
+        like: its input's rows of the mini-batch [B, channels].
+        edges: from the mini-batch to nodes outside, at least one.
+        inputs: the layer's keyword arguments, for the outward edges by target.
+        blank: makes its state.
+    """
+    generator = torch.Generator().manual_seed(layer)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        return drawn_like(tensor, generator)
+
+    own = drawn(like)
+    with torch.no_grad():
+        rows = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
+        given = drawn(model.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
+    alone = transposed(model, layer, Way(Form.EDGES), own, given, edges, blank)
+    if not same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
+        return Way(Form.ANY)
+    forms = [Form.SUM, Form.SUM_AND_OWN, Form.EDGES]
+    if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
+        forms = [Form.EDGES]  # the inputs are those of the outward edges
+    ways = (Way(form, products) for form in forms for products in (False, True))
+    return next(way for way in ways if same(alone, transposed(model, layer, way, own, given, edges, blank)))
+
+
+def _among_others(
+    model: LayeredGNN,
+    layer: int,
+    own: Tensor,
+    given: Tensor,
+    outward: Outward,
+    blank: Blank,
+    drawn: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """Return what :func:`transposed` does, with drawn rows of the targets, each with one more edge, from itself."""
+    targets = outward.num_targets
+    each = torch.arange(targets, device=outward.col.device)
+    place = torch.cat([torch.arange(outward.col.numel(), device=each.device), outward.rowptr[1:] - 1])
+    order = place.argsort(stable=True)  # the edge from itself comes behind a target's others
+
+    def with_more(values: Tensor) -> Tensor:
+        more = values.new_zeros(targets, *values.shape[1:])
+        return torch.cat([values, drawn(more) + 0.5 if values.is_floating_point() else more])[order]
+
+    adj_t = sparse_csr(
+        outward.rowptr + torch.arange(targets + 1, device=each.device),
+        torch.cat([outward.col, each])[order],
+        with_more(outward.value),
+        (targets, outward.n_id.numel()),
+    )
+    state = blank(targets)
+    tree = Tree({name: value for name, value in state.items() if name not in outward.edges})
+    other: State = tree.build([drawn(tensor) for tensor in tree.tensors])
+    other |= {name: with_more(state[name]) for name in outward.edges.keys() & state.keys()}
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        x = torch.cat([drawn(own.new_zeros(targets, own.size(1))), own])
+        out = model.run_layer(layer, x, adj_t, other)
+        return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+
+
+def drawn_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal numbers in the place of a tensor's, unless it holds integers."""
+    values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(tensor) if tensor.is_floating_point() else tensor
+
+
+def same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether two gradients agree, to the root of their type's precision; ``None`` is none."""
+    if first is None or second is None:
+        return first is second
+    scale = torch.maximum(first.abs().max(), second.abs().max())
+    return bool((first - second).abs().max() <= scale * torch.finfo(first.dtype).eps ** 0.5)

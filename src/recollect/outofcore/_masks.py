@@ -1,0 +1,66 @@
+"""Dropout masks of a whole graph, a bit for each node and channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale.histories import PlainRows, Where
+
+__all__ = ["Masks", "width_of"]
+
+_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LEVELS = 2**16  # as of recollect.models.RevGNN's own masks: 16 random bits for each element
+
+
+def width_of(channels: int) -> int:
+    """Return the bytes of a row."""
+    return -(-channels // 8)
+
+
+class Masks:
+    """What a network of the whole graph multiplies its activations by, drawn from the same random numbers.
+
+    Args:
+        rows: its bits.
+        channels: of each node.
+        p: the probability of zero.
+    """
+
+    def __init__(self, rows: PlainRows, channels: int, p: float) -> None:
+        self._rows = rows
+        self._channels = channels
+        dropped = min(round(p * _LEVELS), _LEVELS - 1)
+        self._least = dropped - _LEVELS // 2
+        self._scale = _LEVELS / (_LEVELS - dropped)
+
+    def draw(self, bounds: list[tuple[int, int]]) -> None:
+        """Draw all, in the order of nodes, from torch's generator."""
+        left = torch.empty(0, dtype=torch.int16, device="cpu")
+        total = bounds[-1][1] * self._channels
+        done = 0
+        for start, stop in bounds:
+            needed = (stop - start) * self._channels
+            words = -(-(needed - left.numel()) // 4)
+            fresh = torch.empty(max(words, 0), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+            numbers = torch.cat([left, fresh.view(torch.int16)])
+            left = numbers[needed:].clone()
+            kept = (numbers[:needed] >= self._least).view(stop - start, self._channels)
+            self._rows.write((start, stop), _packed(kept))
+            done += needed
+        assert done == total
+
+    def read(self, where: Where, dtype: torch.dtype) -> Tensor:
+        """Return the factors of some nodes [rows, channels]."""
+        bits = self._rows.read(where)
+        places = torch.tensor(_PLACES, dtype=torch.uint8, device="cpu")
+        kept = (bits.unsqueeze(2) & places).ne(0).flatten(1)[:, : self._channels]
+        return kept.to(dtype).mul_(self._scale)
+
+
+def _packed(kept: Tensor) -> Tensor:
+    rows, channels = kept.shape
+    padded = torch.zeros(rows, width_of(channels) * 8, dtype=torch.uint8, device="cpu")
+    padded[:, :channels] = kept
+    places = torch.tensor(_PLACES, dtype=torch.uint8, device="cpu")
+    return (padded.view(rows, -1, 8) * places).sum(2, dtype=torch.uint8)

@@ -1,0 +1,538 @@
+"""A step over the whole graph, part by part."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autoscale import to_adj_t
+from recollect.autoscale.histories import PlainRows, Worker
+from recollect.autoscale.loader import checked_ptr
+from recollect.frames import Lattice, RebuildError, bits_of, check_exact, digits_of
+from recollect.models import RevGNN
+from recollect.outofcore._masks import Masks, width_of
+from recollect.outofcore._parts import Part, Parts
+from recollect.outofcore._reach import looks_further
+from recollect.outofcore._tables import Changes, Tables, save
+
+__all__ = ["WholeGraph"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Read = tuple[Tensor, Tensor, Tensor | None]
+
+
+class WholeGraph:
+    """Training steps of a reversible network over a whole graph, exact, in memory that does not grow with the depth.
+
+    ``step`` leaves in ``.grad`` what one backward pass over the whole graph would. Memory holds the parameters and a
+    few parts with their neighbours; two tables for each group lie in host memory or in files, 8 N C bytes in float32
+    for N nodes and C channels, whatever the depth.
+
+    Args:
+        model: the network, in float32 or float64, on the CPU.
+        data: the graph, its nodes in the order of the parts (see :func:`~recollect.autoscale.permute`), with ``x``,
+            ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. With ``store`` it is not needed afterwards.
+        ptr: [P + 1] int64: part p has the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
+        store: a folder for tables and parts; ``None``: host memory. One process at a time has it open.
+        exact: as in :class:`~recollect.reversible.GroupAddRev`; the network's own where it has one. ``False``: the
+            activations come back up to rounding.
+        inputs: names of what the convolutions get of each edge beside ``edge_index``, in their order, such as
+            ``("edge_weight",)``.
+        memory: bytes of parts that stay in memory beside their files in ``store``; what a part needs otherwise is read
+            again, and sorted again, for each block.
+
+    Raises:
+        TypeError: another kind of network.
+        ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing.
+        HistoryFileError: a file in ``store`` is something else, or in use.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> from recollect.models import RevGNN
+        >>> from recollect.outofcore import WholeGraph
+        >>> ring = torch.arange(12)
+        >>> data = Data(x=torch.randn(12, 5), edge_index=torch.stack([ring, ring.roll(1)]), y=ring % 3)
+        >>> data.train_mask = ring < 9
+        >>> model = RevGNN(in_channels=5, hidden_channels=8, out_channels=3, num_layers=4, dropout=0.1)
+        >>> whole = WholeGraph(model, data, ptr=torch.tensor([0, 4, 8, 12]))
+        >>> loss = whole.step(lambda logits, y: torch.nn.functional.cross_entropy(logits, y, reduction="sum") / 9)
+        >>> model.head.weight.grad.shape
+        torch.Size([3, 8])
+        >>> whole.evaluate().shape
+        torch.Size([12, 3])
+    """
+
+    def __init__(
+        self,
+        model: RevGNN,
+        data: Any,
+        ptr: Tensor,
+        store: str | Path | None = None,
+        *,
+        exact: bool | int = True,
+        inputs: tuple[str, ...] = (),
+        memory: int = 128 << 20,
+    ) -> None:
+        if not isinstance(model, RevGNN):
+            raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
+        missing = [name for name in ("x", "y", "train_mask") if name not in data]
+        if missing:
+            raise ValueError(f"data has no {', '.join(missing)}, but WholeGraph needs x, y and train_mask")
+        self.model = model
+        self._inputs = tuple(inputs)
+        self._ptr = checked_ptr(ptr, int(data.num_nodes))
+        own = model.layer(0).exact
+        self.exact = check_exact(own if own is not False and exact is True else exact)
+        self._dtype = model.project.weight.dtype
+        digits = digits_of(self.exact, self._dtype)
+        self._lattice = None if digits is None else Lattice(digits)
+        self.num_groups, self.num_layers = model.num_groups, model.num_layers
+        self.num_nodes = int(self._ptr[-1])
+        self._hidden = model.project.out_features
+        self._width = self._hidden // self.num_groups
+        folder = None if store is None else Path(store)
+        self._folder = folder
+        data = to_adj_t(data)
+        further = self._looks_further(data)
+        self.parts = Parts(data, self._ptr, self._inputs, further, None if folder is None else folder / "parts", memory)
+        groups = range(self.num_groups)
+        widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
+        dtypes = dict.fromkeys(widths, self._dtype)
+        for mask in ("mask", "last_mask") if model.dropout > 0 else ():
+            widths[mask], dtypes[mask] = width_of(self._hidden), torch.uint8
+        self._tables = Tables(self.num_nodes, widths, dtypes, folder)
+        self._masks: dict[str, Masks] = {
+            name: Masks(self._tables[name], self._hidden, model.dropout) for name in widths if name.endswith("mask")
+        }
+        places = self.num_layers * self.num_groups * len(self.parts)
+        self._marks = PlainRows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
+        self._worker = Worker()
+        self.last_drift: float | None = None
+
+    # What users call.
+
+    def step(self, criterion: Criterion) -> Tensor:
+        """Do forward and backward over the whole graph; return the loss.
+
+        Gradients are added to ``.grad`` when all is done; after an error they are as before.
+
+        Args:
+            criterion: called with the logits [T_p, out_channels] and labels [T_p, ...] of a part's training nodes; the
+                results, scalars, are added up over parts. So it is a sum, such as
+                ``F.cross_entropy(logits, y, reduction="sum") / number``.
+
+        Raises:
+            ValueError: batch normalisation in training mode, which goes over all nodes at once.
+            RebuildError: a block did not compute the same bits again.
+            LatticeError: an activation is out of the range in which the stream is exact.
+        """
+        self._check_modules()
+        self._tables.forget()
+        state = {"random": torch.get_rng_state(), "model": self._digest()}
+        if self._folder is not None:
+            save(self._folder / "step.pt", state)
+        return self._run(state, criterion, None)
+
+    def resume(self, criterion: Criterion) -> Tensor:
+        """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
+
+        The network must have the parameters that it had then; random numbers go on as they would have.
+
+        Args:
+            criterion: the same as in the step.
+
+        Raises:
+            RuntimeError: there is no unfinished step in the store, or the network is another one.
+        """
+        path = None if self._folder is None else self._folder / "step.pt"
+        if path is None or not path.is_file():
+            raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["model"] != self._digest():
+            raise RuntimeError(
+                f"the network or the graph is not the one with which the step in {self._folder} began: load the "
+                "parameters of that time first"
+            )
+        self._check_modules()
+        torch.set_rng_state(state["random"])
+        return self._run(state, criterion, self._tables.last())
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the store has a step that ended in the middle, for :meth:`resume`."""
+        return self._folder is not None and (self._folder / "step.pt").is_file()
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """Return the logits of all nodes [N, out_channels], in evaluation mode."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            run = _Step(self, None, None, 0)
+            run.forward()
+            found = []
+            for number in range(len(self.parts)):
+                part = self.parts[number]
+                found.append(self.model.classify(run.groups_of(part)).cpu())
+            return torch.cat(found)
+        finally:
+            for module in training:
+                module.training = True
+
+    # How.
+
+    def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
+        if self.model.training:
+            # The same numbers in the same order as those that the network itself draws for the whole graph.
+            if self.model.shared_dropout and "mask" in self._masks:
+                self._masks["mask"].draw(self.parts.bounds)
+            if "last_mask" in self._masks:
+                self._masks["last_mask"].draw(self.parts.bounds)
+        seed = int(torch.randint(2**62, (1,), generator=_beside()))
+        run = _Step(self, criterion, journal, seed)
+        run.forward()
+        loss = run.turn()
+        run.backward()
+        for parameter, gradient in run.gradients.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if self._folder is not None:
+            (self._folder / "step.pt").unlink(missing_ok=True)
+        self._tables.forget()
+        return loss
+
+    def _check_modules(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, which in training normalises over all nodes at once: parts "
+                    'have other means. Use norm="layer" (LayerNorm), or model.eval() to keep its statistics'
+                )
+
+    def _looks_further(self, data: Any) -> bool:
+        rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
+        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        found, seen = False, set()
+        try:
+            with torch.no_grad():
+                for index in range(self.num_layers):
+                    layer = self.model.layer(index)
+                    if id(layer) in seen:
+                        continue
+                    seen.add(id(layer))
+                    for block in layer._blocks():
+
+                        def run(rows: Tensor, edge_index: Tensor, own: dict[str, Tensor], block: Any = block) -> Tensor:
+                            out: Tensor = block(rows, edge_index, None, *own.values())
+                            return out
+
+                        name = type(block.owner).__name__ if hasattr(block, "owner") else type(block).__name__
+                        found |= looks_further(run, name, rowptr, col, edges, self._width, self._dtype)
+        finally:
+            for module in training:
+                module.training = True
+        return found
+
+    def _digest(self) -> str:
+        """Return what tells this network, with its parameters, and this division from others."""
+        digest = hashlib.sha256(repr((self._ptr.tolist(), self.exact, self._inputs)).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
+        return digest.hexdigest()
+
+
+def _beside() -> torch.Generator:
+    """Return a generator that starts from torch's state without moving it."""
+    return torch.Generator().set_state(torch.get_rng_state())
+
+
+class _Step:
+    """One step: the operations in their order, each for one part.
+
+    Args:
+        of: whose step it is.
+        criterion: the loss of a part; ``None`` in evaluation.
+        journal: the state after the last operation that was done by an earlier process.
+        seed: of what blocks draw.
+    """
+
+    def __init__(self, of: WholeGraph, criterion: Criterion | None, journal: dict[str, Any] | None, seed: int) -> None:
+        self._of = of
+        self._criterion = criterion
+        self._seed = seed
+        self._operation = 0
+        self._done = -1 if journal is None else int(journal["operation"])
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self._names = {parameter: name for name, parameter in of.model.named_parameters()}
+        self._loss: Tensor | None = None
+        if journal is not None:
+            by_name = dict(of.model.named_parameters())
+            self._loss = journal["loss"]
+            kept = torch.load(of._folder / "gradients.pt", weights_only=True) if journal["kept"] else {}  # type: ignore[operator]
+            self.gradients = {by_name[name]: value for name, value in {**kept, **journal["gradients"]}.items()}
+
+    # Reading, computing and writing side by side.
+
+    def _pass(self, read: Callable[[Part], Any], compute: Callable[[Part, Any], Changes]) -> None:
+        """Do an operation for each part: the next one is read while one is computed, and writes go behind."""
+        of = self._of
+        first, number = self._operation, len(of.parts)
+        self._operation += number
+        begin = max(0, self._done + 1 - first)
+        if begin >= number:
+            return
+
+        def load(index: int) -> tuple[Part, Any]:
+            part = of.parts[index]
+            return part, read(part)
+
+        ahead = of._worker.submit(load, begin)
+        behind = None
+        for index in range(begin, number):
+            part, rows = ahead.result()
+            if index + 1 < number:
+                ahead = of._worker.submit(load, index + 1)
+            changes = compute(part, rows)
+            if self._criterion is not None:
+                changes.state = {"operation": first + index, **changes.state}
+            if behind is not None:
+                behind.result()
+            behind = of._worker.submit(of._tables.apply, changes)
+        if behind is not None:
+            behind.result()
+
+    def _state(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """Return what must be known to go on behind an operation that changed these gradients."""
+        return {
+            "loss": None if self._loss is None else self._loss.clone(),
+            "gradients": {
+                self._names[parameter]: self.gradients[parameter].clone()
+                for parameter in parameters
+                if parameter in self.gradients
+            },
+            "kept": self._kept,
+        }
+
+    _kept = False
+
+    def _keep(self) -> None:
+        """Write the gradients so far, when a pass over the parts is over."""
+        of = self._of
+        if of._folder is not None and self._done < self._operation:
+            save(
+                of._folder / "gradients.pt",
+                {self._names[parameter]: gradient for parameter, gradient in self.gradients.items()},
+            )
+        self._kept = True
+
+    def _add(self, parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            known = self.gradients.get(parameter)
+            self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+
+    def groups_of(self, part: Part) -> Tensor:
+        """Return the activations of a part's nodes [n, hidden_channels]."""
+        tables, where = self._of._tables, (part.start, part.stop)
+        return torch.cat([tables[f"x{i}"].read(where) for i in range(self._of.num_groups)], 1)
+
+    # Forward.
+
+    def forward(self) -> None:
+        """Fill the tables with the last layer's output."""
+        of = self._of
+        self._pass(lambda part: None, self._embed)
+        for layer in range(of.num_layers):
+            for group in range(of.num_groups):
+                self._pass(partial(self._rows, group), partial(self._forward, layer, group))
+
+    def _embed(self, part: Part, _: None) -> Changes:
+        with torch.no_grad():
+            rows = self._entered(self._of.model.embed(part.x))
+        where = (part.start, part.stop)
+        state = {} if self._criterion is None else self._state([])
+        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))], state=state)
+
+    def _entered(self, rows: Tensor) -> Tensor:
+        lattice = self._of._lattice
+        return rows if lattice is None else lattice.enter(rows)
+
+    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.chunk(rows, self._of.num_groups, 1)
+
+    def _rows(self, group: int, part: Part) -> Read:
+        """Read a group of a part, the block's input, and the factors of its dropout."""
+        of, n_id = self._of, part.n_id
+        inputs = [group - 1] if group else list(range(1, of.num_groups))
+        z = of._tables[f"x{inputs[0]}"].read(n_id)
+        for other in inputs[1:]:
+            z += of._tables[f"x{other}"].read(n_id)
+        mask = None
+        if of.model.training and of.model.shared_dropout and "mask" in of._masks:
+            mask = self._chunks(of._masks["mask"].read(n_id, of._dtype))[group]
+        return of._tables[f"x{group}"].read((part.start, part.stop)), z, mask
+
+    def _forward(self, layer: int, group: int, part: Part, rows: Read) -> Changes:
+        of = self._of
+        own, z, mask = rows
+        training = self._criterion is not None
+        with torch.enable_grad() if training else contextlib.nullcontext():
+            y = self._evaluate(layer, group, part, z.requires_grad_(training), mask).detach()
+        where = (part.start, part.stop)
+        if of._lattice is None:
+            own = own + y
+        else:
+            (own,) = of._lattice(own, y)
+            of._lattice.check([own], f"layer {layer}, block {group}")
+        if training and of._lattice is not None:
+            of._marks.write(self._place(layer, group, part), _bytes_of(y))
+        return Changes([(f"x{group}", where, own)], state=self._state([]) if training else {})
+
+    def _place(self, layer: int, group: int, part: Part) -> tuple[int, int]:
+        of = self._of
+        place = (layer * of.num_groups + group) * len(of.parts) + part.number
+        return place, place + 1
+
+    def _evaluate(self, layer: int, group: int, part: Part, z: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the block's output for a part's nodes."""
+        of = self._of
+        if part.further:  # the one row for all that is further away, which is there to be counted
+            z = torch.cat([z, z.new_zeros(1, z.size(1))])
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
+        block = of.model.layer(layer)._blocks()[group]
+        with _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+            y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
+        return y[: part.size]
+
+    # The loss.
+
+    def turn(self) -> Tensor:
+        """Compute the loss, and the gradients of the last layer's output."""
+        of = self._of
+        parameters = _trained([of.model.norm, of.model.head])
+
+        def read(part: Part) -> tuple[Tensor, Tensor | None]:
+            mask = None
+            if of.model.training and "last_mask" in of._masks:
+                mask = of._masks["last_mask"].read((part.start, part.stop), of._dtype)
+            return self.groups_of(part), mask
+
+        def compute(part: Part, rows: tuple[Tensor, Tensor | None]) -> Changes:
+            h, mask = rows[0].requires_grad_(), rows[1]
+            gradient = torch.zeros_like(h)
+            if part.train.numel():
+                with torch.enable_grad():
+                    chosen = None if mask is None else mask[part.train]
+                    loss = self._loss_of(of.model.classify(h[part.train], chosen), part)
+                    found = torch.autograd.grad(loss, [h, *parameters], allow_unused=True)
+                self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+                self._add(parameters, found[1:])
+                if found[0] is not None:
+                    gradient = found[0]
+            where = (part.start, part.stop)
+            chunks = self._chunks(gradient)
+            return Changes([(f"g{i}", where, chunk) for i, chunk in enumerate(chunks)], state=self._state(parameters))
+
+        self._pass(read, compute)
+        self._keep()
+        if self._loss is None:
+            raise ValueError("no node is for training: data.train_mask has none")
+        return self._loss
+
+    def _loss_of(self, logits: Tensor, part: Part) -> Tensor:
+        assert self._criterion is not None
+        loss = self._criterion(logits, part.y)
+        if not isinstance(loss, Tensor) or loss.dim():
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"criterion(logits, y) must return a scalar, the sum over a part's nodes (got {found})")
+        return loss
+
+    # Backward.
+
+    def backward(self) -> None:
+        """Take the tables back to the first layer's input, and its gradients."""
+        of = self._of
+        for layer in reversed(range(of.num_layers)):
+            for group in reversed(range(of.num_groups)):
+                self._pass(partial(self._rows_and_gradient, group), partial(self._backward, layer, group))
+                self._keep()
+        self._errors = self._norms = 0.0
+        self._pass(self._read_first, self._leave)
+        of.last_drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
+
+    def _backward(self, layer: int, group: int, part: Part, rows: tuple[Read, Tensor]) -> Changes:
+        of = self._of
+        (own, z, mask), gradient = rows
+        block = of.model.layer(layer)._blocks()[group]
+        parameters = _trained([getattr(block, "module", block)])
+        with torch.enable_grad():
+            y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
+        if of._lattice is not None and not torch.equal(
+            of._marks.read(self._place(layer, group, part)), _bytes_of(y.detach())
+        ):
+            raise RebuildError(
+                f"layer {layer}, block {group}: running it again for backward gave other bits than the forward pass. "
+                "Draw random numbers from torch's generators alone, use deterministic operations, or exact=False"
+            )
+        found = torch.autograd.grad(y, [z, *parameters], gradient.to(y.dtype), allow_unused=True)
+        self._add(parameters, found[1:])
+        where = (part.start, part.stop)
+        own = own - y.detach() if of._lattice is None else of._lattice.inverse(own, y.detach())[0]
+        changes = Changes([(f"x{group}", where, own)], state=self._state(parameters))
+        if found[0] is not None:
+            inputs = [group - 1] if group else list(range(1, of.num_groups))
+            changes.added = [(f"g{other}", part.n_id, found[0]) for other in inputs]
+        return changes
+
+    def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
+        return self._rows(group, part), self._of._tables[f"g{group}"].read((part.start, part.stop))
+
+    def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
+        tables, where = self._of._tables, (part.start, part.stop)
+        return self.groups_of(part), torch.cat([tables[f"g{i}"].read(where) for i in range(self._of.num_groups)], 1)
+
+    def _leave(self, part: Part, rows: tuple[Tensor, Tensor]) -> Changes:
+        of = self._of
+        found, gradient = rows
+        parameters = _trained([of.model.project])
+        with torch.enable_grad():
+            h = of.model.embed(part.x)
+            true = self._entered(h).detach()
+            self._errors += float((found - true).square().sum())
+            self._norms += float(true.square().sum())
+            if parameters:
+                self._add(parameters, torch.autograd.grad(h, parameters, gradient, allow_unused=True))
+        return Changes(state=self._state(parameters))
+
+
+def _trained(modules: list[nn.Module]) -> list[nn.Parameter]:
+    found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    return list(found.values())
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a sum of all bits as a row of bytes."""
+    bits = bits_of(tensor)
+    return torch.tensor([int(bits or 0)], dtype=torch.int64).view(torch.uint8).view(1, 8)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Let torch's generator draw from a seed, and put it back afterwards."""
+    generator = torch.default_generator  # torch.manual_seed also looks for CUDA, each time
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -1,0 +1,206 @@
+"""Gradients of mini-batches whose histories are corrected, against those of the whole graph."""
+
+import pytest
+import torch
+from compensation_zoo import (
+    NODES,
+    OTHERS,
+    PTR,
+    SUMS,
+    epoch,
+    error,
+    fill,
+    gradients_of,
+    loss_of,
+    make,
+    make_data,
+    run,
+    whole,
+)  # fmt: skip
+
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
+from recollect.autoscale._separable import Edges, Form, Way
+from recollect.models import GIN
+
+EXACT = 1e-12
+depths = pytest.mark.parametrize("layers", [2, 3, 4])
+
+
+@depths
+@pytest.mark.parametrize("outward", [True, "complete"], ids=["cut", "complete"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "frames"])
+@pytest.mark.parametrize("name", SUMS)
+def test_exact_histories_give_the_whole_graphs_gradient(name, recompute, outward, layers):
+    data, model = make_data(), make(name, layers, compensate=True, recompute=recompute)
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    assert error(epoch(model, data, outward), expected) < EXACT
+    without = make(name, layers)
+    fill(without, *whole(without, data)[1:])
+    assert error(epoch(without, data, False), expected) > 0.01
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_mini_batches_few_of_whose_nodes_have_edges_to_the_outside(name):
+    data, model = make_data(edges=30), make(name, 3, compensate=True)
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    near = [Edges(batch.data.outward).near for batch in SubgraphLoader(data, PTR, 2, log=False, outward=True)]
+    assert any(rows is not None and rows.numel() for rows in near)
+    assert error(epoch(model, data, True), expected) < EXACT
+
+
+@depths
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_that_are_no_sums_need_all_edges_of_the_nodes_outside(name, layers):
+    data, model = make_data(), make(name, layers, compensate=True)
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    assert error(epoch(model, data, "complete"), expected) < EXACT
+    with pytest.raises(NotImplementedError, match="depends on the target's other sources"):
+        epoch(make(name, layers, compensate=True), data, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("gcn", Way(Form.SUM, products=False)),
+        ("appnp", Way(Form.SUM, products=False)),
+        ("gcn2", Way(Form.SUM, products=False)),
+        ("gcn-linear", Way(Form.SUM_AND_OWN, products=False)),
+        ("graphconv", Way(Form.SUM_AND_OWN, products=False)),
+        ("own", Way(Form.SUM_AND_OWN, products=False)),
+        ("sage-sum", Way(Form.EDGES, products=False)),
+        ("gated", Way(Form.SUM)),
+        ("edges", Way(Form.EDGES, products=False)),
+    ],
+)
+def test_how_gradients_are_sent_back_is_observed(name, way):
+    data, model = make_data(), make(name, 3, compensate=True)
+    epoch(model, data, True)
+    assert model._ways == {1: way, 2: way}
+
+
+@depths
+@pytest.mark.parametrize("name", [*SUMS, *OTHERS])
+def test_after_a_refresh_the_first_step_is_exact(name, layers):
+    data, model = make_data(), make(name, layers, compensate=True)
+    expected, _, gradients = whole(model, data)
+
+    def loss(out, batch):
+        return loss_of(out, batch.data.node_share[: batch.batch_size])
+
+    model.refresh(EvalSubgraphLoader(data, PTR, 2, log=False), loss)
+    for layer in range(1, layers):
+        torch.testing.assert_close(model.gradients.table(layer).pull(), gradients[layer], rtol=1e-11, atol=1e-12)
+    outward = True if name in SUMS else "complete"
+    for batch in SubgraphLoader(data, PTR, 2, log=False, outward=outward):
+        loss(run(model, batch), batch).backward()
+    assert error(gradients_of(model), expected) < EXACT
+
+
+def test_histories_converge_to_the_exact_ones():
+    data, model = make_data(), make("gcn", 4, compensate=True)
+    expected, _, gradients = whole(model, data)
+    errors = [error(epoch(model, data, True), expected) for _ in range(30)]
+    assert errors[0] > 0.1, errors
+    assert errors[-1] < EXACT
+    for layer in range(1, 4):
+        torch.testing.assert_close(model.gradients.table(layer).pull(), gradients[layer], rtol=1e-11, atol=1e-12)
+
+
+def test_a_mini_batch_goes_backward_once():
+    data, model = make_data(), make("gcn", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    out = run(model, batch)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="go backward once for each forward pass, from the sum of all losses"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_step_pushes_once(recompute):
+    data, model = make_data(), make("gcn", 4, compensate=True, recompute=recompute)
+    for step, batch in enumerate(SubgraphLoader(data, PTR, 1, log=False, outward=True), 1):
+        run(model, batch).sum().backward()
+        assert [model.gradients.table(layer).table.clock.pushes for layer in (1, 2, 3)] == [step] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"history_dtype": torch.float32}, {"history_dtype": torch.float16}, {"history_dtype": torch.int8},
+        {"pool_size": 2, "buffer_size": NODES}, {"history_path": True},
+    ],
+    ids=["float32", "float16", "int8", "pool", "file"],
+)  # fmt: skip
+def test_every_kind_of_history(options, tmp_path):
+    if "history_path" in options:
+        options = {"history_path": tmp_path}
+    data, model = make_data(), make("gcn", 3, compensate=True, **options)
+    expected = whole(model, data)[0]
+    for _ in range(30):
+        found = epoch(model, data, True)
+    exact = model.tables[0].dtype == torch.float64
+    assert error(found, expected) < (EXACT if exact else 0.03)
+    assert {t.dtype for t in model.gradients.tables} != {torch.float16}
+    assert (tmp_path / "2.gradients").exists() == ("history_path" in options)
+
+
+def test_rows_that_were_never_pushed_compensate_nothing():
+    data, found = make_data(), []
+    for compensate in (False, True):
+        model = make("gcn", 3, compensate=compensate)
+        fill(model, whole(model, data)[1])
+        batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=compensate)))
+        loss_of(run(model, batch), batch.data.node_share[: batch.batch_size]).backward()
+        found.append(gradients_of(model))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+def test_old_rows_count_as_far_as_they_agree_with_what_replaces_them():
+    model = make("gcn", 3, compensate=True)
+    history = model.gradients
+    n_id, parts = torch.arange(NODES), (torch.tensor([0]), torch.tensor([NODES]))
+    rows = torch.randn(NODES, 6, dtype=torch.float64)
+    assert history.trust(1) == 1
+    noise = torch.randn_like(rows)
+    noise -= rows * (noise * rows).sum() / rows.square().sum()
+    noise *= rows.norm() / noise.norm()
+    for factor, share, trust in (
+        (1.0, 0.0, 1.0),
+        (0.25, 0.0, 0.25),
+        (2.0, 0.0, 1.0),
+        (-3.0, 0.0, 0.0),
+        (1.0, 0.5, 2 / 1.25 - 1),  # of the new rows' squares 1 of 1 + 0.25 is explained
+        (1.0, 1.1, 0.0),
+    ):
+        history.reset_parameters()
+        history.push(1, rows, n_id, *parts)
+        history.push(1, rows * factor + noise * share, n_id, *parts)
+        assert float(history.trust(1)) == pytest.approx(trust, abs=1e-9)
+
+
+def test_what_is_refused():
+    data = make_data()
+    with pytest.raises(ValueError, match="keep_histories=False, but compensate=True needs histories"):
+        make("gcn", 3, compensate=True, keep_histories=False)
+    with pytest.raises(ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'complete'"):
+        SubgraphLoader(data, PTR, log=False, outward="all")
+    model = make("gcn", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, log=False)))
+    with pytest.raises(ValueError, match=r"outward=batch\.data\.outward"):
+        run(model, batch)
+    with pytest.raises(ValueError, match="needs the loss of a mini-batch"):
+        model.refresh(EvalSubgraphLoader(data, PTR, log=False))
+    with pytest.raises(NotImplementedError, match="may leave there what they return, and nothing else"):
+        epoch(make("leaving", 3, compensate=True), data, True)
+    with pytest.raises(NotImplementedError, match="reads from its state what earlier layers left for a target"):
+        epoch(make("late-state", 3, compensate=True), data, "complete")
+    with pytest.raises(NotImplementedError, match=r"with a gradient in state\['lipschitz'\]"):
+        epoch(GIN(NODES, 3, 6, 4, 3, noise=0.1, compensate=True).double(), data, "complete")
+    edges = make("edges", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, log=False, outward=True)))
+    batch.data.outward.edges.clear()
+    with pytest.raises(ValueError, match="the graph of the mini-batch's loader has no edge_attr"):
+        run(edges, batch)

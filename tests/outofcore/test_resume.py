@@ -1,0 +1,121 @@
+"""A step whose process was killed goes on, and gives the numbers of one that was not."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from whole_graph_zoo import N, a_graph, sum_of_losses, whole_step
+
+from recollect.models import RevGNN
+from recollect.outofcore import WholeGraph
+from recollect.outofcore._tables import Tables
+
+PTR = torch.tensor([0, 30, 60, N])
+
+
+def a_whole(path) -> tuple[WholeGraph, object]:
+    torch.manual_seed(1)
+    data = a_graph(dtype=torch.float32)
+    model = RevGNN(7, 8, 4, 3, dropout=0.3, exact=True)
+    return WholeGraph(model, data, PTR, path, memory=0), data
+
+
+class Killed(BaseException):
+    pass
+
+
+OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
+"""For each part: the projection, blocks forward, the loss, blocks backward, the projection again."""
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the tables", "after them"])
+@pytest.mark.parametrize("at", [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS])
+def test_after_each_kind_of_operation(at, written, tmp_path, monkeypatch):
+    whole, data = a_whole(tmp_path / "whole")
+    expected = whole_step(whole, data)
+
+    broken, data = a_whole(tmp_path / "broken")
+    applied, write = [0], Tables._write
+
+    def stop(self, rows):
+        applied[0] += 1
+        if applied[0] == at and not written:
+            raise Killed
+        write(self, rows)
+        if applied[0] == at:
+            raise Killed
+
+    monkeypatch.setattr(Tables, "_write", stop)
+    with pytest.raises(Killed) as caught:
+        whole_step(broken, data)
+    monkeypatch.undo()
+    caught.value.__traceback__ = None  # which holds the files open
+    del caught, broken
+    gc.collect()
+
+    again, data = a_whole(tmp_path / "broken")
+    assert again.unfinished
+    torch.manual_seed(99)
+    loss = again.resume(sum_of_losses(data))
+    gradients = {name: p.grad for name, p in again.model.named_parameters()}
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
+    assert torch.equal(torch.rand(1), expected[2])
+    assert not again.unfinished
+
+
+def test_there_is_nothing_to_resume(tmp_path):
+    whole, data = a_whole(tmp_path)
+    with pytest.raises(RuntimeError, match="no unfinished step"):
+        whole.resume(sum_of_losses(data))
+    whole.step(sum_of_losses(data))
+    with pytest.raises(RuntimeError, match="no unfinished step"):
+        whole.resume(sum_of_losses(data))
+
+
+def test_another_network_does_not_go_on(tmp_path, monkeypatch):
+    whole, data = a_whole(tmp_path)
+    monkeypatch.setattr(Tables, "_write", lambda self, rows: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        whole.step(sum_of_losses(data))
+    monkeypatch.undo()
+    with torch.no_grad():
+        whole.model.head.bias.add_(1)
+    with pytest.raises(RuntimeError, match="parameters of that time"):
+        whole.resume(sum_of_losses(data))
+
+
+CODE = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_resume import a_whole
+from whole_graph_zoo import sum_of_losses
+whole, data = a_whole(sys.argv[1])
+torch.manual_seed(5)
+print("begun", flush=True)
+loss = whole.resume(sum_of_losses(data)) if whole.unfinished else whole.step(sum_of_losses(data))
+torch.save([loss, *(p.grad for p in whole.model.parameters()), torch.rand(1)], sys.argv[1] + "/result.pt")
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """By SIGKILL; RECOLLECT_KILLS says how often."""
+    whole, data = a_whole(tmp_path / "whole")
+    loss, gradients, number = whole_step(whole, data)
+    store = tmp_path / "killed"
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), str(store), os.path.dirname(__file__)]
+    for kill in range(int(os.environ.get("RECOLLECT_KILLS", "2"))):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "begun"
+        try:
+            process.wait(0.01 + 0.02 * kill)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    found = torch.load(store / "result.pt")
+    assert all(torch.equal(a, b) for a, b in zip(found, [loss, *gradients.values(), number], strict=True))
