@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -131,6 +132,22 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(tiny, tmp_path):
     with pytest.raises(UsageError, match=r"epochs=3: the run in .* has 9 already; give more"):
         train([f"resume={tmp_path / 'run'}", "epochs=3"])
     assert train([f"resume={tmp_path / 'run'}"]) == more
+
+
+def test_a_network_of_ones_own_is_found_from_elsewhere(tiny, tmp_path, monkeypatch):
+    (tmp_path / "net_of_this_test.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self, in_channels, out_channels):\n"
+        "        super().__init__(in_channels, out_channels)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["dataset=karate", "model=import", "model.target=net_of_this_test:Net", "measure.enabled=false"]
+    train([*words, "epochs=1", "run_dir=run"])
+    sys.modules.pop("net_of_this_test")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.chdir("/")
+    assert train([f"resume={tmp_path / 'run'}", "epochs=2"])["epochs"] == 2
+    sys.modules.pop("net_of_this_test")
 
 
 def test_several_runs_are_extended_and_become_more(tiny, tmp_path):

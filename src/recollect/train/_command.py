@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from recollect.train._errors import Interrupted, TrainingError, UsageError
+from recollect.train._errors import BusyRunError, Interrupted, TrainingError, UsageError
 
 __all__ = ["command"]
 
@@ -24,6 +24,8 @@ def command(arguments: Sequence[str]) -> int:
         _run(list(arguments))
     except TrainingError as error:
         sys.stderr.write(f"recollect train: {error}\n")
+        if isinstance(error, UsageError) and not isinstance(error, BusyRunError):
+            sys.stderr.write("All groups, options and keys: recollect train --help\n")
         return error.exit_code
     except Interrupted as interrupt:
         sys.stderr.write(f"\ninterrupted; go on with: {interrupt.again}\n")

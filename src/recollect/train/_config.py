@@ -79,6 +79,8 @@ def parse(overrides: Sequence[str]) -> Settings:
     for key, value in (stored | values).items():
         _check_key(key, value, known, given=key in values)
         OmegaConf.update(config, key, value, merge=False)
+    if OmegaConf.select(config, "model.target") and OmegaConf.select(config, "model.folder") is None:
+        OmegaConf.update(config, "model.folder", str(Path.cwd()))  # also for who goes on with the run elsewhere
     settings = _to_settings(config)
     check_given(settings, values)
     if settings.data.root and Path(settings.data.root).expanduser().is_file():

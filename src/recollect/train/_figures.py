@@ -30,7 +30,7 @@ __all__ = [
 _INK, _SOFT, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _BLUE, _ORANGE, _GREEN = "#2563eb", "#d9480f", "#2f9e44"
 COLORS = (_BLUE, _ORANGE, _GREEN, "#862e9c", "#0c8599", "#a61e4d", "#5c940d", "#495057")
-_SIZE, WIDE = (4.6, 3.3), (8.0, 3.6)  # inches: a panel is as wide as a telephone shows, a wide one as a page
+_SIZE, WIDE = (4.6, 3.3), (5.6, 3.5)  # inches: of a panel, and of a figure that stands alone
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -194,15 +194,13 @@ def memory_against_depth(curve: Sequence[dict[str, Any]]) -> Figure:
             points = [(p["layers"], p[key] / size) for p in curve if p[key] is not None]
             if not points:
                 continue
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5)
-            depth, height = points[-1]
-            text = f"{name}: {bytes_text(round(height * size))}"
-            axes.annotate(text, (depth, height), (8, 0), textcoords="offset points", va="center", color=color)
+            text = f"{name}: {bytes_text(round(points[-1][1] * size))}"
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, label=text)
         axes.set_xlabel("layers")
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
-        axes.set_xlim(0, 1.3 * max(p["layers"] for p in curve))  # room for the names at the ends of the lines
-        axes.set_xticks([t for t in axes.get_xticks() if t <= max(p["layers"] for p in curve)])
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper left")
         return figure
 
 

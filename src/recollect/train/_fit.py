@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from recollect.data import GraphDataset
 from recollect.train._config import changed, parse
 from recollect.train._errors import UsageError
 from recollect.train._folder import RunFolder, extend, reopen
@@ -19,10 +18,8 @@ from recollect.train._run import CHANGEABLE, to_the_end
 from recollect.train._settings import DatasetSettings
 from recollect.train._single import in_folder
 from recollect.train._summary import read_summary
-from recollect.train.families import Call, own_family
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
+from recollect.train.families import own_family
+from recollect.train.families._own import Call
 
 __all__ = ["FitResult", "fit"]
 
@@ -60,7 +57,7 @@ class FitResult:
 
 def fit(
     model: nn.Module,
-    data: Data | GraphDataset,
+    data: Any,
     *,
     epochs: int | None = None,
     lr: float | None = None,
@@ -81,8 +78,9 @@ def fit(
 
     Args:
         model: any module. Reversible modules in it are measured beside the same with everything kept.
-        data: a graph: ``x`` [N, F], ``edge_index`` [2, E] and ``y``, classes [N] or labels [N, K] of zeros and ones;
-            ``train_mask``, ``val_mask`` and ``test_mask`` [N], or else 60, 20 and 20 percent are drawn with ``seed``.
+        data: a graph of `recollect.data`, or a ``Data`` of torch_geometric: ``x`` [N, F], ``edge_index`` [2, E] and
+            ``y``, classes [N] or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask`` and ``test_mask`` [N],
+            or else 60, 20 and 20 percent are drawn with ``seed``.
         epochs: at most, in all; by default 200.
         lr: learning rate of AdamW; by default 0.005.
         objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in
@@ -103,15 +101,13 @@ def fit(
         TrainingError: something else that can be mended: the disk is full, memory is short, ...
 
     Example:
-        >>> import tempfile, torch
-        >>> from torch_geometric.data import Data
-        >>> from torch_geometric.nn import GraphSAGE
+        >>> import tempfile
+        >>> from recollect.data import load
+        >>> from recollect.models import RevGNN
         >>> from recollect.train import fit
-        >>> n = 60
-        >>> graph = Data(x=torch.randn(n, 8), edge_index=torch.randint(n, (2, 240)), y=torch.randint(3, (n,)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     result = fit(GraphSAGE(8, 16, num_layers=2, out_channels=3), graph, epochs=3, out=folder)
-        >>> result.epochs, 0 <= result.test_accuracy <= 1
+        ...     result = fit(RevGNN(34, 16, 4, num_layers=4), load("karate"), epochs=3, out=folder)
+        >>> result.epochs, result.peak_bytes < result.peak_bytes_plain
         (3, True)
     """
     if not isinstance(model, nn.Module):

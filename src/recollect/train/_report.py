@@ -40,16 +40,16 @@ _PAGE = string.Template("""\
   td { font-variant-numeric: tabular-nums; }
   .columns td { white-space: nowrap; }
   .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
+  .figure { max-width: 44rem; }
   svg { width: 100%; height: auto; }
   @media (max-width: 40rem) {
     body { margin: 1rem auto; padding: 0 1rem; }
     th, td { padding-right: .75rem; font-size: .9rem; }
-    .figure { overflow-x: auto; }
-    .figure svg { min-width: 32rem; }
   }
   @media print {
     body { margin: 0; max-width: none; padding: 0; font-size: 11pt; }
-    .wide, .figure { overflow: visible; }
+    .wide { overflow: visible; }
+    .columns th, .columns td { padding-right: .6rem; font-size: 8pt; white-space: normal; }
     .tile, .panels > *, .figure, tr { break-inside: avoid; }
     h2 { break-after: avoid; }
     .panels { grid-template-columns: repeat(2, 1fr); }

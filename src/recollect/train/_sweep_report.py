@@ -180,7 +180,7 @@ def _scores(runs: Sequence[Run], swept: Sequence[str]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(axis)
         if 1 < len(lines) <= 12:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            figure.legend(loc="outside lower left", ncols=2)
         return figure
 
 
@@ -198,5 +198,5 @@ def _curves(runs: Sequence[Run], folder: Path) -> Figure:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if 1 < len(lines) <= 12:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            figure.legend(loc="outside lower left", ncols=2)
         return figure

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from recollect.train._settings import Settings
 from recollect.train.families._family import Family
 from recollect.train.families._histories import HistoriesFamily
-from recollect.train.families._own import Call, OwnFamily, own_family
+from recollect.train.families._own import OwnFamily, own_family
 from recollect.train.families._reversible import ReversibleFamily
 
-__all__ = ["Call", "Family", "HistoriesFamily", "OwnFamily", "ReversibleFamily", "family_of", "own_family"]
+__all__ = ["Family", "HistoriesFamily", "OwnFamily", "ReversibleFamily", "family_of", "own_family"]
 
 _FAMILIES: dict[str, Callable[[Settings], Family]] = {
     "reversible": ReversibleFamily,
