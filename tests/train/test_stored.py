@@ -21,7 +21,8 @@ from recollect.train._config import parse, read, write
 from recollect.train._files import write_text
 from recollect.train._folder import create
 from recollect.train._logs import Logs
-from recollect.train._stored import check_checkpoint, check_summary
+from recollect.train._stored import check_summary
+from recollect.train._stored_checkpoint import check_checkpoint
 
 RUN = [
     "dataset=karate",

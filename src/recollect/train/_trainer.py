@@ -16,7 +16,7 @@ from recollect.train._build import warmup
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
 from recollect.train._settings import Settings
 from recollect.train._step import Step
-from recollect.train._stored import check_checkpoint
+from recollect.train._stored_checkpoint import check_checkpoint
 
 __all__ = ["Row", "Trainer"]
 
