@@ -154,7 +154,7 @@ def test_bench_passes_options_on_and_the_exit_code_back(monkeypatch):
 
 def test_bench_help_names_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
-    assert "{depth,graph,invertible,objectives,regions}" in capsys.readouterr().out
+    assert "{depth,drift,graph,invertible,objectives,regions}" in capsys.readouterr().out
 
 
 def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_path):
@@ -163,3 +163,33 @@ def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_
     captured = capsys.readouterr()
     assert "make bench" in captured.err
     assert "Traceback" not in captured.err
+
+
+_WITHOUT_TORCH = """
+import sys
+from recollect.cli import main
+code = main({arguments!r})
+print("torch" in sys.modules, code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["info", "--help"], 0),
+        (["train", "optimizer.learning_rate=3"], 2),
+        (["train", "preset=cora_gnc"], 2),
+        (["train", "seed=a"], 2),
+        (["train", "training=autoscale"], 2),
+        (["train", "resume=nowhere"], 2),
+        (["train", "-m", "model.num_layers=2,many"], 2),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments, code, tmp_path):
+    script = _WITHOUT_TORCH.format(arguments=arguments)
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split()[-2:] == ["False", str(code)], result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ FLOORS = {
     "messages": floor("_torch"),
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch frames invertible messages"),
-    "data": floor("", "torch_geometric sklearn ogb"),
+    "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
         "_arguments _parameters _transfer _util frames messages data", "torch_geometric pymetis kaminpar"
     ),

@@ -10,7 +10,7 @@ import pytest
 
 import recollect.data
 from recollect.cli import main
-from recollect.train._config import parse
+from recollect.train._config import parse, parse_override
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -84,7 +84,11 @@ def test_recollect_has_the_commands_and_options():
     assert {call[0] for call in calls} == {"train", "bench", "info"}
     for name, *overrides in calls:
         if name == "train":
-            parse(overrides)
+            swept, settings = "-m" in overrides, [word for word in overrides if word != "-m"]
+            for word in settings:
+                assert parse_override(word).is_sweep_override() <= swept
+            if not swept:
+                parse([word for word in settings if not word.startswith("config=runs/RUN")])
     assert main(["info"]) == 0
 
 

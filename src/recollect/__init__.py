@@ -1,17 +1,18 @@
 """Train networks whose depth, graph or objectives have outgrown memory: what backward needs is kept or recollected."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from recollect.frames import (
-    backward_mode,
-    checkpoint,
-    checkpoint_sequential,
-    dry_mode,
-    eager_release,
-    in_backward,
-    in_dry_mode,
-)
+if TYPE_CHECKING:
+    from recollect.frames import (
+        backward_mode,
+        checkpoint,
+        checkpoint_sequential,
+        dry_mode,
+        eager_release,
+        in_backward,
+        in_dry_mode,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,13 +43,16 @@ _PARTS = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a part of the library when it is first asked for, so that ``import recollect`` needs torch alone."""
+def __getattr__(name: str) -> Any:
+    """Import a part of the library when it is first asked for: ``import recollect`` needs nothing, not even torch."""
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        globals()[name] = found = getattr(importlib.import_module(f"{__name__}.frames"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its parts are {', '.join(_PARTS)}")
 
 
 def __dir__() -> list[str]:
     """List the parts too, also those that are not imported yet."""
-    return sorted({*globals(), *_PARTS})
+    return sorted({*globals(), *_PARTS, *__all__})

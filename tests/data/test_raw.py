@@ -135,13 +135,12 @@ def test_unreadable_raw_file_is_a_clear_error_and_leaves_nothing(
 
 
 def test_unreadable_results_need_the_raw_files(
-    tmp_path: Path, write_planetoid: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_reddit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_planetoid("cora", "Cora")
     for module in ("scipy.sparse", "scipy.sparse._csr"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(MissingDependencyError, match=r'scipy.*pip install "recollect\[graph\]"'):
-        load("cora", tmp_path / "root")
+        load("reddit", tmp_path / "root")
 
 
 def test_offline_download_is_the_same_clear_error(tmp_path: Path, no_network: None) -> None:

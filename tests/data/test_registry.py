@@ -14,9 +14,11 @@ from recollect.data import MissingRawFilesError, UnknownDatasetError, load, name
 WITHOUT_FILES = ("digits", "karate", "sbm")
 WITH_FILES = tuple(name for name in names() if name not in WITHOUT_FILES)
 RAW_FOLDERS = {
+    "actor": "HeterophilousGraphDataset/actor/raw: actor.npz",
     "amazon-computers": "Amazon/Computers/raw: amazon_electronics_computers.npz",
     "amazon-photo": "Amazon/Photo/raw: amazon_electronics_photo.npz",
     "amazon-ratings": "HeterophilousGraphDataset/amazon_ratings/raw: amazon_ratings.npz",
+    "chameleon": "HeterophilousGraphDataset/chameleon_filtered/raw: chameleon_filtered.npz",
     "citeseer": "Planetoid/CiteSeer/raw: ind.citeseer.x, ind.citeseer.tx, ",
     "coauthor-cs": "Coauthor/CS/raw: ms_academic_cs.npz",
     "coauthor-physics": "Coauthor/Physics/raw: ms_academic_phy.npz",
@@ -31,6 +33,7 @@ RAW_FOLDERS = {
     "questions": "HeterophilousGraphDataset/questions/raw: questions.npz",
     "reddit": "Reddit/raw: reddit_data.npz, reddit_graph.npz",
     "roman-empire": "HeterophilousGraphDataset/roman_empire/raw: roman_empire.npz",
+    "squirrel": "HeterophilousGraphDataset/squirrel_filtered/raw: squirrel_filtered.npz",
     "tolokers": "HeterophilousGraphDataset/tolokers/raw: tolokers.npz",
     "wikics": "WikiCS/raw: data.json",
     "yelp": "Yelp/raw: adj_full.npz, feats.npy, class_map.json, role.json",
@@ -48,7 +51,7 @@ def test_all_public_names_resolve() -> None:
 def test_unknown_name_lists_the_right_ones_and_the_nearest() -> None:
     with pytest.raises(
         UnknownDatasetError,
-        match=r"'Cora'.*citeseer, coauthor-cs, coauthor-physics, cora, digits.*did you mean 'cora'\?",
+        match=r"'Cora'.*chameleon, citeseer, coauthor-cs, coauthor-physics, cora, digits.*did you mean 'cora'\?",
     ):
         load("Cora")
     with pytest.raises(ValueError, match=r"did you mean 'ogbn-arxiv'\?"):

@@ -7,7 +7,7 @@ import torch
 
 from recollect.train._batches import FullBatch, PartBatches, evaluation_loader
 from recollect.train._config import parse
-from recollect.train._graph import prepare
+from recollect.train.families import family_of
 
 CPU = torch.device("cpu")
 SETTINGS = parse(["model=gcn", "training=autoscale", "training.num_parts=4", "training.parts_per_batch=2"])
@@ -15,7 +15,7 @@ SETTINGS = parse(["model=gcn", "training=autoscale", "training.num_parts=4", "tr
 
 @pytest.fixture
 def graph(graph_maker):
-    return prepare(SETTINGS, graph_maker("multiclass", "accuracy", 3))
+    return family_of(SETTINGS).prepare(graph_maker("multiclass", "accuracy", 3))
 
 
 def test_the_whole_graph_is_one_step(graph):
@@ -75,6 +75,6 @@ def test_evaluation_has_every_node_in_order(graph):
 
 
 def test_a_graph_that_is_not_cut_is_refused(graph_maker):
-    whole = prepare(parse(["model=gcn"]), graph_maker("multiclass", "accuracy", 3))
+    whole = family_of(parse(["model=gcn"])).prepare(graph_maker("multiclass", "accuracy", 3))
     with pytest.raises(ValueError, match="not cut into parts"):
         PartBatches(whole, SETTINGS.training, CPU)

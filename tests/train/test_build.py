@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,3 +96,26 @@ def test_the_rate_rises_to_its_value(epochs, rates):
         optimizer.step()
         scheduler.step()
     assert found == pytest.approx(rates)
+
+
+def test_a_file_of_one_s_own_is_loaded_with_its_options(tmp_path):
+    np.savez(tmp_path / "g.npz", edge_index=[[0, 1, 2], [1, 2, 3]], y=np.arange(20) % 2, x=np.ones((20, 2)))
+    graph = build_dataset(
+        *_parsed("dataset=file", f"dataset.path={tmp_path / 'g.npz'}", "dataset.options.undirected=true", "data.seed=3")
+    )
+    assert graph.data.edge_index.T.tolist() == [[0, 1], [1, 2], [2, 3], [1, 0], [2, 1], [3, 2]]
+    assert any("seed 3" in note for note in graph.notes)
+    with pytest.raises(UsageError, match="no path is given"):
+        build_dataset(*_parsed("dataset=file"))
+    with pytest.raises(UsageError, match="there is no file or folder"):
+        build_dataset(*_parsed("dataset=file", f"dataset.path={tmp_path / 'nothing.npz'}"))
+    (tmp_path / "g.npz").write_text("x")
+    with pytest.raises(TrainingError, match=r"is no file of numpy\.savez"):
+        build_dataset(*_parsed("dataset=file", f"dataset.path={tmp_path / 'g.npz'}"))
+    with pytest.raises(UsageError, match="folder"):
+        build_dataset(*_parsed("dataset=karate", f"data.root={tmp_path / 'g.npz'}"))
+
+
+def _parsed(*words):
+    settings = parse(words)
+    return settings.dataset, settings.data

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from recollect import data
+from recollect.train import _config
 from recollect.train._config import defaults, groups, parse, read, write
 from recollect.train._errors import InvalidRunError, UsageError
 
 
 def test_datasets_of_the_config_group_are_those_of_the_library():
-    assert groups()["dataset"] == data.names()
+    assert groups()["dataset"] == sorted(["file", *data.names()])
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, names in groups().items() for o in names])
@@ -142,13 +143,19 @@ def test_options_of_a_convolution_are_free():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset=coraa", r"no dataset 'coraa' \(did you mean 'cora'\?\); choose from: amazon-computers, .*yelp"),
+        ("dataset=coraa", r"no dataset 'coraa'; did you mean cora or actor\?$"),
         ("model=[a]", "choose from: appnp, gat, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
-        ("model.num_layer=3", r"did you mean 'model.num_layers'\?\); choose from: model.name, model.num_layers"),
-        ("models=x", r"no key 'models' \(did you mean 'model'\?\); choose from: dataset, model, objective, optimizer"),
-        ("hydra.run.dir=x", "choose from: dataset, "),
-        ("optimizer.options.foo=3", "choose from: optimizer.options.betas, optimizer.options.eps"),
+        ("model.num_layer=3", r"there is no key 'model.num_layer': did you mean model.num_layers\?$"),
+        ("optimizer.learning_rate=3", r"did you mean optimizer.lr\?$"),
+        ("lr=3", r"did you mean optimizer.lr\?$"),
+        ("layers=3", r"did you mean model.num_layers\?$"),
+        ("optimiser.lr=3", r"did you mean optimizer.lr\?$"),
+        ("objective.weightings=mgda", r"did you mean objective.weighting\?$"),
+        ("zzzzz=3", "all keys: recollect train --help"),
+        ("models=x", r"no key 'models': did you mean model\?$"),
+        ("hydra.run.dir=x", "there is no key 'hydra.run.dir'"),
+        ("optimizer.options.foo=3", "there is no key 'optimizer.options.foo': did you mean optimizer.options"),
         ("measure=false", "is a group of keys; set one of them: measure.enabled"),
         ("dataset.options.k=many", "must be of type int, as 10 is"),
         ("optimizer.options.eps=true", "must be of type float"),
@@ -164,7 +171,7 @@ def test_options_of_a_convolution_are_free():
         ("measure.depths=[]", "must be a list of numbers of layers"),
         ("model.conv_kwargs=3", "model.conv_kwargs=3: must be keys and values"),
         ("model.norm=group", "model.norm: there is no value 'group'; choose from: layer, batch, null$"),
-        ("device=tpu", "choose from: auto, cpu, cuda"),
+        ("device=tpu", r"did you mean cpu\? Choose from: auto, cpu, cuda"),
         ("precision=8", "choose from: 32-true, bf16-mixed, 16-mixed"),
         ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
         ("model.dropout=nan", "must be a finite number"),
@@ -172,9 +179,9 @@ def test_options_of_a_convolution_are_free():
         ("seed=4294967296", "must be at least 0 and below 4294967296"),
         ("data.seed=-1", "data.seed=-1: must be at least 0"),
         ("clip_norm=0", "clip_norm=0.0: must be above 0"),
-        ("dataset.name=cora", "is set by its group, .*: write dataset=...; choose from: amazon-computers"),
-        ("model.kind=gcn", "write model=...; choose from: appnp, gat, gcn"),
-        ("training.name=autoscale", "write training=...; choose from: autoscale, full"),
+        ("dataset.name=cora", r"is set by its group, .*: write dataset=NAME; did you mean cora or actor\?"),
+        ("model.kind=gcn", r"write model=NAME; did you mean gcn"),
+        ("training.name=autoscale", r"write training=NAME; did you mean autoscale\? Choose from: autoscale, full"),
         ("training.num_parts=4", "training.num_parts counts only with training=autoscale, and this is training=full"),
         (
             "objective.weighting=mgda",
@@ -184,8 +191,8 @@ def test_options_of_a_convolution_are_free():
         ("epochs=0", "epochs=0: must be at least 1"),
         ("training=autoscale", "model=revgnn has none: choose gcn, "),
         ("model.options.alpha=1", "there is no key 'model.options.alpha'"),
-        ("preset=cora", r"there is no preset 'cora' \(did you mean 'cora_"),
-        ("training.history_dtype=int4", "choose from: float32, float16, bfloat16, int8"),
+        ("preset=cora", r"there is no preset 'cora'; did you mean cora_"),
+        ("training.history_dtype=int4", r"did you mean int8\? Choose from: float32, float16, bfloat16, int8"),
         ("training.edge_dropout=0.5", "model=revgnn takes no notice of the edges' weights"),
         ("seed=${foo}", "Interpolation key 'foo' not found"),
         ("resume=", "resume=: names no path; give one, or write resume=null"),
@@ -255,6 +262,60 @@ def test_another_file_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(InvalidRunError, match=r"config.yaml"):
         read(file)
+
+
+def test_a_file_of_settings_is_begun_with(tmp_path):
+    file = tmp_path / "a b.yaml"
+    file.write_text("model: gcn\ntraining:\n  name: autoscale\n  num_parts: 12\nepochs: 7\n")
+    settings = parse([f"config={file}", "epochs=9"])
+    assert (settings.model.kind, settings.training.name, settings.training.num_parts) == ("gcn", "autoscale", 12)
+    assert (settings.epochs, settings.config) == (9, str(file))
+
+
+def test_a_runs_own_settings_are_begun_with(tmp_path):
+    run = parse(["preset=cora_gat", "model.name=mine", "model.dropout=0.25", "run_dir=a", "optimizer=sgd"])
+    file = tmp_path / "config.yaml"
+    file.write_text(write(run))
+    again = parse([f"config={file}"])
+    assert replace(again, config=None, run_dir="a") == run
+    other = parse([f"config={file}", "model=gcn", "seed=3"])
+    assert other.model == parse(["model=gcn"]).model
+    assert replace(other, model=run.model, seed=0, config=None, run_dir="a") == run
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read"),
+        ("- 1", "holds no settings"),
+        ("optimizer: {learning_rate: 3}", r"did you mean optimizer.lr\?"),
+        ("model: gnc", r"there is no model 'gnc'; did you mean gin or gcn"),
+        ("epochs: many", "epochs=many: must be a whole number"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        parse([f"config={file}"])
+
+
+def test_a_folder_of_raw_files_is_no_file(tmp_path):
+    (tmp_path / "graph.pt").touch()
+    with pytest.raises(UsageError, match="is a file: give the folder"):
+        parse([f"data.root={tmp_path / 'graph.pt'}"])
+
+
+def test_arguments_of_a_network_of_ones_own_are_free():
+    assert parse(["model=import", "model.kwargs.heads=3"]).model.kwargs == {"heads": 3}
+
+
+def test_nothing_is_composed_twice(monkeypatch):
+    calls = []
+    compose = _config._compose
+    monkeypatch.setattr(_config, "_compose", lambda choices: calls.append(choices) or compose(choices))
+    parse(["preset=cora_gcn", "model.options.batch_norm=true", "epochs=3"])
+    assert calls == [["preset=cora_gcn"]]
 
 
 def test_hydra_is_left_as_it_was():

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recollect.train._files import AtomicCheckpointIO, write_text
+from recollect.train._files import write_text
+from recollect.train._surroundings import AtomicCheckpointIO
 
 
 class Unpicklable:

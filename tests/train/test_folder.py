@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ def test_runs_are_named_by_time_dataset_and_model(tmp_path, monkeypatch):
     names = [create(parse(["dataset=karate"])).path for _ in range(3)]
     assert len(set(names)) == 3
     assert all(re.fullmatch(r"runs/\d{8}-\d{6}_karate_revgnn(_\d)?", str(name)) for name in names)
+
+
+@pytest.mark.parametrize("name", ["../../../out", "a/b", "...", "x" * 300, "ü und <ö>"])
+def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder = create(replace(settings := parse(["dataset=karate"]), model=replace(settings.model, name=name)))
+    assert folder.path.parent == Path("runs")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_a_run_is_found_again_from_anywhere(tmp_path, monkeypatch):

@@ -7,9 +7,13 @@ import torch
 
 from recollect.train._config import parse
 from recollect.train._errors import TrainingError, UsageError
-from recollect.train._graph import prepare
+from recollect.train.families import family_of
 
 PARTS = ["model=gcn", "training=autoscale", "training.num_parts=3", "training.parts_per_batch=1"]
+
+
+def prepare(settings, graph):
+    return family_of(settings).prepare(graph)
 
 
 @pytest.fixture

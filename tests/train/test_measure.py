@@ -10,10 +10,9 @@ from recollect.memory import peak_memory
 from recollect.train import _measure
 from recollect.train._build import build_dataset
 from recollect.train._config import parse
-from recollect.train._graph import prepare
 from recollect.train._measure import measure
-from recollect.train._network import build_model
 from recollect.train._step import Step
+from recollect.train.families import family_of
 
 SETTINGS = parse(["dataset=karate", "model.num_layers=12", "model.hidden_channels=8", "measure.repeats=2"])
 
@@ -28,8 +27,14 @@ def graph(graph_maker):
     return graph_maker("multiclass", "accuracy", 3)
 
 
+def step_of(fabric, graph, settings):
+    family = family_of(settings)
+    prepared = family.prepare(graph)
+    return Step(fabric, family, prepared, family.build(prepared, fabric.device))
+
+
 def costs_of(fabric, graph, settings=SETTINGS):
-    return measure(settings, Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph)))
+    return measure(settings, step_of(fabric, graph, settings))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,8 @@ def test_depth_costs_memory_only_where_everything_is_kept(costs):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_peaks_are_those_of_a_plain_step(costs, graph, plain):
-    model = build_model(replace(SETTINGS.model, disable=plain), graph)
+    settings = replace(SETTINGS, model=replace(SETTINGS.model, disable=plain))
+    model = family_of(settings).build(graph, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters())
     data = graph.data
 
@@ -68,7 +74,7 @@ def test_both_modes_are_timed(costs):
 
 
 def test_state_is_parameters_gradients_and_two_moments(costs, graph):
-    model = build_model(SETTINGS.model, graph)
+    model = family_of(SETTINGS).build(graph, torch.device("cpu"))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     counters = 4 * len(list(model.parameters()))  # AdamW's step, one float32 for each
@@ -77,7 +83,7 @@ def test_state_is_parameters_gradients_and_two_moments(costs, graph):
 
 def test_random_numbers_stay_as_they_were(fabric, graph):
     settings = replace(SETTINGS, model=replace(SETTINGS.model, num_layers=2))
-    step = Step(fabric, settings, prepare(settings, graph), build_model(settings.model, graph))
+    step = step_of(fabric, graph, settings)
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -125,8 +131,7 @@ def parts_step(fabric, training):
             *(f"training={training}", *(PARTS if training == "autoscale" else [])),
         ]
     )
-    graph = prepare(settings, build_dataset(settings.dataset, settings.data))
-    return settings, Step(fabric, settings, graph, build_model(settings.model, graph, settings.training))
+    return settings, step_of(fabric, build_dataset(settings.dataset, settings.data), settings)
 
 
 def test_a_step_on_a_few_parts_takes_less_than_one_on_the_whole_graph(fabric):

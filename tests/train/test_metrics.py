@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from recollect.train._errors import TrainingError
-from recollect.train._metrics import score
+from recollect.train._metrics import losses, other_scores, score
 
 
 def pairs_in_order(values: list[float], true: list[bool]) -> float:
@@ -80,3 +80,44 @@ def test_rocauc_without_a_label_to_rank_is_refused(graph_maker):
 def test_rocauc_of_three_exclusive_classes_is_refused(graph_maker):
     with pytest.raises(TrainingError, match="3 exclusive classes"):
         score(graph_maker("multiclass", "rocauc", 3), torch.zeros(12, 3), "val")
+
+
+def test_average_precision_is_the_mean_over_labels_of_the_area_under_precision_and_recall(graph_maker):
+    graph = graph_maker("multilabel", "average_precision", 3)
+    logits = logits_for(graph, 3)
+    graph.data.y[4, 0] = torch.nan  # a node of validation
+    expected = []
+    for k in range(3):
+        nodes = [
+            i for i in graph.data.val_mask.nonzero().flatten().tolist() if graph.data.y[i, k] == graph.data.y[i, k]
+        ]
+        order = sorted(nodes, key=lambda i: -float(logits[i, k]))
+        has = [bool(graph.data.y[i, k] == 1) for i in order]
+        if any(has) and not all(has):
+            expected.append(sum(sum(has[: j + 1]) / (j + 1) for j, h in enumerate(has) if h) / sum(has))
+    assert score(graph, logits, "val") == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+    assert other_scores(graph, logits, "val").keys() == {"micro_f1"}
+    assert other_scores(graph_maker("multiclass", "accuracy", 3), logits, "val") == {}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "micro_f1", "rocauc"])
+def test_unknown_labels_do_not_count(graph_maker, metric):
+    graph, whole = graph_maker("multilabel", metric, 1), graph_maker("multilabel", metric, 1)
+    graph.data.y[0] = torch.nan
+    whole.data.train_mask[0] = False
+    for k, value in ((3, 1.0), (6, 0.0), (9, 1.0)):  # the training nodes beside node 0
+        graph.data.y[k] = whole.data.y[k] = value
+    logits = logits_for(graph, 1)
+    assert score(graph, logits, "train") == score(whole, logits, "train")
+
+
+def test_the_mean_loss_is_that_of_the_known_labels(graph_maker):
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    target = torch.randint(2, (6, 4), generator=torch.Generator().manual_seed(1)).double()
+    unknown = torch.rand(6, 4, generator=torch.Generator().manual_seed(2)) < 0.3
+    known = [(i, k) for i in range(6) for k in range(4) if not unknown[i, k]]
+    expected = sum(torch.log1p(torch.exp(-(2 * target[i, k] - 1) * logits[i, k])) for i, k in known) / len(known)
+    found = losses("multilabel", logits, target.masked_fill(unknown, torch.nan)).mean()
+    assert torch.allclose(found, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from recollect.data import load
 from recollect.train import InvalidRunError, NonFiniteLossError, TrainingError, UsageError, train
 from recollect.train._config import read
 from recollect.train._metrics import score
-from recollect.train._network import build_model
+from recollect.train.families import family_of
 
 KEYS = {
     *("dataset", "model", "layers", "parameters", "test_accuracy", "val_accuracy", "epochs", "seconds", "peak_bytes"),
@@ -50,7 +51,7 @@ def test_the_test_score_is_that_of_the_kept_parameters(tiny, tmp_path):
     assert summary["best_epoch"] < summary["epochs"]
     state = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
     graph = load("karate")
-    model = build_model(read(tmp_path / "config.yaml").model, graph)
+    model = family_of(read(tmp_path / "config.yaml")).build(graph, torch.device("cpu"))
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     model.load_state_dict(state["best_state"])
     logits = model.eval()(graph.data.x, graph.data.edge_index)
@@ -113,8 +114,47 @@ def test_the_end_of_resume_is_as_the_unbroken_run_if_only_the_report_is_missing(
 
 
 def test_resume_takes_no_other_setting(tmp_path):
-    with pytest.raises(UsageError, match="leave out all others"):
-        train([f"resume={tmp_path}", "seed=3"])
+    train(["dataset=karate", "epochs=1", "model.num_layers=1", "measure.enabled=false", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UsageError, match=r"seed cannot change in a run that is there; what can: epochs, .*config="):
+        train([f"resume={tmp_path / 'run'}", "seed=3"])
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer(tiny, tmp_path):
+    quiet = [*tiny[:-1], "measure.enabled=false", "patience=1", "optimizer.lr=0.2", "warmup_epochs=0"]
+    whole = train([*quiet, "epochs=9", "patience=null", f"run_dir={tmp_path / 'whole'}"])
+    first = train([*quiet, "epochs=9", f"run_dir={tmp_path / 'run'}"])
+    assert first["epochs"] < 9  # it was patience that ended it
+    more = train([f"resume={tmp_path / 'run'}", "epochs=9"])
+    assert (more["epochs"], more["test_accuracy"]) == (9, whole["test_accuracy"])
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert read(tmp_path / "run" / "config.yaml").epochs == 9
+    assert train([f"resume={tmp_path / 'run'}"]) == more
+    with pytest.raises(UsageError, match=r"epochs=3: the run in .* has 9 already; give more"):
+        train([f"resume={tmp_path / 'run'}", "epochs=3"])
+    assert train([f"resume={tmp_path / 'run'}"]) == more
+
+
+def test_a_network_of_ones_own_is_found_from_elsewhere(tiny, tmp_path, monkeypatch):
+    (tmp_path / "net_of_this_test.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self, in_channels, out_channels):\n"
+        "        super().__init__(in_channels, out_channels)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["dataset=karate", "model=import", "model.target=net_of_this_test:Net", "measure.enabled=false"]
+    train([*words, "epochs=1", "run_dir=run"])
+    sys.modules.pop("net_of_this_test")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.chdir("/")
+    assert train([f"resume={tmp_path / 'run'}", "epochs=2"])["epochs"] == 2
+    sys.modules.pop("net_of_this_test")
+
+
+def test_several_runs_are_extended_and_become_more(tiny, tmp_path):
+    quiet = [*tiny[:-1], "measure.enabled=false", "runs=2"]
+    train([*quiet, "epochs=2", f"run_dir={tmp_path}"])
+    more = train([f"resume={tmp_path}", "epochs=3", "runs=3"])
+    assert [(run["seed"], run["epochs"]) for run in more["results"]] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_resume_of_no_run_is_refused(tmp_path):
@@ -141,7 +181,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_histories_without_room_stop_a_run_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recollect.train._histories.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("recollect.train._room.available_bytes", lambda device: 1000)
     monkeypatch.setattr("recollect.autoscale.histories._history.memory_table", None)
     for runs in (1, 2):
         with pytest.raises(TrainingError, match=r"the histories need 2.3 KiB on cpu, and 1.0 KiB are free: try"):

@@ -7,9 +7,8 @@ import torch
 from lightning_fabric import Fabric
 
 from recollect.train._config import parse
-from recollect.train._graph import prepare
-from recollect.train._network import build_model
 from recollect.train._step import Step
+from recollect.train.families import family_of
 
 # Without dropout and clipping all that is random is the order of the parts.
 BASE = ["optimizer=adam", "optimizer.lr=0.05", "model.dropout=0", "model.num_layers=3", "model.hidden_channels=8"]
@@ -18,10 +17,11 @@ PARTS = ["training=autoscale", "training.num_parts=4", "training.parts_per_batch
 
 def make(graph, overrides, model="gcn"):
     settings = parse([f"model={model}", *BASE, *overrides])
-    prepared = prepare(settings, graph)
+    family = family_of(settings)
+    prepared = family.prepare(graph)
     torch.manual_seed(0)
-    network = build_model(settings.model, prepared, settings.training, torch.device("cpu"))
-    return Step(Fabric(accelerator="cpu", devices=1), settings, prepared, network)
+    network = family.build(prepared, torch.device("cpu"))
+    return Step(Fabric(accelerator="cpu", devices=1), family, prepared, network)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recollect.train._text import bytes_text, per_layer, percent_text, range_text, seconds_text
+from recollect.train._text import bytes_text, compared_text, per_layer, percent_text, range_text, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,18 @@ def test_layers_are_found_by_their_names():
 )
 def test_a_few_layers_are_listed_and_many_have_a_range(values, text):
     assert range_text(values) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (1.0, 3.1, "3.1x less"),
+        (1.25, 1.0, "1.25x more"),
+        (1.0, 1.001, "the same"),
+        (0, 1.0, ""),
+        (None, 1.0, ""),
+        (1.0, None, ""),
+    ],
+)
+def test_two_numbers_are_compared_by_a_factor_above_one(first, second, text):
+    assert compared_text(first, second, "less", "more") == text

@@ -9,12 +9,11 @@ from lightning_fabric import Fabric
 
 from recollect.train._config import parse
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
-from recollect.train._files import AtomicCheckpointIO
-from recollect.train._graph import prepare
 from recollect.train._metrics import score
-from recollect.train._network import build_model
 from recollect.train._step import Step
+from recollect.train._surroundings import AtomicCheckpointIO
 from recollect.train._trainer import Trainer
+from recollect.train.families import family_of
 
 COMMON = ["warmup_epochs=0", "epochs=6", "optimizer.lr=0.05", "checkpoint_every=1"]
 BASE = parse([*COMMON, "model.num_layers=3", "model.hidden_channels=8"])
@@ -32,8 +31,9 @@ LAYERWISE = replace(PARTS, training=replace(PARTS.training, layerwise=True, hist
 def make(graph, tmp_path, settings=BASE, seed=0):
     torch.manual_seed(seed)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[AtomicCheckpointIO()])
-    prepared = prepare(settings, graph)
-    step = Step(fabric, settings, prepared, build_model(settings.model, prepared, settings.training))
+    family = family_of(settings)
+    prepared = family.prepare(graph)
+    step = Step(fabric, family, prepared, family.build(prepared, fabric.device))
     return Trainer(settings, step, tmp_path / "checkpoint.ckpt")
 
 
@@ -58,7 +58,7 @@ def test_epochs_are_those_of_a_plain_loop(graph, tmp_path):
     trainer = make(graph, tmp_path)
     trainer.fit(lambda row: None)
     torch.manual_seed(0)
-    model = build_model(replace(BASE.model, disable=True), graph)
+    model = family_of(replace(BASE, model=replace(BASE.model, disable=True))).build(graph, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=1e-4)
     data, losses = graph.data, []
     for _ in range(6):
@@ -84,7 +84,7 @@ def test_labels_are_trained_by_binary_cross_entropy(graph_maker, tmp_path):
     trainer = make(graph, tmp_path, replace(BASE, epochs=1))
     trainer.fit(lambda row: None)
     torch.manual_seed(0)
-    model = build_model(BASE.model, graph).train()
+    model = family_of(BASE).build(graph, torch.device("cpu")).train()
     mask = graph.data.train_mask
     p, y = torch.sigmoid(model(graph.data.x, graph.data.edge_index))[mask], graph.data.y[mask]
     expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()

@@ -13,5 +13,9 @@ class InvalidRawFilesError(ValueError):
     """The raw files are there but cannot be read: replace them."""
 
 
+class InvalidFileError(ValueError):
+    """A file of one's own graph cannot be understood: change it as the message says."""
+
+
 class MissingDependencyError(ImportError):
     """An optional package is not installed: install the extra that the message names."""

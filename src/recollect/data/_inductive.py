@@ -13,6 +13,7 @@ import torch
 from recollect.data._dataset import GraphDataset, assemble
 from recollect.data._foreign import require
 from recollect.data._raw import RawSource, read
+from recollect.data._stored import distrustful
 
 _SAINT_FILES = ("raw/adj_full.npz", "raw/feats.npy", "raw/class_map.json", "raw/role.json")
 _PPI_FILES = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
@@ -31,7 +32,7 @@ def reddit(root: Path, seed: int, *, download: bool = False) -> GraphDataset:
         InvalidRawFilesError: The files cannot be read.
         MissingDependencyError: torch_geometric or scipy is not installed.
     """
-    dataset_class = require("torch_geometric.datasets", extra="graph").Reddit
+    dataset_class = distrustful(require("torch_geometric.datasets", extra="graph").Reddit)
     source = RawSource(
         name="reddit",
         folder="Reddit",
@@ -58,7 +59,7 @@ def saint(name: str, root: Path, seed: int, *, download: bool = False) -> GraphD
         MissingDependencyError: torch_geometric or scipy is not installed.
     """
     folder = name.capitalize()
-    dataset_class = getattr(require("torch_geometric.datasets", extra="graph"), folder)
+    dataset_class = distrustful(getattr(require("torch_geometric.datasets", extra="graph"), folder))
     source = RawSource(
         name=name,
         folder=folder,
@@ -86,7 +87,7 @@ def ppi(root: Path, seed: int, *, download: bool = False) -> GraphDataset:
         InvalidRawFilesError: The files cannot be read.
         MissingDependencyError: torch_geometric or networkx is not installed.
     """
-    dataset_class = require("torch_geometric.datasets", extra="graph").PPI
+    dataset_class = distrustful(require("torch_geometric.datasets", extra="graph").PPI)
     source = RawSource(
         name="ppi",
         folder="PPI",

@@ -13,6 +13,7 @@ from torch import Tensor
 from recollect.data._dataset import GraphDataset, Metric, Task, assemble
 from recollect.data._foreign import require
 from recollect.data._raw import RawSource, read
+from recollect.data._stored import stored_classes
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def ogbn(name: str, root: Path, seed: int, *, undirected: bool = True, download:
 
     def open_view(view: Path) -> tuple[Any, dict[str, Tensor]]:
         (view / folder / "RELEASE_v1.txt").touch()  # without it ogb asks on the terminal whether to update
-        with torch.serialization.safe_globals(_stored_classes()):
+        with torch.serialization.safe_globals(stored_classes()):
             dataset = dataset_class(name, root=str(view))
         return dataset[0], dataset.get_idx_split()
 
@@ -100,16 +101,6 @@ def ogbn(name: str, root: Path, seed: int, *, undirected: bool = True, download:
         metric=facts.metric,
         edge_attr=data.edge_attr,
     )
-
-
-def _stored_classes() -> list[Any]:
-    """What ogb's processed files are made of; it reads them with torch.load's default, which allows no classes."""
-    data = require("torch_geometric.data.data", extra="graph")
-    storage = require("torch_geometric.data.storage", extra="graph")
-    classes = [data.Data, data.DataEdgeAttr, data.DataTensorAttr, storage.GlobalStorage]
-    # Not those that torch_geometric has allowed for good: safe_globals forbids all of its own at its end.
-    allowed = torch.serialization.get_safe_globals()
-    return [stored for stored in classes if stored not in allowed]
 
 
 def _mean_of_edges(edge_attr: Tensor, edge_index: Tensor, num_nodes: int) -> Tensor:

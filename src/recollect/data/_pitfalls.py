@@ -10,6 +10,7 @@ from recollect.data._dataset import GraphDataset, assemble
 from recollect.data._foreign import require
 from recollect.data._raw import RawSource, read
 from recollect.data._splits import balanced_masks, check_split
+from recollect.data._stored import distrustful
 
 _NUM_SPLITS = 20
 _TRAIN_PER_CLASS, _VAL_PER_CLASS = 20, 30
@@ -54,7 +55,7 @@ def pitfalls(name: str, root: Path, seed: int, *, split: int = 0, download: bool
     """
     check_split(name, split, _NUM_SPLITS)
     facts = _FACTS[name]
-    dataset_class = getattr(require("torch_geometric.datasets", extra="graph"), facts.dataset_class)
+    dataset_class = distrustful(getattr(require("torch_geometric.datasets", extra="graph"), facts.dataset_class))
     source = RawSource(
         name=name,
         folder=f"{facts.dataset_class}/{facts.folder}",

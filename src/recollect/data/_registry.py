@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,11 @@ from recollect.data._wikics import wikics
 
 # A loader takes root and seed; its keyword-only parameters are the dataset's options.
 _LOADERS: dict[str, Callable[..., GraphDataset]] = {
+    "actor": partial(heterophilous, "actor"),
     "amazon-computers": partial(pitfalls, "amazon-computers"),
     "amazon-photo": partial(pitfalls, "amazon-photo"),
     "amazon-ratings": partial(heterophilous, "amazon-ratings"),
+    "chameleon": partial(heterophilous, "chameleon"),
     "citeseer": partial(planetoid, "citeseer"),
     "coauthor-cs": partial(pitfalls, "coauthor-cs"),
     "coauthor-physics": partial(pitfalls, "coauthor-physics"),
@@ -45,6 +48,7 @@ _LOADERS: dict[str, Callable[..., GraphDataset]] = {
     "reddit": reddit,
     "roman-empire": partial(heterophilous, "roman-empire"),
     "sbm": sbm,
+    "squirrel": partial(heterophilous, "squirrel"),
     "tolokers": partial(heterophilous, "tolokers"),
     "wikics": wikics,
     "yelp": partial(saint, "yelp"),
@@ -67,19 +71,21 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
     * every graph that is read from raw files: ``download=False``, whether to fetch them if they are missing;
     * ``cora``, ``citeseer``, ``pubmed``: ``split="public"``, or ``"full"``, where all nodes outside of
       validation and test are for training;
-    * the heterophilous graphs (``amazon-ratings``, ``minesweeper``, ``questions``, ``roman-empire``,
-      ``tolokers``): ``split=0``, which of the ten published splits;
+    * ``file``: a graph of one's own: ``path``, and the other arguments of `from_file`;
+    * the heterophilous graphs (``actor``, ``amazon-ratings``, ``chameleon``, ``minesweeper``, ``questions``,
+      ``roman-empire``, ``squirrel``, ``tolokers``): ``split=0``, which of the ten published splits;
     * ``wikics``: ``split=0``, which of the twenty published splits;
     * ``amazon-computers``, ``amazon-photo``, ``coauthor-cs``, ``coauthor-physics``: ``split=0``, which of twenty random
       draws of 20 training and 30 validation nodes of each class;
     * ``ogbn-arxiv``: ``undirected=True``, whether citations are joined in both directions.
 
     Args:
-        name: One of `names`.
+        name: One of `names`, or ``"file"``.
         root: Folder of the raw files, in torch_geometric's and ogb's layout: ``root/Planetoid/Cora/raw``,
             ``root/HeterophilousGraphDataset/tolokers/raw``, ``root/ogbn_arxiv/raw``, ... By default the
             folder that the environment variable ``RECOLLECT_DATA`` names, else ``./data``.
-        seed: Of generated graphs (``sbm``). All others are the same for every seed, their splits included.
+        seed: Of generated graphs (``sbm``), and of a split that is made for a graph of one's own (``file``). All others
+            are the same for every seed, their splits included.
         **options: See above.
 
     Raises:
@@ -90,9 +96,9 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
         InvalidRawFilesError: Raw files cannot be read.
         MissingDependencyError: An optional package is not installed.
     """
-    if name not in _LOADERS:
+    if name not in _LOADERS and name != "file":
         raise UnknownDatasetError(_unknown(name))
-    loader = _LOADERS[name]
+    loader: Callable[..., GraphDataset] = _file if name == "file" else _LOADERS[name]
     allowed = [p.name for p in inspect.signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(allowed)):
         raise TypeError(
@@ -104,7 +110,24 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
         return loader(where.expanduser(), seed, **options)
 
 
+def _file(
+    root: Path,
+    seed: int,
+    *,
+    path: str | Path | Mapping[str, str | Path] | None = None,
+    features: Any = None,
+    task: Any = "auto",
+    split: int = 0,
+    undirected: bool = False,
+) -> GraphDataset:
+    if not path:
+        raise ValueError("file: no path is given; give that of a file or folder (on the command line dataset.path=...)")
+    from recollect.data.files import from_file
+
+    return from_file(path, features=features, task=task, split=split, undirected=undirected, seed=seed)
+
+
 def _unknown(name: str) -> str:
-    text = f"there is no dataset {name!r}; the datasets are: {', '.join(names())}"
+    text = f"there is no dataset {name!r}; the datasets are: file (a graph of your own), {', '.join(names())}"
     near = difflib.get_close_matches(str(name).lower().replace("_", "-"), names(), n=1)
     return f"{text} (did you mean {near[0]!r}?)" if near else text

@@ -9,6 +9,7 @@ from recollect.data._dataset import GraphDataset, assemble
 from recollect.data._foreign import require
 from recollect.data._raw import RawSource, read
 from recollect.data._splits import check_split
+from recollect.data._stored import distrustful
 
 
 def wikics(root: Path, seed: int, *, split: int = 0, download: bool = False) -> GraphDataset:
@@ -30,7 +31,7 @@ def wikics(root: Path, seed: int, *, split: int = 0, download: bool = False) -> 
         InvalidRawFilesError: The file cannot be read.
         MissingDependencyError: torch_geometric is not installed.
     """
-    dataset_class = require("torch_geometric.datasets", extra="graph").WikiCS
+    dataset_class = distrustful(require("torch_geometric.datasets", extra="graph").WikiCS)
     source = RawSource(
         name="wikics",
         folder="WikiCS",

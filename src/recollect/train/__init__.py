@@ -13,11 +13,39 @@ CPU, ends with the numbers of an unbroken one. ``metrics.csv`` and TensorBoard's
 checkpoint when a run goes on. Several runs, ``runs=20``, have a folder each in one folder, ``seed_0`` and so on, and
 their mean and standard deviation in its summary and report.
 
+What needs torch is imported when it is first asked for: a wrong setting is told at once.
+
 This package needs the ``[train]`` extra; nothing else in recollect imports it.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from recollect.train._command import command
 from recollect.train._errors import InvalidRunError, NonFiniteLossError, TrainingError, UsageError
 from recollect.train._run import train
 
-__all__ = ["InvalidRunError", "NonFiniteLossError", "TrainingError", "UsageError", "command", "train"]
+if TYPE_CHECKING:
+    from recollect.train._fit import FitResult, fit
+
+__all__ = [
+    "FitResult",
+    "InvalidRunError",
+    "NonFiniteLossError",
+    "TrainingError",
+    "UsageError",
+    "command",
+    "fit",
+    "train",
+]
+
+_LATER = {"fit": "_fit", "FitResult": "_fit"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

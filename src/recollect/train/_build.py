@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,13 +26,18 @@ def build_dataset(dataset: DatasetSettings, files: DataSettings) -> data.GraphDa
         UsageError: its name or an option is wrong.
         TrainingError: its raw files or a package are missing, or its split has an empty part.
     """
+    options = {key: getattr(dataset, key) for key in ("path", "features") if getattr(dataset, key) is not None}
     try:
-        graph = data.load(dataset.name, files.root or None, seed=files.seed, **dataset.options)
+        if files.root and Path(files.root).expanduser().exists() and not Path(files.root).expanduser().is_dir():
+            raise UsageError(f"data.root={files.root} is no folder; give the folder of the raw files")
+        graph = data.load(dataset.name, files.root or None, seed=files.seed, **dataset.options, **options)
     except data.MissingRawFilesError as error:
         here = "On this command line: data.root=FOLDER, dataset.options.download=true."
         raise TrainingError(f"{error}\n{here}") from error
-    except (data.InvalidRawFilesError, OSError, ImportError) as error:
-        raise TrainingError(str(error)) from error
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    except (data.InvalidFileError, data.InvalidRawFilesError, OSError, ImportError, MemoryError) as error:
+        raise TrainingError(str(error) or type(error).__name__) from error
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     for part in ("train", "val", "test"):
@@ -71,6 +77,8 @@ def _groups(settings: OptimizerSettings, model: nn.Module) -> list[dict[str, Any
             f"regularised; leave it at null"
         )
     regularised, rest = (list(cast(nn.Module, module).parameters()) for module in modules)
+    known = {id(parameter) for parameter in (*regularised, *rest)}
+    rest += [parameter for parameter in model.parameters() if id(parameter) not in known]  # learnt features
     return [{"params": regularised}, {"params": rest, "weight_decay": other}]
 
 

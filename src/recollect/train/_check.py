@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import math
+import re
+import types
+import typing
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from recollect.train._errors import UsageError, choose_from
-from recollect.train._settings import (
-    PATH_KEYS,
-    SEEDS,
-    DatasetSettings,
-    DataSettings,
-    MeasureSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    RevGNNSettings,
-    ScalableSettings,
-    Settings,
-    TrainingSettings,
-)
+from recollect.train._settings import MODELS, SEEDS, ModelSettings, ScalableSettings, Settings
 
-__all__ = ["check", "check_given", "documented", "kind_text"]
+__all__ = ["check", "check_given", "documented", "kind_text", "nearest_keys", "with_absolute_paths"]
 
 
+@functools.cache
 def documented() -> dict[str, dict[str, Any]]:
-    """Key -> what `about` knows of it, and its "type", in the order of the classes."""
-    return {key: metadata for key, _, metadata in _walk(Settings, None)}
+    """Key -> what `key` was told of it, and its "type", in the order of the classes."""
+    known: dict[str, dict[str, Any]] = {}
+    for key, _, metadata in _walk(Settings, None):
+        known.setdefault(key, metadata)  # what several kinds of models have is told as of the first
+    return known
 
 
 def check(settings: Settings) -> None:
@@ -42,10 +38,10 @@ def check(settings: Settings) -> None:
     for key, value, metadata in _walk(Settings, settings):
         if value is None or isinstance(value, (dict, list)):
             continue
-        if key in PATH_KEYS and value == "":
+        if metadata["path"] and value == "":
             raise UsageError(f"{key}=: names no path; give one, or write {key}=null")
         if metadata["choices"] and value not in metadata["choices"]:
-            null = ["null"] if metadata["type"].endswith("None") else []
+            null = ["null"] if isinstance(metadata["type"], types.UnionType) else []
             raise UsageError(f"{key}: " + choose_from("value", value, [*metadata["choices"], *null]))
         low, above, below = metadata["low"], metadata["above"], metadata["below"]
         if isinstance(value, float) and not math.isfinite(value):
@@ -55,10 +51,7 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{key}={value}: must be at least {low}{upper}")
         if above is not None and value <= above:
             raise UsageError(f"{key}={value}: must be above {above}")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = dict.fromkeys(["auto", "cpu", "cuda", *([] if accelerator is None else [accelerator.type])])
-    if settings.device not in devices:
-        raise UsageError(f"device: {choose_from('value', settings.device, devices)}")
+    _check_device(settings.device)
     if settings.seed + settings.runs > SEEDS:
         raise UsageError(
             f"seed={settings.seed} and runs={settings.runs}: the last run's seed must be below {SEEDS} too; give a "
@@ -73,6 +66,19 @@ def check(settings: Settings) -> None:
             f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
             f"they are; choose 32-true or bf16-mixed"
         )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a kind of device that torch does not know; it is asked only about one that is not usual."""
+    usual = ("auto", "cpu", "cuda")
+    if device in usual:
+        return
+    import torch  # takes seconds
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = dict.fromkeys([*usual, *([] if accelerator is None else [accelerator.type])])
+    if device not in devices:
+        raise UsageError(f"device: {choose_from('value', device, devices)}")
 
 
 def check_given(settings: Settings, keys: Iterable[str]) -> None:
@@ -91,25 +97,43 @@ def check_given(settings: Settings, keys: Iterable[str]) -> None:
             )
 
 
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The settings with paths that do not depend on the working directory."""
+
+    def absolute(value: str) -> str:
+        return str(Path(value).expanduser().resolve())
+
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value, metadata in _walk(Settings, settings):
+        if metadata["path"] and value:
+            group, _, name = key.rpartition(".")
+            changes.setdefault(group, {})[name] = absolute(value)
+    own = changes.pop("", {})
+    return replace(settings, **own, **{g: replace(getattr(settings, g), **new) for g, new in changes.items()})
+
+
 def kind_text(key: str) -> str | None:
     """What a key's value must be, in words; None if the key is unknown."""
-    kind, _, null = documented().get(key, {"type": ""})["type"].partition(" | ")
-    return _KINDS[kind] + (" or null" if null else "") if kind in _KINDS else None
+    hint = documented().get(key, {}).get("type")
+    of = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    optional = isinstance(hint, types.UnionType)
+    text = _KINDS.get(of[0] if optional else hint)
+    return text and text + (" or null" if optional else "")
 
 
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a word",
-    "list[int]": "a list of whole numbers, such as [8,16],",
-    "dict[str, Any]": "keys and values, such as {aggr: max}",
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list[int]: "a list of whole numbers, such as [8,16],",
+    dict[str, Any]: "keys and values, such as {aggr: max}",
 }
 
 
 def _check_training(settings: Settings) -> None:
     training = settings.training
-    if training.edge_dropout and settings.model.kind in _UNWEIGHTED:
+    if training.edge_dropout and not settings.model.weighs_edges:
         raise UsageError(
             f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "
             f"weights, which edge dropout changes; set it to 0"
@@ -118,10 +142,10 @@ def _check_training(settings: Settings) -> None:
         _check_lipschitz(settings.model, training.lipschitz)
     if training.name == "full":
         return
-    if settings.model.kind == "revgnn":
+    if not settings.model.histories:
         raise UsageError(
             f"training=autoscale needs a model with histories, and model={settings.model.name} has none: choose gcn, "
-            f"gat, gcn2, appnp, pna, pna_jk or gin, or training=full"
+            f"gat, gcn2, appnp, pna, pna_jk, gin or import, or training=full"
         )
     if training.parts_per_batch > training.num_parts:
         raise UsageError(
@@ -137,7 +161,7 @@ def _check_training(settings: Settings) -> None:
 
 def _check_lipschitz(model: ModelSettings, weight: float) -> None:
     noise = model.options.get("noise", 0.0) if isinstance(model, ScalableSettings) else 0.0
-    if model.kind == "gin" and noise > 0 and model.num_layers > 1:
+    if model.kind == "gin" and noise > 0 and (model.num_layers or 0) > 1:
         return
     found = (
         f"model.options.noise={noise} and model.num_layers={model.num_layers}" if model.kind == "gin" else model.name
@@ -148,27 +172,40 @@ def _check_lipschitz(model: ModelSettings, weight: float) -> None:
     )
 
 
-_UNWEIGHTED = ("revgnn", "gat", "pna", "pna_jk")
-_MODELS = (RevGNNSettings, ScalableSettings)
+def nearest_keys(wrong: str, right: Iterable[str]) -> str:
+    """Say which keys are nearest to one that is not there, by their names and by what they mean."""
+    known = documented()
+
+    def likeness(key: str) -> float:
+        said = wrong.rpartition(".")[2].replace("_", " ")
+        name = key.rpartition(".")[2].replace("_", " ")
+        meaning = re.split(r"[,:;(]", known.get(key, {}).get("help", ""))[0]
+        return max(_ratio(wrong, key), _ratio(said, name), _ratio(said, meaning))
+
+    near = sorted(right, key=likeness, reverse=True)
+    best = [key for key in near[:3] if likeness(key) >= max(_NEAR, 0.9 * likeness(near[0]))]
+    return f"did you mean {' or '.join(best)}?" if best else "all keys: recollect train --help"
+
+
+_NEAR = 0.6  # of two texts, one may be the other with some typos
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
 def _walk(cls: Any, instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each leaf's key, value (``None`` without an instance) and what is known of it."""
-    groups = {
-        c.__name__: (c,)
-        for c in (
-            DatasetSettings,
-            OptimizerSettings,
-            TrainingSettings,
-            ObjectiveSettings,
-            DataSettings,
-            MeasureSettings,
-        )
-    } | {ModelSettings.__name__: _MODELS}
+    """Each leaf's key, value (``None`` without an instance) and what is known of it, its type among that."""
+    hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         value = None if instance is None else getattr(instance, item.name)
-        if str(item.type) not in groups:
-            yield prefix + item.name, value, {**item.metadata, "type": str(item.type)}
+        hint = hints[item.name]
+        if not dataclasses.is_dataclass(hint):
+            yield prefix + item.name, value, {**item.metadata, "type": hint}
             continue
-        for group in groups[str(item.type)] if value is None else (type(value),):
+        classes = (type(value),) if value is not None else _MODELS if hint is ModelSettings else (hint,)
+        for group in classes:
             yield from _walk(group, value, f"{prefix}{item.name}.")
+
+
+_MODELS = (MODELS["revgnn"], ScalableSettings, MODELS["import"])

@@ -5,7 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InvalidRunError", "MissingRunError", "NonFiniteLossError", "TrainingError", "UsageError", "choose_from"]
+__all__ = [
+    "BusyRunError",
+    "Interrupted",
+    "InvalidRunError",
+    "MissingRunError",
+    "NonFiniteLossError",
+    "TrainingError",
+    "UsageError",
+    "choose_from",
+    "did_you_mean",
+]
+
+_GLANCE, _FEW = 6, 12  # so many names are read at a glance, and so many are read
 
 
 class TrainingError(Exception):
@@ -28,6 +40,22 @@ class MissingRunError(UsageError, InvalidRunError):
     """There is no run in the folder that was named."""
 
 
+class BusyRunError(UsageError):
+    """Another process works on the run."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, in a run that can be gone on with.
+
+    Attributes:
+        again: the command that goes on.
+    """
+
+    def __init__(self, again: str) -> None:
+        super().__init__(again)
+        self.again = again
+
+
 class NonFiniteLossError(TrainingError, ArithmeticError):
     """The loss became NaN or infinite: change the settings that the message names.
 
@@ -40,9 +68,20 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
         self.epoch = epoch
 
 
-def choose_from(what: str, wrong: object, right: Iterable[str]) -> str:
-    """Say that a name is wrong, which is nearest to it, and list the right ones."""
+def did_you_mean(wrong: object, right: Iterable[str]) -> str:
+    """Ask for the nearest names; where none is near, list all if they are few, else the first of them."""
     names = list(right)
-    near = difflib.get_close_matches(str(wrong), names, n=1)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"there is no {what} {str(wrong)!r}{guess}; choose from: {', '.join(names) or 'nothing, it has none'}"
+    near = difflib.get_close_matches(str(wrong), names, n=3)
+    if near:
+        all_of_them = f" Choose from: {', '.join(names)}" if len(names) <= _GLANCE else ""
+        return f"did you mean {' or '.join(near)}?{all_of_them}"
+    if not names:
+        return "there are none"
+    if len(names) <= _FEW:
+        return f"choose from: {', '.join(names)}"
+    return f"choose from: {', '.join(names[:_FEW])}, and {len(names) - _FEW} more"
+
+
+def choose_from(what: str, wrong: object, right: Iterable[str]) -> str:
+    """Say that a name is wrong, and which is nearest to it."""
+    return f"there is no {what} {str(wrong)!r}; {did_you_mean(wrong, right)}"

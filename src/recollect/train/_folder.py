@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from recollect.train._check import with_absolute_paths
 from recollect.train._config import read, write
-from recollect.train._errors import MissingRunError, TrainingError, UsageError
+from recollect.train._errors import BusyRunError, InvalidRunError, MissingRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._settings import Settings
 
-__all__ = ["RunFolder", "create", "reopen"]
+__all__ = ["RunFolder", "create", "extend", "reopen"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,42 @@ class RunFolder:
         """What came out; the last file to be there, so the run is finished."""
         return self.path / "summary.json"
 
+    @property
+    def sweep(self) -> Path:
+        """The words of a sweep, whose runs are in this folder."""
+        return self.path / "sweep.json"
+
+    @property
+    def again(self) -> str:
+        """The command that goes on with the run."""
+        return f"recollect train {shlex.quote(f'resume={self.path}')}"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the run while the body works on it.
+
+        Raises:
+            BusyRunError: another process works on it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # a system without it
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)  # the folder itself, as its files are replaced
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyRunError(
+                    f"another process works on the run in {self.path}: wait until it is done, or end it"
+                ) from error
+            except OSError:  # a file system that has no locks
+                pass
+            yield
+        finally:
+            os.close(folder)
+
 
 def create(settings: Settings) -> RunFolder:
     """Make the folder of a new run and write its settings.
@@ -56,20 +99,40 @@ def create(settings: Settings) -> RunFolder:
     try:
         folder = RunFolder(_make(settings))
         # The run may be gone on with from another working directory.
-        data = replace(settings.data, root=_absolute(settings.data.root))
-        training = replace(
-            settings.training,
-            history_path=_absolute(settings.training.history_path),
-            partition_cache=_absolute(settings.training.partition_cache),
-        )
-        write_text(folder.config, write(replace(settings, data=data, training=training, run_dir=None, resume=None)))
+        write_text(folder.config, write(with_absolute_paths(replace(settings, run_dir=None, resume=None, config=None))))
     except OSError as error:
         raise TrainingError(f"the run's folder cannot be made: {error}") from error
     return folder
 
 
-def reopen(path: str) -> tuple[RunFolder, Settings]:
+def extend(folder: RunFolder, settings: Settings, before: Settings) -> bool:
+    """Give a run that is there its new settings, if they are others; say whether it is finished.
+
+    Args:
+        folder: of the run; locked.
+        settings: that it is to have.
+        before: that it has.
+
+    Raises:
+        UsageError: it has more epochs than it is to have.
+    """
+    finished = folder.summary.exists()
+    if settings == before:
+        return finished
+    done = _epochs(folder) if finished and settings.runs == 1 else 0
+    if settings.epochs < done:
+        raise UsageError(f"epochs={settings.epochs}: the run in {folder.path} has {done} already; give more")
+    write_text(folder.config, write(replace(settings, run_dir=None, resume=None, config=None)))
+    folder.summary.unlink(missing_ok=True)
+    return False
+
+
+def reopen(path: str, given: bool = False) -> tuple[RunFolder, Settings]:
     """Find a run again.
+
+    Args:
+        path: of its folder.
+        given: whether its model is given anew.
 
     Raises:
         MissingRunError: the folder holds none.
@@ -81,11 +144,13 @@ def reopen(path: str) -> tuple[RunFolder, Settings]:
         if folder.path.is_dir():
             what = "has no config.yaml, so it is not the folder of a run"
         raise MissingRunError(f"resume={path}: {folder.path} {what}; give a folder that recollect train has made")
-    return folder, read(folder.config)
-
-
-def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().resolve()) if path else None
+    settings = read(folder.config)
+    if not settings.model.is_known and not given:
+        raise InvalidRunError(
+            f"resume={path}: the run was made by recollect.train.fit, with a model that is not in its files: go on by "
+            f"fit(model, data, resume={str(folder.path)!r})"
+        )
+    return folder, settings
 
 
 def _make(settings: Settings) -> Path:
@@ -93,11 +158,12 @@ def _make(settings: Settings) -> Path:
         path = Path(settings.run_dir).expanduser()
         if RunFolder(path).config.exists():
             raise UsageError(f"run_dir={path} holds a run: go on with it by resume={path}, or choose another folder")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(entry.name != ".hydra" for entry in path.iterdir())):
             raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
         path.mkdir(parents=True, exist_ok=True)
         return path
-    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{settings.dataset.name}_{settings.model.name}"
+    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]  # it stays in the folder
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{label}"
     for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
         path = Path("runs") / f"{name}{suffix}"
         try:
@@ -106,3 +172,10 @@ def _make(settings: Settings) -> Path:
             continue
         return path
     raise TrainingError(f"a thousand runs have the name {name}: give one by run_dir=")
+
+
+def _epochs(folder: RunFolder) -> int:
+    try:
+        return int(json.loads(folder.summary.read_text())["epochs"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidRunError(f"{folder.summary} cannot be read: {error}") from error

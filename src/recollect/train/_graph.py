@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recollect.autoscale import add_self_loops, normalize, partition, permute, to_adj_t
+from recollect.autoscale import add_self_loops, normalize, partition
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError, UsageError
-from recollect.train._settings import ScalableSettings, Settings, TrainingSettings
+from recollect.train._settings import TrainingSettings
 
-__all__ = ["TrainingGraph", "prepare", "to_device"]
+__all__ = ["ADJACENCY", "TrainingGraph", "cut", "scaled_features", "to_device"]
+
+ADJACENCY: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda adj_t: adj_t,
+    "loops": add_self_loops,
+    "symmetric": normalize,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,40 +37,21 @@ class TrainingGraph(GraphDataset):
     ptr: Tensor | None = None
 
 
-def prepare(settings: Settings, graph: GraphDataset) -> TrainingGraph:
-    """Bring a graph into the form that the settings' network and training take.
-
-    Networks with histories get ``adj_t`` in the place of ``edge_index``; for training on parts the nodes are in the
-    order of the parts.
-
-    Raises:
-        UsageError: the parts cannot be as the settings say.
-        TrainingError: the package that cuts the graph is missing.
-    """
-    data = copy.copy(graph.data)
-    data.x = _features(data.x, settings.data.features)
-    ptr = None
-    if isinstance(settings.model, ScalableSettings):
-        if "edge_attr" in data:
-            del data.edge_attr  # none of these networks takes it
-        data = to_adj_t(data)
-        if settings.training.name == "autoscale":
-            perm, ptr = _partition(settings.training, data.adj_t)
-            data = permute(data, perm)
-        data.adj_t = _ADJACENCY[settings.model.adjacency](data.adj_t)
-    known = {item.name: getattr(graph, item.name) for item in fields(GraphDataset)}
-    return TrainingGraph(**known | {"data": data}, num_edges=graph.data.num_edges, ptr=ptr)
-
-
 def to_device(graph: TrainingGraph, device: torch.device) -> TrainingGraph:
     """The graph on a device."""
     return replace(graph, data=copy.copy(graph.data).to(device))
 
 
-_ADJACENCY = {"plain": lambda adj_t: adj_t, "loops": add_self_loops, "symmetric": normalize}
+def cut(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a graph into parts.
 
+    Returns:
+        The nodes in the order of the parts [num_nodes] int64, and the bounds of the parts [num_parts + 1] int64.
 
-def _partition(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
+    Raises:
+        UsageError: there are more parts than nodes.
+        TrainingError: the package that cuts the graph is missing.
+    """
     if training.num_parts > adj_t.size(0):
         raise UsageError(f"training.num_parts={training.num_parts}: the graph has only {adj_t.size(0)} nodes")
     cache = Path(training.partition_cache).expanduser() if training.partition_cache else None
@@ -73,7 +61,8 @@ def _partition(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tenso
         raise TrainingError(f"{error}. On this command line: training.partition=random") from error
 
 
-def _features(x: Tensor, how: str | None) -> Tensor:
+def scaled_features(x: Tensor, how: str | None) -> Tensor:
+    """Features [num_nodes, F] with rows that sum to 1, or columns of mean 0 and deviation 1; None: as they are."""
     if how == "rows":
         return x / x.sum(dim=1, keepdim=True).clamp(min=1)  # as torch_geometric's NormalizeFeatures
     if how == "columns":

@@ -13,6 +13,7 @@ __all__ = ["help_text"]
 
 _WIDTH = 120
 _OTHER = "model=gcn"  # has the keys of the models with histories
+_FILE = "dataset=file"
 _HEAD = """\
 usage: recollect train [group=option ...] [key=value ...]
 
@@ -23,6 +24,7 @@ for what is around them; a preset is a row of published results. For example:
   recollect train dataset=cora data.root=graphs model.num_layers=112 seed=3
   recollect train preset=cora_gcn data.root=graphs            # 20 runs with histories; training=full: without them
   recollect train preset=cora_gcn runs=1 training.errors_every=10
+  recollect train dataset=file dataset.path=my_graph.npz      # a graph of your own
   recollect train resume=runs/20260101-120000_digits_revgnn
 """
 
@@ -49,6 +51,11 @@ def _sections() -> dict[str, list[str]]:
         title = f"only with {needs[0]}={' or '.join(needs[1:])}:" if needs else always
         if key not in GROUP_KEYS:
             found.setdefault(title, []).extend(_described(key, value, texts))
+    for key, value in defaults(_FILE).items():
+        if key not in values and (needs := texts.get(key, {}).get("needs")):
+            found.setdefault(f"only with {needs[0]}={' or '.join(needs[1:])}:", []).extend(
+                _described(key, value, texts)
+            )
     others = {key: value for key, value in defaults(_OTHER).items() if key not in values}
     title = f"only with a model with histories, in place of revgnn's own; the values of {_OTHER}:"
     return {**found, title: [line for key, value in others.items() for line in _described(key, value, texts)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import shutil
 import warnings
@@ -11,9 +12,27 @@ from pathlib import Path
 from lightning_fabric.loggers.csv_logs import CSVLogger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+from recollect.train._errors import TrainingError
 from recollect.train._trainer import Row
 
-__all__ = ["Logs"]
+__all__ = ["Logs", "read_history"]
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove old logs; of what is a link, the link alone.
+
+    Raises:
+        TrainingError: there is something else in their place.
+    """
+    metrics, folder = run_dir / "metrics.csv", run_dir / "tensorboard"
+    try:
+        metrics.unlink(missing_ok=True)
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise TrainingError(f"the old logs in {run_dir} cannot be removed ({error}); remove them") from error
 
 
 class Logs:
@@ -26,7 +45,7 @@ class Logs:
 
     def __init__(self, run_dir: Path, history: Iterable[Row]) -> None:
         # Rows that were logged after the last checkpoint come again, and a killed process can leave half a row.
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        _clear(run_dir)
         self._csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
         with warnings.catch_warnings():
             # The folder holds the run's other files, and replacing metrics.csv is what is wanted.
@@ -47,3 +66,17 @@ class Logs:
         """Write what is left."""
         self._csv.finalize("success")
         self._tensorboard.finalize("success")
+
+
+def read_history(run_dir: Path) -> list[Row]:
+    """The epochs of a run's metrics.csv; none if it cannot be read.
+
+    Args:
+        run_dir: its folder.
+    """
+    try:
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+    return [{key: value for key, value in row.items() if key != "step"} for row in rows]

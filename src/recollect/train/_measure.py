@@ -15,7 +15,6 @@ import torch
 from recollect.frames import DriftWarning
 from recollect.memory import peak_memory, tensor_bytes
 from recollect.train._memory import available_bytes
-from recollect.train._network import build_model
 from recollect.train._settings import Settings
 from recollect.train._step import Step
 
@@ -58,27 +57,28 @@ class Costs:
 def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda text: None) -> Costs:
     """Measure steps in both of their modes; random state and warnings about drift stay as they were.
 
-    Reversible models are made anew, in several depths: from two shallow ones, which tell what the full depth will need,
-    to the full depth, then between, until ``measure.seconds`` are over. All other models are measured as they are,
-    which changes their parameters.
+    Models that can be made in any depth are made anew, in several: from two shallow ones, which tell what the full
+    depth will need, to the full depth, then between, until ``measure.seconds`` are over. All others are measured as
+    they are, which changes their parameters.
 
     Args:
         settings: of the run.
         step: of the run.
         tell: gets a line of text before each depth.
     """
-    start, layers = time.perf_counter(), settings.model.num_layers
-    deadline, costs = start + settings.measure.seconds, Costs()
+    deadline, costs = time.perf_counter() + settings.measure.seconds, Costs()
     with _undisturbed():
-        if step.modes[0] != "reversible":
-            tell(f"{layers} layers")
-            probe, training = _Probe(step), settings.training
-            # At most as the parts are to all parts, and about as their nodes and halo are to all nodes.
-            most = probe.peak() * training.num_parts // training.parts_per_batch
-            peaks = probe.peaks(most)
-            rows = max(inputs[0].size(0) for inputs, _, _ in step.own)
-            _whole(costs, probe, settings, deadline, (peaks["peak"] or 0) * step.graph.data.num_nodes // rows, peaks)
+        family = step.family
+        if not family.any_depth:
+            tell("a step")
+            probe = _Probe(step)
+            peak = probe.peak()
+            most, about = family.plain_bytes(step.network, step.graph, step.own, peak)
+            _whole(costs, probe, settings, deadline, about, probe.peaks(most))
+            step.switch(second=False)
+            step.optimizer.zero_grad(set_to_none=True)
             return costs
+        layers = settings.model.num_layers or 1
         shallow = [depth for depth in (2, 4) if depth < layers]  # quick, whatever the depth
         chosen = settings.measure.depths or (layers // 8, layers // 4, layers // 2)
         between = sorted({depth for depth in chosen if depth >= 1} - {*shallow, layers})
@@ -86,8 +86,8 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
             if depth in between and time.perf_counter() > deadline:
                 break
             tell(f"{depth} layers")
-            network = build_model(settings.model, step.graph, num_layers=depth)
-            probe = _Probe(Step(step.fabric, settings, step.graph, network))
+            network = family.build(step.graph, step.fabric.device, num_layers=depth)
+            probe = _Probe(Step(step.fabric, family, step.graph, network))
             expected = _extrapolate(costs.curve, depth)
             if not costs.curve:
                 probe.step.train()  # the first step on a GPU also allocates the workspaces of its libraries
@@ -114,8 +114,8 @@ class _Probe:
         free = available_bytes(self.device)
         if len(self.step.modes) == 2 and (expected is None or free is None or expected < _MARGIN * free):
             try:
-                if self.step.in_parts:
-                    self.peak(second=True)  # the first step turns the adjacency, which is then kept
+                if not self.step.family.any_depth:
+                    self.peak(second=True)  # the first step may turn the adjacency, which is then kept
                 plain = self.peak(second=True)
             except torch.OutOfMemoryError:
                 self.step.optimizer.zero_grad(set_to_none=False)

@@ -16,7 +16,7 @@ from rich.text import Text
 from recollect.train._text import METRICS, per_layer, range_text, table
 from recollect.train._trainer import Row
 
-__all__ = ["Bar", "show_summary", "training_bar"]
+__all__ = ["Bar", "show_graph", "show_summary", "training_bar"]
 
 
 class _TwoLines(Progress):
@@ -77,6 +77,14 @@ def training_bar(console: Console, epochs: int, done: int, metric: str, brief: b
     )
     with _TwoLines(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield Bar(console, progress, epochs, done, metric, brief)
+
+
+def show_graph(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print what was understood of a graph."""
+    grid = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        grid.add_row(escape(name), escape(value))
+    console.print(grid)
 
 
 def show_summary(console: Console, summary: dict[str, Any], run_dir: Path) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from recollect.train._figures import learning_curves, memory_against_depth, to_svg
-from recollect.train._text import METRICS, percent_text, table
+from matplotlib.figure import Figure
+
+from recollect.train._figures import learning_curves, memory_against_depth, spread_curves, to_svg
+from recollect.train._text import METRICS, layers_text, percent_text, table
 from recollect.train._trainer import Row
 
-__all__ = ["report"]
+__all__ = ["html_table", "page", "panels", "report"]
 
 _PAGE = string.Template("""\
 <!DOCTYPE html>
@@ -31,11 +33,27 @@ _PAGE = string.Template("""\
   .tile { border: 1px solid #e4e7eb; border-radius: .5rem; padding: .9rem 1.1rem; }
   .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
   .tile span { color: #616e7c; font-size: .9rem; }
+  .wide { overflow-x: auto; }
   table { border-collapse: collapse; }
   th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
   th { font-weight: 600; }
   td { font-variant-numeric: tabular-nums; }
+  .columns td { white-space: nowrap; }
+  .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
+  .figure { max-width: 44rem; }
   svg { width: 100%; height: auto; }
+  @media (max-width: 40rem) {
+    body { margin: 1rem auto; padding: 0 1rem; }
+    th, td { padding-right: .75rem; font-size: .9rem; }
+  }
+  @media print {
+    body { margin: 0; max-width: none; padding: 0; font-size: 11pt; }
+    .wide { overflow: visible; }
+    .columns th, .columns td { padding-right: .6rem; font-size: 8pt; white-space: normal; }
+    .tile, .panels > *, .figure, tr { break-inside: avoid; }
+    h2 { break-after: avoid; }
+    .panels { grid-template-columns: repeat(2, 1fr); }
+  }
   details pre { background: #f5f7fa; padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
 </style>
 </head>
@@ -43,10 +61,9 @@ _PAGE = string.Template("""\
 <h1>$title</h1>
 <p class="lead">$lead</p>
 <div class="tiles">$tiles</div>
-$costs
 $body
 <h2>$about</h2>
-<table>$facts</table>
+$facts
 <details><summary>Settings</summary><pre>$settings</pre></details>
 </body>
 </html>
@@ -54,40 +71,99 @@ $body
 
 _COSTS = string.Template("""\
 <h2>What it costs</h2>
-<table><tr><th>measured</th>$modes<th></th></tr>$rows</table>
+$table
 <p>Memory is the measured peak of one training step above what is there before and after it: parameters, gradients, the
 optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation), one
 of each kind after the other.</p>
 $figure""")
 
 
-def report(summary: dict[str, Any], history: Sequence[Row], settings: str) -> str:
+def report(
+    summary: dict[str, Any], history: Sequence[Row], settings: str, histories: Sequence[Sequence[Row]] = ()
+) -> str:
     """Make the page.
 
     Args:
         summary: see `recollect.train._summary.summarize`.
         history: the epochs; of several runs none.
         settings: as YAML.
+        histories: the epochs of several runs.
 
     Returns:
         HTML that needs no other file and no network.
     """
     facts, costs = table(summary)
     runs = summary.get("results", [])
-    title = f"{summary['model']}, {summary['layers']} layers, on {summary['dataset']}"
-    curves = "" if runs else to_svg(learning_curves(history, summary["best_epoch"], summary["metric"]))
+    title = f"{summary['model']}, {layers_text(summary)}on {summary['dataset']}"
+    if runs:
+        curves = panels(spread_curves(histories, summary["metric"])) if histories else ""
+        body = _runs(runs, METRICS[summary["metric"]])
+        body += f"<h2>Learning curves: the mean, and the band of all runs</h2>\n{curves}" if curves else ""
+    else:
+        curves = panels(learning_curves(history, summary["best_epoch"], summary["metric"]))
+        body = f"<h2>Learning curves</h2>\n{curves}"
+    return page(
+        f"{title}, {len(runs)} runs" if runs else title,
+        f"recollect {summary['recollect']}, torch {summary['torch']}, {facts[-1][1]}",
+        _tiles(summary),
+        _costs(summary, costs) + body,
+        "The runs; where they differ, as in the first" if runs else "The run",
+        facts,
+        settings,
+    )
+
+
+def page(
+    title: str,
+    lead: str,
+    tiles: Sequence[tuple[str, str]],
+    body: str,
+    about: str,
+    facts: Sequence[tuple[str, str]],
+    settings: str,
+) -> str:
+    """Fill the page.
+
+    Args:
+        title: its heading.
+        lead: the line below.
+        tiles: names and values that stand out.
+        body: HTML.
+        about: heading of the facts.
+        facts: names and values.
+        settings: text.
+    """
     return _PAGE.substitute(
-        title=escape(f"{title}, {len(runs)} runs" if runs else title),
-        lead=escape(f"recollect {summary['recollect']}, torch {summary['torch']}, {facts[-1][1]}"),
-        tiles="".join(
-            f'<div class="tile"><b>{escape(v)}</b><span>{escape(n)}</span></div>' for n, v in _tiles(summary)
-        ),
-        costs=_costs(summary, costs),
-        body=_runs(runs, METRICS[summary["metric"]]) if runs else f"<h2>Learning curves</h2>\n{curves}",
-        about="The runs; where they differ, as in the first" if runs else "The run",
-        facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts),
+        title=escape(title),
+        lead=escape(lead),
+        tiles="".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(n)}</span></div>' for n, v in tiles),
+        body=body,
+        about=escape(about),
+        facts=html_table([], facts, headed=True),
         settings=escape(settings),
     )
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], headed: bool = False) -> str:
+    """A table that scrolls where the screen is narrower.
+
+    Args:
+        head: names of the columns; none if empty.
+        rows: text.
+        headed: whether the first cell of each row is its name.
+    """
+    first = "th" if headed else "td"
+    kind = "" if headed else ' class="columns"'
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if head else []
+    for row in rows:
+        cells = [f"<{first}>{escape(row[0])}</{first}>", *(f"<td>{escape(cell)}</td>" for cell in row[1:])]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table{kind}>{"".join(lines)}</table></div>'
+
+
+def panels(figures: Sequence[Figure]) -> str:
+    """Figures side by side, or below each other where the screen is narrow."""
+    return '<div class="panels">' + "".join(f"<div>{to_svg(figure)}</div>" for figure in figures) + "</div>"
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -109,21 +185,16 @@ def _runs(runs: Sequence[dict[str, Any]], metric: str) -> str:
         [*(str(run[key]) for key in columns), percent_text(run, "test_accuracy"), percent_text(run, "val_accuracy")]
         for run in runs
     ]
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    return f"<h2>Each run</h2>\n<table><tr>{head}</tr>{body}</table>"
+    return f"<h2>Each run</h2>\n{html_table(names, rows)}"
 
 
 def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> str:
     if summary["peak_bytes"] is None:
         return ""
     modes = summary["modes"]
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[: 2 * len(modes)]) + "</tr>" for row in costs
-    )
+    width = 2 * len(modes)
     curve = summary["memory_against_depth"]
     return _COSTS.substitute(
-        modes="".join(f"<th>{escape(mode)}</th>" for mode in modes),
-        rows=rows,
-        figure=to_svg(memory_against_depth(curve)) if curve else "",
+        table=html_table(["measured", *modes, ""][:width], [row[:width] for row in costs]),
+        figure=f'<div class="figure">{to_svg(memory_against_depth(curve))}</div>' if curve else "",
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from recollect.train._config import parse
+from recollect.train._config import changed, parse, parse_override
 from recollect.train._errors import UsageError
-from recollect.train._folder import reopen
-from recollect.train._progress import show_summary
-from recollect.train._several import several
-from recollect.train._single import single
-from recollect.train._summary import read_summary
+from recollect.train._folder import RunFolder, extend, reopen
+from recollect.train._settings import Settings
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["CHANGEABLE", "start", "to_the_end", "train"]
+
+CHANGEABLE = ("epochs", "runs", "patience", "checkpoint_every", "device", "threads", "measure")
 
 
 def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
@@ -23,7 +24,9 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
 
     Args:
         overrides: of the settings, as on the command line: ``["dataset=cora", "model.num_layers=112"]`` or
-            ``["preset=cora_gcn", "runs=5"]``; or ``["resume=RUN_DIR"]`` to go on with a run that was interrupted.
+            ``["preset=cora_gcn", "runs=5"]``; or ``["config=FILE", "seed=3"]`` to begin with the settings of a file; or
+            ``["resume=RUN_DIR"]`` to go on with a run that was interrupted, ``["resume=RUN_DIR", "epochs=200"]`` to
+            extend one that is finished; it has so many epochs then, unless ``patience`` is given as well.
         console: where progress and table are shown; by default nowhere.
 
     Returns:
@@ -33,18 +36,68 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
         UsageError: a name, key or value is wrong.
         InvalidRunError: the folder to resume holds no run.
         NonFiniteLossError: the loss became NaN or infinite.
-        TrainingError: something else that the user can mend: files or packages are missing, ...
+        TrainingError: something else that the user can mend: files or packages are missing, the disk is full, ...
     """
+    words = [(parse_override(text), text) for text in overrides]
+    resumed = [str(word.value()) for word, _ in words if word.key_or_group == "resume" and word.value()]
+    if not resumed:
+        return _start(parse(overrides), console, None)
+    if RunFolder(Path(resumed[-1]).expanduser()).sweep.is_file():
+        return _sweep_again(resumed[-1], [text for word, text in words if word.key_or_group != "resume"], console)
+    folder, before = reopen(resumed[-1])
+    others = [text for word, text in words if word.key_or_group != "resume"]
+    settings = changed(before, to_the_end(others), CHANGEABLE, folder.path)
+    return _start(settings, console, folder)
+
+
+def to_the_end(words: Sequence[str]) -> list[str]:
+    """Words for a run that is there: who extends it to ``epochs`` wants them all, unless patience is named too."""
+    keys = [word.partition("=")[0] for word in words]
+    return [*words, "patience=null"] if "epochs" in keys and "patience" not in keys else list(words)
+
+
+def start(overrides: Sequence[str], console: Console, folder: RunFolder) -> dict[str, Any]:
+    """Start a run in a folder, or go on with the one that is there.
+
+    Args:
+        overrides: see `train`; without ``resume`` and ``run_dir``.
+        console: where progress is shown.
+        folder: of the run; may be empty.
+    """
+    if folder.config.exists():
+        return _start(reopen(str(folder.path))[1], console, folder, brief=True)
+    return _start(parse([*overrides, f"run_dir={folder.path}"]), console, None, brief=True)
+
+
+def _sweep_again(path: str, others: Sequence[str], console: Console | None) -> dict[str, Any]:
+    from rich.console import Console
+
+    from recollect.train._sweep import resume_sweep
+
+    if others:
+        raise UsageError(f"resume={path} is a sweep, which goes on as it is: leave out {' '.join(others)}")
+    return resume_sweep(RunFolder(Path(path).expanduser()), console or Console(quiet=True))
+
+
+def _start(
+    settings: Settings, console: Console | None, folder: RunFolder | None, brief: bool = False
+) -> dict[str, Any]:
+    """Run, now that nothing is wrong with the words: what follows needs torch, which takes seconds to import."""
+    from rich.console import Console
+
+    from recollect.train._progress import show_summary
+    from recollect.train._several import several
+    from recollect.train._single import single
+    from recollect.train._summary import read_summary
+
     console = console or Console(quiet=True)
-    settings = parse(overrides)
-    folder = None
-    if settings.resume:
-        if len(overrides) > 1:
-            raise UsageError(f"resume={settings.resume} goes on under the run's own settings: leave out all others")
-        folder, settings = reopen(settings.resume)
-        if folder.summary.exists():
-            summary = read_summary(folder.summary)
-            console.print(f"the run {folder.path} is finished", highlight=False, markup=False, soft_wrap=True)
-            show_summary(console, summary, folder.path)
-            return summary
-    return (several if settings.runs > 1 else single)(settings, console, folder)
+    if folder is not None:
+        with folder.locked():
+            if extend(folder, settings, reopen(str(folder.path))[1]):
+                summary = read_summary(folder.summary)
+                console.print(f"the run {folder.path} is finished", highlight=False, markup=False, soft_wrap=True)
+                show_summary(console, summary, folder.path)
+                return summary
+    if settings.runs > 1:
+        return several(settings, console, folder)
+    return single(settings, console, folder, brief=brief)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from recollect.train._about import about
-from recollect.train._model_settings import ModelSettings, RevGNNSettings, ScalableSettings
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
 
 __all__ = [
     "FREE_KEYS",
     "GROUP_KEYS",
-    "PATH_KEYS",
+    "MODELS",
     "SEEDS",
     "DataSettings",
     "DatasetSettings",
+    "ImportSettings",
     "MeasureSettings",
     "ModelSettings",
     "ObjectiveSettings",
@@ -23,9 +21,10 @@ __all__ = [
     "ScalableSettings",
     "Settings",
     "TrainingSettings",
+    "key",
 ]
 
-FREE_KEYS = ("model.conv_kwargs",)  # below these, keys are the convolution's, not ours
+FREE_KEYS = ("model.conv_kwargs", "model.kwargs")  # below these, keys are the network's, not ours
 # What a group's option sets together with the keys that belong to it.
 GROUP_KEYS = {
     "dataset.name": "dataset",
@@ -34,46 +33,171 @@ GROUP_KEYS = {
     "training.name": "training",
     "objective.name": "objective",
 }
-# Values that are taken as they stand, whatever characters they have.
-PATH_KEYS = ("data.root", "training.history_path", "training.partition_cache", "run_dir", "resume")
 SEEDS = 2**32  # so many there are, from 0 on
 
-
 _PARTS = ("training", "autoscale")
+
+
+def key(
+    text: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    needs: tuple[str, ...] | None = None,
+    path: bool = False,
+    default: Any = MISSING,
+) -> Any:
+    """A field of settings, and what is known of it beside its type.
+
+    Args:
+        text: its meaning.
+        low: its least value.
+        above: its lower bound, excluded.
+        below: its upper bound, excluded.
+        choices: the values that it can have.
+        needs: a group, and those of the group's options with which it counts; None: it always does.
+        path: whether it is a path, which is taken as it stands, whatever characters it has.
+        default: its value where no config file says one; none if it is not given.
+    """
+    known = {"low": low, "above": above, "below": below, "choices": choices, "needs": needs, "path": path}
+    return field(default=default, metadata={"help": text, **known})
 
 
 @dataclass(frozen=True)
 class DatasetSettings:
     """Which graph."""
 
-    name: str = field(metadata=about("graph, by its name in recollect.data"))
-    options: dict[str, Any] = field(metadata=about("options of recollect.data.load for this graph"))
+    name: str = key("graph, by its name in recollect.data")
+    options: dict[str, Any] = key("options of recollect.data.load for this graph")
+    path: str | None = key(
+        "file or folder of your own graph: .pt, .npz, .mat, .graphml, CSV files",
+        path=True,
+        needs=("dataset", "file"),
+        default=None,
+    )
+    features: str | None = key(
+        "of the nodes, in the place of the file's: their degrees, or a learnt vector each; null: the file's",
+        choices=("degree", "embedding"),
+        needs=("dataset", "file"),
+        default=None,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which network: what those of every kind have."""
+
+    name: str = key("label of the model in the run's files")
+    num_layers: int | None = key("layers", low=1)
+    hidden_channels: int | None = key("channels of the layers", low=1)
+    dropout: float | None = key("dropout probability", low=0, below=1)
+    kind: str = key(
+        "network of recollect.models, or one of your own",
+        choices=("revgnn", "gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin", "import"),
+    )
+
+    family: ClassVar[str]
+    """Which of `recollect.train.families` it belongs to."""
+    histories: ClassVar[bool] = False
+    """Whether it can be trained on parts."""
+
+    @property
+    def weighs_edges(self) -> bool:
+        """Whether the network takes notice of the edges' weights."""
+        return False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the settings say which network it is; those of one that was given to `fit` do not."""
+        return True
+
+
+@dataclass(frozen=True)
+class RevGNNSettings(ModelSettings):
+    """A deep reversible network; see `recollect.models.RevGNN`."""
+
+    family: ClassVar[str] = "reversible"
+
+    num_layers: int = key("layers", low=1)
+    hidden_channels: int = key("channels of the layers", low=1)
+    dropout: float = key("dropout probability", low=0, below=1)
+    num_groups: int = key("groups of a reversible layer; hidden_channels is divisible by them", low=2)
+    conv: str = key("convolution: gat, gcn, gen, gin, graphconv or sage")
+    conv_kwargs: dict[str, Any] = key("options of the convolution, as in model.conv_kwargs.aggr=max")
+    edge_features: bool = key("give the graph's edge features, if it has any, to a gat or gen convolution")
+    shared_dropout: bool = key("one dropout mask for all layers, as in the paper")
+    norm: str | None = key("normalisation in the layers", choices=("layer", "batch"))
+    tied: bool = key("all layers share one set of parameters")
+    anchor_every: int | None = key("keep every s-th activation, to bound drift; null: none", low=1)
+    disable: bool = key("keep every activation: train without recollecting")
+
+
+@dataclass(frozen=True)
+class ScalableSettings(ModelSettings):
+    """A network whose layers can take their neighbours from histories; see `recollect.autoscale.ScalableGNN`."""
+
+    family: ClassVar[str] = "histories"
+    histories: ClassVar[bool] = True
+
+    num_layers: int = key("layers", low=1)
+    hidden_channels: int = key("channels of the layers", low=1)
+    dropout: float = key("dropout probability", low=0, below=1)
+    adjacency: str = key("edges; with self-loops; and by the roots of degrees", choices=("plain", "loops", "symmetric"))
+    options: dict[str, Any] = key("further options of this network")
+
+    @property
+    def weighs_edges(self) -> bool:
+        """Whether the network takes notice of the edges' weights."""
+        return self.kind not in ("gat", "pna", "pna_jk")
+
+
+@dataclass(frozen=True)
+class ImportSettings(ModelSettings):
+    """A network of one's own: what a function or a class in a module makes."""
+
+    family: ClassVar[str] = "own"
+    histories: ClassVar[bool] = True
+
+    target: str | None = key("MODULE:NAME of a class or function that makes the network")
+    folder: str | None = key("folder in which the module is looked for first; null: the working directory", path=True)
+    num_layers: int | None = key("given to the target if it names it; null: not", low=1)
+    hidden_channels: int | None = key("given to the target if it names it; null: not", low=1)
+    dropout: float | None = key("given to the target if it names it; null: not", low=0, below=1)
+    kwargs: dict[str, Any] = key("further arguments of the target")
+    adjacency: str = key("edges of adj_t, as of the networks with histories", choices=("plain", "loops", "symmetric"))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a target."""
+        return self.target is not None
+
+
+MODELS = {"revgnn": RevGNNSettings, "import": ImportSettings}  # by kind; ScalableSettings for all others
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Which optimizer of torch.optim."""
 
-    name: str = field(metadata=about("optimizer", choices=("adam", "adamw", "sgd")))
-    lr: float = field(metadata=about("learning rate", low=0, below=1e6))
-    weight_decay: float = field(metadata=about("weight decay", low=0))
-    other_weight_decay: float | None = field(
-        metadata=about("weight decay of what is in the model's nonreg_modules; null: as weight_decay", low=0)
+    name: str = key("optimizer", choices=("adam", "adamw", "sgd"))
+    lr: float = key("learning rate", low=0, below=1e6)
+    weight_decay: float = key("weight decay", low=0)
+    other_weight_decay: float | None = key(
+        "weight decay of what is in the model's nonreg_modules; null: as weight_decay", low=0
     )
-    options: dict[str, Any] = field(metadata=about("further options of the optimizer"))
+    options: dict[str, Any] = key("further options of the optimizer")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Where raw files are."""
 
-    root: str | None = field(metadata=about("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data"))
-    seed: int = field(metadata=about("seed of generated graphs (sbm)", low=0, below=SEEDS))
-    features: str | None = field(
-        metadata=about(
-            "rows: each sums to 1; columns: mean 0, deviation 1; null: as is",
-            choices=("rows", "columns"),
-        )
+    root: str | None = key("folder of raw files; null: the environment's RECOLLECT_DATA, else ./data", path=True)
+    seed: int = key("seed of generated graphs (sbm)", low=0, below=SEEDS)
+    features: str | None = key(
+        "rows: each sums to 1; columns: mean 0, deviation 1; null: as is", choices=("rows", "columns")
     )
 
 
@@ -81,35 +205,27 @@ class DataSettings:
 class TrainingSettings:
     """The whole graph in each step, or a few of its parts and histories for what is around them."""
 
-    name: str = field(
-        metadata=about("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
+    name: str = key("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
+    num_parts: int = key("parts that the graph is cut into", low=1, needs=_PARTS)
+    parts_per_batch: int = key("parts in each step, drawn anew in each epoch", low=1, needs=_PARTS)
+    partition: str = key("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_PARTS)
+    partition_cache: str | None = key(
+        "folder in which the parts of a graph are kept; null: none", needs=_PARTS, path=True
     )
-    num_parts: int = field(metadata=about("parts that the graph is cut into", low=1, needs=_PARTS))
-    parts_per_batch: int = field(metadata=about("parts in each step, drawn anew in each epoch", low=1, needs=_PARTS))
-    partition: str = field(
-        metadata=about("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_PARTS)
+    history_device: str | None = key(
+        "where histories are; null: on the model's device", choices=("cpu", "cuda"), needs=_PARTS
     )
-    partition_cache: str | None = field(
-        metadata=about("folder in which the parts of a graph are kept; null: none", needs=_PARTS)
+    history_dtype: str = key("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"), needs=_PARTS)
+    history_path: str | None = key("folder for histories on disk; null: in memory", needs=_PARTS, path=True)
+    pool_size: int | None = key(
+        "transfers of history rows beside the computation, at a time; null: none", low=1, needs=_PARTS
     )
-    history_device: str | None = field(
-        metadata=about("where histories are; null: on the model's device", choices=("cpu", "cuda"), needs=_PARTS)
-    )
-    history_dtype: str = field(
-        metadata=about("numbers in histories", choices=("float32", "float16", "bfloat16", "int8"), needs=_PARTS)
-    )
-    history_path: str | None = field(metadata=about("folder for histories on disk; null: in memory", needs=_PARTS))
-    pool_size: int | None = field(
-        metadata=about("transfers of history rows beside the computation, at a time; null: none", low=1, needs=_PARTS)
-    )
-    buffer_size: int | None = field(
-        metadata=about("rows of each of them at most; null: all nodes", low=1, needs=_PARTS)
-    )
-    edge_dropout: float = field(metadata=about("share of the edges that each step leaves out", low=0, below=1))
-    lipschitz: float = field(metadata=about("weight of lipschitz_loss (gin with model.options.noise)", low=0))
-    layerwise: bool = field(metadata=about("evaluate layer by layer on parts; false: on the whole graph", needs=_PARTS))
-    errors_every: int | None = field(
-        metadata=about("epochs between measurements of the histories' true errors; null: none", low=1, needs=_PARTS)
+    buffer_size: int | None = key("rows of each of them at most; null: all nodes", low=1, needs=_PARTS)
+    edge_dropout: float = key("share of the edges that each step leaves out", low=0, below=1)
+    lipschitz: float = key("weight of lipschitz_loss (gin with model.options.noise)", low=0)
+    layerwise: bool = key("evaluate layer by layer on parts; false: on the whole graph", needs=_PARTS)
+    errors_every: int | None = key(
+        "epochs between measurements of the histories' true errors; null: none", low=1, needs=_PARTS
     )
 
 
@@ -117,26 +233,20 @@ class TrainingSettings:
 class ObjectiveSettings:
     """One loss, or many whose gradients' Gramian gives their weights; see `recollect.autogram`."""
 
-    name: str = field(
-        metadata=about(
-            "mean: the mean loss; iwrm: an objective for each node; multitask: one for each label",
-            choices=("mean", "iwrm", "multitask"),
-        )
+    name: str = key(
+        "mean: the mean loss; iwrm: an objective for each node; multitask: one for each label",
+        choices=("mean", "iwrm", "multitask"),
     )
-    weighting: str = field(
-        metadata=about(
-            "weights from the Gramian, by recollect.aggregation",
-            choices=(
-                *("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "config", "cagrad", "alignedmtl", "nashmtl"),
-                *("fairgrad", "mean"),
-            ),
-            needs=("objective", "iwrm", "multitask"),
-        )
+    weighting: str = key(
+        "weights from the Gramian, by recollect.aggregation",
+        choices=(
+            *("upgrad", "dualproj", "mgda", "pcgrad", "imtlg", "config", "cagrad", "alignedmtl", "nashmtl"),
+            *("fairgrad", "mean"),
+        ),
+        needs=("objective", "iwrm", "multitask"),
     )
-    samples: int = field(
-        metadata=about(
-            "training nodes of a step, drawn anew; each costs a backward pass", low=1, needs=("objective", "iwrm")
-        )
+    samples: int = key(
+        "training nodes of a step, drawn anew; each costs a backward pass", low=1, needs=("objective", "iwrm")
     )
 
 
@@ -144,14 +254,10 @@ class ObjectiveSettings:
 class MeasureSettings:
     """What is measured after training."""
 
-    enabled: bool = field(
-        metadata=about("measure memory and time of training steps, reversible and with everything kept")
-    )
-    depths: list[int] | None = field(
-        metadata=about("depths of the curve memory against depth; null: up to num_layers by doubling")
-    )
-    repeats: int = field(metadata=about("timed epochs of each mode; the median counts", low=1))
-    seconds: float = field(metadata=about("stop measuring further depths after this time", low=0))
+    enabled: bool = key("measure memory and time of training steps, reversible and with everything kept")
+    depths: list[int] | None = key("depths of the curve memory against depth; null: up to num_layers by doubling")
+    repeats: int = key("timed epochs of each mode; the median counts", low=1)
+    seconds: float = key("stop measuring further depths after this time", low=0)
 
 
 @dataclass(frozen=True)
@@ -165,22 +271,17 @@ class Settings:
     objective: ObjectiveSettings
     data: DataSettings
     measure: MeasureSettings
-    preset: str | None = field(metadata=about("published row that the other settings are of; null: none"))
-    seed: int = field(metadata=about("seed of parameters and dropout", low=0, below=SEEDS))
-    runs: int = field(
-        metadata=about("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
-    )
-    epochs: int = field(metadata=about("epochs, at most", low=1))
-    patience: int | None = field(
-        metadata=about("stop after this many epochs without a better validation score; null: never", low=1)
-    )
-    warmup_epochs: int = field(metadata=about("epochs over which the learning rate rises linearly to its value", low=0))
-    clip_norm: float | None = field(metadata=about("largest norm of the gradient; null: any", above=0))
-    checkpoint_every: int | None = field(
-        metadata=about("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
-    )
-    device: str = field(metadata=about("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator"))
-    precision: str = field(metadata=about("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed")))
-    threads: int | None = field(metadata=about("CPU threads; null: one for a small graph, else torch's default", low=1))
-    run_dir: str | None = field(metadata=about("folder of the run's files; null: runs/<date-time>_<dataset>_<model>"))
-    resume: str | None = field(metadata=about("go on with the run in this folder, under its own settings"))
+    preset: str | None = key("published row that the other settings are of; null: none")
+    seed: int = key("seed of parameters and dropout", low=0, below=SEEDS)
+    runs: int = key("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", low=1)
+    epochs: int = key("epochs, at most", low=1)
+    patience: int | None = key("stop after this many epochs without a better validation score; null: never", low=1)
+    warmup_epochs: int = key("epochs over which the learning rate rises linearly to its value", low=0)
+    clip_norm: float | None = key("largest norm of the gradient; null: any", above=0)
+    checkpoint_every: int | None = key("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
+    device: str = key("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator")
+    precision: str = key("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed"))
+    threads: int | None = key("CPU threads; null: one for a small graph, else torch's default", low=1)
+    run_dir: str | None = key("folder of the run's files; null: runs/<date-time>_<dataset>_<model>", path=True)
+    resume: str | None = key("go on with the run in this folder, or extend it by epochs=N", path=True)
+    config: str | None = key("file of settings to begin with, such as a run's config.yaml", path=True)

@@ -9,9 +9,11 @@ from dataclasses import replace
 from rich.console import Console
 
 from recollect.train._config import write
+from recollect.train._failures import explained
 from recollect.train._files import write_text
-from recollect.train._folder import RunFolder, create
+from recollect.train._folder import RunFolder, create, extend, reopen
 from recollect.train._graph import TrainingGraph
+from recollect.train._logs import read_history
 from recollect.train._progress import show_summary
 from recollect.train._report import report
 from recollect.train._settings import Settings
@@ -36,14 +38,20 @@ def several(settings: Settings, console: Console, folder: RunFolder | None = Non
     graph = load_graph(_run_settings(settings, 0, 1), console)
     folder = folder or create(settings)
     console.print(f"runs: {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    with folder.locked(), explained(folder):
+        return _all(settings, console, folder, graph)
+
+
+def _all(settings: Settings, console: Console, folder: RunFolder, graph: TrainingGraph) -> Summary:
     summaries = []
     for number, (own, prepared) in enumerate(_runs(settings, graph, console)):
         child = RunFolder(folder.path / f"seed_{own.seed}")
-        if child.summary.exists():
+        if not child.config.exists():
+            create(replace(own, run_dir=str(child.path)))
+        if extend(child, own, reopen(str(child.path))[1]):
             summary = read_summary(child.summary)
         else:
-            known = child if child.config.exists() else create(replace(own, run_dir=str(child.path)))
-            summary = single(own, console, known, prepared, brief=True)
+            summary = single(own, console, child, prepared, brief=True)
             gc.collect()  # Fabric's models stand in circles of references, and with them histories and their files
         summaries.append(summary)
         metric = METRICS[summary["metric"]]
@@ -51,7 +59,8 @@ def several(settings: Settings, console: Console, folder: RunFolder | None = Non
         which = f"run {number + 1} of {settings.runs} (seed {own.seed})"
         console.print(f"{which}: test {metric} {scores[0]}, validation {scores[1]}", highlight=False)
     combined = combine(summaries)
-    write_text(folder.report, report(combined, [], write(settings)))
+    histories = [read_history(folder.path / f"seed_{summary['seed']}") for summary in summaries]
+    write_text(folder.report, report(combined, [], write(settings), histories))
     write_summary(folder.summary, combined)
     show_summary(console, combined, folder.path)
     return combined

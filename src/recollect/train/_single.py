@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from lightning_fabric import Fabric
 from rich.console import Console
 
+from recollect.data import describe
 from recollect.memory import map_large_blocks
 from recollect.train._build import build_dataset
 from recollect.train._config import write
 from recollect.train._errors import UsageError
+from recollect.train._failures import explained
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, create
-from recollect.train._graph import TrainingGraph, prepare
-from recollect.train._histories import check_room, expect_histories
+from recollect.train._graph import TrainingGraph
 from recollect.train._logs import Logs
 from recollect.train._measure import Costs, measure
-from recollect.train._metrics import score
-from recollect.train._network import build_model
-from recollect.train._progress import show_summary, training_bar
+from recollect.train._metrics import other_scores, score
+from recollect.train._progress import show_graph, show_summary, training_bar
 from recollect.train._report import report
-from recollect.train._settings import ScalableSettings, Settings
+from recollect.train._settings import Settings
 from recollect.train._step import Step
 from recollect.train._summary import Summary, summarize, write_summary
 from recollect.train._surroundings import drift_told_once, make_fabric, threads, told
-from recollect.train._text import histories_text
 from recollect.train._trainer import Trainer
+from recollect.train.families import Family, family_of
 
-__all__ = ["load_graph", "single"]
+__all__ = ["in_folder", "load_graph", "single"]
 
 _DEEP = 2**30  # bytes of activations in all layers
 
 
 def load_graph(settings: Settings, console: Console) -> TrainingGraph:
     """Load and prepare the graph of a run; show how it is cut, and what the histories will take."""
-    device = make_fabric(settings).device
+    device, family = make_fabric(settings).device, family_of(settings)
     with told(console):
-        graph = prepare(settings, build_dataset(settings.dataset, settings.data))
-    if isinstance(settings.model, ScalableSettings) and graph.ptr is not None:
-        histories = expect_histories(settings.model, graph, settings.training, device)
-        console.print(f"histories: {histories_text(histories)}", highlight=False, markup=False, soft_wrap=True)
-        check_room(histories, device)
+        loaded = build_dataset(settings.dataset, settings.data)
+        graph = family.prepare(loaded)
+    if settings.dataset.path is not None:
+        show_graph(console, describe(loaded))
+    if (expected := family.expect(graph, device)) is not None:
+        console.print(expected, highlight=False, markup=False, soft_wrap=True)
     return graph
 
 
@@ -49,6 +49,7 @@ def single(
     folder: RunFolder | None = None,
     graph: TrainingGraph | None = None,
     brief: bool = False,
+    family: Family | None = None,
 ) -> Summary:
     """Start a run, or go on with it.
 
@@ -58,26 +59,45 @@ def single(
         folder: of the run, if it was there before.
         graph: by these settings, if it was loaded before.
         brief: show only a bar.
+        family: of the network, if it is not the one that the settings name.
     """
+    return in_folder(settings, console, folder, graph, brief, family)[0]
+
+
+def in_folder(
+    settings: Settings,
+    console: Console,
+    folder: RunFolder | None,
+    graph: TrainingGraph | None,
+    brief: bool = False,
+    family: Family | None = None,
+) -> tuple[Summary, RunFolder]:
+    """As `single`; return the folder too."""
     fabric = make_fabric(settings)
     graph = graph or load_graph(settings, console)
-    activations = settings.model.num_layers * settings.model.hidden_channels * graph.data.num_nodes * 4
-    if fabric.device.type == "cpu" and activations > _DEEP:
+    family = family or family_of(settings)
+    features, activations = family.size(graph.data.num_nodes)
+    if fabric.device.type == "cpu" and 4 * activations > _DEEP:
         map_large_blocks()
-    with threads(settings, graph.data.num_nodes):
-        return _execute(fabric, settings, graph, folder, console, brief)
+    with threads(settings.threads, features):
+        fabric.seed_everything(settings.seed, verbose=False)
+        step = Step(fabric, family, graph, family.build(graph, fabric.device))
+        family.rehearse(step.evaluate)
+        folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
+        with folder.locked(), explained(folder):
+            return _execute(settings, step, folder, console, brief), folder
 
 
-def _execute(
-    fabric: Fabric, settings: Settings, graph: TrainingGraph, folder: RunFolder | None, console: Console, brief: bool
-) -> Summary:
-    fabric.seed_everything(settings.seed, verbose=False)
-    step = Step(fabric, settings, graph, build_model(settings.model, graph, settings.training, fabric.device))
-    folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
+def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
     trainer = Trainer(settings, step, folder.checkpoint)
     if folder.checkpoint.exists():
         trainer.load()
         console.print(f"going on after epoch {trainer.epoch}", highlight=False)
+        if trainer.done and trainer.epoch < settings.epochs:
+            console.print(
+                f"validation did not get better for {settings.patience} epochs: patience=null goes on all the same",
+                highlight=False,
+            )
     if not brief:
         console.print(f"run: {folder.path}", highlight=False, markup=False, soft_wrap=True)
     try:
@@ -87,10 +107,12 @@ def _execute(
             raise
         raise UsageError(f"training.buffer_size={settings.training.buffer_size} is too small: {error}") from error
     trainer.restore_best()
-    test = score(step.graph, step.evaluate(), "test")
-    measured = settings.measure.enabled and fabric.device.type in ("cpu", "cuda")  # where memory can be measured
+    logits = step.evaluate()
+    test, others = score(step.graph, logits, "test"), other_scores(step.graph, logits, "test")
+    measured = settings.measure.enabled and step.fabric.device.type in ("cpu", "cuda")  # where memory can be measured
     costs = _measure(settings, step, console) if measured else Costs()
-    summary = summarize(trainer, test, costs)
+    trainer.restore_best()  # measuring takes steps
+    summary = {**summarize(trainer, test, costs), "other_scores": others}
     write_text(folder.report, report(summary, trainer.history, write(settings)))
     write_summary(folder.summary, summary)
     if not brief:

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 import recollect
-from recollect.autoscale import ScalableGNN
-from recollect.train._errors import InvalidRunError
 from recollect.train._files import write_text
-from recollect.train._histories import histories_of
 from recollect.train._measure import Costs
-from recollect.train._text import per_layer
+from recollect.train._stored import check_summary, read_text
 from recollect.train._trainer import Trainer
 
 __all__ = ["Summary", "combine", "read_summary", "summarize", "write_summary"]
@@ -56,7 +53,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "epochs": trainer.epoch,
         "seconds": sum(row["seconds"] for row in trainer.history),
         "largest_drift": max(drifts, default=None),
-        "histories": _histories(trainer),
+        "histories": step.family.summarize(step.network, trainer.history, device),
         "modes": step.modes,
         "peak_bytes": costs.peak,
         "peak_bytes_plain": costs.peak_plain,
@@ -106,13 +103,7 @@ def read_summary(path: Path) -> Summary:
     Raises:
         InvalidRunError: it is damaged.
     """
-    try:
-        summary = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidRunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(summary, dict):
-        raise InvalidRunError(f"{path} is not the summary of a run")
-    return summary
+    return check_summary(read_text(path), path)
 
 
 def _name_of(device: torch.device) -> str:
@@ -125,16 +116,3 @@ def _name_of(device: torch.device) -> str:
 def _mean_of(history: Sequence[dict[str, float]], key: str) -> float | None:
     values = [row[key] for row in history if key in row]
     return statistics.fmean(values) if values else None
-
-
-def _histories(trainer: Trainer) -> Summary | None:
-    """Size of the histories; mean ages after the last epoch, and their errors where they were last measured."""
-    step, training = trainer.step, trainer.settings.training
-    if not isinstance(step.network, ScalableGNN) or not step.in_parts:
-        return None
-    errors = [found for row in trainer.history if (found := per_layer(row, "error")) and found[0] == found[0]]
-    return {
-        **histories_of(step.network, training, step.fabric.device),
-        "ages": per_layer(trainer.history[-1], "age"),
-        "errors": errors[-1] if errors else [],
-    }

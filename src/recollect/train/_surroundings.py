@@ -6,19 +6,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from rich.console import Console
 
 from recollect.frames import DriftWarning
 from recollect.train._accelerator import fabric_on
 from recollect.train._errors import UsageError
-from recollect.train._files import AtomicCheckpointIO
-from recollect.train._settings import RevGNNSettings, Settings
+from recollect.train._files import replace_file
+from recollect.train._settings import Settings
 
-__all__ = ["drift_told_once", "make_fabric", "threads", "told"]
+__all__ = ["AtomicCheckpointIO", "drift_told_once", "make_fabric", "threads", "told"]
 
 _SMALL = 2**16  # features of one group of a layer, over all nodes
 
@@ -51,16 +53,27 @@ def make_fabric(settings: Settings) -> Fabric:
     )
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """How Fabric stores checkpoints here: a process that dies while it writes leaves the checkpoint before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Store ``checkpoint``, replacing an older one in one step."""
+        replace_file(Path(path), lambda file: torch.save(checkpoint, file))
+
+
 @contextmanager
-def threads(settings: Settings, num_nodes: int) -> Iterator[None]:
-    """Set the CPU threads for the body."""
-    before, number = torch.get_num_threads(), settings.threads
+def threads(number: int | None, features: int) -> Iterator[None]:
+    """Set the CPU threads for the body.
+
+    Args:
+        number: of threads; None: as many as the work is worth.
+        features: that are computed at a time; 0 if that is unknown.
+    """
+    before = torch.get_num_threads()
     if number is None:
-        groups = settings.model.num_groups if isinstance(settings.model, RevGNNSettings) else 1
-        features = num_nodes * settings.model.hidden_channels // groups
         # Two threads save a sixth of the time on a graph of this size if they have two idle cores, and where another
         # process takes one of them, they wait for each other for many times what the work takes.
-        number = 1 if features < _SMALL else before
+        number = 1 if 0 < features < _SMALL else before
     try:
         torch.set_num_threads(number)
         yield

@@ -9,7 +9,9 @@ from typing import Any
 __all__ = [
     "METRICS",
     "bytes_text",
+    "compared_text",
     "histories_text",
+    "layers_text",
     "per_layer",
     "percent_text",
     "range_text",
@@ -17,7 +19,10 @@ __all__ = [
     "table",
 ]
 
-METRICS = {"accuracy": "accuracy", "rocauc": "ROC-AUC", "micro_f1": "micro-F1"}
+METRICS = {
+    **{"accuracy": "accuracy", "rocauc": "ROC-AUC"},
+    **{"micro_f1": "micro-F1", "average_precision": "average precision"},
+}
 
 
 def bytes_text(number: int | None) -> str:
@@ -62,6 +67,20 @@ def histories_text(histories: Mapping[str, Any]) -> str:
     return f"{size} ({histories['place']})"
 
 
+def layers_text(summary: Mapping[str, Any]) -> str:
+    """The number of layers and a comma, if it is known."""
+    layers = summary["layers"]
+    return "" if layers is None else f"{layers} layer{'' if layers == 1 else 's'}, "
+
+
+def compared_text(first: float | None, second: float | None, less: str, more: str) -> str:
+    """How the first number compares with the second, as a factor above 1: ``"3.1x less"`` or ``"1.25x more"``."""
+    if not first or not second:
+        return ""
+    factor, word = (second / first, less) if second >= first else (first / second, more)
+    return "the same" if factor < 1.005 else f"{factor:.3g}x {word}"
+
+
 def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str]]]:
     """What to show of a summary.
 
@@ -74,9 +93,14 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
     facts = [
         (f"test {metric}", percent_text(summary, "test_accuracy")),
         (f"validation {metric}", f"{percent_text(summary, 'val_accuracy')} ({best})"),
+        *(
+            (f"test {METRICS[name]}", f"{100 * score:.2f} %")
+            for name, score in summary.get("other_scores", {}).items()
+            if not runs
+        ),
         ("epochs", f"{summary['epochs']} in {seconds_text(summary['seconds'])}"),
         ("graph", f"{summary['dataset']}: {summary['nodes']:,} nodes, {summary['edges']:,} edges"),
-        ("model", f"{summary['model']}: {summary['layers']} layers, {summary['parameters']:,} parameters"),
+        ("model", f"{summary['model']}: {layers_text(summary)}{summary['parameters']:,} parameters"),
         ("parameters, gradients, optimizer", bytes_text(summary["state_bytes"])),
         *_seen(summary),
         *_objectives(summary),
@@ -120,12 +144,12 @@ def _costs(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             "peak memory of a step",
             bytes_text(peak),
             kept,
-            f"{plain / peak:.1f}x less" if peak and plain else "",
+            compared_text(peak, plain, "less", "more"),
         ),
         (
             "seconds per epoch",
             seconds_text(seconds),
             seconds_text(seconds_plain),
-            f"{seconds / seconds_plain:.2f}x the time" if seconds and seconds_plain else "",
+            compared_text(seconds, seconds_plain, "faster", "slower"),
         ),
     ]

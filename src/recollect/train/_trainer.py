@@ -16,6 +16,7 @@ from recollect.train._build import warmup
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
 from recollect.train._settings import Settings
 from recollect.train._step import Step
+from recollect.train._stored_checkpoint import check_checkpoint
 
 __all__ = ["Row", "Trainer"]
 
@@ -162,15 +163,23 @@ class Trainer:
         Raises:
             InvalidRunError: it cannot be read, or is not of this model.
         """
+        if not self.checkpoint.is_file():
+            raise InvalidRunError(f"the checkpoint {self.checkpoint} is no file; remove it, and start the run anew")
         fabric = self.step.fabric
-        objects: dict[str, Any] = {"model": self.step.model, "optimizer": self.step.optimizer}
+        network, optimizer, precision = self.step.network, self.step.optimizer.optimizer, fabric.strategy.precision
+        others = {"scheduler": self.scheduler.state_dict(), "precision": precision.state_dict()}
         try:
-            rest = fabric.load(self.checkpoint, objects, weights_only=True)
+            stored = fabric.load(self.checkpoint, weights_only=True)
+            rest = check_checkpoint(stored, network, optimizer, others, self.checkpoint)
+            network.load_state_dict(rest["model"])
+            optimizer.load_state_dict(rest["optimizer"])
             self.scheduler.load_state_dict(rest["scheduler"])
-            fabric.strategy.precision.load_state_dict(rest["precision"])
+            precision.load_state_dict(rest["precision"])
             self.history, self.best_epoch = rest["history"], rest["best_epoch"]
             self.best_state = {name: value.to(fabric.device) for name, value in rest["best_state"].items()}
             _restore_random_state(rest["random"], fabric.device)
+        except InvalidRunError:
+            raise
         except Exception as error:  # torch.load of a damaged file raises half a dozen unrelated types
             line = str(error).strip().partition("\n")[0]
             raise InvalidRunError(

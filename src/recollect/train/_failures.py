@@ -1,0 +1,60 @@
+"""What the machine refuses in the middle of a run, in one line: what failed, what is safe, and how to go on."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from recollect.train._errors import Interrupted, TrainingError
+from recollect.train._folder import RunFolder
+
+__all__ = ["explained"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def explained(folder: RunFolder) -> Iterator[None]:
+    """Turn what the machine refuses in the body into a `TrainingError`, and Ctrl-C into `Interrupted`.
+
+    Args:
+        folder: of the run.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(folder.again) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(_memory(folder, error)) from error
+    except OSError as error:
+        raise TrainingError(_files(folder, error)) from error
+    except RuntimeError as error:  # torch has no type of its own for these
+        cause = error.__cause__ or error.__context__
+        if "can't allocate memory" in str(error):
+            raise TrainingError(_memory(folder, error)) from error
+        if isinstance(cause, OSError) and cause.errno in _FULL:  # torch.save finds fewer bytes than it wrote
+            raise TrainingError(_files(folder, cause)) from error
+        raise
+
+
+def _memory(folder: RunFolder, error: BaseException) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return (
+        f"there is not enough memory ({line}): try fewer model.hidden_channels, training=autoscale with smaller parts, "
+        f"measure.enabled=false or another device. {_safe(folder)}"
+    )
+
+
+def _files(folder: RunFolder, error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    what = "the disk is full" if error.errno in _FULL else (error.strerror or str(error)).lower()
+    return f"the run's files cannot be written: {what}{where}. {_safe(folder)}"
+
+
+def _safe(folder: RunFolder) -> str:
+    if folder.checkpoint.exists():
+        return f"The last checkpoint is safe; go on with: {folder.again}"
+    return f"No checkpoint was written yet; begin again with: {folder.again}"

@@ -1,0 +1,172 @@
+"""Train a model of one's own by one call: the same loop, files and report as the command's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from recollect.train._config import changed, parse
+from recollect.train._errors import UsageError
+from recollect.train._folder import RunFolder, extend, reopen
+from recollect.train._given import as_dataset
+from recollect.train._run import CHANGEABLE, to_the_end
+from recollect.train._settings import DatasetSettings
+from recollect.train._single import in_folder
+from recollect.train._summary import read_summary
+from recollect.train.families import own_family
+from recollect.train.families._own import Call
+
+__all__ = ["FitResult", "fit"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run gave.
+
+    Attributes:
+        test_accuracy: of the best validation epoch, by ``metric``, from 0 to 1.
+        val_accuracy: the best.
+        metric: ``"accuracy"``, ``"rocauc"`` or ``"micro_f1"``.
+        best_epoch: from 1; the model has its parameters now.
+        epochs: that were trained.
+        seconds: that they took.
+        peak_bytes: measured peak of a training step above parameters, gradients, the optimizer's state, histories and
+            the graph; ``None`` if it was not measured.
+        peak_bytes_plain: the same with every activation kept (of a model with reversible modules), or on the whole
+            graph (of one with histories); ``None`` where there is no such comparison.
+        folder: with ``report.html``, ``metrics.csv``, ``summary.json`` and the checkpoint.
+        summary: all that ``summary.json`` holds.
+    """
+
+    test_accuracy: float
+    val_accuracy: float
+    metric: str
+    best_epoch: int
+    epochs: int
+    seconds: float
+    peak_bytes: int | None
+    peak_bytes_plain: int | None
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    epochs: int | None = None,
+    lr: float | None = None,
+    objective: str | Mapping[str, Any] | None = None,
+    histories: bool | Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    call: Call | None = None,
+    seed: int | None = None,
+    overrides: tuple[str, ...] | list[str] = (),
+    console: Console | None = None,
+) -> FitResult:
+    """Train a model on a graph, measure what a step costs, and write a report.
+
+    The model is called with what its ``forward`` names of ``x``, ``edge_index``, ``adj_t``, ``edge_attr`` and
+    ``edge_weight``; under other names the first argument is ``x`` and the second ``edge_index``. It returns logits
+    [num_nodes, num_classes]. When the call is over it has the parameters of the best validation epoch.
+
+    Args:
+        model: any module. Reversible modules in it are measured beside the same with everything kept.
+        data: a graph of `recollect.data`, or a ``Data`` of torch_geometric: ``x`` [N, F], ``edge_index`` [2, E] and
+            ``y``, classes [N] or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask`` and ``test_mask`` [N],
+            or else 60, 20 and 20 percent are drawn with ``seed``.
+        epochs: at most, in all; by default 200.
+        lr: learning rate of AdamW; by default 0.005.
+        objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in
+            ``{"name": "iwrm", "weighting": "mgda"}``.
+        histories: ``True``, or keys of the group ``training``, as in ``{"num_parts": 8, "adjacency": "symmetric"}``:
+            train on parts of the graph; the model is a `recollect.autoscale.ScalableGNN` then.
+        out: folder of the run's files, empty or not there yet; by default one in ``runs``.
+        resume: folder of a run of this model: go on with it, or extend it to ``epochs``.
+        call: from the model and the graph to the logits, ``lambda model, data: ...``, where the signature does not say
+            how the model is called.
+        seed: of dropout, of parts and of a split that is drawn; by default 0. The model has its parameters already.
+        overrides: further settings as on the command line: ``["clip_norm=1.0", "optimizer=sgd"]``.
+        console: where progress and table are shown; by default nowhere.
+
+    Raises:
+        UsageError: a value is wrong, or the model cannot be called with this graph.
+        NonFiniteLossError: the loss became NaN or infinite.
+        TrainingError: something else that can be mended: the disk is full, memory is short, ...
+
+    Example:
+        >>> import tempfile
+        >>> from recollect.data import load
+        >>> from recollect.models import RevGNN
+        >>> from recollect.train import fit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit(RevGNN(34, 16, 4, num_layers=4), load("karate"), epochs=3, out=folder)
+        >>> result.epochs, result.peak_bytes < result.peak_bytes_plain
+        (3, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module (got {type(model).__name__})")
+    console = console or Console(quiet=True)
+    words = [f"{key}={value}" for key, value in (("epochs", epochs), ("seed", seed)) if value is not None]
+    if resume is not None:
+        if out is not None or lr is not None or objective is not None or histories is not None or seed is not None:
+            raise UsageError(
+                "resume= goes on under the run's own settings: leave out out, lr, objective, histories, seed"
+            )
+        folder, before = reopen(str(resume), given=True)
+        settings = changed(before, to_the_end([*words, *overrides]), CHANGEABLE, folder.path)
+    else:
+        words = [*words, *_words(lr, objective, histories), *overrides]
+        settings = parse(["model=import", "patience=null", *([] if epochs else ["epochs=200"]), *words])
+        folder = None
+    graph = as_dataset(data, settings.seed, console)
+    if folder is None:
+        settings = replace(
+            settings,
+            dataset=DatasetSettings(graph.name, {}),
+            model=replace(settings.model, name=type(model).__name__),
+            run_dir=None if out is None else str(out),
+        )
+    else:
+        with folder.locked():
+            finished = extend(folder, settings, before)
+        if finished:
+            return _result(read_summary(folder.summary), folder)
+    family = own_family(settings, model, call)
+    return _result(*in_folder(settings, console, folder, family.prepare(graph), family=family))
+
+
+def _words(
+    lr: float | None, objective: str | Mapping[str, Any] | None, histories: bool | Mapping[str, Any] | None
+) -> list[str]:
+    words = [] if lr is None else [f"optimizer.lr={lr}"]
+    if objective is not None:
+        keys = {"name": objective} if isinstance(objective, str) else dict(objective)
+        words += [f"objective={keys.pop('name', 'iwrm')}", *(f"objective.{key}={value}" for key, value in keys.items())]
+    if histories:
+        keys = {} if histories is True else dict(histories)
+        words += ["training=autoscale"]
+        for key, value in keys.items():
+            words.append(f"{'model' if key == 'adjacency' else 'training'}.{key}={'null' if value is None else value}")
+    return words
+
+
+def _result(summary: dict[str, Any], folder: RunFolder) -> FitResult:
+    return FitResult(
+        summary["test_accuracy"],
+        summary["val_accuracy"],
+        summary["metric"],
+        summary["best_epoch"],
+        summary["epochs"],
+        summary["seconds"],
+        summary["peak_bytes"],
+        summary["peak_bytes_plain"],
+        folder.path,
+        summary,
+    )

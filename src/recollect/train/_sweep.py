@@ -1,0 +1,170 @@
+"""A sweep: a run for each combination of values, by Hydra's own sweeper, and one table and figure over all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from recollect.train._config import MODULE, groups, parse, parse_override
+from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
+from recollect.train._files import write_text
+from recollect.train._folder import RunFolder
+from recollect.train._presets import preset_names, store_presets
+
+__all__ = ["resume_sweep", "sweep"]
+
+# Hydra's own logs would come between the runs' lines.
+_QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.sweep.subdir=${hydra.job.num}")
+
+
+def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = None) -> dict[str, Any]:
+    """Make a run for each combination of values, each in a folder of its own, and a report of all.
+
+    A run that fails, because its loss becomes infinite or memory is short, is noted as such, and the others are made
+    all the same. Runs that are finished already are taken as they are.
+
+    Args:
+        words: of the command line: ``["seed=1,2", "model.num_layers=2,4", "epochs=50"]``; ``hydra.`` keys and
+            ``hydra/`` groups are Hydra's, so that its other sweepers and launchers can be used.
+        console: where progress and the table are shown.
+        folder: of the sweep, if it was there before.
+
+    Returns:
+        What ``sweep.json`` in the sweep's folder holds.
+
+    Raises:
+        UsageError: a name, key or value is wrong in one of the combinations; nothing was run then.
+        TrainingError: the sweep's folder cannot be made or read.
+    """
+    words = [word for word in words if word]
+    own = [word for word in words if not word.startswith(("hydra.", "hydra/"))]
+    run_dir, own = _take("run_dir", own)
+    if _take("resume", own)[0]:
+        raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
+    passed = [_passed(word) for word in own]
+    hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+    if not hydras:
+        _check_all(passed)
+    folder = folder or _make(run_dir)
+    write_text(folder.sweep, json.dumps({"words": list(words), "runs": []}, indent=2) + "\n")
+    console.print(f"sweep: {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    with folder.locked():
+        try:
+            _multirun([*passed, *_QUIET, *hydras, f'hydra.sweep.dir="{folder.path}"'])
+        except KeyboardInterrupt as error:
+            raise Interrupted(folder.again) from error
+        from recollect.train._sweep_report import gather, show_sweep, sweep_report
+
+        found = gather(folder, words)
+        write_text(folder.report, sweep_report(found, folder.path))
+        write_text(folder.sweep, json.dumps(found, indent=2) + "\n")
+        show_sweep(console, found, folder.path)
+        return found
+
+
+def resume_sweep(folder: RunFolder, console: Console) -> dict[str, Any]:
+    """Go on with a sweep: runs that are finished are taken as they are.
+
+    Raises:
+        InvalidRunError: its file cannot be read.
+    """
+    try:
+        words = json.loads(folder.sweep.read_text())["words"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidRunError(f"{folder.sweep} cannot be read: {error}") from error
+    return sweep(words, console, folder)
+
+
+def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of a word with this key, and the other words."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
+    return (values[-1] if values else None), [word for word in words if not word.startswith(f"{key}=")]
+
+
+def _passed(word: str) -> str:
+    """A word as Hydra takes it: whether there is such a key is ours to say, as it depends on config= too."""
+    override = parse_override(word)
+    line = str(override.input_line)
+    return line if override.key_or_group in groups() else f"++{line}"
+
+
+def _check_all(words: Sequence[str]) -> None:
+    """Refuse a wrong word in any combination before the first run begins."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(words))
+        (combinations,) = BasicSweeper.split_arguments(overrides, None)
+    except HydraException as error:
+        raise UsageError(str(error).strip().partition("\n")[0]) from error
+    for combination in combinations:
+        parse([word.removeprefix("++") for word in combination])
+
+
+def _multirun(words: list[str]) -> None:
+    store_presets(preset_names())
+    hydra = GlobalHydra.instance()
+    outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
+    try:
+        with initialize_config_module(MODULE, version_base="1.3"):
+            instance = GlobalHydra.instance().hydra
+            if instance is None:
+                raise RuntimeError("Hydra was initialized, and is not there")
+            instance.multirun("config", _Task(), words, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(str(error).strip().partition("\n")[0]) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+class _Task:
+    """A run of the sweep, as Hydra calls it; launchers may send it to other processes."""
+
+    def __call__(self, _: Any) -> float:
+        """Run, and return the validation score of the best epoch, NaN if there is none: what sweepers make large."""
+        from recollect.train._run import start
+        from recollect.train._summary import read_summary
+
+        hydra = HydraConfig.get()
+        words = [word.removeprefix("++") for word in hydra.overrides.task]
+        folder = RunFolder(Path(hydra.runtime.output_dir))
+        console = Console()
+        console.print(f"run {hydra.job.num}: {' '.join(words)}", highlight=False, markup=False, soft_wrap=True)
+        failed = folder.path / "failed.txt"
+        failed.unlink(missing_ok=True)
+        try:
+            summary = read_summary(folder.summary) if folder.summary.exists() else start(words, console, folder)
+        except UsageError:
+            raise
+        except TrainingError as error:  # the others may do
+            write_text(failed, f"{error}\n")
+            console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
+            return math.nan
+        return float(summary["val_accuracy"])
+
+
+def _make(run_dir: str | None) -> RunFolder:
+    path = Path(run_dir).expanduser() if run_dir else None
+    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
+    try:
+        if path is None:
+            base = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_sweep"
+            names = (Path("runs") / f"{base}{suffix}" for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
+            path = next(name for name in names if not name.exists())
+        path.mkdir(parents=True, exist_ok=run_dir is not None)
+    except OSError as error:
+        raise TrainingError(f"the sweep's folder cannot be made: {error}") from error
+    return RunFolder(path)

@@ -1,0 +1,27 @@
+"""The kinds of networks that the loop trains, behind one protocol; see `Family`.
+
+A new kind is a file here, a row in the table below, a class of settings and a file in ``conf/model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from recollect.train._settings import Settings
+from recollect.train.families._family import Family
+from recollect.train.families._histories import HistoriesFamily
+from recollect.train.families._own import OwnFamily, own_family
+from recollect.train.families._reversible import ReversibleFamily
+
+__all__ = ["Family", "HistoriesFamily", "OwnFamily", "ReversibleFamily", "family_of", "own_family"]
+
+_FAMILIES: dict[str, Callable[[Settings], Family]] = {
+    "reversible": ReversibleFamily,
+    "histories": HistoriesFamily,
+    "own": own_family,
+}
+
+
+def family_of(settings: Settings) -> Family:
+    """The family of the network that the settings ask for."""
+    return _FAMILIES[settings.model.family](settings)

@@ -1,0 +1,191 @@
+"""Networks whose layers take what is outside of a mini-batch from histories: `recollect.autoscale.ScalableGNN`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recollect import models
+from recollect.autoscale import ScalableGNN, history_errors, permute, to_adj_t
+from recollect.train._batches import Batches, PartBatches, evaluation_loader
+from recollect.train._errors import UsageError
+from recollect.train._graph import ADJACENCY, TrainingGraph, cut
+from recollect.train._room import check_room, histories_of
+from recollect.train._settings import ScalableSettings, Settings
+from recollect.train._text import histories_text, per_layer
+from recollect.train.families._family import Family
+
+__all__ = ["HistoriesFamily"]
+
+_NETWORKS: dict[str, Callable[..., ScalableGNN]] = {
+    "appnp": models.APPNP,
+    "gat": models.GAT,
+    "gcn": models.GCN,
+    "gcn2": models.GCN2,
+    "gin": models.GIN,
+    "pna": models.PNA,
+    "pna_jk": models.PNA_JK,
+}
+
+
+class HistoriesFamily(Family):
+    """Networks that take steps on the whole graph or, with histories, on parts of it.
+
+    Args:
+        settings: of the run.
+        make: makes a network of one's own, of a graph that was prepared; None: one of `recollect.models`.
+    """
+
+    def __init__(self, settings: Settings, make: Callable[[TrainingGraph], nn.Module] | None = None) -> None:
+        super().__init__(settings)
+        self._make = make
+        self.in_parts = settings.training.name == "autoscale"
+        self.by_layers = self.in_parts and settings.training.layerwise
+
+    def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
+        if self._make is not None:
+            return _with_histories(self._make(graph))
+        options = self._options(graph.data.num_nodes, device) if self.in_parts else {"keep_histories": False}
+        return self._build(graph, **options)
+
+    def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
+        """Features and adjacency."""
+        return graph.data.x, graph.data.adj_t
+
+    def modes(self, network: nn.Module) -> list[str]:
+        """On parts with histories and on the whole graph, or the latter alone."""
+        return ["histories", "whole graph"] if self.in_parts else ["whole graph"]
+
+    def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
+        """``adj_t`` in the place of ``edge_index``; for training on parts, nodes in the order of the parts."""
+        ptr = None
+        if "edge_attr" in data:
+            del data.edge_attr  # none of these networks takes it
+        data = to_adj_t(data)
+        if self.in_parts:
+            perm, ptr = cut(self.settings.training, data.adj_t)
+            data = permute(data, perm)
+        data.adj_t = ADJACENCY[cast(ScalableSettings, self.settings.model).adjacency](data.adj_t)
+        return data, ptr
+
+    def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
+        """Say what the histories will take, and refuse them where there is no room; nothing is allocated."""
+        if not self.in_parts or self._make is not None:
+            return None
+        histories = self.expected_histories(graph, device)
+        check_room(histories, device)
+        return f"histories: {histories_text(histories)}"
+
+    def expected_histories(self, graph: TrainingGraph, device: torch.device) -> dict[str, Any]:
+        """Return what `histories_of` will, of the network that is yet to be made."""
+        training = self.settings.training
+        try:
+            with torch.device("meta"):
+                dtype = getattr(torch, training.history_dtype)
+                network = self._build(graph, history_dtype=dtype, keep_histories=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"the model cannot be built: {error}") from error
+        return histories_of(network, training, device)
+
+    def place(self, graph: TrainingGraph, device: torch.device) -> TrainingGraph:
+        """The graph on the device, unless all that is done is done on parts."""
+        return graph if self.by_layers else super().place(graph, device)
+
+    def batches(self, network: nn.Module, graph: TrainingGraph, device: torch.device, second: bool = False) -> Batches:
+        """Some parts in each step, or the whole graph."""
+        if self.in_parts and not second:
+            return PartBatches(graph, self.settings.training, device)
+        return super().batches(network, graph, device)
+
+    def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
+        """On the whole graph, or layer by layer on its parts. All histories are then those of the parameters."""
+        if not self.by_layers:
+            return super().evaluation(network, graph)
+        loader = evaluation_loader(graph, self.settings.training)
+        return lambda model: cast(Tensor, model(loader=loader)).to(graph.data.y.device)
+
+    def fill(self, evaluate: Callable[[], Tensor]) -> None:
+        """Let the histories be those of the parameters, by one pass over the whole graph."""
+        if self.in_parts:
+            evaluate()
+
+    def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
+        """``age_1``, ``age_2``, ... of each layer, and ``error_1``, ... where they are measured in some epochs.
+
+        See `ScalableGNN.staleness` and `recollect.autoscale.history_errors`; errors are NaN in the other epochs.
+        """
+        if not self.in_parts:
+            return {}
+        network, training = _with_histories(network), self.settings.training
+        seen = {f"age_{layer}": age for layer, age in enumerate(network.staleness(), 1)}
+        if training.errors_every:
+            found = [float("nan")] * len(seen)
+            if errors:
+                found = history_errors(network, evaluation_loader(graph, training) if self.by_layers else graph.data)
+            seen |= {f"error_{layer}": error for layer, error in enumerate(found, 1)}
+        return seen
+
+    def summarize(
+        self, network: nn.Module, history: Sequence[dict[str, float]], device: torch.device
+    ) -> dict[str, Any] | None:
+        """Size of the histories; mean ages after the last epoch, and errors where they were last measured."""
+        if not self.in_parts:
+            return None
+        errors = [found for row in history if (found := per_layer(row, "error")) and found[0] == found[0]]
+        return {
+            **histories_of(_with_histories(network), self.settings.training, device),
+            "ages": per_layer(history[-1], "age"),
+            "errors": errors[-1] if errors else [],
+        }
+
+    def plain_bytes(self, network: nn.Module, graph: TrainingGraph, batches: Batches, peak: int) -> tuple[int, int]:
+        """At most as the parts are to all parts, and about as their nodes and halo are to all nodes."""
+        training = self.settings.training
+        rows = max(batch.inputs[0].size(0) for batch in batches)
+        return peak * training.num_parts // training.parts_per_batch, peak * graph.data.num_nodes // rows
+
+    def size(self, num_nodes: int) -> tuple[int, int]:
+        """By the channels and layers of the settings."""
+        own = self.settings.model
+        features = num_nodes * (own.hidden_channels or 0)
+        return features, features * (own.num_layers or 0)
+
+    def _build(self, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
+        own = cast(ScalableSettings, self.settings.model)
+        options = dict(own.options)
+        if own.kind in ("pna", "pna_jk"):
+            options["deg"] = graph.data.adj_t.crow_indices().diff()
+        return _NETWORKS[own.kind](
+            num_nodes=graph.data.num_nodes,
+            in_channels=graph.data.x.size(-1),
+            hidden_channels=own.hidden_channels,
+            out_channels=graph.num_classes,
+            num_layers=own.num_layers,
+            dropout=own.dropout,
+            **options,
+            **histories,
+        )
+
+    def _options(self, num_nodes: int, device: torch.device) -> dict[str, Any]:
+        training = self.settings.training
+        path = training.history_path
+        return {
+            "pool_size": training.pool_size,
+            "buffer_size": (training.buffer_size or num_nodes) if training.pool_size else None,
+            "device": None if path else training.history_device or device,
+            "history_dtype": getattr(torch, training.history_dtype),
+            "history_path": Path(path).expanduser() if path else None,
+        }
+
+
+def _with_histories(network: nn.Module) -> ScalableGNN:
+    if not isinstance(network, ScalableGNN):
+        raise UsageError(
+            f"training=autoscale needs a model with histories, a recollect.autoscale.ScalableGNN, and this is a "
+            f"{type(network).__name__}: write its layers in forward_layer, or choose training=full"
+        )
+    return network

@@ -1,0 +1,181 @@
+"""A network of one's own: any module, given to `fit` or imported by its name."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autoscale import to_adj_t
+from recollect.reversible import InvertibleModule
+from recollect.train._batches import Batches
+from recollect.train._errors import UsageError
+from recollect.train._graph import ADJACENCY, TrainingGraph
+from recollect.train._settings import ImportSettings, Settings
+from recollect.train.families._family import Family
+from recollect.train.families._histories import HistoriesFamily
+from recollect.train.families._imported import imported
+
+__all__ = ["Call", "OwnFamily", "own_family"]
+
+Call = Callable[[Callable[..., Any], Any], Tensor]
+"""From a model and the graph's ``Data`` to logits [num_nodes, num_classes]."""
+
+_FIELDS = ("x", "edge_index", "adj_t", "edge_attr", "edge_weight")
+
+
+def own_family(settings: Settings, model: nn.Module | None = None, call: Call | None = None) -> Family:
+    """The family of a network of one's own.
+
+    Args:
+        settings: of the run.
+        model: the network; None: the one that ``model.target`` makes.
+        call: how it is called, see `OwnFamily`.
+    """
+
+    def make(graph: TrainingGraph) -> nn.Module:
+        return imported(cast(ImportSettings, settings.model), graph) if model is None else model
+
+    if settings.training.name == "autoscale":
+        return HistoriesFamily(settings, make)
+    return OwnFamily(settings, make, call)
+
+
+class OwnFamily(Family):
+    """Any module that is called with the whole graph.
+
+    What it is called with is what its ``forward`` names of ``x``, ``edge_index``, ``adj_t``, ``edge_attr`` and
+    ``edge_weight``; under other names the first argument is ``x`` and the second ``edge_index``.
+
+    Reversible modules in it, those of `recollect.reversible`, are measured beside the same with everything kept.
+
+    Args:
+        settings: of the run.
+        make: makes the network, of a graph that was prepared.
+        call: from the network and the graph's ``Data`` to the logits, where its signature does not say it.
+    """
+
+    def __init__(
+        self, settings: Settings, make: Callable[[TrainingGraph], nn.Module], call: Call | None = None
+    ) -> None:
+        super().__init__(settings)
+        self._make = make
+        self._call = call
+        self._names: list[str | None] = []
+        self._stages: list[InvertibleModule] = []
+
+    def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
+        network = self._make(graph)
+        self._stages = [m for m in network.modules() if isinstance(m, InvertibleModule) and not m.disable]
+        return network
+
+    def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Any, ...]:
+        """The graph, or what the network's signature names of it."""
+        if self._call is not None:
+            return (graph.data,)
+        chosen = _arguments(network, graph.data)
+        self._names = [name for name, _ in chosen]
+        return tuple(self._field(graph.data, field) for _, field in chosen)
+
+    def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
+        """Return the logits."""
+        if self._call is not None:
+            found = self._call(model, inputs[0])
+        else:
+            named = list(zip(self._names, inputs, strict=True))
+            found = model(
+                *(value for name, value in named if name is None),
+                **{name: value for name, value in named if name is not None},
+            )
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            what = f"{list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise UsageError(
+                f"the model returned {what}, and a tensor of logits [num_nodes, num_classes] is wanted: return that, "
+                f"or say by call= how it is had"
+            )
+        return found
+
+    def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
+        """A function from the model to the logits; they are refused if they are not of this graph's classes."""
+        evaluate, shape = super().evaluation(network, graph), (graph.data.num_nodes, graph.num_classes)
+
+        def checked(model: Callable[..., Any]) -> Tensor:
+            logits = evaluate(model)
+            if logits.shape != shape:
+                raise UsageError(
+                    f"the model returned logits {list(logits.shape)}, and the graph has {shape[0]} nodes and "
+                    f"{shape[1]} {'classes' if graph.task == 'multiclass' else 'labels'}: {list(shape)} is wanted"
+                )
+            return logits
+
+        return checked
+
+    def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
+        """Evaluate once."""
+        evaluate()
+
+    def modes(self, network: nn.Module) -> list[str]:
+        """Reversible and with everything kept, if there are reversible modules."""
+        return ["reversible", "everything kept"] if self._stages else super().modes(network)
+
+    def switch(self, network: nn.Module, second: bool) -> None:
+        """Keep every activation of the reversible modules, or recollect them."""
+        for module in self._stages:
+            module.disable = second
+
+    def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
+        """``drift``, the largest relative reconstruction error of the reversible modules."""
+        if not self._stages:
+            return {}
+        drift = InvertibleModule.largest_drift(self._stages)
+        return {"drift": float("nan") if drift is None else drift}
+
+    def plain_bytes(self, network: nn.Module, graph: TrainingGraph, batches: Batches, peak: int) -> tuple[int, int]:
+        """A reversible module's rebuild takes at most the peak, and what is kept is that of all their calls."""
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hooks = [module.register_forward_pre_hook(count) for module in self._stages]
+        try:
+            with torch.no_grad():
+                self.evaluation(network, graph)(network)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return peak * max(calls, 1), peak * max(calls, 1)
+
+    def _field(self, data: Any, field: str) -> Tensor:
+        if field != "adj_t" or "adj_t" in data:
+            return cast(Tensor, data[field])
+        return ADJACENCY[cast(ImportSettings, self.settings.model).adjacency](to_adj_t(copy.copy(data)).adj_t)
+
+
+def _arguments(network: nn.Module, data: Any) -> list[tuple[str | None, str]]:
+    """What a call gives: a keyword, or None for an argument by position, and the field of the graph that it gets."""
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    named = [p for p in parameters if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    if not named:
+        return [(None, "x"), (None, "edge_index")]
+    there = {*(field for field in _FIELDS if field in data), "adj_t"}
+    chosen: list[tuple[str | None, str]] = []
+    for place, parameter in enumerate(named):
+        field, wanted = parameter.name, parameter.default is kinds.empty
+        if field not in _FIELDS and wanted and place < 2:
+            field = ("x", "edge_index")[place]
+        if field in _FIELDS and field in there:
+            chosen.append((None if wanted and parameter.kind is not kinds.KEYWORD_ONLY else parameter.name, field))
+        elif wanted:
+            has = ", ".join(name for name in _FIELDS if name in there)
+            raise UsageError(
+                f"{type(network).__name__}.forward wants {parameter.name!r}, and a graph gives {has}: name one of "
+                f"these, or say by call=lambda model, data: ... how the model is called"
+            )
+    return chosen

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from recollect.data import load
+from recollect.data._foreign import require
+from recollect.train import UsageError
+from recollect.train._given import as_dataset
+
+Data = require("torch_geometric.data", extra="graph").Data
+QUIET = Console(quiet=True)
+
+
+def graph(**changed):
+    torch.manual_seed(0)
+    known = {"x": torch.randn(50, 4), "edge_index": torch.randint(50, (2, 80)), "y": torch.arange(50) % 3}
+    return Data(**{name: value for name, value in (known | changed).items() if value is not None})
+
+
+def test_a_graph_by_name_is_taken_as_it_is():
+    known = load("karate")
+    assert as_dataset(known, 0, QUIET) is known
+
+
+def test_a_split_is_drawn_and_told_once_and_the_seed_decides():
+    text, data = io.StringIO(), graph()
+    made = as_dataset(data, 3, Console(file=text, width=200))
+    masks = [made.data[f"{part}_mask"] for part in ("train", "val", "test")]
+    assert [int(mask.sum()) for mask in masks] == [30, 10, 10]
+    assert torch.equal(torch.stack(masks).sum(0), torch.ones(50, dtype=torch.int64))
+    assert "one was drawn with seed 3: 30 for train, 10 for val, 10 for test" in text.getvalue()
+    assert torch.equal(as_dataset(data, 3, QUIET).data.train_mask, made.data.train_mask)
+    assert not torch.equal(as_dataset(data, 4, QUIET).data.train_mask, made.data.train_mask)
+    assert "train_mask" not in data  # the caller's graph stays as it was
+
+
+def test_a_split_of_ones_own_is_kept():
+    parts = {f"{part}_mask": torch.arange(50) % 3 == k for k, part in enumerate(("train", "val", "test"))}
+    made = as_dataset(graph(**parts), 0, QUIET)
+    assert all(torch.equal(made.data[name], mask) for name, mask in parts.items())
+
+
+def test_nodes_without_a_label_are_in_no_part():
+    y = torch.arange(50) % 3
+    y[:10] = -1
+    made = as_dataset(graph(y=y), 0, QUIET)
+    used = made.data.train_mask | made.data.val_mask | made.data.test_mask
+    assert torch.equal(used, y >= 0)
+    assert (made.task, made.num_classes, made.metric) == ("multiclass", 3, "accuracy")
+
+
+def test_several_labels_are_scored_by_micro_f1():
+    made = as_dataset(graph(y=torch.randint(2, (50, 6))), 0, QUIET)
+    assert (made.task, made.num_classes, made.metric) == ("multilabel", 6, "micro_f1")
+    assert made.data.y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": None}, "the graph has no x: a torch_geometric Data with x"),
+        ({"y": None}, "the graph has no y"),
+        ({"y": torch.rand(50)}, "y is torch.float32: classes are whole numbers"),
+        ({"y": torch.arange(49)}, r"y \[49\], but must be"),
+        ({"edge_index": torch.tensor([[0], [50]])}, "edge_index names nodes from 0 to 50 of 50"),
+        (
+            {"train_mask": torch.ones(50, dtype=torch.bool)},
+            "has train_mask and no val_mask, test_mask: give all or none",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, message):
+    with pytest.raises(UsageError, match=message):
+        as_dataset(graph(**changed), 0, QUIET)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(UsageError, match="the graph has no x"):
+        as_dataset([1, 2], 0, QUIET)
