@@ -7,7 +7,7 @@ import torch
 
 from recollect._devices import FORMS, OTHERS, Forms, forms_of
 from recollect.frames._fingerprint import bits_of, fingerprint
-from recollect.messages import extreme, propagate, sparse_csr
+from recollect.messages import extreme, propagate, row_pointers, sparse_csr
 
 
 def test_a_kind_of_device_has_one_entry():
@@ -31,11 +31,14 @@ def graph():
 def test_products_are_the_same_in_either_form(monkeypatch, form):
     dense, x = graph()
     grad = torch.randn(30, 70, dtype=torch.float64)
-    weights = dense.to_sparse_csr().values()
     rows, columns = dense.nonzero().unbind(1)
+    weights, rowptr = dense[rows, columns], row_pointers(rows, 30, torch.int64)
     for value in (False, True):
         monkeypatch.setitem(FORMS, "cpu", replace(FORMS["cpu"], **{"sampled_products": False, form: value}))
-        adj_t, leaves = dense.to_sparse_csr(), [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        adj_t, leaves = (
+            sparse_csr(rowptr, columns, weights, (30, 40)),
+            [x.clone().requires_grad_(), weights.clone().requires_grad_()],
+        )
         out = propagate(adj_t, *leaves)
         torch.testing.assert_close(out, dense @ x)
         of_x, of_weights = torch.autograd.grad(out, leaves, grad)
