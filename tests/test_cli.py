@@ -154,7 +154,7 @@ def test_bench_passes_options_on_and_the_exit_code_back(monkeypatch):
 
 def test_bench_help_names_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
-    assert "{depth,drift,graph,invertible,objectives,regions}" in capsys.readouterr().out
+    assert "{depth,drift,gpu,graph,invertible,objectives,regions}" in capsys.readouterr().out
 
 
 def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_path):
