@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from device import emulation
 
 with warnings.catch_warnings():  # torch_geometric warns on its own import
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
@@ -19,6 +19,10 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
 from bench._gpu_measure import compare, comparison, host_waits, ratios
 
 from recollect.frames import settle
+
+sys.path.append(str(Path(__file__).parent))
+
+from device import emulation
 
 emulation.install()
 OTHER = torch.device(emulation.NAME)
