@@ -13,7 +13,7 @@ from recollect.messages import extreme, propagate, row_pointers, sparse_csr
 def test_a_kind_of_device_has_one_entry():
     assert forms_of(torch.device("cuda", 1)) is forms_of(torch.device("cuda")) is FORMS["cuda"]
     assert forms_of(torch.device("cpu")) is FORMS["cpu"]
-    assert forms_of(torch.device("meta")) is forms_of(torch.device("mps")) is OTHERS
+    assert forms_of(torch.device("meta")) is forms_of(torch.device("xpu")) is OTHERS
 
 
 def test_nothing_but_the_cpu_is_read_at_once():

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-__all__ = ["FORMS", "OTHERS", "Forms", "forms_of"]
+__all__ = ["FORMS", "OTHERS", "Forms", "forms_of", "widened", "widest"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Forms:
 
     Attributes:
         reads_at_once: the host reads a number without waiting for other work: verdicts are given on the spot.
+        float64: whether it has numbers of double precision.
         double_sums: sums over many pieces of float32 go in float64, which costs nothing there.
         dot_norms: a norm is the root of scalar products, which are faster than torch's norm.
         piece: elements that are copied at a time where a tensor is read piece by piece.
@@ -30,6 +32,7 @@ class Forms:
     """
 
     reads_at_once: bool
+    float64: bool
     double_sums: bool
     dot_norms: bool
     piece: int
@@ -41,7 +44,8 @@ class Forms:
 
 OTHERS = Forms(
     reads_at_once=False,
-    double_sums=False,  # slow on most cards, and mps has no float64
+    float64=True,
+    double_sums=False,  # slow on most cards
     dot_norms=False,
     piece=1 << 22,
     reductions=False,
@@ -53,6 +57,7 @@ OTHERS = Forms(
 FORMS = {
     "cpu": Forms(
         reads_at_once=True,
+        float64=True,
         double_sums=True,
         dot_norms=True,
         piece=1 << 16,
@@ -62,9 +67,20 @@ FORMS = {
         convolutions=True,
     ),
     "cuda": replace(OTHERS, convolutions=True),
+    "mps": replace(OTHERS, float64=False),
 }
 
 
 def forms_of(device: torch.device) -> Forms:
     """Return the forms that a device gets."""
     return FORMS.get(device.type, OTHERS)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point type that a device has."""
+    return torch.float64 if forms_of(device).float64 else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in the widest floating-point type of its device."""
+    return tensor.to(widest(tensor.device))

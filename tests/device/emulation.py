@@ -135,6 +135,8 @@ def _off(tensor: Tensor) -> Tensor:
 
 def _on(tensor: Tensor) -> Tensor:
     """Return a tensor of the device on the memory of one of the CPU."""
+    if tensor.dtype is torch.float64 and not device.has_float64:
+        raise TypeError(f"{NAME} has no float64")
     if tensor.layout is torch.sparse_csr:
         parts = tensor.crow_indices(), tensor.col_indices(), tensor.values()
         return torch.sparse_csr_tensor(*map(_on, parts), tensor.shape, check_invariants=False)
@@ -400,6 +402,7 @@ class _Device:
     Attributes:
         lag: how often an event is asked before it is over.
         present: what ``torch.other.is_available()`` answers.
+        has_float64: otherwise tensors of this type are refused, as mps does.
         sync_debug_mode: ``"warn"``: each wait is a warning, as in CUDA.
         places: how many copies to the host were begun, and ``done``, how many are over.
     """
@@ -407,6 +410,7 @@ class _Device:
     def __init__(self) -> None:
         self.lag = 1
         self.present = False
+        self.has_float64 = True
         self.sync_debug_mode = "default"
         self.places = self.done = 0
         self._late: list[tuple[Tensor, Tensor]] = []
