@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 
 from recollect.train._config import parse
+from recollect.train._errors import UsageError
 from recollect.train._step import Step
 from recollect.train.families import family_of
 
@@ -115,3 +116,49 @@ def test_gradients_of_each_step_are_clipped(graph):
     step.train()
     norms = [parameter.grad.norm() for parameter in step.network.parameters()]
     assert float(torch.stack(norms).norm()) <= 1.001e-3
+
+
+def gradients_of_an_epoch(step):
+    """The mean of its steps' gradients, as the parameters stay what they are."""
+    step.model.train()
+    number = 0
+    for inputs, target, rows in step.batches:
+        out = step.family.call(step.model, inputs)
+        torch.nn.functional.cross_entropy(out[rows], target[rows]).backward()
+        number += 1
+    return [parameter.grad / number for parameter in step.network.parameters()]
+
+
+@pytest.mark.parametrize(("model", "edges"), [("gcn", "cut"), ("gcn2", "cut"), ("gat", "complete")])
+def test_corrected_histories_give_the_whole_graphs_gradient_after_a_refresh(graph, model, edges):
+    whole = gradients_of_an_epoch(make(graph, [], model))
+    options = [*PARTS, f"training.compensate={edges}", "training.refresh_every=3"]
+    corrected = make(graph, options, model)
+    corrected.begin(1)
+    for found, expected in zip(gradients_of_an_epoch(corrected), whole, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    pushed = [history.table.clock.pushes for history in corrected.network.tables]
+    corrected.begin(2)
+    assert [history.table.clock.pushes for history in corrected.network.tables] == pushed  # not due yet
+    corrected.begin(4)
+    assert [history.table.clock.pushes for history in corrected.network.tables] > pushed
+
+
+def test_a_layer_that_is_no_sum_asks_for_all_edges(graph):
+    step = make(graph, [*PARTS, "training.compensate=cut"], "gat")
+    step.fill()
+    with pytest.raises(UsageError, match="compensate=complete"):
+        step.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["training.compensate=cut", "objective=iwrm"],
+        ["training.compensate=cut", "training.edge_dropout=0.1"],
+        ["training.refresh_every=2"],
+    ],
+)
+def test_what_does_not_go_with_corrected_histories(options):
+    with pytest.raises(UsageError, match=r"training\.(compensate|refresh_every)"):
+        parse(["model=gcn", *PARTS, *options])

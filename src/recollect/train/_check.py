@@ -133,6 +133,16 @@ _KINDS: dict[Any, str] = {
 
 def _check_training(settings: Settings) -> None:
     training = settings.training
+    if training.compensate and (training.edge_dropout or training.lipschitz or settings.objective.name != "mean"):
+        raise UsageError(
+            f"training.compensate={training.compensate} takes one backward pass of one loss over the edges that there "
+            "are, so it needs training.edge_dropout=0, training.lipschitz=0 and objective=mean"
+        )
+    if training.refresh_every and not training.compensate:
+        raise UsageError(
+            f"training.refresh_every={training.refresh_every} refreshes corrected histories: add "
+            "training.compensate=cut (or complete); others are made exact by each evaluation"
+        )
     if training.edge_dropout and not settings.model.weighs_edges:
         raise UsageError(
             f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "

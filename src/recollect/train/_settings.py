@@ -224,6 +224,14 @@ class TrainingSettings:
     edge_dropout: float = key("share of the edges that each step leaves out", low=0, below=1)
     lipschitz: float = key("weight of lipschitz_loss (gin with model.options.noise)", low=0)
     layerwise: bool = key("evaluate layer by layer on parts; false: on the whole graph", needs=_PARTS)
+    compensate: str | None = key(
+        "correct gradients by histories of gradients, with these edges to nodes outside; null: not",
+        choices=("cut", "complete"),
+        needs=_PARTS,
+    )
+    refresh_every: int | None = key(
+        "epochs between exact refreshes of all histories, with compensate; null: none", low=1, needs=_PARTS
+    )
     errors_every: int | None = key(
         "epochs between measurements of the histories' true errors; null: none", low=1, needs=_PARTS
     )

@@ -86,6 +86,10 @@ class Step:
         """Bring what steps read, beside the parameters, to the state of the parameters."""
         self.family.fill(self.evaluate)
 
+    def begin(self, epoch: int) -> None:
+        """Do what is due before an epoch, which is numbered from 1."""
+        self.family.begin(self.network, self.graph, epoch)
+
     def observe(self, errors: bool) -> dict[str, float]:
         """Return what the last training steps left to be seen: by the network's family, and by the objective.
 

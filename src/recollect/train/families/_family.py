@@ -137,6 +137,9 @@ class Family(ABC):
     def fill(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - most have nothing to fill
         """Bring what steps read, beside the parameters, to the state of the parameters."""
 
+    def begin(self, network: nn.Module, graph: TrainingGraph, epoch: int) -> None:  # noqa: B027 - most do nothing
+        """Do what is due before an epoch, which is numbered from 1."""
+
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """Return what the last training steps left to be seen, for a row of metrics.csv.
 
