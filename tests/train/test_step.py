@@ -162,3 +162,39 @@ def test_a_layer_that_is_no_sum_asks_for_all_edges(graph):
 def test_what_does_not_go_with_corrected_histories(options):
     with pytest.raises(UsageError, match=r"training\.(compensate|refresh_every)"):
         parse(["model=gcn", *PARTS, *options])
+
+
+WHOLE = ["training=wholegraph", "training.num_parts=3", "training.partition=contiguous"]
+
+
+@pytest.mark.parametrize("exact", ["false", "true"])
+def test_part_by_part_trains_as_the_whole_graph_does(graph, exact, tmp_path):
+    options = ["model.hidden_channels=8", "model.dropout=0.3", f"model.exact={exact}"]
+    whole = make(graph, options, "revgnn")
+    parts = make(graph, [*WHOLE, *options, f"training.store={tmp_path}"], "revgnn")
+    for _ in range(3):
+        losses = []
+        for step in (whole, parts):
+            torch.manual_seed(3)
+            losses.append(step.train())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-3)
+    assert torch.allclose(whole.evaluate(), parts.evaluate(), atol=1e-2)
+    assert parts.observe(errors=False) == {"drift": 0.0}
+    parts.switch(second=True)
+    assert parts.train() == pytest.approx(whole.train(), rel=0.2)  # other masks, with everything kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model=gcn"], "reversible network"),
+        (["model=revgnn", "objective=iwrm"], "objective=mean"),
+        (["model=revgnn", "model.norm=batch"], r"model\.norm=layer"),
+        (["model=revgnn", "precision=bf16-mixed"], "precision=32-true"),
+    ],
+)
+def test_what_does_not_go_part_by_part(options, message):
+    with pytest.raises(UsageError, match=message):
+        parse([*WHOLE, *options])

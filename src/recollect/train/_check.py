@@ -131,6 +131,28 @@ _KINDS: dict[Any, str] = {
 }
 
 
+def _check_whole_graph(settings: Settings) -> None:
+    model = settings.model
+    if model.family != "reversible":
+        raise UsageError(
+            f"training=wholegraph needs a reversible network, and model={model.name} is none: choose revgnn, or "
+            "training=autoscale"
+        )
+    needed = {
+        "objective": ("mean", settings.objective.name),
+        "training.edge_dropout": (0, settings.training.edge_dropout),
+        "training.lipschitz": (0, settings.training.lipschitz),
+        "model.disable": (False, getattr(model, "disable", False)),
+        "device": ("cpu", "cpu" if settings.device == "auto" else settings.device),
+        "precision": ("32-true", settings.precision),
+    }
+    wrong = [f"{name}={need}".lower() for name, (need, found) in needed.items() if found != need]
+    if getattr(model, "norm", None) == "batch":
+        wrong.append("model.norm=layer")
+    if wrong:
+        raise UsageError(f"training=wholegraph computes a step part by part, and needs {', '.join(wrong)}")
+
+
 def _check_training(settings: Settings) -> None:
     training = settings.training
     if training.compensate and (training.edge_dropout or training.lipschitz or settings.objective.name != "mean"):
@@ -151,6 +173,9 @@ def _check_training(settings: Settings) -> None:
     if training.lipschitz:
         _check_lipschitz(settings.model, training.lipschitz)
     if training.name == "full":
+        return
+    if training.name == "wholegraph":
+        _check_whole_graph(settings)
         return
     if not settings.model.histories:
         raise UsageError(
