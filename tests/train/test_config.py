@@ -183,7 +183,10 @@ def test_options_of_a_convolution_are_free():
         ("dataset.name=cora", r"is set by its group, .*: write dataset=NAME; did you mean cora or actor\?"),
         ("model.kind=gcn", r"write model=NAME; did you mean gcn"),
         ("training.name=autoscale", r"write training=NAME; did you mean autoscale\? Choose from: autoscale, full"),
-        ("training.num_parts=4", "training.num_parts counts only with training=autoscale or wholegraph, and this is training=full"),
+        (
+            "training.num_parts=4",
+            "training.num_parts counts only with training=autoscale or wholegraph, and this is training=full",
+        ),
         (
             "objective.weighting=mgda",
             "only with objective=iwrm or multitask, .*: leave it out, or write objective=iwrm",
