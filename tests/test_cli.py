@@ -87,7 +87,7 @@ def test_info_says_what_is_there_and_how_to_get_what_is_not(capsys, monkeypatch)
     assert ["train", "hydra-core", version("hydra-core")] in lines
     assert ["graph", "torch-geometric", version("torch-geometric")] in lines
     assert ["train", "rich", "not", "installed"] in lines
-    assert sum("recollect[train]" in " ".join(line) for line in lines) == 1
+    assert sum("torch-recollect[train]" in " ".join(line) for line in lines) == 1
 
 
 def test_torch_alone_is_enough_for_all_but_training():
@@ -95,7 +95,7 @@ def test_torch_alone_is_enough_for_all_but_training():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[0, 0, 0, 0, 1]"
     assert f"torch      {torch.__version__}" in result.stdout
-    assert 'pip install "recollect[train]"' in result.stderr
+    assert 'pip install "torch-recollect[train]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -152,9 +152,23 @@ def test_bench_passes_options_on_and_the_exit_code_back(monkeypatch):
     assert set(options) == {"env"}  # "here" is where the command was given
 
 
+def test_info_tells_another_project_of_the_same_name(capsys, monkeypatch):
+    known = importlib.metadata.metadata
+
+    def with_another(name: str) -> object:
+        return {"Summary": "Something else", "Version": "9.9"} if name == "recollect" else known(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", with_another)
+    assert main(["info"]) == 0
+    assert "another project's package recollect 9.9" in capsys.readouterr().out
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: known("torch-recollect"))
+    assert main(["info"]) == 0
+    assert "another project" not in capsys.readouterr().out
+
+
 def test_bench_help_names_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
-    assert "{depth,drift,gpu,graph,invertible,objectives,regions}" in capsys.readouterr().out
+    assert "{depth,drift,gpu,graph,invertible,objectives,outofcore,regions}" in capsys.readouterr().out
 
 
 def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_path):

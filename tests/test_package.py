@@ -30,7 +30,7 @@ def public_modules() -> list[str]:
 
 
 def test_version_is_the_same_everywhere():
-    assert recollect.__version__ == PROJECT["version"] == importlib.metadata.version("recollect")
+    assert recollect.__version__ == PROJECT["version"] == importlib.metadata.version("torch-recollect")
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == recollect.__version__
 
@@ -113,7 +113,7 @@ def test_everything_that_is_installed_is_pinned():
     wanted = [*PROJECT["dependencies"], *(r for extra in ("graph", "ogb", "train", "dev") for r in extras[extra])]
     for requirement in wanted:
         name, _, bound = requirement.partition(">=")
-        if name.startswith("recollect["):
+        if name.startswith("torch-recollect["):
             continue
         assert numbers(pinned[normal(name)]) >= numbers(bound), requirement
 

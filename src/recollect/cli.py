@@ -56,7 +56,7 @@ def _train(arguments: Sequence[str]) -> int:
             raise
         sys.stderr.write(
             f"recollect train needs the package of the module {error.name!r}, which is not installed. Run:\n"
-            f'  pip install "recollect[train]"\n'
+            f'  pip install "torch-recollect[train]"\n'
         )
         return 1
     return command(arguments)
@@ -75,7 +75,7 @@ def _bench(arguments: Sequence[str]) -> int:
         prog="recollect bench",
         usage="recollect bench [-h] NAME [OPTION ...]",
         description="Measure side by side with the peers. What is not installed of them is left out: pip install "
-        '"recollect[bench]", or make bench.',
+        '"torch-recollect[bench]", or make bench.',
     )
     parser.add_argument("name", choices=benches, help="what to measure; each has options of its own, and --help")
     try:
@@ -107,6 +107,10 @@ def _info_lines() -> Iterator[str]:
     yield f"python     {platform.python_version()} ({sys.executable})"
     yield f"torch      {torch.__version__}"
     yield f"system     {platform.platform()}"
+    foreign = _foreign_version()
+    if foreign is not None:
+        yield f"another project's package recollect {foreign} is installed, whose files take the place of these: run"
+        yield "  pip uninstall recollect && pip install --force-reinstall --no-deps torch-recollect"
     yield ""
     yield "devices"
     yield f"  cpu      {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
@@ -124,25 +128,35 @@ def _info_lines() -> Iterator[str]:
             missing += [package] if version is None else []
             yield f"  {extra:<8} {package:<18} {version or 'not installed'}"
         if missing:
-            yield f'  {"":<8} to install what is missing: pip install "recollect[{extra}]"'
+            yield f'  {"":<8} to install what is missing: pip install "torch-recollect[{extra}]"'
 
 
 def _extras() -> dict[str, list[str]]:
     """Extra -> its packages, as recollect's own metadata says; each package under the smallest extra that brings it."""
     try:
-        requirements = importlib.metadata.requires("recollect") or []
+        requirements = importlib.metadata.requires("torch-recollect") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
         requirements = []
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
         match = re.match(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w-]+)['\"]", requirement)
-        if match and match[1] != "recollect" and match[2] != "dev":
+        if match and match[1] != "torch-recollect" and match[2] != "dev":
             extras.setdefault(match[2], []).append(match[1])
     shown: set[str] = set()
     for extra, packages in sorted(extras.items(), key=lambda item: len(item[1])):
         extras[extra] = [package for package in packages if package not in shown]
         shown.update(packages)
     return extras
+
+
+def _foreign_version() -> str | None:
+    """Return the version of the other project of the package index whose name is recollect, if it is installed."""
+    try:
+        other, own = importlib.metadata.metadata("recollect"), importlib.metadata.metadata("torch-recollect")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    # An installation of this project from before its name changed has the same summary.
+    return None if other["Summary"] == own["Summary"] else other["Version"]
 
 
 def _version(package: str) -> str | None:

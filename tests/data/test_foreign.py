@@ -27,7 +27,7 @@ from recollect.data._foreign import foreign_code, require
 )
 def test_missing_library_names_the_extra(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=rf'{module}.*pip install "recollect\[{extra}\]"'):
+    with pytest.raises(MissingDependencyError, match=rf'{module}.*pip install "torch-recollect\[{extra}\]"'):
         load(name)
 
 

@@ -139,7 +139,7 @@ def test_unreadable_results_need_the_raw_files(
 ) -> None:
     for module in ("scipy.sparse", "scipy.sparse._csr"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(MissingDependencyError, match=r'scipy.*pip install "recollect\[graph\]"'):
+    with pytest.raises(MissingDependencyError, match=r'scipy.*pip install "torch-recollect\[graph\]"'):
         load("reddit", tmp_path / "root")
 
 

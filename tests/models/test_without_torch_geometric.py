@@ -56,7 +56,7 @@ def test_factories_work_and_names_say_what_to_install():
     )
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
-    assert first == "conv='sage' needs torch_geometric: pip install 'recollect[graph]'"
+    assert first == "conv='sage' needs torch_geometric: pip install 'torch-recollect[graph]'"
     assert second.startswith("conv='sagge' is unknown; choose from gat, gcn")
 
 
@@ -90,4 +90,4 @@ def test_networks_on_histories_but_gat_need_none():
         """
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["GAT needs torch_geometric: pip install 'recollect[graph]'"]
+    assert result.stdout.splitlines() == ["GAT needs torch_geometric: pip install 'torch-recollect[graph]'"]

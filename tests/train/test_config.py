@@ -16,7 +16,8 @@ def test_datasets_of_the_config_group_are_those_of_the_library():
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, names in groups().items() for o in names])
 def test_every_option_composes_under_its_own_name(group, option):
-    settings = parse([f"{group}={option}", *(["model=gcn"] if group == "training" else [])])
+    of_kind = ["model=gcn"] if group == "training" and option != "wholegraph" else []
+    settings = parse([f"{group}={option}", *of_kind])
     assert (settings.preset if group == "preset" else getattr(settings, group).name) == option
 
 
@@ -182,7 +183,10 @@ def test_options_of_a_convolution_are_free():
         ("dataset.name=cora", r"is set by its group, .*: write dataset=NAME; did you mean cora or actor\?"),
         ("model.kind=gcn", r"write model=NAME; did you mean gcn"),
         ("training.name=autoscale", r"write training=NAME; did you mean autoscale\? Choose from: autoscale, full"),
-        ("training.num_parts=4", "training.num_parts counts only with training=autoscale, and this is training=full"),
+        (
+            "training.num_parts=4",
+            "training.num_parts counts only with training=autoscale or wholegraph, and this is training=full",
+        ),
         (
             "objective.weighting=mgda",
             "only with objective=iwrm or multitask, .*: leave it out, or write objective=iwrm",

@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 
 from recollect.train._config import parse
+from recollect.train._errors import UsageError
 from recollect.train._step import Step
 from recollect.train.families import family_of
 
@@ -115,3 +116,85 @@ def test_gradients_of_each_step_are_clipped(graph):
     step.train()
     norms = [parameter.grad.norm() for parameter in step.network.parameters()]
     assert float(torch.stack(norms).norm()) <= 1.001e-3
+
+
+def gradients_of_an_epoch(step):
+    """The mean of its steps' gradients, as the parameters stay what they are."""
+    step.model.train()
+    number = 0
+    for inputs, target, rows in step.batches:
+        out = step.family.call(step.model, inputs)
+        torch.nn.functional.cross_entropy(out[rows], target[rows]).backward()
+        number += 1
+    return [parameter.grad / number for parameter in step.network.parameters()]
+
+
+@pytest.mark.parametrize(("model", "edges"), [("gcn", "cut"), ("gcn2", "cut"), ("gat", "complete")])
+def test_corrected_histories_give_the_whole_graphs_gradient_after_a_refresh(graph, model, edges):
+    whole = gradients_of_an_epoch(make(graph, [], model))
+    options = [*PARTS, f"training.compensate={edges}", "training.refresh_every=3"]
+    corrected = make(graph, options, model)
+    corrected.begin(1)
+    for found, expected in zip(gradients_of_an_epoch(corrected), whole, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    pushed = [history.table.clock.pushes for history in corrected.network.tables]
+    corrected.begin(2)
+    assert [history.table.clock.pushes for history in corrected.network.tables] == pushed  # not due yet
+    corrected.begin(4)
+    assert [history.table.clock.pushes for history in corrected.network.tables] > pushed
+
+
+def test_a_layer_that_is_no_sum_asks_for_all_edges(graph):
+    step = make(graph, [*PARTS, "training.compensate=cut"], "gat")
+    step.fill()
+    with pytest.raises(UsageError, match="compensate=complete"):
+        step.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["training.compensate=cut", "objective=iwrm"],
+        ["training.compensate=cut", "training.edge_dropout=0.1"],
+        ["training.refresh_every=2"],
+    ],
+)
+def test_what_does_not_go_with_corrected_histories(options):
+    with pytest.raises(UsageError, match=r"training\.(compensate|refresh_every)"):
+        parse(["model=gcn", *PARTS, *options])
+
+
+WHOLE = ["training=wholegraph", "training.num_parts=3", "training.partition=contiguous"]
+
+
+@pytest.mark.parametrize("exact", ["false", "true"])
+def test_part_by_part_trains_as_the_whole_graph_does(graph, exact, tmp_path):
+    options = ["model.hidden_channels=8", "model.dropout=0.3", f"model.exact={exact}"]
+    whole = make(graph, options, "revgnn")
+    parts = make(graph, [*WHOLE, *options, f"training.store={tmp_path}"], "revgnn")
+    for _ in range(3):
+        losses = []
+        for step in (whole, parts):
+            torch.manual_seed(3)
+            losses.append(step.train())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for one, other in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-3)
+    assert torch.allclose(whole.evaluate(), parts.evaluate(), atol=1e-2)
+    assert parts.observe(errors=False) == {"drift": 0.0}
+    parts.switch(second=True)
+    assert parts.train() == pytest.approx(whole.train(), rel=0.2)  # other masks, with everything kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model=gcn"], "reversible network"),
+        (["model=revgnn", "objective=iwrm"], "objective=mean"),
+        (["model=revgnn", "model.norm=batch"], r"model\.norm=layer"),
+        (["model=revgnn", "precision=bf16-mixed"], "precision=32-true"),
+    ],
+)
+def test_what_does_not_go_part_by_part(options, message):
+    with pytest.raises(UsageError, match=message):
+        parse([*WHOLE, *options])

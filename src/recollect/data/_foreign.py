@@ -51,7 +51,7 @@ def require(module: str, *, extra: str) -> Any:
 def missing_dependency(error: ModuleNotFoundError, extra: str) -> MissingDependencyError:
     """Say which extra brings the module that was not found."""
     return MissingDependencyError(
-        f'the module {error.name!r} is not installed; run: pip install "recollect[{extra}]"', name=error.name
+        f'the module {error.name!r} is not installed; run: pip install "torch-recollect[{extra}]"', name=error.name
     )
 
 

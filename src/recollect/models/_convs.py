@@ -74,5 +74,5 @@ def make_conv(conv: str | Callable[[int], nn.Module], channels: int, **options: 
     try:
         import torch_geometric.nn as geometric
     except ImportError as error:
-        raise ImportError(f"conv={conv!r} needs torch_geometric: pip install 'recollect[graph]'") from error
+        raise ImportError(f"conv={conv!r} needs torch_geometric: pip install 'torch-recollect[graph]'") from error
     return CONVS[conv](geometric, channels, **options)

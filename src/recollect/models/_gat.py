@@ -68,7 +68,7 @@ class GAT(ConvStack):
         try:
             from torch_geometric.nn import GATConv
         except ImportError as error:
-            raise ImportError("GAT needs torch_geometric: pip install 'recollect[graph]'") from error
+            raise ImportError("GAT needs torch_geometric: pip install 'torch-recollect[graph]'") from error
 
         hidden_heads, out_heads = as_count("hidden_heads", hidden_heads), as_count("out_heads", out_heads)
 

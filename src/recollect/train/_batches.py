@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,7 +73,10 @@ class PartBatches:
     """
 
     def __init__(self, graph: TrainingGraph, training: TrainingSettings, device: torch.device) -> None:
-        self._loader = SubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, shuffle=True)
+        self._outward: Literal["cut", "complete"] | bool = training.compensate or False  # type: ignore[assignment]
+        self._loader = SubgraphLoader(
+            graph.data, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
+        )
         self._edge_dropout = training.edge_dropout
         self._device = device
 
@@ -85,7 +88,8 @@ class PartBatches:
                 continue
             data, size, *where = sub.to(self._device)
             adj_t = dropout(data.adj_t, self._edge_dropout)
-            yield Batch((data.x, adj_t, size, *where), data.y[:size], rows.to(self._device))
+            outward = (data.outward,) if self._outward else ()
+            yield Batch((data.x, adj_t, size, *where, *outward), data.y[:size], rows.to(self._device))
 
 
 def evaluation_loader(graph: TrainingGraph, training: TrainingSettings) -> EvalSubgraphLoader:

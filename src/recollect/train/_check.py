@@ -131,8 +131,40 @@ _KINDS: dict[Any, str] = {
 }
 
 
+def _check_whole_graph(settings: Settings) -> None:
+    model = settings.model
+    if model.family != "reversible":
+        raise UsageError(
+            f"training=wholegraph needs a reversible network, and model={model.name} is none: choose revgnn, or "
+            "training=autoscale"
+        )
+    needed = {
+        "objective": ("mean", settings.objective.name),
+        "training.edge_dropout": (0, settings.training.edge_dropout),
+        "training.lipschitz": (0, settings.training.lipschitz),
+        "model.disable": (False, getattr(model, "disable", False)),
+        "device": ("cpu", "cpu" if settings.device == "auto" else settings.device),
+        "precision": ("32-true", settings.precision),
+    }
+    wrong = [f"{name}={need}".lower() for name, (need, found) in needed.items() if found != need]
+    if getattr(model, "norm", None) == "batch":
+        wrong.append("model.norm=layer")
+    if wrong:
+        raise UsageError(f"training=wholegraph computes a step part by part, and needs {', '.join(wrong)}")
+
+
 def _check_training(settings: Settings) -> None:
     training = settings.training
+    if training.compensate and (training.edge_dropout or training.lipschitz or settings.objective.name != "mean"):
+        raise UsageError(
+            f"training.compensate={training.compensate} takes one backward pass of one loss over the edges that there "
+            "are, so it needs training.edge_dropout=0, training.lipschitz=0 and objective=mean"
+        )
+    if training.refresh_every and not training.compensate:
+        raise UsageError(
+            f"training.refresh_every={training.refresh_every} refreshes corrected histories: add "
+            "training.compensate=cut (or complete); others are made exact by each evaluation"
+        )
     if training.edge_dropout and not settings.model.weighs_edges:
         raise UsageError(
             f"training.edge_dropout={training.edge_dropout}: model={settings.model.name} takes no notice of the edges' "
@@ -141,6 +173,9 @@ def _check_training(settings: Settings) -> None:
     if training.lipschitz:
         _check_lipschitz(settings.model, training.lipschitz)
     if training.name == "full":
+        return
+    if training.name == "wholegraph":
+        _check_whole_graph(settings)
         return
     if not settings.model.histories:
         raise UsageError(

@@ -36,6 +36,7 @@ GROUP_KEYS = {
 SEEDS = 2**32  # so many there are, from 0 on
 
 _PARTS = ("training", "autoscale")
+_CUT = ("training", "autoscale", "wholegraph")
 
 
 def key(
@@ -132,6 +133,7 @@ class RevGNNSettings(ModelSettings):
     tied: bool = key("all layers share one set of parameters")
     anchor_every: int | None = key("keep every s-th activation, to bound drift; null: none", low=1)
     disable: bool = key("keep every activation: train without recollecting")
+    exact: bool = key("activations come back bit for bit, at any depth")
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,17 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The whole graph in each step, or a few of its parts and histories for what is around them."""
+    """The whole graph in each step, at once or part by part, or a few parts and histories for what is around them."""
 
-    name: str = key("full: steps on the whole graph; autoscale: on parts of it", choices=("full", "autoscale"))
-    num_parts: int = key("parts that the graph is cut into", low=1, needs=_PARTS)
+    name: str = key(
+        "full: steps on the whole graph; autoscale: on parts of it; wholegraph: on all of it, part by part",
+        choices=("full", "autoscale", "wholegraph"),
+    )
+    num_parts: int = key("parts that the graph is cut into", low=1, needs=_CUT)
     parts_per_batch: int = key("parts in each step, drawn anew in each epoch", low=1, needs=_PARTS)
-    partition: str = key("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_PARTS)
+    partition: str = key("how the graph is cut", choices=("metis", "kaminpar", "random", "contiguous"), needs=_CUT)
     partition_cache: str | None = key(
-        "folder in which the parts of a graph are kept; null: none", needs=_PARTS, path=True
+        "folder in which the parts of a graph are kept; null: none", needs=_CUT, path=True
     )
     history_device: str | None = key(
         "where histories are; null: on the model's device", choices=("cpu", "cuda"), needs=_PARTS
@@ -224,6 +229,15 @@ class TrainingSettings:
     edge_dropout: float = key("share of the edges that each step leaves out", low=0, below=1)
     lipschitz: float = key("weight of lipschitz_loss (gin with model.options.noise)", low=0)
     layerwise: bool = key("evaluate layer by layer on parts; false: on the whole graph", needs=_PARTS)
+    store: str | None = key("folder for tables and parts; null: in memory", needs=("training", "wholegraph"), path=True)
+    compensate: str | None = key(
+        "correct gradients by histories of gradients, with these edges to nodes outside; null: not",
+        choices=("cut", "complete"),
+        needs=_PARTS,
+    )
+    refresh_every: int | None = key(
+        "epochs between exact refreshes of all histories, with compensate; null: none", low=1, needs=_PARTS
+    )
     errors_every: int | None = key(
         "epochs between measurements of the histories' true errors; null: none", low=1, needs=_PARTS
     )

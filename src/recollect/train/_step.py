@@ -38,6 +38,8 @@ class Step:
         self.batches = self.own
         self.objective = make_objective(settings.objective, graph, network)
         self.model, self.optimizer = fabric.setup(network, build_optimizer(settings.optimizer, network))
+        self._own_step = family.own_step(network, self.graph)
+        self._second = False
         self._evaluation = family.evaluation(network, self.graph)
 
     @property
@@ -47,6 +49,7 @@ class Step:
 
     def switch(self, second: bool) -> None:
         """Take further steps in the second of the modes, or in the first."""
+        self._second = second
         self.family.switch(self.network, second)
         device = self.fabric.device
         self.batches = self.family.batches(self.network, self.graph, device, second=True) if second else self.own
@@ -54,6 +57,11 @@ class Step:
     def train(self) -> float:
         """Take the steps of an epoch; return the mean of their losses, by training nodes."""
         self.model.train()
+        if self._own_step is not None and not self._second:
+            self.optimizer.zero_grad(set_to_none=False)
+            loss = self._own_step()
+            self._update()
+            return float(loss)
         total, nodes = torch.zeros((), dtype=torch.float64, device=self.fabric.device), 0
         for inputs, target, rows in self.batches:
             # In place: gradients then belong to what is always there, as in the measurements.
@@ -64,14 +72,15 @@ class Step:
                 extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
                 value, update = value + extra, update + extra
             self.fabric.backward(update)
-            if self.clip_norm is not None:
-                # A gradient that is not finite shows in the evaluation, which names the epoch.
-                self.fabric.clip_gradients(
-                    self.model, self.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False
-                )
-            self.optimizer.step()
+            self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
         return float(total) / nodes  # the one wait for the device
+
+    def _update(self) -> None:
+        if self.clip_norm is not None:
+            # A gradient that is not finite shows in the evaluation, which names the epoch.
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False)
+        self.optimizer.step()
 
     def evaluate(self) -> Tensor:
         """Return the logits [num_nodes, num_classes] in evaluation mode, where the graph's labels are.
@@ -85,6 +94,10 @@ class Step:
     def fill(self) -> None:
         """Bring what steps read, beside the parameters, to the state of the parameters."""
         self.family.fill(self.evaluate)
+
+    def begin(self, epoch: int) -> None:
+        """Do what is due before an epoch, which is numbered from 1."""
+        self.family.begin(self.network, self.graph, epoch)
 
     def observe(self, errors: bool) -> dict[str, float]:
         """Return what the last training steps left to be seen: by the network's family, and by the objective.

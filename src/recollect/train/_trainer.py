@@ -83,6 +83,7 @@ class Trainer:
     def _epoch(self) -> Row:
         start, epoch = time.perf_counter(), self.epoch + 1
         learning_rate = self.scheduler.get_last_lr()[0]
+        self.step.begin(epoch)
         loss = self.step.train()
         self._check(loss, "loss", epoch)
         every = self.settings.training.errors_every

@@ -137,6 +137,13 @@ class Family(ABC):
     def fill(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - most have nothing to fill
         """Bring what steps read, beside the parameters, to the state of the parameters."""
 
+    def own_step(self, network: nn.Module, graph: TrainingGraph) -> Callable[[], Tensor] | None:
+        """What computes loss and gradients of an epoch's one step, where the loop does not; returns the mean loss."""
+        return None
+
+    def begin(self, network: nn.Module, graph: TrainingGraph, epoch: int) -> None:  # noqa: B027 - most do nothing
+        """Do what is due before an epoch, which is numbered from 1."""
+
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """Return what the last training steps left to be seen, for a row of metrics.csv.
 

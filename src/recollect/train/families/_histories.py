@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.autoscale import ScalableGNN, history_errors, permute, to_adj_t
+from recollect.autoscale import ScalableGNN, SubData, history_errors, permute, to_adj_t
 from recollect.train._batches import Batches, PartBatches, evaluation_loader
 from recollect.train._errors import UsageError
 from recollect.train._graph import ADJACENCY, TrainingGraph, cut
+from recollect.train._metrics import losses
 from recollect.train._room import check_room, histories_of
 from recollect.train._settings import ScalableSettings, Settings
 from recollect.train._text import histories_text, per_layer
@@ -21,6 +22,7 @@ from recollect.train.families._family import Family
 
 __all__ = ["HistoriesFamily"]
 
+_PLAIN = 6  # arguments of a mini-batch: x, adj_t, batch_size, n_id, offset, count
 _NETWORKS: dict[str, Callable[..., ScalableGNN]] = {
     "appnp": models.APPNP,
     "gat": models.GAT,
@@ -101,6 +103,32 @@ class HistoriesFamily(Family):
             return PartBatches(graph, self.settings.training, device)
         return super().batches(network, graph, device)
 
+    def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
+        """Call it, with the edges to the nodes outside by name."""
+        if len(inputs) > _PLAIN:
+            try:
+                return cast(Tensor, model(*inputs[:_PLAIN], outward=inputs[_PLAIN]))
+            except NotImplementedError as error:
+                raise UsageError(f"training.compensate=complete is needed: {error}") from error
+        return super().call(model, inputs)
+
+    def begin(self, network: nn.Module, graph: TrainingGraph, epoch: int) -> None:
+        """Make all histories those of the parameters, before every so many epochs."""
+        every = self.settings.training.refresh_every
+        if not self.in_parts or not every or (epoch - 1) % every:
+            return
+        number = int(graph.data.train_mask.sum())
+        training = self.settings.training
+        batches = -(-training.num_parts // training.parts_per_batch)
+
+        def loss(out: Tensor, sub: SubData) -> Tensor:
+            # As in training, where it is the mean over a mini-batch's own nodes: these are as many in each, about.
+            rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten().to(out.device)
+            target = sub.data.y[: sub.batch_size].to(out.device)
+            return losses(graph.task, out[rows], target[rows]).sum() * (batches / number)
+
+        _with_histories(network).refresh(evaluation_loader(graph, training), loss)
+
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
         """On the whole graph, or layer by layer on its parts. All histories are then those of the parameters."""
         if not self.by_layers:
@@ -179,6 +207,7 @@ class HistoriesFamily(Family):
             "device": None if path else training.history_device or device,
             "history_dtype": getattr(torch, training.history_dtype),
             "history_path": Path(path).expanduser() if path else None,
+            "compensate": training.compensate is not None,
         }
 
 

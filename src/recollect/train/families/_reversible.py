@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.train._errors import UsageError
-from recollect.train._graph import TrainingGraph
+from recollect.autoscale import HistoryFileError, edge_index_of, permute, to_adj_t
+from recollect.outofcore import WholeGraph
+from recollect.train._errors import TrainingError, UsageError
+from recollect.train._graph import TrainingGraph, cut
+from recollect.train._metrics import losses
 from recollect.train._settings import RevGNNSettings, Settings
 from recollect.train.families._family import Family
 
@@ -27,6 +30,10 @@ class ReversibleFamily(Family):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.own = cast(RevGNNSettings, settings.model)
+        self.part_by_part = settings.training.name == "wholegraph"
+        if self.part_by_part:
+            self.any_depth = False  # there is one store
+        self._whole: WholeGraph | None = None
 
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
         """Features, edges and, where they are wanted and there, edge features."""
@@ -35,7 +42,7 @@ class ReversibleFamily(Family):
 
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible, and with every activation kept."""
-        return ["reversible", "everything kept"]
+        return ["part by part" if self.part_by_part else "reversible", "everything kept"]
 
     def switch(self, network: nn.Module, second: bool) -> None:
         """Keep every activation, or recollect them."""
@@ -43,8 +50,60 @@ class ReversibleFamily(Family):
 
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """``drift``, the largest relative reconstruction error; NaN if nothing was reconstructed."""
-        drift = cast(models.RevGNN, network).last_drift
+        drift = cast(models.RevGNN, network).last_drift if self._whole is None else self._whole.last_drift
         return {"drift": float("nan") if drift is None else drift}
+
+    def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
+        """Part by part, nodes in the order of the parts."""
+        if not self.part_by_part:
+            return super()._edges(data)
+        data = to_adj_t(data)
+        perm, ptr = cut(self.settings.training, data.adj_t)
+        data = permute(data, perm)
+        data.edge_index = edge_index_of(data.adj_t)
+        del data.adj_t
+        return data, ptr
+
+    def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
+        """Say what the tables will take."""
+        if not self.part_by_part:
+            return None
+        store, number = self.settings.training.store, graph.data.num_nodes * self.own.hidden_channels
+        return f"tables: {2 * 4 * number / 2**20:,.1f} MiB in {store or 'memory'}"
+
+    def own_step(self, network: nn.Module, graph: TrainingGraph) -> Callable[[], Tensor] | None:
+        """A step over all parts."""
+        if not self.part_by_part:
+            return None
+        number = int(graph.data.train_mask.sum())
+        whole = self._of_parts(network, graph)
+
+        def criterion(logits: Tensor, target: Tensor) -> Tensor:
+            return losses(graph.task, logits, target).sum() / number
+
+        return lambda: whole.step(criterion)
+
+    def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
+        """Part by part too."""
+        if not self.part_by_part:
+            return super().evaluation(network, graph)
+        whole = self._of_parts(network, graph)
+        return lambda model: whole.evaluate()
+
+    def _of_parts(self, network: nn.Module, graph: TrainingGraph) -> WholeGraph:
+        if self._whole is None or self._whole.model is not network:
+            if graph.ptr is None:
+                raise ValueError("the graph is not cut into parts: prepare it for training=wholegraph")
+            inputs = ("edge_attr",) if self._has_edge_features(graph) else ()
+            self._whole = None  # gives its files up
+            store = self.settings.training.store
+            try:
+                self._whole = WholeGraph(cast(models.RevGNN, network), graph.data, graph.ptr, store, inputs=inputs)
+            except (OSError, HistoryFileError) as error:
+                raise TrainingError(str(error)) from error
+            except ValueError as error:
+                raise UsageError(f"training=wholegraph: {error}") from error
+        return self._whole
 
     def size(self, num_nodes: int) -> tuple[int, int]:
         """Those of one group, which is what is computed at a time, and those of all layers."""
@@ -71,6 +130,7 @@ class ReversibleFamily(Family):
             task=graph.task,
             anchor_every=own.anchor_every,
             disable=own.disable,
+            exact=own.exact,
             conv_kwargs=options,
         )
 
