@@ -77,7 +77,7 @@ class Work:
 class Trainer:
     """A model and its optimizer; steps on mini-batches, or on the whole graph."""
 
-    def __init__(self, work: Work, device: torch.device, **options: Any) -> None:
+    def __init__(self, work: Work, device: torch.device, /, **options: Any) -> None:
         torch.manual_seed(0)
         self.device = device
         self.model = GCN(work.nodes, FEATURES, work.channels, CLASSES, work.layers, **options).to(device)

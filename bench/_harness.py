@@ -52,8 +52,8 @@ def process_bytes(name: str) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -15,7 +15,7 @@ from recollect.train._config import parse, parse_override
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *["README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
-    *["docs/design.md", "docs/depth.md", "docs/graph.md", "docs/objectives.md", "docs/outofcore.md"],
+    *["docs/design.md", "docs/depth.md", "docs/gpu.md", "docs/graph.md", "docs/objectives.md", "docs/outofcore.md"],
 ]
 README = (ROOT / "README.md").read_text()
 

@@ -25,4 +25,5 @@ def other() -> Iterator[str]:
     settle()  # what is wrong is an error of the test that did it
     emulation.device.catch_up()
     emulation.device.lag = 1
+    emulation.device.has_float64 = True
     emulation.device.present = False

@@ -69,6 +69,8 @@ def _lines() -> str:
 
 def _waited(name: str) -> None:
     device.catch_up()
+    if device.sync_debug_mode == "warn":
+        warnings.warn(f"called a synchronizing operation of the device: {name}", stacklevel=2)
     for log in _logs:
         log.syncs += 1
         log.where.append(f"{name} at {_lines()}")
@@ -133,6 +135,8 @@ def _off(tensor: Tensor) -> Tensor:
 
 def _on(tensor: Tensor) -> Tensor:
     """Return a tensor of the device on the memory of one of the CPU."""
+    if tensor.dtype is torch.float64 and not device.has_float64:
+        raise TypeError(f"{NAME} has no float64")
     if tensor.layout is torch.sparse_csr:
         parts = tensor.crow_indices(), tensor.col_indices(), tensor.values()
         return torch.sparse_csr_tensor(*map(_on, parts), tensor.shape, check_invariants=False)
@@ -398,12 +402,16 @@ class _Device:
     Attributes:
         lag: how often an event is asked before it is over.
         present: what ``torch.other.is_available()`` answers.
+        has_float64: otherwise tensors of this type are refused, as mps does.
+        sync_debug_mode: ``"warn"``: each wait is a warning, as in CUDA.
         places: how many copies to the host were begun, and ``done``, how many are over.
     """
 
     def __init__(self) -> None:
         self.lag = 1
         self.present = False
+        self.has_float64 = True
+        self.sync_debug_mode = "default"
         self.places = self.done = 0
         self._late: list[tuple[Tensor, Tensor]] = []
         self._state = torch.Generator().manual_seed(0).get_state()
@@ -459,6 +467,9 @@ class _Device:
         self._state = torch.Generator().manual_seed(seed).get_state()
 
     manual_seed_all = manual_seed
+
+    def set_sync_debug_mode(self, debug_mode: str) -> None:
+        self.sync_debug_mode = debug_mode
 
     def is_available(self) -> bool:
         return self.present
@@ -532,6 +543,8 @@ def _register() -> None:
             aten.impl(name, functools.partial(_overload(name).redispatch, key), place)
     for name in _REPLACED:
         aten.impl(name, functools.partial(_run, _overload(name)), "PrivateUse1")
+    # Torch would give its kernel an output of the result's size, of which the CPU's makes another one meanwhile.
+    aten.impl("mse_loss", functools.partial(_run, _overload("mse_loss")), "PrivateUse1")
     for name in ("mm", "addmm"):  # torch would make their results sparse
         aten.impl(name, functools.partial(_run, _overload(name)), "SparseCsrPrivateUse1")
     aten.impl("copy_", _copy, "PrivateUse1")

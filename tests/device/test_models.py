@@ -103,10 +103,6 @@ def test_mini_batches_with_histories(other, name, place, tmp_path):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
-# Where a mini-batch waits apart from its histories: parts below this one turn its adjacency for backward.
-TURNING = "bincount at"
-
-
 @each
 def test_histories_on_the_device_do_not_wait(other, name):
     model, data = make(name, device=other)
@@ -119,7 +115,7 @@ def test_histories_on_the_device_do_not_wait(other, name):
                 model(batch.data.x, batch.data.adj_t, *batch[1:]), batch.data.y[: batch.batch_size]
             ).backward()
 
-    assert [where for where in waits(epoch) if not where.startswith(TURNING)] == []
+    assert waits(epoch) == []
 
 
 @each
@@ -134,7 +130,7 @@ def test_histories_on_the_host_wait_for_their_copies_alone(other, name):
                 model(batch.data.x, batch.data.adj_t, *batch[1:]), batch.data.y[: batch.batch_size]
             ).backward()
 
-    found = [where for where in waits(epoch, times=1) if not where.startswith(TURNING)]
+    found = waits(epoch, times=1)
     assert all(where.startswith("copy_ at") for where in found)
     assert len(found) == len(batches) * len(model.histories)
 

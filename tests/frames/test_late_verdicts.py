@@ -1,6 +1,7 @@
 """On devices that are not waited for, what is rebuilt is judged when backward ends."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from frames_zoo import assert_same, each_source, make, wanted
 from torch import nn
 
 import recollect
-from recollect.frames import RebuildError, _certificate, _fingerprint, couple
+from recollect._devices import FORMS
+from recollect.frames import RebuildError, _certificate, couple
 
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
     """Take the CPU for a device of which no value is to be read on the way."""
-    monkeypatch.setattr(_fingerprint, "_READ_AT_ONCE", set())
+    monkeypatch.setitem(FORMS, "cpu", replace(FORMS["cpu"], reads_at_once=False))
 
 
 @each_source

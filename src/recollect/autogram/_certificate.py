@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from recollect._devices import widened, widest
 from recollect._verdicts import later, settle
 from recollect.autogram._choice import Choice
 from recollect.autogram._passes import Job
@@ -81,7 +82,7 @@ class Certificate:
         def judge(numbers: list[list[float]]) -> None:
             self._judge(numbers[0], tolerance, rules, names)
 
-        later([torch.stack([side.double().to(device) for side in sides])], judge)
+        later([torch.stack([widened(side.to(device)) for side in sides])], judge)
 
     def settle(self) -> None:
         """Wait for the devices, and give all verdicts; the same as :func:`recollect.frames.settle`.
@@ -188,7 +189,7 @@ def _norm(grad: Tensor) -> Tensor:
         grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
     dtype = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=dtype)
-    return norm.double()
+    return widened(norm)
 
 
 # Norms far below the largest are compared relative to this share of it: rounding is no better.
@@ -211,7 +212,7 @@ class GramianProbe:
             GramianError: it is another.
         """
         tolerance, eps, rules = _circumstances(job, choice)
-        exact, w = gramian.double(), self.weights.flatten().double()
+        exact, w = widened(gramian), widened(self.weights.flatten())
         norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(job, self.weights, eps)
         bound = _bound((norm, norm), (noise, noise), tolerance)
         sides = None if self.squared is None else (w @ exact @ w, self.squared, bound, norm.square())
@@ -232,8 +233,8 @@ class NormProbe:
             GramianError: it is another.
         """
         tolerance, eps, rules = _circumstances(job, choice)
-        norm = torch.maximum(squares[self.place], _SMALL * squares.max()).double().sqrt()
-        noise = _NOISE * eps * job.output.detach().flatten()[self.place].abs().clamp(min=1).double()
+        norm = widened(torch.maximum(squares[self.place], _SMALL * squares.max())).sqrt()
+        noise = _NOISE * eps * widened(job.output.detach().flatten()[self.place].abs().clamp(min=1))
         bound = _bound((norm, norm), (noise, noise), tolerance)
         sides = None if self.squared is None else (squares[self.place], self.squared, bound, norm.square())
         certificate.compare(sides, tolerance, rules, ("‖g_i‖² of a loss", "that of its gradient", "it"))
@@ -304,10 +305,10 @@ def probe_cross(rows: Job, columns: Job, every: int) -> CrossProbe | None:
         return CrossProbe(u, v)
     first, second = _gradient(rows, u), _gradient(columns, v)
     norms = _squared_norm(rows, first).sqrt(), _squared_norm(columns, second).sqrt()
-    product = torch.zeros((), dtype=torch.float64, device=rows.output.device)
+    product = torch.zeros((), dtype=widest(rows.output.device), device=rows.output.device)
     for key in first.keys() & second.keys():
         one, other = (grad.to_dense().flatten().to(rows.dtype) for grad in (first[key], second[key]))
-        product += torch.dot(one, other).double()
+        product += widened(torch.dot(one, other))
     return CrossProbe(u, v, product, norms)
 
 
@@ -323,7 +324,7 @@ def _gradient(job: Job, weights: Tensor) -> dict[int, Tensor]:
 
 
 def _squared_norm(job: Job, grads: Mapping[int, Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=job.output.device)
+    total = torch.zeros((), dtype=widest(job.output.device), device=job.output.device)
     for grad in grads.values():
         total += _norm(grad).square().to(total.device)
     return total
@@ -331,8 +332,8 @@ def _squared_norm(job: Job, grads: Mapping[int, Tensor]) -> Tensor:
 
 def _noise(job: Job, weights: Tensor, eps: float) -> Tensor:
     """Return what rounding alone may leave of the norm of the gradient of weighted losses."""
-    losses = job.output.detach().flatten().abs().clamp(min=1).double()
-    return _NOISE * eps * (weights.flatten().double().abs() @ losses)
+    losses = widened(job.output.detach().flatten().abs().clamp(min=1))
+    return _NOISE * eps * (widened(weights.flatten()).abs() @ losses)
 
 
 def _bound(norms: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], tolerance: float) -> Tensor:

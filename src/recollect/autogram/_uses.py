@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recollect._devices import widened
+
 __all__ = ["NoiseScale", "clip_weights", "gradient_noise_scale"]
 
 
@@ -104,7 +106,7 @@ def gradient_noise_scale(
             raise ValueError(
                 f"gramian has the shape {list(gramian.shape)}, and must be [m, m]: compute it with flat=True"
             )
-        exact = gramian.detach().double()
+        exact = widened(gramian.detach())
         squares, mean = exact.diagonal(), exact.mean()
         if not bool(exact.isfinite().all()):
             raise ValueError("gramian has entries that are not finite; leave this step out")
@@ -112,8 +114,8 @@ def gradient_noise_scale(
         _check_norms(norms)
         assert norms is not None
         assert mean_norm is not None
-        squares = norms.detach().double().flatten().square()
-        mean = torch.as_tensor(mean_norm).detach().double().to(squares.device).square()
+        squares = widened(norms.detach()).flatten().square()
+        mean = torch.as_tensor(mean_norm).detach().to(squares.device, squares.dtype).square()
         if mean.dim() or not bool(mean.isfinite()):
             raise ValueError(f"mean_norm is {mean_norm}; give one finite number, the norm of the mean gradient")
     count = squares.numel()

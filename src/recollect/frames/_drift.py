@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._devices import widened
 from recollect._torch import is_fake, is_traceable_wrapper_subclass
 from recollect._verdicts import arrive, later
 from recollect.frames._errors import DriftWarning, describe
@@ -148,8 +149,8 @@ def _drift_of(squares: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _square_of(tensor: Tensor) -> Tensor:
-    """Return the sum of the squares in double precision."""
-    wide = (tensor.abs() if tensor.is_complex() else tensor).double()
+    """Return the sum of the squares in double precision, where the device has it."""
+    wide = widened(tensor.abs() if tensor.is_complex() else tensor)
     return torch.dot(wide, wide)
 
 

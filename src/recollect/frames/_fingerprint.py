@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform, without_overrides
 
 __all__ = [
@@ -35,15 +36,10 @@ PROJECTIONS = 4
 _SAMPLES = _PERIOD
 _FEW = 4 * _PERIOD
 
-# What is copied at a time of a tensor that has gaps or another type than its sum.
-_PIECE = 1 << 16
-_PIECE_ON_DEVICES = 1 << 22  # where each piece is a few kernels
 _LONG = 1 << 22  # products are summed up in their own precision
 _WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
 
-# Devices whose values can be read without waiting for them. What is compared on others is judged when it has arrived.
-_READ_AT_ONCE = {"cpu"}
-
+_CPU = torch.device("cpu")
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
@@ -122,7 +118,7 @@ def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
         or tensor.is_neg()
         or tensor.is_nested
         or is_in_transform()
-        or "cpu" not in _READ_AT_ONCE
+        or not FORMS["cpu"].reads_at_once
         or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
     ):
         return None
@@ -131,7 +127,7 @@ def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
         order = _order_of(tensor)
     if order is not None:
         flat = flat.permute(order)
-    numbers: list[float] = torch.mv(_columns(dtype, size), flat.reshape(-1)).tolist()
+    numbers: list[float] = torch.mv(_columns(dtype, _CPU, size), flat.reshape(-1)).tolist()
     return numbers, order
 
 
@@ -352,8 +348,9 @@ def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tenso
     if of is None and values.dtype is dtype and values.is_contiguous():
         return _folded_rows(values.view(-1), period)
     # In double precision: many sums of pieces are added up.
-    wide = torch.float64 if dtype is torch.float32 and values.device.type == "cpu" else dtype
-    pieces = _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES)
+    forms = forms_of(values.device)
+    wide = torch.float64 if dtype is torch.float32 and forms.double_sums else dtype
+    pieces = _pieces_of(values, forms.piece)
     taken = ((piece if of is None else of(piece)).to(dtype) for piece in pieces)
     return _folded_pieces(taken, torch.zeros(period, dtype=wide, device=values.device)).to(dtype)
 
@@ -403,10 +400,9 @@ def _project(values: Tensor, with_norm: bool, of: Callable[[Tensor], Tensor] | N
     else:
         columns = _folded(values, _period_of(size), wide, of)
     number = columns.numel()
-    directions = _columns(wide, number) if device.type == "cpu" else _direction(wide, device)[:, :number]
-    projections = torch.mv(directions, columns)
+    projections = torch.mv(_columns(wide, device, number), columns)
     norm = _norm_of(values, wide, of) if with_norm else None
-    if device.type not in _READ_AT_ONCE:
+    if not forms_of(device).reads_at_once:
         return projections if norm is None else torch.cat([projections, norm.view(1)])
     numbers: list[float] = projections.tolist()
     if norm is not None:
@@ -417,20 +413,20 @@ def _project(values: Tensor, with_norm: bool, of: Callable[[Tensor], Tensor] | N
 def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None) -> Tensor:
     if of is None and values.dtype is dtype and values.is_contiguous():
         flat = values.view(-1)
-        if not flat.is_cpu:
+        if not forms_of(flat.device).dot_norms:
             norm: Tensor = torch.linalg.vector_norm(flat)
             return norm
         squares = [torch.dot(piece, piece) for piece in torch.split(flat, _LONG)]
         return torch.stack(squares).sum().sqrt()
-    pieces = _pieces_of(values, _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES)
+    pieces = _pieces_of(values, forms_of(values.device).piece)
     norms = [torch.linalg.vector_norm((piece if of is None else of(piece)).to(dtype)) for piece in pieces]
     return torch.stack(norms).square().sum().sqrt()
 
 
 @functools.lru_cache(maxsize=1024)
-def _columns(dtype: torch.dtype, size: int) -> Tensor:
-    """Return the first columns of the CPU's directions."""
-    return _direction(dtype, torch.device("cpu"))[:, :size]
+def _columns(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+    """Return the first columns of a device's directions."""
+    return _direction(dtype, device)[:, :size]
 
 
 def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -481,7 +477,7 @@ def _bits_of(values: Tensor, of: Callable[[Tensor], Tensor] | None = None) -> in
         if wide:  # an odd number keeps the highest bit where it is, and two of them would cancel
             columns = columns ^ ((columns >> 29) & (2**35 - 1))
     total = (columns * _weights_on(device)[: columns.numel()]).sum()
-    return int(total) if device.type in _READ_AT_ONCE else total
+    return int(total) if forms_of(device).reads_at_once else total
 
 
 def _in_a_word(values: Tensor) -> int:
@@ -492,7 +488,7 @@ def _in_a_word(values: Tensor) -> int:
 def _words_of(values: Tensor, several: int) -> Iterator[Tensor]:
     """Yield the bits of a strided tensor's elements as integers in rows, the last word filled up with zeros."""
     kind = torch.int64 if values.element_size() == 8 else torch.int32
-    limit = _PIECE if values.device.type == "cpu" else _PIECE_ON_DEVICES
+    limit = forms_of(values.device).piece
     left = None
     for piece in _pieces_of(values, max(values.numel(), 1) if values.is_contiguous() else limit):
         row = piece if left is None else torch.cat([left, piece])

@@ -8,7 +8,7 @@ calls a convolution of torch_geometric, or a block with convolutions in it, by m
 The other names are what the package shares about sparse CSR adjacencies.
 """
 
-from recollect.messages._adjacency import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of
+from recollect.messages._adjacency import check_csr, described, make_adj_t, row_pointers, rows_of, sparse_csr, values_of
 from recollect.messages._convolutions import convolve
 from recollect.messages._extreme import extreme
 from recollect.messages._pairs import naming_pairs
@@ -23,6 +23,7 @@ __all__ = [
     "make_adj_t",
     "naming_pairs",
     "propagate",
+    "row_pointers",
     "rows_of",
     "sparse_csr",
     "values_of",

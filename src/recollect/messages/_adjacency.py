@@ -21,6 +21,7 @@ __all__ = [
     "edges_of",
     "make_adj_t",
     "narrow_adj_t",
+    "row_pointers",
     "rows_of",
     "rows_of_entries",
     "sparse_csr",
@@ -134,6 +135,24 @@ def rows_of_entries(rowptr: Tensor, number: int) -> Tensor:
     return ends[:-1].cumsum_(0)
 
 
+def row_pointers(row: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Where each row begins once entries are sorted by row, and where the last ends; the host waits for no device.
+
+    (It does for ``bincount``, which looks for the largest number first.)
+
+    Args:
+        row: of each entry, [E], integers from 0 to below ``num_rows``, in any order.
+        num_rows: R.
+        dtype: of the result.
+
+    Returns:
+        [R + 1], on the device of ``row``.
+    """
+    rowptr = torch.zeros(num_rows + 1, dtype=dtype, device=row.device)
+    rowptr[1:].index_add_(0, row, rowptr.new_ones(1).expand(row.numel()))
+    return rowptr.cumsum_(0)
+
+
 def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
     """Sort edges by target, then source; equal edges stay apart, in their order.
 
@@ -156,9 +175,7 @@ def narrow_adj_t(edge_index: Tensor, value: Tensor, num_nodes: int) -> Tensor:
 
 def _sorted(source: Tensor, target: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.argsort(target * num_nodes + source, stable=True)
-    rowptr = source.new_zeros(num_nodes + 1)
-    torch.cumsum(torch.bincount(target, minlength=num_nodes), 0, out=rowptr[1:])
-    return rowptr, source[order], order
+    return row_pointers(target, num_nodes, target.dtype), source[order], order
 
 
 def described(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._devices import forms_of
 from recollect._torch import is_recorded
 from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
 from recollect.messages._extreme import extreme
@@ -272,7 +273,7 @@ def _rule_of(conv: Any, x: Any, edge_index: Any) -> Rule | None:
     cached = getattr(conv, "cached", False)  # goes by the first graph that it meets, whatever it is called with
     if conv.flow != "source_to_target" or conv.node_dim != -2 or conv.explain or cached:
         return None
-    if not _are_plain(x, edge_index) or (x.is_cuda and conv.aggr in ("max", "min")):
+    if not _are_plain(x, edge_index) or (conv.aggr in ("max", "min") and not forms_of(x.device).reductions):
         return None
     return rule
 
@@ -297,6 +298,6 @@ def _are_plain(x: Any, edge_index: Any) -> bool:
         return False
     if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.numel() == 0:
         return False
-    if x.device.type not in ("cpu", "cuda") or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not forms_of(x.device).convolutions or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return bool(x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect._torch import outside_functorch
 from recollect.messages._adjacency import check_csr, sparse_csr
 from recollect.messages._kernels import Constant, reduced
@@ -43,7 +44,7 @@ def extreme(adj_t: Tensor, x: Tensor, which: Literal["max", "min"]) -> Tensor:
     check_csr(adj_t)
     if which not in ("max", "min"):
         raise ValueError(f"which={which!r} is unknown; choose 'max' or 'min'")
-    if x.device.type != "cpu":
+    if not forms_of(x.device).reductions:
         raise ValueError(f"x is on {x.device}, but torch has this reduction on the CPU only")
     out: Tensor = _Extreme.apply(x, Constant(adj_t), which)  # type: ignore[no-untyped-call]
     return out

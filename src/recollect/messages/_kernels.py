@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.messages._adjacency import rows_of_entries, sparse_csr
 
 __all__ = ["Constant", "edge_dots", "edge_product", "multiplied", "reduced"]
@@ -31,9 +32,9 @@ def multiplied(adj_t: Tensor, x: Tensor) -> Tensor:
 
 
 def _product(adj_t: Tensor, x: Tensor) -> Tensor:
-    """``adj_t @ x``, by the faster of two ways: on long rows torch's kernel for reductions, on the CPU, by far."""
+    """``adj_t @ x``, by the faster of two ways: on long rows torch's kernel for reductions, where it is, by far."""
     is_long = x.size(1) * x.element_size() >= _LONG_ROW or not torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if x.device.type == "cpu" and x.is_floating_point() and is_long:
+    if forms_of(x.device).reductions and x.is_floating_point() and is_long:
         return reduced(adj_t, x, "sum")
     return adj_t @ x
 
@@ -78,14 +79,13 @@ def edge_dots(y: Tensor, x: Tensor, rowptr: Tensor, col: Tensor, dtype: torch.dt
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
     fits = col.numel() <= y.size(0) * x.size(0)  # the kernel copies no more than all places
-    if x.device.type == "cpu" and fits and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+    if forms_of(x.device).sampled_products and fits and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         zeros = sparse_csr(rowptr, col, x.new_zeros(col.numel(), dtype=wide), (y.size(0), x.size(0)))
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             found: Tensor = torch.sparse.sampled_addmm(zeros, y.to(wide), x.to(wide).t(), beta=0).values()
         return found.to(dtype)
     row, dots = rows_of_entries(rowptr, col.numel()), x.new_empty(col.numel(), dtype=dtype)
-    # A device that starts a program for each block gets larger ones: no larger than the features.
-    room = max(_BLOCK, x.nbytes) if x.is_cuda else _BLOCK
+    room = max(_BLOCK, x.nbytes) if forms_of(x.device).wide_blocks else _BLOCK
     block = max(room // max(x.size(1) * wide.itemsize, 1), 1)
     for start in range(0, col.numel(), block):
         edges = slice(start, start + block)

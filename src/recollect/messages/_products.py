@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._torch import outside_functorch
-from recollect.messages._adjacency import check_csr, sparse_csr
+from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
 
@@ -107,8 +107,7 @@ def _transposed(adj_t: Tensor) -> Tensor:
     if transpose is None:
         with outside_functorch():  # what is kept must be no tensor of a torch.func transform
             begins, col = adj_t.crow_indices(), adj_t.col_indices()
-            rowptr, order = begins.new_zeros(adj_t.size(1) + 1), col.argsort(stable=True)
-            torch.cumsum(col.bincount(minlength=adj_t.size(1)), 0, dtype=begins.dtype, out=rowptr[1:])
+            order, rowptr = col.argsort(stable=True), row_pointers(col, adj_t.size(1), begins.dtype)
             # The row of an entry is the last that begins with it or before it. (Sought, as memory may be short here.)
             narrow = begins.dtype == torch.int32
             row = torch.searchsorted(begins, order.to(begins.dtype), right=True, out_int32=narrow).sub_(1)

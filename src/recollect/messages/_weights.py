@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._torch import outside_functorch
-from recollect.messages._adjacency import check_csr, rows_of_entries, sparse_csr, weights_of
+from recollect.messages._adjacency import check_csr, row_pointers, rows_of_entries, sparse_csr, weights_of
 from recollect.messages._kernels import edge_dots, edge_product
 
 __all__ = ["weighted_product", "with_weights"]
@@ -65,8 +65,7 @@ class Pattern:
         if self.known.reversed is None:
             with outside_functorch():  # what is kept must be no tensor of a torch.func transform
                 order = self.col.argsort(stable=True).to(self.col.dtype)
-                begins = self.rowptr.new_zeros(self.num_sources + 1)
-                torch.cumsum(self.col.bincount(minlength=self.num_sources), 0, dtype=begins.dtype, out=begins[1:])
+                begins = row_pointers(self.col, self.num_sources, self.rowptr.dtype)
                 narrow = begins.dtype == torch.int32
                 row = torch.searchsorted(self.rowptr, order, right=True, out_int32=narrow).sub_(1)
                 self.known.reversed = begins, row, order

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale.loader._subgraph import number_nodes
-from recollect.messages import rows_of, sparse_csr
+from recollect.messages import row_pointers, rows_of, sparse_csr
 
 __all__ = ["OUTWARD", "Outward", "OutwardCut", "OutwardEdges"]
 
@@ -52,7 +52,7 @@ class Outward(NamedTuple):
         targets = self.num_targets
         source = rows_of(sparse_csr(self.rowptr, self.col, self.value, (self.rowptr.numel() - 1, targets)))
         order = self.col.argsort(stable=True)
-        rowptr = _ends(self.col.bincount(minlength=targets))
+        rowptr = row_pointers(self.col, targets, torch.int64)
         edges = {name: value[order] for name, value in self.edges.items()}
         return self._replace(rowptr=rowptr, col=source[order] + targets, value=self.value[order], edges=edges)
 
@@ -93,8 +93,7 @@ class OutwardCut:
         self._complete = form == "complete"
         # By source: entry k is edge self._order[k], into self._target[k].
         self._order = col.argsort(stable=True)
-        self._begin = torch.zeros_like(rowptr)
-        torch.cumsum(col.bincount(minlength=rowptr.numel() - 1), 0, out=self._begin[1:])
+        self._begin = row_pointers(col, rowptr.numel() - 1, rowptr.dtype)
         self._target = rows_of(sparse_csr(rowptr, col, value, (rowptr.numel() - 1,) * 2))[self._order]
 
     def __call__(self, batch: Tensor) -> Outward:
