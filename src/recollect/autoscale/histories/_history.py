@@ -318,7 +318,9 @@ class History(TableModule):
         Raises:
             RuntimeError: as for :meth:`pull`.
         """
-        return int((self.age() == self.table.clock.pushes).sum())
+        self.settle()
+        ages = self.table.ages(select_all(self.num_embeddings))  # in host memory: no device is waited for
+        return int((ages == self.table.clock.pushes).sum())
 
     def reset_parameters(self) -> None:
         """Set all rows to 0, never pushed."""

@@ -47,6 +47,7 @@ class HistoriesFamily(Family):
         self._make = make
         self.in_parts = settings.training.name == "autoscale"
         self.by_layers = self.in_parts and settings.training.layerwise
+        self._prepared: TrainingGraph | None = None  # before it was placed
 
     def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
         if self._make is not None:
@@ -95,12 +96,13 @@ class HistoriesFamily(Family):
 
     def place(self, graph: TrainingGraph, device: torch.device) -> TrainingGraph:
         """The graph on the device, unless all that is done is done on parts."""
+        self._prepared = graph
         return graph if self.by_layers else super().place(graph, device)
 
     def batches(self, network: nn.Module, graph: TrainingGraph, device: torch.device, second: bool = False) -> Batches:
         """Some parts in each step, or the whole graph."""
         if self.in_parts and not second:
-            return PartBatches(graph, self.settings.training, device)
+            return PartBatches(self._prepared or graph, self.settings.training, device)  # cutting waits for a device
         return super().batches(network, graph, device)
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
