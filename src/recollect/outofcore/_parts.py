@@ -25,7 +25,8 @@ class Part:
         stop: behind its last node.
         halo: sources outside of it [halo] int64, ascending.
         edge_index: [2, E'] int64, sources and targets in the part's own numbers: its nodes, its halo, and, if edges
-            into the halo are there too, one number for all that is further away. Sorted by target, then source.
+            into the halo are there too, one number for all that is further away. Sorted by target; the edges into each
+            are in the graph's order.
         edges: what each edge has, by name, [E', ...].
         further: whether there is that one number.
         x: features of its nodes.
@@ -90,11 +91,10 @@ def cut(
     own = place[sources]
     own[own < 0] = nodes.numel() + halo.numel()
     target = torch.repeat_interleave(torch.arange(targets.numel()), rowptr[targets + 1] - rowptr[targets])
-    order = torch.argsort(target * (nodes.numel() + halo.numel() + 1) + own, stable=True)
     place[nodes] = -1
     place[halo] = -1
-    found = {name: value[taken][order] for name, value in edges.items()}
-    return halo, torch.stack([own, target])[:, order], found
+    found = {name: value[taken] for name, value in edges.items()}
+    return halo, torch.stack([own, target]), found
 
 
 def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:

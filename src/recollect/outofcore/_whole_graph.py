@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ from recollect.frames import Lattice, RebuildError, bits_of, check_exact, digits
 from recollect.models import RevGNN
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
-from recollect.outofcore._reach import looks_further
+from recollect.outofcore._reach import Probe, Reach, kind_of
 from recollect.outofcore._tables import Changes, Tables, save
 
 __all__ = ["WholeGraph"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Read = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Observed:
+    name: str
+    kind: tuple[Any, ...]
+    reach: Reach
 
 
 class WholeGraph:
@@ -100,9 +108,15 @@ class WholeGraph:
         self._width = self._hidden // self.num_groups
         folder = None if store is None else Path(store)
         self._folder = folder
-        data = to_adj_t(data)
-        further = self._looks_further(data)
-        self.parts = Parts(data, self._ptr, self._inputs, further, None if folder is None else folder / "parts", memory)
+        given, data = data, to_adj_t(data)
+        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
+        self._probe = Probe(edges, self._width, self._dtype)
+        self._kinds: set[tuple[Any, ...]] = set()
+        self._in_order = _in_order(given, data.adj_t)
+        self._further = self._looks_further()
+        self.parts = Parts(
+            data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
+        )
         groups = range(self.num_groups)
         widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
         dtypes = dict.fromkeys(widths, self._dtype)
@@ -173,9 +187,8 @@ class WholeGraph:
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """Return the logits of all nodes [N, out_channels], in evaluation mode."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with _evaluating(self.model):
+            self._accept(self._observe(), self._further)
             run = _Step(self, None, None, 0)
             run.forward()
             found = []
@@ -183,9 +196,6 @@ class WholeGraph:
                 part = self.parts[number]
                 found.append(self.model.classify(run.groups_of(part)).cpu())
             return torch.cat(found)
-        finally:
-            for module in training:
-                module.training = True
 
     # How.
 
@@ -215,32 +225,55 @@ class WholeGraph:
                     f"{name} is a {type(module).__name__}, which in training normalises over all nodes at once: parts "
                     'have other means. Use norm="layer" (LayerNorm), or model.eval() to keep its statistics'
                 )
+        self._accept(self._observe(), self._further)
 
-    def _looks_further(self, data: Any) -> bool:
-        rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
-        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        found, seen = False, set()
-        try:
-            with torch.no_grad():
-                for index in range(self.num_layers):
-                    layer = self.model.layer(index)
-                    if id(layer) in seen:
-                        continue
-                    seen.add(id(layer))
-                    for block in layer._blocks():
+    def _looks_further(self) -> bool:
+        """Return whether parts need the edges into their neighbours too, as blocks that go by degrees do."""
+        with _evaluating(self.model):
+            observed = self._observe(every=True)
+        self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
+        # What is refused in training mode alone, such as batch normalisation, is refused in a step.
+        observed += [each for each in self._observe(every=True) if each.reach.near or each.reach.further]
+        further = not all(each.reach.near for each in observed)
+        self._accept(observed, further)
+        return further
 
-                        def run(rows: Tensor, edge_index: Tensor, own: dict[str, Tensor], block: Any = block) -> Tensor:
-                            out: Tensor = block(rows, edge_index, None, *own.values())
-                            return out
-
-                        name = type(block.owner).__name__ if hasattr(block, "owner") else type(block).__name__
-                        found |= looks_further(run, name, rowptr, col, edges, self._width, self._dtype)
-        finally:
-            for module in training:
-                module.training = True
+    def _observe(self, every: bool = False) -> list[_Observed]:
+        """Return what blocks need, in the modes in which they are: one of each new kind, or all."""
+        found, seen, known = [], set(), set(self._kinds)
+        for index in range(self.num_layers):
+            layer = self.model.layer(index)
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            for group, block in enumerate(layer._blocks()):
+                kind = kind_of(block)
+                if kind not in known or every:
+                    name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
+                    found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
+                    known.add(kind)
         return found
+
+    def _accept(self, observed: list[_Observed], further: bool) -> None:
+        """Note kinds of blocks as such that can be computed part by part, or refuse them."""
+        self._refuse([each for each in observed if not (each.reach.further if further else each.reach.near)])
+        for each in observed:
+            if each.reach.ordered and not self._in_order:
+                raise ValueError(
+                    f"{each.name}: what it returns depends on the order of the edges into a node, and in "
+                    "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
+                    "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
+                )
+        self._kinds.update(each.kind for each in observed)
+
+    def _refuse(self, observed: list[_Observed]) -> None:
+        for each in observed:
+            raise ValueError(
+                f"{each.name}: what it returns for a node depends on more than the node and its neighbours, so that it "
+                "cannot be computed part by part: it has several convolutions one after the other, goes against the "
+                "edges, or normalises over nodes. Make each convolution a layer of its own, and use norms over "
+                "channels (LayerNorm). If it was put into the network later, make another WholeGraph"
+            )
 
     def _digest(self) -> str:
         """Return what tells this network, with its parameters, and this division from others."""
@@ -248,6 +281,26 @@ class WholeGraph:
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _in_order(data: Any, adj_t: Tensor) -> bool:
+    """Return whether the edges into each node are in the same order in a graph's edge index as in its adjacency."""
+    edge_index = data.get("edge_index") if "adj_t" not in data else None
+    if edge_index is None:
+        return True
+    by_target = torch.argsort(edge_index[1], stable=True)
+    return torch.equal(edge_index[0][by_target].cpu(), adj_t.col_indices().long().cpu())
 
 
 def _beside() -> torch.Generator:
