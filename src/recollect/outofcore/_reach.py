@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from recollect._torch import TorchDispatchMode
 from recollect.outofcore._parts import cut
 
-__all__ = ["Probe", "Reach", "kind_of"]
+__all__ = ["Constant", "Probe", "Reach", "kind_of", "same"]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
 _LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, the last one has none
 _HUB, _DEGREE = 40, 30
 _SCALES = (1.0, 30.0)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,6 @@ class Probe:
         backwards = torch.arange(int(rowptr[-1])).flip(0)
         self._turned = backwards[torch.argsort(self._edge_index[1][backwards], stable=True)]  # for each node
         self._rows = torch.randn(_NODES, width, generator=self._generator, dtype=torch.float64).to(dtype)
-        self._tolerance = 1e-9 if dtype == torch.float64 else 1e-5
         place = torch.full((_NODES,), -1, dtype=torch.int64)
         self._cuts = [
             (
@@ -112,37 +112,40 @@ class Probe:
         near = further = True
         ordered = False
         for scale in _SCALES[:1] if brief else _SCALES:
-            rows, draws = self._rows * scale, _Constant()
+            rows, draws = self._rows * scale, Constant()
             true = _run(block, rows, self._edge_index, self._edges, draws)
-            again = _run(block, rows, self._edge_index, self._edges, _Constant())
+            again = _run(block, rows, self._edge_index, self._edges, Constant())
             # Whole numbers name other rows in another graph; and what does not repeat itself is an error of the step.
-            if draws.whole_numbers or not self._same(again, true):
+            if draws.whole_numbers or not same(again, true):
                 continue
             turned = {key: value[self._turned] for key, value in self._edges.items()}
-            other = _run(block, rows, self._edge_index[:, self._turned], turned, _Constant())
-            ordered |= not self._same(other, true)
+            other = _run(block, rows, self._edge_index[:, self._turned], turned, Constant())
+            ordered |= not same(other, true)
             for start, stop, with_further, halo, edge_index, edges in self._cuts:
                 own = torch.cat([rows[start:stop], rows[halo]])
                 if with_further:
                     own = torch.cat([own, own.new_zeros(1, own.size(1))])
                 try:
-                    found = _run(block, own, edge_index, edges, _Constant())[: stop - start]
+                    found = _run(block, own, edge_index, edges, Constant())[: stop - start]
                 except Exception as error:
                     raise ValueError(
                         f"{name}: it ran on a small graph, and then not on a part of it ({type(error).__name__}: "
                         f"{error}). A convolution that keeps something of the first graph, as with cached=True, cannot "
                         "be computed part by part: turn that off"
                     ) from error
-                same = self._same(found, true[start:stop])
-                near &= same or with_further
-                further &= same or not with_further
+                alike = same(found, true[start:stop])
+                near &= alike or with_further
+                further &= alike or not with_further
         return Reach(near, further, ordered)
 
-    def _same(self, found: Tensor, true: Tensor) -> bool:
-        if found.shape != true.shape:
-            return False
-        found, true = found.double().nan_to_num(), true.double().nan_to_num()
-        return bool((found - true).abs().max() <= self._tolerance * true.abs().max())
+
+def same(found: Tensor, true: Tensor) -> bool:
+    """Return whether two results are the same up to rounding."""
+    if found.shape != true.shape:
+        return False
+    tolerance = _TOLERANCE.get(true.dtype, 1e-2)
+    found, true = found.double().nan_to_num(), true.double().nan_to_num()
+    return bool((found - true).abs().max() <= tolerance * true.abs().max())
 
 
 def _module_of(block: Any) -> nn.Module:
@@ -160,7 +163,7 @@ def _moved(block: Any, generator: torch.Generator) -> Any:
     return block
 
 
-def _run(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], draws: _Constant) -> Tensor:
+def _run(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], draws: Constant) -> Tensor:
     with _random_state(), draws:
         out: Tensor = block(rows.clone(), edge_index.clone(), torch.ones_like(rows), *edges.values())
     return out
@@ -175,7 +178,7 @@ def _random_state() -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-class _Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers that are drawn are 1 where they are masks, and else 1/2.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.frames import Lattice, RebuildError, bits_of, check_exact, digits_of
 from recollect.models import RevGNN
+from recollect.outofcore._checks import check_graph, check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._reach import Probe, Reach, kind_of
@@ -26,6 +28,9 @@ from recollect.outofcore._tables import Changes, Tables, save
 __all__ = ["WholeGraph"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+_FEATURES = 64  # rows of features that are kept to see what is done with them
+_DRAWING = threading.RLock()  # blocks of several threads draw from one generator
+
 Read = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -46,7 +51,8 @@ class WholeGraph:
     Args:
         model: the network, in float32 or float64, on the CPU.
         data: the graph, its nodes in the order of the parts (see :func:`~recollect.autoscale.permute`), with ``x``,
-            ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. With ``store`` it is not needed afterwards.
+            ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. It is read once: changes afterwards are not seen, and
+            must not be made in ``x``. With ``store`` it is not needed afterwards.
         ptr: [P + 1] int64: part p has the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
         store: a folder for tables and parts; ``None``: host memory. One process at a time has it open.
         exact: as in :class:`~recollect.reversible.GroupAddRev`; the network's own where it has one. ``False``: the
@@ -58,7 +64,8 @@ class WholeGraph:
 
     Raises:
         TypeError: another kind of network.
-        ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing.
+        ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
+            requires a gradient; there are hooks on the network or its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
 
     Example:
@@ -89,17 +96,15 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
     ) -> None:
-        if not isinstance(model, RevGNN):
-            raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
-        missing = [name for name in ("x", "y", "train_mask") if name not in data]
-        if missing:
-            raise ValueError(f"data has no {', '.join(missing)}, but WholeGraph needs x, y and train_mask")
+        check_network(model)
+        check_graph(data, tuple(inputs))
         self.model = model
         self._inputs = tuple(inputs)
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
         own = model.layer(0).exact
         self.exact = check_exact(own if own is not False and exact is True else exact)
         self._dtype = model.project.weight.dtype
+        self._busy = threading.Lock()
         digits = digits_of(self.exact, self._dtype)
         self._lattice = None if digits is None else Lattice(digits)
         self.num_groups, self.num_layers = model.num_groups, model.num_layers
@@ -114,6 +119,11 @@ class WholeGraph:
         self._kinds: set[tuple[Any, ...]] = set()
         self._in_order = _in_order(given, data.adj_t)
         self._further = self._looks_further()
+        graph = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
+        self._graph = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in graph)
+        self._features = data.x[:_FEATURES].cpu().clone()
+        with _evaluating(model):
+            check_rows(model, self._features)
         self.parts = Parts(
             data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
         )
@@ -124,7 +134,7 @@ class WholeGraph:
             widths[mask], dtypes[mask] = width_of(self._hidden), torch.uint8
         self._tables = Tables(self.num_nodes, widths, dtypes, folder)
         self._masks: dict[str, Masks] = {
-            name: Masks(self._tables[name], self._hidden, model.dropout) for name in widths if name.endswith("mask")
+            name: Masks(self._tables[name], self._hidden) for name in widths if name.endswith("mask")
         }
         places = self.num_layers * self.num_groups * len(self.parts)
         self._marks = PlainRows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
@@ -144,16 +154,19 @@ class WholeGraph:
                 ``F.cross_entropy(logits, y, reduction="sum") / number``.
 
         Raises:
-            ValueError: batch normalisation in training mode, which goes over all nodes at once.
+            ValueError: batch normalisation in training mode, which goes over all nodes at once; the network was changed
+                into one for which this was not made.
+            RuntimeError: another step or evaluation is under way.
             RebuildError: a block did not compute the same bits again.
             LatticeError: an activation is out of the range in which the stream is exact.
         """
-        self._check_modules()
-        self._tables.forget()
-        state = {"random": torch.get_rng_state(), "model": self._digest()}
-        if self._folder is not None:
-            save(self._folder / "step.pt", state)
-        return self._run(state, criterion, None)
+        with self._alone("step"):
+            self._check_modules()
+            self._tables.forget()
+            state = {"random": torch.get_rng_state(), "model": self._digest()}
+            if self._folder is not None:
+                save(self._folder / "step.pt", state)
+            return self._run(state, criterion, None)
 
     def resume(self, criterion: Criterion) -> Tensor:
         """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
@@ -166,6 +179,10 @@ class WholeGraph:
         Raises:
             RuntimeError: there is no unfinished step in the store, or the network is another one.
         """
+        with self._alone("resume"):
+            return self._resume(criterion)
+
+    def _resume(self, criterion: Criterion) -> Tensor:
         path = None if self._folder is None else self._folder / "step.pt"
         if path is None or not path.is_file():
             raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
@@ -186,9 +203,20 @@ class WholeGraph:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """Return the logits of all nodes [N, out_channels], in evaluation mode."""
-        with _evaluating(self.model):
+        """Return the logits of all nodes [N, out_channels], in evaluation mode.
+
+        Raises:
+            RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
+        """
+        with self._alone("evaluate"), _evaluating(self.model):
+            if self.unfinished:
+                raise RuntimeError(
+                    f"there is an unfinished step in {self._folder}, whose tables an evaluation would overwrite: call "
+                    f"resume(criterion) first, or give it up by removing {self._folder}/step.pt"
+                )
+            check_network(self.model)
             self._accept(self._observe(), self._further)
+            check_rows(self.model, self._features)
             run = _Step(self, None, None, 0)
             run.forward()
             found = []
@@ -199,13 +227,29 @@ class WholeGraph:
 
     # How.
 
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Have the tables for oneself."""
+        if torch.is_inference_mode_enabled() and what != "evaluate":
+            raise RuntimeError(f"{what}() computes gradients: call it outside of torch.inference_mode()")
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what}() was called while a step or an evaluation of the same WholeGraph is under way, in the "
+                "criterion or in another thread: its tables hold one at a time. Wait for its end, or make another one"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
-        if self.model.training:
+        if self.model.training and self.model.dropout > 0:
+            for masks in self._masks.values():
+                masks.p = self.model.dropout
             # The same numbers in the same order as those that the network itself draws for the whole graph.
-            if self.model.shared_dropout and "mask" in self._masks:
+            if self.model.shared_dropout:
                 self._masks["mask"].draw(self.parts.bounds)
-            if "last_mask" in self._masks:
-                self._masks["last_mask"].draw(self.parts.bounds)
+            self._masks["last_mask"].draw(self.parts.bounds)
         seed = int(torch.randint(2**62, (1,), generator=_beside()))
         run = _Step(self, criterion, journal, seed)
         run.forward()
@@ -219,6 +263,18 @@ class WholeGraph:
         return loss
 
     def _check_modules(self) -> None:
+        check_network(self.model)
+        model = self.model
+        if model.dropout > 0 and not self._masks:
+            raise ValueError(
+                f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
+                "another WholeGraph"
+            )
+        if model.project.weight.dtype != self._dtype:
+            raise ValueError(
+                f"the network is in {model.project.weight.dtype} now, and was in {self._dtype} when the WholeGraph was "
+                "made: make another WholeGraph"
+            )
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
@@ -226,6 +282,7 @@ class WholeGraph:
                     'have other means. Use norm="layer" (LayerNorm), or model.eval() to keep its statistics'
                 )
         self._accept(self._observe(), self._further)
+        check_rows(self.model, self._features)
 
     def _looks_further(self) -> bool:
         """Return whether parts need the edges into their neighbours too, as blocks that go by degrees do."""
@@ -277,7 +334,10 @@ class WholeGraph:
 
     def _digest(self) -> str:
         """Return what tells this network, with its parameters, and this division from others."""
-        digest = hashlib.sha256(repr((self._ptr.tolist(), self.exact, self._inputs)).encode())
+        model = self.model
+        modes = [module.training for module in model.modules()]
+        own = (self._ptr.tolist(), self.exact, self._inputs, repr(model), modes, model.dropout, model.shared_dropout)
+        digest = hashlib.sha256(repr((*own, self._graph)).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
@@ -431,7 +491,7 @@ class _Step:
         for other in inputs[1:]:
             z += of._tables[f"x{other}"].read(n_id)
         mask = None
-        if of.model.training and of.model.shared_dropout and "mask" in of._masks:
+        if of.model.training and of.model.shared_dropout and of.model.dropout > 0:
             mask = self._chunks(of._masks["mask"].read(n_id, of._dtype))[group]
         return of._tables[f"x{group}"].read((part.start, part.stop)), z, mask
 
@@ -464,7 +524,7 @@ class _Step:
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         block = of.model.layer(layer)._blocks()[group]
-        with _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+        with _DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
             y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
@@ -477,7 +537,7 @@ class _Step:
 
         def read(part: Part) -> tuple[Tensor, Tensor | None]:
             mask = None
-            if of.model.training and "last_mask" in of._masks:
+            if of.model.training and of.model.dropout > 0:
                 mask = of._masks["last_mask"].read((part.start, part.stop), of._dtype)
             return self.groups_of(part), mask
 
