@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.autoscale.histories import HistoryFileError
+from recollect.frames import bits_of
+from recollect.outofcore._tables import unpacked
+
 __all__ = ["Part", "Parts", "cut"]
 
 
@@ -104,6 +108,16 @@ def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:
     return first + torch.arange(first.numel())
 
 
+def _bits_of(part: Part) -> list[Any]:
+    values = [getattr(part, field.name) for field in fields(part)]
+    values = [*values, *part.edges.keys(), *part.edges.values()] if isinstance(part.edges, dict) else values
+    return [
+        (tuple(value.shape), str(value.dtype), bits_of(value)) if isinstance(value, Tensor) else value
+        for value in values
+        if not isinstance(value, dict)
+    ]
+
+
 class Parts:
     """All parts of a graph.
 
@@ -122,6 +136,7 @@ class Parts:
     ) -> None:
         self._folder = folder
         self._kept: list[Part] = []
+        self._written: list[Any] = []
         bounds = ptr.tolist()
         self.bounds = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
         rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
@@ -137,6 +152,7 @@ class Parts:
             if folder is not None:
                 part = replace(part, x=part.x.clone())  # of a view, all would be written
                 torch.save({field.name: getattr(part, field.name) for field in fields(part)}, self._file(number))
+                self._written.append(_bits_of(part))
             memory -= part.nbytes
             if folder is None or (memory >= 0 and len(self._kept) == number):
                 self._kept.append(part)
@@ -149,8 +165,16 @@ class Parts:
             return self._kept[number]
         if number >= len(self):
             raise IndexError(f"there are {len(self)} parts (got number {number})")
-        found: dict[str, Any] = torch.load(self._file(number), weights_only=True)
-        return Part(**found)
+        path = self._file(number)
+        found = unpacked(path, path)
+        names = {field.name for field in fields(Part)}
+        part = Part(**found) if isinstance(found, dict) and set(found) == names else None
+        if part is None or _bits_of(part) != self._written[number]:
+            raise HistoryFileError(
+                f"{path}: expected part {number} as it was written (got something else: the file was changed); make "
+                "another WholeGraph on this folder"
+            )
+        return part
 
     def _file(self, number: int) -> Path:
         assert self._folder is not None

@@ -23,7 +23,7 @@ from recollect.outofcore._checks import check_graph, check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._reach import Probe, Reach, kind_of
-from recollect.outofcore._tables import Changes, Tables, save
+from recollect.outofcore._tables import Changes, Tables, load, save
 
 __all__ = ["WholeGraph"]
 
@@ -124,15 +124,16 @@ class WholeGraph:
         self._features = data.x[:_FEATURES].cpu().clone()
         with _evaluating(model):
             check_rows(model, self._features)
-        self.parts = Parts(
-            data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
-        )
         groups = range(self.num_groups)
         widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
         dtypes = dict.fromkeys(widths, self._dtype)
         for mask in ("mask", "last_mask") if model.dropout > 0 else ():
             widths[mask], dtypes[mask] = width_of(self._hidden), torch.uint8
         self._tables = Tables(self.num_nodes, widths, dtypes, folder)
+        # Behind the tables, which no other process has open: its parts are not written over.
+        self.parts = Parts(
+            data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
+        )
         self._masks: dict[str, Masks] = {
             name: Masks(self._tables[name], self._hidden) for name in widths if name.endswith("mask")
         }
@@ -178,6 +179,7 @@ class WholeGraph:
 
         Raises:
             RuntimeError: there is no unfinished step in the store, or the network is another one.
+            HistoryFileError: what the step wrote was changed.
         """
         with self._alone("resume"):
             return self._resume(criterion)
@@ -186,7 +188,7 @@ class WholeGraph:
         path = None if self._folder is None else self._folder / "step.pt"
         if path is None or not path.is_file():
             raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = load(path)
         if state["model"] != self._digest():
             raise RuntimeError(
                 f"the network or the graph is not the one with which the step in {self._folder} began: load the "
@@ -390,7 +392,7 @@ class _Step:
         if journal is not None:
             by_name = dict(of.model.named_parameters())
             self._loss = journal["loss"]
-            kept = torch.load(of._folder / "gradients.pt", weights_only=True) if journal["kept"] else {}  # type: ignore[operator]
+            kept = load(of._folder / "gradients.pt") if journal["kept"] else {}  # type: ignore[operator]
             self.gradients = {by_name[name]: value for name, value in {**kept, **journal["gradients"]}.items()}
 
     # Reading, computing and writing side by side.
