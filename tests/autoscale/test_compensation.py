@@ -251,10 +251,11 @@ class Squared(Layers):
 def test_weights_of_the_first_mini_batch_do_not_tell_how_weights_are_used():
     data = make_data()
     adj_t = data.adj_t
-    outside = torch.repeat_interleave(torch.arange(NODES), adj_t.crow_indices().diff()) >= PTR[2]
-    first = outside & (adj_t.col_indices() < PTR[2])
-    assert first.any()
+    outside = torch.repeat_interleave(torch.arange(NODES), adj_t.crow_indices().diff()) >= PTR[3]
+    first = outside & (adj_t.col_indices() < PTR[3])
     data.adj_t = with_weights(adj_t, torch.where(first, 1.0, adj_t.values()))
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    assert batch.data.outward.value.unique().tolist() == [1.0]
     torch.manual_seed(0)
     model = Squared(nn.Linear, 3, compensate=True, **DOUBLE).double()
     expected, *tables = whole(model, data)
