@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.models import RevGNN
-from recollect.outofcore._reach import Constant, same
+from recollect.outofcore._reach import DRAWING, Constant, same
 from recollect.reversible import GroupAddRev
 
 __all__ = ["check_graph", "check_network", "check_rows"]
@@ -87,10 +87,10 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
     mask = torch.ones_like(h) if model.training and model.dropout > 0 else None
     for method, rows, *masks in (("embed", x), ("classify", h, mask)):
         run = getattr(model, method)
-        with Constant():
+        with DRAWING, Constant():
             whole = run(rows, *masks)
         try:
-            with Constant():
+            with DRAWING, Constant():
                 part = run(rows[_PART], *(None if each is None else each[_PART] for each in masks))
         except Exception as error:
             raise ValueError(f"{method} cannot be computed for some of the rows: {error}") from error

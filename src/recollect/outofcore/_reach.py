@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from recollect._torch import TorchDispatchMode
 from recollect.outofcore._parts import cut
 
-__all__ = ["Constant", "Probe", "Reach", "kind_of", "same"]
+__all__ = ["DRAWING", "Constant", "Probe", "Reach", "kind_of", "same"]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
 _LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, the last one has none
 _HUB, _DEGREE = 40, 30
+DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
 _SCALES = (1.0, 30.0)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
@@ -164,7 +166,7 @@ def _moved(block: Any, generator: torch.Generator) -> Any:
 
 
 def _run(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], draws: Constant) -> Tensor:
-    with _random_state(), draws:
+    with DRAWING, _random_state(), draws:
         out: Tensor = block(rows.clone(), edge_index.clone(), torch.ones_like(rows), *edges.values())
     return out
 

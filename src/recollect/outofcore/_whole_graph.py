@@ -22,14 +22,13 @@ from recollect.models import RevGNN
 from recollect.outofcore._checks import check_graph, check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
-from recollect.outofcore._reach import Probe, Reach, kind_of
+from recollect.outofcore._reach import DRAWING, Probe, Reach, kind_of
 from recollect.outofcore._tables import Changes, Tables, load, save
 
 __all__ = ["WholeGraph"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 _FEATURES = 64  # rows of features that are kept to see what is done with them
-_DRAWING = threading.RLock()  # blocks of several threads draw from one generator
 
 Read = tuple[Tensor, Tensor, Tensor | None]
 
@@ -164,7 +163,9 @@ class WholeGraph:
         with self._alone("step"):
             self._check_modules()
             self._tables.forget()
-            state = {"random": torch.get_rng_state(), "model": self._digest()}
+            with DRAWING:
+                random = torch.get_rng_state()
+            state = {"random": random, "model": self._digest()}
             if self._folder is not None:
                 save(self._folder / "step.pt", state)
             return self._run(state, criterion, None)
@@ -195,7 +196,8 @@ class WholeGraph:
                 "parameters of that time first"
             )
         self._check_modules()
-        torch.set_rng_state(state["random"])
+        with DRAWING:
+            torch.set_rng_state(state["random"])
         return self._run(state, criterion, self._tables.last())
 
     @property
@@ -245,14 +247,15 @@ class WholeGraph:
             self._busy.release()
 
     def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
-        if self.model.training and self.model.dropout > 0:
-            for masks in self._masks.values():
-                masks.p = self.model.dropout
-            # The same numbers in the same order as those that the network itself draws for the whole graph.
-            if self.model.shared_dropout:
-                self._masks["mask"].draw(self.parts.bounds)
-            self._masks["last_mask"].draw(self.parts.bounds)
-        seed = int(torch.randint(2**62, (1,), generator=_beside()))
+        with DRAWING:
+            if self.model.training and self.model.dropout > 0:
+                for masks in self._masks.values():
+                    masks.p = self.model.dropout
+                # The same numbers in the same order as those that the network itself draws for the whole graph.
+                if self.model.shared_dropout:
+                    self._masks["mask"].draw(self.parts.bounds)
+                self._masks["last_mask"].draw(self.parts.bounds)
+            seed = int(torch.randint(2**62, (1,), generator=_beside()))
         run = _Step(self, criterion, journal, seed)
         run.forward()
         loss = run.turn()
@@ -526,7 +529,7 @@ class _Step:
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         block = of.model.layer(layer)._blocks()[group]
-        with _DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+        with DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
             y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
