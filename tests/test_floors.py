@@ -61,7 +61,7 @@ FLOORS = {
         "_arguments _parameters _transfer _util frames messages data", "torch_geometric pymetis kaminpar"
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
-    "outofcore": floor("_arguments frames messages autoscale models"),
+    "outofcore": floor("_torch _arguments frames messages reversible autoscale models"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from compensation_zoo import (
+    DOUBLE,
     NODES,
     OTHERS,
     PTR,
     SUMS,
+    Layers,
     epoch,
     error,
     fill,
@@ -17,8 +19,9 @@ from compensation_zoo import (
     run,
     whole,
 )  # fmt: skip
+from torch import nn
 
-from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, propagate, with_weights
 from recollect.autoscale._separable import Edges, Form, Way
 from recollect.models import GIN
 
@@ -204,3 +207,69 @@ def test_what_is_refused():
     batch.data.outward.edges.clear()
     with pytest.raises(ValueError, match="the graph of the mini-batch's loader has no edge_attr"):
         run(edges, batch)
+
+
+class Opened(Layers):
+    """A gate, which is closed at first, before what is no sum over edges, or no sum alone."""
+
+    def __init__(self, kind, *args, **options):
+        super().__init__(*args, **options)
+        self.kind, self.gate = kind, nn.Parameter(torch.zeros(()))
+
+    def convolve(self, layer, x, adj_t, state):
+        out = propagate(adj_t, self.layers[layer](x))
+        if self.kind == "square":
+            return out + self.gate * out.square()
+        if self.kind == "degree":
+            return out * (1 + self.gate * adj_t.crow_indices().diff().unsqueeze(1))
+        return out + self.gate * self.layers[layer](x[: adj_t.size(0)]).sin()
+
+
+@pytest.mark.parametrize("kind", ["square", "degree", "own"])
+def test_a_gate_that_is_zero_at_first_hides_nothing(kind):
+    data = make_data()
+    torch.manual_seed(0)
+    model = Opened(kind, nn.Linear, 3, compensate=True, **DOUBLE).double()
+    if kind != "own":
+        with pytest.raises(NotImplementedError, match="depends on the target's other sources"):
+            epoch(model, data, True)
+        return
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    run(model, batch)  # how gradients are sent back is known from here on
+    with torch.no_grad():
+        model.gate.fill_(1.0)
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    assert error(epoch(model, data, True), expected) < EXACT
+
+
+class Squared(Layers):
+    def convolve(self, layer, x, adj_t, state):
+        return propagate(with_weights(adj_t, adj_t.values().square()), self.layers[layer](x))
+
+
+def test_weights_of_the_first_mini_batch_do_not_tell_how_weights_are_used():
+    data = make_data()
+    adj_t = data.adj_t
+    outside = torch.repeat_interleave(torch.arange(NODES), adj_t.crow_indices().diff()) >= PTR[3]
+    first = outside & (adj_t.col_indices() < PTR[3])
+    data.adj_t = with_weights(adj_t, torch.where(first, 1.0, adj_t.values()))
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    assert batch.data.outward.value.unique().tolist() == [1.0]
+    torch.manual_seed(0)
+    model = Squared(nn.Linear, 3, compensate=True, **DOUBLE).double()
+    expected, *tables = whole(model, data)
+    fill(model, *tables)
+    assert error(epoch(model, data, True), expected) < EXACT
+
+
+def test_weights_that_the_outward_edges_do_not_have_are_refused():
+    data, model = make_data(), make("gcn", 3, compensate=True)
+    batch = next(iter(SubgraphLoader(data, PTR, 2, log=False, outward=True)))
+    weights = batch.data.adj_t.values()
+    for other in (2 * weights, weights.clone().requires_grad_()):
+        batch.data.adj_t = with_weights(batch.data.adj_t, other)
+        with pytest.raises(ValueError, match="weights of adj_t are others"):
+            run(model, batch)
+    batch.data.adj_t = with_weights(batch.data.adj_t, weights)
+    run(model, batch)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Blank, Edges, Form, Way, drawn_like, same, transposed, way_of
+from recollect.autoscale._separable import Blank, Edges, Form, Moved, Way, drawn_like, same, transposed, way_of
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -116,7 +116,11 @@ class Compensation:
             return Way(Form.ANY)
         if layer not in self._ways:
             with plain(self._model):
-                way = way_of(self._model, layer, x, self._edges, self._inputs, blank)
+                # Weights that are 1, or 0, in this mini-batch may be others in the next.
+                weights = drawn_like(self._outward.value, torch.Generator().manual_seed(layer)).abs() + 0.5
+                weights = weights.to(self._outward.value)
+                edges = Edges(self._outward._replace(value=weights))
+                way = way_of(self._model, layer, x, edges, self._inputs, blank)
             if way.form == Form.ANY:
                 raise NotImplementedError(
                     f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
@@ -140,13 +144,13 @@ class Compensation:
             return self._inputs | others
 
         with plain(self._model):
-            own = drawn_like(x, generator)
+            own, moved = drawn_like(x, generator), Moved(self._model, generator)
             rows = torch.cat([own.new_zeros(self._outward.num_targets, own.size(1)), own])
             rows = torch.cat([rows, own.new_zeros(self._outward.n_id.numel() - rows.size(0), own.size(1))])
             with torch.no_grad():
-                out = self._model.run_layer(layer, rows, self._outward.adj_t(), blank(self._outward.num_targets))
+                out = moved.run_layer(layer, rows, self._outward.adj_t(), blank(self._outward.num_targets))
             given = drawn_like(out, generator)
-            found = [self._through_all(layer, own, given, state) for state in (blank, drawn)]
+            found = [self._through_all(layer, own, given, state, moved) for state in (blank, drawn)]
         if not same(*found):
             raise NotImplementedError(
                 f"layer {layer} of {type(self._model).__name__} reads from its state what earlier layers left for a "
@@ -156,7 +160,9 @@ class Compensation:
             )
         self._ways[layer] = Way(Form.ANY)
 
-    def _through_all(self, layer: int, own: Tensor, given: Tensor, blank: Blank) -> Tensor | None:
+    def _through_all(
+        self, layer: int, own: Tensor, given: Tensor, blank: Blank, model: Moved | None = None
+    ) -> Tensor | None:
         """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""
         outward = self._outward
         targets, known = outward.num_targets, outward.num_targets + self._batch.size
@@ -164,7 +170,7 @@ class Compensation:
         with torch.enable_grad():
             own = own.detach().requires_grad_()
             x = torch.cat([others[:targets], own, others[targets:]])
-            out = self._model.run_layer(layer, x, outward.adj_t(), blank(targets))
+            out = (model or self._model).run_layer(layer, x, outward.adj_t(), blank(targets))
             return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
 
     def _check_state(self, layer: int, out: Tensor, before: State, state: State) -> None:

@@ -18,6 +18,7 @@ from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
+from recollect.messages import values_of
 
 __all__ = ["CorrectedGNN"]
 
@@ -62,11 +63,11 @@ class CorrectedGNN(HistoryGNN):
             if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
                 self.gradients.to(before.place)
 
-    def correction(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any]) -> Follow | None:
+    def correction(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any], adj_t: Tensor) -> Follow | None:
         """Return what completes the gradients of a mini-batch between its layers, if they shall be.
 
         Raises:
-            ValueError: they shall be, and the mini-batch has no outward edges.
+            ValueError: they shall be, and the mini-batch has no outward edges, or its own edges have other weights.
         """
         if self.gradients is None or not torch.is_grad_enabled():
             return None
@@ -76,6 +77,17 @@ class CorrectedGNN(HistoryGNN):
             raise ValueError(
                 "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
                 "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
+            )
+        values = values_of(adj_t).detach().double()
+        # Numbers are compared once, before the first step, since that waits for the device.
+        other = not self._ways and not torch.allclose(
+            torch.stack([values.sum(), values.square().sum()]), outward.weights.to(values), rtol=1e-3
+        )
+        if values_of(adj_t).requires_grad or other:
+            raise ValueError(
+                "the weights of adj_t are others than those of the loader's graph (dropped, scaled or learnt), and the "
+                "edges to nodes outside have the loader's: with compensate=True change them in forward_layer, where "
+                "attributes of edges come from inputs=, or in the graph before the loader is made"
             )
         return Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._ways).follow
 

@@ -199,13 +199,14 @@ class ScalableGNN(CorrectedGNN):
                 )
             return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
+        own = first_rows(adj_t, batch.size)
         return self.run_layers(
             x,
-            first_rows(adj_t, batch.size),
+            own,
             inputs,
             lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
-            self.correction(batch, outward, inputs),
+            self.correction(batch, outward, inputs, own),
         )
 
     def push_and_pull(

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect._util._tree import Tree
@@ -18,7 +18,7 @@ from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import propagate, sparse_csr
 
-__all__ = ["Blank", "Edges", "Form", "Way", "drawn_like", "same", "transposed", "way_of"]
+__all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "transposed", "way_of"]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -117,7 +117,7 @@ class Edges:
 
 
 def transposed(
-    model: LayeredGNN, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
+    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
 ) -> Tensor | None:
     """Return Σ_i (∂z_i / ∂x_j)ᵀ v_i over the nodes i outside, for each j in the batch [B, channels], or ``None`` for 0.
 
@@ -155,6 +155,34 @@ def transposed(
     return found.new_zeros(shape).index_copy_(0, near, found)
 
 
+class Moved(nn.Module):
+    """Runs a model's layers with other parameters: where some are zero, as gates are at first, layers look simpler.
+
+    Args:
+        model: gives the layers, and stays as it is.
+        generator: what the differences are drawn from.
+    """
+
+    def __init__(self, model: Any, generator: torch.Generator) -> None:
+        super().__init__()
+        self.model = model
+        self._others = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                other = drawn_like(parameter.detach(), generator).mul_(0.3).add_(parameter.detach())
+                self._others[f"model.{name}"] = other
+
+    def forward(self, *args: Any) -> Tensor:
+        """See :meth:`run_layer`."""
+        out: Tensor = self.model.run_layer(*args)
+        return out
+
+    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :meth:`LayeredGNN.run_layer`."""
+        out: Tensor = torch.func.functional_call(self, self._others, (layer, x, adj_t, state))
+        return out
+
+
 def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Way:
     """Return the first way that is right for a layer; that is observed, with drawn numbers in the place of all rows.
 
@@ -167,6 +195,7 @@ def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: St
         blank: makes its state.
     """
     generator = torch.Generator().manual_seed(layer)
+    moved = Moved(model, generator)
 
     def drawn(tensor: Tensor) -> Tensor:
         return drawn_like(tensor, generator)
@@ -174,19 +203,19 @@ def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: St
     own = drawn(like)
     with torch.no_grad():
         rows = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
-        given = drawn(model.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
-    alone = transposed(model, layer, Way(Form.EDGES), own, given, edges, blank)
-    if not same(alone, _among_others(model, layer, own, given, edges.by_target, blank, drawn)):
+        given = drawn(moved.run_layer(layer, rows, edges.adj_t, blank(edges.num_targets)))
+    alone = transposed(moved, layer, Way(Form.EDGES), own, given, edges, blank)
+    if not same(alone, _among_others(moved, layer, own, given, edges.by_target, blank, drawn)):
         return Way(Form.ANY)
     forms = [Form.SUM, Form.SUM_AND_OWN, Form.EDGES]
     if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
         forms = [Form.EDGES]  # the inputs are those of the outward edges
     ways = (Way(form, products) for form in forms for products in (False, True))
-    return next(way for way in ways if same(alone, transposed(model, layer, way, own, given, edges, blank)))
+    return next(way for way in ways if same(alone, transposed(moved, layer, way, own, given, edges, blank)))
 
 
 def _among_others(
-    model: LayeredGNN,
+    model: Moved,
     layer: int,
     own: Tensor,
     given: Tensor,

@@ -24,15 +24,19 @@ class Masks:
     Args:
         rows: its bits.
         channels: of each node.
-        p: the probability of zero.
+
+    Attributes:
+        p: the probability of zero, which may change from step to step.
     """
 
-    def __init__(self, rows: PlainRows, channels: int, p: float) -> None:
+    def __init__(self, rows: PlainRows, channels: int) -> None:
         self._rows = rows
         self._channels = channels
-        dropped = min(round(p * _LEVELS), _LEVELS - 1)
-        self._least = dropped - _LEVELS // 2
-        self._scale = _LEVELS / (_LEVELS - dropped)
+        self.p = 0.0
+
+    @property
+    def _dropped(self) -> int:
+        return min(round(self.p * _LEVELS), _LEVELS - 1)
 
     def draw(self, bounds: list[tuple[int, int]]) -> None:
         """Draw all, in the order of nodes, from torch's generator."""
@@ -45,7 +49,7 @@ class Masks:
             fresh = torch.empty(max(words, 0), dtype=torch.int64, device="cpu").random_(-(2**63), None)
             numbers = torch.cat([left, fresh.view(torch.int16)])
             left = numbers[needed:].clone()
-            kept = (numbers[:needed] >= self._least).view(stop - start, self._channels)
+            kept = (numbers[:needed] >= self._dropped - _LEVELS // 2).view(stop - start, self._channels)
             self._rows.write((start, stop), _packed(kept))
             done += needed
         assert done == total
@@ -55,7 +59,7 @@ class Masks:
         bits = self._rows.read(where)
         places = torch.tensor(_PLACES, dtype=torch.uint8, device="cpu")
         kept = (bits.unsqueeze(2) & places).ne(0).flatten(1)[:, : self._channels]
-        return kept.to(dtype).mul_(self._scale)
+        return kept.to(dtype).mul_(_LEVELS / (_LEVELS - self._dropped))
 
 
 def _packed(kept: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.autoscale.histories import HistoryFileError
+from recollect.frames import bits_of
+from recollect.outofcore._tables import unpacked
+
 __all__ = ["Part", "Parts", "cut"]
 
 
@@ -25,7 +29,8 @@ class Part:
         stop: behind its last node.
         halo: sources outside of it [halo] int64, ascending.
         edge_index: [2, E'] int64, sources and targets in the part's own numbers: its nodes, its halo, and, if edges
-            into the halo are there too, one number for all that is further away. Sorted by target, then source.
+            into the halo are there too, one number for all that is further away. Sorted by target; the edges into each
+            are in the graph's order.
         edges: what each edge has, by name, [E', ...].
         further: whether there is that one number.
         x: features of its nodes.
@@ -90,11 +95,10 @@ def cut(
     own = place[sources]
     own[own < 0] = nodes.numel() + halo.numel()
     target = torch.repeat_interleave(torch.arange(targets.numel()), rowptr[targets + 1] - rowptr[targets])
-    order = torch.argsort(target * (nodes.numel() + halo.numel() + 1) + own, stable=True)
     place[nodes] = -1
     place[halo] = -1
-    found = {name: value[taken][order] for name, value in edges.items()}
-    return halo, torch.stack([own, target])[:, order], found
+    found = {name: value[taken] for name, value in edges.items()}
+    return halo, torch.stack([own, target]), found
 
 
 def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:
@@ -102,6 +106,16 @@ def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:
     count = rowptr[nodes + 1] - rowptr[nodes]
     first = torch.repeat_interleave(rowptr[nodes] - (count.cumsum(0) - count), count)
     return first + torch.arange(first.numel())
+
+
+def _bits_of(part: Part) -> list[Any]:
+    values = [getattr(part, field.name) for field in fields(part)]
+    values = [*values, *part.edges.keys(), *part.edges.values()] if isinstance(part.edges, dict) else values
+    return [
+        (tuple(value.shape), str(value.dtype), bits_of(value)) if isinstance(value, Tensor) else value
+        for value in values
+        if not isinstance(value, dict)
+    ]
 
 
 class Parts:
@@ -122,6 +136,7 @@ class Parts:
     ) -> None:
         self._folder = folder
         self._kept: list[Part] = []
+        self._written: list[Any] = []
         bounds = ptr.tolist()
         self.bounds = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
         rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
@@ -137,6 +152,7 @@ class Parts:
             if folder is not None:
                 part = replace(part, x=part.x.clone())  # of a view, all would be written
                 torch.save({field.name: getattr(part, field.name) for field in fields(part)}, self._file(number))
+                self._written.append(_bits_of(part))
             memory -= part.nbytes
             if folder is None or (memory >= 0 and len(self._kept) == number):
                 self._kept.append(part)
@@ -149,8 +165,16 @@ class Parts:
             return self._kept[number]
         if number >= len(self):
             raise IndexError(f"there are {len(self)} parts (got number {number})")
-        found: dict[str, Any] = torch.load(self._file(number), weights_only=True)
-        return Part(**found)
+        path = self._file(number)
+        found = unpacked(path, path)
+        names = {field.name for field in fields(Part)}
+        part = Part(**found) if isinstance(found, dict) and set(found) == names else None
+        if part is None or _bits_of(part) != self._written[number]:
+            raise HistoryFileError(
+                f"{path}: expected part {number} as it was written (got something else: the file was changed); make "
+                "another WholeGraph on this folder"
+            )
+        return part
 
     def _file(self, number: int) -> Path:
         assert self._folder is not None

@@ -1,69 +1,201 @@
-"""How far a block looks: observed, on a few nodes."""
+"""How far a block looks: observed, on a small graph that has what graphs can have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from recollect._torch import TorchDispatchMode
 from recollect.outofcore._parts import cut
 
-__all__ = ["looks_further"]
+__all__ = ["DRAWING", "Constant", "Probe", "Reach", "kind_of", "same"]
 
-_NODES = 2
+_NODES, _EDGES = 160, 300
+_PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
+_LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, the last one has none
+_HUB, _DEGREE = 40, 30
+DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
+_SCALES = (1.0, 30.0)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
-Run = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+@dataclass(frozen=True)
+class Reach:
+    """What a block needs.
+
+    Attributes:
+        near: the edges into a part's nodes suffice.
+        further: with the edges into their neighbours it is right too.
+        ordered: what it returns depends on the order of the edges into a node.
+    """
+
+    near: bool
+    further: bool
+    ordered: bool
 
 
-def looks_further(
-    run: Run, name: str, rowptr: Tensor, col: Tensor, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype
-) -> bool:
-    """Return whether a block needs the edges into a node's neighbours too, as one that goes by their degrees does.
+def kind_of(block: Any) -> tuple[Any, ...]:
+    """Return what blocks have in common that were made in the same way: types, modes and settings of their modules."""
+    module = _module_of(block)
+    return tuple((type(each), each.training) for each in module.modules()), repr(module)
 
-    What it returns for a few nodes is compared: computed with the edges into these alone, with those into their
-    neighbours, and with two steps more of the graph.
+
+class Probe:
+    """A small graph, on which a block is computed as a whole and part by part.
+
+    It has nodes without edges, with a self-loop alone and with one edge, edges in one direction and edges that are
+    there twice, a hub, and parts of one node and of many. So what is seen does not depend on the graph. The block runs
+    at two scales, by a copy whose parameters are moved, since those that begin at zero hide what they multiply. Each
+    element that it draws is the same constant.
 
     Args:
-        run: the block, of rows, an edge index in their numbers and what its edges have; in evaluation mode.
-        name: the block's, for the message.
-        rowptr: of the graph's CSR adjacency [N + 1].
-        col: the source of each edge [E].
-        edges: what each edge has.
-        width: channels of its input.
-        dtype: of its input.
-
-    Raises:
-        ValueError: it needs more: rows of nodes that are no neighbours.
+        edges: what the graph's edges have; rows are drawn from it.
+        width: channels of a block's input.
+        dtype: of a block's input.
     """
-    degree = rowptr.diff()
-    chosen = torch.where(degree > 0, degree, degree.max() + 1).topk(min(_NODES, degree.numel()), largest=False).indices
-    place = torch.full_like(degree, -1)
-    halo, near, near_edges = cut(rowptr, col, edges, chosen, False, place)
-    around = torch.cat([chosen, halo])
-    second, _, _ = cut(rowptr, col, edges, around, False, place)
-    wide = torch.cat([around, second])
-    third, all_of, all_edges = cut(rowptr, col, edges, wide, False, place)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(wide.numel() + third.numel(), width, generator=generator, dtype=torch.float64).to(dtype)
 
-    def outputs(own: Tensor, edge_index: Tensor, found: dict[str, Tensor]) -> Tensor:
-        return run(own, edge_index, found)[: chosen.numel()].double()
+    def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        number = _EDGES if all(value.size(0) for value in edges.values()) else 0
+        self._edge_index = self._drawn_edges(number)
+        count = torch.bincount(self._edge_index[1], minlength=_NODES)
+        rowptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        self._edges = {
+            name: value[torch.randint(value.size(0), (int(rowptr[-1]),), generator=self._generator)]
+            if number
+            else value
+            for name, value in edges.items()
+        }
+        backwards = torch.arange(int(rowptr[-1])).flip(0)
+        self._turned = backwards[torch.argsort(self._edge_index[1][backwards], stable=True)]  # for each node
+        self._rows = torch.randn(_NODES, width, generator=self._generator, dtype=torch.float64).to(dtype)
+        place = torch.full((_NODES,), -1, dtype=torch.int64)
+        self._cuts = [
+            (
+                start,
+                stop,
+                further,
+                *cut(rowptr, self._edge_index[0], self._edges, torch.arange(start, stop), further, place),
+            )
+            for start, stop in _PARTS
+            for further in (False, True)
+        ]
 
-    true = outputs(rows, all_of, all_edges)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    def _drawn_edges(self, number: int) -> Tensor:
+        if not number:
+            return torch.empty(2, 0, dtype=torch.int64)
+        found = torch.randint(_LEAVES, _LAST, (2, number), generator=self._generator)
+        found = found[:, found[0] != found[1]]
+        leaves = torch.tensor([[0, 1, 2, 70, 71, 5, 8, 65, _HUB], [0, 1, 2, 3, 4, 5, 5, 65, 8]])
+        hub = torch.stack([torch.arange(100, 100 + _DEGREE), torch.full((_DEGREE,), _HUB)])
+        found = torch.cat([found, found[:, :20], leaves, hub], 1)
+        return found[:, torch.argsort(found[1] * _NODES + found[0], stable=True)]
 
-    def is_true(found: Tensor) -> bool:
-        return bool((found - true).norm() <= tolerance * (true.norm() + 1e-30))
+    @torch.no_grad()
+    def reach(self, block: Any, name: str, brief: bool = False) -> Reach:
+        """Return what a block needs, in the mode in which it is.
 
-    if is_true(outputs(rows[: around.numel()], near, near_edges)):
+        Args:
+            block: called with rows, an edge index, a mask, and what edges have; it stays as it is.
+            name: the block's, for the message.
+            brief: look at one scale only, as another block of its kind was looked at.
+
+        Raises:
+            ValueError: it can be computed for a whole graph, and not for a part.
+        """
+        block = _moved(block, self._generator)
+        near = further = True
+        ordered = False
+        for scale in _SCALES[:1] if brief else _SCALES:
+            rows, draws = self._rows * scale, Constant()
+            true = _run(block, rows, self._edge_index, self._edges, draws)
+            again = _run(block, rows, self._edge_index, self._edges, Constant())
+            # Whole numbers name other rows in another graph; and what does not repeat itself is an error of the step.
+            if draws.whole_numbers or not same(again, true):
+                continue
+            turned = {key: value[self._turned] for key, value in self._edges.items()}
+            other = _run(block, rows, self._edge_index[:, self._turned], turned, Constant())
+            ordered |= not same(other, true)
+            for start, stop, with_further, halo, edge_index, edges in self._cuts:
+                own = torch.cat([rows[start:stop], rows[halo]])
+                if with_further:
+                    own = torch.cat([own, own.new_zeros(1, own.size(1))])
+                try:
+                    found = _run(block, own, edge_index, edges, Constant())[: stop - start]
+                except Exception as error:
+                    raise ValueError(
+                        f"{name}: it ran on a small graph, and then not on a part of it ({type(error).__name__}: "
+                        f"{error}). A convolution that keeps something of the first graph, as with cached=True, cannot "
+                        "be computed part by part: turn that off"
+                    ) from error
+                alike = same(found, true[start:stop])
+                near &= alike or with_further
+                further &= alike or not with_further
+        return Reach(near, further, ordered)
+
+
+def same(found: Tensor, true: Tensor) -> bool:
+    """Return whether two results are the same up to rounding."""
+    if found.shape != true.shape:
         return False
-    _, further, further_edges = cut(rowptr, col, edges, chosen, True, place)
-    with_one_more = torch.cat([rows[: around.numel()], rows.new_zeros(1, width)])
-    if is_true(outputs(with_one_more, further, further_edges)):
-        return True
-    raise ValueError(
-        f"{name}: what it returns for a node depends on more than the node and its neighbours, so that it cannot be "
-        "computed part by part: it has several convolutions one after the other, or normalises over nodes. Make each "
-        "convolution a layer of its own, and use norms over channels (LayerNorm)"
-    )
+    tolerance = _TOLERANCE.get(true.dtype, 1e-2)
+    found, true = found.double().nan_to_num(), true.double().nan_to_num()
+    return bool((found - true).abs().max() <= tolerance * true.abs().max())
+
+
+def _module_of(block: Any) -> nn.Module:
+    module: nn.Module = getattr(block, "module", block) if not isinstance(block, nn.Module) else block
+    return module
+
+
+def _moved(block: Any, generator: torch.Generator) -> Any:
+    """Return a copy of a block with other parameters."""
+    block = copy.deepcopy(block)
+    for parameter in _module_of(block).parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            parameter.add_(noise * 0.1)
+    return block
+
+
+def _run(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], draws: Constant) -> Tensor:
+    with DRAWING, _random_state(), draws:
+        out: Tensor = block(rows.clone(), edge_index.clone(), torch.ones_like(rows), *edges.values())
+    return out
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+class Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Numbers that are drawn are 1 where they are masks, and else 1/2.
+
+    Attributes:
+        whole_numbers: whether some were drawn, such as a permutation, which stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.whole_numbers = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(out, Tensor):
+            if out.is_floating_point():
+                out.fill_(1.0 if "bernoulli" in str(func) else 0.5)
+            else:
+                self.whole_numbers = True
+        return out

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.autoscale.histories import PlainRows, Where
+from recollect.autoscale.histories import HistoryFileError, PlainRows, Where
 
-__all__ = ["Changes", "Tables", "save"]
+__all__ = ["Changes", "Tables", "load", "save", "unpacked"]
+
+_CHECKSUM = struct.Struct("<I")
 
 
 @dataclass
@@ -100,6 +102,7 @@ class _Journal:
     _HEAD = struct.Struct("<qqI")  # number of the entry from 1, its bytes, and their checksum
 
     def __init__(self, folder: Path) -> None:
+        self._path = folder / "journal"
         self._files = [os.open(folder / f"journal{i}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666) for i in (0, 1)]
         for descriptor in self._files:
             weakref.finalize(self, os.close, descriptor)
@@ -121,7 +124,7 @@ class _Journal:
         if not entries:
             return None
         _, content = max(entries, key=lambda entry: entry[0][0])
-        return torch.load(io.BytesIO(content), weights_only=True) if content else None
+        return unpacked(self._path, io.BytesIO(content)) if content else None
 
     def _put(self, content: memoryview) -> None:
         number = self._number + 1
@@ -148,7 +151,40 @@ class _Journal:
 
 
 def save(path: Path, value: Any) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all, with a checksum."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
     beside = path.with_suffix(".new")
-    torch.save(value, beside)
+    beside.write_bytes(_CHECKSUM.pack(zlib.crc32(stream.getbuffer())) + stream.getvalue())
     os.replace(beside, path)
+
+
+def load(path: Path) -> Any:
+    """Return what :func:`save` wrote.
+
+    Raises:
+        HistoryFileError: the file is something else.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    body = memoryview(content)[_CHECKSUM.size :]
+    if len(content) < _CHECKSUM.size or _CHECKSUM.unpack(content[: _CHECKSUM.size])[0] != zlib.crc32(body):
+        raise HistoryFileError(
+            f"{path}: expected what a step wrote, with its checksum (got {len(content)} bytes: it was cut or "
+            "changed): the step cannot go on; remove its step.pt, and begin it anew by step(criterion)"
+        )
+    return unpacked(path, io.BytesIO(body))
+
+
+def unpacked(path: Path, source: Any) -> Any:
+    """Return what a file of torch holds, of which nothing is run.
+
+    Raises:
+        HistoryFileError: it is something else.
+    """
+    try:
+        return torch.load(source, weights_only=True)
+    except Exception as error:
+        raise HistoryFileError(
+            f"{path}: expected tensors that WholeGraph wrote (got {type(error).__name__}: the file was cut or "
+            "changed); make another WholeGraph on this folder"
+        ) from error

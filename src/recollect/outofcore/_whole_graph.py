@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,25 @@ from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.frames import Lattice, RebuildError, bits_of, check_exact, digits_of
 from recollect.models import RevGNN
+from recollect.outofcore._checks import check_graph, check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Part, Parts
-from recollect.outofcore._reach import looks_further
-from recollect.outofcore._tables import Changes, Tables, save
+from recollect.outofcore._reach import DRAWING, Probe, Reach, kind_of
+from recollect.outofcore._tables import Changes, Tables, load, save
 
 __all__ = ["WholeGraph"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+_FEATURES = 64  # rows of features that are kept to see what is done with them
+
 Read = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Observed:
+    name: str
+    kind: tuple[Any, ...]
+    reach: Reach
 
 
 class WholeGraph:
@@ -38,7 +50,8 @@ class WholeGraph:
     Args:
         model: the network, in float32 or float64, on the CPU.
         data: the graph, its nodes in the order of the parts (see :func:`~recollect.autoscale.permute`), with ``x``,
-            ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. With ``store`` it is not needed afterwards.
+            ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. It is read once: changes afterwards are not seen, and
+            must not be made in ``x``. With ``store`` it is not needed afterwards.
         ptr: [P + 1] int64: part p has the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
         store: a folder for tables and parts; ``None``: host memory. One process at a time has it open.
         exact: as in :class:`~recollect.reversible.GroupAddRev`; the network's own where it has one. ``False``: the
@@ -50,7 +63,8 @@ class WholeGraph:
 
     Raises:
         TypeError: another kind of network.
-        ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing.
+        ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
+            requires a gradient; there are hooks on the network or its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
 
     Example:
@@ -81,17 +95,15 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
     ) -> None:
-        if not isinstance(model, RevGNN):
-            raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
-        missing = [name for name in ("x", "y", "train_mask") if name not in data]
-        if missing:
-            raise ValueError(f"data has no {', '.join(missing)}, but WholeGraph needs x, y and train_mask")
+        check_network(model)
+        check_graph(data, tuple(inputs))
         self.model = model
         self._inputs = tuple(inputs)
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
         own = model.layer(0).exact
         self.exact = check_exact(own if own is not False and exact is True else exact)
         self._dtype = model.project.weight.dtype
+        self._busy = threading.Lock()
         digits = digits_of(self.exact, self._dtype)
         self._lattice = None if digits is None else Lattice(digits)
         self.num_groups, self.num_layers = model.num_groups, model.num_layers
@@ -100,17 +112,29 @@ class WholeGraph:
         self._width = self._hidden // self.num_groups
         folder = None if store is None else Path(store)
         self._folder = folder
-        data = to_adj_t(data)
-        further = self._looks_further(data)
-        self.parts = Parts(data, self._ptr, self._inputs, further, None if folder is None else folder / "parts", memory)
+        given, data = data, to_adj_t(data)
+        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
+        self._probe = Probe(edges, self._width, self._dtype)
+        self._kinds: set[tuple[Any, ...]] = set()
+        self._in_order = _in_order(given, data.adj_t)
+        self._further = self._looks_further()
+        graph = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
+        self._graph = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in graph)
+        self._features = data.x[:_FEATURES].cpu().clone()
+        with _evaluating(model):
+            check_rows(model, self._features)
         groups = range(self.num_groups)
         widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
         dtypes = dict.fromkeys(widths, self._dtype)
         for mask in ("mask", "last_mask") if model.dropout > 0 else ():
             widths[mask], dtypes[mask] = width_of(self._hidden), torch.uint8
         self._tables = Tables(self.num_nodes, widths, dtypes, folder)
+        # Behind the tables, which no other process has open: its parts are not written over.
+        self.parts = Parts(
+            data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
+        )
         self._masks: dict[str, Masks] = {
-            name: Masks(self._tables[name], self._hidden, model.dropout) for name in widths if name.endswith("mask")
+            name: Masks(self._tables[name], self._hidden) for name in widths if name.endswith("mask")
         }
         places = self.num_layers * self.num_groups * len(self.parts)
         self._marks = PlainRows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
@@ -130,16 +154,21 @@ class WholeGraph:
                 ``F.cross_entropy(logits, y, reduction="sum") / number``.
 
         Raises:
-            ValueError: batch normalisation in training mode, which goes over all nodes at once.
+            ValueError: batch normalisation in training mode, which goes over all nodes at once; the network was changed
+                into one for which this was not made.
+            RuntimeError: another step or evaluation is under way.
             RebuildError: a block did not compute the same bits again.
             LatticeError: an activation is out of the range in which the stream is exact.
         """
-        self._check_modules()
-        self._tables.forget()
-        state = {"random": torch.get_rng_state(), "model": self._digest()}
-        if self._folder is not None:
-            save(self._folder / "step.pt", state)
-        return self._run(state, criterion, None)
+        with self._alone("step"):
+            self._check_modules()
+            self._tables.forget()
+            with DRAWING:
+                random = torch.get_rng_state()
+            state = {"random": random, "model": self._digest()}
+            if self._folder is not None:
+                save(self._folder / "step.pt", state)
+            return self._run(state, criterion, None)
 
     def resume(self, criterion: Criterion) -> Tensor:
         """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
@@ -151,18 +180,24 @@ class WholeGraph:
 
         Raises:
             RuntimeError: there is no unfinished step in the store, or the network is another one.
+            HistoryFileError: what the step wrote was changed.
         """
+        with self._alone("resume"):
+            return self._resume(criterion)
+
+    def _resume(self, criterion: Criterion) -> Tensor:
         path = None if self._folder is None else self._folder / "step.pt"
         if path is None or not path.is_file():
             raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = load(path)
         if state["model"] != self._digest():
             raise RuntimeError(
                 f"the network or the graph is not the one with which the step in {self._folder} began: load the "
                 "parameters of that time first"
             )
         self._check_modules()
-        torch.set_rng_state(state["random"])
+        with DRAWING:
+            torch.set_rng_state(state["random"])
         return self._run(state, criterion, self._tables.last())
 
     @property
@@ -172,10 +207,20 @@ class WholeGraph:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """Return the logits of all nodes [N, out_channels], in evaluation mode."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        """Return the logits of all nodes [N, out_channels], in evaluation mode.
+
+        Raises:
+            RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
+        """
+        with self._alone("evaluate"), _evaluating(self.model):
+            if self.unfinished:
+                raise RuntimeError(
+                    f"there is an unfinished step in {self._folder}, whose tables an evaluation would overwrite: call "
+                    f"resume(criterion) first, or give it up by removing {self._folder}/step.pt"
+                )
+            check_network(self.model)
+            self._accept(self._observe(), self._further)
+            check_rows(self.model, self._features)
             run = _Step(self, None, None, 0)
             run.forward()
             found = []
@@ -183,20 +228,34 @@ class WholeGraph:
                 part = self.parts[number]
                 found.append(self.model.classify(run.groups_of(part)).cpu())
             return torch.cat(found)
-        finally:
-            for module in training:
-                module.training = True
 
     # How.
 
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Have the tables for oneself."""
+        if torch.is_inference_mode_enabled() and what != "evaluate":
+            raise RuntimeError(f"{what}() computes gradients: call it outside of torch.inference_mode()")
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what}() was called while a step or an evaluation of the same WholeGraph is under way, in the "
+                "criterion or in another thread: its tables hold one at a time. Wait for its end, or make another one"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
-        if self.model.training:
-            # The same numbers in the same order as those that the network itself draws for the whole graph.
-            if self.model.shared_dropout and "mask" in self._masks:
-                self._masks["mask"].draw(self.parts.bounds)
-            if "last_mask" in self._masks:
+        with DRAWING:
+            if self.model.training and self.model.dropout > 0:
+                for masks in self._masks.values():
+                    masks.p = self.model.dropout
+                # The same numbers in the same order as those that the network itself draws for the whole graph.
+                if self.model.shared_dropout:
+                    self._masks["mask"].draw(self.parts.bounds)
                 self._masks["last_mask"].draw(self.parts.bounds)
-        seed = int(torch.randint(2**62, (1,), generator=_beside()))
+            seed = int(torch.randint(2**62, (1,), generator=_beside()))
         run = _Step(self, criterion, journal, seed)
         run.forward()
         loss = run.turn()
@@ -209,45 +268,104 @@ class WholeGraph:
         return loss
 
     def _check_modules(self) -> None:
+        check_network(self.model)
+        model = self.model
+        if model.dropout > 0 and not self._masks:
+            raise ValueError(
+                f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
+                "another WholeGraph"
+            )
+        if model.project.weight.dtype != self._dtype:
+            raise ValueError(
+                f"the network is in {model.project.weight.dtype} now, and was in {self._dtype} when the WholeGraph was "
+                "made: make another WholeGraph"
+            )
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"{name} is a {type(module).__name__}, which in training normalises over all nodes at once: parts "
                     'have other means. Use norm="layer" (LayerNorm), or model.eval() to keep its statistics'
                 )
+        self._accept(self._observe(), self._further)
+        check_rows(self.model, self._features)
 
-    def _looks_further(self, data: Any) -> bool:
-        rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
-        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        found, seen = False, set()
-        try:
-            with torch.no_grad():
-                for index in range(self.num_layers):
-                    layer = self.model.layer(index)
-                    if id(layer) in seen:
-                        continue
-                    seen.add(id(layer))
-                    for block in layer._blocks():
+    def _looks_further(self) -> bool:
+        """Return whether parts need the edges into their neighbours too, as blocks that go by degrees do."""
+        with _evaluating(self.model):
+            observed = self._observe(every=True)
+        self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
+        # What is refused in training mode alone, such as batch normalisation, is refused in a step.
+        observed += [each for each in self._observe(every=True) if each.reach.near or each.reach.further]
+        further = not all(each.reach.near for each in observed)
+        self._accept(observed, further)
+        return further
 
-                        def run(rows: Tensor, edge_index: Tensor, own: dict[str, Tensor], block: Any = block) -> Tensor:
-                            out: Tensor = block(rows, edge_index, None, *own.values())
-                            return out
-
-                        name = type(block.owner).__name__ if hasattr(block, "owner") else type(block).__name__
-                        found |= looks_further(run, name, rowptr, col, edges, self._width, self._dtype)
-        finally:
-            for module in training:
-                module.training = True
+    def _observe(self, every: bool = False) -> list[_Observed]:
+        """Return what blocks need, in the modes in which they are: one of each new kind, or all."""
+        found, seen, known = [], set(), set(self._kinds)
+        for index in range(self.num_layers):
+            layer = self.model.layer(index)
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            for group, block in enumerate(layer._blocks()):
+                kind = kind_of(block)
+                if kind not in known or every:
+                    name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
+                    found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
+                    known.add(kind)
         return found
+
+    def _accept(self, observed: list[_Observed], further: bool) -> None:
+        """Note kinds of blocks as such that can be computed part by part, or refuse them."""
+        self._refuse([each for each in observed if not (each.reach.further if further else each.reach.near)])
+        for each in observed:
+            if each.reach.ordered and not self._in_order:
+                raise ValueError(
+                    f"{each.name}: what it returns depends on the order of the edges into a node, and in "
+                    "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
+                    "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
+                )
+        self._kinds.update(each.kind for each in observed)
+
+    def _refuse(self, observed: list[_Observed]) -> None:
+        for each in observed:
+            raise ValueError(
+                f"{each.name}: what it returns for a node depends on more than the node and its neighbours, so that it "
+                "cannot be computed part by part: it has several convolutions one after the other, goes against the "
+                "edges, or normalises over nodes. Make each convolution a layer of its own, and use norms over "
+                "channels (LayerNorm). If it was put into the network later, make another WholeGraph"
+            )
 
     def _digest(self) -> str:
         """Return what tells this network, with its parameters, and this division from others."""
-        digest = hashlib.sha256(repr((self._ptr.tolist(), self.exact, self._inputs)).encode())
+        model = self.model
+        modes = [module.training for module in model.modules()]
+        own = (self._ptr.tolist(), self.exact, self._inputs, repr(model), modes, model.dropout, model.shared_dropout)
+        digest = hashlib.sha256(repr((*own, self._graph)).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _in_order(data: Any, adj_t: Tensor) -> bool:
+    """Return whether the edges into each node are in the same order in a graph's edge index as in its adjacency."""
+    edge_index = data.get("edge_index") if "adj_t" not in data else None
+    if edge_index is None:
+        return True
+    by_target = torch.argsort(edge_index[1], stable=True)
+    return torch.equal(edge_index[0][by_target].cpu(), adj_t.col_indices().long().cpu())
 
 
 def _beside() -> torch.Generator:
@@ -277,7 +395,7 @@ class _Step:
         if journal is not None:
             by_name = dict(of.model.named_parameters())
             self._loss = journal["loss"]
-            kept = torch.load(of._folder / "gradients.pt", weights_only=True) if journal["kept"] else {}  # type: ignore[operator]
+            kept = load(of._folder / "gradients.pt") if journal["kept"] else {}  # type: ignore[operator]
             self.gradients = {by_name[name]: value for name, value in {**kept, **journal["gradients"]}.items()}
 
     # Reading, computing and writing side by side.
@@ -378,7 +496,7 @@ class _Step:
         for other in inputs[1:]:
             z += of._tables[f"x{other}"].read(n_id)
         mask = None
-        if of.model.training and of.model.shared_dropout and "mask" in of._masks:
+        if of.model.training and of.model.shared_dropout and of.model.dropout > 0:
             mask = self._chunks(of._masks["mask"].read(n_id, of._dtype))[group]
         return of._tables[f"x{group}"].read((part.start, part.stop)), z, mask
 
@@ -411,7 +529,7 @@ class _Step:
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         block = of.model.layer(layer)._blocks()[group]
-        with _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+        with DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
             y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
@@ -424,7 +542,7 @@ class _Step:
 
         def read(part: Part) -> tuple[Tensor, Tensor | None]:
             mask = None
-            if of.model.training and "last_mask" in of._masks:
+            if of.model.training and of.model.dropout > 0:
                 mask = of._masks["last_mask"].read((part.start, part.stop), of._dtype)
             return self.groups_of(part), mask
 

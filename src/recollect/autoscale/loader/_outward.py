@@ -33,6 +33,7 @@ class Outward(NamedTuple):
         edges: the graph's edge-level tensors by name, [E', ...].
         others: names of the graph's tensors that belong to neither.
         complete: whether these are all edges into the out-neighbours, or only those from the batch.
+        weights: [2] float64: the sum of the weights of the edges into the batch, and that of their squares.
     """
 
     n_id: Tensor
@@ -44,6 +45,7 @@ class Outward(NamedTuple):
     edges: dict[str, Tensor]
     others: tuple[str, ...]
     complete: bool
+    weights: Tensor
 
     def by_target(self) -> Outward:
         """Return the same with edges as if ``complete``: those of each out-neighbour together."""
@@ -102,6 +104,7 @@ class OutwardCut:
         counts = self._begin[batch + 1] - self._begin[batch]
         leaving = _spread(self._begin[batch], counts)
         targets, place = number_nodes(batch, self._target[leaving], num_nodes)
+        into = self._value[_spread(self._rowptr[batch], self._rowptr[batch + 1] - self._rowptr[batch])].double()
         if self._complete:
             counts = self._rowptr[targets + 1] - self._rowptr[targets]
             edges = _spread(self._rowptr[targets], counts)
@@ -123,6 +126,7 @@ class OutwardCut:
             {name: value[edges] for name, value in self._edges.items()},
             self._others,
             self._complete,
+            torch.stack([into.sum(), into.square().sum()]),
         )
 
 

@@ -1,0 +1,101 @@
+"""What a network and a graph must be for steps over parts to be those over the whole graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.models import RevGNN
+from recollect.outofcore._reach import DRAWING, Constant, same
+from recollect.reversible import GroupAddRev
+
+__all__ = ["check_graph", "check_network", "check_rows"]
+
+_ROWS, _PART = 24, slice(5, 12)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_network(model: Any) -> None:
+    """Check that a network is run as it is when its layers are computed one by one.
+
+    Raises:
+        TypeError: another kind of network.
+        ValueError: it, or a layer, runs something else too.
+    """
+    if not isinstance(model, RevGNN):
+        raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
+    for method in ("forward", "_mask", "__call__"):
+        if getattr(type(model), method) is not getattr(RevGNN, method):
+            raise TypeError(
+                f"{type(model).__name__} has its own {method}, which is not called when layers are computed part by "
+                "part: override embed and classify, which go row by row, or give another conv"
+            )
+    for name, module in [("model", model), *((f"layers.{i}", layer) for i, layer in enumerate(model.layers))]:
+        if module is not model and type(module) is not GroupAddRev:
+            raise TypeError(f"{name} must be a recollect.reversible.GroupAddRev (got {type(module).__name__})")
+        found = [kind for kind in _HOOKS if getattr(module, kind)]
+        if found:
+            raise ValueError(
+                f"{name} has hooks ({', '.join(found)}), which are not called when blocks are computed part by part: "
+                "remove them, or register them on the convolutions"
+            )
+
+
+def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
+    """Check that a graph has what is needed, and that no gradient of it is asked for.
+
+    Raises:
+        ValueError: something is missing, of another shape, or requires a gradient.
+    """
+    missing = [name for name in ("x", "y", "train_mask") if name not in data]
+    if missing:
+        raise ValueError(f"data has no {', '.join(missing)}, but WholeGraph needs x, y and train_mask")
+    if not data.num_nodes:
+        raise ValueError("the graph has no nodes")
+    if data.train_mask.dim() != 1:
+        raise ValueError(
+            f"data.train_mask must have one entry for each node (got shape {list(data.train_mask.shape)}): take one "
+            "column, one split"
+        )
+    for name in ("x", *inputs):
+        value = (
+            data.adj_t.values() if name == "edge_weight" and name not in data and "adj_t" in data else data.get(name)
+        )
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"data.{name} requires grad, but steps give gradients to the network's parameters alone")
+
+
+@torch.no_grad()
+def check_rows(model: RevGNN, x: Tensor) -> None:
+    """Check that what is before and behind the layers goes row by row, in the mode in which it is.
+
+    Args:
+        model: the network; it stays as it is.
+        x: some nodes' features [n, in_channels].
+
+    Raises:
+        ValueError: a row depends on others.
+    """
+    model = copy.deepcopy(model, {id(model.layers): nn.ModuleList()})  # without the layers
+    generator = torch.Generator().manual_seed(0)
+    x = x[torch.randint(x.size(0), (_ROWS,), generator=generator)]
+    weight = model.project.weight
+    h = torch.randn(_ROWS, model.project.out_features, generator=generator, dtype=torch.float64).to(weight.dtype)
+    mask = torch.ones_like(h) if model.training and model.dropout > 0 else None
+    for method, rows, *masks in (("embed", x), ("classify", h, mask)):
+        run = getattr(model, method)
+        with DRAWING, Constant():
+            whole = run(rows, *masks)
+        try:
+            with DRAWING, Constant():
+                part = run(rows[_PART], *(None if each is None else each[_PART] for each in masks))
+        except Exception as error:
+            raise ValueError(f"{method} cannot be computed for some of the rows: {error}") from error
+        if not same(part, whole[_PART]):
+            raise ValueError(
+                f"{method} of the {type(model).__name__} returns rows that depend on other nodes' rows, so that it "
+                "cannot be computed part by part: use norms over channels (LayerNorm)"
+            )

@@ -1,0 +1,219 @@
+"""What would give other numbers than the whole network is refused before anything is changed."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch_geometric.nn import GATConv, InstanceNorm
+from whole_graph_zoo import N, a_graph, plain_step, sum_of_losses, whole_step
+
+from recollect.models import RevGNN
+from recollect.outofcore import WholeGraph
+
+PTR = torch.tensor([0, 20, 20, 50, 61, N])
+
+
+def a_model(kind=RevGNN, **options) -> RevGNN:
+    return kind(7, 8, 4, 3, exact=True, **options).double()
+
+
+class Doubled(RevGNN):
+    def forward(self, x, edge_index, *args):
+        return 2 * super().forward(x, edge_index, *args)
+
+
+class Centred(RevGNN):
+    def classify(self, x, mask=None):
+        return super().classify(x - x.mean(0), mask)
+
+
+class CentredFeatures(RevGNN):
+    def embed(self, x):
+        return super().embed(x - x.mean(0))
+
+
+class Scaled(RevGNN):
+    """Row by row."""
+
+    def embed(self, x):
+        return super().embed(x / x.norm(dim=1, keepdim=True))
+
+    def classify(self, x, mask=None):
+        return super().classify(x.tanh(), mask)
+
+
+def hooked():
+    model = a_model()
+    model.layers[1].register_forward_hook(lambda module, args, out: 2 * out)
+    return model
+
+
+def normed_over_nodes():
+    model = a_model()
+    model.norm = InstanceNorm(8).double()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: a_model(Doubled), TypeError, "Doubled has its own forward"),
+        (lambda: a_model(Centred), ValueError, "classify of the Centred"),
+        (lambda: a_model(CentredFeatures), ValueError, "embed of the CentredFeatures"),
+        (hooked, ValueError, "layers.1 has hooks"),
+        (normed_over_nodes, ValueError, "other nodes' rows"),
+    ],
+)
+def test_networks_that_do_something_else_as_a_whole(make, error, message):
+    data = a_graph()
+    with pytest.raises(error, match=message):
+        WholeGraph(make(), data, PTR).step(sum_of_losses(data))
+
+
+def test_what_goes_row_by_row_is_as_it_was_overridden():
+    data = a_graph()
+    model = a_model(Scaled, dropout=0.3)
+    found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_the_graph_are_not_left_out_in_silence():
+    data = a_graph()
+    data.x.requires_grad_()
+    with pytest.raises(ValueError, match=r"data\.x requires grad"):
+        WholeGraph(a_model(), data, PTR)
+    data = a_graph()
+    data.edge_weight = torch.rand(data.edge_index.size(1), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"data\.edge_weight requires grad"):
+        WholeGraph(a_model(conv="gcn"), data, PTR, inputs=("edge_weight",))
+
+
+def test_one_mask_for_each_node():
+    data = a_graph()
+    data.train_mask = torch.stack([data.train_mask] * 3, 1)
+    with pytest.raises(ValueError, match="take one column"):
+        WholeGraph(a_model(), data, PTR)
+
+
+def set_dropout(model, p):
+    model.dropout = p
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = p
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_dropout_that_changes(p):
+    data = a_graph()
+    model = a_model(dropout=0.5)
+    whole = WholeGraph(model, data, PTR)
+    set_dropout(model, p)
+    found, expected = whole_step(whole, data), plain_step(model, data)
+    assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_for_which_there_is_no_room():
+    data = a_graph()
+    model = a_model()
+    whole = WholeGraph(model, data, PTR)
+    set_dropout(model, 0.5)
+    with pytest.raises(ValueError, match=r"dropout=0\.5"):
+        whole.step(sum_of_losses(data))
+
+
+def test_another_dtype():
+    data = a_graph()
+    model = a_model()
+    whole = WholeGraph(model, data, PTR)
+    model.float()
+    with pytest.raises(ValueError, match="float32 now"):
+        whole.step(sum_of_losses(data))
+
+
+def test_inference_mode():
+    data = a_graph()
+    whole = WholeGraph(a_model(), data, PTR)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        whole.step(sum_of_losses(data))
+
+
+@pytest.mark.parametrize("what", ["evaluate", "step"])
+def test_one_at_a_time_has_the_tables(what):
+    data = a_graph()
+    whole = WholeGraph(a_model(dropout=0.4), data, PTR)
+
+    def criterion(logits, y):
+        whole.evaluate() if what == "evaluate" else whole.step(sum_of_losses(data))
+        return F.cross_entropy(logits, y)
+
+    with pytest.raises(RuntimeError, match="under way"):
+        whole.step(criterion)
+    found, expected = whole_step(whole, data), plain_step(whole.model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_an_evaluation_does_not_overwrite_an_unfinished_step(tmp_path):
+    data = a_graph()
+    model = a_model(dropout=0.4)
+    whole = WholeGraph(model, data, PTR, tmp_path)
+    torch.manual_seed(5)
+    with pytest.raises(KeyError):
+        whole.step(lambda logits, y: {}["loss"])
+    with pytest.raises(RuntimeError, match="unfinished step"):
+        whole.evaluate()
+    loss = whole.resume(sum_of_losses(data))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = plain_step(model, data)
+    assert_close((loss, gradients), expected[:2], rtol=1e-10, atol=1e-10)
+    assert whole.evaluate().shape == (N, 4)
+
+
+@pytest.mark.parametrize("change", ["graph", "mode", "settings"])
+def test_a_step_goes_on_with_the_same_graph_and_network_alone(change, tmp_path):
+    data = a_graph()
+    model = a_model(dropout=0.4)
+    whole = WholeGraph(model, data, PTR, tmp_path)
+    with pytest.raises(KeyError):
+        whole.step(lambda logits, y: {}["loss"])
+    if change == "graph":
+        del whole
+        data.edge_index = data.edge_index.flip(1)[:, 1:]
+        whole = WholeGraph(model, data, PTR, tmp_path)
+    elif change == "mode":
+        model.eval()
+    else:
+        model.layers[0].convs[0].norm.eps = 0.1
+    with pytest.raises(RuntimeError, match="the network or the graph"):
+        whole.resume(sum_of_losses(data))
+
+
+def test_threads_of_which_each_has_its_own():
+    data = a_graph()
+    failed = []
+
+    def train():
+        model = a_model(conv=lambda c: GATConv(c, c, dropout=0.5), dropout=0.3, shared_dropout=False)
+        try:
+            WholeGraph(model, data, PTR).step(sum_of_losses(data))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_a_new_head_between_steps():
+    data = a_graph()
+    model = a_model()
+    whole = WholeGraph(model, data, PTR)
+    whole.step(sum_of_losses(data))
+    model.head = nn.Linear(8, 4).double()
+    found, expected = whole_step(whole, data), plain_step(model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
