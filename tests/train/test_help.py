@@ -22,7 +22,8 @@ def test_keys_stand_below_what_they_need():
     found = {title.split(":")[0]: re.findall(r"(?m)^  ([\w.]+)=", keys) for title, keys in sections.items()}
     always = found.pop("keys, with the values they have if nothing is said")
     assert "training.edge_dropout" in always
-    assert "training.num_parts" in found["only with training=autoscale"]
+    assert "training.num_parts" in found["only with training=autoscale or wholegraph"]
+    assert "training.history_dtype" in found["only with training=autoscale"]
     assert found["only with objective=iwrm"] == ["objective.samples"]
     histories = next(keys for title, keys in found.items() if "model with histories" in title)
     assert "model.adjacency" in histories
