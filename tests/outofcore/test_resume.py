@@ -92,6 +92,7 @@ def test_another_network_does_not_go_on(tmp_path, monkeypatch):
 CODE = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
+torch.set_num_threads(int(sys.argv[3]))  # sums by more threads have other bits
 from test_resume import a_whole
 from whole_graph_zoo import sum_of_losses
 whole, data = a_whole(sys.argv[1])
@@ -107,7 +108,8 @@ def test_killed_at_any_moment(tmp_path):
     whole, data = a_whole(tmp_path / "whole")
     loss, gradients, number = whole_step(whole, data)
     store = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), str(store), os.path.dirname(__file__)]
+    arguments = [str(store), os.path.dirname(__file__), str(torch.get_num_threads())]
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), *arguments]
     for kill in range(int(os.environ.get("RECOLLECT_KILLS", "2"))):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline().strip() == "begun"
