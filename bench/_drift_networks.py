@@ -11,6 +11,7 @@ import torch_geometric.nn
 from torch import Tensor, nn
 
 from bench._step import UnavailableError, imported, relative_error
+from bench._systems import OnGraph
 from recollect.reversible import GroupAddRev
 
 NORMS = ("layer", "none")
@@ -83,23 +84,11 @@ def _pyg(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     )
 
 
-class _OnGraph(nn.Module):
-    """A block with its graph: memcnn's coupling hands on a single tensor."""
-
-    def __init__(self, block: nn.Module, graph: Tensor) -> None:
-        super().__init__()
-        self.block = block
-        self.graph = graph
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x, self.graph)
-
-
 def _memcnn(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     memcnn = imported("memcnn")
 
     def layer(stack: nn.ModuleList) -> Run:
-        coupling = memcnn.AdditiveCoupling(_OnGraph(stack[0], graph), _OnGraph(stack[1], graph), split_dim=-1)
+        coupling = memcnn.AdditiveCoupling(OnGraph(stack[0], graph), OnGraph(stack[1], graph), split_dim=-1)
         wrapped = memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
         return lambda x, _: wrapped(x)
 

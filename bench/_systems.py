@@ -82,7 +82,7 @@ def _pyg(blocks: Blocks, graph: Tensor) -> System:
     return System([_bind(torch_geometric.nn.GroupAddRev(stack), graph) for stack in blocks], refills=True)
 
 
-class _OnGraph(nn.Module):
+class OnGraph(nn.Module):
     """A block with its graph: memcnn's coupling hands on a single tensor."""
 
     def __init__(self, block: nn.Module, graph: Tensor) -> None:
@@ -100,7 +100,7 @@ def _memcnn(blocks: Blocks, graph: Tensor) -> System:
     memcnn = imported("memcnn")
 
     def layer(stack: nn.ModuleList) -> Callable[[Tensor], Tensor]:
-        coupling = memcnn.AdditiveCoupling(_OnGraph(stack[0], graph), _OnGraph(stack[1], graph), split_dim=-1)
+        coupling = memcnn.AdditiveCoupling(OnGraph(stack[0], graph), OnGraph(stack[1], graph), split_dim=-1)
         return memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
 
     return System([layer(stack) for stack in blocks], refills=True)

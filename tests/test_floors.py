@@ -55,13 +55,13 @@ FLOORS = {
     "aggregation": floor(),
     "messages": floor("_devices _torch"),
     "invertible": floor("_arguments _parameters frames"),
-    "reversible": floor("_arguments _parameters _torch frames invertible messages"),
+    "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
         "_arguments _parameters _transfer _util frames messages data", "torch_geometric pymetis kaminpar"
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
-    "outofcore": floor("_torch _arguments frames messages reversible autoscale models"),
+    "outofcore": floor("_torch _util _arguments frames messages reversible autoscale models"),
     "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect._util._bits import pack_bits, unpack_bits
 from recollect.autoscale.histories import PlainRows, Where
 
 __all__ = ["Masks", "width_of"]
 
-_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
 _LEVELS = 2**16  # as of recollect.models.RevGNN's own masks: 16 random bits for each element
 
 
@@ -50,21 +50,11 @@ class Masks:
             numbers = torch.cat([left, fresh.view(torch.int16)])
             left = numbers[needed:].clone()
             kept = (numbers[:needed] >= self._dropped - _LEVELS // 2).view(stop - start, self._channels)
-            self._rows.write((start, stop), _packed(kept))
+            self._rows.write((start, stop), pack_bits(kept))
             done += needed
         assert done == total
 
     def read(self, where: Where, dtype: torch.dtype) -> Tensor:
         """Return the factors of some nodes [rows, channels]."""
-        bits = self._rows.read(where)
-        places = torch.tensor(_PLACES, dtype=torch.uint8, device="cpu")
-        kept = (bits.unsqueeze(2) & places).ne(0).flatten(1)[:, : self._channels]
+        kept = unpack_bits(self._rows.read(where), self._channels)
         return kept.to(dtype).mul_(_LEVELS / (_LEVELS - self._dropped))
-
-
-def _packed(kept: Tensor) -> Tensor:
-    rows, channels = kept.shape
-    padded = torch.zeros(rows, width_of(channels) * 8, dtype=torch.uint8, device="cpu")
-    padded[:, :channels] = kept
-    places = torch.tensor(_PLACES, dtype=torch.uint8, device="cpu")
-    return (padded.view(rows, -1, 8) * places).sum(2, dtype=torch.uint8)

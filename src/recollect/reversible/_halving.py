@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._util._bits import pack_bits, unpack_bits
 from recollect.frames import Lattice
 
 __all__ = ["Gamma", "Halving", "Mixed"]
@@ -26,12 +27,12 @@ class Gamma:
 
     def __init__(self, x: Tensor) -> None:
         self._number = x.size(0) if x.dim() else 1
-        self._bits = _packed(torch.randint(2, (self._number,), device=x.device))
+        self._bits = pack_bits(torch.randint(2, (self._number,), device=x.device))
 
     def like(self, x: Tensor) -> Tensor:
         """Return γ [batch, 1, ...] for an ``x`` [batch, ...], in its type."""
         shape = [self._number, *[1] * (x.dim() - 1)] if x.dim() else []
-        return _unpacked(self._bits, self._number).view(shape).to(x.dtype) - 0.5
+        return unpack_bits(self._bits, self._number).view(shape).to(x.dtype) - 0.5
 
 
 class Mixed:
@@ -76,7 +77,7 @@ class Halving(Lattice):
         with torch.no_grad():
             unit, old = 2.0**-self.digits, group.detach()
             odd = (old * 2.0**self.digits).remainder_(2.0)
-            self._odd = _packed(odd)
+            self._odd = pack_bits(odd.reshape(-1))
             exact = torch.add(old, odd, alpha=unit).mul_(gamma)
             exact.add_(self.steps(output, total.dtype), alpha=unit)
             total.detach().copy_(exact.add_(0.0))  # there is no -0.0 on the lattice
@@ -93,22 +94,8 @@ class Halving(Lattice):
             flat = old.view(-1)
             for start in range(0, flat.numel(), _PIECE):  # unpacked, bits are as large as the values
                 piece = flat[start : start + _PIECE]
-                piece.sub_(_unpacked(self._odd[start // 8 :], piece.numel()).to(flat.dtype), alpha=unit)
+                piece.sub_(unpack_bits(self._odd[start // 8 :], piece.numel()).to(flat.dtype), alpha=unit)
         return (old.add_(0.0),)
 
 
 _PIECE = 1 << 18  # divisible by 8
-_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-def _packed(odd: Tensor) -> Tensor:
-    """Return zeros and ones as bits."""
-    flat = odd.to(torch.uint8).reshape(-1)
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
-    return (flat * torch.tensor(_PLACES, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(bits: Tensor, number: int) -> Tensor:
-    """Return so many bits as booleans."""
-    places = torch.tensor(_PLACES, dtype=torch.uint8, device=bits.device)
-    return (bits[: -(-number // 8)].unsqueeze(1) & places).ne(0).view(-1)[:number]
