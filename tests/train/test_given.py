@@ -66,6 +66,8 @@ def test_several_labels_are_scored_by_micro_f1():
         ({"y": None}, "the graph has no y"),
         ({"y": torch.rand(50)}, "y is torch.float32: classes are whole numbers"),
         ({"y": torch.arange(49)}, r"y \[49\], but must be"),
+        ({"y": torch.arange(50)[:, None]}, r"y is \[50, 1\].*give y\.view\(-1\)"),
+        ({"y": torch.rand(50, 2)}, "must be 0 or 1, or NaN"),
         ({"edge_index": torch.tensor([[0], [50]])}, "edge_index names nodes from 0 to 50 of 50"),
         (
             {"train_mask": torch.ones(50, dtype=torch.bool)},

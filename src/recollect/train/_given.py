@@ -37,8 +37,16 @@ def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
         raise UsageError(f"{found}, but must be [N, F], [2, E], and [N] or [N, K]")
     if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < n:
         raise UsageError(f"edge_index names nodes from {int(edge_index.min())} to {int(edge_index.max())} of {n}")
-    multilabel = y.dim() == 2 and y.size(1) > 1
-    y = y.float() if multilabel else y.reshape(-1)
+    multilabel = y.dim() == 2
+    if multilabel:
+        y = y.float()
+        if y.size(1) == 1:
+            raise UsageError(
+                f"y is {list(y.shape)}, a class for each node or one label that is there or not: give y.view(-1) for "
+                "classes; one label alone is two classes"
+            )
+        if not bool((y.isnan() | (y == 0) | (y == 1)).all()):
+            raise UsageError(f"y is {list(y.shape)}, a column for each label, which must be 0 or 1, or NaN if unknown")
     if not multilabel and y.is_floating_point():
         raise UsageError(f"y is {y.dtype}: classes are whole numbers from 0 on; labels are [N, K] of zeros and ones")
     masks = {part: data.get(f"{part}_mask") for part in _PARTS}

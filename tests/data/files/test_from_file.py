@@ -248,6 +248,7 @@ def test_a_mapping_of_tables_and_a_graph_in_memory(tmp_path: Path) -> None:
     same(load("file", path=paths))
     data = Data(x=torch.tensor(X), edge_index=torch.tensor(EDGES), y=torch.tensor(CLASSES))
     same(from_data(data), split=False)
+    same(from_data(type("Mesh", (Data,), {})(**data.to_dict())), split=False)
 
 
 class Evil:

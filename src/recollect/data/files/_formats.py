@@ -99,7 +99,7 @@ def from_mapping(value: Any, source: str) -> Found:
         InvalidFileError: It is neither, or see `from_arrays`.
     """
     kind = type(value).__name__
-    if hasattr(value, "to_dict") and hasattr(value, "edge_index") and kind == "Data":
+    if isinstance(value, require("torch_geometric.data", extra="graph").Data):
         value = value.to_dict()
     if not isinstance(value, Mapping):
         raise InvalidFileError(
