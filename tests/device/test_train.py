@@ -47,6 +47,16 @@ def steps(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("objective", ["iwrm", "multitask"])
+def test_many_objectives_wait_once_a_step(other, objective, tmp_path, steps):
+    graph = ["dataset=sbm", "dataset.options.num_labels=3"] if objective == "multitask" else []
+    run(tmp_path, "device=other", "model=gcn", f"objective={objective}", "measure.enabled=false", *graph)
+    for where in steps:  # of one step an epoch, and the epoch's loss
+        assert len(where) == 2, where
+        assert "_objective.py" in where[0]
+        assert "_step.py" in where[1]
+
+
 @each
 def test_a_run(other, name, tmp_path, steps):
     device.lag = 10**6

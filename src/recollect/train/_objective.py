@@ -94,12 +94,15 @@ class _Many:
     def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         objectives = self._choose(losses)
         value = losses.mean()
-        if not bool(objectives.isfinite().all()):
-            return value, value  # the trainer stops at a loss that is not finite, and names the epoch
         gramian = self._engine.compute_gramian(objectives)
+        # In host memory all that follows waits for nothing more: this is the one wait for the device.
+        together = torch.cat([gramian.flatten(), objectives.detach().to(gramian.dtype)]).cpu()
+        gramian, known = together[: gramian.numel()].view(gramian.shape), together[gramian.numel() :]
+        if not bool(known.isfinite().all()):
+            return value, value  # the trainer stops at a loss that is not finite, and names the epoch
         weights = self._weighting(gramian)
         self._seen.append(conflict(gramian, weights))
-        return value, objectives @ weights.to(objectives)
+        return value, objectives @ weights.to(objectives.device, objectives.dtype, non_blocking=True)
 
     def observe(self) -> dict[str, float]:
         """Return the measures, NaN without a step.
@@ -150,5 +153,5 @@ def make_objective(settings: ObjectiveSettings, graph: GraphDataset, network: nn
 def _some_nodes(losses: Tensor, number: int) -> Tensor:
     """Losses of so many nodes at random, or of all if there are no more."""
     each = losses if losses.dim() == 1 else losses.mean(1)
-    chosen = torch.randperm(each.numel())[:number].to(each.device)
+    chosen = torch.randperm(each.numel())[:number].to(each.device, non_blocking=True)
     return each[chosen] if number < each.numel() else each
