@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
+from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, GINConv, GraphConv, SAGEConv
 from torch_geometric.nn import Sequential as GraphSequential
 
 import recollect
@@ -229,7 +229,7 @@ class TestCost:
         """Which shows that the others' peaks would show it."""
         nodes, edges, channels = 300, 24_000, 32
         graph, x = a_graph(nodes, edges), torch.randn(nodes, 2 * channels)
-        for fuse, conv in ((False, SAGEConv(channels, channels)), (True, GATConv(channels, channels))):
+        for fuse, conv in ((False, SAGEConv(channels, channels)), (True, GATv2Conv(channels, channels))):
             layers = layers_of(lambda conv=conv: Usual(conv, channels), 2)
             with peak_memory() as memory:
                 run(layers, x, graph, keep=False, fuse=fuse)
@@ -399,7 +399,8 @@ LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
     "a forward of its own": replaced,
     "a hook": hooked("register_forward_hook"),
     "a hook on messages": hooked("register_message_forward_hook"),
-    "gat": lambda: Usual(GATConv(CHANNELS, CHANNELS), CHANNELS),
+    "gat of two maps": lambda: Usual(GATConv((CHANNELS, CHANNELS), CHANNELS), CHANNELS),
+    "gatv2": lambda: Usual(GATv2Conv(CHANNELS, CHANNELS), CHANNELS),
     "cached": lambda: Usual(GCNConv(CHANNELS, CHANNELS, cached=True), CHANNELS),
 }
 

@@ -22,7 +22,8 @@ from torch_geometric.nn.aggr import MaxAggregation
 
 import recollect
 from recollect.memory import peak_memory
-from recollect.messages import _adjacency, _convolutions, convolve, sparse_csr
+from recollect.messages import _adjacency, _rules, convolve, sparse_csr
+from recollect.messages._attention import attend
 from recollect.messages._extreme import extreme
 from recollect.messages._products import propagate
 from recollect.reversible import GroupAddRev
@@ -55,6 +56,10 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     "gcn": lambda: GCNConv(CHANNELS, CHANNELS),
     "gcn, improved": lambda: GCNConv(CHANNELS, CHANNELS, improved=True, bias=False),
     "gcn, no loops": lambda: GCNConv(CHANNELS, CHANNELS, add_self_loops=False),
+    "gat": lambda: GATConv(CHANNELS, CHANNELS),
+    "gat, heads": lambda: GATConv(CHANNELS, 2, heads=3, negative_slope=0.5, residual=True),
+    "gat, averaged heads, no loops": lambda: GATConv(CHANNELS, CHANNELS, 2, concat=False, add_self_loops=False),
+    "gat, attention dropped in training": lambda: GATConv(CHANNELS, CHANNELS, dropout=0.5, bias=False).eval(),
     "gcn, not normalized": lambda: GCNConv(CHANNELS, CHANNELS, normalize=False),
 }
 
@@ -112,7 +117,8 @@ class Doubled(SAGEConv):
 
 
 LEFT_ALONE: dict[str, Callable[[], nn.Module]] = {
-    "gat": lambda: GATConv(CHANNELS, CHANNELS),
+    "gat, attention dropped": lambda: GATConv(CHANNELS, CHANNELS, dropout=0.5),
+    "gat, two maps": lambda: GATConv((CHANNELS, CHANNELS), CHANNELS),
     "sage, two aggregations": lambda: SAGEConv(CHANNELS, CHANNELS, aggr=["mean", "max"]),
     "sage, aggregation exchanged": with_other_aggregation,
     "gcn, max": lambda: GCNConv(CHANNELS, CHANNELS, aggr="max"),
@@ -181,8 +187,9 @@ def products(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(_convolutions, "propagate", counting(propagate))
-    monkeypatch.setattr(_convolutions, "extreme", counting(extreme))
+    monkeypatch.setattr(_rules, "propagate", counting(propagate))
+    monkeypatch.setattr(_rules, "attend", counting(attend))
+    monkeypatch.setattr(_rules, "extreme", counting(extreme))
     return calls
 
 
@@ -351,7 +358,9 @@ class TestCost:
             for conv in convs:
                 gradients(convolve(conv, x, edge_index), x, conv)
         assert len(products) == 2 * len(convs)
-        assert len({id(adj_t) for adj_t in products}) == 5  # sums, means, and three ways of GCN's weights
+        assert (
+            len({id(adj_t) for adj_t in products}) == 7
+        )  # sums, means, three ways of GCN's weights, two of attention's loops
 
     def test_edges_are_sorted_once_in_nested_frames(self, x, edge_index, products):
         layer = GroupAddRev(SAGEConv(CHANNELS, CHANNELS), num_groups=2)
@@ -381,7 +390,9 @@ class TestLeftAlone:
     @every_left_alone
     def test_convolutions(self, make, x, edge_index, products):
         conv = make()
+        torch.manual_seed(0)
         expected = conv(x, edge_index)
+        torch.manual_seed(0)
         assert torch.equal(convolve(conv, x, edge_index), expected)
         assert not products
 

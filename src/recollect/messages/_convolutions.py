@@ -6,20 +6,18 @@ import sys
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recollect._devices import forms_of
 from recollect._torch import is_recorded
-from recollect.messages._adjacency import Edges, edges_of, narrow_adj_t, sparse_csr
-from recollect.messages._extreme import extreme
-from recollect.messages._products import propagate
+from recollect.messages._adjacency import edges_of
+from recollect.messages._rules import Rule, Sources, known
 
 __all__ = ["convolve"]
 
@@ -29,15 +27,13 @@ def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
 
     ``block`` is a convolution, or any module with convolutions among its modules: behind a norm, several, nested. Those
     that allow it are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
-    sum, average, or on the CPU take the largest or smallest of the rows of the sources, on a plain ``edge_index`` and
-    without further arguments. All others are called as they are; so are convolutions that are compiled, that cache a
-    graph of their own (``cached=True``), with a hook on them or under explanation, and all under torch.func transforms
-    and in what is compiled, traced or captured in a CUDA graph. The result is the same up to rounding. The edges are
-    sorted once for an ``edge_index``, and the adjacency is kept as long as that lives and is not changed; changes that
-    torch does not count, made through ``.data`` or NumPy, are not seen.
-
-    While the block runs, its convolutions have a ``forward`` of their own, which does this in the thread of the call
-    and is the class's own in all others.
+    sum, average, or on the CPU take the largest or smallest of the rows of the sources, and GATConv where it drops no
+    attention, on a plain ``edge_index`` and without further arguments. All others are called as they are; so are
+    convolutions that are compiled, that cache a graph of their own (``cached=True``), with a hook on them or under
+    explanation, and all under torch.func transforms and in what is compiled, traced or captured in a CUDA graph. The
+    result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the adjacency is kept as
+    long as that lives and is not changed; changes that torch does not count, made through ``.data`` or NumPy, are not
+    seen.
 
     Args:
         block: the convolution, or the block; any callable.
@@ -87,7 +83,7 @@ def _reached(block: Any) -> list[nn.Module]:
         module = waiting.pop()
         if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo."):
             continue
-        if _known(type(module)) is not None:
+        if known(type(module)) is not None:
             found.append(module)
         for child in module.children():
             if id(child) not in seen:
@@ -136,7 +132,7 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
             x, edge_index = given
             edges = edges_of(edge_index, x.size(0))
             if edges.inside:  # the convolution says what is wrong
-                return rule(conv, x, _Sources(edges, edge_index))
+                return rule(conv, x, Sources(edges, edge_index))
     return type(conv).forward(conv, *args, **kwargs)
 
 
@@ -156,97 +152,6 @@ def _given(conv: Any, x: Any = None, edge_index: Any = None, *further: Any, **op
     return x, edge_index
 
 
-# How the convolutions are computed.
-
-
-class _Sources:
-    """What each node reduces the rows of its sources to."""
-
-    def __init__(self, edges: Edges, edge_index: Tensor) -> None:
-        self._edges = edges
-        self._edge_index = edge_index
-
-    def reduced(self, conv: Any, x: Tensor) -> Tensor:
-        """Return the sum, the mean, the largest or the smallest of the sources' rows, as the convolution is set."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if conv.aggr in ("max", "min"):
-            return extreme(self._ones(dtype), x, conv.aggr)
-        return propagate(self._means(dtype) if conv.aggr == "mean" else self._ones(dtype), x)
-
-    def normalized(self, conv: Any, x: Tensor) -> Tensor:
-        """Return the sum of the sources' rows, with the weights that GCNConv gives the edges."""
-        options = (conv.improved, conv.add_self_loops, conv.flow)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-
-        def make() -> Tensor:
-            norm = sys.modules[type(conv).__module__].gcn_norm
-            edge_index, weight = norm(self._edge_index, None, x.size(0), *options, dtype)
-            return narrow_adj_t(edge_index, weight, self._edges.num_nodes)
-
-        return propagate(self._edges.adj_t(("gcn", *options, dtype), make), x)
-
-    def _ones(self, dtype: torch.dtype) -> Tensor:
-        def make() -> Tensor:
-            value = torch.ones_like(self._edge_index[0], dtype=dtype)
-            return narrow_adj_t(self._edge_index, value, self._edges.num_nodes)
-
-        return self._edges.adj_t(("ones", dtype), make)
-
-    def _means(self, dtype: torch.dtype) -> Tensor:
-        def make() -> Tensor:
-            ones = self._ones(dtype)
-            degree = ones.crow_indices().diff()
-            value = degree.to(dtype).reciprocal_().repeat_interleave(degree, output_size=ones.values().numel())
-            return sparse_csr(ones.crow_indices(), ones.col_indices(), value, (ones.size(0), ones.size(1)))
-
-        return self._edges.adj_t(("means", dtype), make)
-
-
-Rule = Callable[[Any, Tensor, _Sources], Tensor]
-
-
-def _sage(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
-    out: Tensor = conv.lin_l(sources.reduced(conv, conv.lin(x).relu() if conv.project else x))
-    if conv.root_weight:
-        out = out + conv.lin_r(x)
-    return F.normalize(out, dim=-1) if conv.normalize else out
-
-
-def _graph_conv(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
-    out: Tensor = conv.lin_rel(sources.reduced(conv, x)) + conv.lin_root(x)
-    return out
-
-
-def _gin(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
-    out: Tensor = conv.nn(sources.reduced(conv, x) + (1 + conv.eps) * x)
-    return out
-
-
-def _gcn(conv: Any, x: Tensor, sources: _Sources) -> Tensor:
-    weighted_in, x = x.dtype, conv.lin(x)
-    if conv.normalize:  # under autocast the weights have the type of the features, and what is summed up is in half
-        out = sources.normalized(conv, x.to(torch.promote_types(x.dtype, weighted_in)))
-    else:
-        out = sources.reduced(conv, x)
-    return out if conv.bias is None else out + conv.bias
-
-
-_SUM = {"add": "SumAggregation", "sum": "SumAggregation"}
-_ALL = {**_SUM, "mean": "MeanAggregation", "max": "MaxAggregation", "min": "MinAggregation"}
-
-# The convolutions, by name, as torch_geometric need not be there; how each is computed, and its aggregations.
-_RULES: dict[str, tuple[Rule, dict[str, str]]] = {
-    "torch_geometric.nn.conv.gcn_conv.GCNConv": (_gcn, _SUM),
-    "torch_geometric.nn.conv.gin_conv.GINConv": (_gin, _ALL),
-    "torch_geometric.nn.conv.graph_conv.GraphConv": (_graph_conv, _ALL),
-    "torch_geometric.nn.conv.sage_conv.SAGEConv": (_sage, _ALL),
-}
-
-
-def _known(kind: type) -> tuple[Rule, dict[str, str]] | None:
-    return _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
 # When they are.
 
 # Convolutions that were called for what was on them: a backward pass that repeats the call must find it the same, even
@@ -261,24 +166,27 @@ def _note_called(conv: nn.Module) -> None:
 
 def _rule_of(conv: Any, x: Any, edge_index: Any) -> Rule | None:
     """Return how a convolution, as it is set, is computed on these; ``None`` where it must be called."""
-    known = _known(type(conv))
-    if known is None or conv in _CALLED or not isinstance(conv.aggr, str):
+    found = known(type(conv))
+    if found is None or conv in _CALLED or not isinstance(conv.aggr, str):
         return None
-    rule, aggregations = known
-    if aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
+    if found.aggregations.get(conv.aggr) != type(conv.aggr_module).__name__:
         return None
     if not (_is_untouched(conv) and _is_untouched(conv.aggr_module)):
         _note_called(conv)
         return None
     cached = getattr(conv, "cached", False)  # goes by the first graph that it meets, whatever it is called with
-    if conv.flow != "source_to_target" or conv.node_dim != -2 or conv.explain or cached:
+    if conv.flow != "source_to_target" or conv.node_dim != found.node_dim or conv.explain or cached:
+        return None
+    if not found.allows(conv):
         return None
     if not _are_plain(x, edge_index) or (conv.aggr in ("max", "min") and not forms_of(x.device).reductions):
         return None
-    return rule
+    return found.rule
 
 
-_METHODS = frozenset({"forward", "propagate", "message", "aggregate", "message_and_aggregate", "update"})
+_METHODS = frozenset(
+    {"aggregate", "edge_update", "edge_updater", "forward", "message", "message_and_aggregate", "propagate", "update"}
+)
 
 
 def _is_untouched(conv: nn.Module) -> bool:
