@@ -138,11 +138,22 @@ def test_gradients_and_norms(other, kind):
 
 @each
 @pytest.mark.parametrize("batch_dim", [0, None])
-def test_nothing_waits_after_the_first_call(other, kind, batch_dim):
+@pytest.mark.parametrize("what", ["gramian", "norms", "backward", "cross"])
+def test_nothing_waits_after_the_first_call(other, kind, batch_dim, what):
     network, x = make(kind)
     network, x = network.to(other), there(x)
     engine = Engine(network, batch_dim=batch_dim)
-    assert waits(lambda: engine.compute_gramian(losses(network, x)), times=3) == []
+
+    def call():
+        found = losses(network, x)
+        if what == "backward":
+            engine.backward(found, lambda gramian: torch.ones_like(gramian[0]))
+        elif what == "cross":
+            engine.compute_gramian(found[:2], found[2:])
+        else:
+            getattr(engine, f"compute_{what}")(found)
+
+    assert waits(call, times=3) == []
     settle()
 
 

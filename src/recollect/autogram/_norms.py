@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Factor, Outer, Picked, Rows, form_rows, merge, row_elements
+from recollect.autogram._pieces import places_of
 from recollect.autogram._square import of_device
 
 __all__ = ["squared_norms"]
@@ -81,12 +82,12 @@ def _of_picked(factor: Picked, dtype: torch.dtype) -> Tensor:
     m, T, d = factor.grad.shape
     if T == 1:
         return _squares(factor.grad, dtype)
-    owners = torch.arange(m, device=factor.index.device).unsqueeze(1)
-    found, places = torch.unique(factor.index + factor.num_entries * owners, return_inverse=True)
-    rows = torch.zeros(len(found), d, dtype=dtype, device=factor.grad.device)
-    rows.index_add_(0, places.flatten(), factor.grad.reshape(m * T, d).to(dtype))
+    owners = torch.arange(m, device=factor.index.device).repeat_interleave(T, output_size=m * T)
+    number, places = places_of(factor.index.expand(m, T).flatten() + factor.num_entries * owners)
+    rows = torch.zeros(number, d, dtype=dtype, device=factor.grad.device)
+    rows.index_add_(0, places, factor.grad.reshape(m * T, d).to(dtype))
     squares = torch.zeros(m, dtype=dtype, device=rows.device)
-    return squares.index_add_(0, found // factor.num_entries, _squares(rows, dtype))
+    return squares.index_add_(0, owners.new_zeros(number).scatter_(0, places, owners), _squares(rows, dtype))
 
 
 def _at_once(elements: int, dtype: torch.dtype, device: torch.device) -> int:

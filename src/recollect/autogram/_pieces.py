@@ -12,7 +12,7 @@ from torch import Tensor
 from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
 from recollect.autogram._square import Space, on_one_another
 
-__all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "slab_pieces", "tile"]
+__all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "places_of", "slab_pieces", "tile"]
 
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
 _TALL = 128
@@ -87,19 +87,27 @@ def entries_of(*factors: Picked) -> list[Picked]:
     On other devices than the CPU with no more entries than lookups: how many were looked up would have to be read.
     """
     index = torch.cat([factor.index.flatten() for factor in factors])
-    if index.is_cpu:
-        entries, places = torch.unique(index, return_inverse=True)
-        number = len(entries)
-    elif factors[0].num_entries <= index.numel():
+    if not index.is_cpu and factors[0].num_entries <= index.numel():
         return list(factors)
-    else:
-        ordered, order = index.sort()
-        places = torch.empty_like(index).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
-        number = index.numel()
-    parts = places.split([factor.index.numel() for factor in factors])
+    number, places = places_of(index)
+    parts = torch.split(places, [factor.index.numel() for factor in factors])
     return [
         Picked(factor.grad, part.view_as(factor.index), number) for factor, part in zip(factors, parts, strict=True)
     ]
+
+
+def places_of(keys: Tensor) -> tuple[int, Tensor]:
+    """Number the distinct keys [K] of integers in ascending order, from 0.
+
+    Returns:
+        How many there are, or on other devices than the CPU, where that would have to be read, K; and the number of
+        each key [K].
+    """
+    if keys.is_cpu:
+        found, places = torch.unique(keys, return_inverse=True)
+        return len(found), places
+    ordered, order = keys.sort()
+    return keys.numel(), torch.empty_like(keys).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
 
 
 def picked_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
