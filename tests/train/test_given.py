@@ -30,9 +30,9 @@ def test_a_split_is_drawn_and_told_once_and_the_seed_decides():
     text, data = io.StringIO(), graph()
     made = as_dataset(data, 3, Console(file=text, width=200))
     masks = [made.data[f"{part}_mask"] for part in ("train", "val", "test")]
-    assert [int(mask.sum()) for mask in masks] == [30, 10, 10]
+    assert [int(mask.sum()) for mask in masks] == [30, 11, 9]
     assert torch.equal(torch.stack(masks).sum(0), torch.ones(50, dtype=torch.int64))
-    assert "one was drawn with seed 3: 30 for train, 10 for val, 10 for test" in text.getvalue()
+    assert "made from seed 3, 60% / 20% / 20% of each class" in text.getvalue()
     assert torch.equal(as_dataset(data, 3, QUIET).data.train_mask, made.data.train_mask)
     assert not torch.equal(as_dataset(data, 4, QUIET).data.train_mask, made.data.train_mask)
     assert "train_mask" not in data  # the caller's graph stays as it was
@@ -53,26 +53,41 @@ def test_nodes_without_a_label_are_in_no_part():
     assert (made.task, made.num_classes, made.metric) == ("multiclass", 3, "accuracy")
 
 
-def test_several_labels_are_scored_by_micro_f1():
+def test_missing_features_are_degrees_and_it_is_told():
+    text = io.StringIO()
+    made = as_dataset(graph(x=None, num_nodes=50), 0, Console(file=text, width=200))
+    assert made.data.x.shape == (50, 2)
+    assert "degrees are used" in text.getvalue()
+
+
+def test_classes_keep_their_numbers():
+    y = torch.tensor([0, 4])[torch.arange(50) % 2]
+    made = as_dataset(graph(y=y), 0, QUIET)
+    assert torch.equal(made.data.y, y)
+    assert made.num_classes == 5
+
+
+def test_what_else_a_graph_holds_stays():
+    made = as_dataset(graph(edge_type=torch.arange(80)), 0, QUIET)
+    assert torch.equal(made.data.edge_type, torch.arange(80))
+
+
+def test_several_labels_are_scored_by_average_precision():
     made = as_dataset(graph(y=torch.randint(2, (50, 6))), 0, QUIET)
-    assert (made.task, made.num_classes, made.metric) == ("multilabel", 6, "micro_f1")
+    assert (made.task, made.num_classes, made.metric) == ("multilabel", 6, "average_precision")
     assert made.data.y.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": None}, "the graph has no x: a torch_geometric Data with x"),
-        ({"y": None}, "the graph has no y"),
-        ({"y": torch.rand(50)}, "y is torch.float32: classes are whole numbers"),
-        ({"y": torch.arange(49)}, r"y \[49\], but must be"),
-        ({"y": torch.arange(50)[:, None]}, r"y is \[50, 1\].*give y\.view\(-1\)"),
-        ({"y": torch.rand(50, 2)}, "must be 0 or 1, or NaN"),
-        ({"edge_index": torch.tensor([[0], [50]])}, "edge_index names nodes from 0 to 50 of 50"),
-        (
-            {"train_mask": torch.ones(50, dtype=torch.bool)},
-            "has train_mask and no val_mask, test_mask: give all or none",
-        ),
+        ({"y": None}, "the graph has no labels"),
+        ({"y": torch.rand(50)}, "classes are whole numbers from 0"),
+        ({"y": torch.arange(49)}, "y 49, x 50; each node needs a row"),
+        ({"y": torch.arange(50)[:, None] % 2}, r"\[50, 1\], so they are two classes, or one label"),
+        ({"y": torch.rand(50, 2)}, "labels are 0 or 1, or NaN"),
+        ({"edge_index": torch.tensor([[0], [50]])}, "edge_index names the node 50"),
+        ({"train_mask": torch.ones(50, dtype=torch.bool)}, "has train_mask and no val_mask: give all"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, message):
@@ -81,5 +96,5 @@ def test_what_does_not_fit_is_refused(changed, message):
 
 
 def test_something_else_is_refused():
-    with pytest.raises(UsageError, match="the graph has no x"):
+    with pytest.raises(UsageError, match="the graph holds a list"):
         as_dataset([1, 2], 0, QUIET)

@@ -31,7 +31,7 @@ class FitResult:
     Attributes:
         test_accuracy: of the best validation epoch, by ``metric``, from 0 to 1.
         val_accuracy: the best.
-        metric: ``"accuracy"``, ``"rocauc"`` or ``"micro_f1"``.
+        metric: ``"accuracy"``, ``"rocauc"``, ``"average_precision"`` or ``"micro_f1"``.
         best_epoch: from 1; the model has its parameters now.
         epochs: that were trained.
         seconds: that they took.
@@ -79,8 +79,9 @@ def fit(
     Args:
         model: any module. Reversible modules in it are measured beside the same with everything kept.
         data: a graph of `recollect.data`, or a ``Data`` of torch_geometric: ``x`` [N, F], ``edge_index`` [2, E] and
-            ``y``, classes [N] or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask`` and ``test_mask`` [N],
-            or else 60, 20 and 20 percent are drawn with ``seed``.
+            ``y``, classes [N], of which -1 is unknown, or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask``
+            and ``test_mask`` [N], or else 60, 20 and 20 percent of each class are drawn with ``seed``. It is read as
+            `recollect.data.from_data` does, but classes keep their numbers.
         epochs: at most, in all; by default 200.
         lr: learning rate of AdamW; by default 0.005.
         objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in
