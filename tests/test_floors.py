@@ -57,8 +57,9 @@ FLOORS = {
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
+    "distributed": floor("_arguments"),
     "autoscale": floor(
-        "_arguments _parameters _transfer _util frames messages data", "torch_geometric pymetis kaminpar"
+        "_arguments _parameters _transfer _util frames messages data distributed", "torch_geometric pymetis kaminpar"
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
     "outofcore": floor("_torch _util _arguments frames messages reversible autoscale models"),

@@ -44,6 +44,8 @@ class CorrectedGNN(HistoryGNN):
         """Fill the histories of embeddings, layer by layer."""
 
     def _make_histories(self) -> None:
+        if self.compensate and self.history_options.process_group is not None:
+            raise ValueError("compensate=True needs histories of gradients, which are not over ranks yet: leave it out")
         super()._make_histories()
         if self.compensate and not self.keep_histories:
             raise ValueError(

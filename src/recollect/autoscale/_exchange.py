@@ -13,6 +13,7 @@ from recollect.autoscale._batch import Batch
 from recollect.autoscale._stamp import GraphStamp, belongs, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._pool import AsyncIOPool
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._rows_source import Rows, check_not_pushed, pushes_of
 from recollect.frames import frames_apply, in_backward, in_dry_mode
 
@@ -31,6 +32,8 @@ class Exchange:
         self.batch: Batch | None = None  # that the model evaluates now
         self.whole: GraphStamp | None = None  # or the whole graph, if it is known
         self._ahead: deque[History] = deque()  # whose pulls were started and not yet used, in this order
+        self._coming: deque[History] = deque()  # over ranks, whose pulls are to be started one layer ahead
+        self._begun: deque[tuple[History, Callable[[], Tensor]]] = deque()
         # By n_id and history: the last push before the rows of a frame's forward were pulled.
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -40,7 +43,11 @@ class Exchange:
     def start(self, histories: Iterable[History], batch: Batch) -> None:
         """Begin with a mini-batch: start the pulls of all layers."""
         self.batch = batch
-        if self.pool is None or in_backward():
+        if in_backward():
+            return
+        if self.pool is None:
+            self._coming.extend(history for history in histories if isinstance(history.table, RankTable))
+            self._begin_next()
             return
         for history in histories:
             self.pool.async_pull(history, n_id=batch.halo)
@@ -49,6 +56,8 @@ class Exchange:
     def finish(self) -> None:
         """End with a mini-batch: give up the pulls that no layer has used."""
         self.batch = self.whole = None
+        self._coming.clear()
+        self._begun.clear()
         while self._ahead and self.pool is not None:
             self._ahead.popleft()
             self.pool.free_pull()
@@ -69,6 +78,12 @@ class Exchange:
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
         take_graph(history, batch.graph)
+        if self._begun and self._begun[0][0] is history:
+            _, take = self._begun.popleft()
+            self._begin_next()
+            out = torch.cat([own, take().to(own)])
+            history.write(own, batch.rows)
+            return out
         # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
         if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
             out = torch.cat([own, self._pulled(history, batch).to(own)])
@@ -112,6 +127,12 @@ class Exchange:
             history.write(x, batch.rows)
         else:
             self.pool.write(history, x, batch.rows)
+
+    def _begin_next(self) -> None:
+        """Start the next pull over ranks: of rows as they are before this step pushes others."""
+        if self._coming and self.batch is not None:
+            history = self._coming.popleft()
+            self._begun.append((history, history.begin_pull(self.batch.halo)))
 
     def clear(self) -> None:
         """Give up all pulls and wait for all pushes, so that nothing is left of a pass that failed."""

@@ -45,6 +45,10 @@ class HistoryGNN(LayeredGNN):
         self._told = False  # that they were not filled
 
     def _make_histories(self) -> None:
+        if self.recompute and self.history_options.process_group is not None:
+            raise ValueError(
+                "recompute=True pulls rows again in backward, and histories over ranks do not: leave it out"
+            )
         widths = widths_of(self.hidden_channels, self.num_layers)
         self.pool = self.history_options.make_pool(widths)
         self.histories = self.history_options.make_histories(self.num_nodes, widths)

@@ -17,6 +17,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._making import forget
 from recollect.autoscale._network import LayeredGNN
 from recollect.autoscale._stamp import BatchSize, GraphStamp
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
@@ -54,6 +55,12 @@ class Tables:
     histories: list[Any]
     exchange: Exchange
     passing: bool = False
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """The first node that is evaluated here, and the end of them: all, or over ranks those of this one."""
+        table = self.histories[-1].table if self.histories and self.histories[-1] is not None else None
+        return table.shares.nodes if isinstance(table, RankTable) else (0, self.num_nodes)
 
 
 TablesFor = Callable[[GraphStamp | None], Tables]
@@ -95,7 +102,7 @@ class LayerWise:
         """
         if isinstance(self._loader, SubgraphLoader):  # of others it is known after a pass, from what they yielded
             parts = [torch.stack([self._loader.ptr[:-1], self._loader.ptr.diff()])]
-            _check_cover(parts, self._tables_of(self._loader.graph).num_nodes)
+            _check_cover(parts, (0, self._tables_of(self._loader.graph).num_nodes))
         result = _Result(device)
         last = self._model.num_layers - 1
         try:
@@ -132,9 +139,9 @@ class LayerWise:
             if layer < len(tables.histories):
                 tables.exchange.write(tables.histories[layer], out, batch)
             else:
-                result.write(out, batch, tables.num_nodes)
+                result.write(out, batch, tables.nodes)
             parts.append(_parts(batch))
-        _check_cover(parts, self._tables_of(self._graph).num_nodes)
+        _check_cover(parts, self._tables_of(self._graph).nodes)
 
     def _loaded(self, layer: int) -> Iterator[tuple[SubData, Batch, Take]]:
         """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""
@@ -188,10 +195,11 @@ class _Result:
         self._device = device
         self.rows = torch.empty(0)
 
-    def write(self, out: Tensor, batch: Batch, num_nodes: int) -> None:
+    def write(self, out: Tensor, batch: Batch, nodes: tuple[int, int]) -> None:
+        start, stop = nodes
         if not self.rows.numel():
-            self.rows = out.new_empty(num_nodes, out.size(-1), device=self._device)
-        self.rows.index_copy_(0, numbers_of(batch.rows).to(self._device), out.to(self._device))
+            self.rows = out.new_empty(stop - start, out.size(-1), device=self._device)
+        self.rows.index_copy_(0, numbers_of(batch.rows).to(self._device) - start, out.to(self._device))
 
 
 def _no_mini_batch(found: object) -> TypeError:
@@ -201,16 +209,17 @@ def _no_mini_batch(found: object) -> TypeError:
     )
 
 
-def _check_cover(parts: list[Tensor], num_nodes: int) -> None:
-    """Raise a ValueError unless the parts (offset, count) are all nodes, each once."""
+def _check_cover(parts: list[Tensor], nodes: tuple[int, int]) -> None:
+    """Raise a ValueError unless the parts (offset, count) are all of these nodes, each once."""
+    start, stop = nodes
     offset, count = torch.cat(parts, dim=1) if parts else torch.zeros(2, 0, dtype=torch.int64, device="cpu")
     offset, count = offset[count > 0], count[count > 0]
     order = offset.argsort()
     end = count[order].cumsum(0)
-    if int(count.sum()) != num_nodes or not torch.equal(offset[order], end - count[order]):
+    if int(count.sum()) != stop - start or not torch.equal(offset[order] - start, end - count[order]):
         raise ValueError(
             f"the loader's mini-batches have {int(count.sum())} nodes together, but layer-wise inference needs each of "
-            f"the {num_nodes} nodes of the histories once; use EvalSubgraphLoader(data, ptr)"
+            f"the {stop - start} nodes of the histories once; use EvalSubgraphLoader(data, ptr)"
         )
 
 

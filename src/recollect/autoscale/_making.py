@@ -16,6 +16,7 @@ from recollect._arguments import as_count
 from recollect.autoscale.histories._file_layout import check_place
 from recollect.autoscale.histories._history import History, history_bytes
 from recollect.autoscale.histories._pool import AsyncIOPool
+from recollect.distributed import Shares
 
 __all__ = ["HistoryOptions", "as_channels", "forget", "fresh_histories", "widths_of"]
 
@@ -38,6 +39,8 @@ class HistoryOptions:
             ``None``: rows are moved when they are needed.
         buffer_size: rows of each buffer, at least those of the largest halo; comes with ``pool_size``. For layer-wise
             inference to use the pool too, at least those of the largest mini-batch and its halo.
+        process_group: over whose ranks the rows lie: a :class:`~recollect.distributed.Shares`, or a process group. Each
+            layer's rows are then on their way while the layer before it is computed.
 
     Raises:
         ValueError: options that do not go together.
@@ -58,8 +61,11 @@ class HistoryOptions:
     keep: bool = True
     pool_size: int | None = None
     buffer_size: int | None = None
+    process_group: Any | None = None
 
     def __post_init__(self) -> None:
+        if self.process_group is not None and self.pool_size is not None:
+            raise ValueError("histories over ranks need no pool: leave out pool_size and buffer_size")
         if not self.keep and (self.pool_size or self.path or self.save):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         if (self.pool_size is None) != (self.buffer_size is None):
@@ -99,7 +105,7 @@ class HistoryOptions:
                 "histories are files in it, 0.history and so on"
             )
         for layer in range(number):
-            check_place(_file(self.path, layer))
+            check_place(_file(self.path, layer, self.process_group))
 
     def make_histories(self, num_nodes: int, widths: Sequence[int]) -> nn.ModuleList:
         """Make a history for each width; what they will take is logged before it is allocated."""
@@ -114,9 +120,10 @@ class HistoryOptions:
                 width,
                 self.device,
                 self.dtype,
-                None if self.path is None else _file(self.path, layer),
+                None if self.path is None else _file(self.path, layer, self.process_group),
                 save_histories=self.save,
                 keep=self.keep,
+                process_group=self.process_group,
             )
             for layer, width in enumerate(widths)
         )
@@ -173,5 +180,9 @@ def widths_of(hidden_channels: int | list[int], num_layers: int) -> list[int]:
     return hidden_channels
 
 
-def _file(folder: str | Path, layer: int) -> Path:
-    return Path(folder) / f"{layer}.history"
+def _file(folder: str | Path, layer: int, process_group: Any | None = None) -> Path:
+    """Each rank has files of its own."""
+    if process_group is None:
+        return Path(folder) / f"{layer}.history"
+    group = process_group.group if isinstance(process_group, Shares) else process_group
+    return Path(folder) / f"{layer}.rank{torch.distributed.get_rank(group)}.history"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect._arguments import as_count
 from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import codec_for
 from recollect.autoscale.histories._file_table import FileTable
 from recollect.autoscale.histories._memory import memory_table, no_table
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import (
     Selection,
     check_values,
@@ -24,84 +24,12 @@ from recollect.autoscale.histories._selection import (
     select_batch,
     select_rows,
 )
-from recollect.autoscale.histories._table import STAMP, STATE, Table
+from recollect.autoscale.histories._table import STAMP, Table
+from recollect.autoscale.histories._table_module import TableModule
+from recollect.distributed import Shares
 from recollect.frames import in_backward
 
-__all__ = ["History", "TableModule", "history_bytes"]
-
-
-class TableModule(nn.Module):
-    """A module with a table, which is neither moved nor, unless asked for, saved with it.
-
-    Args:
-        table: of rows.
-        out_dtype: of what is read, at first.
-        save_histories: whether ``state_dict`` holds the table.
-    """
-
-    _result: Tensor
-
-    def __init__(self, table: Table, out_dtype: torch.dtype, save_histories: bool) -> None:
-        super().__init__()
-        self.table = table
-        self.save_histories = save_histories
-        self._users = weakref.WeakSet[Any]()
-        # Goes wherever the module goes: so is known where its results belong.
-        result = torch.empty(0, dtype=out_dtype, device=table.records.device)
-        self.register_buffer("_result", result, persistent=False)
-
-    @property
-    def out_dtype(self) -> torch.dtype:
-        """Of what :meth:`pull` returns; changes with ``module.to(dtype)``."""
-        return self._result.dtype
-
-    @property
-    def out_device(self) -> torch.device:
-        """Of what :meth:`pull` returns; changes with ``module.to(device)``."""
-        return self._result.device
-
-    def settle(self, beside: Any = None) -> None:
-        """Wait until the pools have done with this history what they were asked for; every other method does so first.
-
-        Args:
-            beside: a pool that is not waited for.
-
-        Raises:
-            Exception: what went wrong in a pool's push.
-        """
-        for pool in list(self._users):
-            if pool is not beside:
-                pool.settle(self)
-
-    def used_by(self, pool: Any) -> None:
-        """Remember a pool that reads and writes :attr:`table` beside this thread."""
-        self._users.add(pool)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.save_histories:
-            self.settle()
-            destination.update({prefix + name: value for name, value in self.table.state().items()})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        _, _, missing_keys, _, error_msgs = arguments
-        found = {name: state_dict.pop(prefix + name) for name in STATE if prefix + name in state_dict}
-        if found or self.save_histories:
-            missing_keys.extend(prefix + name for name in STATE if name not in found)
-        if len(found) == len(STATE):
-            self.settle()
-            problem = self.table.load(found)
-            if problem:
-                error_msgs.append(f"{prefix}{problem}")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.settle()
-        return {name: value for name, value in self.__dict__.items() if name != "_users"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._users = weakref.WeakSet()
+__all__ = ["History", "history_bytes"]
 
 
 def history_bytes(num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32) -> int:
@@ -149,6 +77,11 @@ class History(TableModule):
         save_histories: whether ``state_dict`` holds the table and its ages. Loading takes them if they are there. A
             history in a file refuses it, as the file is what is kept.
         keep: ``False``: there is no table, and nothing is allocated. Pushes then do nothing, and pulls are refused.
+        process_group: rows lie with several ranks: a :class:`~recollect.distributed.Shares`, or a process group of
+            torch.distributed, to whose ranks as many rows each belong. A push is of rows that this rank owns, ages and
+            ``state_dict`` are of those, and :meth:`pull` is a step that all ranks take together, each for rows of its
+            own choice. What is pulled are rows as they are when their rank takes that step. Tables are in host memory,
+            or each in a file of its own.
 
     Attributes:
         table: what holds the rows.
@@ -184,6 +117,7 @@ class History(TableModule):
         *,
         save_histories: bool = False,
         keep: bool = True,
+        process_group: Any | None = None,
     ) -> None:
         num_embeddings = as_count("num_embeddings", num_embeddings)
         embedding_dim = as_count("embedding_dim", embedding_dim)
@@ -196,13 +130,22 @@ class History(TableModule):
         if not keep and (path is not None or save_histories):
             found = f"path={str(path)!r}" if path is not None else "save_histories=True"
             raise ValueError(f"a history with keep=False has nothing to be kept (got {found}); leave one of them out")
+        shares = None if process_group is None else _shares_of(process_group, num_embeddings)
+        if shares is not None:
+            if not keep or torch.device(device or "cpu").type != "cpu":
+                found = "keep=False" if not keep else f"device={device!r}"
+                raise ValueError(f"a history over ranks is kept, in host memory or files (got {found}): leave it out")
+            shares.agree("a history", (num_embeddings, embedding_dim, str(dtype), path is None))
+        rows = num_embeddings if shares is None else shares.nodes[1] - shares.nodes[0]
         table: Table
         if not keep:
             table = no_table(codec, num_embeddings)
         elif path is None:
-            table = memory_table(codec, num_embeddings, torch.device("cpu" if device is None else device))
+            table = memory_table(codec, rows, torch.device("cpu" if device is None else device))
         else:
-            table = FileTable(Path(path), num_embeddings, embedding_dim, dtype, codec)
+            table = FileTable(Path(path), rows, embedding_dim, dtype, codec)
+        if shares is not None:
+            table = RankTable(table, shares)
         super().__init__(table, torch.float64 if dtype == torch.float64 else torch.float32, save_histories)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -259,6 +202,23 @@ class History(TableModule):
         self.table.read(where, out)
         return out
 
+    @torch.no_grad()
+    def begin_pull(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to pull rows by number [rows] int64 on the CPU, checked already; the result waits for them.
+
+        Of a history over ranks they are on their way until then; others are read at once when they are asked for.
+        """
+        if not isinstance(self.table, RankTable):
+            return lambda: self.pull(rows)
+        table, begun = self.table, self.table.begin(rows)
+
+        def take() -> Tensor:
+            out = self._result.new_empty(rows.numel(), self.embedding_dim)
+            table.decode(begun(), out)
+            return out
+
+        return take
+
     @property
     def emb(self) -> Tensor:
         """The whole table as floats [num_embeddings, embedding_dim], to be read.
@@ -308,7 +268,7 @@ class History(TableModule):
         Raises:
             TypeError, ValueError, IndexError, RuntimeError: as for :meth:`pull`.
         """
-        where = select_all(self.num_embeddings) if n_id is None else select_rows(n_id, self.num_embeddings)
+        where = self.table.everything if n_id is None else select_rows(n_id, self.num_embeddings)
         self.settle()
         return self.table.ages(where).to(self.out_device)
 
@@ -319,7 +279,7 @@ class History(TableModule):
             RuntimeError: as for :meth:`pull`.
         """
         self.settle()
-        ages = self.table.ages(select_all(self.num_embeddings))  # in host memory: no device is waited for
+        ages = self.table.ages(self.table.everything)  # in host memory: no device is waited for
         return int((ages == self.table.clock.pushes).sum())
 
     def reset_parameters(self) -> None:
@@ -330,10 +290,22 @@ class History(TableModule):
     def flush(self) -> None:
         """Wait until all that was pushed is in the file, and the file on the disk. Without a file: only the first."""
         self.settle()
-        if isinstance(self.table, FileTable):
-            self.table.flush()
+        table = self.table.own if isinstance(self.table, RankTable) else self.table
+        if isinstance(table, FileTable):
+            table.flush()
 
     def extra_repr(self) -> str:
         """Return size, type and place."""
-        place = f"path={str(self.table.path)!r}" if isinstance(self.table, FileTable) else self.table.records.device
-        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, {place}"
+        table = self.table.own if isinstance(self.table, RankTable) else self.table
+        place = f"path={str(table.path)!r}" if isinstance(table, FileTable) else table.records.device
+        ranks = f", ranks={self.table.shares.world_size}" if isinstance(self.table, RankTable) else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}, {place}{ranks}"
+
+
+def _shares_of(process_group: Any, rows: int) -> Shares:
+    if not isinstance(process_group, Shares):
+        world_size = torch.distributed.get_world_size(process_group)
+        return Shares(torch.arange(world_size + 1) * rows // world_size, process_group=process_group)
+    if process_group.num_nodes != rows:
+        raise ValueError(f"the Shares are of {process_group.num_nodes} nodes, and the history has {rows} rows")
+    return process_group

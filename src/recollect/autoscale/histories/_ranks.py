@@ -1,0 +1,126 @@
+"""A table whose rows lie with several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._stamp import GraphStamp
+from recollect.autoscale.histories._selection import Selection, Slices, length, numbers_of
+from recollect.autoscale.histories._table import Table
+from recollect.distributed import Shares
+
+__all__ = ["RankTable"]
+
+
+class RankTable(Table):
+    """The rows of this rank, in a table of their own; those of others are asked for.
+
+    A push is local: it writes rows that this rank owns. To read rows by number is a step that all ranks take together,
+    each for its own numbers. What others get are the rows as they are when the rank that owns them takes the same step.
+
+    Args:
+        own: the rows of this rank.
+        shares: which those are.
+    """
+
+    def __init__(self, own: Table, shares: Shares) -> None:
+        super().__init__(own.codec, own.records, own.stamps, own.clock)
+        self.own = own
+        self.shares = shares
+        self._graph: GraphStamp | None = None
+
+    @property
+    def graph(self) -> GraphStamp | None:
+        """Whose nodes the rows are."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: GraphStamp | None) -> None:
+        if graph is not None and graph != self._graph:
+            self.shares.agree("the graph of the mini-batches", (graph.num_nodes, graph.edges))
+        self._graph = graph
+
+    @property
+    def everything(self) -> Slices:
+        """The rows of this rank."""
+        return (self.shares.nodes,)
+
+    def write(self, x: Tensor, where: Selection) -> None:
+        """See :class:`Table`."""
+        self.own.write(x, self._local(where))
+
+    def read(self, where: Selection, out: Tensor) -> None:
+        """See :class:`Table`. By ranges of this rank's own rows it is local, and else a step of all ranks."""
+        if not isinstance(where, Tensor) and self._is_own(where):
+            self.own.read(self._local(where), out)
+            return
+        self.decode(self.begin(numbers_of(where))(), out)
+
+    def decode(self, records: Tensor, out: Tensor) -> None:
+        """Write records that came as floats into ``out`` [rows, channels]."""
+        if self.codec.decodes_to(out.dtype):
+            out.copy_(records)
+        else:
+            self.codec.decode(records, out)
+
+    def begin(self, where: Tensor) -> Callable[[], Tensor]:
+        """Begin to read rows by number; the result waits for their records. All ranks call this together."""
+        route = self.shares.route(where)
+        return route.begin(self._records, self.shares.count)
+
+    def ages(self, where: Selection) -> Tensor:
+        """See :class:`Table`; of this rank's own rows."""
+        return self.own.ages(self._local(where))
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`Table`; of this rank's own rows."""
+        return self.own.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> str | None:
+        """See :class:`Table`; of this rank's own rows."""
+        self._graph = None
+        return self.own.load(state)
+
+    def reset(self) -> None:
+        """See :class:`Table`."""
+        self._graph = None
+        self.own.reset()
+
+    def extended(self, rows: int) -> Table:
+        """Refuse it."""
+        raise NotImplementedError(
+            "a history over ranks has the nodes of its Shares: make a model with other Shares, and fill its histories"
+        )
+
+    def _records(self, rows: Tensor) -> Tensor:
+        self.own.mend()
+        records = torch.empty(rows.numel(), self.codec.record_width, dtype=self.codec.record_dtype)
+        self.records.read(rows, records)
+        return records
+
+    def _is_own(self, where: Slices) -> bool:
+        start, stop = self.shares.nodes
+        return all(start <= low and high <= stop for low, high in where)
+
+    def _local(self, where: Selection) -> Selection:
+        """Return a selection as rows of the own table.
+
+        Raises:
+            IndexError: rows of another rank.
+        """
+        start, stop = self.shares.nodes
+        if isinstance(where, Tensor):
+            inside = not where.numel() or bool(((where >= start) & (where < stop)).all())
+        else:
+            inside = self._is_own(where)
+        if not inside:
+            raise IndexError(
+                f"rank {self.shares.rank} owns the rows from {start} to {stop - 1}, and of {length(where)} rows that "
+                "were named some are others': a rank pushes what it owns, and knows the age of that alone"
+            )
+        if isinstance(where, Tensor):
+            return where - start
+        return tuple((low - start, high - start) for low, high in where)

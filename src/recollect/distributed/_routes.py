@@ -1,0 +1,87 @@
+"""Rows from the ranks that own them to those that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["Route"]
+
+
+class Route:
+    """Who sends which rows to whom: made once for a list of rows, used for any number of tables.
+
+    Making it takes two exchanges among all ranks, of counts and of row numbers; each :meth:`begin` takes one.
+
+    Args:
+        rows: wanted [n] int64, on the CPU.
+        owners: the rank that owns each [n].
+        first: number of this rank's first row.
+        group: process group.
+        rank: of this process.
+        world_size: R.
+
+    Attributes:
+        asked: rows of this rank that others want, by rank, numbered from this rank's first one [Σ].
+        inside: where in ``rows`` this rank's own are [k].
+        own: these rows, numbered from this rank's first one [k].
+    """
+
+    def __init__(self, rows: Tensor, owners: Tensor, first: int, group: Any, rank: int, world_size: int) -> None:
+        self._group = group
+        is_own = owners == rank
+        self.inside = is_own.nonzero().view(-1)
+        self.own = rows[self.inside] - first
+        away = (~is_own).nonzero().view(-1)
+        self._places = away[owners[away].argsort(stable=True)]  # of the rows that come from others, by rank
+        wanted = torch.bincount(owners[away], minlength=world_size)
+        sent = torch.empty_like(wanted)
+        dist.all_to_all_single(sent, wanted, group=group)
+        self._in, self._out = sent.tolist(), wanted.tolist()
+        self.asked = rows.new_empty(sum(self._in))
+        dist.all_to_all_single(self.asked, rows[self._places], self._in, self._out, group=group)
+        self.asked -= first
+        self.num_rows = rows.numel()
+
+    def begin(self, table: Callable[[Tensor], Tensor], count: Callable[[int], None]) -> Callable[[], Tensor]:
+        """Begin to exchange the rows of one table; what is returned waits for them.
+
+        Args:
+            table: from numbers of this rank's rows [n] to the rows [n, width], as they are now.
+            count: is told the bytes that are sent to other ranks.
+
+        Returns:
+            A function that returns the rows [num_rows, width], of the table's type.
+        """
+        sent = table(self.asked).contiguous()
+        own = table(self.own)
+        came = sent.new_empty(len(self._places), sent.size(1))
+        width = sent.size(1) * sent.element_size()
+        count(sent.numel() * sent.element_size())
+        work = dist.all_to_all_single(
+            _as_bytes(came, width),
+            _as_bytes(sent, width),
+            self._out,
+            self._in,
+            group=self._group,
+            async_op=True,
+        )
+
+        def take() -> Tensor:
+            work.wait()
+            rows = came.new_empty(self.num_rows, came.size(1))
+            rows[self._places] = came
+            rows[self.inside] = own
+            _ = sent  # the exchange reads it until now
+            return rows
+
+        return take
+
+
+def _as_bytes(rows: Tensor, width: int) -> Tensor:
+    """Return the same memory as bytes, a row for each: what is in it does not matter to the transport."""
+    return rows.view(torch.uint8).view(-1, width) if rows.numel() else rows.new_empty(rows.size(0), width).byte()

@@ -1,0 +1,253 @@
+"""Histories over ranks, against one process that accumulates the mini-batches of all ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from processes import Wrap, assert_close
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from recollect.autoscale import (
+    History,
+    HistoryOptions,
+    SubgraphLoader,
+    add_self_loops,
+    normalize,
+    partition,
+    permute,
+    to_adj_t,
+)
+from recollect.data._foreign import require
+from recollect.distributed import Shares, SharesError
+from recollect.models import APPNP, GAT, GCN, GCN2
+
+Data = require("torch_geometric.data", extra="graph").Data
+
+NODES, PARTS, IN, OUT = 60, 8, 5, 3
+TOLERANCE = 1e-10
+
+CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
+
+
+def case(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    CASES[function.__name__] = lambda wrap, rank, world: function(rank, world)
+    return function
+
+
+def graph(prepare: Callable[[Tensor], Tensor] = normalize) -> tuple[Any, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    data = Data(
+        x=torch.randn(NODES, IN, dtype=torch.float64, generator=generator),
+        edge_index=torch.randint(NODES, (2, 150), generator=generator),
+        y=torch.randint(OUT, (NODES,), generator=generator),
+        train_mask=torch.rand(NODES, generator=generator) < 0.6,
+    )
+    data = to_adj_t(data)
+    data.adj_t = prepare(data.adj_t.to(torch.float64))
+    perm, ptr, *_ = partition(data.adj_t, num_parts=PARTS, method="random", log=False)
+    return permute(data, perm, log=False), ptr
+
+
+def loss_of(out: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """The sum over training nodes, and how many there are."""
+    train = batch.data.train_mask[: batch.batch_size]
+    return F.cross_entropy(out[train], batch.data.y[: batch.batch_size][train], reduction="sum"), train.sum()
+
+
+def forward(model: Any, batch: Any) -> Tensor:
+    out: Tensor = model(batch.data.x, batch.data.adj_t, *batch[1:])
+    return out
+
+
+class Reference:
+    """One process: all ranks' mini-batches of a step read what was there before it, and their gradients add up."""
+
+    def __init__(self, model: Any, loader: SubgraphLoader, steps: list[list[list[int]]]) -> None:
+        self.model, self.loader, self.steps = model, loader, steps
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def tables(self) -> list[Tensor]:
+        return [history.table.records.tensor for history in self.model.tables]
+
+    def run(self) -> None:
+        for ranks in self.steps:
+            before, after = [table.clone() for table in self.tables()], [table.clone() for table in self.tables()]
+            self.optimizer.zero_grad()
+            batches = [self.loader.collate_fn(parts) for parts in ranks]
+            total = sum(int(batch.data.train_mask[: batch.batch_size].sum()) for batch in batches)
+            for batch in batches:
+                for table, old in zip(self.tables(), before, strict=True):
+                    table.copy_(old)
+                loss, _ = loss_of(forward(self.model, batch), batch)
+                (loss / total).backward()
+                own = batch.n_id[: batch.batch_size]
+                for table, new in zip(self.tables(), after, strict=True):
+                    new[own] = table[own]
+            for table, new in zip(self.tables(), after, strict=True):
+                table.copy_(new)
+            self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+            self.optimizer.step()
+
+
+def compare(
+    make: Callable[..., Any], prepare: Callable[[Tensor], Tensor], rank: int, world: int, **options: Any
+) -> None:
+    data, ptr = graph(prepare)
+    shares = Shares(ptr, process_group=dist.new_group(list(range(world))))
+    torch.manual_seed(0)
+    model = make(histories=HistoryOptions(dtype=torch.float64, process_group=shares, **options)).double()
+    torch.manual_seed(0)
+    whole = make(histories=HistoryOptions(dtype=torch.float64)).double()
+
+    samplers = shares.batches(2, seed=3)
+    epochs = [list(samplers) for _ in range(2)]
+    everyones: list[Any] = [None] * world
+    dist.all_gather_object(everyones, epochs)
+    steps = [list(step) for epoch in range(2) for step in zip(*(ranks[epoch] for ranks in everyones), strict=True)]
+    assert len({len(epoch) for ranks in everyones for epoch in ranks}) == 1
+    assert sorted(part for ranks in everyones for group in ranks[0] for part in group) == list(range(PARTS))
+    loader = SubgraphLoader(data, ptr, log=False)
+    evaluated = whole(loader=SubgraphLoader(data, ptr, log=False))
+    mine = model(loader=SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(shuffle=False)))
+    start, stop = shares.nodes
+    assert_close(mine, evaluated[start:stop], TOLERANCE, "layer-wise inference")
+
+    reference = Reference(whole, loader, steps)
+    reference.run()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for number, ranks in enumerate(steps):
+        optimizer.zero_grad()
+        batch = loader.collate_fn(ranks[rank])
+        loss, count = loss_of(forward(parallel, batch), batch)
+        (loss / count.clamp_min(1) * shares.scale(count)).backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        assert_close(found, reference.gradients[number], TOLERANCE, f"gradient of step {number}")
+        optimizer.step()
+    for ours, theirs in zip(model.tables, whole.tables, strict=True):
+        assert_close(ours.emb, theirs.emb[start:stop], TOLERANCE, "rows")
+        assert_close(ours.pull(), theirs.pull(), TOLERANCE, "all rows")
+
+
+MODELS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
+    "gcn": (functools.partial(GCN, NODES, IN, 8, OUT, 3), normalize),
+    "gat": (functools.partial(GAT, NODES, IN, 4, 2, OUT, num_layers=3), add_self_loops),
+    "gcn2": (functools.partial(GCN2, NODES, IN, 8, OUT, 4), normalize),
+    "appnp": (functools.partial(APPNP, NODES, IN, 8, OUT, 3), normalize),
+}
+for _name, (_make, _prepare) in MODELS.items():
+
+    def _run(wrap: Wrap, rank: int, world: int, make: Any = _make, prepare: Any = _prepare) -> None:
+        compare(make, prepare, rank, world)
+
+    CASES[f"training of {_name}"] = _run
+
+
+@case
+def histories_in_files(rank: int, world: int) -> None:
+    import tempfile
+
+    folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    compare(*MODELS["gcn"], rank, world, path=folder[0])
+
+
+@case
+def rows_come_from_their_ranks_and_bytes_are_counted(rank: int, world: int) -> None:
+    for dtype, width in ((torch.float32, 4 * 6), (torch.float16, 2 * 6), (torch.bfloat16, 2 * 6), (torch.int8, 6 + 4)):
+        shares = Shares(torch.arange(0, 41, 4))
+        generator = torch.Generator().manual_seed(5)
+        rows = torch.randn(40, 6, generator=generator)
+        history, plain = History(40, 6, dtype=dtype, process_group=shares), History(40, 6, dtype=dtype)
+        start, stop = shares.nodes
+        history.push(rows[start:stop], offset=[start], count=[stop - start])
+        plain.push(rows)
+        wanted = torch.randint(40, (rank * 7,), generator=torch.Generator().manual_seed(rank))  # rank 0 wants none
+        assert torch.equal(history.pull(wanted), plain.pull(wanted))
+        assert torch.equal(history.pull(torch.arange(start, stop)), plain.pull(torch.arange(start, stop)))
+        asked: list[Any] = [None] * world
+        dist.all_gather_object(asked, wanted)
+        sent = sum(int((shares.owners(ids) == rank).sum()) for other, ids in enumerate(asked) if other != rank)
+        assert shares.wire_bytes == sent * width
+        assert history.age().tolist() == [0] * (stop - start)
+        assert history.never_pushed() == 0
+
+
+@case
+def what_is_others_is_refused(rank: int, world: int) -> None:
+    history = History(8 * world, 2, process_group=dist.group.WORLD)
+    other = (8 * rank + 8) % (8 * world)
+    if world > 1:
+        for push in ({"n_id": torch.tensor([other])}, {"offset": [other], "count": [1]}):
+            with pytest.raises(IndexError, match=f"rank {rank} owns the rows from {8 * rank} to {8 * rank + 7}"):
+                history.push(torch.ones(1, 2), **push)
+        with pytest.raises(IndexError, match="knows the age of that alone"):
+            history.age(torch.tensor([other]))
+    history.push(torch.full((8, 2), float(rank)), offset=[8 * rank], count=[8])
+    assert torch.equal(history.pull(), torch.arange(world).repeat_interleave(8)[:, None].expand(-1, 2).float())
+    with pytest.raises(NotImplementedError, match="other Shares"):
+        history.extend(100)
+
+
+@case
+def what_differs_between_ranks_is_named_on_each(rank: int, world: int) -> None:
+    if world == 1:
+        return
+    with pytest.raises(SharesError, match="ptr of rank 1 is another than that of rank 0"):
+        Shares(torch.arange(0, 9 + rank))
+    shares = Shares(torch.arange(0, 9))
+    with pytest.raises(SharesError, match="a history of rank 1 is another"):
+        History(8, 2 + rank, process_group=shares)
+    with pytest.raises(SharesError, match="a part at least for each of the"):
+        Shares(torch.arange(0, world))
+    data, ptr = graph()
+    other = data.clone()
+    other.adj_t = normalize(to_adj_t(Data(x=data.x, edge_index=torch.zeros(2, 1, dtype=torch.int64))).adj_t).double()
+    model = GCN(NODES, IN, 8, OUT, 2, histories=HistoryOptions(process_group=Shares(ptr))).double()
+    loader = SubgraphLoader(other if rank else data, ptr, log=False)
+    with pytest.raises(SharesError, match="the graph of the mini-batches of rank 1"):
+        forward(model, loader.collate_fn([model.tables[0].table.shares.parts[0]]))
+
+
+@case
+def options_that_do_not_go_with_ranks(rank: int, world: int) -> None:
+    options = HistoryOptions(process_group=dist.group.WORLD)
+    for wrong in ({"recompute": True}, {"compensate": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=True"):
+            GCN(NODES, IN, 8, OUT, 3, histories=options, **wrong)
+    with pytest.raises(ValueError, match="need no pool"):
+        HistoryOptions(process_group=dist.group.WORLD, pool_size=2, buffer_size=10)
+    with pytest.raises(ValueError, match="in host memory or files"):
+        History(8, 2, device="meta", process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="Shares are of 8 nodes"):
+        History(9, 2, process_group=Shares(torch.arange(0, 9)))
+
+
+@case
+def one_exchange_a_layer(rank: int, world: int) -> None:
+    """Beside two for the row numbers of the mini-batch's halo, which all layers share."""
+    data, ptr = graph()
+    model = GCN(NODES, IN, 8, OUT, 4, histories=HistoryOptions(process_group=Shares(ptr))).double()
+    batch = SubgraphLoader(data, ptr, log=False).collate_fn([model.tables[0].table.shares.parts[0]])
+    forward(model, batch)
+    calls = []
+    original = dist.all_to_all_single
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("async_op", False))
+        return original(*args, **kwargs)
+
+    dist.all_to_all_single = counted
+    try:
+        forward(model, batch)
+    finally:
+        dist.all_to_all_single = original
+    assert sorted(calls) == [False, False, True, True, True]
