@@ -4,6 +4,7 @@
 # make bench   side-by-side benchmarks against the peers; ARGS as well, such as --quick
 # make format  format the code and sort its imports
 # make dist    wheel and sdist in dist/, checked as the package index checks them
+# make matrix  whether the wheel installs and runs, for each Python here and several torch; tools/matrix.py has options
 # make clean   remove the environment and all caches
 #
 # Each of them sets up .venv first, once: `make PYTHON=/path/to/python3.12` chooses the interpreter, and
@@ -21,7 +22,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train test lint types unit coverage bench format dist constraints clean
+.PHONY: setup train test lint types unit coverage bench format dist matrix constraints clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -88,6 +89,9 @@ dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
+
+matrix: $(READY)
+	$(BIN)/python tools/matrix.py $(ARGS)
 
 # From a new environment that only the bounds of pyproject.toml decide; torch's local version (+cpu) is cut off.
 constraints:
