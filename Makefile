@@ -1,7 +1,10 @@
 # make train   train a deep reversible network on a small graph; ARGS="model.num_layers=112 seed=3" for options
 # make test    every check: lint, formatting, types, tests, the examples in README and docstrings
+# make coverage  the tests once more, with the lines and branches that they run
 # make bench   side-by-side benchmarks against the peers; ARGS as well, such as --quick
 # make format  format the code and sort its imports
+# make dist    wheel and sdist in dist/, checked as the package index checks them
+# make matrix  whether the wheel installs and runs, for each Python here and several torch; tools/matrix.py has options
 # make clean   remove the environment and all caches
 #
 # Each of them sets up .venv first, once: `make PYTHON=/path/to/python3.12` chooses the interpreter, and
@@ -19,7 +22,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train test lint types unit bench format constraints clean
+.PHONY: setup train test lint types unit coverage bench format dist matrix constraints clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -56,6 +59,12 @@ unit: export OMP_NUM_THREADS := 1
 unit: $(READY)
 	$(BIN)/python -m pytest tests src/recollect --doctest-modules -n logical --dist loadfile $(ARGS)
 
+# Lines and branches that the tests run, and those that they do not: also as pages, in htmlcov/.
+coverage: export OMP_NUM_THREADS := 1
+coverage: $(READY)
+	$(BIN)/python -m pytest tests src/recollect --doctest-modules -n logical --dist loadfile \
+	  --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
 # The peers are no part of the locked environment. memcnn asks for torchvision, which it does not need here.
 $(BENCH_READY): $(READY)
 	@echo "Installing the peers ..."
@@ -74,6 +83,16 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# RECOLLECT_REPOSITORY=URL makes the links of the package's page those of that repository: tools/package_page.py.
+dist: $(READY)
+	@$(BIN)/python -m pip install -q build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+matrix: $(READY)
+	$(BIN)/python tools/matrix.py $(ARGS)
+
 # From a new environment that only the bounds of pyproject.toml decide; torch's local version (+cpu) is cut off.
 constraints:
 	$(PYTHON) -m venv --clear $(VENV)
@@ -84,5 +103,5 @@ constraints:
 	} > $(VENV)/new && mv $(VENV)/new constraints.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov build dist
 	find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
