@@ -67,7 +67,8 @@ FLOORS = {
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames plan"),
     "train": floor(
-        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore plan",
+        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore plan "
+        "distributed",
         APPLICATION,
     ),
     "cli": floor("__init__ train"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, dropout
+from recollect.distributed import Shares
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import TrainingSettings
 
@@ -70,13 +71,21 @@ class PartBatches:
         graph: cut into parts.
         training: how many parts make a step, and the share of the edges that each leaves out.
         device: of the network.
+        shares: the parts of each process, where there are several: all of them take as many steps.
     """
 
-    def __init__(self, graph: TrainingGraph, training: TrainingSettings, device: torch.device) -> None:
+    def __init__(
+        self, graph: TrainingGraph, training: TrainingSettings, device: torch.device, shares: Shares | None = None
+    ) -> None:
         self._outward: Literal["cut", "complete"] | bool = training.compensate or False  # type: ignore[assignment]
-        self._loader = SubgraphLoader(
-            graph.data, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
-        )
+        self._shares = shares
+        if shares is None:
+            self._loader = SubgraphLoader(
+                graph.data, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
+            )
+        else:
+            steps = shares.batches(training.parts_per_batch)
+            self._loader = SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps)
         self._edge_dropout = training.edge_dropout
         self._device = device
 
@@ -84,7 +93,7 @@ class PartBatches:
         """Yield them."""
         for sub in self._loader:
             rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten()
-            if not len(rows):
+            if not len(rows) and self._shares is None:
                 continue
             data, size, *where = sub.to(self._device)
             adj_t = dropout(data.adj_t, self._edge_dropout)
@@ -92,12 +101,15 @@ class PartBatches:
             yield Batch((data.x, adj_t, size, *where, *outward), data.y[:size], rows.to(self._device))
 
 
-def evaluation_loader(graph: TrainingGraph, training: TrainingSettings) -> EvalSubgraphLoader:
-    """Mini-batches that have every node once, for layer-wise inference.
+def evaluation_loader(graph: TrainingGraph, training: TrainingSettings, shares: Shares | None = None) -> SubgraphLoader:
+    """Mini-batches that have every node once, or every node of this process, for layer-wise inference.
 
     Their loader has a generator of its own: every pass of a loader draws a number, and evaluation shall leave torch's
     generator as it is, so that a run goes on from a checkpoint with the same numbers.
     """
+    if shares is not None:
+        steps = shares.batches(training.parts_per_batch, shuffle=False)
+        return SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps, generator=torch.Generator())
     return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, generator=torch.Generator())
 
 

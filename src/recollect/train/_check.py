@@ -61,6 +61,8 @@ def check(settings: Settings) -> None:
     if depths is not None and (not depths or min(depths) < 1):
         raise UsageError(f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null")
     _check_training(settings)
+    if settings.devices > 1:
+        _check_devices(settings)
     if settings.objective.name != "mean" and settings.precision == "16-mixed":
         raise UsageError(
             f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
@@ -79,6 +81,33 @@ def _check_device(device: str) -> None:
     devices = dict.fromkeys([*usual, *([] if accelerator is None else [accelerator.type])])
     if device not in devices:
         raise UsageError(f"device: {choose_from('value', device, devices)}")
+
+
+def _check_devices(settings: Settings) -> None:
+    training = settings.training
+    needed = {
+        "training": ("autoscale", training.name),
+        "training.layerwise": (True, training.layerwise),
+        "training.pool_size": (None, training.pool_size),
+        "training.compensate": (None, training.compensate),
+        "training.errors_every": (None, training.errors_every),
+        "training.lipschitz": (0, training.lipschitz),
+        "training.history_device": (None, None if training.history_device == "cpu" else training.history_device),
+        "objective": ("mean", settings.objective.name),
+        "device": ("cpu", "cpu" if settings.device == "auto" else settings.device),
+        "runs": (1, settings.runs),
+    }
+    wrong = {name: need for name, (need, found) in needed.items() if found != need}
+    if settings.model.family != "histories":
+        raise UsageError(
+            f"devices={settings.devices} needs a network with histories of recollect.models, and model="
+            f"{settings.model.name} is none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
+        )
+    if wrong:
+        words = ", ".join(f"{name}={'null' if need is None else str(need).lower()}" for name, need in wrong.items())
+        raise UsageError(f"devices={settings.devices}: several processes train on parts, and need {words}")
+    if training.num_parts < settings.devices:
+        raise UsageError(f"devices={settings.devices}: each needs a part, and training.num_parts={training.num_parts}")
 
 
 def check_given(settings: Settings, keys: Iterable[str]) -> None:

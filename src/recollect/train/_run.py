@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recollect.train._check import check
 from recollect.train._config import changed, parse, parse_override
-from recollect.train._errors import UsageError
-from recollect.train._folder import RunFolder, extend, reopen
+from recollect.train._errors import TrainingError, UsageError
+from recollect.train._folder import RunFolder, create, extend, reopen
 from recollect.train._settings import Settings
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHANGEABLE", "start", "to_the_end", "train"]
 
-CHANGEABLE = ("epochs", "runs", "patience", "checkpoint_every", "device", "threads", "measure")
+CHANGEABLE = ("epochs", "runs", "patience", "checkpoint_every", "device", "devices", "threads", "measure")
 
 
 def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
@@ -85,19 +88,61 @@ def _start(
     """Run, now that nothing is wrong with the words: what follows needs torch, which takes seconds to import."""
     from rich.console import Console
 
-    from recollect.train._progress import show_summary
     from recollect.train._several import several
     from recollect.train._single import single
-    from recollect.train._summary import read_summary
+    from recollect.train._team import joined
 
     console = console or Console(quiet=True)
-    if folder is not None:
-        with folder.locked():
-            if extend(folder, settings, reopen(str(folder.path))[1]):
-                summary = read_summary(folder.summary)
-                console.print(f"the run {folder.path} is finished", highlight=False, markup=False, soft_wrap=True)
-                show_summary(console, summary, folder.path)
-                return summary
-    if settings.runs > 1:
-        return several(settings, console, folder)
-    return single(settings, console, folder, brief=brief)
+    with joined() as team:
+        if team is None and settings.devices > 1:
+            return _launched(settings, folder)
+        if team is not None:
+            if settings.devices != team.size:
+                settings = replace(settings, devices=team.size)
+                check(settings)
+            console = console if team.rank == 0 else Console(quiet=True)
+        if folder is not None:
+            finished = None
+            if team is None or team.rank == 0:
+                finished = _finished(settings, folder, console)
+            finished = finished if team is None else team.share(finished)
+            if finished is not None:
+                return finished
+        if settings.runs > 1:
+            return several(settings, console, folder)
+        return single(settings, console, folder, brief=brief)
+
+
+def _finished(settings: Settings, folder: RunFolder, console: Console) -> dict[str, Any] | None:
+    """What a run gave that is there and has nothing more to do; else give it these settings."""
+    from recollect.train._progress import show_summary
+    from recollect.train._summary import read_summary
+
+    with folder.locked():
+        if not extend(folder, settings, reopen(str(folder.path))[1]):
+            return None
+        summary = read_summary(folder.summary)
+        console.print(f"the run {folder.path} is finished", highlight=False, markup=False, soft_wrap=True)
+        show_summary(console, summary, folder.path)
+        return summary
+
+
+def _launched(settings: Settings, folder: RunFolder | None) -> dict[str, Any]:
+    """Train in processes of their own; the run's folder tells them the settings."""
+    from recollect.train._summary import read_summary
+    from recollect.train._team import launch
+
+    new = folder is None
+    folder = folder or create(settings)
+    code = launch([f"resume={folder.path}"], settings.devices)
+    if code:
+        if new and not folder.checkpoint.exists():
+            folder.config.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.path.rmdir()  # what cannot start leaves no folder behind
+            raise TrainingError(f"the {settings.devices} processes ended with code {code}; what is wrong stands above")
+        raise TrainingError(
+            f"the {settings.devices} processes ended with code {code}; what is wrong stands above. Go on with: "
+            f"{folder.again}"
+        )
+    return read_summary(folder.summary)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from rich.console import Console
 
 from recollect.data import describe
-from recollect.memory import map_large_blocks
+from recollect.memory import map_large_blocks, peak_memory
 from recollect.train._build import build_dataset
 from recollect.train._config import write
 from recollect.train._errors import UsageError
@@ -18,10 +21,12 @@ from recollect.train._measure import Costs, measure
 from recollect.train._metrics import other_scores, score
 from recollect.train._progress import show_graph, show_summary, training_bar
 from recollect.train._report import report
-from recollect.train._settings import Settings
+from recollect.train._settings import SEEDS, Settings
 from recollect.train._step import Step
 from recollect.train._summary import Summary, summarize, write_summary
 from recollect.train._surroundings import drift_told_once, make_fabric, threads, told
+from recollect.train._team import Team, team
+from recollect.train._text import bytes_text
 from recollect.train._trainer import Trainer
 from recollect.train.families import Family, family_of
 
@@ -83,9 +88,17 @@ def in_folder(
         fabric.seed_everything(settings.seed, verbose=False)
         step = Step(fabric, family, graph, family.build(graph, fabric.device))
         family.rehearse(step.evaluate)
-        folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
-        with folder.locked(), explained(folder):
-            return _execute(settings, step, folder, console, brief), folder
+        group = team()
+        if group is None:
+            folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
+            with folder.locked(), explained(folder):
+                return _execute(settings, step, folder, console, brief), folder
+        if folder is None:
+            folder = RunFolder(group.share(create(settings).path if group.rank == 0 else None))
+        if group.rank:  # masks of dropout are others in each process
+            torch.manual_seed(settings.seed + group.rank * SEEDS)
+        with folder.locked() if group.rank == 0 else nullcontext(), explained(folder):
+            return _together(group, settings, step, folder, console, brief), folder
 
 
 def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
@@ -117,6 +130,36 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
     write_summary(folder.summary, summary)
     if not brief:
         show_summary(console, summary, folder.path)
+    return summary
+
+
+def _together(group: Team, settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
+    """Train in several processes; the first writes the files."""
+    trainer = Trainer(settings, step, folder.checkpoint)
+    if group.share(folder.checkpoint.exists()):
+        trainer.load()
+        console.print(f"going on after epoch {trainer.epoch}", highlight=False)
+        if group.rank:
+            torch.manual_seed(settings.seed + group.rank * SEEDS + trainer.epoch)
+    console.print(f"run: {folder.path}, by {group.size} processes", highlight=False, markup=False, soft_wrap=True)
+    if group.rank == 0:
+        _fit(trainer, folder, console, brief)
+    else:
+        trainer.fit(lambda row: None)
+    trainer.restore_best()
+    logits = step.evaluate()
+    test, others = score(step.graph, logits, "test"), other_scores(step.graph, logits, "test")
+    with peak_memory() as memory:
+        step.train()
+    peaks = group.collect(memory.peak_bytes)
+    trainer.restore_best()
+    summary = {**summarize(trainer, test, Costs()), "other_scores": others, "peak_bytes_of_ranks": peaks}
+    if group.rank == 0:
+        write_text(folder.report, report(summary, trainer.history, write(settings)))
+        write_summary(folder.summary, summary)
+        show_summary(console, summary, folder.path)
+        shown = ", ".join(bytes_text(peak) for peak in peaks)
+        console.print(f"peak of an epoch's steps in each process: {shown}", highlight=False)
     return summary
 
 

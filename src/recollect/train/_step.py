@@ -10,6 +10,7 @@ from recollect.train._build import build_optimizer
 from recollect.train._graph import TrainingGraph
 from recollect.train._metrics import losses, scored
 from recollect.train._objective import make_objective
+from recollect.train._team import Team, team
 from recollect.train.families import Family
 
 __all__ = ["Step"]
@@ -38,6 +39,7 @@ class Step:
         self.batches = self.own
         self.objective = make_objective(settings.objective, graph, network)
         self.model, self.optimizer = fabric.setup(network, build_optimizer(settings.optimizer, network))
+        self._team = team()
         self._own_step = family.own_step(network, self.graph)
         self._second = False
         self._evaluation = family.evaluation(network, self.graph)
@@ -67,14 +69,29 @@ class Step:
             # In place: gradients then belong to what is always there, as in the measurements.
             self.optimizer.zero_grad(set_to_none=False)
             logits = self.family.call(self.model, inputs)
-            value, update = self.objective(losses(self.graph.task, logits[rows], target[rows]))
+            found = losses(self.graph.task, logits[rows], target[rows])
+            if self._team is not None:
+                total, nodes = total + self._together(self._team, found), nodes + len(rows)
+                continue
+            value, update = self.objective(found)
             if self.lipschitz:
                 extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
                 value, update = value + extra, update + extra
             self.fabric.backward(update)
             self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
+        if self._team is not None:
+            total, nodes = self._team.add_up(total), int(self._team.add_up(nodes))
         return float(total) / nodes  # the one wait for the device
+
+    def _together(self, team: Team, found: Tensor) -> Tensor:
+        """Take the step of the mean loss over the nodes of all processes; return the sum of this one's losses."""
+        value, number = found.sum(), team.add_up(found.numel())
+        self.fabric.backward(value / number.clamp_min(1).to(value.dtype))
+        team.add_gradients(self.network.parameters())
+        if number:
+            self._update()
+        return value.detach()
 
     def _update(self) -> None:
         if self.clip_norm is not None:

@@ -17,6 +17,7 @@ from recollect.train._errors import InvalidRunError, NonFiniteLossError
 from recollect.train._settings import Settings
 from recollect.train._step import Step
 from recollect.train._stored_checkpoint import check_checkpoint
+from recollect.train._team import team
 
 __all__ = ["Row", "Trainer"]
 
@@ -139,7 +140,10 @@ class Trainer:
         return time.perf_counter() - self._saved >= _PAUSE * self._saving
 
     def save(self) -> None:
-        """Write the checkpoint, in one step."""
+        """Write the checkpoint, in one step; of several processes the first does."""
+        group = team()
+        if group is not None and group.rank:
+            return
         start = time.perf_counter()
         fabric = self.step.fabric
         fabric.save(

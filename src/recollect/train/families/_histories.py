@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.autoscale import ScalableGNN, SubData, history_errors, permute, to_adj_t
+from recollect.autoscale import HistoryOptions, ScalableGNN, SubData, history_errors, permute, to_adj_t
+from recollect.distributed import Shares
 from recollect.train._batches import Batches, PartBatches, evaluation_loader
 from recollect.train._errors import UsageError
 from recollect.train._graph import ADJACENCY, TrainingGraph, cut
 from recollect.train._metrics import losses
 from recollect.train._room import check_room, histories_of
 from recollect.train._settings import ScalableSettings, Settings
+from recollect.train._team import team
 from recollect.train._text import histories_text, per_layer
 from recollect.train.families._family import Family
 
@@ -48,12 +50,17 @@ class HistoriesFamily(Family):
         self.in_parts = settings.training.name == "autoscale"
         self.by_layers = self.in_parts and settings.training.layerwise
         self._prepared: TrainingGraph | None = None  # before it was placed
+        self._team = team()
+        self._shares: Shares | None = None  # of the processes, where there are several
 
     def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
         if self._make is not None:
             return _with_histories(self._make(graph))
-        options = self._options(graph.data.num_nodes, device) if self.in_parts else {"keep_histories": False}
-        return self._build(graph, **options)
+        if not self.in_parts:
+            return self._build(graph, keep_histories=False)
+        if self._team is not None and graph.ptr is not None:
+            self._shares = Shares(graph.ptr, _work(graph))
+        return self._build(graph, **self._options(graph.data.num_nodes, device))
 
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
         """Features and adjacency."""
@@ -102,7 +109,8 @@ class HistoriesFamily(Family):
     def batches(self, network: nn.Module, graph: TrainingGraph, device: torch.device, second: bool = False) -> Batches:
         """Some parts in each step, or the whole graph."""
         if self.in_parts and not second:
-            return PartBatches(self._prepared or graph, self.settings.training, device)  # cutting waits for a device
+            placed = self._prepared or graph  # cutting waits for a device
+            return PartBatches(placed, self.settings.training, device, self._shares)
         return super().batches(network, graph, device)
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
@@ -135,7 +143,10 @@ class HistoriesFamily(Family):
         """On the whole graph, or layer by layer on its parts. All histories are then those of the parameters."""
         if not self.by_layers:
             return super().evaluation(network, graph)
-        loader = evaluation_loader(graph, self.settings.training)
+        group, shares = self._team, self._shares
+        loader = evaluation_loader(graph, self.settings.training, shares)
+        if group is not None and shares is not None:
+            return lambda model: group.gather_rows(cast(Tensor, model(loader=loader)), shares)
         return lambda model: cast(Tensor, model(loader=loader)).to(graph.data.y.device)
 
     def fill(self, evaluate: Callable[[], Tensor]) -> None:
@@ -210,7 +221,16 @@ class HistoriesFamily(Family):
             "history_dtype": getattr(torch, training.history_dtype),
             "history_path": Path(path).expanduser() if path else None,
             "compensate": training.compensate is not None,
+            "histories": HistoryOptions(process_group=self._shares),
         }
+
+
+def _work(graph: TrainingGraph) -> Tensor:
+    """What each part takes, about: its nodes, and the edges into them [num_parts]."""
+    assert graph.ptr is not None
+    ends = graph.data.adj_t.crow_indices()[graph.ptr]
+    work: Tensor = graph.ptr.diff() + ends.diff()
+    return work
 
 
 def _with_histories(network: nn.Module) -> ScalableGNN:

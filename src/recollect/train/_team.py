@@ -1,0 +1,117 @@
+"""Several processes that train one network on parts of one graph."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import Parameter
+
+from recollect.distributed import Shares
+
+__all__ = ["Team", "joined", "launch", "team"]
+
+_PATIENCE = timedelta(minutes=10)
+"""How long a process waits for another before all of them end with an error."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this one; 0 writes the run's files.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    def add_up(self, value: float | Tensor) -> Tensor:
+        """Return the sum of a number over all processes, float64."""
+        total = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def add_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Give each parameter the sum of its gradients in all processes; a missing one counts as 0."""
+        for group in _by_dtype(parameters).values():
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            distributed.all_reduce(flat)
+            for parameter, part in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
+                if parameter.grad is None:
+                    parameter.grad = part.view_as(parameter).clone()
+                else:
+                    parameter.grad.copy_(part.view_as(parameter))
+
+    def gather_rows(self, own: Tensor, shares: Shares) -> Tensor:
+        """Return the rows of all nodes [N, ...] in each process, of those of its own nodes."""
+        first = shares.ptr[shares.bounds].tolist()
+        rows = own.new_empty(first[-1], *own.shape[1:])
+        for rank in range(self.size):
+            part = rows[first[rank] : first[rank + 1]]
+            if rank == self.rank:
+                part.copy_(own)
+            distributed.broadcast(part, rank)
+        return rows
+
+    def share(self, value: Any) -> Any:
+        """Return what the first process has, in each of them."""
+        box = [value]
+        distributed.broadcast_object_list(box)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return what each process has, in each of them."""
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+
+def _by_dtype(parameters: Iterable[Parameter]) -> dict[torch.dtype, list[Parameter]]:
+    groups: dict[torch.dtype, list[Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault(parameter.dtype, []).append(parameter)
+    return groups
+
+
+def team() -> Team | None:
+    """The processes of this run, if there are several."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return None
+    return Team(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Team | None]:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or distributed.is_initialized():
+        yield team()
+        return
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield team()
+    finally:
+        distributed.destroy_process_group()
+
+
+def launch(words: Sequence[str], number: int) -> int:
+    """Start so many processes of the command by torchrun, on this machine; return the exit code.
+
+    Args:
+        words: of the command line.
+        number: of processes.
+    """
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "recollect", "train"]
+    threads = str(max(1, (os.cpu_count() or 1) // number))
+    return subprocess.call([sys.executable, *run, *words], env={"OMP_NUM_THREADS": threads, **os.environ})

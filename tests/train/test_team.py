@@ -1,0 +1,111 @@
+"""Training in several processes (gloo) on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from recollect.train import TrainingError, UsageError, train
+from recollect.train._config import parse
+from recollect.train._logs import read_history
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+
+GRAPH = ["dataset=sbm", "dataset.options.num_nodes=300", "dataset.options.num_features=8", "training=autoscale"]
+PARTS = [*GRAPH, "model=gcn", "model.hidden_channels=8", "training.layerwise=true", "training.partition=contiguous"]
+SHORT = [*PARTS, "training.num_parts=2", "training.parts_per_batch=1", "model.dropout=0", "measure.enabled=false"]
+
+
+def test_two_processes_train_and_one_writes(tmp_path):
+    both, one = tmp_path / "both", tmp_path / "one"
+    found = train([*SHORT, "devices=2", "epochs=3", f"run_dir={both}"])
+    assert len(found["peak_bytes_of_ranks"]) == 2
+    assert min(found["peak_bytes_of_ranks"]) > 0
+    assert (both / "report.html").exists()
+    assert found == json.loads((both / "summary.json").read_text())
+    train([*SHORT, "epochs=1", "training.parts_per_batch=2", f"run_dir={one}"])
+    rows, expected = read_history(both), read_history(one)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    # Histories are exact when an epoch begins: so the losses of the first are those of the whole graph.
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    extended = train([f"resume={both}", "epochs=4", "devices=1"])  # another number of processes goes on
+    assert extended["epochs"] == 4
+    assert read_history(both)[:3] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training=full"], "need training=autoscale"),
+        (["training.layerwise=false"], "need training.layerwise=true"),
+        (["training.compensate=cut"], "need training.compensate=null"),
+        (["objective=iwrm"], "need objective=mean"),
+        (["runs=2"], "need runs=1"),
+        (["devices=5"], "each needs a part, and training.num_parts=2"),
+        (["model=revgnn", "training=full"], "choose gcn, gat"),
+    ],
+)
+def test_what_several_processes_cannot_is_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse([*(word for word in SHORT if word.partition("=")[0] not in {w.partition("=")[0] for w in words}), *(
+            [] if "devices=5" in words else ["devices=2"]), *words])  # fmt: skip
+
+
+def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    words = [*SHORT, "devices=2", "epochs=100000", "patience=null", "checkpoint_every=1", f"run_dir={folder}"]
+    run = subprocess.Popen([sys.executable, "-m", "recollect", "train", *words], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoint.ckpt").exists():
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.2)
+        os.kill(_workers(folder)[-1], signal.SIGKILL)
+        assert run.wait(timeout=120) == 1
+    finally:
+        run.kill()
+    epochs = len(read_history(folder))
+    assert epochs >= 1
+    found = train([f"resume={folder}", f"epochs={epochs + 20}", "devices=1"])
+    assert found["epochs"] == epochs + 20
+
+
+def _workers(folder):
+    """The processes that train in a folder, apart from those that start others."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            words = Path("/proc", entry, "cmdline").read_text().split("\0") if entry.isdigit() else []
+        except OSError:
+            continue
+        if any(word == f"resume={folder}" for word in words) and "torch.distributed.run" not in words:
+            found.append(int(entry))
+    return sorted(found)
+
+
+def test_processes_that_fail_are_told(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(TrainingError, match="the 2 processes ended with code 1"):
+        train([*SHORT, "devices=2", f"training.history_path={tmp_path / 'file'}", f"run_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()  # what cannot start leaves no folder behind
+
+
+def test_one_process_is_no_team():
+    from recollect.train._team import joined, team
+
+    assert team() is None
+    with joined() as found:
+        assert found is None
+    assert not torch.distributed.is_initialized()
