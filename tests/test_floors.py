@@ -72,6 +72,7 @@ FLOORS = {
         APPLICATION,
     ),
     "cli": floor("__init__ train"),
+    "__main__": floor("cli"),
 }
 # Names that users of another package look for here. They stand above all parts, and no part imports them.
 ALIASES = {"autoscale/models.py": "models"}

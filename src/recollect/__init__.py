@@ -31,6 +31,7 @@ _PARTS = (
     "autogram",
     "autoscale",
     "data",
+    "distributed",
     "frames",
     "invertible",
     "memory",
