@@ -122,7 +122,7 @@ def compare(
 
     reference = Reference(whole, loader, steps)
     reference.run()
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for number, ranks in enumerate(steps):
         optimizer.zero_grad()
