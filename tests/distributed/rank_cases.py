@@ -19,6 +19,8 @@ from recollect.autoscale import (
     HistoryOptions,
     SubgraphLoader,
     add_self_loops,
+    history_parts,
+    load_history_parts,
     normalize,
     partition,
     permute,
@@ -229,6 +231,52 @@ def options_that_do_not_go_with_ranks(rank: int, world: int) -> None:
         History(8, 2, device="meta", process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="Shares are of 8 nodes"):
         History(9, 2, process_group=Shares(torch.arange(0, 9)))
+
+
+@case
+def a_checkpoint_is_loaded_by_another_number_of_ranks(rank: int, world: int) -> None:
+    import tempfile
+
+    from torch.distributed import checkpoint
+
+    folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    _, ptr = graph()
+    half = dist.new_group(list(range(max(1, world // 2))))
+    for dtype in (torch.float64, torch.int8):
+
+        def make(group: Any, dtype: torch.dtype = dtype) -> Any:
+            options = HistoryOptions(dtype=dtype, process_group=Shares(ptr, process_group=group))
+            return GCN(NODES, IN, 8, OUT, 3, histories=options).double()
+
+        path = f"{folder[0]}/{dtype}"
+        rows = torch.randn(2, NODES, 8, generator=torch.Generator().manual_seed(0))
+        if rank < max(1, world // 2):
+            few = make(half)
+            for history, values in zip(few.tables, rows, strict=True):
+                start, stop = history.table.shares.nodes
+                history.push(values[start:stop], offset=[start], count=[stop - start])
+            checkpoint.save({"histories": history_parts(few)}, checkpoint_id=path, process_group=half)
+        dist.barrier()
+        all_of = make(dist.group.WORLD)
+        state = {"histories": history_parts(all_of)}
+        checkpoint.load(state, checkpoint_id=path)
+        load_history_parts(all_of, state["histories"])
+        for history, values in zip(all_of.tables, rows, strict=True):
+            plain = History(NODES, 8, dtype=dtype)
+            plain.push(values)
+            assert torch.equal(history.pull(), plain.pull().to(history.out_dtype))
+            assert history.never_pushed() == 0
+        missing = dict(state["histories"])
+        del missing[f"1.part.{all_of.tables[0].table.shares.parts[0]}"]
+        before = all_of.tables[0].emb.clone()
+        with pytest.raises(KeyError, match="rows of that layer and part"):
+            load_history_parts(all_of, missing)
+        assert torch.equal(all_of.tables[0].emb, before) or dtype == torch.int8
+        with pytest.raises(ValueError, match="with the same parts, channels and options"):
+            load_history_parts(all_of, {name: value[:, 1:] for name, value in state["histories"].items()})
+    with pytest.raises(ValueError, match="are not over ranks"):
+        history_parts(GCN(NODES, IN, 8, OUT, 3))
 
 
 @case

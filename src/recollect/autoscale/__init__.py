@@ -9,6 +9,7 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize
 from recollect.autoscale._get_data import GraphData, get_data
 from recollect.autoscale._making import HistoryOptions
+from recollect.autoscale._parts_state import history_parts, load_history_parts
 from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
@@ -38,6 +39,8 @@ __all__ = [
     "get_data",
     "history_bytes",
     "history_errors",
+    "history_parts",
+    "load_history_parts",
     "metis",
     "normalize",
     "partition",
