@@ -107,7 +107,7 @@ def header(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(device),
-        "versions": versions("recollect", "torch_geometric", "invtorch", "memcnn", "torchjd"),
+        "versions": versions("torch-recollect", "torch_geometric", "invtorch", "memcnn", "torchjd"),
         "settings": dict(settings),
     }
 
