@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class WholeGraph:
             self._tables.forget()
             with DRAWING:
                 random = torch.get_rng_state()
-            state = {"random": random, "model": self._digest()}
+            state = {"random": random, "model": self._digest(), "name": secrets.randbits(62)}
             if self._folder is not None:
                 save(self._folder / "step.pt", state)
             return self._run(state, criterion, None)
@@ -241,6 +242,7 @@ class WholeGraph:
         try:
             yield
         finally:
+            self._worker.drain()  # after an error it may be writing
             self._busy.release()
 
     def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
@@ -253,7 +255,7 @@ class WholeGraph:
                     self._masks["mask"].draw(self.parts.bounds)
                 self._masks["last_mask"].draw(self.parts.bounds)
             seed = int(torch.randint(2**62, (1,), generator=_beside()))
-        run = Step(self, criterion, journal, seed)
+        run = Step(self, criterion, journal, seed, state["name"])
         run.forward()
         loss = run.turn()
         run.backward()
