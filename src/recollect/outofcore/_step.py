@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.frames import RebuildError, bits_of
+from recollect.messages import for_targets
 from recollect.outofcore._journal import Sums
 from recollect.outofcore._parts import Part
 from recollect.outofcore._reach import DRAWING
@@ -82,6 +83,7 @@ class Step:
             if index + 1 < number:
                 ahead = of._worker.submit(load, index + 1)
             changes = compute(part, rows)
+            of.parts.leave(part)
             if self._sums is not None:
                 changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
             if behind is not None:
@@ -180,7 +182,8 @@ class Step:
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         block = of.model.layer(layer)._blocks()[group]
-        with DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+        own = for_targets(part.size) if of.computed_alone(layer, group) else contextlib.nullcontext()
+        with own, DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
             y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 

@@ -132,14 +132,14 @@ def load(path: Path) -> Any:
     return unpacked(path, io.BytesIO(body))
 
 
-def unpacked(path: Path, source: Any) -> Any:
-    """Return what a file of torch holds, of which nothing is run.
+def unpacked(path: Path, source: Any, mmap: bool = False) -> Any:
+    """Return what a file of torch holds, of which nothing is run; mapped, it is read where it is looked at.
 
     Raises:
         HistoryFileError: it is something else.
     """
     try:
-        return torch.load(source, weights_only=True)
+        return torch.load(source, weights_only=True, mmap=mmap)
     except Exception as error:
         raise HistoryFileError(
             f"{path}: expected tensors that WholeGraph wrote (got {type(error).__name__}: the file was cut or "

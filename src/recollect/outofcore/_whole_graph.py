@@ -113,7 +113,8 @@ class WholeGraph:
         given, data = data, to_adj_t(data)
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
         self._probe = Probe(edges, self._width, self._dtype)
-        self._kinds: set[tuple[Any, ...]] = set()
+        self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
+        self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._in_order = _in_order(given, data.adj_t)
         self._further = self._looks_further()
         graph = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
@@ -308,7 +309,7 @@ class WholeGraph:
                 continue
             seen.add(id(layer))
             for group, block in enumerate(layer._blocks()):
-                kind = kind_of(block)
+                kind = self._kind_at[index, group] = kind_of(block)
                 if kind not in known or every:
                     name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
                     found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
@@ -325,7 +326,12 @@ class WholeGraph:
                     "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
                     "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
                 )
-        self._kinds.update(each.kind for each in observed)
+        for each in observed:
+            self._kinds[each.kind] = each.reach.alone(further) and self._kinds.get(each.kind, True)
+
+    def computed_alone(self, layer: int, group: int) -> bool:
+        """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
+        return self._kinds.get(self._kind_at[0 if self.model.tied else layer, group], False)
 
     def _refuse(self, observed: list[_Observed]) -> None:
         for each in observed:
