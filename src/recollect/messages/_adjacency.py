@@ -19,6 +19,8 @@ __all__ = [
     "check_csr",
     "described",
     "edges_of",
+    "know_edges",
+    "known_edges",
     "make_adj_t",
     "narrow_adj_t",
     "row_pointers",
@@ -196,45 +198,68 @@ class Edges:
 
     Attributes:
         num_nodes: N.
+        num_targets: T: edges into other nodes than the first T are in no adjacency.
         state: what is another one when the ``edge_index`` is, as far as torch knows.
         inside: whether all its nodes are among the N.
     """
 
-    def __init__(self, edge_index: Tensor, num_nodes: int) -> None:
+    def __init__(self, edge_index: Tensor, num_nodes: int, num_targets: int, inside: bool | None = None) -> None:
         self.num_nodes = num_nodes
+        self.num_targets = num_targets
         self.state = _state_of(edge_index)
-        self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes
-        self._adjacencies: dict[Hashable, Tensor] = {}
+        self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes if inside is None else inside
+        self.adjacencies: dict[Hashable, Tensor] = {}
 
     def adj_t(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the adjacency of one kind, sparse CSR [N, N], which is made at the first call.
+        """Return the adjacency of one kind, sparse CSR [T, N], which is made at the first call.
 
         Args:
             kind: what tells it from others of the same edges.
-            make: returns it.
+            make: returns it, [N, N] or [T, N].
         """
-        if kind not in self._adjacencies:
+        if kind not in self.adjacencies:
             with torch.inference_mode(False), torch.no_grad():  # backward will need it, whoever asks first
-                self._adjacencies[kind] = make()
-        return self._adjacencies[kind]
+                self.adjacencies[kind] = _first_rows(make(), self.num_targets)
+        return self.adjacencies[kind]
 
 
 # As long as an edge_index lives, what is known of it does.
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def edges_of(edge_index: Tensor, num_nodes: int) -> Edges:
+def edges_of(edge_index: Tensor, num_nodes: int, num_targets: int | None = None) -> Edges:
     """Return what is known of the edges [2, E], int64, E at least 1.
 
-    The first call for an ``edge_index`` reads it, which waits for its device; the later ones do not. Another number of
-    nodes and a change in place make another graph of it; a change that torch does not count (through ``.data`` or
-    NumPy) is not seen.
+    The first call for an ``edge_index`` reads it, which waits for its device; the later ones do not. Other numbers of
+    nodes, or of the first of them that are targets (default: all), and a change in place make another graph of it; a
+    change that torch does not count (through ``.data`` or NumPy) is not seen.
     """
     known: Edges | None = _KNOWN.get(edge_index, None)  # type: ignore[no-untyped-call]
-    if known is None or (known.num_nodes, known.state) != (num_nodes, _state_of(edge_index)):
-        known = Edges(edge_index, num_nodes)
+    num_targets = num_nodes if num_targets is None else num_targets
+    this = num_nodes, num_targets, _state_of(edge_index)
+    if known is None or (known.num_nodes, known.num_targets, known.state) != this:
+        known = Edges(edge_index, num_nodes, num_targets)
         _KNOWN[edge_index] = known
     return known
+
+
+def known_edges(edge_index: Tensor) -> Edges | None:
+    """Return what is known of the edges, if anything."""
+    known: Edges | None = _KNOWN.get(edge_index, None)  # type: ignore[no-untyped-call]
+    return known
+
+
+def know_edges(edge_index: Tensor, edges: Edges) -> None:
+    """Note what is known of the edges."""
+    _KNOWN[edge_index] = edges
+
+
+def _first_rows(adj_t: Tensor, number: int) -> Tensor:
+    if adj_t.size(0) == number:
+        return adj_t
+    rowptr = adj_t.crow_indices()[: number + 1].clone()
+    col, value = (each[: int(rowptr[-1])].clone() for each in (adj_t.col_indices(), adj_t.values()))
+    return sparse_csr(rowptr, col, value, (number, adj_t.size(1)))
 
 
 def _state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:

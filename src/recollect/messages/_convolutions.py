@@ -19,7 +19,7 @@ from recollect._torch import is_recorded
 from recollect.messages._adjacency import edges_of
 from recollect.messages._rules import Rule, Sources, known
 
-__all__ = ["convolve"]
+__all__ = ["convolve", "for_targets"]
 
 
 def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,14 +44,33 @@ def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
         return block(*args, **kwargs)
 
 
+@contextmanager
+def for_targets(number: int) -> Iterator[None]:
+    """Let the convolutions in blocks that :func:`convolve` calls return rows for the first nodes alone.
+
+    Those that are computed by products do; other ones of torch_geometric are given a pair, all rows and those of the
+    first nodes, which not all take, and which must be edges into these alone. So a block either returns the first rows
+    of what it returns otherwise, or it fails, or it returns others: whether it does the first is for the caller to see.
+
+    Args:
+        number: of these nodes.
+    """
+    before, _RUNNING.targets = _RUNNING.targets, number
+    try:
+        yield
+    finally:
+        _RUNNING.targets = before
+
+
 # Reaching the convolutions of a block.
 
 
 class _Running(threading.local):
-    """By id, the convolutions of the blocks that run in this thread; how many times."""
+    """By id, the convolutions of the blocks that run in this thread, how many times; and for which nodes they do."""
 
     def __init__(self) -> None:
         self.convs: Counter[int] = Counter()
+        self.targets: int | None = None
 
 
 _RUNNING = _Running()
@@ -83,13 +102,18 @@ def _reached(block: Any) -> list[nn.Module]:
         module = waiting.pop()
         if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo."):
             continue
-        if known(type(module)) is not None:
+        if known(type(module)) is not None or (_RUNNING.targets is not None and _passes_messages(module)):
             found.append(module)
         for child in module.children():
             if id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
     return found
+
+
+def _passes_messages(module: nn.Module) -> bool:
+    """Whether a module is a convolution of torch_geometric, or of its kind."""
+    return isinstance(module, sys.modules["torch_geometric.nn.conv"].MessagePassing)
 
 
 def _hold(conv: nn.Module) -> bool:
@@ -130,9 +154,11 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
         rule = None if given is None else _rule_of(conv, *given)
         if given is not None and rule is not None:
             x, edge_index = given
-            edges = edges_of(edge_index, x.size(0))
+            edges = edges_of(edge_index, x.size(0), _RUNNING.targets)
             if edges.inside:  # the convolution says what is wrong
                 return rule(conv, x, Sources(edges, edge_index))
+        if _RUNNING.targets is not None and args and type(args[0]) is Tensor:
+            args = ((args[0], args[0][: _RUNNING.targets]), *args[1:])
     return type(conv).forward(conv, *args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
 
-__all__ = ["propagate"]
+__all__ = ["know_transpose", "known_transpose", "propagate"]
 
 # While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -102,8 +102,7 @@ class _Propagate(torch.autograd.Function):
 
 def _transposed(adj_t: Tensor) -> Tensor:
     """Return the transpose [num_sources, num_targets] in CSR form, made at the first call."""
-    known: Tensor | weakref.ref[Tensor] | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
-    transpose = known() if isinstance(known, weakref.ref) else known
+    transpose = known_transpose(adj_t)
     if transpose is None:
         with outside_functorch():  # what is kept must be no tensor of a torch.func transform
             begins, col = adj_t.crow_indices(), adj_t.col_indices()
@@ -112,6 +111,17 @@ def _transposed(adj_t: Tensor) -> Tensor:
             narrow = begins.dtype == torch.int32
             row = torch.searchsorted(begins, order.to(begins.dtype), right=True, out_int32=narrow).sub_(1)
             transpose = sparse_csr(rowptr, row, adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
-        _TRANSPOSES[adj_t] = transpose
-        _TRANSPOSES[transpose] = weakref.ref(adj_t)
+        know_transpose(adj_t, transpose)
     return transpose
+
+
+def known_transpose(adj_t: Tensor) -> Tensor | None:
+    """Return the transpose, if it was made."""
+    known: Tensor | weakref.ref[Tensor] | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
+    return known() if isinstance(known, weakref.ref) else known
+
+
+def know_transpose(adj_t: Tensor, transpose: Tensor) -> None:
+    """Note that one is the transpose of the other, as long as the first lives."""
+    _TRANSPOSES[adj_t] = transpose
+    _TRANSPOSES[transpose] = weakref.ref(adj_t)

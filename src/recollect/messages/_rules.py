@@ -31,6 +31,11 @@ class Sources:
         self._edges = edges
         self._edge_index = edge_index
 
+    def targets(self, x: Tensor) -> Tensor:
+        """Return the rows of the nodes for which there are sources, the first ones."""
+        number = self._edges.num_targets
+        return x if number == x.size(0) else x[:number]
+
     def reduced(self, conv: Any, x: Tensor) -> Tensor:
         """Return the sum, the mean, the largest or the smallest of the sources' rows, as the convolution is set."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -86,17 +91,17 @@ Rule = Callable[[Any, Tensor, Sources], Tensor]
 def _sage(conv: Any, x: Tensor, sources: Sources) -> Tensor:
     out: Tensor = conv.lin_l(sources.reduced(conv, conv.lin(x).relu() if conv.project else x))
     if conv.root_weight:
-        out = out + conv.lin_r(x)
+        out = out + conv.lin_r(sources.targets(x))
     return F.normalize(out, dim=-1) if conv.normalize else out
 
 
 def _graph_conv(conv: Any, x: Tensor, sources: Sources) -> Tensor:
-    out: Tensor = conv.lin_rel(sources.reduced(conv, x)) + conv.lin_root(x)
+    out: Tensor = conv.lin_rel(sources.reduced(conv, x)) + conv.lin_root(sources.targets(x))
     return out
 
 
 def _gin(conv: Any, x: Tensor, sources: Sources) -> Tensor:
-    out: Tensor = conv.nn(sources.reduced(conv, x) + (1 + conv.eps) * x)
+    out: Tensor = conv.nn(sources.reduced(conv, x) + (1 + conv.eps) * sources.targets(x))
     return out
 
 
@@ -111,10 +116,10 @@ def _gcn(conv: Any, x: Tensor, sources: Sources) -> Tensor:
 
 def _gat(conv: Any, x: Tensor, sources: Sources) -> Tensor:
     z = conv.lin(x).view(-1, conv.heads, conv.out_channels)
-    out = sources.attended(conv, (z * conv.att_src).sum(-1), (z * conv.att_dst).sum(-1), z)
+    out = sources.attended(conv, (z * conv.att_src).sum(-1), (sources.targets(z) * conv.att_dst).sum(-1), z)
     out = out.flatten(1) if conv.concat else out.mean(1)
     if conv.res is not None:
-        out = out + conv.res(x)
+        out = out + conv.res(sources.targets(x))
     return out if conv.bias is None else out + conv.bias
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
+from recollect.messages import for_targets
 from recollect.outofcore._parts import cut
 
 __all__ = ["DRAWING", "Constant", "Probe", "Reach", "kind_of", "same"]
@@ -33,12 +34,20 @@ class Reach:
     Attributes:
         near: the edges into a part's nodes suffice.
         further: with the edges into their neighbours it is right too.
+        near_alone: near, and convolutions can be computed for the part's nodes alone.
+        further_alone: the same with the edges into their neighbours.
         ordered: what it returns depends on the order of the edges into a node.
     """
 
     near: bool
     further: bool
+    near_alone: bool
+    further_alone: bool
     ordered: bool
+
+    def alone(self, further: bool) -> bool:
+        """Return whether convolutions can be computed for the part's nodes alone."""
+        return self.further_alone if further else self.near_alone
 
 
 def kind_of(block: Any) -> tuple[Any, ...]:
@@ -111,7 +120,8 @@ class Probe:
             ValueError: it can be computed for a whole graph, and not for a part.
         """
         block = _moved(block, self._generator)
-        near = further = True
+        right = {False: True, True: True}  # by whether edges into the neighbours are there
+        alone = dict(right)
         ordered = False
         for scale in _SCALES[:1] if brief else _SCALES:
             rows, draws = self._rows * scale, Constant()
@@ -135,10 +145,10 @@ class Probe:
                         f"{error}). A convolution that keeps something of the first graph, as with cached=True, cannot "
                         "be computed part by part: turn that off"
                     ) from error
-                alike = same(found, true[start:stop])
-                near &= alike or with_further
-                further &= alike or not with_further
-        return Reach(near, further, ordered)
+                right[with_further] &= same(found, true[start:stop])
+                alone[with_further] = alone[with_further] and _is_alone(block, own, edge_index, edges, true[start:stop])
+        near, further = right[False], right[True]
+        return Reach(near, further, near and alone[False], further and alone[True], ordered)
 
 
 def same(found: Tensor, true: Tensor) -> bool:
@@ -163,6 +173,16 @@ def _moved(block: Any, generator: torch.Generator) -> Any:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             parameter.add_(noise * 0.1)
     return block
+
+
+def _is_alone(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], true: Tensor) -> bool:
+    """Return whether a block is right when its convolutions are computed for the first nodes alone."""
+    try:
+        with for_targets(true.size(0)):
+            found = _run(block, rows, edge_index, edges, Constant())[: true.size(0)]
+    except Exception:  # it needs all rows of what a convolution returns, or has one that takes no pair
+        return False
+    return same(found, true)
 
 
 def _run(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], draws: Constant) -> Tensor:

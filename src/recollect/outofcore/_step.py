@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recollect.frames import RebuildError, bits_of
+from recollect.messages import for_targets
+from recollect.outofcore._journal import Sums
 from recollect.outofcore._parts import Part
 from recollect.outofcore._reach import DRAWING
-from recollect.outofcore._tables import Changes, load, save
+from recollect.outofcore._tables import Changes
 
 if TYPE_CHECKING:
     from recollect.outofcore._whole_graph import WholeGraph
@@ -33,22 +35,31 @@ class Step:
         criterion: the loss of a part; ``None`` in evaluation.
         journal: the state after the last operation that was done by an earlier process.
         seed: of what blocks draw.
+        name: a number that no other step has.
     """
 
-    def __init__(self, of: WholeGraph, criterion: Criterion | None, journal: dict[str, Any] | None, seed: int) -> None:
+    def __init__(
+        self, of: WholeGraph, criterion: Criterion | None, journal: dict[str, Any] | None, seed: int, name: int = 0
+    ) -> None:
         self._of = of
         self._criterion = criterion
         self._seed = seed
         self._operation = 0
         self._done = -1 if journal is None else int(journal["operation"])
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        self._names = {parameter: name for name, parameter in of.model.named_parameters()}
+        parameters = list(of.model.parameters())
+        self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._loss: Tensor | None = None
-        if journal is not None:
-            by_name = dict(of.model.named_parameters())
+        self._changed: list[tuple[int, Tensor]] = []
+        self._sums: Sums | None = None
+        if of._folder is not None and criterion is not None:
+            self._sums = Sums(of._folder / "gradients.table", parameters, name)
+        if journal is not None and self._sums is not None:
             self._loss = journal["loss"]
-            kept = load(of._folder / "gradients.pt") if journal["kept"] else {}  # type: ignore[operator]
-            self.gradients = {by_name[name]: value for name, value in {**kept, **journal["gradients"]}.items()}
+            found = self._sums.read(dict(journal["gradients"]))
+            self.gradients = {parameters[number]: value for number, value in found.items()}
+            for number, value in journal["gradients"]:
+                self._sums.write(number, value)
 
     # Reading, computing and writing side by side.
 
@@ -72,37 +83,22 @@ class Step:
             if index + 1 < number:
                 ahead = of._worker.submit(load, index + 1)
             changes = compute(part, rows)
-            if self._criterion is not None:
-                changes.state = {"operation": first + index, **changes.state}
+            of.parts.leave(part)
+            if self._sums is not None:
+                changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
             if behind is not None:
                 behind.result()
-            behind = of._worker.submit(of._tables.apply, changes)
+            behind = of._worker.submit(self._apply, changes, index == number - 1)
         if behind is not None:
             behind.result()
+        self._changed = []
 
-    def _state(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """Return what must be known to go on behind an operation that changed these gradients."""
-        return {
-            "loss": None if self._loss is None else self._loss.clone(),
-            "gradients": {
-                self._names[parameter]: self.gradients[parameter].clone()
-                for parameter in parameters
-                if parameter in self.gradients
-            },
-            "kept": self._kept,
-        }
-
-    _kept = False
-
-    def _keep(self) -> None:
-        """Write the gradients so far, when a pass over the parts is over."""
-        of = self._of
-        if of._folder is not None and self._done < self._operation:
-            save(
-                of._folder / "gradients.pt",
-                {self._names[parameter]: gradient for parameter, gradient in self.gradients.items()},
-            )
-        self._kept = True
+    def _apply(self, changes: Changes, last: bool) -> None:
+        """Do what an operation does; the last one of a pass says what its gradients are."""
+        self._of._tables.apply(changes)
+        if last and self._sums is not None:
+            for number, value in changes.state["gradients"]:
+                self._sums.write(number, value)
 
     def _add(self, parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -110,6 +106,8 @@ class Step:
                 continue
             known = self.gradients.get(parameter)
             self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+        # Of the pass over the parts that is under way; they are not changed in place.
+        self._changed = [(self._numbers[each], self.gradients[each]) for each in parameters if each in self.gradients]
 
     def groups_of(self, part: Part) -> Tensor:
         """Return the activations of a part's nodes [n, hidden_channels]."""
@@ -130,8 +128,7 @@ class Step:
         with torch.no_grad():
             rows = self._entered(self._of.model.embed(part.x))
         where = (part.start, part.stop)
-        state = {} if self._criterion is None else self._state([])
-        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))], state=state)
+        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
     def _entered(self, rows: Tensor) -> Tensor:
         lattice = self._of._lattice
@@ -142,15 +139,19 @@ class Step:
 
     def _rows(self, group: int, part: Part) -> Read:
         """Read a group of a part, the block's input, and the factors of its dropout."""
-        of, n_id = self._of, part.n_id
-        inputs = [group - 1] if group else list(range(1, of.num_groups))
-        z = of._tables[f"x{inputs[0]}"].read(n_id)
-        for other in inputs[1:]:
-            z += of._tables[f"x{other}"].read(n_id)
+        of, where = self._of, (part.start, part.stop)
+        first, *others = self._inputs(group)
+        z = of._tables.read(f"x{first}", where, part.halo)
+        for other in others:
+            z += of._tables.read(f"x{other}", where, part.halo)
         mask = None
         if of.model.training and of.model.shared_dropout and of.model.dropout > 0:
-            mask = self._chunks(of._masks["mask"].read(n_id, of._dtype))[group]
-        return of._tables[f"x{group}"].read((part.start, part.stop)), z, mask
+            mask = self._chunks(of._masks["mask"].read(part.n_id, of._dtype))[group]
+        return of._tables[f"x{group}"].read(where), z, mask
+
+    def _inputs(self, group: int) -> list[int]:
+        """Return the groups whose sum is the input of a group's block."""
+        return [group - 1] if group else list(range(1, self._of.num_groups))
 
     def _forward(self, layer: int, group: int, part: Part, rows: Read) -> Changes:
         of = self._of
@@ -167,7 +168,7 @@ class Step:
             of._lattice.check(own, [own], [block], f"layer {layer}, block {group}: {{}}")
         if training and of._lattice is not None:
             of._marks.write(self._place(layer, group, part), _bytes_of(y))
-        return Changes([(f"x{group}", where, own)], state=self._state([]) if training else {})
+        return Changes([(f"x{group}", where, own)])
 
     def _place(self, layer: int, group: int, part: Part) -> tuple[int, int]:
         of = self._of
@@ -181,7 +182,8 @@ class Step:
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         block = of.model.layer(layer)._blocks()[group]
-        with DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
+        own = for_targets(part.size) if of.computed_alone(layer, group) else contextlib.nullcontext()
+        with own, DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
             y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
@@ -212,10 +214,9 @@ class Step:
                     gradient = found[0]
             where = (part.start, part.stop)
             chunks = self._chunks(gradient)
-            return Changes([(f"g{i}", where, chunk) for i, chunk in enumerate(chunks)], state=self._state(parameters))
+            return Changes([(f"g{i}", where, chunk) for i, chunk in enumerate(chunks)])
 
         self._pass(read, compute)
-        self._keep()
         if self._loss is None:
             raise ValueError("no node is for training: data.train_mask has none")
         return self._loss
@@ -236,7 +237,6 @@ class Step:
         for layer in reversed(range(of.num_layers)):
             for group in reversed(range(of.num_groups)):
                 self._pass(partial(self._rows_and_gradient, group), partial(self._backward, layer, group))
-                self._keep()
         self._errors = self._norms = 0.0
         self._pass(self._read_first, self._leave)
         of.last_drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
@@ -259,10 +259,13 @@ class Step:
         self._add(parameters, found[1:])
         where = (part.start, part.stop)
         own = own - y.detach() if of._lattice is None else of._lattice.inverse(own, y.detach())[0]
-        changes = Changes([(f"x{group}", where, own)], state=self._state(parameters))
+        changes = Changes([(f"x{group}", where, own)])
         if found[0] is not None:
-            inputs = [group - 1] if group else list(range(1, of.num_groups))
-            changes.added = [(f"g{other}", part.n_id, found[0]) for other in inputs]
+            for other in self._inputs(group):
+                changes.added += [
+                    (f"g{other}", where, found[0][: part.size]),
+                    (f"g{other}", part.halo, found[0][part.size :]),
+                ]
         return changes
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
@@ -283,7 +286,7 @@ class Step:
             self._norms += float(true.square().sum())
             if parameters:
                 self._add(parameters, torch.autograd.grad(h, parameters, gradient, allow_unused=True))
-        return Changes(state=self._state(parameters))
+        return Changes()
 
 
 def _trained(modules: list[nn.Module]) -> list[nn.Parameter]:

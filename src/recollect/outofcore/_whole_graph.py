@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ class WholeGraph:
         given, data = data, to_adj_t(data)
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
         self._probe = Probe(edges, self._width, self._dtype)
-        self._kinds: set[tuple[Any, ...]] = set()
+        self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
+        self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._in_order = _in_order(given, data.adj_t)
         self._further = self._looks_further()
         graph = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
@@ -162,7 +164,7 @@ class WholeGraph:
             self._tables.forget()
             with DRAWING:
                 random = torch.get_rng_state()
-            state = {"random": random, "model": self._digest()}
+            state = {"random": random, "model": self._digest(), "name": secrets.randbits(62)}
             if self._folder is not None:
                 save(self._folder / "step.pt", state)
             return self._run(state, criterion, None)
@@ -241,6 +243,7 @@ class WholeGraph:
         try:
             yield
         finally:
+            self._worker.drain()  # after an error it may be writing
             self._busy.release()
 
     def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
@@ -253,7 +256,7 @@ class WholeGraph:
                     self._masks["mask"].draw(self.parts.bounds)
                 self._masks["last_mask"].draw(self.parts.bounds)
             seed = int(torch.randint(2**62, (1,), generator=_beside()))
-        run = Step(self, criterion, journal, seed)
+        run = Step(self, criterion, journal, seed, state["name"])
         run.forward()
         loss = run.turn()
         run.backward()
@@ -306,7 +309,7 @@ class WholeGraph:
                 continue
             seen.add(id(layer))
             for group, block in enumerate(layer._blocks()):
-                kind = kind_of(block)
+                kind = self._kind_at[index, group] = kind_of(block)
                 if kind not in known or every:
                     name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
                     found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
@@ -323,7 +326,12 @@ class WholeGraph:
                     "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
                     "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
                 )
-        self._kinds.update(each.kind for each in observed)
+        for each in observed:
+            self._kinds[each.kind] = each.reach.alone(further) and self._kinds.get(each.kind, True)
+
+    def computed_alone(self, layer: int, group: int) -> bool:
+        """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
+        return self._kinds.get(self._kind_at[0 if self.model.tied else layer, group], False)
 
     def _refuse(self, observed: list[_Observed]) -> None:
         for each in observed:

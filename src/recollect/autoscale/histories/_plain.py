@@ -13,7 +13,7 @@ from torch import Tensor
 from recollect.autoscale.histories._codec import codec_for
 from recollect.autoscale.histories._file import FileRows
 from recollect.autoscale.histories._file_table import FileTable
-from recollect.autoscale.histories._memory import memory_table
+from recollect.autoscale.histories._memory import MemoryRows, memory_table
 from recollect.autoscale.histories._selection import Slices, length
 
 __all__ = ["PlainRows", "Where"]
@@ -59,16 +59,32 @@ class PlainRows:
         else:
             self._rows = _mapped(path, rows, width, dtype)
 
-    def read(self, where: Where) -> Tensor:
-        """Return a copy of some rows."""
+    def empty(self, rows: int) -> Tensor:
+        """Return room for some rows."""
+        return torch.empty(rows, self._width, dtype=self._dtype, device="cpu")
+
+    def read(self, where: Where, out: Tensor | None = None) -> Tensor:
+        """Return a copy of some rows.
+
+        Args:
+            where: which.
+            out: where the copy shall be, contiguous.
+        """
         selection = _selection(where)
-        out = torch.empty(length(selection), self._width, dtype=self._dtype, device="cpu")
+        out = self.empty(length(selection)) if out is None else out
         self._rows.read(selection, out)
         return out
 
     def write(self, where: Where, values: Tensor) -> None:
         """Write some rows."""
         self._rows.write(values, _selection(where))
+
+    def add(self, where: Where, values: Tensor) -> None:
+        """Add to some rows; to each once."""
+        if isinstance(self._rows, MemoryRows) and not isinstance(where, Tensor):
+            self._rows.tensor[where[0] : where[1]].add_(values)
+        else:
+            self.write(where, self.read(where).add_(values))
 
     def zero_(self) -> None:
         """Set all to 0."""

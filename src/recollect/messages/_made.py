@@ -1,0 +1,70 @@
+"""What was made of the edges of a graph, as plain tensors: to be kept in a file, and not to be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recollect.messages._adjacency import Edges, know_edges, known_edges, sparse_csr
+from recollect.messages._products import know_transpose, known_transpose
+
+__all__ = ["Made", "made_of", "take_made"]
+
+Csr = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The adjacencies of some edges.
+
+    Attributes:
+        num_nodes: columns of each.
+        num_targets: rows of each.
+        kinds: by which convolutions know them.
+        adjacencies: row pointers, columns and values of each.
+        transposes: the same of the transpose of each, where there is one.
+    """
+
+    num_nodes: int
+    num_targets: int
+    kinds: list[Hashable]
+    adjacencies: list[Csr]
+    transposes: list[Csr | None]
+
+    @property
+    def number(self) -> int:
+        """How many matrices there are."""
+        return len(self.adjacencies) + sum(each is not None for each in self.transposes)
+
+
+def made_of(edge_index: Tensor) -> Made | None:
+    """Return what convolutions made of an ``edge_index``; ``None`` if nothing was, or what is no part of the graph."""
+    edges = known_edges(edge_index)
+    if edges is None or not edges.inside or not edges.adjacencies:
+        return None
+    matrices = list(edges.adjacencies.values())
+    transposes = [known_transpose(each) for each in matrices]
+    return Made(
+        edges.num_nodes,
+        edges.num_targets,
+        list(edges.adjacencies),
+        [_parts(each) for each in matrices],
+        [None if each is None else _parts(each) for each in transposes],
+    )
+
+
+def take_made(edge_index: Tensor, made: Made) -> None:
+    """Let convolutions find what was made of the same edges."""
+    edges = Edges(edge_index, made.num_nodes, made.num_targets, inside=True)
+    size = made.num_targets, made.num_nodes
+    for kind, own, other in zip(made.kinds, made.adjacencies, made.transposes, strict=True):
+        matrix = edges.adjacencies[kind] = sparse_csr(*own, size)
+        if other is not None:
+            know_transpose(matrix, sparse_csr(*other, (size[1], size[0])))
+    know_edges(edge_index, edges)
+
+
+def _parts(matrix: Tensor) -> Csr:
+    return matrix.crow_indices(), matrix.col_indices(), matrix.values()
