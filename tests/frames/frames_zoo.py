@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import recollect
-from recollect.frames import Offload, couple
+from recollect.frames import Offload, Previous, couple
 
-SOURCES = ("checkpoint", "inverse", "coupling", "offload", "file")
-GIVEN = {"offload": Offload(), "file": Offload(path=tempfile.gettempdir())}  # to checkpoint(source=)
+SOURCES = ("checkpoint", "inverse", "coupling", "offload", "file", "previous")
+# To checkpoint(source=).
+GIVEN = {"previous": Previous(), "offload": Offload(), "file": Offload(path=tempfile.gettempdir())}
 WIDTH = 12
 TOLERANCE = 1e-10
 

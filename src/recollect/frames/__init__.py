@@ -13,6 +13,7 @@ source     the inputs come from                memory
 Kept       kept inputs: a checkpoint           one input per frame
 Inverse    the function's inverse              one output for a whole chain of frames
 coupling   subtraction of the blocks' outputs  the same, and one evaluation of each block
+Previous   the frame before, run again         one input for frames in a row
 Offload    copies in host memory or in files   host memory, disk
 ========== =================================== ============================================
 
@@ -37,13 +38,14 @@ from recollect.frames._errors import (
 from recollect.frames._fingerprint import bits_of
 from recollect.frames._frame import certificate_of_process, devices_of, run_frame
 from recollect.frames._lattice import Lattice, check_exact, digits_of
-from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode
+from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode, keep_everything
 from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
 from recollect.frames.sources._offload import Offload, OffloadError
+from recollect.frames.sources._previous import Previous
 from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "LatticeError",
     "Offload",
     "OffloadError",
+    "Previous",
     "RandomState",
     "RebuildError",
     "ReleasedTensorError",
@@ -83,6 +86,7 @@ __all__ = [
     "frames_apply",
     "in_backward",
     "in_dry_mode",
+    "keep_everything",
     "run_frame",
     "run_invertible",
     "settle",

@@ -25,7 +25,7 @@ from recollect.frames._record import Changed
 from recollect.frames._recorder import Recorder
 from recollect.frames._region import Region
 from recollect.frames._watch import attributes_of, place_of, version_of
-from recollect.frames.sources._source import Arguments, Held, Source
+from recollect.frames.sources._source import Arguments, Held, Source, hand_on
 
 __all__ = ["Frame", "certificate_of_process", "run_frame"]
 
@@ -227,7 +227,7 @@ class Frame(Scope):
             self._changes = next(
                 (shape_of(t) for t, v in zip(given, versions, strict=True) if version_of(t) != v), None
             )
-        outputs = [output] if isinstance(output, Tensor) else list(tensors_of(output))
+        outputs = _tensors_in(output)
         kept = []
         for reference, version, index in self._saved:
             tensor = reference()
@@ -244,6 +244,8 @@ class Frame(Scope):
                 self._guard(tensor, begin, before)
         del given  # the source may drop them now
         self._held.returned(output)
+        if self._held.hands_on:
+            hand_on(self, outputs)
         return output
 
     def _take(self, recorder: Recorder) -> None:
@@ -262,8 +264,30 @@ class Frame(Scope):
         with self._lock:
             rebuilt = self._rebuilt
             if index not in rebuilt:  # held here: a rebuild in another thread may make this frame forget
-                rebuilt = self._rebuild()
+                rebuilt, _ = self._rebuild()
             return rebuilt.pop(index)
+
+    def output(self, arrived: list[Tensor] | None) -> list[Tensor]:
+        """Run the region again to its end, and return the tensors that it returned, without history.
+
+        What autograd saved is at hand then, until this frame's turn comes in backward.
+
+        Args:
+            arrived: what the frame before has returned so.
+        """
+        with self._lock:
+            self._held.arrives(arrived)
+            return self._rebuild(whole=True)[1]
+
+    @property
+    def held(self) -> Held:
+        """What brings the arguments back."""
+        return self._held
+
+    @property
+    def parent(self) -> Scope:
+        """The frame whose region this one's is a part of, or the thread's outermost scope."""
+        return self._parent
 
     def forget(self) -> None:
         """Drop what the last rebuild left over."""
@@ -366,15 +390,15 @@ class Frame(Scope):
         refuse_if_freed.before = before  # type: ignore[attr-defined]
         node.register_prehook(refuse_if_freed)
 
-    def _rebuild(self) -> dict[int, Tensor]:
+    def _rebuild(self, whole: bool = False) -> tuple[dict[int, Tensor], list[Tensor]]:
         with enabled_overrides():
             try:
-                return self._run_again()
+                return self._run_again(whole)
             except RebuildError as error:
                 if self._region.watched and not self._region.rewatched and not self._held.whole:
                     self._region.rewatched = True  # some operations save other tensors under a dispatch mode
                     try:
-                        return self._run_again()
+                        return self._run_again(whole)
                     except RebuildError:
                         self._region.rewatched = False
                 suspects = self._suspects()
@@ -391,7 +415,7 @@ class Frame(Scope):
         except FrameError:
             return []
 
-    def _run_again(self) -> dict[int, Tensor]:
+    def _run_again(self, whole: bool) -> tuple[dict[int, Tensor], list[Tensor]]:
         running = self._live
         if running is None and self._changes is not None:
             raise InPlaceError(
@@ -402,13 +426,14 @@ class Frame(Scope):
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
         changed = [] if running is not None else self._held.changed()
         self._check_saved(needed, changed)
-        self._parent.now_rebuilds(self)
+        self._parent.now_rebuilds(self, together=self._held.followed)
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
         graph: list[weakref.ref[_Emptied]] = []
         waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation; see _mark_earlier
         gross = 0.0
-        last = max(needed, default=-1) if self._early_stop or running is not None else -1
+        early = (self._early_stop and not whole) or running is not None
+        last = max(needed, default=-1) if early else -1
         count = 0
         if running is None:
             self._sampled.clear()
@@ -452,10 +477,11 @@ class Frame(Scope):
                 done = filling  # it fills the noise of rrelu after it has saved it
             return kept
 
-        output, is_whole = None, False
+        output, is_whole, returned = None, False, list[Tensor]()
         try:
             output = self._region.again(arguments, self, saved_tensors_hooks(collect, _unpack_rebuilt), changed=changed)
             is_whole = True
+            returned = [tensor.detach() for tensor in _tensors_in(output)] if whole else []
         except BaseException as error:
             # What passes through an interpreter (TorchScript's) comes out as another exception.
             if isinstance(error, FrameError) or not 0 < last + 1 <= count:
@@ -484,7 +510,7 @@ class Frame(Scope):
         if running is None and self._held.makes_leaves:
             _empty(arguments)
         self._rebuilt = collected
-        return collected
+        return collected, returned
 
     def _inputs(self) -> Arguments:
         try:
@@ -594,6 +620,10 @@ def run_frame(
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
     return frame.run((args, kwargs))
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(tensors_of(output))
 
 
 def _empty(arguments: Arguments) -> None:

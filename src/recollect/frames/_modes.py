@@ -19,8 +19,8 @@ from recollect._torch import hooks_are_enabled, is_in_transform
 from recollect.frames._errors import FrameError
 
 __all__ = [
-    "Scope", "aside", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode", "local",
-    "save_nothing",
+    "Scope", "aside", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode",
+    "keep_everything", "local", "save_nothing",
 ]  # fmt: skip
 
 
@@ -32,24 +32,27 @@ class _Rebuilt(Protocol):
 
 
 class Scope:
-    """What frames of one nesting level share: the one that was rebuilt last.
+    """What frames of one nesting level share: the ones that were rebuilt last.
 
     Autograd runs backward in the reverse order of the forward, so when a frame is rebuilt, the one rebuilt before it
     is done with, even if some of what it saved was never asked for (gradients of a subset). Those leftovers are
-    dropped then.
+    dropped then. Frames in a row that are rebuilt for the last of them are done with together.
     """
 
     __slots__ = ("__weakref__", "_last")
 
     def __init__(self) -> None:
-        self._last: weakref.ref[_Rebuilt] | None = None
+        self._last: list[weakref.ref[_Rebuilt]] = []
 
-    def now_rebuilds(self, frame: _Rebuilt) -> None:
-        """Drop the leftovers of the frame that was rebuilt before ``frame``."""
-        last = self._last() if self._last is not None else None
-        if last is not None and last is not frame:
-            last.forget()
-        self._last = weakref.ref(frame)
+    def now_rebuilds(self, frame: _Rebuilt, *, together: bool = False) -> None:
+        """Drop the leftovers of the frames that were rebuilt before ``frame``, unless it is rebuilt with them."""
+        if not together:
+            for reference in self._last:
+                last = reference()
+                if last is not None and last is not frame:
+                    last.forget()
+            self._last.clear()
+        self._last.append(weakref.ref(frame))
 
 
 class _Local(threading.local):
@@ -58,6 +61,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.backward = 0
         self.dry = 0
+        self.keeping_everything = 0
         self.first_call = 0
         self.policy: Any = None  # a StoragePolicy, if somebody does something to the inputs of stages
         self.scope: Scope | None = None  # the frame whose region this thread is running, if any
@@ -152,11 +156,21 @@ def dry_mode(enabled: bool = True) -> Iterator[None]:
         local.dry -= 1
 
 
+@contextmanager
+def keep_everything() -> Iterator[None]:
+    """Let all frames in the body step aside: what autograd saves is kept, whatever modules are set to."""
+    local.keeping_everything += 1
+    try:
+        yield
+    finally:
+        local.keeping_everything -= 1
+
+
 def frames_apply() -> bool:
     """Return whether frames can and need to act here.
 
-    They step aside, and the function runs plain, where nothing is saved anyway (no grad, inference, dry mode) and
-    where saved-tensor hooks do not exist (torch.func transforms, forward-mode
+    They step aside, and the function runs plain, where nothing is saved anyway (no grad, inference, dry mode), inside
+    :func:`keep_everything`, and where saved-tensor hooks do not exist (torch.func transforms, forward-mode
     differentiation, tracing, a whole model under torch.compile).
     """
     if torch.compiler.is_compiling():
@@ -165,6 +179,7 @@ def frames_apply() -> bool:
         torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and local.dry == 0
+        and local.keeping_everything == 0
         and hooks_are_enabled()
         and not is_in_transform()
     )

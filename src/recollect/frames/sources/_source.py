@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from recollect.frames._modes import enclosing
+from recollect.frames._watch import version_of
 
 if TYPE_CHECKING:
     from recollect.frames._region import Region
 
-__all__ = ["Arguments", "Held", "Source"]
+__all__ = ["Arguments", "Held", "Made", "Maker", "Source", "hand_on", "maker_of"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of a call."""
@@ -33,6 +40,10 @@ class Held(ABC):
     may hold; they are emptied after a rebuild."""
     lock: Any = None
     """Held in a rebuild, if several frames share this; ``None``: every frame has a lock of its own."""
+    hands_on: bool = False
+    """Whether the frame's outputs can be asked of it (:func:`maker_of`), by frames whose inputs they are."""
+    followed: bool = False
+    """Whether the arguments that were last returned came from frames that have run again for them."""
 
     def begins(self, region: Region) -> None:
         """Take notice of the region, before it runs: its ``name``, and how to run ``again`` under its conditions."""
@@ -40,6 +51,10 @@ class Held(ABC):
 
     def returned(self, output: Any) -> None:
         """Take notice of what the region returned in the forward pass; the arguments may be dropped from now on."""
+        return
+
+    def arrives(self, tensors: list[Tensor] | None) -> None:
+        """Take notice of what the frame before has returned again, for the next call of :meth:`inputs`."""
         return
 
     @abstractmethod
@@ -60,6 +75,59 @@ class Held(ABC):
     def evaluated(self, output: Any) -> None:
         """Take notice of the region's output in a rebuild that ran to its end."""
         return
+
+
+class Maker(Protocol):
+    """A frame, as far as those that take its outputs know it."""
+
+    @property
+    def held(self) -> Any:
+        """What its source keeps."""
+
+    @property
+    def parent(self) -> object:
+        """What it is a part of."""
+
+    def output(self, arrived: list[Tensor] | None) -> list[Tensor]:
+        """Run again, on what the frame before it returned; return the tensors that the region returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that a frame returned: which frame, and which of its tensors."""
+
+    frame: Maker
+    index: int
+
+
+class _Entry:
+    """The same, without holding the frame, and the tensor's version then."""
+
+    __slots__ = ("frame", "index", "version")
+
+    def __init__(self, frame: Maker, index: int, version: int) -> None:
+        self.frame = weakref.ref(frame)
+        self.index = index
+        self.version = version
+
+
+_made: MutableMapping[Tensor, _Entry] = WeakTensorKeyDictionary()
+
+
+def hand_on(frame: Maker, outputs: Sequence[Tensor]) -> None:
+    """Take note of the tensors that a frame returned, in order."""
+    for index, tensor in enumerate(outputs):
+        if tensor.requires_grad:
+            _made[tensor] = _Entry(frame, index, version_of(tensor))
+
+
+def maker_of(tensor: Tensor) -> Made | None:
+    """Return the frame of the running region that returned a tensor; ``None`` if there is none, or it was changed."""
+    entry = _made.get(tensor)
+    frame = None if entry is None else entry.frame()
+    if entry is None or frame is None or frame.parent is not enclosing() or version_of(tensor) != entry.version:
+        return None
+    return Made(frame, entry.index)
 
 
 class Source(ABC):
