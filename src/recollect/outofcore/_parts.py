@@ -200,7 +200,6 @@ class Parts:
             file.write({field.name: getattr(made, field.name) for field in fields(Made)})
             self._numbers[number] = made.number
             self._mapped[number] = self._read(number)
-            return
         for file in (self._files[number], *([self._made[number]] if number in self._made else [])):
             file.give_back()
 

@@ -56,8 +56,8 @@ class WholeGraph:
             activations come back up to rounding.
         inputs: names of what the convolutions get of each edge beside ``edge_index``, in their order, such as
             ``("edge_weight",)``.
-        memory: bytes of parts that stay in memory beside their files in ``store``; what a part needs otherwise is read
-            again, and sorted again, for each block.
+        memory: bytes of parts that stay in memory beside their files in ``store``; others are mapped for each block,
+            with what convolutions make of their edges.
 
     Raises:
         TypeError: another kind of network.
