@@ -36,11 +36,13 @@ from recollect.frames._errors import (
     ReleasedTensorError,
 )
 from recollect.frames._fingerprint import bits_of
+from recollect.frames._forward import Forward, Own
 from recollect.frames._frame import certificate_of_process, devices_of, run_frame
 from recollect.frames._lattice import Lattice, check_exact, digits_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode, keep_everything
 from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
+from recollect.frames._trial import trial
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
@@ -55,6 +57,7 @@ __all__ = [
     "Certificate",
     "DriftGauge",
     "DriftWarning",
+    "Forward",
     "FrameError",
     "GraphFreedError",
     "Held",
@@ -65,6 +68,7 @@ __all__ = [
     "LatticeError",
     "Offload",
     "OffloadError",
+    "Own",
     "Previous",
     "RandomState",
     "RebuildError",
@@ -90,6 +94,7 @@ __all__ = [
     "run_frame",
     "run_invertible",
     "settle",
+    "trial",
     "uncouple",
     "uncouple_by",
 ]

@@ -28,6 +28,7 @@ from recollect._torch import (
     watch_leaving,
     watch_modules,
 )
+from recollect.frames._forward import Own
 from recollect.frames._modes import aside, local
 from recollect.frames._record import Buffer, Known, Record, Registered
 from recollect.frames._snapshot import Snapshot, snapshot_of
@@ -111,6 +112,8 @@ class Recorder:
         self._snapshot: Snapshot | None = None
         self._unknown: Snapshot | None = None
         root = function.owner if type(function) is Transformed and function.runs_owner_alone else function
+        if type(function) is Own:
+            root = function.module
         if isinstance(root, nn.Module):
             snapshot = snapshot_of(root, arguments)
             if snapshot is not None and snapshot.is_known:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._util._tree import ATOMS
+from recollect.frames._forward import Forward
 
 __all__ = ["PythonState", "reached_by", "same_items"]
 
@@ -35,7 +36,7 @@ _MISSING = object()
 
 _CLOSED = (
     type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, Tensor,
-    nn.Module, torch.UntypedStorage, weakref.ref,
+    nn.Module, torch.UntypedStorage, weakref.ref, Forward,
 )  # fmt: skip
 
 
