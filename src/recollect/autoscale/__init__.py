@@ -7,6 +7,7 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 """
 
 from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize
+from recollect.autoscale._blockwise import Around, BlockwiseGNN
 from recollect.autoscale._get_data import GraphData, get_data
 from recollect.autoscale._making import HistoryOptions
 from recollect.autoscale._parts_state import history_parts, load_history_parts
@@ -19,7 +20,9 @@ from recollect.autoscale.partitioning import Partition, PartitionQuality, metis,
 from recollect.messages import propagate, with_weights
 
 __all__ = [
+    "Around",
     "AsyncIOPool",
+    "BlockwiseGNN",
     "EvalSubgraphLoader",
     "GraphData",
     "History",

@@ -14,7 +14,7 @@ from recollect.autoscale._stamp import GraphStamp, belongs, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._pool import AsyncIOPool
 from recollect.autoscale.histories._ranks import RankTable
-from recollect.autoscale.histories._rows_source import Rows, check_not_pushed, pushes_of
+from recollect.autoscale.histories._rows_source import Pulls, Rows, check_not_pushed, pushes_of
 from recollect.frames import frames_apply, in_backward, in_dry_mode
 
 __all__ = ["Exchange"]
@@ -77,30 +77,51 @@ class Exchange:
                 f"x is {list(x.shape)}, but for a mini-batch of {batch.size} nodes and a history of "
                 f"{history.embedding_dim} channels at least [{batch.size}, {history.embedding_dim}] is expected"
             )
+        out = self._with_halo(history, batch, lambda rows: torch.cat([own, rows.to(own)]))
+        self.push(history, own, batch)
+        return out
+
+    def pull(self, history: History, batch: Batch) -> Tensor:
+        """Return the rows of a mini-batch's halo, of which no gradient is taken [halo, channels]."""
+        return self._with_halo(history, batch, lambda rows: rows, copied=True)
+
+    def push(self, history: History, own: Tensor, batch: Batch) -> None:
+        """Write the batch's rows, when its halo has been pulled."""
+        if self.pool is None or in_backward():
+            history.write(own, batch.rows)
+        else:
+            self.pool.write(history, own, batch.rows)
+
+    def _with_halo(
+        self, history: History, batch: Batch, use: Callable[[Tensor], Tensor], copied: bool = False
+    ) -> Tensor:
+        """Return what is made of the halo's rows; the pool's buffer is free again afterwards."""
         take_graph(history, batch.graph)
         if self._begun and self._begun[0][0] is history:
             _, take = self._begun.popleft()
             self._begin_next()
-            out = torch.cat([own, take().to(own)])
-            history.write(own, batch.rows)
-            return out
+            return use(take())
         # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
         if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
-            out = torch.cat([own, self._pulled(history, batch).to(own)])
-            history.write(own, batch.rows)
-            return out
+            return use(self._pulled(history, batch))
         self._ahead.popleft()
         try:
-            out = torch.cat([own, self.pool.synchronize_pull().to(own)])
+            rows = self.pool.synchronize_pull()
+            out = use(rows.clone() if copied else rows)
         finally:
             self.pool.free_pull()
         self._note(history, batch)
-        self.pool.write(history, own, batch.rows)
         return out
 
     def source_of(self, history: History, x: Tensor, batch: Batch) -> Rows:
         """Return what brings the result of the next :meth:`swap` back in a frame: the batch's rows, and pulled ones."""
-        rows = Rows(history, batch.halo, first=x[: batch.size])
+        return self._noted(Rows(history, batch.halo, first=x[: batch.size]))
+
+    def halo_source(self, history: History, batch: Batch, pulls: Pulls) -> Rows:
+        """Return what brings the result of the next :meth:`pull` back in frames, once for all that come in turn."""
+        return self._noted(Rows(history, batch.halo, pulls=pulls))
+
+    def _noted(self, rows: Rows) -> Rows:
         if frames_apply():
             rows.note()
         return rows

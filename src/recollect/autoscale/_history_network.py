@@ -21,11 +21,15 @@ __all__ = ["HistoryGNN"]
 
 
 class HistoryGNN(LayeredGNN):
-    """A network with a history for each of its layers but the last; arguments are those of ``ScalableGNN``."""
+    """A network with a history for each of its layers but the last; arguments are those of ``ScalableGNN``.
+
+    Attributes:
+        num_nodes: N; 0 where there shall be no histories at all.
+    """
 
     def __init__(
         self,
-        num_nodes: int,
+        num_nodes: int | None,
         hidden_channels: int | Sequence[int],
         num_layers: int,
         pool_size: int | None = None,
@@ -39,17 +43,21 @@ class HistoryGNN(LayeredGNN):
         super().__init__(num_layers, recompute)
         given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
         self.history_options = (histories or HistoryOptions()).updated(**given, **options)
-        self.num_nodes = as_count("num_nodes", num_nodes, ", such as data.num_nodes")
+        self.num_nodes = 0 if num_nodes is None else as_count("num_nodes", num_nodes, ", such as data.num_nodes")
         self.hidden_channels = as_channels(hidden_channels)
         self._make_histories()
         self._told = False  # that they were not filled
+
+    def _widths(self) -> list[int]:
+        """Return the width of each history."""
+        return widths_of(self.hidden_channels, self.num_layers)
 
     def _make_histories(self) -> None:
         if self.recompute and self.history_options.process_group is not None:
             raise ValueError(
                 "recompute=True pulls rows again in backward, and histories over ranks do not: leave it out"
             )
-        widths = widths_of(self.hidden_channels, self.num_layers)
+        widths = self._widths() if self.num_nodes else []
         self.pool = self.history_options.make_pool(widths)
         self.histories = self.history_options.make_histories(self.num_nodes, widths)
         self._exchange = Exchange(self.pool)

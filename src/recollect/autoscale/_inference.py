@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,15 @@ from recollect.autoscale._making import forget
 from recollect.autoscale._network import LayeredGNN
 from recollect.autoscale._stamp import BatchSize, GraphStamp
 from recollect.autoscale.histories._ranks import RankTable
-from recollect.autoscale.histories._selection import numbers_of
+from recollect.autoscale.histories._selection import Slices, numbers_of
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
-__all__ = ["LayerWise", "Tables", "evaluating"]
+__all__ = ["LayerWise", "States", "Tables", "evaluating"]
 
 Take = Callable[[], Tensor] | None
+States = Mapping[Slices, dict[str, Any]]
+"""What the layers so far left in the state of each mini-batch, by the rows of its nodes."""
 
 
 @contextmanager
@@ -84,15 +86,15 @@ class LayerWise:
         self._tables: Tables | None = None
         self._graph: GraphStamp | None = None
         self._device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-        self._states: dict[tuple[tuple[int, int], ...], dict[str, Any]] = {}
+        self._states: dict[Slices, dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
 
-    def run(self, device: torch.device, finished: Callable[[int], None] = lambda layer: None) -> Tensor:
+    def run(self, device: torch.device, finished: Callable[[int, States], None] = lambda layer, states: None) -> Tensor:
         """Run all layers.
 
         Args:
             device: of the result.
-            finished: called with the number of each layer but the last, when its history is complete.
+            finished: called with the number of each layer but the last, when its history is complete, and the states.
 
         Returns:
             The last layer's output [num_nodes, out_channels].
@@ -110,7 +112,7 @@ class LayerWise:
                 self._pass(layer, result)
                 tables = self._tables_of(self._graph)
                 if layer < last:
-                    finished(layer)
+                    finished(layer, self._states)
                     if tables.passing:
                         forget(tables.histories, layer)
         except BaseException:
@@ -231,7 +233,7 @@ def _parts(batch: Batch) -> Tensor:
     return torch.stack([ranges[:, 0], ranges[:, 1] - ranges[:, 0]])
 
 
-def _name(batch: Batch) -> tuple[tuple[int, int], ...]:
+def _name(batch: Batch) -> Slices:
     return batch.rows if isinstance(batch.rows, tuple) else tuple((row, row + 1) for row in batch.rows.tolist())
 
 

@@ -110,7 +110,7 @@ class HistoryOptions:
     def make_histories(self, num_nodes: int, widths: Sequence[int]) -> nn.ModuleList:
         """Make a history for each width; what they will take is logged before it is allocated."""
         self.check_folder(len(widths))
-        if self.keep:
+        if self.keep and widths:
             size = sum(history_bytes(num_nodes, width, self.dtype) for width in widths)
             place = self.device or "host memory" if self.path is None else self.path
             _logger.info("%d histories of %d nodes take %.3f GiB in %s", len(widths), num_nodes, size / 2**30, place)

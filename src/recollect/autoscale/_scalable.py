@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,14 +14,19 @@ from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch, BatchArguments
 from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, Tables, evaluating
+from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
 from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
-__all__ = ["ScalableGNN"]
+__all__ = ["ScalableGNN", "TrueRows", "unchanged"]
+
+TrueRows = Iterable[tuple[Tensor, Tensor]]
+"""Pieces of what a history should hold: nodes [rows] int64, and their embeddings [rows, channels]."""
+
+_ROWS_AT_ONCE = 65_536
 
 
 class ScalableGNN(CorrectedGNN):
@@ -197,7 +202,7 @@ class ScalableGNN(CorrectedGNN):
                     f"adj_t is {list(adj_t.shape)} and x has {x.size(0)} rows, but the whole graph has as many rows, "
                     "columns and nodes; call model(batch.data.x, batch.data.adj_t, *batch[1:]) for a mini-batch"
                 )
-            return self.run_layers(x, adj_t, inputs, _unchanged if self.training else self._fill)
+            return self.run_layers(x, adj_t, inputs, unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         own = first_rows(adj_t, batch.size)
         return self.run_layers(
@@ -249,7 +254,7 @@ class ScalableGNN(CorrectedGNN):
 
     def _batch(self, arguments: BatchArguments) -> Batch | None:
         """Return the mini-batch of these arguments, as it was checked when the call began."""
-        num_nodes = self.num_nodes if self.num_layers > 1 else None
+        num_nodes = self.num_nodes if len(self.histories) else None
         batch = self._exchange.batch
         if batch is not None and batch.is_made_of(arguments, num_nodes):
             return batch
@@ -258,7 +263,7 @@ class ScalableGNN(CorrectedGNN):
     def _stamp(self, adj_t: Any) -> GraphStamp | None:
         """Return what tells the whole graph from others, where a pass over it fills histories."""
         own = type(self).forward is not ScalableGNN.forward
-        if not self.keep_histories or self.num_layers == 1 or (self.training and not own):
+        if not self.keep_histories or not len(self.histories) or (self.training and not own):
             return None
         if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr or torch.compiler.is_compiling():
             return None
@@ -291,13 +296,41 @@ class ScalableGNN(CorrectedGNN):
     def _tables_for(self, graph: GraphStamp | None) -> Tables:
         """Return the network's histories if they are a graph's, and else make some for it."""
         num_nodes = self.num_nodes if graph is None else graph.num_nodes
-        theirs = graph is None or all(belongs(history, graph) for history in self.tables)
-        if self.keep_histories and theirs:
-            for history in self.tables:
-                take_graph(history, graph)
+        if self._takes(graph):
             return Tables(num_nodes, self.tables, self._exchange)
         fresh = fresh_histories(self.tables, self.parameters(), *([] if num_nodes == self.num_nodes else [num_nodes]))
         return Tables(num_nodes, fresh, Exchange(), passing=True)
+
+    def _takes(self, graph: GraphStamp | None) -> bool:
+        """Whether the histories take what is computed of a graph; they are then this one's."""
+        if not self.keep_histories or not all(graph is None or belongs(history, graph) for history in self.tables):
+            return False
+        for history in self.tables:
+            take_graph(history, graph)
+        return True
+
+    def true_rows(self, loader: Iterable[SubData], take: Callable[[int, TrueRows], None]) -> None:
+        """Compute what each history would hold if it were exact, layer by layer in mini-batches; they stay as they are.
+
+        Args:
+            loader: see :meth:`mini_inference`.
+            take: gets the number of a history, and its rows in pieces: nodes [rows] and embeddings [rows, channels].
+
+        Raises:
+            ValueError: the loader is of another graph than the histories; see :meth:`mini_inference` too.
+        """
+        fresh: list[Any] = fresh_histories(self.tables, self.parameters())
+
+        def tables_for(graph: GraphStamp | None) -> Tables:
+            check_graph(self.tables, graph)
+            return Tables(self.num_nodes, fresh, Exchange(), passing=True)
+
+        def finished(layer: int, _: States) -> None:
+            every = torch.split(torch.arange(self.num_nodes, device="cpu"), _ROWS_AT_ONCE)
+            take(layer, ((n_id, fresh[layer].pull(n_id)) for n_id in every))
+
+        with evaluating(self):
+            LayerWise(self, loader, tables_for).run(torch.device("cpu"), finished)
 
     def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
         """Append rows for new nodes, which are numbered behind those that there are, and fill them by inference.
@@ -338,5 +371,6 @@ class ScalableGNN(CorrectedGNN):
         return rows
 
 
-def _unchanged(layer: int, rows: Tensor) -> Tensor:
+def unchanged(layer: int, rows: Tensor) -> Tensor:
+    """Return the rows that come between two layers as they are."""
     return rows

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recollect.autoscale._adjacency import adjacency_of
-from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, Tables, evaluating
-from recollect.autoscale._making import fresh_histories
-from recollect.autoscale._scalable import ScalableGNN
+from recollect.autoscale._inference import evaluating
+from recollect.autoscale._scalable import ScalableGNN, TrueRows
 from recollect.autoscale._stamp import GraphStamp, check_graph
 from recollect.autoscale.histories._history import History
-from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["history_errors"]
 
@@ -46,7 +42,9 @@ def history_errors(model: ScalableGNN, data: Any) -> list[float]:
     with evaluating(model):
         if hasattr(data, "x"):
             return _errors_of_graph(model, data)
-        return _errors_of_batches(model, data)
+        errors: list[float] = []
+        model.true_rows(data, lambda layer, true: errors.append(_error(model.tables[layer], true)))
+        return errors
 
 
 def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
@@ -55,7 +53,9 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
     errors: list[float] = []
 
     def compare(layer: int, rows: Tensor) -> Tensor:
-        errors.append(_error(model.tables[layer], torch.split(rows, _ROWS_AT_ONCE)))
+        everything = torch.arange(rows.size(0), device="cpu")
+        pieces = zip(torch.split(everything, _ROWS_AT_ONCE), torch.split(rows, _ROWS_AT_ONCE), strict=True)
+        errors.append(_error(model.tables[layer], pieces))
         return rows
 
     adj_t = adjacency_of(data)
@@ -65,32 +65,12 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
     return errors
 
 
-def _errors_of_batches(model: ScalableGNN, loader: Iterable[SubData]) -> list[float]:
-    fresh: list[Any] = fresh_histories(model.tables, model.parameters())
-    errors: list[float] = []
-
-    def tables_for(graph: GraphStamp | None) -> Tables:
-        check_graph(model.tables, graph)
-        return Tables(model.num_nodes, fresh, Exchange(), passing=True)
-
-    def compare(layer: int) -> None:
-        errors.append(_error(model.tables[layer], _rows_of(fresh[layer])))
-
-    LayerWise(model, loader, tables_for).run(torch.device("cpu"), compare)
-    return errors
-
-
-def _rows_of(history: History) -> Iterator[Tensor]:
-    for n_id in torch.split(torch.arange(history.num_embeddings, device="cpu"), _ROWS_AT_ONCE):
-        yield history.pull(n_id)
-
-
-def _error(history: History, true: Iterable[Tensor]) -> float:
+def _error(history: History, true: TrueRows) -> float:
     """Compare in pieces: a history may be larger than memory."""
     wrong = total = 0.0
-    for found, rows in zip(_rows_of(history), true, strict=True):
+    for n_id, rows in true:
         exact = rows.to(torch.float64)
-        wrong += float((found.to(exact) - exact).square().sum())
+        wrong += float((history.pull(n_id).to(exact) - exact).square().sum())
         total += float(exact.square().sum())
     if total == 0:
         return 0.0 if wrong == 0 else float("inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
+from recollect.autoscale import Around, BlockwiseGNN
+from recollect.frames import Lattice, digits_of
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
-from recollect.reversible import GroupAddRev
+from recollect.reversible import Beside, GroupAddRev
 
 __all__ = ["RevGNN"]
 
@@ -55,11 +57,17 @@ class _Block(nn.Module):
         return output
 
 
-class RevGNN(nn.Module):
+class RevGNN(BlockwiseGNN):
     """The grouped reversible network of "Training Graph Neural Networks with 1000 Layers" (arXiv 2106.07476).
 
     Input projection, ``num_layers`` reversible layers whose blocks are (norm, ReLU, dropout, conv), a final norm, and a
     linear head. Its activations need the memory of one layer, whatever the depth.
+
+    With ``num_nodes`` it trains on mini-batches of a graph too, as any
+    :class:`~recollect.autoscale.ScalableGNN` does: ``model(batch.data.x, batch.data.adj_t, *batch[1:])``. A layer reads
+    its input of the nodes around the mini-batch from the history of the layer before, and their partial outputs from
+    its own. In backward the mini-batch's rows come back by inversion, and those around it are pulled again. So a step
+    needs the memory of one layer and one mini-batch, whatever the depth and the graph.
 
     Args:
         in_channels: of the node features.
@@ -81,12 +89,19 @@ class RevGNN(nn.Module):
         conv_kwargs: options of a conv that is given by name.
         certify: as in :class:`~recollect.reversible.GroupAddRev`.
         exact: as in :class:`~recollect.reversible.GroupAddRev`; activations are then not kept for ``"gen"`` either.
+        num_nodes: N of the graph whose mini-batches it trains on; ``None``: whole graphs alone.
+        inputs: with ``num_nodes``, what each convolution gets after ``edge_index``; see
+            :class:`~recollect.autoscale.BlockwiseGNN`.
+        **histories: with ``num_nodes``, options of :class:`~recollect.autoscale.ScalableGNN` by name, from
+            ``pool_size`` on: ``history_dtype``, ``history_path``, ...
 
     Shapes:
-        - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels].
+        - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels]. Of a mini-batch, ``x`` is
+          [B + halo, in_channels] and the output [B, out_channels].
 
     Raises:
         ValueError: a value is out of range; the message says what is allowed.
+        TypeError: options of histories without ``num_nodes``.
     """
 
     def __init__(
@@ -108,8 +123,10 @@ class RevGNN(nn.Module):
         conv_kwargs: dict[str, Any] | None = None,
         certify: bool | Literal["exact"] = True,
         exact: bool | int = False,
+        num_nodes: int | None = None,
+        inputs: Sequence[str] = (),
+        **histories: Any,
     ) -> None:
-        super().__init__()
         if anchor_every is None and isinstance(conv, str) and exact is False:
             anchor_every = _ANCHORS.get(conv)
         in_channels, out_channels = as_count("in_channels", in_channels), as_count("out_channels", out_channels)
@@ -124,7 +141,16 @@ class RevGNN(nn.Module):
             raise ValueError(f"dropout must be in [0, 1) (got {dropout})")
         if task not in ("multiclass", "multilabel"):
             raise ValueError(f"task={task!r} is unknown; choose 'multiclass' or 'multilabel'")
-        self.num_layers = num_layers
+        if num_nodes is None and (histories or inputs):
+            raise TypeError(
+                f"{', '.join(sorted(histories)) or 'inputs'}: these are for mini-batches, and need num_nodes=, the "
+                "number of nodes of their graph"
+            )
+        if histories.get("recompute"):
+            raise ValueError(
+                "recompute=True is for layers that are kept, and these come back by inversion; leave it out"
+            )
+        super().__init__(num_nodes, hidden_channels, num_layers, inputs=inputs, **histories)
         self.num_groups = num_groups
         self.dropout = dropout
         self.shared_dropout = shared_dropout
@@ -162,34 +188,64 @@ class RevGNN(nn.Module):
         """The largest relative reconstruction error that the last backward measured, NaN if one was, or ``None``."""
         return GroupAddRev.largest_drift(self._groups())
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for module in (self.project, *self.layers, self.norm, self.head):
-            reset_parameters(module)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the logits; see :meth:`forward`."""
+        """Return the logits; see :meth:`forward`, and :meth:`mini_inference` of ``loader=``."""
+        if self.num_nodes:
+            if "edge_index" in kwargs:
+                kwargs["adj_t"] = kwargs.pop("edge_index")
+            return super().__call__(*args, **kwargs)
         check_whole(*args, **kwargs)
-        logits: Tensor = super().__call__(*args, **kwargs)
+        logits: Tensor = nn.Module.__call__(self, *args, **kwargs)
         return logits
 
-    def forward(self, x: Tensor, edge_index: Any, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the logits.
 
         Args:
-            x: node features [num_nodes, in_channels].
-            edge_index: the graph, in whatever form the convolution takes.
-            *args: further arguments of the convolution (edge weights, edge features), given whole to every block.
+            x: node features [num_nodes, in_channels]; of a mini-batch and its halo [B + halo, in_channels].
+            edge_index: the graph, in whatever form the convolution takes. With ``num_nodes`` it may be an adjacency in
+                sparse CSR form too, whose edges the convolutions get as ``edge_index``.
+            *args: further arguments of the convolution (edge weights, edge features), given whole to every block. With
+                ``num_nodes``, ``batch_size``, ``n_id``, ``offset`` and ``count`` of a mini-batch.
+            **inputs: with ``num_nodes``, what ``inputs`` names.
 
         Raises:
             TypeError: ``x`` is no tensor.
-            ValueError: a sparse adjacency is not that of the nodes in ``x``, such as a mini-batch's.
+            ValueError: a sparse adjacency is not that of the nodes in ``x``, such as a mini-batch's without
+                ``num_nodes``; or the mini-batch is not one of this graph, permuted. Nothing was written then.
         """
+        if not self.num_nodes:
+            return self.on_whole(x, edge_index, args)
+        if not any(value is not None for value in args):
+            check_whole(x, edge_index)
+        return super().forward(x, edge_index, *args, **inputs)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
         x = self.embed(x)
-        mask = self._mask(x)
-        for index in range(self.num_layers):
-            x = self.layer(index)(x, edge_index, mask, *args)
-        return self.classify(x)
+        digits = digits_of(self.layer(0).exact, x.dtype)
+        return x if digits is None else Lattice(digits).enter(x)
+
+    def share(self, x: Tensor) -> Tensor | None:
+        """Return one dropout mask for all layers, scaled; ``None`` where each block draws its own or none is needed."""
+        return self._mask(x)
+
+    def run_stage(
+        self, index: int, x: Tensor, edge_index: Any, shared: Any, args: tuple[Any, ...], around: Around | None
+    ) -> Tensor:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        beside = None if around is None else Beside(around.inputs, around.outputs, around.sources)
+        out: Tensor = self.layer(index)(x, edge_index, shared, *args, **({} if beside is None else {"beside": beside}))
+        return out
+
+    def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        out: Tensor = self.layer(index).block(group)(z, edge_index, None, *args)
+        return out
+
+    def add(self, index: int, group: int, x: Tensor, found: Tensor) -> Tensor:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        return self.layer(index).add(group, x, found)
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the first layer's input [num_nodes, hidden_channels], of the features [num_nodes, in_channels]."""

@@ -9,8 +9,9 @@ from which every X_i can be computed again. Stacked layers form a chain that kee
 is evaluated twice per training step: once forward, and once to bring back its input and its saved tensors together.
 """
 
+from recollect.reversible._beside import Beside
 from recollect.reversible._group import GroupAddRev, GroupRevRes
 from recollect.reversible._module import InvertibleModule
 from recollect.reversible._streams import BDIA, Midpoint
 
-__all__ = ["BDIA", "GroupAddRev", "GroupRevRes", "InvertibleModule", "Midpoint"]
+__all__ = ["BDIA", "Beside", "GroupAddRev", "GroupRevRes", "InvertibleModule", "Midpoint"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from recollect._arguments import Certify
 from recollect._parameters import reset_parameters
-from recollect.frames import DRIFT_THRESHOLD, check_exact, checkpoint, couple, digits_of, uncouple
+from recollect.frames import DRIFT_THRESHOLD, Lattice, check_exact, checkpoint, couple, digits_of, uncouple
 from recollect.messages import convolve
+from recollect.reversible._beside import Beside
 from recollect.reversible._module import InvertibleModule
 
 __all__ = ["GroupAddRev", "GroupRevRes"]
@@ -50,9 +51,14 @@ class _Grouped(InvertibleModule):
     def _blocks(self) -> Sequence[Any]:
         raise NotImplementedError
 
-    def _couple(self, x: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _couple(
+        self, x: Tensor, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], beside: Beside | None = None
+    ) -> Tensor:
         blocks = self._blocks()
         arguments, keywords = self._arguments(x, graph, args, kwargs, len(blocks))
+        sources = None
+        if beside is not None:
+            blocks, arguments, sources = beside.put(blocks, arguments, x, self.split_dim)
         x = self._widened(x)
         self._forget_drift()
         try:
@@ -68,6 +74,7 @@ class _Grouped(InvertibleModule):
                 certify=self.certify,
                 certificate=self.certificate,
                 exact=digits_of(self.exact, x.dtype),
+                sources=sources,
             )
         except Exception as error:
             part, whole = x.size(self.split_dim) // len(blocks), x.size(self.split_dim)
@@ -137,6 +144,25 @@ class _Grouped(InvertibleModule):
         if not has_dim or (self.split_dim % arg.dim() == 0 and self.split_dim % x.dim() != 0):
             return False
         return arg.size(0) == x.size(0) and arg.size(self.split_dim) == x.size(self.split_dim)
+
+    def block(self, group: int) -> Any:
+        """Return block ``group``, counted from 0, as the layer calls it: with z, the graph, and what follows."""
+        return self._blocks()[group]
+
+    def add(self, group: int, x: Tensor, found: Tensor) -> Tensor:
+        """Return x + f, of a group and the output of its block, as the layer adds them; without a gradient.
+
+        Raises:
+            LatticeError: the sum is out of range, with ``exact``.
+        """
+        digits = digits_of(self.exact, x.dtype)
+        if digits is None:
+            return x + found
+        lattice = Lattice(digits)
+        with torch.no_grad():
+            (total,) = lattice(x, found)
+        lattice.check(total, [total], [self.block(group)])
+        return total
 
     @property
     def num_groups(self) -> int:
@@ -263,16 +289,18 @@ class GroupAddRev(_Grouped):
         self.convs = convs
         self.fuse = fuse
 
-    def forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Any, *args: Any, beside: Beside | None = None, **kwargs: Any) -> Tensor:
         """Return the coupled features, of the shape of ``x``.
 
         Args:
             x: node features [num_nodes, C * channels].
             edge_index: the graph, in whatever form the blocks take.
             *args: further arguments of the blocks; see ``chunk_args``.
-            **kwargs: further arguments of the blocks by keyword; the same.
+            beside: rows of further nodes, which the blocks see behind those of ``x`` and return nothing for. The graph,
+                and arguments with a row for each node, are then of all these nodes.
+            **kwargs: further arguments of the blocks by keyword; as ``args``.
         """
-        return self._couple(x, edge_index, args, kwargs)
+        return self._couple(x, edge_index, args, kwargs, beside)
 
     def _forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
         return self._couple(x, edge_index, args, kwargs)

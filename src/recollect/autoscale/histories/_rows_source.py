@@ -11,7 +11,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._selection import select_rows
 from recollect.frames import Arguments, Held, InPlaceError, Kept, Source
 
-__all__ = ["Rows", "check_not_pushed", "pushes_of"]
+__all__ = ["Pulls", "Rows", "check_not_pushed", "pushes_of"]
 
 
 def pushes_of(history: History) -> int:
@@ -36,6 +36,37 @@ def check_not_pushed(history: History, n_id: Tensor, since: int, what: str) -> N
         )
 
 
+class Pulls:
+    """The rows that were pulled again last, for frames which come in turn and need the same.
+
+    Frames of one mini-batch share it. It holds the rows of one history at a time.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: tuple[History, Tensor, int, Tensor] | None = None
+
+    def get(self, history: History, n_id: Tensor, since: int, what: str) -> Tensor:
+        """Return the rows ``n_id`` as they were after the history's first ``since`` pushes; not to be changed.
+
+        Raises:
+            InPlaceError: see :func:`check_not_pushed`.
+        """
+        last = self._last
+        if last is not None and last[0] is history and last[1] is n_id and last[2] == since:
+            return last[3]
+        self._last = last = None  # not the rows of two histories at a time
+        rows = _pulled_again(history, n_id, since, what)
+        self._last = history, n_id, since, rows
+        return rows
+
+
+def _pulled_again(history: History, n_id: Tensor, since: int, what: str) -> Tensor:
+    check_not_pushed(history, n_id, since, what)
+    return history.pull(n_id)
+
+
 class Rows(Source):
     """Pulls one argument of a frame again from a history, instead of keeping it.
 
@@ -48,6 +79,8 @@ class Rows(Source):
         first: a mini-batch's own rows [B, channels], if the argument is ``torch.cat([first, history.pull(n_id)])``;
             they are kept.
         argument: which one it is: its position or its keyword.
+        pulls: shared by frames that get the same rows, one after the other, and leave them as they are: they are then
+            pulled once for all.
 
     Shapes:
         - the argument: [rows, channels], or [B + rows, channels].
@@ -68,7 +101,15 @@ class Rows(Source):
         >>> out.sum().backward()
     """
 
-    def __init__(self, history: History, n_id: Tensor, *, first: Tensor | None = None, argument: int | str = 0) -> None:
+    def __init__(
+        self,
+        history: History,
+        n_id: Tensor,
+        *,
+        first: Tensor | None = None,
+        argument: int | str = 0,
+        pulls: Pulls | None = None,
+    ) -> None:
         if not isinstance(history, History):
             raise TypeError(f"history: a recollect.autoscale.History is expected (got {type(history).__name__})")
         select_rows(n_id, history.num_embeddings)
@@ -76,6 +117,7 @@ class Rows(Source):
         self.n_id = n_id
         self.first = first
         self.argument = argument
+        self.pulls = pulls
         self._since: int | None = None
 
     def note(self) -> None:
@@ -115,6 +157,7 @@ class _PulledCall(Held):
         "_dtype",
         "_history",
         "_kept",
+        "_pulls",
         "_requires_grad",
         "_since",
         "_strides",
@@ -123,6 +166,7 @@ class _PulledCall(Held):
     def __init__(self, rows: Rows, found: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._history = rows.history
         self._argument = rows.argument
+        self._pulls = rows.pulls
         self._since = pushes_of(rows.history) if rows._since is None else rows._since
         self._dtype, self._device, self._strides = found.dtype, found.device, found.stride()
         self._requires_grad = found.requires_grad
@@ -146,9 +190,10 @@ class _PulledCall(Held):
         argument = self._argument
         first = kwargs[argument] if isinstance(argument, str) else args[argument]
         what = "rows that a frame got" if first is None else "halo rows that a mini-batch pulled"
-        check_not_pushed(self._history, n_id, self._since, f"{what} in its forward pass")
+        pull = _pulled_again if self._pulls is None else self._pulls.get
         with torch.no_grad():
-            rows = self._history.pull(n_id).to(self._device, self._dtype)
+            rows = pull(self._history, n_id, self._since, f"{what} in its forward pass")
+            rows = rows.detach().to(self._device, self._dtype)
             if first is not None:
                 rows = torch.cat([first, rows])
             if rows.stride() != self._strides:

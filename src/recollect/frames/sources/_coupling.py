@@ -32,14 +32,17 @@ from recollect.frames._modes import aside, frames_apply, local
 from recollect.frames._region import Region
 from recollect.frames._transform import Add, NewGroup, Transform, Transformed
 from recollect.frames.sources._inverse import amplified, moved
-from recollect.frames.sources._kept import KeptArguments, Layout, storage_of
-from recollect.frames.sources._source import Arguments, Held
+from recollect.frames.sources._kept import Kept, Layout, storage_of, unchanged
+from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = ["couple", "couple_by", "uncouple", "uncouple_by"]
 
 Block = Callable[..., Any]
 Extras = list[tuple[Tensor, ...]]
 Keywords = Sequence[Mapping[str, Any]] | None
+Sources = Sequence[Source | None] | None
+
+_KEPT = Kept()
 
 
 def couple(
@@ -57,6 +60,7 @@ def couple(
     certify: Certify = True,
     certificate: Certificate | None = None,
     exact: int | None = None,
+    sources: Sources = None,
 ) -> Tensor:
     """Apply the additive coupling so that, with grad enabled, a chain of them keeps nothing but its last output.
 
@@ -75,6 +79,8 @@ def couple(
         certify: what is accepted of a rebuild; see :func:`~recollect.checkpoint`.
         certificate: where it is counted.
         exact: k, for a stream on the multiples of 2^-k, which comes back bit for bit; ``None``: a stream that rounds.
+        sources: for each block, what brings its further arguments (``args[i]`` and ``kwargs[i]``) back in backward;
+            ``None``: they are kept.
 
     Returns:
         X'_1 || ... || X'_C, of the shape of ``x``; in float32 where autocast is on and ``x`` in half precision.
@@ -97,6 +103,7 @@ def couple(
         seed=seed,
         certify=certify,
         certificate=certificate,
+        sources=sources,
     )[0]
 
 
@@ -132,6 +139,7 @@ def couple_by(
     keep: Iterable[Tensor] = (),
     certify: Certify = True,
     certificate: Certificate | None = None,
+    sources: Sources = None,
 ) -> tuple[Tensor, Extras]:
     """Apply the coupling X'_i = T(X_i, f_i(X'_{i-1})); see :func:`couple`.
 
@@ -151,6 +159,7 @@ def couple_by(
         keep: tensors that :func:`~recollect.eager_release` leaves alone.
         certify: as in :func:`couple`.
         certificate: as in :func:`couple`.
+        sources: as in :func:`couple`.
 
     Returns:
         X'_1 || ... || X'_C, and for each group what else the transform returned.
@@ -173,7 +182,8 @@ def couple_by(
             _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
         return y, extras
     stage = _CouplingStage(dim, flip, sizes, seed, certify, certificate or certificate_of_process)
-    runs = [functools.partial(stage.run, region) for region in regions]
+    given = [None] * len(regions) if sources is None else sources
+    runs = [functools.partial(stage.run, region, source) for region, source in zip(regions, given, strict=True)]
     y, extras = _forward(runs, groups, args, keywords, dim, flip)
     if lattice is not None:
         _check_range(lattice, regions, x, y, _split(y, sizes, dim, flip))
@@ -293,7 +303,7 @@ class _Block:
         self.region = region  # the transformed block
         self.input = Layout(z)
         self.group = (group.dtype, group.requires_grad)
-        self.arguments: KeptArguments  # the further ones
+        self.arguments: Held  # brings the further ones back
         self.given: Fingerprint | None = None  # of the block's input, and of its output
         self.returned: Fingerprint | None = None
         self.gross = 0.0  # how far what autograd saved in it was off in the last rebuild
@@ -311,6 +321,12 @@ class _OfBlock(Held):
         self._stage = stage
         self._index = index
         self.lock = stage.lock
+
+    def begins(self, region: Region) -> None:
+        self._stage.blocks[self._index].arguments.begins(region)
+
+    def returned(self, output: Any) -> None:
+        self._stage.blocks[self._index].arguments.returned(output)
 
     def inputs(self) -> Arguments:
         return self._stage.inputs(self._index)
@@ -347,11 +363,13 @@ class _CouplingStage(Stage):
 
     # Forward.
 
-    def run(self, transformed: Transformed, z: Tensor, group: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the next block and its transform under a frame."""
+    def run(
+        self, transformed: Transformed, source: Source | None, z: Tensor, group: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the next block and its transform under a frame; the source brings its further arguments back."""
         region = Region(transformed, self._seed)
         block = _Block(transformed, region, z, group)
-        block.arguments = KeptArguments((args, kwargs))
+        block.arguments = (source or _KEPT).keep(args, kwargs)
         # Of what it is given a part tells how far it drifts; of what it returns, every element counts.
         block.given = self._fingerprint(z, sample=True)
         held = _OfBlock(self, len(self.blocks))
@@ -406,7 +424,7 @@ class _CouplingStage(Stage):
             z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
         z = block.input.fresh(z)
         self._new = NewGroup(groups[index], *block.group)
-        args, kwargs = block.arguments.get(block.region.function)
+        args, kwargs = unchanged(block.arguments, block.region.function)
         return (z, self._new, *args), kwargs
 
     def evaluated(self, index: int) -> None:
@@ -482,7 +500,7 @@ class _CouplingStage(Stage):
             check_block(name, given, block.gross, tolerance, None, self._certify, self._certificate.figures)
 
         def amplification() -> float | None:
-            args, kwargs = block.arguments.get(block.region.function)
+            args, kwargs = unchanged(block.arguments, block.region.function)
 
             def evaluate(by: float) -> Tensor:
                 arguments = (moved(z, by), *args), kwargs

@@ -16,7 +16,7 @@ from recollect.frames._modes import local
 from recollect.frames._watch import attributes_of, key_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source
 
-__all__ = ["Kept", "KeptArguments", "KeptTensor", "Layout", "storage_of"]
+__all__ = ["Kept", "KeptArguments", "KeptTensor", "Layout", "storage_of", "unchanged"]
 
 
 class KeptTensor:
@@ -77,18 +77,33 @@ class KeptTensor:
             if version_of(tensor) != self._version and changed is not None:
                 changed.append((f"its {role}", tensor, self._version))
             elif version_of(tensor) != self._version:
-                whose = f"{describe(function)}: its" if function is not None else "its"
-                raise InPlaceError(
-                    f"{whose} {role} of shape {list(tensor.shape)} was changed in place "
-                    f"between the forward pass (version {self._version}) and backward (version {version_of(tensor)}); "
-                    "change a copy instead (x = x + 1, not x += 1)"
-                )
+                raise _changed_in_place(function, f"its {role}", tensor, self._version)
         if not self._requires_grad:
             return tensor
         fresh = tensor.detach().requires_grad_()
         if self._attributes:
             fresh.__dict__.update(self._attributes)
         return fresh
+
+
+def _changed_in_place(function: Callable[..., Any] | None, what: str, tensor: Tensor, version: int) -> InPlaceError:
+    whose = f"{describe(function)}: {what}" if function is not None else what
+    return InPlaceError(
+        f"{whose} of shape {list(tensor.shape)} was changed in place between the forward pass (version {version}) and "
+        f"backward (version {version_of(tensor)}); change a copy instead (x = x + 1, not x += 1)"
+    )
+
+
+def unchanged(held: Held, function: Callable[..., Any]) -> Arguments:
+    """Return what was held of a call.
+
+    Raises:
+        InPlaceError: an argument was changed in place since; the message names ``function``.
+    """
+    arguments = held.inputs()
+    for what, tensor, version in held.changed():
+        raise _changed_in_place(function, what, tensor, version)
+    return arguments
 
 
 class KeptArguments:

@@ -1,0 +1,293 @@
+"""Networks whose layers are blocks that read each other's output: they need two histories for each layer's halo."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows
+from recollect.autoscale._batch import Batch
+from recollect.autoscale._exchange import Exchange
+from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
+from recollect.autoscale._making import widths_of
+from recollect.autoscale._network import Between, Follow, LayeredGNN, SourceOf, State
+from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
+from recollect.autoscale._stamp import GraphStamp, check_graph
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._rows_source import Pulls, Rows
+from recollect.autoscale.histories._selection import numbers_of
+from recollect.autoscale.loader._sub_data import SubData
+
+__all__ = ["Around", "BlockwiseGNN"]
+
+_WEIGHTS = "edge_weight"
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a layer reads of the nodes around a mini-batch.
+
+    Attributes:
+        inputs: their rows of the layer's input [halo, hidden_channels].
+        outputs: and of its output; constants.
+        sources: what brings these back in backward; ``None``: they are kept.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    sources: tuple[Rows | None, Rows]
+
+
+class BlockwiseGNN(ScalableGNN):
+    """A network with layers of several blocks, each of which reads what the one before it wrote, of neighbours too.
+
+    The stream that goes through the layers has C groups of channels. Block i of a layer reads one group (the first
+    block: the sum of all groups but the first) and adds to group i. So of the nodes around a mini-batch the groups are
+    needed as they were before the layer and as they are behind it. Each layer's output has a history, the last one's
+    too.
+
+    Args:
+        num_nodes: N; ``None``: whole graphs alone, and no histories.
+        hidden_channels: of the stream.
+        num_layers: L; there are L histories.
+        inputs: names of what each block gets after ``edge_index`` where the graph is an adjacency, in order:
+            ``"edge_weight"``, its weights, or what the call brings by this name.
+        **options: of :class:`ScalableGNN`, from ``pool_size`` on.
+
+    Attributes:
+        conv_inputs: ``inputs``.
+        num_groups: C, which each network sets.
+    """
+
+    num_groups: int
+
+    def __init__(
+        self,
+        num_nodes: int | None,
+        hidden_channels: int,
+        num_layers: int,
+        *,
+        inputs: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(num_nodes, hidden_channels, num_layers, **options)
+        self.conv_inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        self.inputs = tuple(name for name in self.conv_inputs if name != _WEIGHTS)
+
+    def _widths(self) -> list[int]:
+        return widths_of(self.hidden_channels, self.num_layers + 1)
+
+    # What each network writes.
+
+    @abstractmethod
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the first layer's input [n, hidden_channels], of features [n, in_channels], row by row."""
+
+    @abstractmethod
+    def share(self, x: Tensor) -> Any:
+        """Return what all layers of a pass have in common (a dropout mask), for the first one's input."""
+
+    @abstractmethod
+    def run_stage(
+        self, index: int, x: Tensor, edge_index: Any, shared: Any, args: tuple[Any, ...], around: Around | None
+    ) -> Tensor:
+        """Return a layer's output for the rows of its input; what it shares has rows for those around them too."""
+
+    @abstractmethod
+    def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
+        """Return what a block adds to its group, of its input [n, hidden_channels / C], with nothing shared."""
+
+    @abstractmethod
+    def add(self, index: int, group: int, x: Tensor, found: Tensor) -> Tensor:
+        """Return a group of the stream to which the output of its block was added, without a gradient."""
+
+    @abstractmethod
+    def classify(self, x: Tensor) -> Tensor:
+        """Return the network's output, of the last layer's, row by row."""
+
+    # What derives from it.
+
+    def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
+        """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.
+
+        Args:
+            x: features of all nodes, or of the mini-batch's and its halo's [B + halo, in_channels].
+            edge_index: a graph. Of an adjacency in sparse CSR form, blocks get the edges as ``edge_index``.
+            *args: ``batch_size``, ``n_id``, ``offset`` and ``count`` of a mini-batch.
+            **inputs: what ``inputs`` names, but for weights of an adjacency.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`ScalableGNN.forward`.
+        """
+        batch = self._batch(args or (None, None, None, None))
+        if batch is None:
+            return self.run_layers(x, edge_index, inputs, unchanged if self.training else self._fill)
+        adj_t = as_csr(edge_index)
+        batch.check_inputs(x, adj_t)
+        return self._on_batch(x, first_rows(adj_t, batch.size), batch, inputs)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        adj_t: Any,
+        inputs: dict[str, Any],
+        between: Between,
+        source_of: SourceOf | None = None,
+        follow: Follow | None = None,
+    ) -> Tensor:
+        """Evaluate all layers on a whole graph; ``between`` gets the output of each, the last one's too."""
+        return self.on_whole(x, *edges_of(adj_t, self.conv_inputs, inputs), between)
+
+    def on_whole(self, x: Tensor, edge_index: Any, args: tuple[Any, ...], between: Between = unchanged) -> Tensor:
+        """Evaluate all layers on a whole graph in the form that blocks take, with their further arguments."""
+        x = self.enter(x)
+        shared = self.share(x)
+        for index in range(self.num_layers):
+            x = between(index, self.run_stage(index, x, edge_index, shared, args, None))
+        return self.classify(x)
+
+    def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
+        edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
+        x = self.enter(x)
+        shared = self.share(x)
+        own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
+        del x
+        pulls, source = Pulls(), None
+        for index, history in enumerate(self.tables):
+            behind = self._exchange.halo_source(history, batch, pulls)
+            after = self._exchange.pull(history, batch).to(own)
+            own = self.run_stage(index, own, edge_index, shared, args, Around(before, after, (source, behind)))
+            self._exchange.push(history, own, batch)
+            before, source = after, behind
+        return self.classify(own)
+
+    def mini_inference(self, loader: Iterable[SubData]) -> Tensor:
+        """Evaluate the whole graph block by block, in mini-batches, and fill the histories on the way.
+
+        See :meth:`ScalableGNN.mini_inference`. The result is exact, whatever the histories are kept in. Memory: one
+        mini-batch, the result, and in host memory the stream, and two of its groups once more, for all nodes.
+        """
+
+        def write(index: int, pieces: TrueRows) -> None:
+            for n_id, rows in pieces:
+                self.tables[index].push(rows, n_id)
+
+        with evaluating(self):
+            return self._block_by_block(loader, self._takes, write)
+
+    def true_rows(self, loader: Iterable[SubData], take: Callable[[int, TrueRows], None]) -> None:
+        """See :meth:`ScalableGNN.true_rows`."""
+
+        def takes(graph: GraphStamp | None) -> bool:
+            check_graph(self.tables, graph)
+            return True
+
+        with evaluating(self):
+            self._block_by_block(loader, takes, take)
+
+    def _block_by_block(
+        self,
+        loader: Iterable[SubData],
+        takes: Callable[[GraphStamp | None], bool],
+        take: Callable[[int, TrueRows], None],
+    ) -> Tensor:
+        """Evaluate each block for all mini-batches before the next one begins.
+
+        Args:
+            loader: yields every node once, in the same mini-batches each time.
+            takes: from the graph to whether the output of each layer is wanted.
+            take: gets the number of a layer, and its output in pieces.
+        """
+        view, wanted = _Blocks(self), False
+        exact = next(self.parameters()).dtype == torch.float64
+        channels = sum(self._widths()[:1]) // self.num_groups
+
+        def tables_for(graph: GraphStamp | None) -> Tables:
+            nonlocal wanted
+            wanted = takes(graph)
+            num_nodes = self.num_nodes if graph is None else graph.num_nodes
+            dtype = torch.float64 if exact else torch.float32
+            pair = [History(num_nodes, channels, dtype=dtype) for _ in range(2)]
+            return Tables(num_nodes, [pair[layer % 2] for layer in range(view.num_layers - 1)], Exchange())
+
+        def finished(layer: int, states: States) -> None:
+            index, group = divmod(layer, self.num_groups)
+            if wanted and group == self.num_groups - 1:
+                take(index, ((numbers_of(rows), torch.cat(state["groups"], 1)) for rows, state in states.items()))
+
+        return LayerWise(view, loader, tables_for).run(self.emb_device, finished)
+
+
+class _Blocks(LayeredGNN):
+    """The blocks of all layers as layers of their own: x is a block's input, and the stream is in the state.
+
+    What one returns is the next one's input. After the last block there is one layer more, which is the head.
+    """
+
+    def __init__(self, model: BlockwiseGNN) -> None:
+        super().__init__(model.num_layers * model.num_groups + 1)
+        self.model = model
+        self.inputs = model.inputs
+
+    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :class:`LayeredGNN`."""
+        model, size = self.model, adj_t.size(0)
+        index, group = divmod(layer, model.num_groups)
+        if index == model.num_layers:
+            return torch.cat(state["groups"], 1)
+        edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
+        if layer == 0:
+            groups = model.enter(x).chunk(model.num_groups, 1)
+            state["groups"] = [one[:size] for one in groups]
+            x = _first_input(groups)
+        found = model.run_block(index, group, x, edge_index, args)[:size]
+        new = list(state["groups"])
+        new[group] = model.add(index, group, new[group], found)
+        state["groups"] = new
+        return new[group] if group < model.num_groups - 1 else _first_input(new)
+
+    def readout(self, x: Tensor, state: State) -> Tensor:
+        """See :class:`LayeredGNN`."""
+        return self.model.classify(x)
+
+
+def _first_input(groups: Sequence[Tensor]) -> Tensor:
+    """Return what the first block of a layer reads."""
+    return sum(groups[2:], start=groups[1])
+
+
+def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the edges as blocks take them, and what they take beside.
+
+    Args:
+        graph: an adjacency in sparse CSR form, or an ``EdgeIndex``; in any other form it is left as it is.
+        names: of what blocks take, in order.
+        inputs: what the network was called with, by name.
+
+    Raises:
+        ValueError: something is missing, or nobody takes it; or the adjacency has weights that nobody takes.
+    """
+    given = dict(inputs)
+    if type(graph).__name__ == "EdgeIndex" or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
+        adj_t = as_csr(graph, given.pop(_WEIGHTS, None))
+        graph, given[_WEIGHTS] = edge_index_of(adj_t), adj_t.values()
+        if _WEIGHTS not in names and not bool((given[_WEIGHTS] == 1).all()):
+            raise ValueError(
+                "the adjacency has weights other than 1, and the convolutions are given none; make the network with "
+                "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency "
+                "without weights"
+            )
+    missing = [name for name in names if name not in given]
+    unknown = inputs.keys() - set(names)
+    if missing or unknown:
+        raise ValueError(
+            f"the network was made with inputs={tuple(names)}, and is to be called with these by name (missing: "
+            f"{', '.join(missing) or 'none'}; not among them: {', '.join(sorted(unknown)) or 'none'})"
+        )
+    return graph, tuple(given[name] for name in names)

@@ -1,0 +1,86 @@
+"""Rows of nodes that a reversible layer reads and does not compute, such as the halo of a mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.frames import Source
+
+__all__ = ["Beside"]
+
+Arguments = list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Rows of further nodes, for a layer y = (y_1, ..., y_C) of x = (x_1, ..., x_C).
+
+    The first block reads x_2 + ... + x_C, and block i the partial output y_(i-1): of the further nodes too, whose rows
+    are therefore needed of the input and of the output.
+
+    Attributes:
+        inputs: their x [H, C * channels].
+        outputs: their y [H, C * channels].
+        sources: what brings these two back in backward, as the first argument of a region; ``None``: they are kept.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    sources: tuple[Source | None, Source | None] = (None, None)
+
+    def put(
+        self, blocks: Sequence[Any], arguments: Arguments, x: Tensor, dim: int
+    ) -> tuple[list[_Among], Arguments, list[Source | None]]:
+        """Return the blocks, with what each gets, so that they see these rows behind their own.
+
+        Args:
+            blocks: f_1..f_C.
+            arguments: of each, after its input.
+            x: the layer's input.
+            dim: that its groups lie in.
+
+        Raises:
+            ValueError: the rows have another form than those of ``x``, or the groups lie along the rows.
+        """
+        for name, rows in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if rows.dim() != x.dim() or rows.shape[1:] != x.shape[1:] or dim % x.dim() == 0:
+                raise ValueError(
+                    f"beside.{name}: rows like those of x are expected, [H, {', '.join(map(str, x.shape[1:]))}], with "
+                    f"the groups in another dimension than the first (got {list(rows.shape)}, and dimension {dim})"
+                )
+        read = [self.inputs, *[self.outputs] * (len(blocks) - 1)]
+        given = [(more, *own) for more, own in zip(read, arguments, strict=True)]
+        sources = [self.sources[0], *[self.sources[1]] * (len(blocks) - 1)]
+        return [_Among(block, i, len(blocks), dim) for i, block in enumerate(blocks)], given, sources
+
+
+class _Among:
+    """A block that sees the rows of further nodes behind its own.
+
+    Attributes:
+        owner: whom messages name.
+    """
+
+    __slots__ = ("_block", "_dim", "_index", "_number", "owner")
+
+    def __init__(self, block: Callable[..., Any], index: int, number: int, dim: int) -> None:
+        self.owner = getattr(block, "owner", block)
+        self._block = block
+        self._index = index
+        self._number = number
+        self._dim = dim
+
+    def __call__(self, z: Tensor, rows: Tensor, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        if not rows.size(0):
+            return self._block(z, graph, *args, **kwargs)
+        groups = torch.chunk(rows, self._number, self._dim)
+        more = sum(groups[2:], start=groups[1]) if self._index == 0 else groups[self._index - 1]
+        out = self._block(torch.cat([z, more.to(z)]), graph, *args, **kwargs)
+        if not isinstance(out, Tensor) or not out.dim() or out.size(0) != z.size(0) + more.size(0):
+            return out  # the coupling says what is expected
+        return out[: z.size(0)]
