@@ -1,6 +1,7 @@
 # make train   train a deep reversible network on a small graph; ARGS="model.num_layers=112 seed=3" for options
 # make test    every check: lint, formatting, types, tests, the examples in README and docstrings
 # make coverage  the tests once more, with the lines and branches that they run
+# make docs    the documentation as a site, in build/site
 # make bench   side-by-side benchmarks against the peers; ARGS as well, such as --quick
 # make format  format the code and sort its imports
 # make dist    wheel and sdist in dist/, checked as the package index checks them
@@ -22,7 +23,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train test lint types unit coverage bench format dist matrix constraints clean
+.PHONY: setup train test lint types unit docs coverage bench format dist matrix constraints clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -39,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	@{ grep -v '^torch==' constraints.txt; \
 	  $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } > $(VENV)/constraints.txt
 	@echo "Installing recollect and what it needs ..."
-	@$(BIN)/python -m pip install -q -e '.[train,dev,ogb]' -c $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install -q -e '.[train,dev,ogb,docs]' -c $(VENV)/constraints.txt
 	@touch $@
 
 train: $(READY)
@@ -64,6 +65,12 @@ coverage: export OMP_NUM_THREADS := 1
 coverage: $(READY)
 	$(BIN)/python -m pytest tests src/recollect --doctest-modules -n logical --dist loadfile \
 	  --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+# tests/test_site.py builds it too, and checks what is in it.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site."
 
 # The peers are no part of the locked environment. memcnn asks for torchvision, which it does not need here.
 $(BENCH_READY): $(READY)
@@ -97,7 +104,7 @@ matrix: $(READY)
 constraints:
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e '.[train,dev,ogb]'
+	$(BIN)/python -m pip install -q -e '.[train,dev,ogb,docs]'
 	{ sed '/^[^#]/,$$d' constraints.txt; \
 	  $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/^\(torch==[^+]*\)+.*/\1/'; \
 	} > $(VENV)/new && mv $(VENV)/new constraints.txt

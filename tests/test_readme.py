@@ -1,9 +1,11 @@
 """README and its neighbours: the code runs, and the commands, options, links and names that they mention exist."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,10 @@ from recollect.cli import main
 from recollect.train._config import parse, parse_override
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *["README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
-    *["docs/design.md", "docs/depth.md", "docs/gpu.md", "docs/graph.md", "docs/objectives.md", "docs/outofcore.md"],
-    *["docs/machines.md", "docs/scale.md"],
-]
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
+# Pages without code that runs: what they say is said in words, or links to the others.
+IN_WORDS = {"docs/index.md", "docs/scale.md", "docs/limits.md", "docs/coming_from/index.md"}
 README = (ROOT / "README.md").read_text()
 
 
@@ -25,7 +26,35 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-EXAMPLES = [(page, code) for page in PAGES for code in blocks("python", (ROOT / page).read_text())]
+@dataclass
+class Example:
+    """A program of a page: a block of Python code, and those behind it that a comment says continue it.
+
+    Attributes:
+        needs: packages beside recollect's own, named by a comment before the block.
+    """
+
+    page: str
+    number: int
+    needs: list[str]
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+
+def examples(page: str) -> list[Example]:
+    found: list[Example] = []
+    pattern = r"(?:^<!-- (continues|needs [\w., ]+) -->\n+)?^```python\n(.*?)^```$"
+    for said, code in re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        if said == "continues":
+            found[-1].code += code
+        else:
+            found.append(Example(page, len(found), said.removeprefix("needs ").split(", ") if said else [], code))
+    return found
+
+
+EXAMPLES = [example for page in PAGES for example in examples(page)]
 
 
 def commands(program: str) -> list[str]:
@@ -46,12 +75,16 @@ def test_it_opens_with_the_two_commands():
     assert README.index("```sh") < 30
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_code_runs(number, tmp_path):
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_code_runs(example, tmp_path):
+    for package in example.needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     program = tmp_path / "example.py"
-    program.write_text(f"import torch; torch.manual_seed(0); torch.set_num_threads(1)\n{EXAMPLES[number][1]}")
-    # torch_geometric scripts functions when it is imported, which torch calls deprecated.
-    strict = ["-W", "error", "-W", "ignore::DeprecationWarning"]
+    program.write_text(f"import torch; torch.manual_seed(0); torch.set_num_threads(1)\n{example.code}")
+    # torch_geometric scripts functions when it is imported, which torch calls deprecated. Of other packages' warnings
+    # these pages say nothing.
+    strict = [] if example.needs else ["-W", "error", "-W", "ignore::DeprecationWarning"]
     result = subprocess.run(
         [sys.executable, *strict, program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -59,17 +92,13 @@ def test_code_runs(number, tmp_path):
 
 
 def test_there_are_examples():
-    assert {page for page, _ in EXAMPLES} == {
-        "README.md",
-        *(page for page in PAGES if page.startswith("docs/") and page != "docs/scale.md"),
-    }
-    text = "".join(code for _, code in EXAMPLES)
+    assert {example.page for example in EXAMPLES} == {"README.md", *DOCS} - IN_WORDS
+    text = "".join(example.code for example in EXAMPLES)
     names = ("GroupAddRev", "RevGNN", "recollect.checkpoint", "recollect.invertible", "ScalableGNN", "Engine")
     assert [name for name in names if name not in text] == []
-
-
-def test_all_pages_are_read():
-    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} == {page for page in PAGES if "/" in page}
+    assert all(
+        re.search(rf"^\s*(import|from) {package}\b", e.code, re.MULTILINE) for e in EXAMPLES for package in e.needs
+    )
 
 
 def test_make_has_the_targets():

@@ -134,6 +134,7 @@ class Blocks:
 
 
 Factor = Rows | Outer | Picked | Blocks
+"""One of the forms in which a rule gives a parameter's Jacobian."""
 
 
 def merge(factors: Sequence[Factor]) -> list[Factor]:

@@ -17,10 +17,12 @@ from recollect.frames._errors import DriftWarning, describe
 
 __all__ = ["DRIFT_THRESHOLD", "DriftGauge", "DriftProbe"]
 
-# Relative error of the reconstructed input above which gradients are suspect. Normalised couplings in float32 mostly
-# stay below 1e-4 for hundreds of layers; 1e-3 is about the precision of float16. The error of a gradient may be larger
-# than that of the input, where a block amplifies rounding.
 DRIFT_THRESHOLD = 1e-3
+"""Relative error of the reconstructed input above which gradients are suspect.
+
+Normalised couplings in float32 mostly stay below 1e-4 for hundreds of layers; 1e-3 is about the precision of float16.
+The error of a gradient may be larger than that of the input, where a block amplifies rounding.
+"""
 
 _SAMPLES = 256
 

@@ -165,10 +165,7 @@ class Asinh(_Elementwise):
     """asinh(x): the identity near zero, a logarithm far from it. Reversed it is sinh.
 
     The relative error of a recovered input is about |asinh(x)| roundings: below 1e-5 in float32 over all its range.
-    Reversed, values beyond 89 overflow float32.
-
-    Args:
-        **options: of :class:`Module`.
+    Reversed, values beyond 89 overflow float32. It takes the options of :class:`Module`.
 
     Shapes:
         - x: any; output: the same; log-determinant: [batch].

@@ -100,9 +100,7 @@ class PNA(ConvStack):
 class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
     """PNA between two linear maps, the last of which sees all layers (jumping knowledge, Xu et al., arXiv 1806.03536).
 
-    Args:
-        *args: as of :class:`PNA`; ``hidden_channels`` is one number.
-        **kwargs: as of :class:`PNA`.
+    It takes the arguments of :class:`PNA`; ``hidden_channels`` is one number.
     """
 
     _head = True
