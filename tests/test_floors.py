@@ -63,11 +63,11 @@ FLOORS = {
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
     "outofcore": floor("_torch _util _arguments frames messages reversible autoscale models"),
-    "plan": floor("_parameters _storages _ledger memory frames invertible reversible autoscale"),
+    "budget": floor("_arguments _storages _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
-    "__init__": floor("_parameters _storages _ledger memory frames plan"),
+    "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(
-        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore plan "
+        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore budget "
         "distributed",
         APPLICATION,
     ),

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recollect.budget import apply, plan
     from recollect.frames import (
         backward_mode,
         checkpoint,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "apply",
     "backward_mode",
     "checkpoint",
     "checkpoint_sequential",
@@ -24,12 +26,14 @@ __all__ = [
     "eager_release",
     "in_backward",
     "in_dry_mode",
+    "plan",
 ]
 
 _PARTS = (
     "aggregation",
     "autogram",
     "autoscale",
+    "budget",
     "data",
     "distributed",
     "frames",
@@ -49,7 +53,8 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        globals()[name] = found = getattr(importlib.import_module(f"{__name__}.frames"), name)
+        home = "budget" if name in ("apply", "plan") else "frames"
+        globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{home}"), name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its parts are {', '.join(_PARTS)}")
 

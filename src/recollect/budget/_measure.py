@@ -1,0 +1,322 @@
+"""One forward pass in which every unit is measured: what it keeps, what it takes, what it costs to run again."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from recollect._arguments import Certify
+from recollect._storages import storages_of
+from recollect._util._tree import Tree, tensors_among, tensors_of
+from recollect.budget._treatment import keep_products
+from recollect.budget._units import is_inverted
+from recollect.frames import Forward, Kept, Own, Source, backward_mode, frames_apply, run_frame
+from recollect.memory import peak_memory
+
+__all__ = ["Call", "Cost", "Measured", "Options", "measure"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kind of unit costs.
+
+    Args:
+        forward: transient bytes of its forward, beside what it keeps and returns.
+        backward: transient bytes of its backward, gradients among them.
+        seconds: that a checkpoint adds; the others likewise.
+    """
+
+    forward: int
+    backward: int
+    seconds: float
+    again: float
+    selective: tuple[int, float] | None = None
+    offloaded: float | None = None
+    inverted: float | None = None
+
+
+@dataclass
+class Call:
+    """One call of a unit in the forward pass.
+
+    Args:
+        name: of the unit.
+        module: the unit.
+        cost: of its kind; ``None`` where no frame can stand around it.
+        saved: storages that autograd saves in it, by key, with their bytes.
+        taken: those of its inputs.
+        made: those of its outputs.
+        chained: whether it takes what the call before returned.
+        outside: bytes that operations outside of units have saved before it.
+    """
+
+    name: str
+    module: nn.Module
+    cost: Cost | None
+    saved: dict[int, int]
+    taken: dict[int, int]
+    made: dict[int, int]
+    chained: bool
+    outside: int
+    kept: int = 0
+    input: int = 0
+    gradients: int = 0  # of parameters that have theirs when backward comes to it
+
+
+@dataclass
+class Measured:
+    """All calls in order, and what is kept outside of units."""
+
+    calls: list[Call] = field(default_factory=list)
+    outside: int = 0
+
+
+class _Storages:
+    """Storages by a number of their own: the address of one that was freed may come again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._next = 0
+
+    def keys(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        found = {}
+        for tensor in tensors:
+            for storage in storages_of(tensor):
+                known = self._known.get(storage._cdata)
+                if known is None or known[0]() is not storage:
+                    self._next += 1
+                    known = self._known[storage._cdata] = (weakref.ref(storage), self._next)
+                found[known[1]] = storage.nbytes()
+        return found
+
+
+class _Pass:
+    """What the forward pass that is measured has seen so far."""
+
+    def __init__(self, lasting: Iterable[Tensor], options: Options) -> None:
+        self.options = options
+        self.storages = _Storages()
+        self.lasting = set(self.storages.keys(lasting))
+        self.calls: list[Call] = []
+        self.outside: dict[int, int] = {}
+        self.saved: list[Tensor] | None = None  # in the unit that runs; None: outside of units
+        self.trying = False
+        self.kinds: dict[Any, Cost | None] = {}
+        self.last: list[tuple[weakref.ref[Tensor], int]] = []  # what the call before returned
+        self.holds: list[Tensor] = []
+
+    def keys(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        return {key: n for key, n in self.storages.keys(tensors).items() if key not in self.lasting}
+
+    def pack(self, tensor: Tensor) -> Tensor | None:
+        bare = tensor.detach()
+        if self.trying:
+            return bare
+        if self.saved is not None:
+            self.saved.append(bare)
+            return None  # nothing goes backward through it
+        self.outside.update(self.keys([tensor]))
+        return bare
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Args:
+        device: whose memory counts.
+        certify: what frames accept of a rebuild.
+        selective: whether checkpoints that keep products come into question.
+        offload: the source that offloads inputs, if it comes into question.
+    """
+
+    device: torch.device
+    certify: Certify
+    selective: bool
+    offload: Source | None
+
+
+class _Probe(Forward):
+    """Measures a unit where it is called."""
+
+    __slots__ = ("name", "seen")
+
+    def __init__(self, module: nn.Module, name: str, seen: _Pass) -> None:
+        super().__init__(module)
+        self.name = name
+        self.seen = seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seen = self.seen
+        if seen.trying or seen.saved is not None or not frames_apply():
+            return self.own()(*args, **kwargs)
+        module, own = self._module(), self.own(plain=True)
+        assert module is not None
+        given = tensors_among(args, kwargs)
+        taken = seen.keys(given)
+        chained = any(r() is t and t._version == v for r, v in seen.last for t in given)
+        versions = [t._version for t in given]
+        outside = sum(seen.outside.values())
+        seen.saved = []
+        copies = Tree((args, kwargs))
+        copies.tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in copies.tensors]
+        output = own(*args, **kwargs)
+        made = list(tensors_of(output))
+        bare, seen.saved = seen.saved, None
+        saved = seen.keys(bare)
+        kind = (type(module), _metas(given), _metas(bare), _metas(made), _metas(module.parameters()), module.training)
+        del bare
+        cost = None
+        if all(t._version == v for t, v in zip(given, versions, strict=True)) and any(t.requires_grad for t in made):
+            if kind not in seen.kinds:
+                seen.trying = True
+                try:
+                    with backward_mode():
+                        seen.kinds[kind] = _cost(module, own, self.own(), copies, seen.options, len(seen.kinds))
+                finally:
+                    seen.trying = False
+            cost = seen.kinds[kind]
+        seen.calls.append(Call(self.name, module, cost, saved, taken, seen.keys(made), chained, outside))
+        seen.last = [(weakref.ref(t), t._version) for t in made if t.requires_grad]
+        return output
+
+
+def _metas(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
+
+
+def _cost(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: Options, known: int) -> Cost:
+    """Run a unit in every way that comes into question."""
+    tensors = arguments.tensors
+    repeats = 2 if known < 8 else 1
+    kept = {s._cdata for t in tensors for s in storages_of(t)}
+    measured: list[int] = []
+
+    def run(function: Callable[..., Any], meter: bool = False) -> float:
+        leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+        wanted = [t for t in leaves if t.requires_grad]
+        wanted += [p for p in module.parameters() if p.requires_grad]
+        args, kwargs = arguments.build(leaves)
+        start = time.perf_counter()
+        forward = peak_memory(options.device)
+        backward = peak_memory(options.device)
+        if meter:
+            forward.__enter__()
+        output = function(*args, **kwargs)
+        targets = [t for t in tensors_of(output) if t.requires_grad]
+        if meter:
+            forward.__exit__(None, None, None)
+            measured.extend([forward.peak_bytes, forward.current_bytes])
+            measured.append(sum(s.nbytes() for t in tensors_of(output) for s in storages_of(t) if s._cdata not in kept))
+        del output
+        weights = [torch.ones_like(t) for t in targets]
+        if meter:
+            backward.__enter__()
+        torch.autograd.grad(targets, wanted, weights, allow_unused=True)
+        if meter:
+            backward.__exit__(None, None, None)
+            measured.append(backward.peak_bytes + sum(w.nbytes for w in weights))
+        _wait(options.device)
+        return time.perf_counter() - start
+
+    def framed(source: Source, function: Own = own, selective: bool = False) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            contexts = keep_products() if selective else None
+            return run_frame(function, args, kwargs, source, certify=options.certify, contexts=contexts)
+
+        return call
+
+    def best(function: Callable[..., Any]) -> float:
+        run(function)
+        return min(run(function) for _ in range(repeats))
+
+    run(own, meter=True)
+    peak, current, _, backward = measured
+    plain = min(run(own) for _ in range(repeats))
+    with torch.no_grad():
+        start = time.perf_counter()
+        args, kwargs = arguments.build(tensors)
+        own(*args, **kwargs)
+        _wait(options.device)
+        again = time.perf_counter() - start
+    seconds = max(0.0, best(framed(Kept())) - plain)
+    selective = None
+    if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
+        duration = best(framed(Kept(), selective=True))
+        measured.clear()
+        run(framed(Kept(), selective=True), meter=True)
+        selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
+    offloaded = None if options.offload is None else max(0.0, best(framed(options.offload)) - plain)
+    inverted = None
+    if is_inverted(module):
+        inverted = max(0.0, best(as_set) - plain)
+    return Cost(max(0, peak - current), backward, seconds, max(seconds, again), selective, offloaded, inverted)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    units: dict[str, nn.Module], step: Callable[[], Tensor], model: nn.Module, inputs: Any, options: Options
+) -> Measured:
+    """Run one forward pass and return what it says of each call of a unit.
+
+    Args:
+        units: by name.
+        step: runs the forward pass, and returns the loss.
+        model: whose parameters and buffers live on anyway.
+        inputs: of the model, which do too.
+        options: the device, and what comes into question.
+    """
+    lasting = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
+    seen = _Pass(lasting, options)
+    probes = [_Probe(module, name, seen) for name, module in units.items()]
+    for probe in probes:
+        probe.put()
+    try:
+        with saved_tensors_hooks(seen.pack, lambda tensor: tensor):
+            loss = step()
+        del loss
+    finally:
+        for probe in reversed(probes):
+            probe.take()
+    return _settled(seen, model)
+
+
+def _settled(seen: _Pass, model: nn.Module) -> Measured:
+    """Say who answers for which bytes: each storage counts once, where it is kept first of all."""
+    calls = seen.calls
+    times: dict[int, int] = {}
+    for call in calls:
+        for key in call.taken:
+            times[key] = times.get(key, 0) + 1
+    shared = {key for call in calls for key, n in call.taken.items() if times[key] > 1}
+    outside = dict(seen.outside)
+    for call in calls:
+        outside.update((key, n) for key, n in call.taken.items() if key in shared)
+    owners: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    for index, call in enumerate(calls):
+        for parameter in call.module.parameters():
+            if parameter.requires_grad:
+                owners[id(parameter)], sizes[id(parameter)] = index, parameter.nbytes
+    rest = sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in owners)
+    for index, call in enumerate(calls):
+        after = calls[index + 1] if index + 1 < len(calls) else None
+        theirs = {} if after is None else {k: n for k, n in after.taken.items() if k in after.saved}
+        call.kept = sum(n for key, n in call.saved.items() if key not in outside and key not in theirs)
+        call.input = sum(n for key, n in call.taken.items() if key not in outside)
+        call.gradients = rest + sum(sizes[key] for key, owner in owners.items() if owner > index)
+        others = [key for key in call.taken if key not in outside]
+        if call.chained and (index == 0 or not set(others) <= set(calls[index - 1].made)):
+            call.chained = False
+    return Measured(calls, sum(outside.values()))

@@ -1,0 +1,429 @@
+"""A plan: measured, solved, applied, and verified by a real step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recollect._arguments import Certify, check_certify
+from recollect._util._tree import Tree, tensors_of
+from recollect.budget._bytes import as_bytes, in_words
+from recollect.budget._measure import Measured, Options, measure
+from recollect.budget._problem import problem_of
+from recollect.budget._solve import Choice, least, solve
+from recollect.budget._treatment import Applied, Treated
+from recollect.budget._units import Units, find_units, is_inverted
+from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_apply, in_backward, settle, trial
+from recollect.memory import peak_memory
+
+__all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "apply", "plan"]
+
+OnExceed = Literal["warn", "replan", "raise"]
+_CORRECTIONS = 3
+_ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
+
+
+class BudgetError(RuntimeError):
+    """A step does not fit in the budget.
+
+    Attributes:
+        least: the smallest peak in bytes that was measured.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+class BudgetWarning(UserWarning):
+    """A step with inputs of another size than the plan's example exceeds the budget."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a plan's table.
+
+    Args:
+        unit: its name.
+        keeps: bytes from its forward to its backward, as measured with everything kept in it.
+        strategy: ``"store"``, ``"checkpoint"``, ``"link"`` (a checkpoint whose input the unit before makes again),
+            ``"selective"``, ``"offload"`` or ``"invert"``.
+        bytes: that it keeps with this strategy.
+        seconds: that the strategy adds to a step.
+    """
+
+    unit: str
+    keeps: int
+    strategy: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step that can be tried."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Callable[[Any], Tensor] | None
+    device: torch.device
+
+    def forward(self) -> Tensor:
+        """Run the forward pass, and return what is differentiated."""
+        output = self.model(*self.args, **self.kwargs)
+        if self.loss is not None:
+            return self.loss(output)
+        parts = [t.sum() for t in tensors_of(output) if t.requires_grad]
+        if not parts:
+            raise ValueError(f"{type(self.model).__name__}: no output requires a gradient; give loss=")
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+    def peak(self) -> int:
+        """Run a whole step, and return the peak of what it allocates, in bytes."""
+        with self.tried(), peak_memory(self.device) as memory:
+            self.forward().backward()  # type: ignore[no-untyped-call]
+        settle()
+        return memory.peak_bytes
+
+    def tried(self) -> Any:
+        """Return a context after which the model is what it was."""
+        leaves = [t for t in tensors_of((self.args, self.kwargs)) if t.requires_grad and t.is_leaf]
+        return trial(self.model, {self.device}, leaves)
+
+    def size(self) -> int:
+        """Return the bytes of the inputs."""
+        return sum(t.nbytes for t in tensors_of((self.args, self.kwargs)) if t.layout is torch.strided)
+
+
+class _Guard(Forward):
+    """Tries steps of the model whose inputs are larger than any before."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, module: nn.Module, plan: Plan | None = None) -> None:
+        super().__init__(module)
+        self.plan = plan  # a copy of the model has none
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        plan = self.plan
+        if plan is not None and frames_apply() and not in_backward():
+            plan._look(args, kwargs)
+        return self.own()(*args, **kwargs)
+
+
+class Plan:
+    """What is kept of each unit, so that a step stays within a budget; see :func:`plan`.
+
+    Attributes:
+        rows: one for each call of a unit, in order.
+        budget: in bytes.
+        peak: of a step, in bytes, as measured.
+        seconds: that the plan adds to a step, as estimated from its units.
+        steps: how many steps were measured.
+    """
+
+    def __init__(self, step: _Step, budget: int, units: dict[str, nn.Module], options: Options, on: OnExceed) -> None:
+        self.budget = budget
+        self.peak = 0
+        self.seconds = 0.0
+        self.steps = 0
+        self.rows: tuple[Row, ...] = ()
+        self._step = step
+        self._units = units
+        self._options = options
+        self._on_exceed = on
+        self._applied: Applied | None = None
+        self._known = step.size()
+        self._looking = False
+
+    # What users call.
+
+    def apply(self) -> Plan:
+        """Apply the plan to the model, and return it; does nothing if it is applied."""
+        if self._applied is None:
+            self._applied = Applied([*self._treated(), _Guard(self._step.model, self)])
+        return self
+
+    def remove(self) -> None:
+        """Leave the model as it was; does nothing if the plan is not applied."""
+        applied, self._applied = self._applied, None
+        if applied is not None:
+            applied.remove()
+
+    def __enter__(self) -> Plan:
+        return self.apply()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        head = ("unit", "everything", "strategy", "keeps", "adds")
+        body = [(r.unit, in_words(r.keeps), r.strategy, in_words(r.bytes), f"{1e3 * r.seconds:.2f} ms")
+                for r in self.rows]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}".rstrip()
+            for a, b, c, d, e in (head, *body)
+        ]
+        lines.append(
+            f"peak {in_words(self.peak)} (measured) of {in_words(self.budget)}; adds {1e3 * self.seconds:.1f} ms to a "
+            "step (estimated)"
+        )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Plan(budget={self.budget}, peak={self.peak}, units={len(self._units)})"
+
+    # How it comes about.
+
+    def _make(self) -> None:
+        step = self._step
+        with step.tried():
+            measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), self._options)
+        self.steps += 1
+        if not measured.calls:
+            raise ValueError(f"none of the units {', '.join(self._units)} ran with gradients; name others by units=")
+        target, found, tried = self.budget, None, list[tuple[Row, ...]]()
+        for _ in range(1 + _CORRECTIONS):
+            choice = solve(problem_of(measured, target))
+            rows = () if choice is None else _rows(measured, choice)
+            if choice is None or rows in tried:
+                break
+            tried.append(rows)
+            peak = self._verify(rows)
+            if peak > self.budget:
+                target -= peak - self.budget + 1
+                continue
+            if found is None or _seconds(rows) < _seconds(found[1]):
+                found = peak, rows
+            if _seconds(rows) == 0.0 or peak >= _ENOUGH * self.budget:
+                break
+            target += self.budget - peak
+        self.peak, self.rows = found if found is not None else self._smallest(measured)
+        self.seconds = _seconds(self.rows)
+
+    def _verify(self, rows: tuple[Row, ...]) -> int:
+        """Return the peak of a real step with this choice."""
+        self.rows = rows
+        self.steps += 1
+        with Applied(self._treated()):
+            return self._step.peak()
+
+    def _smallest(self, measured: Measured) -> tuple[int, tuple[Row, ...]]:
+        """Return the choice of the least peak, if it is within the budget."""
+        bound = 2 * (measured.outside + sum(c.kept + c.input + c.gradients for c in measured.calls)) + (1 << 20)
+        bound += 2 * max((max(c.cost.forward, c.cost.backward) for c in measured.calls if c.cost), default=0)
+        found = least(lambda budget: problem_of(measured, budget), bound)
+        assert found is not None
+        rows = _rows(measured, found[1])
+        peak = self._verify(rows)
+        if peak > self.budget:
+            largest = max(measured.calls, key=lambda call: call.kept)
+            raise BudgetError(
+                f"a step of {type(self._step.model).__name__} does not fit in {in_words(self.budget)}: the least peak "
+                f"that was measured is {in_words(peak)} ({peak} bytes). Of that {in_words(measured.outside)} are kept "
+                f"outside of units, and the largest unit, {largest.name}, keeps {in_words(largest.kept)} while it goes "
+                "backward. Lower are smaller batches, units of smaller parts (units=), and offload=folder",
+                peak,
+            )
+        return peak, rows
+
+    def _treated(self) -> list[Forward]:
+        strategies: dict[str, set[str]] = {}
+        for row in self.rows:
+            strategies.setdefault(row.unit, set()).add(row.strategy)
+        fronts: list[Forward] = []
+        for name, found in strategies.items():
+            # Several calls of one unit that were decided differently: what keeps less.
+            strategy = next(iter(found)) if len(found) == 1 else "checkpoint"
+            front = self._front(self._units[name], strategy)
+            if front is not None:
+                fronts.append(front)
+        return fronts
+
+    def _front(self, module: nn.Module, strategy: str) -> Forward | None:
+        if strategy == "invert" or (strategy == "store" and not is_inverted(module)):
+            return None
+        sources: dict[str, Source | None] = {
+            "store": None, "checkpoint": Previous(1), "link": Previous(), "selective": Kept(),
+            "offload": self._options.offload,
+        }  # fmt: skip
+        return Treated(module, sources[strategy], selective=strategy == "selective", certify=self._options.certify)
+
+    # Inputs of other sizes.
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = replace(self._step, args=args, kwargs=kwargs)
+        size = step.size()
+        if self._looking or size <= self._known:
+            return
+        self._looking = True
+        try:
+            step = replace(step, args=_apart(args), kwargs=_apart(kwargs))
+            peak = step.peak()
+            self._known = size
+            if peak <= self.budget:
+                return
+            found = (
+                f"a step with inputs of {in_words(size)} has a peak of {in_words(peak)}, and the budget is "
+                f"{in_words(self.budget)}; plan with the largest inputs, or with on_exceed='replan'"
+            )
+            if self._on_exceed == "raise":
+                raise BudgetError(found, peak)
+            if self._on_exceed == "warn":
+                warnings.warn(found, BudgetWarning, stacklevel=4)
+                return
+            self.remove()
+            self._step = step
+            self._make()
+            self.apply()
+        finally:
+            self._looking = False
+
+
+def _apart(value: Any) -> Any:
+    """Return arguments whose tensors are leaves of their own, for a step that is tried."""
+    tree = Tree(value)
+    tree.tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in tree.tensors]
+    return tree.build(tree.tensors)
+
+
+def _seconds(rows: tuple[Row, ...]) -> float:
+    return sum(row.seconds for row in rows)
+
+
+def _rows(measured: Measured, choice: Choice) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    calls = iter(measured.calls)
+    for length, region in choice.regions:
+        for place in range(length):
+            call = next(calls)
+            keeps = region.keeps if place == 0 else 0
+            strategy = region.strategy if place == 0 else "link"
+            seconds = region.seconds / length
+            rows.append(Row(call.name, call.kept, strategy, keeps, seconds))
+    return tuple(rows)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: int | float | str,
+    loss: Callable[[Any], Tensor] | None = None,
+    units: Units | None = None,
+    certify: Certify = True,
+    selective: bool = True,
+    offload: str | os.PathLike[str] | bool = False,
+    on_exceed: OnExceed = "warn",
+) -> Plan:
+    """Find what to keep of a model's layers so that a training step stays within a memory budget, in the least time.
+
+    One forward pass measures for every unit what it keeps, what it takes and what it costs to run again. Which units
+    are stored, checkpointed (alone, or some in a row), inverted or offloaded is found by dynamic programming. Then the
+    plan is applied, a real step is measured, and the plan is corrected at most three times: its ``peak`` is a
+    measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards what they were,
+    and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement.
+
+    Class, names and state dict of an applied model are those of the model without. Gradients are the same.
+
+    Args:
+        model: any module, in the mode (training, autocast) in which it will be used, before it is given to
+            ``DistributedDataParallel``.
+        example_inputs: of the model: a tuple of positional arguments, a dict of keyword arguments, or one argument.
+        budget: what a step may allocate at most beside what is there before it (parameters, the optimizer's state,
+            inputs): bytes, ``"1.5 GB"``, ``"1.5 GiB"``, or a share ``"60%"`` of the memory of the device, of the
+            machine on the CPU. Gradients of parameters count, as in a step that begins without them.
+        loss: of the model's output, a scalar; ``None``: the sum of all outputs that require a gradient.
+        units: what is treated as a whole: a type of modules, a name with ``*`` and ``?`` allowed, several of these, or
+            a predicate. ``None``: layers that a container repeats, and layers with an inverse.
+        certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
+        selective: whether checkpoints that keep what products return come into question.
+        offload: a folder to which inputs may be offloaded, or on accelerators ``True`` for host memory.
+        on_exceed: what happens where inputs are larger than any before, which a step is tried for, and that step
+            exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or ``"replan"``.
+
+    Returns:
+        The plan. ``print(plan)`` shows a table.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what the least peak is.
+        ValueError: there are no units, or ``budget`` or another argument is not among what is allowed.
+        TypeError: the same.
+
+    Example:
+        >>> import torch, recollect
+        >>> from torch import nn
+        >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)) for _ in range(8)])
+        >>> plan = recollect.plan(model, torch.randn(512, 32), budget="800 kB")
+        >>> plan.peak <= 800_000
+        True
+        >>> with plan:
+        ...     model(torch.randn(512, 32)).sum().backward()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module (got {type(model).__name__})")
+    if on_exceed not in ("warn", "replan", "raise"):
+        raise ValueError(f"on_exceed must be 'warn', 'replan' or 'raise' (got {on_exceed!r})")
+    check_certify(certify)
+    if isinstance(example_inputs, dict):
+        args, kwargs = (), dict(example_inputs)
+    else:
+        args, kwargs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}
+    device = _device_of(model, (args, kwargs))
+    source: Source | None = None
+    if offload is True and device.type != "cpu":
+        source = Offload()
+    elif offload is True:
+        raise ValueError("offload=True is host memory, and the model is there; give a folder on a disk")
+    elif offload is not False:
+        source = Offload(path=offload)
+    options = Options(device, certify, selective, source)
+    step = _Step(model, args, kwargs, loss, device)
+    made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
+    made._make()
+    return made
+
+
+def _device_of(model: nn.Module, inputs: Any) -> torch.device:
+    devices = {t.device for t in (*model.parameters(), *tensors_of(inputs)) if t.device.type != "cpu"}
+    if len(devices) > 1:
+        raise ValueError(f"a plan is for one device (got {', '.join(sorted(map(str, devices)))})")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def apply(model: nn.Module, units: Units | None = None, source: Source | None = None) -> Applied:
+    """Run units of a model in frames, without a plan.
+
+    Args:
+        model: any module; its class, names and state dict stay what they are.
+        units: as in :func:`plan`.
+        source: where inputs come from in backward, such as ``Kept()``, ``Previous(4)`` or ``Offload()``; ``None``:
+            they are kept.
+
+    Returns:
+        What :meth:`~Applied.remove` takes the frames away again; a context manager, too.
+
+    Raises:
+        TypeError: ``source`` is no source.
+        ValueError: there are no such units.
+
+    Example:
+        >>> import torch, recollect
+        >>> from torch import nn
+        >>> model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+        >>> with recollect.apply(model, nn.Linear):
+        ...     model(torch.randn(2, 4)).sum().backward()
+    """
+    if source is not None and not isinstance(source, Source):
+        raise TypeError(f"source must be a recollect.frames.Source, such as Kept() (got {source!r})")
+    found = find_units(model, units)
+    return Applied([Treated(m, source or Kept(), plain=False) for m in found.values()])
