@@ -50,6 +50,9 @@ TOGETHER = {
     "autoscale/test_scalable_staleness.py": "autoscale/_staleness",
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
+    "budget/test_plan.py": "budget/_bytes budget/_measure budget/_treatment budget/_units frames/_forward "
+    "frames/_trial",
+    "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "
     "data/files/_found data/files/_graphml data/files/_labels data/files/_parts data/files/_table",
     "data/test_hostile_files.py": "data/_errors data/_limits data/_pickles data/_stored",
@@ -70,6 +73,7 @@ TOGETHER = {
     "invertible/test_linear.py": "_parameters invertible/_algebra",
     "messages/test_convolutions.py": "messages/_attention messages/_made messages/_rules",
     "messages/test_products.py": "messages/_kernels",
+    "models/test_rev_batches.py": "autoscale/_blockwise reversible/_beside",
     "models/test_pygas.py": "autoscale/models",
     "models/test_scalable_formulas.py": "models/_aggregate models/_appnp models/_gat models/_gcn models/_gcn2 "
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",

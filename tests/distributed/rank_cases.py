@@ -280,6 +280,29 @@ def a_checkpoint_is_loaded_by_another_number_of_ranks(rank: int, world: int) -> 
 
 
 @case
+def rows_of_another_step_are_not_taken(rank: int, world: int) -> None:
+    """A rank leaves a step in the middle, and goes on as if nothing had been."""
+    if world == 1:
+        return
+    history = History(8 * world, 2, process_group=dist.new_group(list(range(world))))
+    rows = torch.arange(8 * world)
+    history.pull(rows)
+    if rank == 0:
+        history.table.shares.step()  # as an exchange that the others did not take
+    with pytest.raises(RuntimeError, match="left a step in the middle"):
+        history.pull(rows)
+
+
+@case
+def pulls_without_gradients(rank: int, world: int) -> None:
+    history = History(8 * world, 2, process_group=dist.group.WORLD)
+    history.push(torch.full((8, 2), float(rank)), offset=[8 * rank], count=[8])
+    with torch.inference_mode():
+        rows = torch.arange(8 * world)
+        assert torch.equal(history.pull(rows), torch.arange(world).repeat_interleave(8)[:, None].expand(-1, 2).float())
+
+
+@case
 def one_exchange_a_layer(rank: int, world: int) -> None:
     """Beside two for the row numbers of the mini-batch's halo, which all layers share."""
     data, ptr = graph()
@@ -298,4 +321,4 @@ def one_exchange_a_layer(rank: int, world: int) -> None:
         forward(model, batch)
     finally:
         dist.all_to_all_single = original
-    assert sorted(calls) == [False, False, True, True, True]
+    assert sorted(calls) == [False, False, *[True, True] * 3]  # of rows, and of 8 bytes that say which exchange it is

@@ -198,6 +198,13 @@ def gradients(out: Tensor, x: Tensor, conv: nn.Module, **options: bool) -> tuple
 
 
 class TestNumbers:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @every_fused
+    def test_have_the_type_of_the_convolutions_own(self, make, dtype, x, edge_index):
+        conv, x = make().to(dtype), x.detach().to(dtype)
+        conv(x, edge_index)  # a lazy one gets its parameters
+        assert convolve(conv, x, edge_index).dtype == conv(x, edge_index).dtype
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     @pytest.mark.parametrize("graph", ZOO, ids=lambda graph: graph.__name__)
     @every_fused
@@ -387,6 +394,13 @@ class TestCost:
 
 
 class TestLeftAlone:
+    @pytest.mark.parametrize("kind", [GATConv, SAGEConv])
+    def test_a_method_put_on_the_class(self, kind, x, edge_index, monkeypatch):
+        conv = kind(CHANNELS, CHANNELS)
+        message = kind.message
+        monkeypatch.setattr(kind, "message", lambda self, *args, **named: 2 * message(self, *args, **named))
+        assert torch.equal(convolve(conv, x, edge_index), conv(x, edge_index))
+
     @every_left_alone
     def test_convolutions(self, make, x, edge_index, products):
         conv = make()

@@ -24,6 +24,7 @@ class Route:
         group: process group.
         rank: of this process.
         world_size: R.
+        step: numbers the exchanges of a rank.
 
     Attributes:
         asked: rows of this rank that others want, by rank, numbered from this rank's first one [Σ].
@@ -31,17 +32,27 @@ class Route:
         own: these rows, numbered from this rank's first one [k].
     """
 
-    def __init__(self, rows: Tensor, owners: Tensor, first: int, group: Any, rank: int, world_size: int) -> None:
-        self._group = group
+    def __init__(
+        self,
+        rows: Tensor,
+        owners: Tensor,
+        first: int,
+        group: Any,
+        rank: int,
+        world_size: int,
+        step: Callable[[], int],
+    ) -> None:
+        self._group, self._step = group, step
         is_own = owners == rank
         self.inside = is_own.nonzero().view(-1)
         self.own = rows[self.inside] - first
         away = (~is_own).nonzero().view(-1)
         self._places = away[owners[away].argsort(stable=True)]  # of the rows that come from others, by rank
-        wanted = torch.bincount(owners[away], minlength=world_size)
-        sent = torch.empty_like(wanted)
-        dist.all_to_all_single(sent, wanted, group=group)
-        self._in, self._out = sent.tolist(), wanted.tolist()
+        wanted, number = torch.bincount(owners[away], minlength=world_size), step()
+        sent = wanted.new_empty(world_size, 2)
+        dist.all_to_all_single(sent, torch.stack([wanted, torch.full_like(wanted, number)], 1), group=group)
+        _check_numbers(sent[:, 1], number)
+        self._in, self._out = sent[:, 0].tolist(), wanted.tolist()
         self.asked = rows.new_empty(sum(self._in))
         dist.all_to_all_single(self.asked, rows[self._places], self._in, self._out, group=group)
         self.asked -= first
@@ -60,8 +71,12 @@ class Route:
         sent = table(self.asked).contiguous()
         own = table(self.own)
         came = sent.new_empty(len(self._places), sent.size(1))
-        width = sent.size(1) * sent.element_size()
+        width, number = sent.size(1) * sent.element_size(), self._step()
         count(sent.numel() * sent.element_size())
+        # Beside the rows goes the number of the exchange: rows of another step are not taken for those of this one.
+        numbers = torch.full((len(self._in),), number)
+        theirs = torch.empty_like(numbers)
+        told = dist.all_to_all_single(theirs, numbers, group=self._group, async_op=True)
         work = dist.all_to_all_single(
             _as_bytes(came, width),
             _as_bytes(sent, width),
@@ -72,6 +87,8 @@ class Route:
         )
 
         def take() -> Tensor:
+            told.wait()
+            _check_numbers(theirs, number)
             work.wait()
             rows = came.new_empty(self.num_rows, came.size(1))
             rows[self._places] = came
@@ -85,3 +102,13 @@ class Route:
 def _as_bytes(rows: Tensor, width: int) -> Tensor:
     """Return the same memory as bytes, a row for each: what is in it does not matter to the transport."""
     return rows.view(torch.uint8).view(-1, width) if rows.numel() else rows.new_empty(rows.size(0), width).byte()
+
+
+def _check_numbers(theirs: Tensor, number: int) -> None:
+    """Refuse what belongs to another step: a rank has left one in the middle."""
+    if not bool((theirs == number).all()):
+        raise RuntimeError(
+            f"ranks are at different exchanges (this one at {number}, others at {sorted(set(theirs.tolist()))}): one "
+            "left a step in the middle, such as by an error that was caught. Begin anew in all processes, from a "
+            "checkpoint"
+        )

@@ -70,21 +70,23 @@ class Shares:
         if self.rank < 0:
             raise SharesError("this process is not in the process group")
         self.ptr = torch.as_tensor(ptr).detach().to("cpu", torch.int64)
-        self.agree("ptr", [int(self.ptr.numel()), _digest(self.ptr)])
+        self.agree("ptr", (list(self.ptr.shape), _digest(self.ptr)))
         parts = self.ptr.numel() - 1
-        if self.ptr.dim() != 1 or parts < self.world_size or bool((self.ptr.diff() < 0).any()):
+        ascends = self.ptr.dim() == 1 and bool((self.ptr.diff() >= 0).all() and self.ptr[:1].eq(0).all())
+        if not ascends or parts < self.world_size:
             raise SharesError(
-                f"ptr is [num_parts + 1], ascends, and has a part at least for each of the {self.world_size} ranks "
-                f"(got a tensor of {list(self.ptr.shape)})"
+                f"ptr is [num_parts + 1], ascends from 0, and has a part at least for each of the {self.world_size} "
+                f"ranks (got a tensor of {list(self.ptr.shape)})"
             )
         heavy = self.ptr.diff().double() if weights is None else torch.as_tensor(weights, dtype=torch.float64).cpu()
-        if heavy.shape != (parts,) or not bool((heavy >= 0).all()):
+        self.agree("weights", (list(heavy.shape), _digest(heavy)))
+        if heavy.shape != (parts,) or not bool(((heavy >= 0) & heavy.isfinite()).all()):
             raise SharesError(f"weights are [{parts}], finite and not negative (got {list(heavy.shape)})")
-        self.agree("weights", _digest(heavy))
         self.bounds = _balanced(heavy, self.world_size)
         self._first = self.ptr[self.bounds]
         self.wire_bytes = 0
         self._routes: Any = WeakTensorKeyDictionary()
+        self._exchanges = 0
 
     @property
     def num_nodes(self) -> int:
@@ -154,11 +156,20 @@ class Shares:
             rows: [n] int64 on the CPU, nodes of any ranks; may be empty. For the same tensor, as that of a mini-batch's
                 halo in each layer, it is done once.
         """
+        if rows.is_inference():  # such tensors have no version
+            return self._route(rows)
         known: tuple[int, Route] | None = self._routes.get(rows)
         if known is None or known[0] != rows._version:
-            route = Route(rows, self.owners(rows), self.nodes[0], self.group, self.rank, self.world_size)
-            known = self._routes[rows] = rows._version, route
+            known = self._routes[rows] = rows._version, self._route(rows)
         return known[1]
+
+    def _route(self, rows: Tensor) -> Route:
+        return Route(rows, self.owners(rows), self.nodes[0], self.group, self.rank, self.world_size, self.step)
+
+    def step(self) -> int:
+        """Return the number of the next exchange, by which ranks see that they take the same one."""
+        self._exchanges += 1
+        return self._exchanges
 
     def count(self, num_bytes: int) -> None:
         """Note what was sent."""

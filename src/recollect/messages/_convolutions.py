@@ -215,8 +215,18 @@ _METHODS = frozenset(
 )
 
 
+# Those that torch_geometric writes, and does not make of others.
+_WRITTEN = ("aggregate", "edge_update", "forward", "message", "message_and_aggregate", "update")
+
+
+def _is_library(method: Any) -> bool:
+    return method is None or str(getattr(method, "__module__", "")).startswith(("torch_geometric.", "torch."))
+
+
 def _is_untouched(conv: nn.Module) -> bool:
-    """Whether no hook and no method was put on this one, and it is not compiled."""
+    """Whether no hook and no method was put on this one or on its class, and it is not compiled."""
+    if not all(_is_library(getattr(type(conv), name, None)) for name in _WRITTEN):
+        return False
     own = vars(conv)
     methods = _METHODS.intersection(own)
     if any(not _is_ours(own[name]) for name in methods) or own.get("_compiled_call_impl") is not None:

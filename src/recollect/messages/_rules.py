@@ -116,7 +116,8 @@ def _gcn(conv: Any, x: Tensor, sources: Sources) -> Tensor:
 
 def _gat(conv: Any, x: Tensor, sources: Sources) -> Tensor:
     z = conv.lin(x).view(-1, conv.heads, conv.out_channels)
-    out = sources.attended(conv, (z * conv.att_src).sum(-1), (sources.targets(z) * conv.att_dst).sum(-1), z)
+    of_source, of_target = (z * conv.att_src).sum(-1), (sources.targets(z) * conv.att_dst).sum(-1)
+    out = sources.attended(conv, of_source, of_target, z).to(torch.promote_types(z.dtype, of_source.dtype))
     out = out.flatten(1) if conv.concat else out.mean(1)
     if conv.res is not None:
         out = out + conv.res(sources.targets(x))

@@ -52,8 +52,13 @@ def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
 def _labelled(data: Any) -> tuple[Any, Literal["multilabel", "auto"]]:
     """The graph with NaN where a class is -1; and whether its labels can be columns of zeros and ones alone."""
     y = getattr(data, "y", None)
-    if not isinstance(y, Tensor) or y.ndim > 2 or (y.ndim == 2 and y.size(1) == 1):
+    if not isinstance(y, Tensor) or y.ndim > 2:
         return data, "auto"
+    if y.ndim == 2 and y.size(1) == 1:
+        raise UsageError(
+            f"y is {list(y.shape)}, a class for each node or one label that is there or not: give y.view(-1) for "
+            "classes; one label alone is two classes"
+        )
     if y.ndim == 2:
         return data, "multilabel"
     data = data.clone()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recollect.train._check import check
 from recollect.train._config import changed, parse, parse_override
-from recollect.train._errors import TrainingError, UsageError
+from recollect.train._errors import Interrupted, TrainingError, UsageError
 from recollect.train._folder import RunFolder, create, extend, reopen
 from recollect.train._settings import Settings
 
@@ -134,7 +134,10 @@ def _launched(settings: Settings, folder: RunFolder | None) -> dict[str, Any]:
 
     new = folder is None
     folder = folder or create(settings)
-    code = launch([f"resume={folder.path}"], settings.devices)
+    try:
+        code = launch([f"resume={folder.path}"], settings.devices)
+    except KeyboardInterrupt as error:
+        raise Interrupted(folder.again) from error
     if code:
         if new and not folder.checkpoint.exists():
             folder.config.unlink(missing_ok=True)

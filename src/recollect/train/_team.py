@@ -22,6 +22,9 @@ __all__ = ["Team", "joined", "launch", "team"]
 _PATIENCE = timedelta(minutes=10)
 """How long a process waits for another before all of them end with an error."""
 
+_ENDING = 60.0
+"""Seconds that processes have to end after Ctrl-C."""
+
 
 @dataclass(frozen=True)
 class Team:
@@ -42,16 +45,18 @@ class Team:
         return total
 
     def add_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Give each parameter the sum of its gradients in all processes; a missing one counts as 0."""
+        """Give each parameter the sum of its gradients in all processes; one that none has stays without."""
         for group in _by_dtype(parameters).values():
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-            flat = torch.cat([grad.flatten() for grad in grads])
+            used = grads[0].new_tensor([p.grad is not None for p in group])
+            flat = torch.cat([used, *(grad.flatten() for grad in grads)])
             distributed.all_reduce(flat)
-            for parameter, part in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
-                if parameter.grad is None:
-                    parameter.grad = part.view_as(parameter).clone()
-                else:
+            used, *parts = torch.split(flat, [len(group), *(p.numel() for p in group)])
+            for parameter, anywhere, part in zip(group, used.tolist(), parts, strict=True):
+                if parameter.grad is not None:
                     parameter.grad.copy_(part.view_as(parameter))
+                elif anywhere:
+                    parameter.grad = part.view_as(parameter).clone()
 
     def gather_rows(self, own: Tensor, shares: Shares) -> Tensor:
         """Return the rows of all nodes [N, ...] in each process, of those of its own nodes."""
@@ -114,4 +119,13 @@ def launch(words: Sequence[str], number: int) -> int:
     """
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "recollect", "train"]
     threads = str(max(1, (os.cpu_count() or 1) // number))
-    return subprocess.call([sys.executable, *run, *words], env={"OMP_NUM_THREADS": threads, **os.environ})
+    child = subprocess.Popen([sys.executable, *run, *words], env={"OMP_NUM_THREADS": threads, **os.environ})
+    try:
+        return child.wait()
+    except KeyboardInterrupt:  # the child had it too, and ends its processes
+        try:
+            child.wait(timeout=_ENDING)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+        raise
