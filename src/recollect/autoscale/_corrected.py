@@ -38,7 +38,7 @@ class CorrectedGNN(HistoryGNN):
 
     def __init__(
         self,
-        num_nodes: int,
+        num_nodes: int | None,
         hidden_channels: int | Sequence[int],
         num_layers: int,
         pool_size: int | None = None,
