@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rev_batches_zoo import NODES, call, make_graph, make_model, written_out
+from rev_batches_zoo import NODES, Data, call, make_graph, make_model, written_out
+from torch.nn import functional as F
 
-from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, history_errors
+from recollect.autogram import Engine
+from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, history_errors, normalize, to_adj_t
 from recollect.frames import InPlaceError
+from recollect.memory import peak_memory
+from recollect.models import RevGNN
 
 CONVS = ["gat", "gen", "gin", "graphconv", "sage"]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -118,3 +122,90 @@ def test_each_history_is_pulled_once_forward_and_once_backward(monkeypatch):
     assert list(counts.values()) == [1] * 4
     loss.backward()
     assert list(counts.values()) == [2] * 4
+
+
+@pytest.mark.parametrize("options", [{"history_dtype": torch.int8}, {"history_path": "here"}, {"pool_size": 2}])
+def test_other_histories_are_pulled_again_as_they_are(options, tmp_path):
+    data, ptr = make_graph()
+    if "history_path" in options:
+        options = options | {"history_path": tmp_path / "tables"}
+    if "pool_size" in options:
+        options = options | {"buffer_size": NODES}
+    model = make_model(num_groups=4, dropout=0.3, **options)
+    model(loader=EvalSubgraphLoader(data, ptr))
+    for seed, batch in enumerate(SubgraphLoader(data, ptr, batch_size=2)):
+        tables = [history.pull() for history in model.histories]
+        torch.manual_seed(seed)
+        expected, _ = written_out(model, batch, tables)
+        torch.manual_seed(seed)
+        out = call(model, batch)
+        close([out], [expected])
+        close(gradients(out.square().sum(), model), gradients(expected.square().sum(), model))
+
+
+def test_the_gramian_of_many_losses_is_that_of_the_explicit_jacobian():
+    data, ptr = make_graph()
+    model = make_model(num_layers=4, hidden=12, num_groups=3, dropout=0.3)
+    model(loader=EvalSubgraphLoader(data, ptr))
+    engine, calls = Engine(model), []
+    for layer in model.layers:
+        for conv in layer.convs:
+            conv.register_forward_pre_hook(lambda module, args: calls.append(module))
+    for seed, batch in enumerate(SubgraphLoader(data, ptr, batch_size=2)):
+        tables = [history.pull() for history in model.histories]
+        target = batch.data.y[: batch.batch_size].double()
+        torch.manual_seed(seed)
+        logits, _ = written_out(model, batch, tables)
+        expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(0)
+        rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in expected]
+        jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        torch.manual_seed(seed)
+        losses = F.binary_cross_entropy_with_logits(call(model, batch), target, reduction="none").mean(0)
+        calls.clear()
+        gramian = engine.compute_gramian(losses)
+        torch.testing.assert_close(gramian, jacobian @ jacobian.T, rtol=1e-10, atol=1e-14)
+        assert len(calls) == 4 * 3 * (1 + len(losses))  # once in each backward pass: one in all, and one for each loss
+
+
+@pytest.mark.parametrize("larger", [{"num_layers": 24}, {"num_nodes": 4_000}])
+def test_memory_of_a_step_depends_neither_on_depth_nor_on_the_graph(larger):
+    def peak(num_layers: int = 6, num_nodes: int = 800) -> int:
+        ring = torch.arange(num_nodes)
+        data = to_adj_t(Data(x=torch.randn(num_nodes, 4), edge_index=torch.stack([ring, ring.roll(1)])))
+        data.node_order = ring
+        torch.manual_seed(0)
+        model = RevGNN(4, 64, 3, num_layers, num_nodes=num_nodes)
+        (batch, *_) = SubgraphLoader(data, torch.arange(0, num_nodes + 1, 200), log=False)
+        with pytest.warns(UserWarning, match="not filled"):
+            call(model, batch).sum().backward()
+        with peak_memory() as memory:
+            call(model, batch).sum().backward()
+        return memory.peak_bytes
+
+    assert peak(**larger) < 1.1 * peak()
+
+
+def test_weights_of_edges_are_given_where_they_are_named():
+    data, ptr = make_graph()
+    data.adj_t = normalize(data.adj_t)
+    options = {"conv": "gcn", "conv_kwargs": {"normalize": False, "add_self_loops": False}}
+    with pytest.raises(ValueError, match="weights other than 1"):
+        make_model(**options)(data.x, data.adj_t)
+    model = make_model(**options, inputs=("edge_weight",)).eval()
+    true = model(data.x, data.adj_t)
+    for batch in SubgraphLoader(data, ptr):
+        close([call(model, batch)], [true[batch.n_id[: batch.batch_size]]])
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="degrees of neighbours"):
+        make_model(conv="gcn")
+    with pytest.raises(TypeError, match=r"history_dtype: .* need num_nodes="):
+        make_model(num_nodes=None, history_dtype=torch.int8)
+    with pytest.raises(ValueError, match="compensate=True"):
+        make_model(compensate=True)
+    with pytest.raises(ValueError, match="recompute=True"):
+        make_model(recompute=True)
+    data, _ = make_graph()
+    with pytest.raises(ValueError, match=r"missing: edge_attr"):
+        make_model(inputs=("edge_attr",))(data.x, data.adj_t)

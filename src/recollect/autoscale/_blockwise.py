@@ -79,6 +79,14 @@ class BlockwiseGNN(ScalableGNN):
         self.conv_inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         self.inputs = tuple(name for name in self.conv_inputs if name != _WEIGHTS)
 
+    def _make_histories(self) -> None:
+        if self.history_options.process_group is not None:
+            raise ValueError(
+                f"{type(self).__name__} pulls rows again in backward, and histories over ranks do not: leave out "
+                "process_group"
+            )
+        super()._make_histories()
+
     def _widths(self) -> list[int]:
         return widths_of(self.hidden_channels, self.num_layers + 1)
 

@@ -89,7 +89,8 @@ class RevGNN(BlockwiseGNN):
         conv_kwargs: options of a conv that is given by name.
         certify: as in :class:`~recollect.reversible.GroupAddRev`.
         exact: as in :class:`~recollect.reversible.GroupAddRev`; activations are then not kept for ``"gen"`` either.
-        num_nodes: N of the graph whose mini-batches it trains on; ``None``: whole graphs alone.
+        num_nodes: N of the graph whose mini-batches it trains on; ``None``: whole graphs alone. What a convolution
+            returns for a node must then depend on the edges into it alone, and not on degrees of its neighbours.
         inputs: with ``num_nodes``, what each convolution gets after ``edge_index``; see
             :class:`~recollect.autoscale.BlockwiseGNN`.
         **histories: with ``num_nodes``, options of :class:`~recollect.autoscale.ScalableGNN` by name, from
@@ -149,6 +150,12 @@ class RevGNN(BlockwiseGNN):
         if histories.get("recompute"):
             raise ValueError(
                 "recompute=True is for layers that are kept, and these come back by inversion; leave it out"
+            )
+        if num_nodes is not None and conv == "gcn" and (conv_kwargs or {}).get("normalize", True):
+            raise ValueError(
+                "conv='gcn' divides by the degrees of neighbours, which a mini-batch does not know of its halo; "
+                "normalise the whole graph's adjacency (recollect.autoscale.normalize) before the loader is made, and "
+                "give conv_kwargs={'normalize': False} and inputs=('edge_weight',)"
             )
         super().__init__(num_nodes, hidden_channels, num_layers, inputs=inputs, **histories)
         self.num_groups = num_groups
