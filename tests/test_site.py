@@ -86,19 +86,27 @@ WITHOUT = {
         Blocks Certificate GramianError NoiseScale NotCovered Outer Picked Rows Rule Sharing register_rule
     """,
     "recollect.autoscale": """
-        AsyncIOPool EvalSubgraphLoader GraphData HistoryFileError Partition PartitionQuality SubData
-        SubgraphLoader add_self_loops compute_micro_f1 dropout edge_index_of gen_masks get_data history_bytes
-        history_errors metis normalize partition partition_quality permute to_adj_t with_weights
+        Around AsyncIOPool BlockwiseGNN EvalSubgraphLoader GraphData HistoryFileError Partition
+        PartitionQuality SubData SubgraphLoader add_self_loops compute_micro_f1 dropout edge_index_of
+        gen_masks get_data history_bytes history_errors load_history_parts metis normalize partition
+        partition_quality permute to_adj_t with_weights
+    """,
+    "recollect.budget": """
+        Applied BudgetError BudgetWarning Plan Row find_units
     """,
     "recollect.data": """
         GraphDataset InvalidFileError InvalidRawFilesError MissingDependencyError MissingRawFilesError
         UnknownDatasetError describe from_data load names
     """,
+    "recollect.distributed": """
+        SharesError
+    """,
     "recollect.frames": """
-        Add Certificate DriftGauge DriftWarning FrameError GraphFreedError Held InPlaceError Inverse Kept
-        Lattice LatticeError OffloadError RandomState RebuildError ReleasedTensorError Transform backward_mode
-        bits_of check_exact couple couple_by devices_of digits_of dry_mode eager_release frames_apply
-        in_backward in_dry_mode run_frame run_invertible uncouple uncouple_by
+        Add Certificate DriftGauge DriftWarning Forward FrameError GraphFreedError Held InPlaceError Inverse
+        Kept Lattice LatticeError OffloadError Own RandomState RebuildError ReleasedTensorError Transform
+        backward_mode bits_of check_exact couple couple_by devices_of digits_of dry_mode eager_release
+        frames_apply in_backward in_dry_mode keep_everything run_frame run_invertible trial uncouple
+        uncouple_by
     """,
     "recollect.invertible": """
         Identity Measured
@@ -107,14 +115,14 @@ WITHOUT = {
         PeakMemory map_large_blocks peak_memory tensor_bytes
     """,
     "recollect.messages": """
-        check_csr convolve described extreme make_adj_t naming_pairs row_pointers rows_of sparse_csr values_of
-        with_weights
+        Made check_csr convolve described extreme for_targets made_of make_adj_t naming_pairs row_pointers
+        rows_of sparse_csr take_made values_of with_weights
     """,
     "recollect.models": """
         APPNP GAT GCN GCN2 GIN PNA PNA_JK PygasReport RevGNN
     """,
     "recollect.reversible": """
-        GroupRevRes InvertibleModule
+        Beside GroupRevRes InvertibleModule
     """,
     "recollect.train": """
         FitResult InvalidRunError NonFiniteLossError TrainingError UsageError command train
