@@ -106,7 +106,8 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     over.set()
     watching.join()
-    files = sum(file.stat().st_size for file in Path(task["store"]).glob("*.table"))
+    tables = [file for file in Path(task["store"]).glob("*.table") if file.name != "gradients.table"]  # of parameters
+    files = sum(file.stat().st_size for file in tables)
     return {"resident_bytes": peak[0] - before, "seconds": seconds, "table_bytes": files}
 
 

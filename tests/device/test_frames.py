@@ -11,7 +11,17 @@ from torch.nn import functional as F
 import recollect
 from device.compare import assert_same, gradients, there, waits
 from recollect import frames
-from recollect.frames import Inverse, Kept, Offload, RebuildError, Source, certificate_of_process, couple, settle
+from recollect.frames import (
+    Inverse,
+    Kept,
+    Offload,
+    Previous,
+    RebuildError,
+    Source,
+    certificate_of_process,
+    couple,
+    settle,
+)
 
 
 class Block(nn.Module):
@@ -43,6 +53,7 @@ SOURCES = {
     "Kept": (Block, lambda layer, x: recollect.checkpoint(layer, x, source=Kept())),
     "Inverse": (Swap, lambda layer, x: recollect.checkpoint(layer, x, inverse=layer.inverse)),
     "coupling": (Swap, lambda layer, x: couple([layer.block, layer.block], x, [(), ()])),
+    "Previous": (Block, lambda layer, x: recollect.checkpoint(layer, x, source=Previous())),
     "Offload": (Block, lambda layer, x: recollect.checkpoint(layer, x, source=Offload())),
     "Offload in a file": (Block, lambda layer, x: recollect.checkpoint(layer, x, source=OF_FILE)),
 }
