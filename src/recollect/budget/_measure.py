@@ -249,10 +249,13 @@ def _cost(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: Op
     seconds = max(0.0, best(framed(Kept())) - plain)
     selective = None
     if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
-        duration = best(framed(Kept(), selective=True))
-        measured.clear()
-        run(framed(Kept(), selective=True), meter=True)
-        selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
+        try:
+            duration = best(framed(Kept(), selective=True))
+            measured.clear()
+            run(framed(Kept(), selective=True), meter=True)
+            selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
+        except RuntimeError:  # torch keeps nothing that an operation in it writes to, as a fused LSTM does
+            selective = None
     offloaded = None if options.offload is None else max(0.0, best(framed(options.offload)) - plain)
     inverted = None
     if is_inverted(module):
