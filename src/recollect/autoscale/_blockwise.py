@@ -87,6 +87,9 @@ class BlockwiseGNN(ScalableGNN):
             )
         super()._make_histories()
 
+    def _count_of(self, num_nodes: int | None) -> int:
+        return 0 if num_nodes is None else super()._count_of(num_nodes)
+
     def _widths(self) -> list[int]:
         return widths_of(self.hidden_channels, self.num_layers + 1)
 

@@ -43,10 +43,14 @@ class HistoryGNN(LayeredGNN):
         super().__init__(num_layers, recompute)
         given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
         self.history_options = (histories or HistoryOptions()).updated(**given, **options)
-        self.num_nodes = 0 if num_nodes is None else as_count("num_nodes", num_nodes, ", such as data.num_nodes")
+        self.num_nodes = self._count_of(num_nodes)
         self.hidden_channels = as_channels(hidden_channels)
         self._make_histories()
         self._told = False  # that they were not filled
+
+    def _count_of(self, num_nodes: int | None) -> int:
+        """Return the number of nodes, checked."""
+        return as_count("num_nodes", num_nodes, ", such as data.num_nodes")
 
     def _widths(self) -> list[int]:
         """Return the width of each history."""
