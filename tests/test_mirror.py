@@ -50,7 +50,7 @@ TOGETHER = {
     "autoscale/test_scalable_staleness.py": "autoscale/_staleness",
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
-    "budget/test_plan.py": "budget/_bytes budget/_measure budget/_treatment budget/_units frames/_forward "
+    "budget/test_plan.py": "budget/_bytes budget/_measure budget/_step budget/_treatment budget/_units frames/_forward "
     "frames/_trial",
     "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "
@@ -79,6 +79,7 @@ TOGETHER = {
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",
     "models/test_without_torch_geometric.py": "models/_convs",
     "outofcore/test_files.py": "outofcore/_journal outofcore/_tables",
+    "outofcore/test_reach.py": "messages/reach",
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_parts outofcore/_step",
     "reversible/test_streams.py": "reversible/_halving",
     "test_memory.py": "_ledger _storages",

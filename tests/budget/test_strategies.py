@@ -247,6 +247,18 @@ def test_what_torch_refuses_to_keep_is_not_chosen():
         assert_same(gradients(model, x), expected)
 
 
+def test_inputs_of_as_many_bytes_and_another_shape_are_tried():
+    """Attention takes the square of the length, not the bytes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Attention() for _ in range(3)])
+    plan = recollect.plan(model, torch.randn(64, 4, 8), budget="1 GB")
+    budget = plan.peak
+    with recollect.plan(model, torch.randn(64, 4, 8), budget=budget, on_exceed="raise"):
+        model(torch.randn(16, 4, 8)).sum().backward()  # smaller in each dimension
+        with pytest.raises(BudgetError, match="a step with inputs of"):
+            model(torch.randn(1, 256, 8))
+
+
 def test_a_share_of_the_machine():
     model, x = made("twice")
     plan = recollect.plan(model, x, budget="1%")

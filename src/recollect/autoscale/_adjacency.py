@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "check_square",
     "edge_index_of",
     "first_rows",
+    "is_edge_index",
     "normalize",
 ]
 
@@ -25,6 +27,12 @@ def check_square(adj_t: Tensor) -> None:
     check_csr(adj_t)
     if adj_t.dim() != 2 or adj_t.size(0) != adj_t.size(1):
         raise ValueError(f"adj_t has shape {tuple(adj_t.shape)}, but must be [N, N]")
+
+
+def is_edge_index(value: Any) -> bool:
+    """Return whether a value is an ``EdgeIndex`` of torch_geometric, which need not be installed."""
+    geometric = sys.modules.get("torch_geometric")
+    return geometric is not None and isinstance(value, geometric.EdgeIndex)
 
 
 def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
@@ -44,7 +52,7 @@ def as_csr(adj_t: Any, edge_weight: Tensor | None = None) -> Tensor:
         if edge_weight is not None:
             raise ValueError("edge_weight goes with an EdgeIndex; the weights of a sparse adj_t are its values")
         return adj_t
-    if type(adj_t).__name__ != "EdgeIndex":
+    if not is_edge_index(adj_t):
         raise TypeError(
             f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor [targets, sources] or a "
             "torch_geometric.EdgeIndex; to_adj_t(data).adj_t is one"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows
+from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
@@ -65,6 +65,7 @@ class BlockwiseGNN(ScalableGNN):
     """
 
     num_groups: int
+    _looked = False  # at what blocks need
 
     def __init__(
         self,
@@ -108,6 +109,16 @@ class BlockwiseGNN(ScalableGNN):
         self, index: int, x: Tensor, edge_index: Any, shared: Any, args: tuple[Any, ...], around: Around | None
     ) -> Tensor:
         """Return a layer's output for the rows of its input; what it shares has rows for those around them too."""
+
+    def check_blocks(self, args: tuple[Any, ...]) -> None:
+        """Refuse blocks that need more than the edges into a mini-batch's nodes; called before the first one.
+
+        Args:
+            args: what blocks get of the edges.
+
+        Raises:
+            ValueError: there is one.
+        """
 
     @abstractmethod
     def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
@@ -165,6 +176,10 @@ class BlockwiseGNN(ScalableGNN):
     def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
         edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
+        if not self._looked:
+            with evaluating(self):
+                self.check_blocks(args)
+            self._looked = True
         x = self.enter(x)
         shared = self.share(x)
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
@@ -285,7 +300,7 @@ def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[
         ValueError: something is missing, or nobody takes it; or the adjacency has weights that nobody takes.
     """
     given = dict(inputs)
-    if type(graph).__name__ == "EdgeIndex" or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
+    if is_edge_index(graph) or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
         adj_t = as_csr(graph, given.pop(_WEIGHTS, None))
         graph, given[_WEIGHTS] = edge_index_of(adj_t), adj_t.values()
         if _WEIGHTS not in names and not bool((given[_WEIGHTS] == 1).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._compensation import Compensation
 from recollect.autoscale._history_network import HistoryGNN
-from recollect.autoscale._making import HistoryOptions
 from recollect.autoscale._network import Follow
 from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
@@ -32,31 +31,8 @@ class CorrectedGNN(HistoryGNN):
         gradients: they, or ``None``.
     """
 
-    compensate: bool = False
     gradients: GradientHistories | None
     _ways: dict[int, Way]  # of sending gradients back through each layer, as far as they are known
-
-    def __init__(
-        self,
-        num_nodes: int | None,
-        hidden_channels: int | Sequence[int],
-        num_layers: int,
-        pool_size: int | None = None,
-        buffer_size: int | None = None,
-        device: torch.device | str | None = None,
-        *,
-        histories: HistoryOptions | None = None,
-        recompute: bool = False,
-        compensate: bool = False,
-        **options: Any,
-    ) -> None:
-        self.compensate = compensate
-        super().__init__(
-            *(num_nodes, hidden_channels, num_layers, pool_size, buffer_size, device),
-            histories=histories,
-            recompute=recompute,
-            **options,
-        )
 
     @abstractmethod
     def mini_inference(self, loader: Iterable[SubData]) -> Tensor:

@@ -38,9 +38,11 @@ class HistoryGNN(LayeredGNN):
         *,
         histories: HistoryOptions | None = None,
         recompute: bool = False,
+        compensate: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(num_layers, recompute)
+        self.compensate = compensate
         given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
         self.history_options = (histories or HistoryOptions()).updated(**given, **options)
         self.num_nodes = self._count_of(num_nodes)

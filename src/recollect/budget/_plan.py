@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from recollect._arguments import Certify, check_certify
-from recollect._util._tree import Tree, tensors_of
+from recollect._util._tree import tensors_of
 from recollect.budget._bytes import as_bytes, in_words
 from recollect.budget._measure import Measured, Options, measure
 from recollect.budget._problem import problem_of
 from recollect.budget._solve import Choice, least, solve
+from recollect.budget._step import Step, apart, is_within
 from recollect.budget._treatment import Applied, Treated
 from recollect.budget._units import Units, find_units, is_inverted
-from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_apply, in_backward, settle, trial
-from recollect.memory import peak_memory
+from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_apply, in_backward
 
-__all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "apply", "plan"]
+__all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
 _CORRECTIONS = 3
@@ -65,43 +65,6 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A training step that can be tried."""
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    loss: Callable[[Any], Tensor] | None
-    device: torch.device
-
-    def forward(self) -> Tensor:
-        """Run the forward pass, and return what is differentiated."""
-        output = self.model(*self.args, **self.kwargs)
-        if self.loss is not None:
-            return self.loss(output)
-        parts = [t.sum() for t in tensors_of(output) if t.requires_grad]
-        if not parts:
-            raise ValueError(f"{type(self.model).__name__}: no output requires a gradient; give loss=")
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-    def peak(self) -> int:
-        """Run a whole step, and return the peak of what it allocates, in bytes."""
-        with self.tried(), peak_memory(self.device) as memory:
-            self.forward().backward()  # type: ignore[no-untyped-call]
-        settle()
-        return memory.peak_bytes
-
-    def tried(self) -> Any:
-        """Return a context after which the model is what it was."""
-        leaves = [t for t in tensors_of((self.args, self.kwargs)) if t.requires_grad and t.is_leaf]
-        return trial(self.model, {self.device}, leaves)
-
-    def size(self) -> int:
-        """Return the bytes of the inputs."""
-        return sum(t.nbytes for t in tensors_of((self.args, self.kwargs)) if t.layout is torch.strided)
-
-
 class _Guard(Forward):
     """Tries steps of the model whose inputs are larger than any before."""
 
@@ -130,7 +93,7 @@ class Plan:
         steps: how many steps were measured.
     """
 
-    def __init__(self, step: _Step, budget: int, units: dict[str, nn.Module], options: Options, on: OnExceed) -> None:
+    def __init__(self, step: Step, budget: int, units: dict[str, nn.Module], options: Options, on: OnExceed) -> None:
         self.budget = budget
         self.peak = 0
         self.seconds = 0.0
@@ -141,7 +104,7 @@ class Plan:
         self._options = options
         self._on_exceed = on
         self._applied: Applied | None = None
-        self._known = step.size()
+        self._known = [step.shapes()]  # of steps that were tried
         self._looking = False
 
     # What users call.
@@ -262,14 +225,15 @@ class Plan:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = replace(self._step, args=args, kwargs=kwargs)
-        size = step.size()
-        if self._looking or size <= self._known:
+        shapes = step.shapes()
+        if self._looking or any(is_within(shapes, known) for known in self._known):
             return
+        size = step.size()
         self._looking = True
         try:
-            step = replace(step, args=_apart(args), kwargs=_apart(kwargs))
+            step = replace(step, args=apart(args), kwargs=apart(kwargs))
             peak = step.peak()
-            self._known = size
+            self._known = [known for known in self._known if not is_within(known, shapes)] + [shapes]
             if peak <= self.budget:
                 return
             found = (
@@ -287,13 +251,6 @@ class Plan:
             self.apply()
         finally:
             self._looking = False
-
-
-def _apart(value: Any) -> Any:
-    """Return arguments whose tensors are leaves of their own, for a step that is tried."""
-    tree = Tree(value)
-    tree.tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in tree.tensors]
-    return tree.build(tree.tensors)
 
 
 def _seconds(rows: tuple[Row, ...]) -> float:
@@ -348,8 +305,9 @@ def plan(
         certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
         selective: whether checkpoints that keep what products return come into question.
         offload: a folder to which inputs may be offloaded, or on accelerators ``True`` for host memory.
-        on_exceed: what happens where inputs are larger than any before, which a step is tried for, and that step
-            exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or ``"replan"``.
+        on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
+            own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or
+            ``"replan"``.
 
     Returns:
         The plan. ``print(plan)`` shows a table.
@@ -387,7 +345,7 @@ def plan(
     elif offload is not False:
         source = Offload(path=offload)
     options = Options(device, certify, selective, source)
-    step = _Step(model, args, kwargs, loss, device)
+    step = Step(model, args, kwargs, loss, device)
     made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
     made._make()
     return made
@@ -398,32 +356,3 @@ def _device_of(model: nn.Module, inputs: Any) -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"a plan is for one device (got {', '.join(sorted(map(str, devices)))})")
     return devices.pop() if devices else torch.device("cpu")
-
-
-def apply(model: nn.Module, units: Units | None = None, source: Source | None = None) -> Applied:
-    """Run units of a model in frames, without a plan.
-
-    Args:
-        model: any module; its class, names and state dict stay what they are.
-        units: as in :func:`plan`.
-        source: where inputs come from in backward, such as ``Kept()``, ``Previous(4)`` or ``Offload()``; ``None``:
-            they are kept.
-
-    Returns:
-        What :meth:`~Applied.remove` takes the frames away again; a context manager, too.
-
-    Raises:
-        TypeError: ``source`` is no source.
-        ValueError: there are no such units.
-
-    Example:
-        >>> import torch, recollect
-        >>> from torch import nn
-        >>> model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
-        >>> with recollect.apply(model, nn.Linear):
-        ...     model(torch.randn(2, 4)).sum().backward()
-    """
-    if source is not None and not isinstance(source, Source):
-        raise TypeError(f"source must be a recollect.frames.Source, such as Kept() (got {source!r})")
-    found = find_units(model, units)
-    return Applied([Treated(m, source or Kept(), plain=False) for m in found.values()])

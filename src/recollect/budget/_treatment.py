@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from recollect._arguments import Certify
-from recollect.frames import Forward, Source, frames_apply, run_frame
+from recollect.budget._units import Units, find_units
+from recollect.frames import Forward, Kept, Source, frames_apply, run_frame
 
-__all__ = ["Applied", "Treated", "keep_products"]
+__all__ = ["Applied", "Treated", "apply", "keep_products"]
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -90,3 +91,32 @@ class Applied:
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
+
+
+def apply(model: nn.Module, units: Units | None = None, source: Source | None = None) -> Applied:
+    """Run units of a model in frames, without a plan.
+
+    Args:
+        model: any module; its class, names and state dict stay what they are.
+        units: as in :func:`plan`.
+        source: where inputs come from in backward, such as ``Kept()``, ``Previous(4)`` or ``Offload()``; ``None``:
+            they are kept.
+
+    Returns:
+        What :meth:`~Applied.remove` takes the frames away again; a context manager, too.
+
+    Raises:
+        TypeError: ``source`` is no source.
+        ValueError: there are no such units.
+
+    Example:
+        >>> import torch, recollect
+        >>> from torch import nn
+        >>> model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+        >>> with recollect.apply(model, nn.Linear):
+        ...     model(torch.randn(2, 4)).sum().backward()
+    """
+    if source is not None and not isinstance(source, Source):
+        raise TypeError(f"source must be a recollect.frames.Source, such as Kept() (got {source!r})")
+    found = find_units(model, units)
+    return Applied([Treated(m, source or Kept(), plain=False) for m in found.values()])

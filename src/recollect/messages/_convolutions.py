@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import types
@@ -220,7 +221,10 @@ _WRITTEN = ("aggregate", "edge_update", "forward", "message", "message_and_aggre
 
 
 def _is_library(method: Any) -> bool:
-    return method is None or str(getattr(method, "__module__", "")).startswith(("torch_geometric.", "torch."))
+    """Whether a method's code stands in torch_geometric's files, whatever it is called."""
+    code = getattr(method, "__code__", None)
+    folder = os.path.dirname(sys.modules["torch_geometric"].__file__ or "")
+    return method is None or (code is not None and code.co_filename.startswith(folder + os.sep))
 
 
 def _is_untouched(conv: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale import Around, BlockwiseGNN
 from recollect.frames import Lattice, digits_of
+from recollect.messages.reach import Probe, kind_of
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -244,6 +245,24 @@ class RevGNN(BlockwiseGNN):
         beside = None if around is None else Beside(around.inputs, around.outputs, around.sources)
         out: Tensor = self.layer(index)(x, edge_index, shared, *args, **({} if beside is None else {"beside": beside}))
         return out
+
+    def check_blocks(self, args: tuple[Any, ...]) -> None:
+        """See, on a small graph, whether the edges into a node are all that blocks need."""
+        weight, known = self.project.weight, set[Any]()
+        edges = {str(place): value.detach().cpu() for place, value in enumerate(args)}
+        probe = Probe(edges, weight.size(0) // self.num_groups, weight.dtype)
+        for index in range(len(self.layers)):
+            for group in range(self.num_groups):
+                block = self.layer(index).block(group)
+                kind, name = kind_of(block), f"layer {index}, block {group}"
+                if kind not in known and not probe.reach(block, name).near:
+                    raise ValueError(
+                        f"{name}: what its convolution returns for a node depends on more than the node and the edges "
+                        "into it, such as its neighbours' degrees, and a mini-batch has no edges into its halo. Let "
+                        "weights of edges say what depends on degrees (recollect.autoscale.normalize, and "
+                        "inputs=('edge_weight',)), or train on the whole graph: recollect.outofcore.WholeGraph"
+                    )
+                known.add(kind)
 
     def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
         """See :class:`~recollect.autoscale.BlockwiseGNN`."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect.messages.reach import DRAWING, Constant, same
 from recollect.models import RevGNN
-from recollect.outofcore._reach import DRAWING, Constant, same
 from recollect.reversible import GroupAddRev
 
 __all__ = ["check_graph", "check_network", "check_rows"]

@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import mmap
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from recollect._util._tree import Tree
 from recollect.autoscale.histories import HistoryFileError
 from recollect.frames import bits_of
 from recollect.messages import Made, made_of, take_made
+from recollect.messages.reach import cut
 from recollect.outofcore._tables import unpacked
 
-__all__ = ["Part", "Parts", "cut"]
+__all__ = ["Part", "Parts"]
 
 
 @dataclass(frozen=True)
@@ -68,48 +68,6 @@ class Part:
     def n_id(self) -> Tensor:
         """Its nodes and its halo, by number."""
         return torch.cat([torch.arange(self.start, self.stop, device="cpu"), self.halo])
-
-
-def cut(
-    rowptr: Tensor, col: Tensor, edges: Mapping[str, Tensor], nodes: Tensor, further: bool, place: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the neighbours of nodes, and the edges into these, in their own numbers.
-
-    Args:
-        rowptr: of the graph's CSR adjacency [N + 1].
-        col: the source of each edge [E].
-        edges: what each edge has.
-        nodes: by number, each once.
-        further: take the edges into the neighbours too.
-        place: scratch [N] int64, -1 before and after.
-
-    Returns:
-        The halo, the edge index, and what its edges have.
-    """
-    taken = _edges_into(rowptr, nodes)
-    place[nodes] = torch.arange(nodes.numel())
-    sources = col[taken]
-    halo = torch.unique(sources[place[sources] < 0])
-    place[halo] = torch.arange(nodes.numel(), nodes.numel() + halo.numel())
-    targets = nodes
-    if further:
-        targets = torch.cat([nodes, halo])
-        taken = _edges_into(rowptr, targets)
-        sources = col[taken]
-    own = place[sources]
-    own[own < 0] = nodes.numel() + halo.numel()
-    target = torch.repeat_interleave(torch.arange(targets.numel()), rowptr[targets + 1] - rowptr[targets])
-    place[nodes] = -1
-    place[halo] = -1
-    found = {name: value[taken] for name, value in edges.items()}
-    return halo, torch.stack([own, target]), found
-
-
-def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:
-    """Return the numbers of the edges into nodes, in the nodes' order."""
-    count = rowptr[nodes + 1] - rowptr[nodes]
-    first = torch.repeat_interleave(rowptr[nodes] - (count.cumsum(0) - count), count)
-    return first + torch.arange(first.numel())
 
 
 def _bits_of(value: Any) -> Any:

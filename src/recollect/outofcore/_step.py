@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from recollect.frames import RebuildError, bits_of
 from recollect.messages import for_targets
+from recollect.messages.reach import DRAWING
 from recollect.outofcore._journal import Sums
 from recollect.outofcore._parts import Part
-from recollect.outofcore._reach import DRAWING
 from recollect.outofcore._tables import Changes
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from recollect.autoscale import to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.frames import Lattice, bits_of, check_exact, digits_of
+from recollect.messages.reach import DRAWING, Probe, Reach, kind_of
 from recollect.models import RevGNN
 from recollect.outofcore._checks import check_graph, check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._parts import Parts
-from recollect.outofcore._reach import DRAWING, Probe, Reach, kind_of
 from recollect.outofcore._step import Criterion, Step
 from recollect.outofcore._tables import Tables, load, save
 

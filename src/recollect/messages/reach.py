@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
-from recollect.messages import for_targets
-from recollect.outofcore._parts import cut
+from recollect.messages._convolutions import for_targets
 
-__all__ = ["DRAWING", "Constant", "Probe", "Reach", "kind_of", "same"]
+__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "kind_of", "same"]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
@@ -166,9 +165,9 @@ def _module_of(block: Any) -> nn.Module:
 
 
 def _moved(block: Any, generator: torch.Generator) -> Any:
-    """Return a copy of a block with other parameters."""
+    """Return a copy of a block with other parameters, on the CPU."""
     block = copy.deepcopy(block)
-    for parameter in _module_of(block).parameters():
+    for parameter in _module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             parameter.add_(noise * 0.1)
@@ -219,3 +218,45 @@ class Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self.whole_numbers = True
         return out
+
+
+def cut(
+    rowptr: Tensor, col: Tensor, edges: Mapping[str, Tensor], nodes: Tensor, further: bool, place: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the neighbours of nodes, and the edges into these, in their own numbers.
+
+    Args:
+        rowptr: of the graph's CSR adjacency [N + 1].
+        col: the source of each edge [E].
+        edges: what each edge has.
+        nodes: by number, each once.
+        further: take the edges into the neighbours too.
+        place: scratch [N] int64, -1 before and after.
+
+    Returns:
+        The halo, the edge index, and what its edges have.
+    """
+    taken = _edges_into(rowptr, nodes)
+    place[nodes] = torch.arange(nodes.numel())
+    sources = col[taken]
+    halo = torch.unique(sources[place[sources] < 0])
+    place[halo] = torch.arange(nodes.numel(), nodes.numel() + halo.numel())
+    targets = nodes
+    if further:
+        targets = torch.cat([nodes, halo])
+        taken = _edges_into(rowptr, targets)
+        sources = col[taken]
+    own = place[sources]
+    own[own < 0] = nodes.numel() + halo.numel()
+    target = torch.repeat_interleave(torch.arange(targets.numel()), rowptr[targets + 1] - rowptr[targets])
+    place[nodes] = -1
+    place[halo] = -1
+    found = {name: value[taken] for name, value in edges.items()}
+    return halo, torch.stack([own, target]), found
+
+
+def _edges_into(rowptr: Tensor, nodes: Tensor) -> Tensor:
+    """Return the numbers of the edges into nodes, in the nodes' order."""
+    count = rowptr[nodes + 1] - rowptr[nodes]
+    first = torch.repeat_interleave(rowptr[nodes] - (count.cumsum(0) - count), count)
+    return first + torch.arange(first.numel())
