@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn  # behind init_process_group it would keep the group, and the process end by a signal
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -290,6 +292,22 @@ def rows_of_another_step_are_not_taken(rank: int, world: int) -> None:
     if rank == 0:
         history.table.shares.step()  # as an exchange that the others did not take
     with pytest.raises(RuntimeError, match="left a step in the middle"):
+        history.pull(rows)
+
+
+@case
+def a_group_is_not_kept(rank: int, world: int) -> None:
+    """One that outlives its end ends the process by a signal when the interpreter ends."""
+    group = dist.new_group(list(range(world)))
+    model = GCN(8 * world, IN, 8, OUT, 3, histories=HistoryOptions(process_group=group))
+    history, rows, kept = model.tables[0], torch.arange(8 * world), weakref.ref(group)
+    history.pull(rows)
+    history.table.shares.route(rows)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert kept() is None
+    with pytest.raises(RuntimeError, match="was destroyed: make others"):
         history.pull(rows)
 
 

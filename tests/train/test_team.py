@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch import distributed as dist
 
 from recollect.train import TrainingError, UsageError, train
 from recollect.train._config import parse
 from recollect.train._logs import read_history
+from recollect.train._team import Team, joined, team
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -102,10 +102,9 @@ def test_processes_that_fail_are_told(tmp_path):
     assert not (tmp_path / "run").exists()  # what cannot start leaves no folder behind
 
 
-def test_one_process_is_no_team():
-    from recollect.train._team import joined, team
-
-    assert team() is None
-    with joined() as found:
-        assert found is None
-    assert not torch.distributed.is_initialized()
+def test_one_process_needs_no_others():
+    with joined() as alone:
+        assert alone == team() == Team(0, 1)
+        assert alone.is_first
+        assert alone.share("what it has") == "what it has"
+    assert not dist.is_initialized()

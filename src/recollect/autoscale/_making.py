@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class HistoryOptions:
     def __post_init__(self) -> None:
         if self.process_group is not None and self.pool_size is not None:
             raise ValueError("histories over ranks need no pool: leave out pool_size and buffer_size")
+        if self.process_group is not None and not isinstance(self.process_group, (Shares, weakref.ref)):
+            object.__setattr__(self, "process_group", weakref.ref(self.process_group))  # see Shares: it is not kept
         if not self.keep and (self.pool_size or self.path or self.save):
             raise ValueError("keep_histories=False goes without pool_size, history_path and save_histories")
         if (self.pool_size is None) != (self.buffer_size is None):
@@ -123,7 +126,7 @@ class HistoryOptions:
                 None if self.path is None else _file(self.path, layer, self.process_group),
                 save_histories=self.save,
                 keep=self.keep,
-                process_group=self.process_group,
+                process_group=_group_of(self.process_group),
             )
             for layer, width in enumerate(widths)
         )
@@ -184,5 +187,10 @@ def _file(folder: str | Path, layer: int, process_group: Any | None = None) -> P
     """Each rank has files of its own."""
     if process_group is None:
         return Path(folder) / f"{layer}.history"
-    group = process_group.group if isinstance(process_group, Shares) else process_group
-    return Path(folder) / f"{layer}.rank{torch.distributed.get_rank(group)}.history"
+    group = _group_of(process_group)
+    rank = group.rank if isinstance(group, Shares) else torch.distributed.get_rank(group)
+    return Path(folder) / f"{layer}.rank{rank}.history"
+
+
+def _group_of(process_group: Any | None) -> Any | None:
+    return process_group() if isinstance(process_group, weakref.ref) else process_group

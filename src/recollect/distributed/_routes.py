@@ -24,7 +24,7 @@ class Route:
         group: process group.
         rank: of this process.
         world_size: R.
-        step: numbers the exchanges of a rank.
+        number: of this exchange among those of the rank, from 1.
 
     Attributes:
         asked: rows of this rank that others want, by rank, numbered from this rank's first one [Σ].
@@ -40,15 +40,14 @@ class Route:
         group: Any,
         rank: int,
         world_size: int,
-        step: Callable[[], int],
+        number: int,
     ) -> None:
-        self._group, self._step = group, step
         is_own = owners == rank
         self.inside = is_own.nonzero().view(-1)
         self.own = rows[self.inside] - first
         away = (~is_own).nonzero().view(-1)
         self._places = away[owners[away].argsort(stable=True)]  # of the rows that come from others, by rank
-        wanted, number = torch.bincount(owners[away], minlength=world_size), step()
+        wanted = torch.bincount(owners[away], minlength=world_size)
         sent = wanted.new_empty(world_size, 2)
         dist.all_to_all_single(sent, torch.stack([wanted, torch.full_like(wanted, number)], 1), group=group)
         _check_numbers(sent[:, 1], number)
@@ -58,12 +57,16 @@ class Route:
         self.asked -= first
         self.num_rows = rows.numel()
 
-    def begin(self, table: Callable[[Tensor], Tensor], count: Callable[[int], None]) -> Callable[[], Tensor]:
+    def begin(
+        self, table: Callable[[Tensor], Tensor], count: Callable[[int], None], number: int, group: Any
+    ) -> Callable[[], Tensor]:
         """Begin to exchange the rows of one table; what is returned waits for them.
 
         Args:
             table: from numbers of this rank's rows [n] to the rows [n, width], as they are now.
             count: is told the bytes that are sent to other ranks.
+            number: of this exchange among those of the rank.
+            group: process group.
 
         Returns:
             A function that returns the rows [num_rows, width], of the table's type.
@@ -71,18 +74,18 @@ class Route:
         sent = table(self.asked).contiguous()
         own = table(self.own)
         came = sent.new_empty(len(self._places), sent.size(1))
-        width, number = sent.size(1) * sent.element_size(), self._step()
+        width = sent.size(1) * sent.element_size()
         count(sent.numel() * sent.element_size())
         # Beside the rows goes the number of the exchange: rows of another step are not taken for those of this one.
         numbers = torch.full((len(self._in),), number)
         theirs = torch.empty_like(numbers)
-        told = dist.all_to_all_single(theirs, numbers, group=self._group, async_op=True)
+        told = dist.all_to_all_single(theirs, numbers, group=group, async_op=True)
         work = dist.all_to_all_single(
             _as_bytes(came, width),
             _as_bytes(sent, width),
             self._out,
             self._in,
-            group=self._group,
+            group=group,
             async_op=True,
         )
 

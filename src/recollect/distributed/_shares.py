@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,6 @@ class Shares:
             of its own where ``DistributedDataParallel`` uses the default one beside it.
 
     Attributes:
-        group: the process group.
         rank: of this process in it.
         world_size: ranks in it, R.
         ptr: as given, on the CPU.
@@ -65,7 +65,8 @@ class Shares:
                 "torch.distributed is not initialized: start the script by torchrun, and call "
                 "torch.distributed.init_process_group('gloo') first"
             )
-        self.group = dist.group.WORLD if process_group is None else process_group
+        # A group that outlives its end until the interpreter's ends the process by a signal: so none is kept here.
+        self._group = weakref.ref(dist.group.WORLD if process_group is None else process_group)
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise SharesError("this process is not in the process group")
@@ -87,6 +88,18 @@ class Shares:
         self.wire_bytes = 0
         self._routes: Any = WeakTensorKeyDictionary()
         self._exchanges = 0
+
+    @property
+    def group(self) -> Any:
+        """The process group, which is not kept by this.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group of these Shares was destroyed: make others, and histories of them")
+        return group
 
     @property
     def num_nodes(self) -> int:
@@ -164,7 +177,7 @@ class Shares:
         return known[1]
 
     def _route(self, rows: Tensor) -> Route:
-        return Route(rows, self.owners(rows), self.nodes[0], self.group, self.rank, self.world_size, self.step)
+        return Route(rows, self.owners(rows), self.nodes[0], self.group, self.rank, self.world_size, self.step())
 
     def step(self) -> int:
         """Return the number of the next exchange, by which ranks see that they take the same one."""

@@ -94,18 +94,18 @@ def _start(
 
     console = console or Console(quiet=True)
     with joined() as team:
-        if team is None and settings.devices > 1:
+        if team.size == 1 and settings.devices > 1:
             return _launched(settings, folder)
-        if team is not None:
-            if settings.devices != team.size:
-                settings = replace(settings, devices=team.size)
-                check(settings)
-            console = console if team.rank == 0 else Console(quiet=True)
+        if settings.devices != team.size:
+            settings = replace(settings, devices=team.size)
+            check(settings)
+        if not team.is_first:
+            console = Console(quiet=True)
         if folder is not None:
-            finished = None
-            if team is None or team.rank == 0:
+            finished: dict[str, Any] | None = None
+            if team.is_first:
                 finished = _finished(settings, folder, console)
-            finished = finished if team is None else team.share(finished)
+            finished = team.share(finished)
             if finished is not None:
                 return finished
         if settings.runs > 1:

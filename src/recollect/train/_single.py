@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch
 from rich.console import Console
 
 from recollect.data import describe
@@ -21,11 +20,11 @@ from recollect.train._measure import Costs, measure
 from recollect.train._metrics import other_scores, score
 from recollect.train._progress import show_graph, show_summary, training_bar
 from recollect.train._report import report
-from recollect.train._settings import SEEDS, Settings
+from recollect.train._settings import Settings
 from recollect.train._step import Step
 from recollect.train._summary import Summary, summarize, write_summary
 from recollect.train._surroundings import drift_told_once, make_fabric, threads, told
-from recollect.train._team import Team, team
+from recollect.train._team import team
 from recollect.train._text import bytes_text
 from recollect.train._trainer import Trainer
 from recollect.train.families import Family, family_of
@@ -89,21 +88,16 @@ def in_folder(
         step = Step(fabric, family, graph, family.build(graph, fabric.device))
         family.rehearse(step.evaluate)
         group = team()
-        if group is None:
-            folder = folder or create(settings)  # only now: what cannot start leaves no folder behind
-            with folder.locked(), explained(folder):
-                return _execute(settings, step, folder, console, brief), folder
-        if folder is None:
-            folder = RunFolder(group.share(create(settings).path if group.rank == 0 else None))
-        if group.rank:  # masks of dropout are others in each process
-            torch.manual_seed(settings.seed + group.rank * SEEDS)
-        with folder.locked() if group.rank == 0 else nullcontext(), explained(folder):
-            return _together(group, settings, step, folder, console, brief), folder
+        if folder is None:  # only now: what cannot start leaves no folder behind
+            folder = RunFolder(group.share(create(settings).path if group.is_first else None))
+        with folder.locked() if group.is_first else nullcontext(), explained(folder):
+            return _execute(settings, step, folder, console, brief), folder
 
 
 def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
-    trainer = Trainer(settings, step, folder.checkpoint)
-    if folder.checkpoint.exists():
+    """Train, measure and report; of several processes the first writes the files."""
+    trainer, group = Trainer(settings, step, folder.checkpoint), team()
+    if group.share(folder.checkpoint.exists()):
         trainer.load()
         console.print(f"going on after epoch {trainer.epoch}", highlight=False)
         if trainer.done and trainer.epoch < settings.epochs:
@@ -111,8 +105,10 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
                 f"validation did not get better for {settings.patience} epochs: patience=null goes on all the same",
                 highlight=False,
             )
+    group.draw_apart(settings.seed, trainer.epoch)
     if not brief:
-        console.print(f"run: {folder.path}", highlight=False, markup=False, soft_wrap=True)
+        among = f", by {group.size} processes" if group.size > 1 else ""
+        console.print(f"run: {folder.path}{among}", highlight=False, markup=False, soft_wrap=True)
     try:
         _fit(trainer, folder, console, brief)
     except ValueError as error:
@@ -122,48 +118,21 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
     trainer.restore_best()
     logits = step.evaluate()
     test, others = score(step.graph, logits, "test"), other_scores(step.graph, logits, "test")
-    measured = settings.measure.enabled and step.fabric.device.type in ("cpu", "cuda")  # where memory can be measured
-    costs = _measure(settings, step, console) if measured else Costs()
+    costs, peaks = _costs(settings, step, console)
     trainer.restore_best()  # measuring takes steps
-    summary = {**summarize(trainer, test, costs), "other_scores": others}
-    write_text(folder.report, report(summary, trainer.history, write(settings)))
-    write_summary(folder.summary, summary)
-    if not brief:
-        show_summary(console, summary, folder.path)
-    return summary
-
-
-def _together(group: Team, settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
-    """Train in several processes; the first writes the files."""
-    trainer = Trainer(settings, step, folder.checkpoint)
-    if group.share(folder.checkpoint.exists()):
-        trainer.load()
-        console.print(f"going on after epoch {trainer.epoch}", highlight=False)
-        if group.rank:
-            torch.manual_seed(settings.seed + group.rank * SEEDS + trainer.epoch)
-    console.print(f"run: {folder.path}, by {group.size} processes", highlight=False, markup=False, soft_wrap=True)
-    if group.rank == 0:
-        _fit(trainer, folder, console, brief)
-    else:
-        trainer.fit(lambda row: None)
-    trainer.restore_best()
-    logits = step.evaluate()
-    test, others = score(step.graph, logits, "test"), other_scores(step.graph, logits, "test")
-    with peak_memory() as memory:
-        step.train()
-    peaks = group.collect(memory.peak_bytes)
-    trainer.restore_best()
-    summary = {**summarize(trainer, test, Costs()), "other_scores": others, "peak_bytes_of_ranks": peaks}
-    if group.rank == 0:
+    summary = {**summarize(trainer, test, costs), "other_scores": others, **peaks}
+    if group.is_first:
         write_text(folder.report, report(summary, trainer.history, write(settings)))
         write_summary(folder.summary, summary)
-        show_summary(console, summary, folder.path)
-        shown = ", ".join(bytes_text(peak) for peak in peaks)
-        console.print(f"peak of an epoch's steps in each process: {shown}", highlight=False)
+        if not brief:
+            show_summary(console, summary, folder.path)
     return summary
 
 
 def _fit(trainer: Trainer, folder: RunFolder, console: Console, brief: bool) -> None:
+    if not team().is_first:
+        trainer.fit(lambda row: None)
+        return
     logs = Logs(folder.path, trainer.history)
     try:
         with (
@@ -181,6 +150,17 @@ def _fit(trainer: Trainer, folder: RunFolder, console: Console, brief: bool) -> 
         logs.close()
 
 
-def _measure(settings: Settings, step: Step, console: Console) -> Costs:
+def _costs(settings: Settings, step: Step, console: Console) -> tuple[Costs, dict[str, list[int]]]:
+    """What a step costs; of several processes, the peak of each in an epoch's steps."""
+    group = team()
+    if group.size > 1:
+        with peak_memory() as memory:
+            step.train()
+        peaks = group.collect(memory.peak_bytes)
+        shown = ", ".join(bytes_text(peak) for peak in peaks)
+        console.print(f"peak of an epoch's steps in each process: {shown}", highlight=False)
+        return Costs(), {"peak_bytes_of_ranks": peaks}
+    if not settings.measure.enabled or step.fabric.device.type not in ("cpu", "cuda"):  # where it can be measured
+        return Costs(), {}
     with console.status("measuring") as status:
-        return measure(settings, step, lambda text: status.update(f"measuring memory and time: {text}"))
+        return measure(settings, step, lambda text: status.update(f"measuring memory and time: {text}")), {}

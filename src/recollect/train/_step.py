@@ -10,7 +10,7 @@ from recollect.train._build import build_optimizer
 from recollect.train._graph import TrainingGraph
 from recollect.train._metrics import losses, scored
 from recollect.train._objective import make_objective
-from recollect.train._team import Team, team
+from recollect.train._team import team
 from recollect.train.families import Family
 
 __all__ = ["Step"]
@@ -70,8 +70,8 @@ class Step:
             self.optimizer.zero_grad(set_to_none=False)
             logits = self.family.call(self.model, inputs)
             found = losses(self.graph.task, logits[rows], target[rows])
-            if self._team is not None:
-                total, nodes = total + self._together(self._team, found), nodes + len(rows)
+            if self._team.size > 1:
+                total, nodes = total + self._together(found), nodes + len(rows)
                 continue
             value, update = self.objective(found)
             if self.lipschitz:
@@ -80,15 +80,15 @@ class Step:
             self.fabric.backward(update)
             self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
-        if self._team is not None:
+        if self._team.size > 1:
             total, nodes = self._team.add_up(total), int(self._team.add_up(nodes))
         return float(total) / nodes  # the one wait for the device
 
-    def _together(self, team: Team, found: Tensor) -> Tensor:
+    def _together(self, found: Tensor) -> Tensor:
         """Take the step of the mean loss over the nodes of all processes; return the sum of this one's losses."""
-        value, number = found.sum(), team.add_up(found.numel())
+        value, number = found.sum(), self._team.add_up(found.numel())
         self.fabric.backward(value / number.clamp_min(1).to(value.dtype))
-        team.add_gradients(self.network.parameters())
+        self._team.add_gradients(self.network.parameters())
         if number:
             self._update()
         return value.detach()

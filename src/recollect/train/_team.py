@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 
 from recollect.distributed import Shares
+from recollect.train._settings import SEEDS
 
 __all__ = ["Team", "joined", "launch", "team"]
 
@@ -28,7 +29,7 @@ _ENDING = 60.0
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run.
+    """The processes of a run, which may be one.
 
     Attributes:
         rank: of this one; 0 writes the run's files.
@@ -37,6 +38,16 @@ class Team:
 
     rank: int
     size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def draw_apart(self, seed: int, epoch: int) -> None:
+        """Let each process but the first draw numbers of its own, such as masks of dropout."""
+        if not self.is_first:
+            torch.manual_seed(seed + self.rank * SEEDS + epoch)
 
     def add_up(self, value: float | Tensor) -> Tensor:
         """Return the sum of a number over all processes, float64."""
@@ -71,6 +82,8 @@ class Team:
 
     def share(self, value: Any) -> Any:
         """Return what the first process has, in each of them."""
+        if self.size == 1:
+            return value
         box = [value]
         distributed.broadcast_object_list(box)
         return box[0]
@@ -90,15 +103,15 @@ def _by_dtype(parameters: Iterable[Parameter]) -> dict[torch.dtype, list[Paramet
     return groups
 
 
-def team() -> Team | None:
-    """The processes of this run, if there are several."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return None
+def team() -> Team:
+    """The processes of this run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Team(0, 1)
     return Team(distributed.get_rank(), distributed.get_world_size())
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Team | None]:
+def joined() -> Iterator[Team]:
     """Meet the other processes that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or distributed.is_initialized():
         yield team()

@@ -141,8 +141,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint, in one step; of several processes the first does."""
-        group = team()
-        if group is not None and group.rank:
+        if not team().is_first:
             return
         start = time.perf_counter()
         fabric = self.step.fabric

@@ -69,7 +69,7 @@ class RankTable(Table):
     def begin(self, where: Tensor) -> Callable[[], Tensor]:
         """Begin to read rows by number; the result waits for their records. All ranks call this together."""
         route = self.shares.route(where)
-        return route.begin(self._records, self.shares.count)
+        return route.begin(self._records, self.shares.count, self.shares.step(), self.shares.group)
 
     def ages(self, where: Selection) -> Tensor:
         """See :class:`Table`; of this rank's own rows."""

@@ -58,7 +58,7 @@ class HistoriesFamily(Family):
             return _with_histories(self._make(graph))
         if not self.in_parts:
             return self._build(graph, keep_histories=False)
-        if self._team is not None and graph.ptr is not None:
+        if self._team.size > 1 and graph.ptr is not None:
             self._shares = Shares(graph.ptr, _work(graph))
         return self._build(graph, **self._options(graph.data.num_nodes, device))
 
@@ -145,7 +145,7 @@ class HistoriesFamily(Family):
             return super().evaluation(network, graph)
         group, shares = self._team, self._shares
         loader = evaluation_loader(graph, self.settings.training, shares)
-        if group is not None and shares is not None:
+        if shares is not None:
             return lambda model: group.gather_rows(cast(Tensor, model(loader=loader)), shares)
         return lambda model: cast(Tensor, model(loader=loader)).to(graph.data.y.device)
 
