@@ -168,7 +168,9 @@ def test_info_tells_another_project_of_the_same_name(capsys, monkeypatch):
 
 def test_bench_help_names_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
-    assert "{depth,distributed,drift,gpu,graph,invertible,objectives,outofcore,regions}" in capsys.readouterr().out
+    assert (
+        "{budget,depth,distributed,drift,gpu,graph,invertible,objectives,outofcore,regions}" in capsys.readouterr().out
+    )
 
 
 def test_bench_without_the_repository_says_where_it_is(capsys, monkeypatch, tmp_path):
