@@ -46,11 +46,10 @@ class Shares:
         RuntimeError: torch.distributed is not initialized.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from torch import distributed as dist
         >>> from recollect.distributed import Shares
-        >>> store = tempfile.NamedTemporaryFile()
-        >>> dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as torchrun does for many
         >>> shares = Shares(torch.tensor([0, 10, 30, 40]))
         >>> shares.parts, shares.nodes
         (range(0, 3), (0, 40))
