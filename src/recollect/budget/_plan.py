@@ -26,6 +26,7 @@ __all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
 _CORRECTIONS = 3
+_FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
 
 
@@ -154,15 +155,18 @@ class Plan:
         self.steps += 1
         if not measured.calls:
             raise ValueError(f"none of the units {', '.join(self._units)} ran with gradients; name others by units=")
-        target, found, tried = self.budget, None, list[tuple[Row, ...]]()
+        target, found, tried, over = self.budget, None, list[tuple[Row, ...]](), False
         for _ in range(1 + _CORRECTIONS):
-            choice = solve(problem_of(measured, target))
-            rows = () if choice is None else _rows(measured, choice)
-            if choice is None or rows in tried:
+            rows = self._choose(measured, target)
+            while over and rows in tried:  # what was too much is not tried again, but something that takes less
+                target -= max(1, self.budget // _FINE)
+                rows = self._choose(measured, target)
+            if rows is None or rows in tried:
                 break
             tried.append(rows)
             peak = self._verify(rows)
-            if peak > self.budget:
+            over = peak > self.budget
+            if over:
                 target -= peak - self.budget + 1
                 continue
             if found is None or _seconds(rows) < _seconds(found[1]):
@@ -172,6 +176,11 @@ class Plan:
             target += self.budget - peak
         self.peak, self.rows = found if found is not None else self._smallest(measured)
         self.seconds = _seconds(self.rows)
+
+    @staticmethod
+    def _choose(measured: Measured, budget: int) -> tuple[Row, ...] | None:
+        choice = solve(problem_of(measured, budget))
+        return None if choice is None else _rows(measured, choice)
 
     def _verify(self, rows: tuple[Row, ...]) -> int:
         """Return the peak of a real step with this choice."""
