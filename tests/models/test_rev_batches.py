@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from rev_batches_zoo import NODES, Data, call, make_graph, make_model, written_out
@@ -175,6 +177,69 @@ def test_what_needs_more_than_the_edges_into_a_node_is_refused(conv):
         call(model, batch)
     close([history.pull() for history in model.histories], before)
     assert model.training
+
+
+class Hops(nn.Module):
+    """Goes along as many edges as a setting says, of which its repr says nothing."""
+
+    def __init__(self, channels, hops=1):
+        super().__init__()
+        self.lin = nn.Linear(channels, channels)
+        self.hops = hops
+
+    def forward(self, x, edge_index):
+        for _ in range(self.hops):
+            x = torch.zeros_like(x).index_add(0, edge_index[1], self.lin(x)[edge_index[0]])
+        return x
+
+
+def one_of_them_further():
+    count = itertools.count()
+    return make_model(conv=lambda channels: Hops(channels, 1 + (next(count) == 2)))
+
+
+def further_later():
+    model = make_model(conv=Hops)
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    model.layers[1].convs[1].conv.hops = 2
+    return model
+
+
+def another_later():
+    model = make_model(conv="sage")
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    model.layers[2].convs[0].conv = Twice(4).double()
+    return model
+
+
+def of_another_graph():
+    model = make_model(conv=Hops)
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    other = model.for_graph(NODES)
+    other.layers[1].convs[0].conv.hops = 2
+    return other
+
+
+@pytest.mark.parametrize("make", [one_of_them_further, further_later, another_later, of_another_graph])
+def test_a_block_that_looks_further_is_found_wherever_and_whenever_it_comes(make):
+    data, ptr = make_graph()
+    model = make()
+    with pytest.raises(ValueError, match=r"layer [12], block [01].*depends on more than the node"):
+        call(model, next(iter(SubgraphLoader(data, ptr))))
+    with pytest.raises(ValueError, match=r"layer [12], block [01].*depends on more than the node"):
+        model(loader=EvalSubgraphLoader(data, ptr))
+
+
+def test_blocks_are_looked_at_once(monkeypatch):
+    data, ptr = make_graph()
+    model = make_model()
+    looks = []
+    monkeypatch.setattr(model, "check_blocks", looks.append)
+    for _ in range(2):
+        for batch in SubgraphLoader(data, ptr):
+            call(model, batch).sum().backward()
+        model(loader=EvalSubgraphLoader(data, ptr))
+    assert len(looks) == 1
 
 
 class Twice(nn.Module):

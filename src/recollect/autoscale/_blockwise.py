@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
 from recollect.autoscale._batch import Batch
@@ -22,6 +22,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._rows_source import Pulls, Rows
 from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._sub_data import SubData
+from recollect.messages.reach import look_of
 
 __all__ = ["Around", "BlockwiseGNN"]
 
@@ -65,7 +66,7 @@ class BlockwiseGNN(ScalableGNN):
     """
 
     num_groups: int
-    _looked = False  # at what blocks need
+    _look: int | None = None  # of the layers whose blocks were checked
 
     def __init__(
         self,
@@ -97,6 +98,10 @@ class BlockwiseGNN(ScalableGNN):
     # What each network writes.
 
     @abstractmethod
+    def stages(self) -> nn.ModuleList:
+        """Return the layers."""
+
+    @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
         """Return the first layer's input [n, hidden_channels], of features [n, in_channels], row by row."""
 
@@ -111,7 +116,9 @@ class BlockwiseGNN(ScalableGNN):
         """Return a layer's output for the rows of its input; what it shares has rows for those around them too."""
 
     def check_blocks(self, args: tuple[Any, ...]) -> None:
-        """Refuse blocks that need more than the edges into a mini-batch's nodes; called before the first one.
+        """Refuse blocks that need more than the edges into a mini-batch's nodes.
+
+        Called before the first mini-batch, and before the next one when a layer has changed.
 
         Args:
             args: what blocks get of the edges.
@@ -133,6 +140,14 @@ class BlockwiseGNN(ScalableGNN):
         """Return the network's output, of the last layer's, row by row."""
 
     # What derives from it.
+
+    def look_at_blocks(self, args: tuple[Any, ...]) -> None:
+        """Call :meth:`check_blocks` if that was not done for the layers as they are now."""
+        look = look_of(self.stages())
+        if look != self._look:
+            with evaluating(self):
+                self.check_blocks(args)
+            self._look = look
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.
@@ -176,10 +191,7 @@ class BlockwiseGNN(ScalableGNN):
     def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
         edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
-        if not self._looked:
-            with evaluating(self):
-                self.check_blocks(args)
-            self._looked = True
+        self.look_at_blocks(args)
         x = self.enter(x)
         shared = self.share(x)
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
@@ -269,6 +281,7 @@ class _Blocks(LayeredGNN):
             return torch.cat(state["groups"], 1)
         edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
         if layer == 0:
+            model.look_at_blocks(args)
             groups = model.enter(x).chunk(model.num_groups, 1)
             state["groups"] = [one[:size] for one in groups]
             x = _first_input(groups)

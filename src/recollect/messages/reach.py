@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
+from recollect.messages._kind import kind_of, look_of, module_of
 
-__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "kind_of", "same"]
+__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "kind_of", "look_of", "same"]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
@@ -47,12 +48,6 @@ class Reach:
     def alone(self, further: bool) -> bool:
         """Return whether convolutions can be computed for the part's nodes alone."""
         return self.further_alone if further else self.near_alone
-
-
-def kind_of(block: Any) -> tuple[Any, ...]:
-    """Return what blocks have in common that were made in the same way: types, modes and settings of their modules."""
-    module = _module_of(block)
-    return tuple((type(each), each.training) for each in module.modules()), repr(module)
 
 
 class Probe:
@@ -159,15 +154,10 @@ def same(found: Tensor, true: Tensor) -> bool:
     return bool((found - true).abs().max() <= tolerance * true.abs().max())
 
 
-def _module_of(block: Any) -> nn.Module:
-    module: nn.Module = getattr(block, "module", block) if not isinstance(block, nn.Module) else block
-    return module
-
-
 def _moved(block: Any, generator: torch.Generator) -> Any:
     """Return a copy of a block with other parameters, on the CPU."""
     block = copy.deepcopy(block)
-    for parameter in _module_of(block).cpu().parameters():
+    for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             parameter.add_(noise * 0.1)

@@ -246,6 +246,10 @@ class RevGNN(BlockwiseGNN):
         out: Tensor = self.layer(index)(x, edge_index, shared, *args, **({} if beside is None else {"beside": beside}))
         return out
 
+    def stages(self) -> nn.ModuleList:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        return self.layers
+
     def check_blocks(self, args: tuple[Any, ...]) -> None:
         """See, on a small graph, whether the edges into a node are all that blocks need."""
         weight, known = self.project.weight, set[Any]()
