@@ -52,12 +52,14 @@ class Certificate:
             parameters, parameters whose gradient comes in several parts.
         last: the last one's difference, relative to (Σ |w_i| √G_ii)²; None before the first.
         largest: the largest of all.
+        failed: whether one did not fit; from then on every call is compared.
     """
 
     checks: int = 0
     skipped: int = 0
     last: float | None = None
     largest: float = 0.0
+    failed: bool = False
 
     def compare(
         self, sides: tuple[Tensor, ...] | None, tolerance: float, rules: str, names: tuple[str, str, str]
@@ -105,6 +107,7 @@ class Certificate:
         self.last = difference / bound if bound else float(difference > 0)
         self.largest = max(self.largest, self.last)
         if self.last > tolerance:
+            self.failed = True
             raise GramianError(
                 f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
                 f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "

@@ -223,7 +223,7 @@ class Engine:
         losses = joined(output)
         if columns is not None:
             return self._cross(losses, joined(columns), flat)
-        square, _ = self._gramian(losses, retain_graph, self._certify_every)
+        square, _ = self._gramian(losses, retain_graph, self._every())
         return square if flat else _generalise(square, losses)
 
     def backward(
@@ -449,6 +449,10 @@ class Engine:
                 return result, job
             job.known.declined |= result
 
+    def _every(self) -> int:
+        """Return at how many calls results are compared: at each one, where one did not fit."""
+        return min(self._certify_every, 1) if self.certificate.failed else self._certify_every
+
     def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
         probe = GramianProbe(weights, squared)
         probe.judge(self.certificate, square, job, self._choose(job))
@@ -461,7 +465,7 @@ class Engine:
                 return output.new_zeros(0)
             if self._features:
                 return rows_of_features(output, self._features).square().sum(1)
-            squares, _ = self._computed(output, retain, norms_of, partial(probe_norms, every=self._certify_every))
+            squares, _ = self._computed(output, retain, norms_of, partial(probe_norms, every=self._every()))
             return squares.clamp(min=0)  # pairs of positions may leave rounding below zero
 
     def _cross(self, rows: Tensor, columns: Tensor, flat: bool) -> Tensor:
@@ -479,7 +483,7 @@ class Engine:
             while found.numel() > 0 and not self._features:
                 jobs = self._job(rows, True), self._job(columns, True)
                 choices = self._choose(jobs[0]), self._choose(jobs[1])
-                probe = probe or probe_cross(*jobs, self._certify_every)
+                probe = probe or probe_cross(*jobs, self._every())
                 result = cross_of(*jobs, choices)
                 if isinstance(result, Tensor):
                     if probe is not None:

@@ -102,7 +102,9 @@ class Registry:
 
     def __init__(self, table: Mapping[type[nn.Module] | str, Entry]) -> None:
         self._table = dict(table)
-        self._found: dict[type, Entry | None] = {}
+        self._found: dict[type, tuple[Entry, Any] | None] = {}
+        # What a rule is for: a forward that is put in its place later, for all, has none.
+        self._forwards = {kind: _forward_of(kind) for kind in table if not isinstance(kind, str)}
 
     def register(self, layer_type: type[nn.Module] | str, entry: Entry) -> None:
         """Add the rule of one more type of layer.
@@ -117,24 +119,32 @@ class Registry:
                 "register that"
             )
         self._table[layer_type] = entry
+        if not isinstance(layer_type, str):
+            self._forwards[layer_type] = _forward_of(layer_type)
         self._found.clear()
 
     def find(self, layer_type: type) -> Entry | None:
         """Return the entry of a type of layer, or None.
 
-        A subclass has its base's rule only as long as its ``forward`` is the base's own.
+        A subclass has its base's rule only as long as its ``forward`` is the base's own, and that the one which the
+        base had when the rule was registered (by name: when it was first asked for).
         """
         if layer_type not in self._found:
             self._found[layer_type] = self._look_up(layer_type)
-        return self._found[layer_type]
+        found = self._found[layer_type]
+        return found[0] if found is not None and found[1] is _forward_of(layer_type) else None
 
-    def _look_up(self, layer_type: type) -> Entry | None:
+    def _look_up(self, layer_type: type) -> tuple[Entry, Any] | None:
+        """Return the entry of the nearest base that has one, and the forward that it is for."""
         for base in layer_type.__mro__:
             entry = self._table.get(base) or self._table.get(_name(base))
             if entry is not None:
-                same = getattr(layer_type, "forward", None) is getattr(base, "forward", None)
-                return entry if same else None
+                return entry, self._forwards.setdefault(base, _forward_of(base))
         return None
+
+
+def _forward_of(layer_type: type) -> Any:
+    return getattr(layer_type, "forward", None)
 
 
 def _name(layer_type: type | str) -> str:
