@@ -21,6 +21,12 @@ class GraphData(NamedTuple):
         data: with ``x`` [N, in_channels], ``y``, masks and ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
         in_channels: features of a node.
         out_channels: classes, or labels.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> data.adj_t.shape, in_channels, out_channels
+        (torch.Size([34, 34]), 34, 4)
     """
 
     data: Data
@@ -38,6 +44,12 @@ def get_data(root: str | Path | None, name: str, **options: object) -> GraphData
 
     Raises:
         UnknownDatasetError, MissingRawFilesError and others: as :func:`recollect.data.load`.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> graph = get_data(None, "sbm", num_nodes=100, num_classes=3)
+        >>> graph.data.adj_t.layout, graph.out_channels
+        (torch.sparse_csr, 3)
     """
     graph = load(_known(name), root, **options)  # type: ignore[arg-type]
     return GraphData(to_adj_t(graph.data), int(graph.data.x.size(1)), graph.num_classes)
