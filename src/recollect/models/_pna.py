@@ -45,7 +45,8 @@ class PNA(ConvStack):
         >>> from recollect.models import PNA
         >>> data, in_channels, out_channels = get_data(None, "karate")
         >>> degrees = data.adj_t.crow_indices().diff()
-        >>> model = PNA(34, in_channels, 8, out_channels, 2, aggregators=["mean", "max"], scalers=["identity", "amplification"], deg=degrees)
+        >>> options = {"aggregators": ["mean", "max"], "scalers": ["identity", "amplification"], "deg": degrees}
+        >>> model = PNA(data.num_nodes, in_channels, 8, out_channels, num_layers=2, **options)
         >>> model(data.x, data.adj_t).shape
         torch.Size([34, 4])
     """
@@ -116,7 +117,8 @@ class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
         >>> from recollect.models import PNA_JK
         >>> data, in_channels, out_channels = get_data(None, "karate")
         >>> degrees = data.adj_t.crow_indices().diff()
-        >>> model = PNA_JK(34, in_channels, 8, out_channels, 2, aggregators=["mean", "max"], scalers=["identity"], deg=degrees)
+        >>> options = {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": degrees}
+        >>> model = PNA_JK(data.num_nodes, in_channels, 8, out_channels, num_layers=2, **options)
         >>> model(data.x, data.adj_t).shape, model.lins[1].in_features  # of 3 times 8 channels
         (torch.Size([34, 4]), 24)
     """
