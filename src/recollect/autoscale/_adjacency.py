@@ -87,6 +87,9 @@ def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:
 def edge_index_of(adj_t: Tensor) -> Tensor:
     """Return the edges as source and target [2, num_edges], in the adjacency's order.
 
+    Args:
+        adj_t: sparse CSR [targets, sources].
+
     Raises:
         TypeError: it is no sparse CSR tensor.
 

@@ -42,6 +42,9 @@ def get_data(root: str | Path | None, name: str, **options: object) -> GraphData
         name: one of :func:`recollect.data.names`; also as PyGAS writes it, such as ``"CoauthorCS"`` or ``"arxiv"``.
         **options: of the dataset; see :func:`recollect.data.load`.
 
+    Returns:
+        The graph, with ``adj_t`` [N, N] in sparse CSR form, and its numbers of features and of classes (labels).
+
     Raises:
         UnknownDatasetError, MissingRawFilesError and others: as :func:`recollect.data.load`.
 

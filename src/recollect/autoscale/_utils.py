@@ -111,6 +111,9 @@ def dropout(adj_t: Tensor, p: float, training: bool = True) -> Tensor:
         p: From 0 to 1.
         training: Otherwise ``adj_t`` is returned as it is.
 
+    Returns:
+        An adjacency of the same edges.
+
     Raises:
         TypeError: ``adj_t`` is no sparse CSR tensor.
         ValueError: ``p`` is out of its range.

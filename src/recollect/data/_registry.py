@@ -58,6 +58,9 @@ _LOADERS: dict[str, Callable[..., GraphDataset]] = {
 def names() -> list[str]:
     """The names that `load` accepts, sorted.
 
+    Returns:
+        Names without ``"file"``, which stands for any graph of one's own.
+
     Example:
         >>> from recollect.data import names
         >>> "cora" in names(), names() == sorted(names())
@@ -93,6 +96,9 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
         seed: Of generated graphs (``sbm``), and of a split that is made for a graph of one's own (``file``). All others
             are the same for every seed, their splits included.
         **options: See above.
+
+    Returns:
+        The graph, with features, labels and a split.
 
     Raises:
         UnknownDatasetError: There is no graph of this name.

@@ -454,6 +454,13 @@ _weights: dict[torch.device, Tensor] = {}
 def bits_of(tensor: Tensor) -> int | Tensor | None:
     """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values.
 
+    Args:
+        tensor: of any type and layout, on any device.
+
+    Returns:
+        A number in [-2^63, 2^63), equal for equal bits of the same type and shape; on devices that are not waited for
+        it is a tensor, 0-D int64.
+
     Example:
         >>> import torch
         >>> from recollect.frames import bits_of

@@ -662,6 +662,9 @@ def _empty(arguments: Arguments) -> None:
 def devices_of(arguments: Any) -> set[torch.device]:
     """Return the devices of all tensors among the arguments.
 
+    Args:
+        arguments: any container, nested.
+
     Example:
         >>> import torch
         >>> from recollect.frames import devices_of

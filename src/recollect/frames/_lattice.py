@@ -33,6 +33,9 @@ _DEFAULTS = {torch.float32: 16, torch.float64: 40}
 def check_exact(value: bool | int) -> bool | int:
     """Return what ``exact`` may be.
 
+    Args:
+        value: ``True``, ``False``, or k.
+
     Raises:
         ValueError: it is neither a boolean nor an integer from 1 to 52.
 

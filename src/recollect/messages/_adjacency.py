@@ -41,6 +41,15 @@ def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]
 
     A gradient reaches the values in whatever order the columns are. (Torch's own goes to the wrong ones.)
 
+    Args:
+        rowptr: where each row begins, and where the last ends [rows + 1], int64 or int32.
+        col: column of each entry [E], of the same type.
+        value: of each entry [E].
+        size: rows, columns.
+
+    Returns:
+        [rows, columns], on the device of its parts, which are not copied.
+
     Raises:
         TypeError: the values belong to a transform of torch.func, or have a tangent.
 
@@ -78,6 +87,12 @@ def values_of(adj_t: Tensor) -> Tensor:
     """The values of a sparse CSR tensor [E]: those that it was made of, where they have a history.
 
     Their gradient is then a plain tensor. That of ``adj_t.values()`` is a sparse one, which has no second order.
+
+    Args:
+        adj_t: sparse CSR.
+
+    Returns:
+        [E], in the order of the entries.
 
     Example:
         >>> import torch
@@ -143,6 +158,12 @@ def _hear_of_state() -> None:
 def rows_of(adj_t: Tensor) -> Tensor:
     """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it.
 
+    Args:
+        adj_t: sparse CSR [rows, columns].
+
+    Returns:
+        [E] int64, on its device.
+
     Example:
         >>> import torch
         >>> from recollect.messages import rows_of, sparse_csr
@@ -187,6 +208,12 @@ def row_pointers(row: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
     """Sort edges by target, then source; equal edges stay apart, in their order.
 
+    Args:
+        source: of each edge [E], int64.
+        target: of each edge [E], int64.
+        value: of each edge [E]; ``None``: ones, float32.
+        num_nodes: N.
+
     Returns:
         ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
         edge ``order[k]``.
@@ -224,6 +251,12 @@ def _sorted(source: Tensor, target: Tensor, num_nodes: int) -> tuple[Tensor, Ten
 def described(value: Any) -> str:
     """Say what was given in the place of an adjacency or a graph.
 
+    Args:
+        value: what was given.
+
+    Returns:
+        Words for the message of an error.
+
     Example:
         >>> import torch
         >>> from recollect.messages import described
@@ -235,6 +268,12 @@ def described(value: Any) -> str:
 
 def check_csr(adj_t: Any) -> None:
     """Refuse what is not in sparse CSR form.
+
+    Args:
+        adj_t: anything.
+
+    Raises:
+        TypeError: it is no tensor in sparse CSR form.
 
     Example:
         >>> import torch

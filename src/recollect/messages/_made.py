@@ -52,6 +52,9 @@ class Made:
 def made_of(edge_index: Tensor) -> Made | None:
     """Return what convolutions made of an ``edge_index``; ``None`` if nothing was, or what is no part of the graph.
 
+    Args:
+        edge_index: [2, E] int64, which :func:`convolve` was called with.
+
     Example:
         >>> import torch
         >>> from torch_geometric.nn import GraphConv
@@ -80,6 +83,10 @@ def made_of(edge_index: Tensor) -> Made | None:
 
 def take_made(edge_index: Tensor, made: Made) -> None:
     """Let convolutions find what was made of the same edges.
+
+    Args:
+        edge_index: [2, E] int64: the same edges in the same order.
+        made: of :func:`made_of`.
 
     Example:
         >>> import torch

@@ -94,6 +94,10 @@ def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
 
     Weights that require grad get theirs from :func:`propagate`, the models and ``adj_t @ x``.
 
+    Args:
+        adj_t: sparse CSR [num_targets, num_sources].
+        weights: in the adjacency's order [num_edges], floating point; they are not copied.
+
     Raises:
         TypeError: it is no sparse CSR tensor, or the weights belong to a transform of torch.func.
         ValueError: there is not one weight for each edge.

@@ -58,6 +58,9 @@ def load_pygas_state_dict(model: ScalableGNN, state_dict: Mapping[str, Tensor]) 
             numbers.
         state_dict: of PyGAS's model.
 
+    Returns:
+        Which entries were renamed, transposed or of no use.
+
     Raises:
         ValueError: entries are missing or unknown, have other shapes, or disagree.
 

@@ -15,6 +15,12 @@ def command(arguments: Sequence[str]) -> int:
 
     What is wrong with the words is said before anything is imported that takes long, such as torch.
 
+    Args:
+        arguments: the words after ``recollect train``.
+
+    Returns:
+        The exit code; messages of errors go to the standard error.
+
     Example:
         >>> import contextlib, io
         >>> from recollect.train import command

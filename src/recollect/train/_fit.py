@@ -108,6 +108,9 @@ def fit(
         overrides: further settings as on the command line: ``["clip_norm=1.0", "optimizer=sgd"]``.
         console: where progress and table are shown; by default nowhere.
 
+    Returns:
+        Scores, measured memory, and the folder of the run.
+
     Raises:
         UsageError: a value is wrong, or the model cannot be called with this graph.
         NonFiniteLossError: the loss became NaN or infinite.

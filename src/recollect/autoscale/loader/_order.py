@@ -110,6 +110,9 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
         kinds: ``"node"``, ``"edge"``, ``"index"`` (entries are nodes) or ``"graph"`` (not permuted) by the names of
             tensors; or the name of a tensor of nodes with whose entries one goes, such as ``"edge_label_index"``.
 
+    Returns:
+        A shallow copy of the graph, in the new order.
+
     Raises:
         TypeError: ``data`` is no graph, or ``perm`` no tensor; rows of nodes or edges are not in a dense tensor, or
             ``adj_t`` is not in sparse CSR form.

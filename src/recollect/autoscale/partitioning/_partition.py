@@ -115,6 +115,9 @@ def partition(
             ``weighted=False``, ``imbalance=0.03`` (how far the largest part may exceed the mean), ``preset="default"``
             (one of ``kaminpar.context_names()``, such as ``"eco"`` or ``"largek"``), ``threads=None`` (torch's number).
 
+    Returns:
+        ``perm`` [N] and ``ptr`` [num_parts + 1], on the device of ``adj_t``.
+
     Raises:
         ImportError: The method's package is not installed; the message says how to get it.
         TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.
@@ -149,6 +152,19 @@ def partition(
 def metis(adj_t: Tensor, num_parts: int, recursive: bool = False, log: bool = True, **options: Any) -> Partition:
     """Divide a graph with METIS: `partition` with ``method="metis"``, under the name and order of PyGAS.
 
+    Args:
+        adj_t: The graph, as in `partition`.
+        num_parts: Number of parts, at least 1.
+        recursive: Bisect recursively.
+        log: Log time, edge cut and balance, at level INFO.
+        **options: Others of `partition`.
+
+    Returns:
+        ``perm`` [N] and ``ptr`` [num_parts + 1], as `partition` returns them.
+
+    Raises:
+        ImportError, TypeError, ValueError: As of `partition`.
+
     Example:
         >>> from recollect.autoscale import get_data, metis
         >>> perm, ptr = metis(get_data(None, "karate").data.adj_t, num_parts=4, log=False)
@@ -166,6 +182,9 @@ def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor, node_weight: Ten
         perm: [N] int64, as `partition` returns it.
         ptr: [num_parts + 1] int64, as `partition` returns it.
         node_weight: [N], as `partition` takes it, in the order before it is permuted.
+
+    Returns:
+        Counts of nodes and edges, and ratios.
 
     Raises:
         TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.

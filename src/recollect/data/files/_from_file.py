@@ -103,6 +103,9 @@ def from_data(
         undirected: See `from_file`.
         seed: See `from_file`.
 
+    Returns:
+        The graph, as `from_file` returns it.
+
     Raises:
         InvalidFileError: It cannot be understood.
         ValueError: An argument is out of its range.

@@ -120,6 +120,13 @@ def run_invertible(
         certify: what is accepted of a rebuild.
         certificate: where it is counted.
 
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError: ``inverse`` is no function.
+        RebuildError: in backward, what comes back is not what the forward saw.
+
     Example:
         >>> import torch
         >>> from recollect.frames import run_invertible
