@@ -39,7 +39,25 @@ _LOW_PRECISION, _TF32 = 5e-2, 2e-3
 
 
 class GramianError(RuntimeError):
-    """A Gramian does not fit the gradient that it was made to weigh."""
+    """A Gramian does not fit the gradient that it was made to weigh.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine, GramianError, Rows, register_rule
+        >>> class Shift(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.bias = torch.nn.Parameter(torch.zeros(3))
+        ...     def forward(self, x):
+        ...         return x + self.bias
+        >>> register_rule(Shift, lambda layer, inputs, grads: {"bias": Rows(2 * grads[0].sum(1))})  # not 2
+        >>> layer = Shift()
+        >>> try:
+        ...     Engine(layer).compute_gramian(layer(torch.randn(4, 3)).square().sum(1))
+        ... except GramianError as error:
+        ...     print(str(error).partition(":")[0])
+        the Gramian does not fit the gradient
+    """
 
 
 @dataclass(slots=True)
@@ -53,6 +71,16 @@ class Certificate:
         last: the last one's difference, relative to (Σ |w_i| √G_ii)²; None before the first.
         largest: the largest of all.
         failed: whether one did not fit; from then on every call is compared.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine
+        >>> model = torch.nn.Linear(3, 2)
+        >>> engine = Engine(model)
+        >>> gramian = engine.compute_gramian(model(torch.randn(4, 3)).square().sum(1))
+        >>> engine.certificate.settle()
+        >>> engine.certificate.checks, engine.certificate.largest < 1e-4
+        (1, True)
     """
 
     checks: int = 0

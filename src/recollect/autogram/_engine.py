@@ -72,6 +72,22 @@ def register_rule(
 
     Raises:
         ValueError: the type has a rule already.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine, Rows, register_rule
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> def rule(layer, inputs, grads):
+        ...     return {"weight": Rows((inputs[0] * grads[0]).sum(1))}
+        >>> register_rule(Scale, rule, sharing=lambda layer, inputs, axes: axes if axes == (0,) else None)
+        >>> layer, x = Scale(), torch.randn(4, 3)
+        >>> torch.allclose(Engine(layer).compute_gramian(layer(x).sum(1)), x @ x.T)
+        True
     """
     _REGISTRY.register(layer_type, Entry(rule, sharing, frozenset(constant)))
 

@@ -27,6 +27,17 @@ class Rule(Protocol):
 
     A rule that does not cover how the layer was called raises :class:`NotCovered` (the exact fallback takes the call),
     and never guesses. Names of parameters that need no gradient may be left out.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Rows
+        >>> def rule(layer, inputs, grads):  # of a layer that returns x * layer.weight
+        ...     return {"weight": Rows((inputs[0] * grads[0]).sum(1))}
+        >>> weight, x = torch.ones(3, requires_grad=True), torch.randn(5, 3)
+        >>> # Each of 5 losses has one element of the batch: rows of inputs and gradients are batches of one.
+        >>> jacobian = rule(None, (x[:, None],), (torch.ones(5, 1, 3),))["weight"].values
+        >>> torch.equal(jacobian[2], torch.autograd.grad((x[2] * weight).sum(), weight)[0])
+        True
     """
 
     def __call__(
@@ -44,6 +55,16 @@ class Sharing(Protocol):
     has the same elements, or None for one that every row shares. If they are not, or it cannot tell, it returns None:
     then the rule gets inputs that all rows share, and for each row the output's gradient with zeros in place of the
     others' entries.
+
+    Example:
+        >>> from recollect.autogram import Sharing
+        >>> def sharing(layer, inputs, axes):  # of a layer that mixes the last axis of [batch, .., features]
+        ...     (axis,) = axes
+        ...     return (axis,) if axis is not None and axis < inputs[0].dim() - 1 else None
+        >>> import torch
+        >>> x = torch.empty(5, 7, 3)
+        >>> sharing(None, (x,), (1,)), sharing(None, (x,), (2,))
+        ((1,), None)
     """
 
     def __call__(

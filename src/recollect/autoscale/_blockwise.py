@@ -37,6 +37,24 @@ class Around:
         inputs: their rows of the layer's input [halo, hidden_channels].
         outputs: and of its output; constants.
         sources: what brings these back in backward; ``None``: they are kept.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> from recollect.models import RevGNN
+        >>> class Watched(RevGNN):
+        ...     def run_stage(self, index, x, edge_index, shared, args, around):
+        ...         found.append(around)
+        ...         return super().run_stage(index, x, edge_index, shared, args, around)
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
+        >>> batch = next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
+        >>> model, found = Watched(in_channels, 8, out_channels, num_layers=3, num_nodes=34), []
+        >>> model(batch.data.x, batch.data.adj_t, *batch[1:]).shape
+        torch.Size([17, 4])
+        >>> halo = len(batch.n_id) - batch.batch_size
+        >>> [tuple(around.outputs.shape) for around in found] == 3 * [(halo, 8)]
+        True
     """
 
     inputs: Tensor
@@ -63,6 +81,18 @@ class BlockwiseGNN(ScalableGNN):
     Attributes:
         conv_inputs: ``inputs``.
         num_groups: C, which each network sets.
+
+    Example:
+        >>> from recollect.autoscale import BlockwiseGNN, get_data
+        >>> from recollect.models import RevGNN
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> model = RevGNN(in_channels, 8, out_channels, num_layers=3, num_nodes=34)
+        >>> isinstance(model, BlockwiseGNN), model.num_groups
+        (True, 2)
+        >>> [history.embedding_dim for history in model.histories]  # the last layer has one too
+        [8, 8, 8]
+        >>> model(data.x, data.adj_t).shape  # of the whole graph
+        torch.Size([34, 4])
     """
 
     num_groups: int

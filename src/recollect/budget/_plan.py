@@ -35,6 +35,16 @@ class BudgetError(RuntimeError):
 
     Attributes:
         least: the smallest peak in bytes that was measured.
+
+    Example:
+        >>> import recollect, torch
+        >>> from recollect.budget import BudgetError
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> try:
+        ...     recollect.plan(model, torch.randn(512, 32), budget="1 kB")
+        ... except BudgetError as error:
+        ...     print(error.least > 1000)
+        True
     """
 
     def __init__(self, message: str, least: int) -> None:
@@ -43,7 +53,19 @@ class BudgetError(RuntimeError):
 
 
 class BudgetWarning(UserWarning):
-    """A step with inputs of another size than the plan's example exceeds the budget."""
+    """A step with inputs of another size than the plan's example exceeds the budget.
+
+    Example:
+        >>> import recollect, torch, warnings
+        >>> from recollect.budget import BudgetWarning
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> plan = recollect.plan(model, torch.randn(64, 32), budget="100 kB")
+        >>> with plan, warnings.catch_warnings(record=True) as found:
+        ...     warnings.simplefilter("always", BudgetWarning)
+        ...     _ = model(torch.randn(640, 32))
+        >>> [warning.category.__name__ for warning in found]
+        ['BudgetWarning']
+    """
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,13 @@ class Row:
             ``"selective"``, ``"offload"`` or ``"invert"``.
         bytes: that it keeps with this strategy.
         seconds: that the strategy adds to a step.
+
+    Example:
+        >>> import recollect, torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(3)])
+        >>> row = recollect.plan(model, torch.randn(64, 32, requires_grad=True), budget="1 MB").rows[0]
+        >>> row.unit, row.strategy, row.keeps, row.bytes  # of 64 * 32 numbers
+        ('0', 'store', 8192, 8192)
     """
 
     unit: str
@@ -92,6 +121,15 @@ class Plan:
         peak: of a step, in bytes, as measured.
         seconds: that the plan adds to a step, as estimated from its units.
         steps: how many steps were measured.
+
+    Example:
+        >>> import recollect, torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> plan = recollect.plan(model, torch.randn(64, 32), budget="1 MB")
+        >>> plan.apply().peak <= plan.budget == 1_000_000
+        True
+        >>> model(torch.randn(64, 32)).sum().backward()
+        >>> plan.remove()
     """
 
     def __init__(self, step: Step, budget: int, units: dict[str, nn.Module], options: Options, on: OnExceed) -> None:

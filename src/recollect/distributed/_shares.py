@@ -20,7 +20,21 @@ __all__ = ["Shares", "SharesError"]
 
 
 class SharesError(ValueError):
-    """What ranks were given does not fit together; it is raised on every one of them."""
+    """What ranks were given does not fit together; it is raised on every one of them.
+
+    Example:
+        >>> import torch
+        >>> from torch import distributed as dist
+        >>> from recollect.distributed import Shares, SharesError
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> try:
+        ...     Shares(torch.tensor([0, 10, 30]), weights=[1.0])  # two parts
+        ... except SharesError as error:
+        ...     print(error)
+        ... finally:
+        ...     dist.destroy_process_group()
+        weights are [2], finite and not negative (got [1])
+    """
 
 
 class Shares:

@@ -452,7 +452,24 @@ _weights: dict[torch.device, Tensor] = {}
 
 
 def bits_of(tensor: Tensor) -> int | Tensor | None:
-    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values."""
+    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values.
+
+    Args:
+        tensor: of any type and layout, on any device.
+
+    Returns:
+        A number in [-2^63, 2^63), equal for equal bits of the same type and shape; on devices that are not waited for
+        it is a tensor, 0-D int64.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import bits_of
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> bits_of(x) == bits_of(x.clone()), bits_of(x) == bits_of(x.flip(0))
+        (True, False)
+        >>> bits_of(x.to("meta")) is None
+        True
+    """
     values, _ = _values_of(tensor.detach() if tensor.requires_grad else tensor)
     return None if values is None else _bits_of(values)
 

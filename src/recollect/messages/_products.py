@@ -49,8 +49,8 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
 
     Example:
         >>> import torch
-        >>> from recollect.autoscale import propagate, with_weights
-        >>> adj_t = torch.tensor([[0.0, 1.0], [1.0, 1.0]]).to_sparse_csr()
+        >>> from recollect.messages import make_adj_t, propagate, with_weights
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), None, 2)
         >>> weights = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
         >>> propagate(with_weights(adj_t, weights), torch.tensor([[1.0], [10.0]])).sum().backward()
         >>> weights.grad

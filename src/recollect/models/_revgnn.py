@@ -104,6 +104,16 @@ class RevGNN(BlockwiseGNN):
     Raises:
         ValueError: a value is out of range; the message says what is allowed.
         TypeError: options of histories without ``num_nodes``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.models import RevGNN
+        >>> model = RevGNN(in_channels=5, hidden_channels=8, out_channels=3, num_layers=28)
+        >>> x, edge_index = torch.randn(6, 5), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]])
+        >>> logits = model(x, edge_index)
+        >>> model.loss(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        >>> logits.shape, model.last_drift < 1e-3
+        (torch.Size([6, 3]), True)
     """
 
     def __init__(

@@ -41,6 +41,18 @@ class FitResult:
             graph (of one with histories); ``None`` where there is no such comparison.
         folder: with ``report.html``, ``metrics.csv``, ``summary.json`` and the checkpoint.
         summary: all that ``summary.json`` holds.
+
+    Example:
+        >>> import tempfile
+        >>> from recollect.data import load
+        >>> from recollect.models import RevGNN
+        >>> from recollect.train import FitResult, fit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit(RevGNN(34, 8, 4, num_layers=2), load("karate"), epochs=2, out=folder)
+        ...     print(sorted(file.name for file in result.folder.glob("*.json")))
+        ['summary.json']
+        >>> isinstance(result, FitResult), result.metric, result.epochs, 0 <= result.test_accuracy <= 1
+        (True, 'accuracy', 2, True)
     """
 
     test_accuracy: float
@@ -95,6 +107,9 @@ def fit(
         seed: of dropout, of parts and of a split that is drawn; by default 0. The model has its parameters already.
         overrides: further settings as on the command line: ``["clip_norm=1.0", "optimizer=sgd"]``.
         console: where progress and table are shown; by default nowhere.
+
+    Returns:
+        Scores, measured memory, and the folder of the run.
 
     Raises:
         UsageError: a value is wrong, or the model cannot be called with this graph.

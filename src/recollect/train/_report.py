@@ -25,7 +25,7 @@ _PAGE = string.Template("""\
 <style>
   body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 66rem; margin: 2.5rem auto;
          padding: 0 1.5rem; }
-  h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
+  h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
   h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
   p { max-width: 48rem; }
   .lead { color: #616e7c; margin: 0 0 1.5rem; }
@@ -33,27 +33,36 @@ _PAGE = string.Template("""\
   .tile { border: 1px solid #e4e7eb; border-radius: .5rem; padding: .9rem 1.1rem; }
   .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
   .tile span { color: #616e7c; font-size: .9rem; }
-  .wide { overflow-x: auto; }
+  /* A shadow where a table goes on beyond the edge. */
+  .wide { overflow-x: auto; background:
+    linear-gradient(to right, #fff 40%, #fff0) left / 2rem 100% no-repeat local,
+    linear-gradient(to left, #fff 40%, #fff0) right / 2rem 100% no-repeat local,
+    linear-gradient(to right, #0002, #0000) left / .5rem 100% no-repeat scroll,
+    linear-gradient(to left, #0002, #0000) right / .5rem 100% no-repeat scroll; }
   table { border-collapse: collapse; }
   th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
   th { font-weight: 600; }
   td { font-variant-numeric: tabular-nums; }
-  .columns td { white-space: nowrap; }
+  .columns th, .columns td { white-space: nowrap; }
   .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
   .figure { max-width: 44rem; }
   svg { width: 100%; height: auto; }
   @media (max-width: 40rem) {
     body { margin: 1rem auto; padding: 0 1rem; }
     th, td { padding-right: .75rem; font-size: .9rem; }
+    .columns th, .columns td { padding-right: .5rem; font-size: .85rem; }
+    .columns td:first-child { white-space: normal; }
   }
   @media print {
-    body { margin: 0; max-width: none; padding: 0; font-size: 11pt; }
-    .wide { overflow: visible; }
+    body { margin: 0; max-width: none; padding: 0 1px; font-size: 11pt; }
+    .wide { overflow: visible; background: none; }
+    .figure { max-width: 30rem; }
     .columns th, .columns td { padding-right: .6rem; font-size: 8pt; white-space: normal; }
     .tile, .panels > *, .figure, tr { break-inside: avoid; }
     h2 { break-after: avoid; }
     .panels { grid-template-columns: repeat(2, 1fr); }
   }
+  details { margin-top: 1.5rem; }
   details pre { background: #f5f7fa; padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
 </style>
 </head>

@@ -76,6 +76,16 @@ class SubgraphLoader(DataLoader[int]):
         TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``links`` are no numbers.
         ValueError: ``data`` was not permuted, ``ptr`` does not cover its nodes, a tensor has the wrong size, or another
             argument is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm, ptr = partition(data.adj_t, 4, "contiguous", log=False)
+        >>> loader = SubgraphLoader(permute(data, perm, log=False), ptr, batch_size=2, log=False)
+        >>> len(loader), sum(batch.batch_size for batch in loader)  # each node is once in a mini-batch
+        (2, 34)
+        >>> sum(batch.data.adj_t.values().numel() for batch in loader)  # and so is each edge
+        156
     """
 
     def __init__(
@@ -133,6 +143,15 @@ class EvalSubgraphLoader(SubgraphLoader):
         bipartite: As in `SubgraphLoader`.
         log: As in `SubgraphLoader`.
         **kwargs: As in `SubgraphLoader`, but none that choose or order parts.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import EvalSubgraphLoader, get_data, partition, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm, ptr = partition(data.adj_t, 4, "contiguous", log=False)
+        >>> loader = EvalSubgraphLoader(permute(data, perm, log=False), ptr, batch_size=3, log=False)
+        >>> torch.cat([batch.n_id[: batch.batch_size] for batch in loader]).tolist() == list(range(34))
+        True
     """
 
     def __init__(
