@@ -51,3 +51,33 @@ def whole_step(whole, data, seed=5):
     torch.manual_seed(seed)
     loss = whole.step(sum_of_losses(data))
     return loss, {name: p.grad for name, p in whole.model.named_parameters() if p.grad is not None}, torch.rand(1)
+
+
+def losses_by_label(data: Data):
+    """A loss for each label, or the sum of each class' cross entropies, as sums over parts."""
+    number = int(data.train_mask.sum())
+
+    def criterion(logits, y):
+        if y.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(0) / number
+        each = F.cross_entropy(logits, y, reduction="none")
+        return torch.stack([each[y == c].sum() for c in range(4)]) / number
+
+    return criterion
+
+
+def plain_jacobian(model, data, *args, seed=5):
+    """Losses [m], the Jacobian [m, P] and its columns by parameter, and the next number, with everything kept."""
+    model.disable = True
+    torch.manual_seed(seed)
+    logits = model(data.x, data.edge_index, *args)
+    losses = losses_by_label(data)(logits[data.train_mask], data.y[data.train_mask])
+    parameters = dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss, parameters.values(), retain_graph=True, allow_unused=True) for loss in losses]
+    model.disable = False
+    by_name = {
+        name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows])
+        for k, (name, p) in enumerate(parameters.items())
+    }
+    jacobian = torch.cat([each.flatten(1) for each in by_name.values()], 1)
+    return losses.detach(), jacobian, by_name, torch.rand(1)

@@ -193,7 +193,6 @@ def test_options_of_a_convolution_are_free():
         ),
         ("objective.samples=3", "only with objective=iwrm, and this is objective=mean"),
         ("epochs=0", "epochs=0: must be at least 1"),
-        ("training=autoscale", "model=revgnn has none: choose gcn, "),
         ("model.options.alpha=1", "there is no key 'model.options.alpha'"),
         ("preset=cora", r"there is no preset 'cora'; did you mean cora_"),
         ("training.history_dtype=int4", r"did you mean int8\? Choose from: float32, float16, bfloat16, int8"),

@@ -90,7 +90,7 @@ class Certificate:
     failed: bool = False
 
     def compare(
-        self, sides: tuple[Tensor, ...] | None, tolerance: float, rules: str, names: tuple[str, str, str]
+        self, sides: tuple[Tensor, ...] | None, tolerance: float, names: tuple[str, str, str], advice: str
     ) -> None:
         """Compare what was found with what a gradient says; on other devices than the CPU the verdict comes later.
 
@@ -98,8 +98,8 @@ class Certificate:
             sides: both, what their difference is relative to, and how large both may be, 0-D; None if they are not
                 known.
             tolerance: the largest relative difference.
-            rules: names of the layers whose rules were asked, for the error.
             names: of the three, for the error.
+            advice: what to look at, for the error.
 
         Raises:
             GramianError: they differ.
@@ -110,7 +110,7 @@ class Certificate:
         device = sides[0].device
 
         def judge(numbers: list[list[float]]) -> None:
-            self._judge(numbers[0], tolerance, rules, names)
+            self._judge(numbers[0], tolerance, names, advice)
 
         later([torch.stack([widened(side.to(device)) for side in sides])], judge)
 
@@ -122,7 +122,7 @@ class Certificate:
         """
         settle()
 
-    def _judge(self, sides: list[float], tolerance: float, rules: str, names: tuple[str, str, str]) -> None:
+    def _judge(self, sides: list[float], tolerance: float, names: tuple[str, str, str], advice: str) -> None:
         found, expected, bound, size = sides
         if not math.isfinite(found + expected + bound + size):
             self.skipped += 1
@@ -138,11 +138,16 @@ class Certificate:
             self.failed = True
             raise GramianError(
                 f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
-                f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. Look at rules of your "
-                f"own (asked were those of {rules or 'no layer'}), at functions that declare independent_axes, and "
-                "at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for each loss. "
-                "Gradients that were accumulated by this call are right"
+                f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. {advice}"
             )
+
+
+def _advice(rules: str) -> str:
+    return (
+        f"Look at rules of your own (asked were those of {rules or 'no layer'}), at functions that declare "
+        "independent_axes, and at hooks that change gradients; Engine(..., batch_dim=None) takes a backward pass for "
+        "each loss. Gradients that were accumulated by this call are right"
+    )
 
 
 @dataclass(slots=True)
@@ -247,7 +252,7 @@ class GramianProbe:
         norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(job, self.weights, eps)
         bound = _bound((norm, norm), (noise, noise), tolerance)
         sides = None if self.squared is None else (w @ exact @ w, self.squared, bound, norm.square())
-        certificate.compare(sides, tolerance, rules, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"))
+        certificate.compare(sides, tolerance, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"), _advice(rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +273,7 @@ class NormProbe:
         noise = _NOISE * eps * widened(job.output.detach().flatten()[self.place].abs().clamp(min=1))
         bound = _bound((norm, norm), (noise, noise), tolerance)
         sides = None if self.squared is None else (squares[self.place], self.squared, bound, norm.square())
-        certificate.compare(sides, tolerance, rules, ("‖g_i‖² of a loss", "that of its gradient", "it"))
+        certificate.compare(sides, tolerance, ("‖g_i‖² of a loss", "that of its gradient", "it"), _advice(rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +301,7 @@ class CrossProbe:
             noises = _noise(jobs[0], self.rows, eps), _noise(jobs[1], self.columns, unit)
             size = self.norms[0] * self.norms[1]
             sides = (u @ found @ v, self.product, _bound(self.norms, noises, tolerance), size)
-        certificate.compare(sides, tolerance, rules, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"))
+        certificate.compare(sides, tolerance, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"), _advice(rules))
 
 
 def probe_gramian(job: Job, every: int) -> GramianProbe | None:

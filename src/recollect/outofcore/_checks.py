@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from recollect.messages.reach import DRAWING, Constant, same
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
-__all__ = ["check_graph", "check_network", "check_rows"]
+__all__ = ["check_graph", "check_network", "check_rows", "evaluating"]
 
 _ROWS, _PART = 24, slice(5, 12)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -99,3 +101,15 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
                 f"{method} of the {type(model).__name__} returns rows that depend on other nodes' rows, so that it "
                 "cannot be computed part by part: use norms over channels (LayerNorm)"
             )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the body in evaluation mode; every submodule's mode is given back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -90,6 +90,10 @@ class Parts:
         folder: where each part has a file; ``None``: in memory.
         memory: bytes that parts may take of those that stay in memory beside their files: the first ones, since in each
             pass all come in turn.
+
+    Attributes:
+        bounds: the first node of each part, and the end of its nodes.
+        trained_first: the numbers of the parts, those with training nodes before the others.
     """
 
     def __init__(
@@ -106,6 +110,8 @@ class Parts:
         rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
         place = torch.full((rowptr.numel() - 1,), -1, dtype=torch.int64)
+        counts = [int(data.train_mask[start:stop].count_nonzero()) for start, stop in self.bounds]
+        self.trained_first = sorted(range(len(counts)), key=lambda number: not counts[number])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         for number, (start, stop) in enumerate(self.bounds):

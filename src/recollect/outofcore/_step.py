@@ -3,105 +3,190 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recollect.autoscale.histories import PlainRows, Worker
 from recollect.frames import RebuildError, bits_of
-from recollect.messages import for_targets
 from recollect.messages.reach import DRAWING
 from recollect.outofcore._journal import Sums
-from recollect.outofcore._parts import Part
-from recollect.outofcore._tables import Changes
+from recollect.outofcore._objectives import Objectives, Pulled
+from recollect.outofcore._parts import Part, Parts
+from recollect.outofcore._tables import Changes, Tables
 
-if TYPE_CHECKING:
-    from recollect.outofcore._whole_graph import WholeGraph
-
-__all__ = ["Criterion", "Step"]
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-Read = tuple[Tensor, Tensor, Tensor | None]
-"""Rows of a group, the block's input, and the factors of its dropout."""
+__all__ = ["Run", "Space", "Step", "trained"]
 
 
-class Step:
-    """One step: the operations in their order, each for one part.
+@dataclass(frozen=True)
+class Space:
+    """Where a step's numbers lie.
 
-    Args:
-        of: whose step it is.
-        criterion: the loss of a part; ``None`` in evaluation.
-        journal: the state after the last operation that was done by an earlier process.
-        seed: of what blocks draw.
-        name: a number that no other step has.
+    Attributes:
+        tables: of activations and gradients.
+        parts: of the graph.
+        worker: reads ahead and writes behind.
+        folder: of the files; ``None``: in memory.
+        marks: a row of bytes for each computation of the forward pass, to be compared in backward.
     """
 
-    def __init__(
-        self, of: WholeGraph, criterion: Criterion | None, journal: dict[str, Any] | None, seed: int, name: int = 0
-    ) -> None:
-        self._of = of
-        self._criterion = criterion
-        self._seed = seed
+    tables: Tables
+    parts: Parts
+    worker: Worker
+    folder: Path | None
+    marks: PlainRows
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which step it is.
+
+    Attributes:
+        objectives: what gradients are of; ``None``: evaluation.
+        seed: of what is drawn for a part.
+        name: a number that no other step has; ``None``: it is not written down, and cannot go on in another process.
+        journal: the state after the last operation that was done by an earlier process.
+    """
+
+    objectives: Objectives | None
+    seed: int = 0
+    name: int | None = None
+    journal: dict[str, Any] | None = None
+
+
+class Step(ABC):
+    """The operations in their order, each for one part; a kind of network says which.
+
+    Args:
+        model: the network.
+        space: where the numbers lie.
+        run: which step it is.
+
+    Attributes:
+        gradients: of parameters, so far.
+        drift: how far what was brought back is from what it was, relative; after :meth:`backward`.
+    """
+
+    drift = 0.0
+
+    def __init__(self, model: nn.Module, space: Space, run: Run) -> None:
+        self.space = space
+        self._objectives = run.objectives
+        self._seed = run.seed
         self._operation = 0
-        self._done = -1 if journal is None else int(journal["operation"])
+        self._done = -1 if run.journal is None else int(run.journal["operation"])
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        parameters = list(of.model.parameters())
+        parameters = list(model.parameters())
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._loss: Tensor | None = None
         self._changed: list[tuple[int, Tensor]] = []
         self._sums: Sums | None = None
-        if of._folder is not None and criterion is not None:
-            self._sums = Sums(of._folder / "gradients.table", parameters, name)
-        if journal is not None and self._sums is not None:
-            self._loss = journal["loss"]
-            found = self._sums.read(dict(journal["gradients"]))
+        if space.folder is not None and run.name is not None:
+            self._sums = Sums(space.folder / "gradients.table", parameters, run.name)
+        if run.journal is not None and self._sums is not None:
+            self._loss = run.journal["loss"]
+            found = self._sums.read(dict(run.journal["gradients"]))
             self.gradients = {parameters[number]: value for number, value in found.items()}
-            for number, value in journal["gradients"]:
+            for number, value in run.journal["gradients"]:
                 self._sums.write(number, value)
+
+    def run(self) -> Tensor:
+        """Do all, and return the losses."""
+        self.forward()
+        loss = self.turn()
+        self.backward()
+        return loss
+
+    @abstractmethod
+    def forward(self) -> None:
+        """Fill the tables with the last layer's output."""
+
+    @abstractmethod
+    def turn(self) -> Tensor:
+        """Compute the losses, and the gradients of the last layer's output."""
+
+    @abstractmethod
+    def backward(self) -> None:
+        """Take the gradients back to the first layer's input."""
+
+    @abstractmethod
+    def logits(self, part: Part) -> Tensor:
+        """Return the logits of a part's nodes, after :meth:`forward` in evaluation mode."""
+
+    @property
+    def training(self) -> bool:
+        """Whether gradients are computed."""
+        return self._objectives is not None
+
+    @property
+    def objectives(self) -> Objectives:
+        """What gradients are of."""
+        assert self._objectives is not None
+        return self._objectives
 
     # Reading, computing and writing side by side.
 
-    def _pass(self, read: Callable[[Part], Any], compute: Callable[[Part, Any], Changes]) -> None:
-        """Do an operation for each part: the next one is read while one is computed, and writes go behind."""
-        of = self._of
-        first, number = self._operation, len(of.parts)
+    def _pass(
+        self,
+        read: Callable[[Part], Any],
+        compute: Callable[[Part, Any], Changes],
+        parameters: Sequence[nn.Parameter] = (),
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """Do an operation for each part: the next one is read while one is computed, and writes go behind.
+
+        Args:
+            read: what the operation reads of a part.
+            compute: what it does.
+            parameters: those whose gradients it brings.
+            order: of the parts.
+        """
+        parts, worker = self.space.parts, self.space.worker
+        order = range(len(parts)) if order is None else order
+        first, number = self._operation, len(parts)
         self._operation += number
         begin = max(0, self._done + 1 - first)
         if begin >= number:
             return
 
         def load(index: int) -> tuple[Part, Any]:
-            part = of.parts[index]
+            part = parts[order[index]]
             return part, read(part)
 
-        ahead = of._worker.submit(load, begin)
+        ahead = worker.submit(load, begin)
         behind = None
         for index in range(begin, number):
             part, rows = ahead.result()
             if index + 1 < number:
-                ahead = of._worker.submit(load, index + 1)
+                ahead = worker.submit(load, index + 1)
             changes = compute(part, rows)
-            of.parts.leave(part)
+            parts.leave(part)
             if self._sums is not None:
                 changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
             if behind is not None:
                 behind.result()
-            behind = of._worker.submit(self._apply, changes, index == number - 1)
+            behind = worker.submit(self._apply, changes, index == number - 1)
         if behind is not None:
             behind.result()
         self._changed = []
+        if self._objectives is not None:
+            self._objectives.finish(parameters, self.gradients)
 
     def _apply(self, changes: Changes, last: bool) -> None:
         """Do what an operation does; the last one of a pass says what its gradients are."""
-        self._of._tables.apply(changes)
+        self.space.tables.apply(changes, journaled=self._sums is not None)
         if last and self._sums is not None:
             for number, value in changes.state["gradients"]:
                 self._sums.write(number, value)
 
-    def _add(self, parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    def _add(self, parameters: Sequence[nn.Parameter], pulled: Pulled) -> None:
+        """Add gradients of parameters up over parts."""
+        for parameter, gradient in zip(parameters, pulled.parameters, strict=True):
             if gradient is None:
                 continue
             known = self.gradients.get(parameter)
@@ -109,187 +194,56 @@ class Step:
         # Of the pass over the parts that is under way; they are not changed in place.
         self._changed = [(self._numbers[each], self.gradients[each]) for each in parameters if each in self.gradients]
 
-    def groups_of(self, part: Part) -> Tensor:
-        """Return the activations of a part's nodes [n, hidden_channels]."""
-        tables, where = self._of._tables, (part.start, part.stop)
-        return torch.cat([tables[f"x{i}"].read(where) for i in range(self._of.num_groups)], 1)
+    # What kinds of networks have in common.
 
-    # Forward.
-
-    def forward(self) -> None:
-        """Fill the tables with the last layer's output."""
-        of = self._of
-        self._pass(lambda part: None, self._embed)
-        for layer in range(of.num_layers):
-            for group in range(of.num_groups):
-                self._pass(partial(self._rows, group), partial(self._forward, layer, group))
-
-    def _embed(self, part: Part, _: None) -> Changes:
-        with torch.no_grad():
-            rows = self._entered(self._of.model.embed(part.x))
-        where = (part.start, part.stop)
-        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))])
-
-    def _entered(self, rows: Tensor) -> Tensor:
-        lattice = self._of._lattice
-        return rows if lattice is None else lattice.enter(rows)
-
-    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return torch.chunk(rows, self._of.num_groups, 1)
-
-    def _rows(self, group: int, part: Part) -> Read:
-        """Read a group of a part, the block's input, and the factors of its dropout."""
-        of, where = self._of, (part.start, part.stop)
-        first, *others = self._inputs(group)
-        z = of._tables.read(f"x{first}", where, part.halo)
-        for other in others:
-            z += of._tables.read(f"x{other}", where, part.halo)
-        mask = None
-        if of.model.training and of.model.shared_dropout and of.model.dropout > 0:
-            mask = self._chunks(of._masks["mask"].read(part.n_id, of._dtype))[group]
-        return of._tables[f"x{group}"].read(where), z, mask
-
-    def _inputs(self, group: int) -> list[int]:
-        """Return the groups whose sum is the input of a group's block."""
-        return [group - 1] if group else list(range(1, self._of.num_groups))
-
-    def _forward(self, layer: int, group: int, part: Part, rows: Read) -> Changes:
-        of = self._of
-        own, z, mask = rows
-        training = self._criterion is not None
-        with torch.enable_grad() if training else contextlib.nullcontext():
-            y = self._evaluate(layer, group, part, z.requires_grad_(training), mask).detach()
-        where = (part.start, part.stop)
-        if of._lattice is None:
-            own = own + y
-        else:
-            (own,) = of._lattice(own, y)
-            block = of.model.layer(layer)._blocks()[group]
-            of._lattice.check(own, [own], [block], f"layer {layer}, block {group}: {{}}")
-        if training and of._lattice is not None:
-            of._marks.write(self._place(layer, group, part), _bytes_of(y))
-        return Changes([(f"x{group}", where, own)])
-
-    def _place(self, layer: int, group: int, part: Part) -> tuple[int, int]:
-        of = self._of
-        place = (layer * of.num_groups + group) * len(of.parts) + part.number
-        return place, place + 1
-
-    def _evaluate(self, layer: int, group: int, part: Part, z: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the block's output for a part's nodes."""
-        of = self._of
-        if part.further:  # the one row for all that is further away, which is there to be counted
-            z = torch.cat([z, z.new_zeros(1, z.size(1))])
-            mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
-        block = of.model.layer(layer)._blocks()[group]
-        own = for_targets(part.size) if of.computed_alone(layer, group) else contextlib.nullcontext()
-        with own, DRAWING, _seeded(hash((self._seed, layer, group, part.number)) & (2**62 - 1)):
-            y: Tensor = block(z, part.edge_index, mask, *part.edges.values())
-        return y[: part.size]
-
-    # The loss.
-
-    def turn(self) -> Tensor:
-        """Compute the loss, and the gradients of the last layer's output."""
-        of = self._of
-        parameters = _trained([of.model.norm, of.model.head])
-
-        def read(part: Part) -> tuple[Tensor, Tensor | None]:
-            mask = None
-            if of.model.training and of.model.dropout > 0:
-                mask = of._masks["last_mask"].read((part.start, part.stop), of._dtype)
-            return self.groups_of(part), mask
-
-        def compute(part: Part, rows: tuple[Tensor, Tensor | None]) -> Changes:
-            h, mask = rows[0].requires_grad_(), rows[1]
-            gradient = torch.zeros_like(h)
-            if part.train.numel():
-                with torch.enable_grad():
-                    chosen = None if mask is None else mask[part.train]
-                    loss = self._loss_of(of.model.classify(h[part.train], chosen), part)
-                    found = torch.autograd.grad(loss, [h, *parameters], allow_unused=True)
-                self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-                self._add(parameters, found[1:])
-                if found[0] is not None:
-                    gradient = found[0]
-            where = (part.start, part.stop)
-            chunks = self._chunks(gradient)
-            return Changes([(f"g{i}", where, chunk) for i, chunk in enumerate(chunks)])
-
-        self._pass(read, compute)
-        if self._loss is None:
+    def _lose(
+        self, part: Part, logits: Callable[[], Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor]:
+        """Add a part's losses up, and return their gradients for rows [rows, ..., width]."""
+        found: list[Tensor | None] = [None] * len(rows)
+        if not part.train.numel() and self._loss is None:  # those with training nodes come first
             raise ValueError("no node is for training: data.train_mask has none")
+        if part.train.numel():
+            with torch.enable_grad():
+                losses = self.objectives.losses_of(logits(), part.y)
+                pulled = self.objectives.start(losses, rows, parameters)
+            self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
+            self._add(parameters, pulled)
+            found = pulled.rows
+        shapes = [[each.size(0), self.objectives.width(each.size(1))] for each in rows]
+        return [
+            each.new_zeros(shape, requires_grad=False).view(each.size(0), -1, each.size(1)) if one is None else one
+            for one, each, shape in zip(found, rows, shapes, strict=True)
+        ]
+
+    def _lost(self) -> Tensor:
+        """Return the losses, summed up over all parts."""
+        assert self._loss is not None
         return self._loss
 
-    def _loss_of(self, logits: Tensor, part: Part) -> Tensor:
-        assert self._criterion is not None
-        loss = self._criterion(logits, part.y)
-        if not isinstance(loss, Tensor) or loss.dim():
-            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"criterion(logits, y) must return a scalar, the sum over a part's nodes (got {found})")
-        return loss
+    def _drawn(self, *place: int) -> contextlib.AbstractContextManager[None]:
+        """Let what is drawn within depend on the step and a place alone."""
+        return _seeded(hash((self._seed, *place)) & (2**62 - 1))
 
-    # Backward.
+    def _mark(self, place: int, output: Tensor) -> None:
+        """Note the bits of what was computed."""
+        self.space.marks.write((place, place + 1), _bytes_of(output))
 
-    def backward(self) -> None:
-        """Take the tables back to the first layer's input, and its gradients."""
-        of = self._of
-        for layer in reversed(range(of.num_layers)):
-            for group in reversed(range(of.num_groups)):
-                self._pass(partial(self._rows_and_gradient, group), partial(self._backward, layer, group))
-        self._errors = self._norms = 0.0
-        self._pass(self._read_first, self._leave)
-        of.last_drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
+    def _compare(self, place: int, output: Tensor, name: str) -> None:
+        """Compare what was computed again with what was noted.
 
-    def _backward(self, layer: int, group: int, part: Part, rows: tuple[Read, Tensor]) -> Changes:
-        of = self._of
-        (own, z, mask), gradient = rows
-        block = of.model.layer(layer)._blocks()[group]
-        parameters = _trained([getattr(block, "module", block)])
-        with torch.enable_grad():
-            y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
-        if of._lattice is not None and not torch.equal(
-            of._marks.read(self._place(layer, group, part)), _bytes_of(y.detach())
-        ):
+        Raises:
+            RebuildError: it is something else.
+        """
+        if not torch.equal(self.space.marks.read((place, place + 1)), _bytes_of(output)):
             raise RebuildError(
-                f"layer {layer}, block {group}: running it again for backward gave other bits than the forward pass. "
-                "Draw random numbers from torch's generators alone, use deterministic operations, or exact=False"
+                f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
+                "from torch's generators alone, use deterministic operations, or exact=False"
             )
-        found = torch.autograd.grad(y, [z, *parameters], gradient.to(y.dtype), allow_unused=True)
-        self._add(parameters, found[1:])
-        where = (part.start, part.stop)
-        own = own - y.detach() if of._lattice is None else of._lattice.inverse(own, y.detach())[0]
-        changes = Changes([(f"x{group}", where, own)])
-        if found[0] is not None:
-            for other in self._inputs(group):
-                changes.added += [
-                    (f"g{other}", where, found[0][: part.size]),
-                    (f"g{other}", part.halo, found[0][part.size :]),
-                ]
-        return changes
-
-    def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
-        return self._rows(group, part), self._of._tables[f"g{group}"].read((part.start, part.stop))
-
-    def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
-        tables, where = self._of._tables, (part.start, part.stop)
-        return self.groups_of(part), torch.cat([tables[f"g{i}"].read(where) for i in range(self._of.num_groups)], 1)
-
-    def _leave(self, part: Part, rows: tuple[Tensor, Tensor]) -> Changes:
-        of = self._of
-        found, gradient = rows
-        parameters = _trained([of.model.project])
-        with torch.enable_grad():
-            h = of.model.embed(part.x)
-            true = self._entered(h).detach()
-            self._errors += float((found - true).square().sum())
-            self._norms += float(true.square().sum())
-            if parameters:
-                self._add(parameters, torch.autograd.grad(h, parameters, gradient, allow_unused=True))
-        return Changes()
 
 
-def _trained(modules: list[nn.Module]) -> list[nn.Parameter]:
+def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of modules that require a gradient, each once."""
     found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     return list(found.values())
 
@@ -304,9 +258,10 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 def _seeded(seed: int) -> Iterator[None]:
     """Let torch's generator draw from a seed, and put it back afterwards."""
     generator = torch.default_generator  # torch.manual_seed also looks for CUDA, each time
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
+    with DRAWING:
+        before = generator.get_state()
+        generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            generator.set_state(before)

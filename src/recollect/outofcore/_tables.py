@@ -20,11 +20,13 @@ from torch import Tensor
 from recollect.autoscale.histories import HistoryFileError, PlainRows, Where
 from recollect.outofcore._journal import Journal
 
-__all__ = ["Changes", "Tables", "load", "save", "unpacked"]
+__all__ = ["Changes", "Shape", "Tables", "load", "save", "unpacked"]
 
 _CHECKSUM = struct.Struct("<I")
 Rows = tuple[str, Where, Tensor]
 """A table by name, rows of it, and values."""
+Shape = tuple[int, torch.dtype]
+"""Entries in a row, and their type."""
 
 
 @dataclass
@@ -47,19 +49,24 @@ class Tables:
 
     Args:
         rows: N.
-        widths: entries in a row, by name.
-        dtypes: of the entries, by name.
+        shapes: of the tables, by name.
         folder: of the files and the journal; ``None``: in memory.
     """
 
-    def __init__(self, rows: int, widths: dict[str, int], dtypes: dict[str, torch.dtype], folder: Path | None) -> None:
+    def __init__(self, rows: int, shapes: dict[str, Shape], folder: Path | None) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+        self._number, self._folder = rows, folder
         self._journal = None if folder is None else Journal(folder)
-        self._tables = {
-            name: PlainRows(rows, width, dtypes[name], None if folder is None else folder / f"{name}.table")
-            for name, width in widths.items()
-        }
+        self._tables: dict[str, PlainRows] = {}
+        for name, shape in shapes.items():
+            self.make(name, shape)
+
+    def make(self, name: str, shape: Shape) -> None:
+        """Make a table, unless there is one."""
+        if name not in self._tables:
+            path = None if self._folder is None else self._folder / f"{name}.table"
+            self._tables[name] = PlainRows(self._number, *shape, path)
 
     def __getitem__(self, name: str) -> PlainRows:
         return self._tables[name]
@@ -72,9 +79,9 @@ class Tables:
         table.read(halo, rows[own:])
         return rows
 
-    def apply(self, changes: Changes) -> None:
-        """Do what an operation does."""
-        if self._journal is None:
+    def apply(self, changes: Changes, journaled: bool) -> None:
+        """Do what an operation does; written down before, if that can be."""
+        if self._journal is None or not journaled:
             self._write(changes.rows)
             for name, where, values in changes.added:
                 self._tables[name].add(where, values)

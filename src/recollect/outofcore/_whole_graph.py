@@ -7,35 +7,29 @@ import hashlib
 import secrets
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from recollect.autogram import Certificate
 from recollect.autoscale import to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
-from recollect.frames import Lattice, bits_of, check_exact, digits_of
-from recollect.messages.reach import DRAWING, Probe, Reach, kind_of
+from recollect.frames import bits_of
+from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
-from recollect.outofcore._checks import check_graph, check_network, check_rows
-from recollect.outofcore._masks import Masks, width_of
+from recollect.outofcore._checks import check_graph, evaluating
+from recollect.outofcore._network import Graph, Network
+from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
-from recollect.outofcore._step import Criterion, Step
+from recollect.outofcore._reversible import Reversible
+from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
 
 __all__ = ["WholeGraph"]
-
-_FEATURES = 64  # rows of features that are kept to see what is done with them
-
-
-@dataclass(frozen=True)
-class _Observed:
-    name: str
-    kind: tuple[Any, ...]
-    reach: Reach
 
 
 class WholeGraph:
@@ -93,115 +87,113 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
     ) -> None:
-        check_network(model)
+        if not isinstance(model, RevGNN):
+            raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
         check_graph(data, tuple(inputs))
         self.model = model
-        self._inputs = tuple(inputs)
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
-        own = model.layer(0).exact
-        self.exact = check_exact(own if own is not False and exact is True else exact)
-        self._dtype = model.project.weight.dtype
         self._busy = threading.Lock()
-        digits = digits_of(self.exact, self._dtype)
-        self._lattice = None if digits is None else Lattice(digits)
-        self.num_groups, self.num_layers = model.num_groups, model.num_layers
         self.num_nodes = int(self._ptr[-1])
-        self._hidden = model.project.out_features
-        self._width = self._hidden // self.num_groups
-        folder = None if store is None else Path(store)
-        self._folder = folder
+        self._folder = folder = None if store is None else Path(store)
         given, data = data, to_adj_t(data)
-        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in self._inputs}
-        self._probe = Probe(edges, self._width, self._dtype)
-        self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
-        self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
-        self._in_order = _in_order(given, data.adj_t)
-        self._further = self._looks_further()
-        graph = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
-        self._graph = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in graph)
-        self._features = data.x[:_FEATURES].cpu().clone()
-        with _evaluating(model):
-            check_rows(model, self._features)
-        groups = range(self.num_groups)
-        widths = {f"{kind}{i}": self._width for kind in ("x", "g") for i in groups}
-        dtypes = dict.fromkeys(widths, self._dtype)
-        for mask in ("mask", "last_mask") if model.dropout > 0 else ():
-            widths[mask], dtypes[mask] = width_of(self._hidden), torch.uint8
-        self._tables = Tables(self.num_nodes, widths, dtypes, folder)
+        edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
+        graph = Graph(data, edges, _in_order(given, data.adj_t))
+        self._network: Network = Reversible(model, graph, exact)
+        every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
+        bits = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
+        self._graph = (self._ptr.tolist(), tuple(inputs), bits)
+        tables = Tables(self.num_nodes, self._network.tables(), folder)
         # Behind the tables, which no other process has open: its parts are not written over.
-        self.parts = Parts(
-            data, self._ptr, self._inputs, self._further, None if folder is None else folder / "parts", memory
-        )
-        self._masks: dict[str, Masks] = {
-            name: Masks(self._tables[name], self._hidden) for name in widths if name.endswith("mask")
-        }
-        places = self.num_layers * self.num_groups * len(self.parts)
-        self._marks = PlainRows(places, 8, torch.uint8, None if folder is None else folder / "marks.table")
-        self._worker = Worker()
+        parts_folder = None if folder is None else folder / "parts"
+        self.parts = Parts(data, self._ptr, tuple(inputs), self._network.further, parts_folder, memory)
+        marks = None if folder is None else folder / "marks.table"
+        places = self._network.places(len(self.parts))
+        self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks))
+        self._network.settle(self._space, graph)
         self.last_drift: float | None = None
+        self.last_gramian: Tensor | None = None
+        self.last_weights: Tensor | None = None
+        self.certificate = Certificate()
 
     # What users call.
 
-    def step(self, criterion: Criterion) -> Tensor:
-        """Do forward and backward over the whole graph; return the loss.
+    def step(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
+        """Do forward and backward over the whole graph; return the loss, or the losses.
 
         Gradients are added to ``.grad`` when all is done; after an error they are as before.
+
+        With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
+        losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass that takes m rows
+        for each node; each layer's rows of parameters are squared when the layer is done. Then the weighted gradient
+        takes a step of its own, with the same random numbers. Both are compared, wᵀ G w = ‖Jᵀ w‖².
 
         Args:
             criterion: called with the logits [T_p, out_channels] and labels [T_p, ...] of a part's training nodes; the
                 results, scalars, are added up over parts. So it is a sum, such as
-                ``F.cross_entropy(logits, y, reduction="sum") / number``.
+                ``F.cross_entropy(logits, y, reduction="sum") / number``. With a weighting it returns vectors [m], of
+                the same m for each part.
+            weighting: from the Gramian [m, m] to weights [m], as for :meth:`recollect.autogram.Engine.backward`.
+
+        Returns:
+            The loss, a scalar; with a weighting the losses [m].
 
         Raises:
+            TypeError: ``weighting`` cannot be called, or returns no tensor.
             ValueError: batch normalisation in training mode, which goes over all nodes at once; the network was changed
-                into one for which this was not made.
+                into one for which this was not made; the criterion, or the weighting, returns another shape.
             RuntimeError: another step or evaluation is under way.
             RebuildError: a block did not compute the same bits again.
+            GramianError: the gradient is not of the size that the Gramian says.
             LatticeError: an activation is out of the range in which the stream is exact.
         """
+        _check_weighting(weighting)
         with self._alone("step"):
-            self._check_modules()
-            self._tables.forget()
-            with DRAWING:
-                random = torch.get_rng_state()
-            state = {"random": random, "model": self._digest(), "name": secrets.randbits(62)}
+            state = self._begun(several=weighting is not None)
             if self._folder is not None:
+                self._space.tables.forget()
                 save(self._folder / "step.pt", state)
-            return self._run(state, criterion, None)
+            return self._run(state, criterion, weighting, None)
 
-    def resume(self, criterion: Criterion) -> Tensor:
+    def compute_gramian(self, criterion: Criterion) -> Tensor:
+        """Return the Gramian of the gradients of several losses, and leave ``.grad`` alone.
+
+        Args:
+            criterion: returns m losses [m] of a part's training nodes; see :meth:`step`.
+
+        Returns:
+            [m, m], in the losses' type.
+
+        Raises:
+            RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten; others
+                as for :meth:`step`.
+        """
+        with self._alone("compute_gramian"):
+            self._check_finished("the Gramian")
+            self._network.check()
+            return self._several(criterion)[1]
+
+    def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
 
-        The network must have the parameters that it had then; random numbers go on as they would have.
+        The network must have the parameters that it had then; random numbers go on as they would have. A step of
+        several losses goes on with its weighted gradient; a Gramian that was not complete begins anew.
 
         Args:
             criterion: the same as in the step.
+            weighting: the same as in the step.
 
         Raises:
+            TypeError: the step has several losses, and there is no weighting; or the other way round.
             RuntimeError: there is no unfinished step in the store, or the network is another one.
             HistoryFileError: what the step wrote was changed.
         """
+        _check_weighting(weighting)
         with self._alone("resume"):
-            return self._resume(criterion)
-
-    def _resume(self, criterion: Criterion) -> Tensor:
-        path = None if self._folder is None else self._folder / "step.pt"
-        if path is None or not path.is_file():
-            raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
-        state: dict[str, Any] = load(path)
-        if state["model"] != self._digest():
-            raise RuntimeError(
-                f"the network or the graph is not the one with which the step in {self._folder} began: load the "
-                "parameters of that time first"
-            )
-        self._check_modules()
-        with DRAWING:
-            torch.set_rng_state(state["random"])
-        return self._run(state, criterion, self._tables.last())
+            return self._resume(criterion, weighting)
 
     @property
     def unfinished(self) -> bool:
-        """Whether the store has a step that ended in the middle, for :meth:`resume`."""
+        """Whether there is a step in the store that :meth:`resume` can go on with."""
         return self._folder is not None and (self._folder / "step.pt").is_file()
 
     @torch.no_grad()
@@ -211,22 +203,12 @@ class WholeGraph:
         Raises:
             RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
         """
-        with self._alone("evaluate"), _evaluating(self.model):
-            if self.unfinished:
-                raise RuntimeError(
-                    f"there is an unfinished step in {self._folder}, whose tables an evaluation would overwrite: call "
-                    f"resume(criterion) first, or give it up by removing {self._folder}/step.pt"
-                )
-            check_network(self.model)
-            self._accept(self._observe(), self._further)
-            check_rows(self.model, self._features)
-            run = Step(self, None, None, 0)
+        with self._alone("evaluate"), evaluating(self.model):
+            self._check_finished("an evaluation")
+            self._network.check()
+            run = self._network.step(self._space, Run(None))
             run.forward()
-            found = []
-            for number in range(len(self.parts)):
-                part = self.parts[number]
-                found.append(self.model.classify(run.groups_of(part)).cpu())
-            return torch.cat(found)
+            return torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
 
     # How.
 
@@ -243,125 +225,108 @@ class WholeGraph:
         try:
             yield
         finally:
-            self._worker.drain()  # after an error it may be writing
+            self._space.worker.drain()  # after an error it may be writing
             self._busy.release()
 
-    def _run(self, state: dict[str, Any], criterion: Criterion, journal: dict[str, Any] | None) -> Tensor:
+    def _check_finished(self, what: str) -> None:
+        if self.unfinished:
+            raise RuntimeError(
+                f"there is an unfinished step in {self._folder}, whose tables {what} would overwrite: call "
+                f"resume(criterion) first, or give it up by removing {self._folder}/step.pt"
+            )
+
+    def _begun(self, several: bool) -> dict[str, Any]:
+        """Return what a step begins with."""
+        self._network.check()
         with DRAWING:
-            if self.model.training and self.model.dropout > 0:
-                for masks in self._masks.values():
-                    masks.p = self.model.dropout
-                # The same numbers in the same order as those that the network itself draws for the whole graph.
-                if self.model.shared_dropout:
-                    self._masks["mask"].draw(self.parts.bounds)
-                self._masks["last_mask"].draw(self.parts.bounds)
-            seed = int(torch.randint(2**62, (1,), generator=_beside()))
-        run = Step(self, criterion, journal, seed, state["name"])
-        run.forward()
-        loss = run.turn()
-        run.backward()
+            random = torch.get_rng_state()
+        return {
+            "random": random,
+            "model": self._digest(),
+            "name": secrets.randbits(62),
+            "several": several,
+            "weighed": None,
+        }
+
+    def _resume(self, criterion: Criterion, weighting: Weighting | None) -> Tensor:
+        path = None if self._folder is None else self._folder / "step.pt"
+        if path is None or not path.is_file():
+            raise RuntimeError("there is no unfinished step to go on with: call step(criterion)")
+        state: dict[str, Any] = load(path)
+        if state["several"] != (weighting is not None):
+            kind = "several losses: give its weighting too" if state["several"] else "one loss: give no weighting"
+            raise TypeError(f"the unfinished step in {self._folder} is of {kind}")
+        if state["model"] != self._digest():
+            raise RuntimeError(
+                f"the network or the graph is not the one with which the step in {self._folder} began: load the "
+                "parameters of that time first"
+            )
+        self._network.check()
+        with DRAWING:
+            torch.set_rng_state(state["random"])
+        journal = self._space.tables.last() if state["weighed"] is not None or not state["several"] else None
+        return self._run(state, criterion, weighting, journal)
+
+    def _run(
+        self, state: dict[str, Any], criterion: Criterion, weighting: Weighting | None, journal: dict[str, Any] | None
+    ) -> Tensor:
+        """Do a step, or what is left of it."""
+        if weighting is not None and state["weighed"] is None:
+            losses, gramian = self._several(criterion)
+            weights = weigh(weighting, losses, gramian)
+            with DRAWING:
+                state = state | {"weighed": asdict(Weighed(losses, gramian, weights, torch.get_rng_state()))}
+                torch.set_rng_state(state["random"])
+            if self._folder is not None:
+                save(self._folder / "step.pt", state)
+        weighed = None if state["weighed"] is None else Weighed(**state["weighed"])
+        objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
+        name = None if self._folder is None else state["name"]
+        run, loss = self._swept(Run(objectives, name=name, journal=journal))
+        if weighed is not None:
+            self.last_gramian, self.last_weights, loss = weighed.gramian, weighed.weights, weighed.losses
+            with DRAWING:
+                torch.set_rng_state(weighed.random)
+            certify(self.certificate, weighed, run.gradients.values())
         for parameter, gradient in run.gradients.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if self._folder is not None:
             (self._folder / "step.pt").unlink(missing_ok=True)
-        self._tables.forget()
+        self._space.tables.forget()
         return loss
 
-    def _check_modules(self) -> None:
-        check_network(self.model)
-        model = self.model
-        if model.dropout > 0 and not self._masks:
-            raise ValueError(
-                f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
-                "another WholeGraph"
-            )
-        if model.project.weight.dtype != self._dtype:
-            raise ValueError(
-                f"the network is in {model.project.weight.dtype} now, and was in {self._dtype} when the WholeGraph was "
-                "made: make another WholeGraph"
-            )
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}, which in training normalises over all nodes at once: parts "
-                    'have other means. Use norm="layer" (LayerNorm), or model.eval() to keep its statistics'
-                )
-        self._accept(self._observe(), self._further)
-        check_rows(self.model, self._features)
+    def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """Return several losses [m] and their Gramian [m, m]."""
+        objectives = SeveralLosses(criterion, self._network.uses())
+        _, losses = self._swept(Run(objectives))
+        assert objectives.gramian is not None
+        self.last_gramian = objectives.gramian.to(losses.dtype)
+        return losses, self.last_gramian
 
-    def _looks_further(self) -> bool:
-        """Return whether parts need the edges into their neighbours too, as blocks that go by degrees do."""
-        with _evaluating(self.model):
-            observed = self._observe(every=True)
-        self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
-        # What is refused in training mode alone, such as batch normalisation, is refused in a step.
-        observed += [each for each in self._observe(every=True) if each.reach.near or each.reach.further]
-        further = not all(each.reach.near for each in observed)
-        self._accept(observed, further)
-        return further
-
-    def _observe(self, every: bool = False) -> list[_Observed]:
-        """Return what blocks need, in the modes in which they are: one of each new kind, or all."""
-        found, seen, known = [], set(), set(self._kinds)
-        for index in range(self.num_layers):
-            layer = self.model.layer(index)
-            if id(layer) in seen:
-                continue
-            seen.add(id(layer))
-            for group, block in enumerate(layer._blocks()):
-                kind = self._kind_at[index, group] = kind_of(block)
-                if kind not in known or every:
-                    name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
-                    found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
-                    known.add(kind)
-        return found
-
-    def _accept(self, observed: list[_Observed], further: bool) -> None:
-        """Note kinds of blocks as such that can be computed part by part, or refuse them."""
-        self._refuse([each for each in observed if not (each.reach.further if further else each.reach.near)])
-        for each in observed:
-            if each.reach.ordered and not self._in_order:
-                raise ValueError(
-                    f"{each.name}: what it returns depends on the order of the edges into a node, and in "
-                    "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
-                    "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
-                )
-        for each in observed:
-            self._kinds[each.kind] = each.reach.alone(further) and self._kinds.get(each.kind, True)
-
-    def computed_alone(self, layer: int, group: int) -> bool:
-        """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
-        return self._kinds.get(self._kind_at[0 if self.model.tied else layer, group], False)
-
-    def _refuse(self, observed: list[_Observed]) -> None:
-        for each in observed:
-            raise ValueError(
-                f"{each.name}: what it returns for a node depends on more than the node and its neighbours, so that it "
-                "cannot be computed part by part: it has several convolutions one after the other, goes against the "
-                "edges, or normalises over nodes. Make each convolution a layer of its own, and use norms over "
-                "channels (LayerNorm). If it was put into the network later, make another WholeGraph"
-            )
+    def _swept(self, run: Run) -> tuple[Step, Tensor]:
+        """Go forward and backward."""
+        with DRAWING:
+            self._network.draw()
+            seed = int(torch.randint(2**62, (1,), generator=_beside()))
+        step = self._network.step(self._space, replace(run, seed=seed))
+        loss = step.run()
+        self.last_drift = step.drift
+        return step, loss
 
     def _digest(self) -> str:
         """Return what tells this network, with its parameters, and this division from others."""
         model = self.model
         modes = [module.training for module in model.modules()]
-        own = (self._ptr.tolist(), self.exact, self._inputs, repr(model), modes, model.dropout, model.shared_dropout)
-        digest = hashlib.sha256(repr((*own, self._graph)).encode())
-        for name, tensor in self.model.state_dict().items():
+        digest = hashlib.sha256(repr((self._graph, self._network.settings(), repr(model), modes)).encode())
+        for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _check_weighting(weighting: object) -> None:
+    if isinstance(weighting, type) or not (weighting is None or callable(weighting)):
+        found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
+        raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
 
 
 def _in_order(data: Any, adj_t: Tensor) -> bool:

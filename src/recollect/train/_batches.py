@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -72,10 +72,16 @@ class PartBatches:
         training: how many parts make a step, and the share of the edges that each leaves out.
         device: of the network.
         shares: the parts of each process, where there are several: all of them take as many steps.
+        names: of what the network takes of a mini-batch besides; it comes last among the inputs.
     """
 
     def __init__(
-        self, graph: TrainingGraph, training: TrainingSettings, device: torch.device, shares: Shares | None = None
+        self,
+        graph: TrainingGraph,
+        training: TrainingSettings,
+        device: torch.device,
+        shares: Shares | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self._outward: Literal["cut", "complete"] | bool = training.compensate or False  # type: ignore[assignment]
         self._shares = shares
@@ -88,6 +94,7 @@ class PartBatches:
             self._loader = SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps)
         self._edge_dropout = training.edge_dropout
         self._device = device
+        self._names = names
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield them."""
@@ -98,7 +105,8 @@ class PartBatches:
             data, size, *where = sub.to(self._device)
             adj_t = dropout(data.adj_t, self._edge_dropout)
             outward = (data.outward,) if self._outward else ()
-            yield Batch((data.x, adj_t, size, *where, *outward), data.y[:size], rows.to(self._device))
+            named = (data[name] for name in self._names)
+            yield Batch((data.x, adj_t, size, *where, *outward, *named), data.y[:size], rows.to(self._device))
 
 
 def evaluation_loader(graph: TrainingGraph, training: TrainingSettings, shares: Shares | None = None) -> SubgraphLoader:

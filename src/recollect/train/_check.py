@@ -100,8 +100,8 @@ def _check_devices(settings: Settings) -> None:
     wrong = {name: need for name, (need, found) in needed.items() if found != need}
     if settings.model.family != "histories":
         raise UsageError(
-            f"devices={settings.devices} needs a network with histories of recollect.models, and model="
-            f"{settings.model.name} is none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
+            f"devices={settings.devices} needs a network whose histories can lie over processes, and model="
+            f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
         )
     if wrong:
         words = ", ".join(f"{name}={'null' if need is None else str(need).lower()}" for name, need in wrong.items())
@@ -168,7 +168,6 @@ def _check_whole_graph(settings: Settings) -> None:
             "training=autoscale"
         )
     needed = {
-        "objective": ("mean", settings.objective.name),
         "training.edge_dropout": (0, settings.training.edge_dropout),
         "training.lipschitz": (0, settings.training.lipschitz),
         "model.disable": (False, getattr(model, "disable", False)),
@@ -176,6 +175,8 @@ def _check_whole_graph(settings: Settings) -> None:
         "precision": ("32-true", settings.precision),
     }
     wrong = [f"{name}={need}".lower() for name, (need, found) in needed.items() if found != need]
+    if settings.objective.name == "iwrm":
+        wrong.append("objective=mean or multitask")
     if getattr(model, "norm", None) == "batch":
         wrong.append("model.norm=layer")
     if wrong:
@@ -206,11 +207,8 @@ def _check_training(settings: Settings) -> None:
     if training.name == "wholegraph":
         _check_whole_graph(settings)
         return
-    if not settings.model.histories:
-        raise UsageError(
-            f"training=autoscale needs a model with histories, and model={settings.model.name} has none: choose gcn, "
-            f"gat, gcn2, appnp, pna, pna_jk, gin or import, or training=full"
-        )
+    if settings.model.family == "reversible":
+        _check_reversible_parts(settings)
     if training.parts_per_batch > training.num_parts:
         raise UsageError(
             f"training.parts_per_batch={training.parts_per_batch}: must be at most training.num_parts="
@@ -220,6 +218,23 @@ def _check_training(settings: Settings) -> None:
         raise UsageError(
             f"training.buffer_size={training.buffer_size}: is the size of buffers of which there are none; set "
             f"training.pool_size=2, or leave it out"
+        )
+
+
+def _check_reversible_parts(settings: Settings) -> None:
+    """Refuse what deep reversible networks have no histories for."""
+    training, model = settings.training, settings.model
+    if training.compensate:
+        raise UsageError(
+            f"training.compensate={training.compensate}: model={model.name} has no corrected histories: leave it at "
+            "null, or choose gcn, gcn2 or appnp; training=wholegraph has the exact gradient"
+        )
+    conv, options = getattr(model, "conv", None), getattr(model, "conv_kwargs", {})
+    if conv == "gcn" and options.get("normalize", True):
+        raise UsageError(
+            "training=autoscale: model.conv=gcn divides by the degrees of neighbours, which a mini-batch does not know "
+            "of the nodes around it: choose model.conv=sage (or gat, gen, gin, graphconv), "
+            "model.conv_kwargs.normalize=false, or training=wholegraph"
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from recollect.frames import LatticeError
 from recollect.train._errors import Interrupted, TrainingError
 from recollect.train._folder import RunFolder
 
@@ -31,6 +32,8 @@ def explained(folder: RunFolder) -> Iterator[None]:
         raise TrainingError(_memory(folder, error)) from error
     except OSError as error:
         raise TrainingError(_files(folder, error)) from error
+    except LatticeError as error:
+        raise TrainingError(f"{error}: try a lower optimizer.lr, or clip_norm=1.0. {_safe(folder)}") from error
     except RuntimeError as error:  # torch has no type of its own for these
         cause = error.__cause__ or error.__context__
         if "can't allocate memory" in str(error):

@@ -12,7 +12,7 @@ from recollect.autoscale import compute_micro_f1
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError
 
-__all__ = ["losses", "other_scores", "score", "scored"]
+__all__ = ["known_labels", "known_losses", "losses", "other_scores", "score", "scored"]
 
 _NAMES = {"rocauc": "ROC-AUC", "average_precision": "average precision"}
 
@@ -26,11 +26,21 @@ def losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
         target: classes [num_nodes] int64, or labels [num_nodes, num_classes] in {0, 1}; unknown ones, NaN, have the
             loss 0, and all others a factor with which the mean is that of the known ones.
     """
+    each = known_losses(task, logits, target)
+    return each if task == "multiclass" else each * (each.numel() / known_labels(task, target).clamp(min=1))
+
+
+def known_losses(task: str, logits: Tensor, target: Tensor) -> Tensor:
+    """Return the same, but without that factor: what is added up over parts of the nodes."""
     if task == "multiclass":
         return F.cross_entropy(logits, target, reduction="none")
-    known = ~target.isnan()
     each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
-    return each * known * (known.numel() / known.sum().clamp(min=1))
+    return each * ~target.isnan()
+
+
+def known_labels(task: str, target: Tensor) -> Tensor:
+    """Return the number of losses that count: of nodes, or of labels that are known; an integer, on the device."""
+    return torch.tensor(len(target)) if task == "multiclass" else (~target.isnan()).sum()
 
 
 def score(graph: GraphDataset, logits: Tensor, part: str) -> float:

@@ -52,6 +52,11 @@ _WEIGHTINGS: dict[str, Callable[[], Weights]] = {
 class Objective(Protocol):
     """From the losses of a step to what goes backward."""
 
+    @property
+    def weigh(self) -> Weights | None:
+        """From a Gramian to weights, where another part computes it; the step is observed. None: of one objective."""
+        ...
+
     def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of the losses, and the scalar whose gradient is the update."""
         ...
@@ -63,6 +68,8 @@ class Objective(Protocol):
 
 class _Mean:
     """One objective."""
+
+    weigh = None
 
     def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         value = losses.mean()
@@ -100,9 +107,16 @@ class _Many:
         gramian, known = together[: gramian.numel()].view(gramian.shape), together[gramian.numel() :]
         if not bool(known.isfinite().all()):
             return value, value  # the trainer stops at a loss that is not finite, and names the epoch
+        weights = self.weigh(gramian)
+        return value, objectives @ weights.to(objectives.device, objectives.dtype, non_blocking=True)
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        """Return the weights [m] of objectives with this Gramian [m, m]; equal ones where it is not finite."""
+        if not bool(gramian.isfinite().all()):
+            return gramian.new_full(gramian.shape[:1], 1 / len(gramian))  # the trainer stops, as above
         weights = self._weighting(gramian)
         self._seen.append(conflict(gramian, weights))
-        return value, objectives @ weights.to(objectives.device, objectives.dtype, non_blocking=True)
+        return weights
 
     def observe(self) -> dict[str, float]:
         """Return the measures, NaN without a step.

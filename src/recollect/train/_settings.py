@@ -101,8 +101,6 @@ class ModelSettings:
 
     family: ClassVar[str]
     """Which of `recollect.train.families` it belongs to."""
-    histories: ClassVar[bool] = False
-    """Whether it can be trained on parts."""
 
     @property
     def weighs_edges(self) -> bool:
@@ -141,7 +139,6 @@ class ScalableSettings(ModelSettings):
     """A network whose layers can take their neighbours from histories; see `recollect.autoscale.ScalableGNN`."""
 
     family: ClassVar[str] = "histories"
-    histories: ClassVar[bool] = True
 
     num_layers: int = key("layers", low=1)
     hidden_channels: int = key("channels of the layers", low=1)
@@ -160,7 +157,6 @@ class ImportSettings(ModelSettings):
     """A network of one's own: what a function or a class in a module makes."""
 
     family: ClassVar[str] = "own"
-    histories: ClassVar[bool] = True
 
     target: str | None = key("MODULE:NAME of a class or function that makes the network")
     folder: str | None = key("folder in which the module is looked for first; null: the working directory", path=True)

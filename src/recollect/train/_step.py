@@ -40,7 +40,7 @@ class Step:
         self.objective = make_objective(settings.objective, graph, network)
         self.model, self.optimizer = fabric.setup(network, build_optimizer(settings.optimizer, network))
         self._team = team()
-        self._own_step = family.own_step(network, self.graph)
+        self._own_step = family.own_step(network, self.graph, self.objective)
         self._second = False
         self._evaluation = family.evaluation(network, self.graph)
 

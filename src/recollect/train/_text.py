@@ -17,6 +17,7 @@ __all__ = [
     "range_text",
     "seconds_text",
     "table",
+    "tables_text",
 ]
 
 METRICS = {
@@ -67,6 +68,11 @@ def histories_text(histories: Mapping[str, Any]) -> str:
     return f"{size} ({histories['place']})"
 
 
+def tables_text(tables: Mapping[str, Any]) -> str:
+    """What they hold for each node, bytes and place."""
+    return f"{tables['rows']:,} x {tables['numbers']:,} numbers: {bytes_text(tables['bytes'])} ({tables['place']})"
+
+
 def layers_text(summary: Mapping[str, Any]) -> str:
     """The number of layers and a comma, if it is known."""
     layers = summary["layers"]
@@ -110,17 +116,18 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
 
 
 def _seen(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What reconstruction or histories left to be seen."""
-    histories = summary["histories"]
+    """What reconstruction left to be seen; what histories or tables take."""
+    found: list[tuple[str, str]] = []
+    first, histories, tables = summary["modes"][0], summary["histories"], summary.get("tables")
+    drift = summary["largest_drift"]
+    if first == "reversible" or drift is not None:
+        found.append(("largest drift", "nothing was reconstructed" if drift is None else f"{drift:.1e}"))
+    if tables is not None:
+        found.append(("tables", tables_text(tables)))
     if histories is None:
-        if summary["modes"][0] != "reversible":
-            return []
-        drift = summary["largest_drift"]
-        return [("largest drift", "nothing was reconstructed" if drift is None else f"{drift:.1e}")]
-    found = [
-        ("histories", histories_text(histories)),
-        ("their mean age", f"{range_text(histories['ages'])} steps" if histories["ages"] else "there are none"),
-    ]
+        return found
+    ages = f"{range_text(histories['ages'])} steps" if histories["ages"] else "there are none"
+    found += [("histories", histories_text(histories)), ("their mean age", ages)]
     return [*found, ("their relative error", range_text(histories["errors"], ".1e"))] if histories["errors"] else found
 
 

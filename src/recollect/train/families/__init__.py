@@ -12,11 +12,27 @@ from recollect.train.families._family import Family
 from recollect.train.families._histories import HistoriesFamily
 from recollect.train.families._own import OwnFamily, own_family
 from recollect.train.families._reversible import ReversibleFamily
+from recollect.train.families._reversible_parts import ReversiblePartsFamily
+from recollect.train.families._whole_graph import WholeGraphFamily
 
-__all__ = ["Family", "HistoriesFamily", "OwnFamily", "ReversibleFamily", "family_of", "own_family"]
+__all__ = [
+    "Family",
+    "HistoriesFamily",
+    "OwnFamily",
+    "ReversibleFamily",
+    "ReversiblePartsFamily",
+    "WholeGraphFamily",
+    "family_of",
+    "own_family",
+]
 
+_REVERSIBLE: dict[str, Callable[[Settings], Family]] = {
+    "full": ReversibleFamily,
+    "autoscale": ReversiblePartsFamily,
+    "wholegraph": WholeGraphFamily,
+}
 _FAMILIES: dict[str, Callable[[Settings], Family]] = {
-    "reversible": ReversibleFamily,
+    "reversible": lambda settings: _REVERSIBLE[settings.training.name](settings),
     "histories": HistoriesFamily,
     "own": own_family,
 }

@@ -17,6 +17,7 @@ from recollect.train._batches import Batches, FullBatch
 from recollect.train._embedding import learn_features
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph, scaled_features, to_device
+from recollect.train._objective import Objective
 from recollect.train._settings import Settings
 
 __all__ = ["Family"]
@@ -86,7 +87,7 @@ class Family(ABC):
             UsageError: it cannot be as the settings say.
             TrainingError: a package is missing.
         """
-        if graph.learnt_features and (self.settings.data.features or self.settings.training.name == "autoscale"):
+        if graph.learnt_features and (self.settings.data.features or self.settings.training.name != "full"):
             raise UsageError(
                 "dataset.features=embedding needs data.features=null and training=full: learnt vectors are no numbers "
                 "of the file; or choose dataset.features=degree"
@@ -137,7 +138,7 @@ class Family(ABC):
     def fill(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - most have nothing to fill
         """Bring what steps read, beside the parameters, to the state of the parameters."""
 
-    def own_step(self, network: nn.Module, graph: TrainingGraph) -> Callable[[], Tensor] | None:
+    def own_step(self, network: nn.Module, graph: TrainingGraph, objective: Objective) -> Callable[[], Tensor] | None:
         """What computes loss and gradients of an epoch's one step, where the loop does not; returns the mean loss."""
         return None
 
@@ -156,9 +157,9 @@ class Family(ABC):
 
     def summarize(
         self, network: nn.Module, history: Sequence[dict[str, float]], device: torch.device
-    ) -> dict[str, Any] | None:
-        """What summary.json holds of the histories, if there are any."""
-        return None
+    ) -> dict[str, Any]:
+        """What summary.json holds of ``histories`` or ``tables``, if there are any."""
+        return {}
 
     def plain_bytes(self, network: nn.Module, graph: TrainingGraph, batches: Batches, peak: int) -> tuple[int, int]:
         """Bytes of a step in the second mode, which was not measured yet: at most, and about.

@@ -73,14 +73,18 @@ class HistoriesFamily(Family):
     def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
         """``adj_t`` in the place of ``edge_index``; for training on parts, nodes in the order of the parts."""
         ptr = None
-        if "edge_attr" in data:
-            del data.edge_attr  # none of these networks takes it
+        if "edge_attr" in data and "edge_attr" not in self.names(data):
+            del data.edge_attr
         data = to_adj_t(data)
         if self.in_parts:
             perm, ptr = cut(self.settings.training, data.adj_t)
             data = permute(data, perm)
-        data.adj_t = ADJACENCY[cast(ScalableSettings, self.settings.model).adjacency](data.adj_t)
+        data.adj_t = ADJACENCY[getattr(self.settings.model, "adjacency", "plain")](data.adj_t)
         return data, ptr
+
+    def names(self, data: Any) -> tuple[str, ...]:
+        """What the network takes of a graph by name, beside features and adjacency."""
+        return ()
 
     def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
         """Say what the histories will take, and refuse them where there is no room; nothing is allocated."""
@@ -110,7 +114,7 @@ class HistoriesFamily(Family):
         """Some parts in each step, or the whole graph."""
         if self.in_parts and not second:
             placed = self._prepared or graph  # cutting waits for a device
-            return PartBatches(placed, self.settings.training, device, self._shares)
+            return PartBatches(placed, self.settings.training, device, self._shares, self.names(placed.data))
         return super().batches(network, graph, device)
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
@@ -172,16 +176,14 @@ class HistoriesFamily(Family):
 
     def summarize(
         self, network: nn.Module, history: Sequence[dict[str, float]], device: torch.device
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         """Size of the histories; mean ages after the last epoch, and errors where they were last measured."""
         if not self.in_parts:
-            return None
+            return {}
         errors = [found for row in history if (found := per_layer(row, "error")) and found[0] == found[0]]
-        return {
-            **histories_of(_with_histories(network), self.settings.training, device),
-            "ages": per_layer(history[-1], "age"),
-            "errors": errors[-1] if errors else [],
-        }
+        size = histories_of(_with_histories(network), self.settings.training, device)
+        last = {"ages": per_layer(history[-1], "age"), "errors": errors[-1] if errors else []}
+        return {"histories": size | last}
 
     def plain_bytes(self, network: nn.Module, graph: TrainingGraph, batches: Batches, peak: int) -> tuple[int, int]:
         """At most as the parts are to all parts, and about as their nodes and halo are to all nodes."""

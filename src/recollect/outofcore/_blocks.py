@@ -1,0 +1,100 @@
+"""Which blocks of a reversible network can be computed part by part, as observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from recollect.messages.reach import Probe, Reach, kind_of
+from recollect.models import RevGNN
+from recollect.outofcore._checks import evaluating
+from recollect.outofcore._network import Graph
+
+__all__ = ["Blocks"]
+
+
+@dataclass(frozen=True)
+class _Observed:
+    name: str
+    kind: tuple[Any, ...]
+    reach: Reach
+
+
+class Blocks:
+    """What the blocks of a network need, in the modes in which they are.
+
+    Args:
+        model: the network.
+        graph: on whose edges blocks are observed.
+
+    Attributes:
+        further: whether parts need the edges into their neighbours too, as blocks that go by degrees do.
+
+    Raises:
+        ValueError: a block looks further than to neighbours.
+    """
+
+    def __init__(self, model: RevGNN, graph: Graph) -> None:
+        self._model = model
+        self._in_order = graph.in_order
+        self._probe = Probe(graph.edges, model.project.out_features // model.num_groups, model.project.weight.dtype)
+        self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
+        self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
+        with evaluating(model):
+            observed = self._observe(every=True)
+        self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
+        # What is refused in training mode alone, such as batch normalisation, is refused in a step.
+        observed += [each for each in self._observe(every=True) if each.reach.near or each.reach.further]
+        self.further = not all(each.reach.near for each in observed)
+        self._accept(observed)
+
+    def check(self) -> None:
+        """Look at blocks of kinds, or in modes, that are new.
+
+        Raises:
+            ValueError: a block looks further than parts go.
+        """
+        self._accept(self._observe())
+
+    def computed_alone(self, layer: int, group: int) -> bool:
+        """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
+        return self._kinds.get(self._kind_at[0 if self._model.tied else layer, group], False)
+
+    def _observe(self, every: bool = False) -> list[_Observed]:
+        """Return what blocks need: one of each new kind, or all."""
+        found, seen, known = [], set(), set(self._kinds)
+        for index in range(self._model.num_layers):
+            layer = self._model.layer(index)
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            for group, block in enumerate(layer._blocks()):
+                kind = self._kind_at[index, group] = kind_of(block)
+                if kind not in known or every:
+                    name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
+                    found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
+                    known.add(kind)
+        return found
+
+    def _accept(self, observed: list[_Observed]) -> None:
+        """Note kinds of blocks as such that can be computed part by part, or refuse them."""
+        further = self.further
+        self._refuse([each for each in observed if not (each.reach.further if further else each.reach.near)])
+        for each in observed:
+            if each.reach.ordered and not self._in_order:
+                raise ValueError(
+                    f"{each.name}: what it returns depends on the order of the edges into a node, and in "
+                    "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
+                    "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
+                )
+        for each in observed:
+            self._kinds[each.kind] = each.reach.alone(further) and self._kinds.get(each.kind, True)
+
+    def _refuse(self, observed: list[_Observed]) -> None:
+        for each in observed:
+            raise ValueError(
+                f"{each.name}: what it returns for a node depends on more than the node and its neighbours, so that it "
+                "cannot be computed part by part: it has several convolutions one after the other, goes against the "
+                "edges, or normalises over nodes. Make each convolution a layer of its own, and use norms over "
+                "channels (LayerNorm). If it was put into the network later, make another WholeGraph"
+            )

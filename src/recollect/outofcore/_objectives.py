@@ -1,0 +1,288 @@
+"""One loss, or several whose Gramian is computed: what a step takes back through a part, and adds up over parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autogram import Certificate
+
+__all__ = ["Criterion", "Objectives", "OneLoss", "Pulled", "SeveralLosses", "Weighed", "Weighting", "certify", "weigh"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Weighting = Callable[..., Tensor]
+
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}  # of the two sides of a certificate, as for engines
+_NOISE = 30  # units of rounding that gradients which cancel leave, of losses of size 1
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Gradients that came back through a part.
+
+    Attributes:
+        rows: of each input with rows [rows, width], or [rows, m, width] of m losses; ``None``: it was not used.
+        parameters: of each parameter, of its shape, or [m, ...]; ``None``: it was not used.
+    """
+
+    rows: list[Tensor | None]
+    parameters: list[Tensor | None]
+
+
+class Objectives(Protocol):
+    """What a step computes gradients of."""
+
+    def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the losses of a part, from its training nodes' logits and labels."""
+
+    def width(self, width: int) -> int:
+        """Return the entries of a row of gradients, for rows of so many entries."""
+
+    def table(self, name: str) -> str:
+        """Return the name of a table of gradients."""
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+        """Return the gradients of a part's losses."""
+
+    def pull(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Pulled:
+        """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on."""
+
+    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Take notice that a pass over all parts is over, which brought these parameters' gradients."""
+
+
+def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    # What does not depend on any input has no gradient to give.
+    pairs = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
+    if not pairs or not inputs:
+        return [None] * len(inputs)  # type: ignore[list-item]
+    outs, grads = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outs, inputs, grads, retain_graph=keep, allow_unused=True))
+
+
+class OneLoss:
+    """The gradient of one loss, a sum over parts.
+
+    Args:
+        criterion: the loss of a part.
+        weights: [m], where the criterion returns m losses: the loss is their weighted sum.
+    """
+
+    def __init__(self, criterion: Criterion, weights: Tensor | None = None) -> None:
+        self._criterion = criterion
+        self._weights = weights
+
+    def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Objectives`: a scalar."""
+        loss = self._criterion(logits, y)
+        if self._weights is not None:
+            return _vector(loss, self._weights.numel()) @ self._weights.to(loss)
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise ValueError(
+                f"criterion(logits, y) must return a scalar, the sum over a part's nodes (got {_described(loss)}); a "
+                "vector of several losses goes with step(criterion, weighting)"
+            )
+        return loss
+
+    def width(self, width: int) -> int:
+        """See :class:`Objectives`."""
+        return width
+
+    def table(self, name: str) -> str:
+        """See :class:`Objectives`."""
+        return name
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+        """See :class:`Objectives`."""
+        return self.pull([losses], [torch.ones_like(losses)], rows, parameters)
+
+    def pull(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Pulled:
+        """See :class:`Objectives`."""
+        seeds = [gradient.to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)]
+        found = _grad(outputs, [*rows, *parameters], seeds, False)
+        return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
+
+    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
+        """See :class:`Objectives`: gradients stay until the step's end."""
+
+
+class SeveralLosses:
+    """The Gramian of several losses' gradients.
+
+    Each parameter's m rows are squared, and given up, after the last pass that brings some of them.
+
+    Args:
+        criterion: the losses [m] of a part.
+        uses: how many passes bring gradients of each parameter.
+
+    Attributes:
+        gramian: of what was finished so far [m, m] float64.
+    """
+
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> None:
+        self._criterion = criterion
+        self._left = Counter(uses)
+        self._number: int | None = None
+        self.gramian: Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """How many losses there are; known when the first part's are."""
+        assert self._number is not None
+        return self._number
+
+    def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Objectives`: [m]."""
+        losses = _vector(self._criterion(logits, y), self._number)
+        if self._number is None:
+            self._number = losses.numel()
+            self.gramian = torch.zeros(self._number, self._number, dtype=torch.float64, device="cpu")
+        return losses
+
+    def width(self, width: int) -> int:
+        """See :class:`Objectives`."""
+        return width * self.number
+
+    def table(self, name: str) -> str:
+        """See :class:`Objectives`."""
+        return f"{name}x{self.number}"
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+        """See :class:`Objectives`."""
+        return self._pull([losses], [[one] for one in torch.eye(self.number, dtype=losses.dtype)], rows, parameters)
+
+    def pull(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Pulled:
+        """See :class:`Objectives`."""
+        flat = [g.view(g.size(0), self.number, -1) for g in gradients]
+        seeds = [
+            [g[:, i].reshape(o.shape).to(o.dtype) for g, o in zip(flat, outputs, strict=True)]
+            for i in range(self.number)
+        ]
+        return self._pull(outputs, seeds, rows, parameters)
+
+    def _pull(
+        self,
+        outputs: Sequence[Tensor],
+        seeds: Sequence[Sequence[Tensor]],
+        rows: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Pulled:
+        # One loss after the other: on a CPU batched gradients are no faster, and not every function has them.
+        inputs = [*rows, *parameters]
+        found: list[Tensor | None] = [None] * len(inputs)
+        for i, seed in enumerate(seeds):
+            gradients = _grad(outputs, inputs, seed, i < self.number - 1)
+            for k, (gradient, value) in enumerate(zip(gradients, inputs, strict=True)):
+                if gradient is None:
+                    continue
+                dim = 1 if k < len(rows) else 0
+                if found[k] is None:
+                    shape = list(value.shape)
+                    shape.insert(dim, self.number)
+                    found[k] = value.new_zeros(shape, requires_grad=False)
+                found[k].select(dim, i).copy_(gradient)  # type: ignore[union-attr]
+        return Pulled(found[: len(rows)], found[len(rows) :])
+
+    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
+        """See :class:`Objectives`."""
+        for parameter in parameters:
+            self._left[parameter] -= 1
+            if self._left[parameter] <= 0 and parameter in gradients:
+                rows = gradients.pop(parameter).flatten(1)
+                assert self.gramian is not None
+                self.gramian += (rows @ rows.T).double()
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What was found of several losses, before their weighted gradient is computed.
+
+    Attributes:
+        losses: [m].
+        gramian: [m, m].
+        weights: [m].
+        random: torch's state behind it.
+    """
+
+    losses: Tensor
+    gramian: Tensor
+    weights: Tensor
+    random: Tensor
+
+
+def weigh(weighting: Weighting, losses: Tensor, gramian: Tensor) -> Tensor:
+    """Return the weights [m] that a weighting makes of a Gramian, and of the losses where it takes them.
+
+    Raises:
+        TypeError: it returns no tensor.
+        ValueError: it returns another shape.
+    """
+    weights = weighting(gramian, *((losses,) if getattr(weighting, "takes_residuals", False) else ()))
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"the weighting must return a tensor of one weight for each loss (got {_described(weights)})")
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"the weighting must return one weight for each loss, {list(losses.shape)} (got {_described(weights)})"
+        )
+    return weights.detach().to(losses)
+
+
+def certify(certificate: Certificate, found: Weighed, gradients: Iterable[Tensor]) -> None:
+    """Compare wᵀ G w with the squared norm of the weighted gradient.
+
+    Raises:
+        GramianError: they differ by more than rounding.
+    """
+    gradients = list(gradients)
+    dtype = found.losses.dtype
+    tolerance, eps = _TOLERANCES.get(dtype, 5e-2), torch.finfo(dtype).eps
+    gramian, w = found.gramian.double(), found.weights.double()
+    squared = sum((g.double().square().sum() for g in gradients), torch.zeros((), dtype=torch.float64))
+    norm = w.abs() @ gramian.diagonal().clamp(min=0).sqrt()
+    noise = _NOISE * eps * (w.abs() @ found.losses.double().abs().clamp(min=1))
+    bound = norm.square() + (2 * norm * noise + noise.square()) / tolerance
+    names = ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²")
+    certificate.compare((w @ gramian @ w, squared, bound, norm.square()), tolerance, names, advice=_ADVICE)
+
+
+_ADVICE = (
+    "Both come from sweeps over the same parts, so that something computes other numbers each time, or has a backward "
+    "that is not linear: look at the criterion, and at functions and hooks of your own. No gradient was accumulated"
+)
+
+
+def _vector(losses: object, number: int | None) -> Tensor:
+    """Return the losses of a part, or say that they are no vector."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or losses.numel() != (number or losses.numel() or 1):
+        raise ValueError(
+            f"criterion(logits, y) must return a vector of {number or 'm'} losses with a weighting, each a sum over a "
+            f"part's nodes (got {_described(losses)})"
+        )
+    return losses
+
+
+def _described(found: object) -> str:
+    return f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -1,0 +1,315 @@
+"""Reversible networks: two tables for each group of channels, whatever the depth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.frames import Lattice, check_exact, digits_of
+from recollect.messages import for_targets
+from recollect.models import RevGNN
+from recollect.outofcore._blocks import Blocks
+from recollect.outofcore._checks import check_network, check_rows, evaluating
+from recollect.outofcore._masks import Masks, width_of
+from recollect.outofcore._network import Graph, Network
+from recollect.outofcore._parts import Part
+from recollect.outofcore._step import Run, Space, Step, trained
+from recollect.outofcore._tables import Changes, Shape
+
+__all__ = ["Reversible"]
+
+_FEATURES = 64  # rows of features that are kept to see what is done with them
+
+Read = tuple[Tensor, Tensor, Tensor | None]
+"""Rows of a group, the block's input, and the factors of its dropout."""
+
+
+class Reversible(Network):
+    """A RevGNN.
+
+    Args:
+        model: the network, in float32 or float64.
+        graph: which it is for.
+        exact: whether the stream is on a lattice; see :class:`~recollect.outofcore.WholeGraph`.
+    """
+
+    model: RevGNN
+
+    def __init__(self, model: RevGNN, graph: Graph, exact: bool | int) -> None:
+        check_network(model)
+        self.model = model
+        own = model.layer(0).exact
+        self.exact = check_exact(own if own is not False and exact is True else exact)
+        self.dtype = model.project.weight.dtype
+        digits = digits_of(self.exact, self.dtype)
+        self.lattice = None if digits is None else Lattice(digits)
+        self._hidden = model.project.out_features
+        self.blocks = Blocks(model, graph)
+        self.further = self.blocks.further
+        self._features = graph.data.x[:_FEATURES].cpu().clone()
+        with evaluating(model):
+            check_rows(model, self._features)
+        self.masks: dict[str, Masks] = {}
+
+    def tables(self) -> dict[str, Shape]:
+        """See :class:`Network`."""
+        groups = self.model.num_groups
+        found: dict[str, Shape] = {
+            f"{kind}{i}": (self._hidden // groups, self.dtype) for kind in ("x", "g") for i in range(groups)
+        }
+        for mask in ("mask", "last_mask") if self.model.dropout > 0 else ():
+            found[mask] = width_of(self._hidden), torch.uint8
+        return found
+
+    def places(self, parts: int) -> int:
+        """See :class:`Network`."""
+        return self.model.num_layers * self.model.num_groups * parts
+
+    def settle(self, space: Space, graph: Graph) -> None:
+        """See :class:`Network`."""
+        self.bounds = space.parts.bounds
+        self.masks = {name: Masks(space.tables[name], self._hidden) for name in self.tables() if name.endswith("mask")}
+
+    def check(self) -> None:
+        """See :class:`Network`."""
+        model = self.model
+        check_network(model)
+        if model.training and model.dropout > 0 and not self.masks:
+            raise ValueError(
+                f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
+                "another WholeGraph"
+            )
+        if model.project.weight.dtype != self.dtype:
+            raise ValueError(
+                f"the network is in {model.project.weight.dtype} now, and was in {self.dtype} when the WholeGraph was "
+                "made: make another WholeGraph"
+            )
+        self.check_norms()
+        self.blocks.check()
+        check_rows(model, self._features)
+
+    def draw(self) -> None:
+        """Draw the masks: the same numbers in the same order as the network itself draws for the whole graph."""
+        model = self.model
+        if not (model.training and model.dropout > 0):
+            return
+        for masks in self.masks.values():
+            masks.p = model.dropout
+        if model.shared_dropout:
+            self.masks["mask"].draw(self.bounds)
+        self.masks["last_mask"].draw(self.bounds)
+
+    def uses(self) -> Counter[nn.Parameter]:
+        """See :class:`Network`."""
+        found = Counter(2 * self.around())
+        for layer in range(self.model.num_layers):
+            for group in range(self.model.num_groups):
+                found.update(self.inside(layer, group))
+        return found
+
+    def around(self) -> list[nn.Parameter]:
+        """Return what is trained before and behind the layers."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        found = {id(p): p for name, p in named if p.requires_grad and not name.startswith("layers.")}
+        return list(found.values())
+
+    def inside(self, layer: int, group: int) -> list[nn.Parameter]:
+        """Return what is trained of a block."""
+        block = self.block(layer, group)
+        return trained([getattr(block, "module", block)])
+
+    def block(self, layer: int, group: int) -> Any:
+        """Return a block of a layer."""
+        return self.model.layer(layer)._blocks()[group]
+
+    def settings(self) -> tuple[Any, ...]:
+        """See :class:`Network`."""
+        return self.exact, self.model.dropout, self.model.shared_dropout
+
+    def step(self, space: Space, run: Run) -> ReversibleStep:
+        """See :class:`Network`."""
+        return ReversibleStep(self, space, run)
+
+
+class ReversibleStep(Step):
+    """A step of a RevGNN.
+
+    Args:
+        of: the network.
+        space: where its numbers lie.
+        run: which step it is.
+    """
+
+    def __init__(self, of: Reversible, space: Space, run: Run) -> None:
+        super().__init__(of.model, space, run)
+        self._of, self._model = of, of.model
+
+    # Forward.
+
+    def forward(self) -> None:
+        """See :class:`Step`."""
+        self._pass(lambda part: None, self._embed)
+        for layer in range(self._model.num_layers):
+            for group in range(self._model.num_groups):
+                self._pass(partial(self._rows, group), partial(self._forward, layer, group))
+
+    def _embed(self, part: Part, _: None) -> Changes:
+        with torch.no_grad():
+            rows = self._entered(self._model.embed(part.x))
+        where = (part.start, part.stop)
+        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))])
+
+    def _entered(self, rows: Tensor) -> Tensor:
+        lattice = self._of.lattice
+        return rows if lattice is None else lattice.enter(rows)
+
+    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.chunk(rows, self._model.num_groups, -1)
+
+    def _rows(self, group: int, part: Part) -> Read:
+        """Read a group of a part, the block's input, and the factors of its dropout."""
+        model, tables, where = self._model, self.space.tables, (part.start, part.stop)
+        first, *others = self._inputs(group)
+        z = tables.read(f"x{first}", where, part.halo)
+        for other in others:
+            z += tables.read(f"x{other}", where, part.halo)
+        mask = None
+        if model.training and model.shared_dropout and model.dropout > 0:
+            mask = self._chunks(self._of.masks["mask"].read(part.n_id, self._of.dtype))[group]
+        return tables[f"x{group}"].read(where), z, mask
+
+    def _inputs(self, group: int) -> list[int]:
+        """Return the groups whose sum is the input of a group's block."""
+        return [group - 1] if group else list(range(1, self._model.num_groups))
+
+    def _forward(self, layer: int, group: int, part: Part, rows: Read) -> Changes:
+        lattice = self._of.lattice
+        own, z, mask = rows
+        with torch.enable_grad() if self.training else contextlib.nullcontext():
+            y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask).detach()
+        if lattice is None:
+            own = own + y
+        else:
+            (own,) = lattice(own, y)
+            lattice.check(own, [own], [self._of.block(layer, group)], f"layer {layer}, block {group}: {{}}")
+            if self.training:
+                self._mark(self._place(layer, group, part), y)
+        return Changes([(f"x{group}", (part.start, part.stop), own)])
+
+    def _place(self, layer: int, group: int, part: Part) -> int:
+        return (layer * self._model.num_groups + group) * len(self.space.parts) + part.number
+
+    def _evaluate(self, layer: int, group: int, part: Part, z: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the block's output for a part's nodes."""
+        of = self._of
+        if part.further:  # the one row for all that is further away, which is there to be counted
+            z = torch.cat([z, z.new_zeros(1, z.size(1))])
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
+        own = for_targets(part.size) if of.blocks.computed_alone(layer, group) else contextlib.nullcontext()
+        with own, self._drawn(layer, group, part.number):
+            y: Tensor = of.block(layer, group)(z, part.edge_index, mask, *part.edges.values())
+        return y[: part.size]
+
+    def groups_of(self, part: Part) -> Tensor:
+        """Return the activations of a part's nodes [n, hidden_channels]."""
+        tables, where = self.space.tables, (part.start, part.stop)
+        return torch.cat([tables[f"x{i}"].read(where) for i in range(self._model.num_groups)], 1)
+
+    def logits(self, part: Part) -> Tensor:
+        """See :class:`Step`."""
+        return self._model.classify(self.groups_of(part))
+
+    # The loss.
+
+    def turn(self) -> Tensor:
+        """See :class:`Step`."""
+        model, parameters = self._model, self._of.around()
+
+        def read(part: Part) -> tuple[Tensor, Tensor | None]:
+            mask = None
+            if model.training and model.dropout > 0:
+                mask = self._of.masks["last_mask"].read((part.start, part.stop), self._of.dtype)
+            return self.groups_of(part), mask
+
+        def compute(part: Part, rows: tuple[Tensor, Tensor | None]) -> Changes:
+            h, mask = rows[0].requires_grad_(), rows[1]
+
+            def logits() -> Tensor:
+                return model.classify(h[part.train], None if mask is None else mask[part.train])
+
+            (gradient,) = self._lose(part, logits, [h], parameters)
+            for i in range(model.num_groups):
+                width = self.objectives.width(self._of.tables()[f"g{i}"][0])
+                self.space.tables.make(self._gradient(i), (width, self._of.dtype))
+            where = (part.start, part.stop)
+            chunks = self._chunks(gradient)
+            return Changes([(self._gradient(i), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
+
+        self._pass(read, compute, parameters, self.space.parts.trained_first)
+        return self._lost()
+
+    def _gradient(self, group: int) -> str:
+        return self.objectives.table(f"g{group}")
+
+    # Backward.
+
+    def backward(self) -> None:
+        """See :class:`Step`."""
+        for layer in reversed(range(self._model.num_layers)):
+            for group in reversed(range(self._model.num_groups)):
+                parameters = self._of.inside(layer, group)
+                compute = partial(self._backward, layer, group, parameters)
+                self._pass(partial(self._rows_and_gradient, group), compute, parameters)
+        self._errors = self._norms = 0.0
+        self._pass(self._read_first, self._leave, self._of.around())
+        self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
+
+    def _backward(
+        self, layer: int, group: int, parameters: list[nn.Parameter], part: Part, rows: tuple[Read, Tensor]
+    ) -> Changes:
+        lattice = self._of.lattice
+        (own, z, mask), gradient = rows
+        with torch.enable_grad():
+            y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
+        if lattice is not None:
+            self._compare(self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}")
+        pulled = self.objectives.pull([y], [gradient], [z], parameters)
+        self._add(parameters, pulled)
+        where = (part.start, part.stop)
+        own = own - y.detach() if lattice is None else lattice.inverse(own, y.detach())[0]
+        changes = Changes([(f"x{group}", where, own)])
+        if pulled.rows[0] is not None:
+            found = pulled.rows[0].flatten(1)
+            for other in self._inputs(group):
+                changes.added += [
+                    (self._gradient(other), where, found[: part.size]),
+                    (self._gradient(other), part.halo, found[part.size :]),
+                ]
+        return changes
+
+    def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
+        return self._rows(group, part), self.space.tables[self._gradient(group)].read((part.start, part.stop))
+
+    def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
+        tables, where = self.space.tables, (part.start, part.stop)
+        found = [tables[self._gradient(i)].read(where) for i in range(self._model.num_groups)]
+        width = found[0].size(1) // self.objectives.width(1)
+        rows = [each.view(part.size, -1, width) for each in found]
+        return self.groups_of(part), torch.cat(rows, -1).flatten(1)
+
+    def _leave(self, part: Part, rows: tuple[Tensor, Tensor]) -> Changes:
+        found, gradient = rows
+        parameters = self._of.around()
+        with torch.enable_grad():
+            h = self._model.embed(part.x)
+            true = self._entered(h).detach()
+            self._errors += float((found - true).square().sum())
+            self._norms += float(true.square().sum())
+            if parameters:
+                self._add(parameters, self.objectives.pull([h], [gradient], [], parameters))
+        return Changes()
