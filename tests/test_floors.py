@@ -51,7 +51,7 @@ FLOORS = {
     "memory": floor("_heap _ledger _storages"),
     "_verdicts": floor("_torch"),
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
-    "autogram": floor("_devices _parameters _torch _verdicts"),
+    "autogram": floor("_devices _parameters _torch _verdicts distributed"),
     "aggregation": floor(),
     "messages": floor("_devices _torch"),
     "invertible": floor("_arguments _parameters frames"),

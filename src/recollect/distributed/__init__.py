@@ -2,7 +2,8 @@
 
 from torch import distributed
 
-from recollect.distributed._shares import Shares, SharesError
+from recollect.distributed._ranks import SharesError
+from recollect.distributed._shares import Shares
 
 if distributed.is_available():
     # The module has the default group of its time in arguments: imported behind init_process_group, as torch's
