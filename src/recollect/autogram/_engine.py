@@ -50,7 +50,7 @@ from recollect.autogram._sharded import Sharded
 from recollect.autogram._structure import find_structure
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
-from recollect.distributed._ranks import Ranks
+from recollect.distributed import Ranks
 
 __all__ = ["Engine", "register_rule"]
 

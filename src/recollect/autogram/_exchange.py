@@ -19,7 +19,7 @@ from torch import distributed as dist
 from recollect.autogram._contract import add_cross
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows, as_rows, held_elements, merge
 from recollect.autogram._sums import WholeSum
-from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed import Ranks, SharesError
 
 __all__ = ["Exchange", "RankSum"]
 

@@ -29,7 +29,7 @@ from recollect.autogram._exchange import Exchange, RankSum, raise_first
 from recollect.autogram._passes import Declines, Job, Passes, rank_passes
 from recollect.autogram._sharded import Sharded
 from recollect.autogram._square import wide
-from recollect.distributed._ranks import Ranks, SharesError, compare
+from recollect.distributed import Ranks, SharesError
 
 __all__ = ["Found", "Together"]
 
@@ -222,7 +222,7 @@ class Together:
 
     def _compare(self, reports: Sequence[_Report], parameters: Mapping[int, Tensor]) -> None:
         raise_first([report.error for report in reports])
-        compare("what is asked", [report.what for report in reports])
+        self.ranks.compare("what is asked", [report.what for report in reports])
         if len({report.table for report in reports}) > 1:
             tables = self.ranks.gather(self._table(parameters))
             for rank, table in enumerate(tables):
@@ -232,10 +232,10 @@ class Together:
                     raise SharesError(
                         f"a parameter of rank 0 is {_told(first[0])}, and of rank {rank} {_told(first[1])}"
                     )
-                compare("the number of parameters", [len(table) for table in tables])
-        compare("the losses' dtype and device", [report.kind for report in reports])
+                self.ranks.compare("the number of parameters", [len(table) for table in tables])
+        self.ranks.compare("the losses' dtype and device", [report.kind for report in reports])
         if Sharded(self.modules):
-            compare(
+            self.ranks.compare(
                 "which parameters the losses depend on (those of fully_shard must be the same)",
                 [report.uses for report in reports],
             )

@@ -14,7 +14,7 @@ from recollect._devices import widened
 from recollect._torch import hooks_of_sharding, reshards_after_backward
 from recollect.autogram._checks import is_sharded
 from recollect.autogram._operations import declare, handed_on
-from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed import Ranks, SharesError
 
 __all__ = ["Sharded"]
 

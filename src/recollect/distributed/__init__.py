@@ -2,7 +2,7 @@
 
 from torch import distributed
 
-from recollect.distributed._ranks import SharesError
+from recollect.distributed._ranks import Ranks, SharesError
 from recollect.distributed._shares import Shares
 
 if distributed.is_available():
@@ -10,4 +10,4 @@ if distributed.is_available():
     # optimizers do, it keeps the group until the interpreter ends, which then ends by a signal. Here there is none yet.
     import torch.distributed.nn  # noqa: F401
 
-__all__ = ["Shares", "SharesError"]
+__all__ = ["Ranks", "Shares", "SharesError"]

@@ -30,6 +30,14 @@ class Ranks:
     Raises:
         SharesError: this process is not in the group.
         RuntimeError: torch.distributed is not initialized.
+
+    Example:
+        >>> from torch import distributed as dist
+        >>> from recollect.distributed import Ranks
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as torchrun does for many
+        >>> Ranks().gather("a value of this rank")
+        ['a value of this rank']
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, process_group: Any | None = None, owner: str = "this") -> None:
@@ -73,7 +81,25 @@ class Ranks:
         Raises:
             SharesError: on every rank, if two differ.
         """
-        compare(what, self.gather(value))
+        self.compare(what, self.gather(value))
+
+    @staticmethod
+    def compare(what: str, values: Sequence[Any]) -> None:
+        """Compare what was gathered.
+
+        Args:
+            what: its name, for the message.
+            values: of the ranks, in their order.
+
+        Raises:
+            SharesError: two differ.
+        """
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise SharesError(
+                f"{what} of rank {others[0]} is another than that of rank 0 ({values[others[0]]} and {values[0]}): "
+                "every rank must be given the same graph, parts and options"
+            )
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Return the sum over ranks of a tensor of the same shape on each, in its memory."""
@@ -101,18 +127,4 @@ class Ranks:
         raise TypeError(
             f"the process group of {self._owner} cannot be pickled; save what belongs to it without it, and make it "
             "anew in the processes that load it"
-        )
-
-
-def compare(what: str, values: Sequence[Any]) -> None:
-    """Raise if the values of ranks differ.
-
-    Raises:
-        SharesError: two do.
-    """
-    others = [rank for rank, other in enumerate(values) if other != values[0]]
-    if others:
-        raise SharesError(
-            f"{what} of rank {others[0]} is another than that of rank 0 ({values[others[0]]} and {values[0]}): "
-            "every rank must be given the same graph, parts and options"
         )
