@@ -188,7 +188,9 @@ def test_what_is_refused():
     data = make_data()
     with pytest.raises(ValueError, match="keep_histories=False, but compensate=True needs histories"):
         make("gcn", 3, compensate=True, keep_histories=False)
-    with pytest.raises(ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'complete'"):
+    with pytest.raises(
+        ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'induced', 'complete'"
+    ):
         SubgraphLoader(data, PTR, log=False, outward="all")
     model = make("gcn", 3, compensate=True)
     batch = next(iter(SubgraphLoader(data, PTR, log=False)))

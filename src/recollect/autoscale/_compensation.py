@@ -27,11 +27,15 @@ from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 
-__all__ = ["Compensation"]
+__all__ = ["BACKWARD_TWICE", "Compensation", "autocast_now", "blank_of", "inputs_of", "plain"]
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 """From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
+BACKWARD_TWICE = (
+    "this mini-batch went backward before, and its gradients are in their histories already; with compensate=True go "
+    "backward once for each forward pass, from the sum of all losses"
+)
 _FORMS = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES)
 
 
@@ -64,7 +68,8 @@ class Compensation:
         self._batch = batch
         self._outward = outward
         self._edges = Edges(outward)
-        self._inputs = _inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._given_inputs = inputs
+        self._inputs = inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
         self._ways = ways
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
@@ -84,7 +89,7 @@ class Compensation:
             self._gradients.table(layer, out.size(1))
         back = None
         if not last and self._outward.num_targets:
-            back = self._back(layer + 1, out, _blank(self._inputs, state))
+            back = self._back(layer + 1, out, blank_of(self._inputs, state))
         joined: Tensor = _Join.apply(out, _Step(layer, self._batch, push, back))  # type: ignore[no-untyped-call]
         if layer:
             tree = Tree(state)
@@ -93,7 +98,7 @@ class Compensation:
 
     def _back(self, layer: int, x: Tensor, blank: Blank) -> Back:
         """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
-        autocast = _autocast_now()
+        autocast = autocast_now()
         way = self._way(layer, x, blank)
         targets = self._outward.n_id[: self._outward.num_targets]
 
@@ -115,22 +120,26 @@ class Compensation:
             self._check_apart_from_state(layer, x, blank)
             return Way(Form.ANY)
         if layer not in self._ways:
+            edges = Edges(self._outward._replace(value=self._other_weights(layer, self._outward.value)))
             with plain(self._model):
-                # Weights that are 1, or 0, in this mini-batch may be others in the next.
-                weights = drawn_like(self._outward.value, torch.Generator().manual_seed(layer)).abs() + 0.5
-                weights = weights.to(self._outward.value)
-                edges = Edges(self._outward._replace(value=weights))
-                way = way_of(self._model, layer, x, edges, self._inputs, blank)
-            if way.form == Form.ANY:
-                raise NotImplementedError(
-                    f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
-                    "what a source does to a target depends on the target's other sources. Apply the activation (and "
-                    "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
-                    'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
-                    "the nodes outside"
-                )
-            self._ways[layer] = way
+                self._note(layer, way_of(self._model, layer, x, edges, self._inputs, blank))
         return self._ways[layer]
+
+    def _other_weights(self, layer: int, value: Tensor) -> Tensor:
+        """Weights that are 1, or 0, in this mini-batch may be others in the next."""
+        return (drawn_like(value, torch.Generator().manual_seed(layer)).abs() + 0.5).to(value)
+
+    def _note(self, layer: int, way: Way) -> None:
+        """Keep how a layer's gradient is sent back, if that can be done by the edges that there are."""
+        if way.form == Form.ANY:
+            raise NotImplementedError(
+                f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
+                "what a source does to a target depends on the target's other sources. Apply the activation (and "
+                "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
+                'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
+                "the nodes outside"
+            )
+        self._ways[layer] = way
 
     def _check_apart_from_state(self, layer: int, x: Tensor, blank: Blank) -> None:
         """Raise if the gradient depends on what earlier layers left for the nodes outside, which is not known here."""
@@ -206,10 +215,7 @@ class _Step:
 
     def __call__(self, grad: Tensor, own: Tensor) -> Tensor:
         if self._done:
-            raise RuntimeError(
-                "this mini-batch went backward before, and its gradients are in their histories already; with "
-                "compensate=True go backward once for each forward pass, from the sum of all losses"
-            )
+            raise RuntimeError(BACKWARD_TWICE)
         self._done = True
         extra = None if self._back is None else self._back(own)
         if extra is not None:
@@ -250,7 +256,7 @@ def plain(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
+def inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
     """Return the inputs of the outward edges."""
     found = {}
     for name, value in inputs.items():
@@ -266,7 +272,7 @@ def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
     return found
 
 
-def _blank(inputs: State, state: State) -> Blank:
+def blank_of(inputs: State, state: State) -> Blank:
     """Return what makes a state for some targets: the inputs, and zeros for what earlier layers left."""
     tree = Tree({name: value for name, value in state.items() if name not in inputs})
     kinds = [(tensor.shape[1:] if tensor.dim() else None, tensor.dtype, tensor.device) for tensor in tree.tensors]
@@ -283,7 +289,7 @@ def _blank(inputs: State, state: State) -> Blank:
     return make
 
 
-def _autocast_now() -> Callable[[], torch.autocast]:
+def autocast_now() -> Callable[[], torch.autocast]:
     kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
