@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect._util._tree import tensors_of
-from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, autocast_now, blank_of, inputs_of, plain
+from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, autocast_now, blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank, Edges, Form, way_of
@@ -134,7 +134,7 @@ class CombinedPass(Compensation):
         if layer == self._model.num_layers - 1:
             return (_Completed.apply(out, _Way(self, layer, None)) if backward else out), state  # type: ignore[no-untyped-call]
         after = dict(self._state)
-        with plain(self._model), torch.no_grad():
+        with self._plain(), torch.no_grad():
             fresh = self._model.run_layer(layer, self._rows[layer], self._edges.adj_t, after)
         if backward:
             self._check_form(layer + 1, out, state)
@@ -167,7 +167,7 @@ class CombinedPass(Compensation):
         if blank is not None:
             given = self._given.pop(layer + 1)
             rows = self._rows.pop(layer + 1)
-            with plain(self._model), autocast(), torch.enable_grad():
+            with self._plain(), autocast(), torch.enable_grad():
                 rows = rows.detach().requires_grad_()
                 out = self._model.run_layer(layer + 1, rows, self._edges.adj_t, blank(targets))
                 found = None
@@ -191,9 +191,7 @@ class CombinedPass(Compensation):
             old = self._gradients.pull(layer, self._outward.n_id[:targets]).to(own)
             old = old * self._gradients.trust(layer).to(own)
         self._given[layer] = old if fresh is None else torch.lerp(old, fresh, self._backward.to(old))
-        _, n_id, offset, count = self._batch.arguments
-        assert n_id is not None
-        self._gradients.push(layer, own, n_id[: self._batch.size], offset, count)
+        self._gradients.push(layer, own, self._batch.n_id[: self._batch.size], self._batch.rows)
 
     def _check_form(self, layer: int, x: Tensor, state: State) -> None:
         """Raise unless the edges are all that the layer's gradient by its sources needs."""
@@ -203,7 +201,7 @@ class CombinedPass(Compensation):
             outward = self._outward.from_batch(self._batch.size)
             inputs = inputs_of(self._given_inputs, outward)
             edges = Edges(outward._replace(value=self._other_weights(layer, outward.value)))
-            with plain(self._model):
+            with self._plain():
                 way = way_of(self._model, layer, x, edges, inputs, blank_of(inputs, state), [Form.EDGES])
             self._note(layer, way)
 

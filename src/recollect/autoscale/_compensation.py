@@ -11,7 +11,7 @@ Convergence", arXiv 2302.00924, section 4). Parameters get gradients from the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 
-__all__ = ["BACKWARD_TWICE", "Compensation", "autocast_now", "blank_of", "inputs_of", "plain"]
+__all__ = ["BACKWARD_TWICE", "Compensation", "Plain", "autocast_now", "blank_of", "inputs_of"]
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -63,6 +63,7 @@ class Compensation:
         ways: dict[int, Way],
     ) -> None:
         self._model = model
+        self._plain = Plain(model)
         self._gradients = gradients
         self._histories = histories
         self._batch = batch
@@ -106,7 +107,7 @@ class Compensation:
             if self._gradients.is_empty(layer):
                 return None
             given = self._gradients.pull(layer, targets)
-            with plain(self._model), autocast():
+            with self._plain(), autocast():
                 if way.form == Form.ANY:
                     found = self._through_all(layer, own, given, blank)
                 else:
@@ -121,7 +122,7 @@ class Compensation:
             return Way(Form.ANY)
         if layer not in self._ways:
             edges = Edges(self._outward._replace(value=self._other_weights(layer, self._outward.value)))
-            with plain(self._model):
+            with self._plain():
                 self._note(layer, way_of(self._model, layer, x, edges, self._inputs, blank))
         return self._ways[layer]
 
@@ -152,7 +153,7 @@ class Compensation:
             others: State = tree.build([drawn_like(tensor, generator) for tensor in tree.tensors])
             return self._inputs | others
 
-        with plain(self._model):
+        with self._plain():
             own, moved = drawn_like(x, generator), Moved(self._model, generator)
             rows = torch.cat([own.new_zeros(self._outward.num_targets, own.size(1)), own])
             rows = torch.cat([rows, own.new_zeros(self._outward.n_id.numel() - rows.size(0), own.size(1))])
@@ -222,9 +223,7 @@ class _Step:
             rows, trust = extra
             grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
         if self._push is not None:
-            _, n_id, offset, count = self._batch.arguments
-            assert n_id is not None
-            self._push(self._layer, grad, n_id[: self._batch.size], offset, count)
+            self._push(self._layer, grad, self._batch.n_id[: self._batch.size], self._batch.rows)
         return grad
 
 
@@ -243,17 +242,33 @@ class _Join(torch.autograd.Function):
         return ctx.step(grad, *ctx.saved_tensors), None
 
 
-@contextmanager
-def plain(model: nn.Module) -> Iterator[None]:
-    """Run the body in evaluation mode: dropout is its mean, and nothing is counted or drawn."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class Plain:
+    """Runs in evaluation mode what is within: dropout is its mean, and nothing is counted or drawn.
+
+    Args:
+        model: whose modules are looked for once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = tuple(model.modules())
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        training = [module for module in self._modules if module.training]
+        _set_modes(training, False)
+        try:
+            yield
+        finally:
+            _set_modes(training, True)
+
+
+def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
+    for module in modules:
+        values = vars(module)
+        if "training" in values:  # by far faster than by the module's own way
+            values["training"] = training
+        else:
+            module.training = training
 
 
 def inputs_of(inputs: dict[str, Any], outward: Outward) -> State:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recollect._util._tree import Tree
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
-from recollect.messages import propagate, sparse_csr
+from recollect.messages import propagate, shifted, sparse_csr
 
 __all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "transposed", "way_of"]
 
@@ -108,11 +108,7 @@ class Edges:
     def one_each(self, before: int) -> Tensor:
         """Return an adjacency [R, before + R] with an edge of weight 1 into each target, from the row so far behind."""
         if before not in self._one_each:
-            value = self._outward.value
-            size = self.adj.size(0)
-            rowptr = torch.arange(size + 1, device=value.device)
-            weights = value.new_ones(size)
-            self._one_each[before] = sparse_csr(rowptr, rowptr[:-1] + before, weights, (size, before + size))
+            self._one_each[before] = shifted(self.adj.size(0), before, self._outward.value)
         return self._one_each[before]
 
 
