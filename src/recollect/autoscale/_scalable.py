@@ -12,6 +12,7 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch, BatchArguments
+from recollect.autoscale._combination import CombinedPass
 from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
@@ -59,6 +60,9 @@ class ScalableGNN(CorrectedGNN):
         compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
             gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
             layers that are sums over edges, unless all edges are there; see docs/graph.md.
+        combine: with ``compensate``, a :class:`~recollect.autoscale.Combination`: halo rows are combined from histories
+            and from what the mini-batch tells of them, forward and backward. ``None``: they are those of histories.
+            Needs mini-batches with ``outward="induced"``, or ``"complete"``.
         **options: ``history_dtype``, ``history_path``, ``save_histories`` and ``keep_histories``: ``dtype``, ``path``,
             ``save`` and ``keep`` of ``histories``, under the names that they have beside a network's other arguments.
 
@@ -205,13 +209,16 @@ class ScalableGNN(CorrectedGNN):
             return self.run_layers(x, adj_t, inputs, unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         own = first_rows(adj_t, batch.size)
+        correction = self.correction(batch, outward, inputs, x, own)
+        if isinstance(correction, CombinedPass):
+            return self.run_layers(x, own, inputs, correction.between, None, correction.follow)
         return self.run_layers(
             x,
             own,
             inputs,
             lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
-            self.correction(batch, outward, inputs, own),
+            None if correction is None else correction.follow,
         )
 
     def push_and_pull(

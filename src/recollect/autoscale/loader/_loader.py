@@ -60,8 +60,9 @@ class SubgraphLoader(DataLoader[int]):
             ``links`` is ``data.edge_label_index``, ``data.edge_label`` and all that goes with it by name; a
             ``data.edge_label`` [K] without ``edge_label_index``; or no labels.
         outward: Also bring the edges to nodes outside of the mini-batch, as ``data.outward`` (`Outward`), for
-            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"complete"``: all
-            edges into these nodes, whose sources may be two steps away.
+            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"induced"``: those
+            from the mini-batch and all its neighbours, for ``combine=``. ``"complete"``: all edges into these nodes,
+            whose sources may be two steps away.
         **kwargs: Arguments of ``torch.utils.data.DataLoader``, such as ``shuffle`` and ``num_workers``. A sampler
             chooses parts by their numbers.
 
