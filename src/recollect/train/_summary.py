@@ -54,6 +54,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "seconds": sum(row["seconds"] for row in trainer.history),
         "largest_drift": max(drifts, default=None),
         "histories": step.family.summarize(step.network, trainer.history, device),
+        "memory_budget": None if step.plan is None else step.plan.summarize(),
         "modes": step.modes,
         "peak_bytes": costs.peak,
         "peak_bytes_plain": costs.peak_plain,
