@@ -67,8 +67,8 @@ FLOORS = {
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(
-        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore budget "
-        "distributed",
+        "__init__ _util memory frames autogram aggregation invertible reversible autoscale models data outofcore "
+        "budget distributed",
         APPLICATION,
     ),
     "cli": floor("__init__ train"),

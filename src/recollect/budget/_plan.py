@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_ap
 __all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
+_STRATEGIES = ("store", "checkpoint", "link", "selective", "invert")
 _CORRECTIONS = 3
 _FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
@@ -186,8 +187,11 @@ class Plan:
 
     # How it comes about.
 
-    def _make(self) -> None:
+    def _make(self, given: tuple[Row, ...] = ()) -> None:
         step = self._step
+        if given and (peak := self._verify(given)) <= self.budget:
+            self.peak, self.seconds = peak, _seconds(given)
+            return
         with step.tried():
             measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), self._options)
         self.steps += 1
@@ -328,6 +332,7 @@ def plan(
     selective: bool = True,
     offload: str | os.PathLike[str] | bool = False,
     on_exceed: OnExceed = "warn",
+    rows: Sequence[Row] = (),
 ) -> Plan:
     """Find what to keep of a model's layers so that a training step stays within a memory budget, in the least time.
 
@@ -355,6 +360,8 @@ def plan(
         on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
             own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or
             ``"replan"``.
+        rows: of an earlier plan of this model, ``plan.rows``: what it chose is taken again if the step that is
+            measured stays within the budget, so that a run that goes on computes what it computed before.
 
     Returns:
         The plan. ``print(plan)`` shows a table.
@@ -394,8 +401,19 @@ def plan(
     options = Options(device, certify, selective, source)
     step = Step(model, args, kwargs, loss, device)
     made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
-    made._make()
+    made._make(_checked(rows, made))
     return made
+
+
+def _checked(rows: Sequence[Row], made: Plan) -> tuple[Row, ...]:
+    known = [*_STRATEGIES, *(["offload"] if made._options.offload is not None else [])]
+    for row in rows:
+        if row.unit not in made._units or row.strategy not in known:
+            raise ValueError(
+                f"rows: {row.unit!r} with the strategy {row.strategy!r} is of another plan; its units are "
+                f"{', '.join(made._units)}, its strategies {', '.join(known)}"
+            )
+    return tuple(rows)
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

@@ -101,7 +101,8 @@ class Recorder:
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()  # of buffers
         self._parameters: list[Registered] = []
-        # Tensors that are no buffers, where their values are, their versions, and copies of some that are no parameters.
+        # Tensors that are no buffers, where their values are, their versions, and copies of small ones that are no
+        # parameters.
         self._places: list[tuple[nn.Module | None, Tensor, Tensor, int, Tensor | None]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from recollect.train._figures import learning_curves, memory_against_depth, spread_curves, to_svg
-from recollect.train._text import METRICS, layers_text, percent_text, table
+from recollect.train._text import METRICS, budget_rows, bytes_text, layers_text, percent_text, table
 from recollect.train._trainer import Row
 
 __all__ = ["html_table", "page", "panels", "report"]
@@ -81,7 +81,7 @@ $facts
 _COSTS = string.Template("""\
 <h2>What it costs</h2>
 $table
-<p>Memory is the measured peak of one training step above what is there before and after it: parameters, gradients, the
+<p>Memory is the measured peak of one training step above what is there before and after it: parameters, $gradients
 optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation), one
 of each kind after the other.</p>
 $figure""")
@@ -115,7 +115,7 @@ def report(
         f"{title}, {len(runs)} runs" if runs else title,
         f"recollect {summary['recollect']}, torch {summary['torch']}, {facts[-1][1]}",
         _tiles(summary),
-        _costs(summary, costs) + body,
+        _costs(summary, costs) + _budget(summary) + body,
         "The runs; where they differ, as in the first" if runs else "The run",
         facts,
         settings,
@@ -197,6 +197,19 @@ def _runs(runs: Sequence[dict[str, Any]], metric: str) -> str:
     return f"<h2>Each run</h2>\n{html_table(names, rows)}"
 
 
+def _budget(summary: dict[str, Any]) -> str:
+    """What is kept of each unit, in a run with a memory budget."""
+    budget = summary.get("memory_budget")
+    if budget is None:
+        return ""
+    names = ["unit", "keeps, everything kept", "what is done", "keeps", "adds to a step"]
+    said = (
+        f"A step may allocate {bytes_text(budget['bytes'])}, gradients of parameters included. The plan was made on "
+        f"the first batch, and its peak was measured: {bytes_text(budget['peak_bytes'])}."
+    )
+    return f"<h2>Memory budget</h2>\n<p>{escape(said)}</p>\n{html_table(names, budget_rows(budget))}"
+
+
 def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> str:
     if summary["peak_bytes"] is None:
         return ""
@@ -204,6 +217,7 @@ def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> s
     width = 2 * len(modes)
     curve = summary["memory_against_depth"]
     return _COSTS.substitute(
+        gradients="gradients, the" if summary.get("memory_budget") is None else "but not gradients, the",
         table=html_table(["measured", *modes, ""][:width], [row[:width] for row in costs]),
         figure=f'<div class="figure">{to_svg(memory_against_depth(curve))}</div>' if curve else "",
     )
