@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from rev_batches_zoo import NODES, Data, call, make_graph, make_model, written_out
+from rev_batches_zoo import IN, NODES, OUT, Data, call, make_graph, make_model, written_out
 from torch import nn
 from torch.nn import functional as F
 
@@ -230,11 +230,58 @@ def test_a_block_that_looks_further_is_found_wherever_and_whenever_it_comes(make
         model(loader=EvalSubgraphLoader(data, ptr))
 
 
+class Centred(RevGNN):
+    def embed(self, x):
+        return super().embed(x - x.mean(0))
+
+
+class Numbered(RevGNN):
+    """Adds to each row what belongs to its number."""
+
+    def embed(self, x):
+        return super().embed(x + torch.arange(x.size(0), dtype=x.dtype)[:, None])
+
+
+class Mixing(RevGNN):
+    def classify(self, x, mask=None):
+        return super().classify(x, mask).cumsum(0)
+
+
+class Scaled(RevGNN):
+    def forward(self, x, edge_index, *args, **inputs):
+        return super().forward(2 * x, edge_index, *args, **inputs)
+
+
+@pytest.mark.parametrize("kind", [Centred, Numbered, Mixing])
+def test_what_does_not_go_row_by_row_is_refused(kind):
+    data, ptr = make_graph()
+    model = kind(IN, 8, OUT, 2, num_nodes=NODES).double()
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.(embed|classify).*rows"):
+        call(model, next(iter(SubgraphLoader(data, ptr))))
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.(embed|classify).*rows"):
+        model(loader=EvalSubgraphLoader(data, ptr))
+
+
+def test_what_a_loaders_evaluation_would_not_call_is_refused():
+    data, ptr = make_graph()
+    everything = EvalSubgraphLoader(data, ptr)
+    with pytest.raises(TypeError, match="Scaled has a forward around its base's"):
+        Scaled(IN, 8, OUT, 2, num_nodes=NODES)(loader=everything)
+    for place in ("", "layers.1"):
+        model = make_model()
+        model.get_submodule(place).register_forward_hook(lambda module, args, out: 2 * out)
+        with pytest.raises(ValueError, match=f"{place or 'the network'}.*forward_hooks"):
+            model(loader=everything)
+    model = make_model()  # those of modules that layers run are called
+    model.layers[1].convs[0].conv.register_forward_hook(lambda module, args, out: 2 * out)
+    close(model(loader=everything), model.eval()(data.x, data.adj_t))
+
+
 def test_blocks_are_looked_at_once(monkeypatch):
     data, ptr = make_graph()
     model = make_model()
     looks = []
-    monkeypatch.setattr(model, "check_blocks", looks.append)
+    monkeypatch.setattr(model, "check_parts", lambda x, args: looks.append(args))
     for _ in range(2):
         for batch in SubgraphLoader(data, ptr):
             call(model, batch).sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
+from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import widths_of
 from recollect.autoscale._network import Between, Follow, LayeredGNN, SourceOf, State
 from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
@@ -96,7 +96,7 @@ class BlockwiseGNN(ScalableGNN):
     """
 
     num_groups: int
-    _look: int | None = None  # of the layers whose blocks were checked
+    _look: int | None = None  # of the network when it was checked
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class BlockwiseGNN(ScalableGNN):
     # What each network writes.
 
     @abstractmethod
-    def stages(self) -> nn.ModuleList:
-        """Return the layers."""
+    def stages(self) -> Iterable[tuple[str, nn.Module]]:
+        """Return the modules of the layers, with their names."""
 
     @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
@@ -145,16 +145,17 @@ class BlockwiseGNN(ScalableGNN):
     ) -> Tensor:
         """Return a layer's output for the rows of its input; what it shares has rows for those around them too."""
 
-    def check_blocks(self, args: tuple[Any, ...]) -> None:
-        """Refuse blocks that need more than the edges into a mini-batch's nodes.
+    def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        """Refuse blocks that need more than the edges into a mini-batch's nodes, and what does not go row by row.
 
-        Called before the first mini-batch, and before the next one when a layer has changed.
+        Called before the first mini-batch, and before the next one when something has changed.
 
         Args:
+            x: features of some nodes [n, in_channels].
             args: what blocks get of the edges.
 
         Raises:
-            ValueError: there is one.
+            ValueError: there is such a block, or such a function.
         """
 
     @abstractmethod
@@ -171,12 +172,12 @@ class BlockwiseGNN(ScalableGNN):
 
     # What derives from it.
 
-    def look_at_blocks(self, args: tuple[Any, ...]) -> None:
-        """Call :meth:`check_blocks` if that was not done for the layers as they are now."""
-        look = look_of(self.stages())
+    def look_at_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        """Call :meth:`check_parts` if that was not done for the network as it is now."""
+        look = look_of(part for name, part in self.named_children() if name != "histories")
         if look != self._look:
             with evaluating(self):
-                self.check_blocks(args)
+                self.check_parts(x, args)
             self._look = look
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
@@ -221,7 +222,7 @@ class BlockwiseGNN(ScalableGNN):
     def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
         edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
-        self.look_at_blocks(args)
+        self.look_at_parts(x, args)
         x = self.enter(x)
         shared = self.share(x)
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
@@ -272,6 +273,7 @@ class BlockwiseGNN(ScalableGNN):
             takes: from the graph to whether the output of each layer is wanted.
             take: gets the number of a layer, and its output in pieces.
         """
+        check_layerwise(self, "run_block", self.stages())
         view, wanted = _Blocks(self), False
         exact = next(self.parameters()).dtype == torch.float64
         channels = sum(self._widths()[:1]) // self.num_groups
@@ -311,7 +313,7 @@ class _Blocks(LayeredGNN):
             return torch.cat(state["groups"], 1)
         edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
         if layer == 0:
-            model.look_at_blocks(args)
+            model.look_at_parts(x, args)
             groups = model.enter(x).chunk(model.num_groups, 1)
             state["groups"] = [one[:size] for one in groups]
             x = _first_input(groups)

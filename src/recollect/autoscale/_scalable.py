@@ -15,7 +15,7 @@ from recollect.autoscale._batch import Batch, BatchArguments
 from recollect.autoscale._combination import CombinedPass
 from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
+from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
@@ -295,8 +295,10 @@ class ScalableGNN(CorrectedGNN):
             [num_nodes, out_channels], on the histories' device.
 
         Raises:
-            ValueError: the loader leaves out nodes, or changes its mini-batches.
+            TypeError: a derived class has a ``forward`` around its base's, which would not be called.
+            ValueError: the loader leaves out nodes, or changes its mini-batches; or the network has forward hooks.
         """
+        check_layerwise(self, "forward_layer")
         with evaluating(self):
             return LayerWise(self, loader, self._tables_for).run(self.emb_device)
 
@@ -336,6 +338,7 @@ class ScalableGNN(CorrectedGNN):
             every = torch.split(torch.arange(self.num_nodes, device="cpu"), _ROWS_AT_ONCE)
             take(layer, ((n_id, fresh[layer].pull(n_id)) for n_id in every))
 
+        check_layerwise(self, "forward_layer")
         with evaluating(self):
             LayerWise(self, loader, tables_for).run(torch.device("cpu"), finished)
 
