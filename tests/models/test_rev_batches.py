@@ -9,6 +9,7 @@ import torch
 from rev_batches_zoo import IN, NODES, OUT, Data, call, make_graph, make_model, written_out
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from recollect.autogram import Engine
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, history_errors, normalize, to_adj_t
@@ -275,6 +276,14 @@ def test_what_a_loaders_evaluation_would_not_call_is_refused():
     model = make_model()  # those of modules that layers run are called
     model.layers[1].convs[0].conv.register_forward_hook(lambda module, args, out: 2 * out)
     close(model(loader=everything), model.eval()(data.x, data.adj_t))
+
+
+def test_weights_that_a_hook_computes():
+    data, ptr = make_graph()
+    model = make_model(conv=Hops)
+    prune.l1_unstructured(model.layers[1].convs[0].conv.lin, "weight", 0.5)
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    assert len(list(compared(model, data, ptr))) > 1
 
 
 def test_blocks_are_looked_at_once(monkeypatch):

@@ -182,7 +182,10 @@ def some_rows(x: Tensor) -> Tensor:
 
 def _moved(block: Any, generator: torch.Generator) -> Any:
     """Return a copy of a block with other parameters, on the CPU."""
-    block = copy.deepcopy(block)
+    # A weight that a hook computes before each call (pruning, weight_norm) has a history, and torch does not copy it.
+    computed = (value for module in module_of(block).modules() for value in vars(module).values())
+    memo = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
+    block = copy.deepcopy(block, memo)
     for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
