@@ -2,6 +2,7 @@
 # make test    every check: lint, formatting, types, tests, the examples in README and docstrings
 # make coverage  the tests once more, with the lines and branches that they run
 # make docs    the documentation as a site, in build/site
+# make pictures  the pictures of the training report in docs/pictures; needs Chromium and poppler
 # make bench   side-by-side benchmarks against the peers; ARGS as well, such as --quick
 # make format  format the code and sort its imports
 # make dist    wheel and sdist in dist/, checked as the package index checks them
@@ -23,7 +24,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train test lint types unit docs coverage bench format dist matrix constraints clean
+.PHONY: setup train test lint types unit docs pictures coverage bench format dist matrix constraints clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -71,6 +72,10 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "The site is in build/site."
+
+# Trains a small run and a small sweep, and takes pictures of their reports with headless Chromium.
+pictures: $(READY)
+	$(BIN)/python tools/pictures.py
 
 # The peers are no part of the locked environment. memcnn asks for torchvision, which it does not need here.
 $(BENCH_READY): $(READY)

@@ -51,13 +51,13 @@ FLOORS = {
     "memory": floor("_heap _ledger _storages"),
     "_verdicts": floor("_torch"),
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
-    "autogram": floor("_devices _parameters _torch _verdicts"),
+    "distributed": floor("_arguments"),
+    "autogram": floor("_devices _parameters _torch _verdicts distributed"),
     "aggregation": floor(),
     "messages": floor("_devices _torch"),
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
-    "distributed": floor("_arguments"),
     "autoscale": floor(
         "_arguments _parameters _transfer _util frames messages data distributed", "torch_geometric pymetis kaminpar"
     ),
@@ -67,8 +67,8 @@ FLOORS = {
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(
-        "__init__ memory frames autogram aggregation invertible reversible autoscale models data outofcore budget "
-        "distributed",
+        "__init__ _util memory frames autogram aggregation invertible reversible autoscale models data outofcore "
+        "budget distributed",
         APPLICATION,
     ),
     "cli": floor("__init__ train"),

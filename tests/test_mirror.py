@@ -59,8 +59,9 @@ TOGETHER = {
     "data/test_raw.py": "data/_places",
     "data/test_registry.py": "data/_dataset",
     "device/test_verdicts.py": "_verdicts",
-    "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks distributed/_routes "
-    "distributed/_shares",
+    "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",
+    "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks distributed/_ranks "
+    "distributed/_routes distributed/_shares",
     "frames/sources/test_offload.py": "frames/sources/_file_store frames/sources/_host_store frames/sources/_stores",
     "frames/test_arguments.py": "_util/_tree frames/sources/_kept",
     "frames/test_chain.py": "frames/_transform frames/sources/_coupling frames/sources/_inverse",

@@ -23,7 +23,7 @@ class Forms:
         float64: whether it has numbers of double precision.
         double_sums: sums over many pieces of float32 go in float64, which costs nothing there.
         dot_norms: a norm is the root of scalar products, which are faster than torch's norm.
-        piece: elements that are copied at a time where a tensor is read piece by piece.
+        piece: elements of at most 4 bytes that are copied at a time where a tensor is read piece by piece.
         reductions: torch has products of a sparse CSR tensor by reductions, ``torch.sparse.mm(a, x, reduce)``.
         sampled_products: scalar products of rows at the entries of a CSR tensor are by
             ``torch.sparse.sampled_addmm``; elsewhere rows are gathered in blocks.
@@ -60,7 +60,7 @@ FORMS = {
         float64=True,
         double_sums=True,
         dot_norms=True,
-        piece=1 << 16,
+        piece=1 << 18,
         reductions=True,
         sampled_products=True,
         wide_blocks=False,

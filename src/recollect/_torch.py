@@ -30,6 +30,8 @@ used                                                         for                
 ``torch._C._get_*_sdp_enabled``, ``_get_sdp_priority_order`` sdpa_kernel in a rebuild                  2.5
 ``torch.utils._python_dispatch.TorchDispatchMode``           what a region reads and writes            1.13
 ``torch.utils._pytree.SUPPORTED_NODES``                      containers that others registered         1.8
+``..fsdp._fully_shard``: ``RegisterPostBackwardFunction``,   an engine of sharded parameters           2.9
+``_get_fsdp_state``, ``reshard_after_backward``
 ``_CachedTorchDispatchMode.storage``                         selective checkpoints, more than once     2.13
 ============================================================ ========================================= =====
 """
@@ -452,3 +454,18 @@ def opened_by_pytree(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]
     children, context = node.flatten_fn(value)
     unflatten = node.unflatten_fn
     return list(children), lambda items: unflatten(items, context)
+
+
+def hooks_of_sharding() -> list[type[torch.autograd.Function]]:
+    """Return the functions that fully_shard puts in front of modules to see when their backward is over."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+
+    return [RegisterPostBackwardFunction]
+
+
+def reshards_after_backward(module: Any) -> bool:
+    """Return what was set by ``FSDPModule.set_reshard_after_backward``."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # since 2.13; one before
+    found = [state._fsdp_param_group] if groups is None else groups
+    return all(group.reshard_after_backward for group in found if group is not None)

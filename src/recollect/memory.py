@@ -80,6 +80,16 @@ class PeakMemory:
     """What `peak_memory` returns: a context manager that measures from its entry to its exit.
 
     It can be used again after its exit (and then starts anew), not inside itself.
+
+    Example:
+        >>> import torch
+        >>> from recollect.memory import peak_memory
+        >>> memory = peak_memory("cpu")
+        >>> with memory:
+        ...     kept = torch.zeros(1000)
+        ...     _ = torch.ones(1000) * 2  # both are there for a moment
+        >>> memory.peak_bytes, memory.current_bytes
+        (12000, 8000)
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -154,6 +164,16 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
     Raises:
         ValueError: The device is neither the CPU nor a CUDA device.
         RuntimeError: A CUDA device is asked for and there is none with this number.
+
+    Example:
+        >>> import torch
+        >>> from recollect.memory import peak_memory
+        >>> layers = torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(8)])
+        >>> x = torch.randn(1000, requires_grad=True)
+        >>> with peak_memory("cpu") as memory:
+        ...     y = layers(x)
+        >>> memory.peak_bytes  # autograd keeps each output
+        32000
     """
     cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
@@ -187,6 +207,13 @@ def tensor_bytes(*objects: Any, gradients: bool = False) -> int:
 
     Raises:
         TypeError: An object is none of the above.
+
+    Example:
+        >>> import torch
+        >>> from recollect.memory import tensor_bytes
+        >>> layer = torch.nn.Linear(10, 5)
+        >>> tensor_bytes(layer), tensor_bytes(layer, layer.weight[0])  # a view of what is counted
+        (220, 220)
     """
     seen: dict[int, UntypedStorage] = {}  # holds the storages: a freed one's key could come again
     with torch.no_grad():

@@ -238,6 +238,27 @@ def test_a_hook_that_mixes_losses_is_found():
         engine.compute_gramian(modules[1](hidden).sin().sum(1))
 
 
+@pytest.mark.parametrize("ask", ["compute_gramian", "compute_norms"])
+def test_after_an_error_every_call_is_compared(ask):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    engine = Engine(model, batch_dim=0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def found(mixes):
+        h = model[0](x)
+        if mixes:
+            h.register_hook(lambda grad: grad - grad.mean(0))
+        return getattr(engine, ask)(model[2](model[1](h)).square().sum(1))
+
+    for _ in range(2):
+        with pytest.raises(GramianError):
+            found(mixes=True)
+    right = found(mixes=False)
+    with pytest.raises(GramianError):
+        found(mixes=True)
+    assert torch.equal(found(mixes=False), right)
+
+
 def test_an_element_that_comes_in_single_precision():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))

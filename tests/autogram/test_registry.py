@@ -50,6 +50,17 @@ def test_a_type_by_its_name():
     assert Registry({"torch.nn.modules.linear.Linear": LINEAR}).find(Renamed) is LINEAR
 
 
+@pytest.mark.parametrize("known", [nn.Linear, "torch.nn.modules.linear.Linear"])
+@pytest.mark.parametrize("patched", [nn.Linear, Renamed])
+def test_a_forward_that_is_put_in_place_later_has_no_rule(known, patched, monkeypatch):
+    registry = Registry({known: LINEAR})
+    assert registry.find(Renamed) is LINEAR
+    monkeypatch.setattr(patched, "forward", Overriding.forward)
+    assert registry.find(Renamed) is None
+    monkeypatch.undo()
+    assert registry.find(Renamed) is LINEAR
+
+
 def test_registering():
     registry = Registry({nn.Linear: LINEAR})
     assert registry.find(nn.Bilinear) is None

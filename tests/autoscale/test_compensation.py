@@ -164,7 +164,7 @@ def test_rows_that_were_never_pushed_compensate_nothing():
 def test_old_rows_count_as_far_as_they_agree_with_what_replaces_them():
     model = make("gcn", 3, compensate=True)
     history = model.gradients
-    n_id, parts = torch.arange(NODES), (torch.tensor([0]), torch.tensor([NODES]))
+    n_id, where = torch.arange(NODES), ((0, NODES),)
     rows = torch.randn(NODES, 6, dtype=torch.float64)
     assert history.trust(1) == 1
     noise = torch.randn_like(rows)
@@ -179,8 +179,8 @@ def test_old_rows_count_as_far_as_they_agree_with_what_replaces_them():
         (1.0, 1.1, 0.0),
     ):
         history.reset_parameters()
-        history.push(1, rows, n_id, *parts)
-        history.push(1, rows * factor + noise * share, n_id, *parts)
+        history.push(1, rows, n_id, where)
+        history.push(1, rows * factor + noise * share, n_id, where)
         assert float(history.trust(1)) == pytest.approx(trust, abs=1e-9)
 
 
@@ -188,7 +188,9 @@ def test_what_is_refused():
     data = make_data()
     with pytest.raises(ValueError, match="keep_histories=False, but compensate=True needs histories"):
         make("gcn", 3, compensate=True, keep_histories=False)
-    with pytest.raises(ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'complete'"):
+    with pytest.raises(
+        ValueError, match="outward is 'all', but must be one of False, True, 'cut', 'induced', 'complete'"
+    ):
         SubgraphLoader(data, PTR, log=False, outward="all")
     model = make("gcn", 3, compensate=True)
     batch = next(iter(SubgraphLoader(data, PTR, log=False)))

@@ -66,6 +66,30 @@ def test_complete_are_all_edges_into_the_nodes_outside(make):
         assert outward.n_id.unique().numel() == outward.n_id.numel()
 
 
+@every_graph
+def test_induced_are_the_edges_among_the_batch_and_its_neighbours(make):
+    data = to_adj_t(permute(make(), torch.arange(make().num_nodes), log=False))
+    for parts in itertools.combinations(range(4), 2):
+        batch = cut(data, parts, "induced")
+        inside = set(batch.n_id[: batch.batch_size].tolist())
+        edges = edges_of(data)
+        targets = sorted({edge[1] for edge in edges if edge[0] in inside and edge[1] not in inside})
+        near = {*batch.n_id.tolist(), *targets}
+        outward = batch.data.outward
+        assert outward.n_id[: outward.num_targets].tolist() == targets
+        assert found_edges(outward) == sorted(edge for edge in edges if edge[1] in targets and edge[0] in near)
+        for k, node in enumerate(targets):
+            into = [edge[0] in near for edge in edges if edge[1] == node]
+            out = [edge[1] in inside or edge[1] in targets for edge in edges if edge[0] == node]
+            for found, expected in zip(outward.share[:, k].tolist(), (into, out), strict=True):
+                assert found == (sum(expected) / len(expected) if expected else 1.0)
+        crossing = cut(data, parts, True).data.outward
+        assert found_edges(outward.from_batch(batch.batch_size)) == found_edges(crossing.by_target())
+        assert torch.equal(outward.from_batch(batch.batch_size).n_id, crossing.n_id)
+        assert torch.equal(cut(data, parts, "complete").data.outward.share, outward.share)
+        assert torch.equal(outward.weights, crossing.weights)
+
+
 def test_outward_edges_move_and_travel_with_the_batch():
     data = to_adj_t(permute(scattered(), torch.arange(40), log=False))
     outward = cut(data, [0], True).data.outward

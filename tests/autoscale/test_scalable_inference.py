@@ -183,3 +183,21 @@ def test_lossy_histories_are_as_exact_as_they_are(dtype):
     out = model(loader=EvalSubgraphLoader(data, PTR))
     error = (out - exact(model, data)[-1]).norm() / exact(model, data)[-1].norm()
     assert 0 < error < 0.05
+
+
+class Scaled(Mean):
+    def forward(self, x, *args):
+        return super().forward(2 * x, *args)
+
+
+def test_what_would_not_be_called_is_refused():
+    everything = EvalSubgraphLoader(make_graph(), PTR)
+    with pytest.raises(TypeError, match="Scaled has a forward around its base's"):
+        Scaled()(loader=everything)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = Mean()
+        getattr(model, register)(lambda module, *args: None)
+        before = tables(model)
+        with pytest.raises(ValueError, match=r"the network \(Mean\) has forward_"):
+            model(loader=everything)
+        torch.testing.assert_close(tables(model), before, rtol=0, atol=0)

@@ -80,3 +80,14 @@ def test_apply_by_type():
     with recollect.apply(model, Block):
         assert peak_of(model, x) < plain / 2
         assert all(map(torch.equal, gradients(model, x), expected))
+
+
+def test_the_rows_of_an_earlier_plan_are_taken_again_within_the_budget():
+    model, x = network(), torch.randn(256, 16, dtype=torch.float64)
+    tight = recollect.plan(model, x, budget=peak_of(model, x) // 2)
+    again = recollect.plan(model, x, budget="1 GB", rows=tight.rows)
+    assert (again.rows, again.peak, again.steps) == (tight.rows, tight.peak, 1)
+    everything = recollect.plan(model, x, budget="1 GB").rows
+    assert recollect.plan(model, x, budget=tight.budget, rows=everything).peak <= tight.budget
+    with pytest.raises(ValueError, match="'3' with the strategy 'store' is of another plan"):
+        recollect.plan(model, x, budget="1 GB", rows=[recollect.budget.Row("3", 1, "store", 1, 0.0)])

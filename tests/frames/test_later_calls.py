@@ -1,5 +1,8 @@
 """What a region does in a later call, or leaves to a later moment, and what was found by breaking things."""
 
+import types
+
+import numpy
 import pytest
 import torch
 from frames_zoo import assert_same
@@ -81,6 +84,47 @@ def test_a_tensor_attribute_and_a_closure_written_on_some_calls():
         for i in range(5):
             wrap(region, double(3, 4), update=i % 2 == 1).sum().backward()
         return module.total, seen, module.lin.weight.grad
+
+    assert_same(*both(step)[::-1])
+
+
+MEAN = torch.zeros(4, dtype=torch.float64)
+
+
+class Kept(nn.Module):
+    """Writes to a tensor that it keeps somewhere, from its third call on."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.lin, self.where, self.calls = nn.Linear(4, 4).double(), where, 0
+        self.table = {"a": [{"mean": torch.zeros(4, dtype=torch.float64)}]}
+        self.record = types.SimpleNamespace(mean=(torch.zeros(4, dtype=torch.float64),))
+        self.array = numpy.zeros((2, 4))
+
+    def tensor(self):
+        if self.where == "array":
+            return torch.from_numpy(self.array)
+        return {"table": self.table["a"][0]["mean"], "record": self.record.mean[0], "global": MEAN}[self.where]
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.lin(x)
+        if self.calls >= 3:
+            if self.where == "array":
+                self.array += h.detach().mean(0).numpy()
+            else:
+                (MEAN if self.where == "global" else self.tensor()).add_(h.detach().mean(0))
+        return (h * (1 + self.tensor().sum())).tanh()
+
+
+@pytest.mark.parametrize("where", ["table", "record", "global", "array"])
+def test_what_is_kept_anywhere_and_written_later(where):
+    def step(wrap):
+        MEAN.zero_()
+        module = Kept(where)
+        for _ in range(5):
+            wrap(module, double(3, 4)).sum().backward()
+        return module.tensor(), module.lin.weight.grad
 
     assert_same(*both(step)[::-1])
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from rev_batches_zoo import NODES, Data, call, make_graph, make_model, written_out
+from rev_batches_zoo import IN, NODES, OUT, Data, call, make_graph, make_model, written_out
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from recollect.autogram import Engine
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, history_errors, normalize, to_adj_t
@@ -175,6 +178,124 @@ def test_what_needs_more_than_the_edges_into_a_node_is_refused(conv):
         call(model, batch)
     close([history.pull() for history in model.histories], before)
     assert model.training
+
+
+class Hops(nn.Module):
+    """Goes along as many edges as a setting says, of which its repr says nothing."""
+
+    def __init__(self, channels, hops=1):
+        super().__init__()
+        self.lin = nn.Linear(channels, channels)
+        self.hops = hops
+
+    def forward(self, x, edge_index):
+        for _ in range(self.hops):
+            x = torch.zeros_like(x).index_add(0, edge_index[1], self.lin(x)[edge_index[0]])
+        return x
+
+
+def one_of_them_further():
+    count = itertools.count()
+    return make_model(conv=lambda channels: Hops(channels, 1 + (next(count) == 2)))
+
+
+def further_later():
+    model = make_model(conv=Hops)
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    model.layers[1].convs[1].conv.hops = 2
+    return model
+
+
+def another_later():
+    model = make_model(conv="sage")
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    model.layers[2].convs[0].conv = Twice(4).double()
+    return model
+
+
+def of_another_graph():
+    model = make_model(conv=Hops)
+    call(model, next(iter(SubgraphLoader(*make_graph()))))
+    other = model.for_graph(NODES)
+    other.layers[1].convs[0].conv.hops = 2
+    return other
+
+
+@pytest.mark.parametrize("make", [one_of_them_further, further_later, another_later, of_another_graph])
+def test_a_block_that_looks_further_is_found_wherever_and_whenever_it_comes(make):
+    data, ptr = make_graph()
+    model = make()
+    with pytest.raises(ValueError, match=r"layer [12], block [01].*depends on more than the node"):
+        call(model, next(iter(SubgraphLoader(data, ptr))))
+    with pytest.raises(ValueError, match=r"layer [12], block [01].*depends on more than the node"):
+        model(loader=EvalSubgraphLoader(data, ptr))
+
+
+class Centred(RevGNN):
+    def embed(self, x):
+        return super().embed(x - x.mean(0))
+
+
+class Numbered(RevGNN):
+    """Adds to each row what belongs to its number."""
+
+    def embed(self, x):
+        return super().embed(x + torch.arange(x.size(0), dtype=x.dtype)[:, None])
+
+
+class Mixing(RevGNN):
+    def classify(self, x, mask=None):
+        return super().classify(x, mask).cumsum(0)
+
+
+class Scaled(RevGNN):
+    def forward(self, x, edge_index, *args, **inputs):
+        return super().forward(2 * x, edge_index, *args, **inputs)
+
+
+@pytest.mark.parametrize("kind", [Centred, Numbered, Mixing])
+def test_what_does_not_go_row_by_row_is_refused(kind):
+    data, ptr = make_graph()
+    model = kind(IN, 8, OUT, 2, num_nodes=NODES).double()
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.(embed|classify).*rows"):
+        call(model, next(iter(SubgraphLoader(data, ptr))))
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.(embed|classify).*rows"):
+        model(loader=EvalSubgraphLoader(data, ptr))
+
+
+def test_what_a_loaders_evaluation_would_not_call_is_refused():
+    data, ptr = make_graph()
+    everything = EvalSubgraphLoader(data, ptr)
+    with pytest.raises(TypeError, match="Scaled has a forward around its base's"):
+        Scaled(IN, 8, OUT, 2, num_nodes=NODES)(loader=everything)
+    for place in ("", "layers.1"):
+        model = make_model()
+        model.get_submodule(place).register_forward_hook(lambda module, args, out: 2 * out)
+        with pytest.raises(ValueError, match=f"{place or 'the network'}.*forward_hooks"):
+            model(loader=everything)
+    model = make_model()  # those of modules that layers run are called
+    model.layers[1].convs[0].conv.register_forward_hook(lambda module, args, out: 2 * out)
+    close(model(loader=everything), model.eval()(data.x, data.adj_t))
+
+
+def test_weights_that_a_hook_computes():
+    data, ptr = make_graph()
+    model = make_model(conv=Hops)
+    prune.l1_unstructured(model.layers[1].convs[0].conv.lin, "weight", 0.5)
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    assert len(list(compared(model, data, ptr))) > 1
+
+
+def test_blocks_are_looked_at_once(monkeypatch):
+    data, ptr = make_graph()
+    model = make_model()
+    looks = []
+    monkeypatch.setattr(model, "check_parts", lambda x, args: looks.append(args))
+    for _ in range(2):
+        for batch in SubgraphLoader(data, ptr):
+            call(model, batch).sum().backward()
+        model(loader=EvalSubgraphLoader(data, ptr))
+    assert len(looks) == 1
 
 
 class Twice(nn.Module):

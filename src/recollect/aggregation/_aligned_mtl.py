@@ -31,6 +31,16 @@ class AlignedMTLWeighting(PreferenceWeighting, settings={"scale_mode": Choice(ge
     Raises:
         TypeError: ``pref_vector`` is no tensor.
         ValueError: a wrong ``pref_vector``, or another ``scale_mode``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import AlignedMTLWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> weights = AlignedMTLWeighting()(jacobian @ jacobian.T)
+        >>> weights
+        tensor([0.5000, 0.2500])
+        >>> weights @ jacobian  # the mean of two gradients of the length 1
+        tensor([0.5000, 0.5000])
     """
 
     def __init__(self, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min") -> None:

@@ -33,6 +33,17 @@ class CAGradWeighting(Weighting, settings={"c": NOT_NEGATIVE, "norm_eps": NOT_NE
 
     Raises:
         ValueError: ``c`` or ``norm_eps`` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import CAGradWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> weights = CAGradWeighting(c=0.5)(jacobian @ jacobian.T)
+        >>> average, update = jacobian.mean(0), weights @ jacobian
+        >>> torch.allclose((update - average).norm(), 0.5 * average.norm())  # at the edge of the ball
+        True
+        >>> jacobian @ average, jacobian @ update  # what it wins, it wins for the first objective
+        (tensor([0.5000, 2.0000]), tensor([1.0590, 2.0000]))
     """
 
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:

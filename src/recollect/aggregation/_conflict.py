@@ -22,6 +22,13 @@ class Conflict:
         cosines: between the update Jᵀ w and each gradient, in the shape of the weights, float64, in host memory; 0
             where one of them is zero. Where it is negative, a small step makes the objective worse.
         min_cosine: the smallest cosine with a gradient that is not zero; 0 if there is none.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import Conflict, conflict
+        >>> found = conflict(torch.eye(2))
+        >>> isinstance(found, Conflict), found.negative_share, round(found.min_cosine, 4)
+        (True, 0.0, 0.7071)
     """
 
     negative_share: float
@@ -43,6 +50,16 @@ def conflict(gramian: Tensor, weights: Tensor | None = None) -> Conflict:
     Raises:
         TypeError: the Gramian or the weights are no tensor.
         ValueError: what weightings refuse, or weights of another shape or not finite.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import conflict
+        >>> jacobian = torch.tensor([[1.0, 0.0], [-3.0, 1.0]])
+        >>> found = conflict(jacobian @ jacobian.T)
+        >>> found.negative_share
+        1.0
+        >>> found.cosines  # the mean loss falls, and the first one rises
+        tensor([-0.8944,  0.9899], dtype=torch.float64)
     """
     matrix, shape = flattened(gramian)
     matrix, weights = fetched([matrix, weights])

@@ -106,6 +106,13 @@ class SDMGradWeighting(_CrossWeighting, PreferenceWeighting, settings=_SETTINGS)
     Raises:
         TypeError: a setting is of another type.
         ValueError: a setting is out of its range; at the call, another number of objectives than in the calls before.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import SDMGradWeighting
+        >>> first = second = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # of two batches without noise
+        >>> SDMGradWeighting(lr=0.2, n_iter=200, lambda_=0.0)(first @ second.T)  # as MGDA
+        tensor([0.8000, 0.2000])
     """
 
     def __init__(

@@ -27,6 +27,18 @@ class DualProjWeighting(ProjectingWeighting):
     Raises:
         TypeError: ``pref_vector`` is no tensor.
         ValueError: a wrong ``pref_vector`` or a negative ``reg_eps``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import DualProjWeighting
+        >>> jacobian = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> jacobian @ jacobian.mean(0)  # the mean gradient is bad for the first objective
+        tensor([-2.,  8.])
+        >>> weights = DualProjWeighting(reg_eps=0.0)(jacobian @ jacobian.T)
+        >>> weights
+        tensor([0.6111, 0.5000])
+        >>> bool((jacobian @ (weights @ jacobian))[0].abs() < 1e-5)  # this update does not change it
+        True
     """
 
     def weigh(self, gramian: Tensor) -> Tensor:

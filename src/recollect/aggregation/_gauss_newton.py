@@ -23,6 +23,15 @@ class ResidualWeighting(Configurable, ABC):
 
     Attributes:
         takes_residuals: True: that is how callers tell these from weightings that take the Gramian alone.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import ResidualWeighting
+        >>> class LeastSquares(ResidualWeighting):
+        ...     def weigh(self, gramian, residuals, projection=None):
+        ...         return residuals  # the gradient of half the sum of squares
+        >>> LeastSquares()(torch.eye(2), torch.tensor([3.0, -1.0]))
+        tensor([ 3., -1.])
     """
 
     takes_residuals: ClassVar[bool] = True

@@ -39,6 +39,16 @@ class GradVacWeighting(StatefulWeighting, settings={"beta": UNIT, "eps": POSITIV
         TypeError: a setting is of another type.
         ValueError: ``beta`` is not from 0 to 1, or ``eps`` is not positive; at the call, another number of objectives
             than in the calls before.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import GradVacWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> weighting = GradVacWeighting(beta=0.5)
+        >>> weighting(jacobian @ jacobian.T)  # the first targets are zero: as PCGrad
+        tensor([2.0000, 1.5000])
+        >>> weighting.state[0, 1]  # half of the cosine, -0.7071
+        tensor(-0.3536, dtype=torch.float64)
     """
 
     def __init__(self, beta: float = 0.5, eps: float = 1e-8, generator: torch.Generator | None = None) -> None:

@@ -22,6 +22,16 @@ class IMTLGWeighting(Weighting):
     solution with the sum one, all weights are zero.
 
     It is computed from the gradients' cosines, so that norms of very different size do no harm.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import IMTLGWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> weights = IMTLGWeighting()(jacobian @ jacobian.T)
+        >>> weights
+        tensor([0.6667, 0.3333])
+        >>> weights @ jacobian  # as long along either gradient
+        tensor([0.6667, 0.6667])
     """
 
     def weigh(self, gramian: Tensor) -> Tensor:

@@ -33,6 +33,13 @@ class KrumWeighting(Weighting, settings=_SETTINGS):
         TypeError: a number that is not whole.
         ValueError: a negative ``n_byzantine``, an ``n_selected`` below one; at the call, fewer objectives than
             ``n_byzantine + 3`` or than ``n_selected``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import KrumWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.3], [-50.0, 50.0]])
+        >>> KrumWeighting(n_byzantine=1, n_selected=2)(jacobian @ jacobian.T)
+        tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:

@@ -21,6 +21,16 @@ class MGDAWeighting(Weighting):
     1810.04650). Where Frank-Wolfe steps come close, this is solved to rounding: w is proportional to the z >= 0 with
     :math:`G z \ge 1` and equality where z > 0. No objective minds the update, and a gradient that is zero takes all
     the weight: MGDA follows the smallest gradients.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import MGDAWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> weights = MGDAWeighting()(jacobian @ jacobian.T)
+        >>> weights
+        tensor([0.8000, 0.2000])
+        >>> jacobian @ (weights @ jacobian)  # both losses fall as fast
+        tensor([0.8000, 0.8000])
     """
 
     def weigh(self, gramian: Tensor) -> Tensor:

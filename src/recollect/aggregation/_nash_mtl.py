@@ -26,6 +26,14 @@ class NashMTLWeighting(Weighting, settings={"max_norm": Number(lambda x: x >= 0,
 
     Raises:
         ValueError: ``max_norm`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import NashMTLWeighting
+        >>> gramian = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> weights = NashMTLWeighting(max_norm=0)(gramian)
+        >>> weights, gramian @ weights  # each is one divided by the other
+        (tensor([1.0000, 0.5000]), tensor([1., 2.]))
     """
 
     def __init__(self, max_norm: float = 1.0) -> None:

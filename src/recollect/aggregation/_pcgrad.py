@@ -25,6 +25,14 @@ class PCGradWeighting(Weighting, settings={"generator": a_generator}):
 
     Raises:
         TypeError: ``generator`` is none.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import PCGradWeighting
+        >>> jacobian = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> weights = PCGradWeighting()(jacobian @ jacobian.T)
+        >>> weights @ jacobian  # [0.5, 0.5] of the first, [0, 1] of the second
+        tensor([0.5000, 1.5000])
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:

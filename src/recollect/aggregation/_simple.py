@@ -13,7 +13,14 @@ __all__ = ["ConstantWeighting", "MeanWeighting", "RandomWeighting", "SumWeightin
 
 
 class MeanWeighting(Weighting):
-    """1 / m for each objective: what training on the mean loss does."""
+    """1 / m for each objective: what training on the mean loss does.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import MeanWeighting
+        >>> MeanWeighting()(torch.eye(4))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
@@ -21,7 +28,14 @@ class MeanWeighting(Weighting):
 
 
 class SumWeighting(Weighting):
-    """1 for each objective: what training on the sum of the losses does."""
+    """1 for each objective: what training on the sum of the losses does.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import SumWeighting
+        >>> SumWeighting()(torch.eye(3))
+        tensor([1., 1., 1.])
+    """
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights ``[m]``."""
@@ -37,6 +51,12 @@ class ConstantWeighting(Weighting, settings={"weights": Vector(negative=True, op
     Raises:
         TypeError: they are no tensor.
         ValueError: another shape, or numbers that are not finite; at the call, a Gramian of another size.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import ConstantWeighting
+        >>> ConstantWeighting(torch.tensor([0.3, 0.7]))(torch.eye(2))
+        tensor([0.3000, 0.7000])
     """
 
     weights: Tensor
@@ -63,6 +83,14 @@ class RandomWeighting(Weighting, settings={"generator": a_generator}):
 
     Raises:
         TypeError: ``generator`` is none.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import RandomWeighting
+        >>> weighting = RandomWeighting(torch.Generator().manual_seed(0))
+        >>> first, second = weighting(torch.eye(3)), weighting(torch.eye(3))
+        >>> round(first.sum().item(), 6), bool((first > 0).all()), bool((first == second).any())
+        (1.0, True, False)
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:

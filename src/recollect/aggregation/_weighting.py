@@ -25,6 +25,15 @@ class Weighting(Configurable, ABC):
 
     Weights are computed in host memory, in float64: the Gramian is copied there, and the weights to its device. That is
     the only time a call waits for the device. No gradients flow through the weights.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import Weighting
+        >>> class UnitGradients(Weighting):
+        ...     def weigh(self, gramian):
+        ...         return gramian.diagonal().rsqrt()
+        >>> UnitGradients()(torch.diag(torch.tensor([1.0, 4.0])))
+        tensor([1.0000, 0.5000])
     """
 
     if TYPE_CHECKING:  # a module's own takes and returns anything
@@ -132,6 +141,20 @@ class StatefulWeighting(Weighting):
 
     Attributes:
         state: what is remembered, in float64; None before the first call.
+
+    Example:
+        >>> import torch
+        >>> from recollect.aggregation import StatefulWeighting
+        >>> class Calls(StatefulWeighting):
+        ...     def weigh(self, gramian):
+        ...         self.state = self.recalled(torch.zeros_like(gramian[0])) + 1
+        ...         return self.state.clone()
+        >>> calls = Calls()
+        >>> calls(torch.eye(2)), calls(torch.eye(2))
+        (tensor([1., 1.]), tensor([2., 2.]))
+        >>> calls.reset()
+        >>> calls(torch.eye(3))
+        tensor([1., 1., 1.])
     """
 
     state: Tensor | None

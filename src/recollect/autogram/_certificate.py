@@ -26,9 +26,12 @@ __all__ = [
     "GramianError",
     "GramianProbe",
     "NormProbe",
+    "circumstances",
+    "judge_gramian",
     "probe_cross",
     "probe_gramian",
     "probe_norms",
+    "random_weights",
     "squared_norm",
 ]
 
@@ -39,7 +42,25 @@ _LOW_PRECISION, _TF32 = 5e-2, 2e-3
 
 
 class GramianError(RuntimeError):
-    """A Gramian does not fit the gradient that it was made to weigh."""
+    """A Gramian does not fit the gradient that it was made to weigh.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine, GramianError, Rows, register_rule
+        >>> class Shift(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.bias = torch.nn.Parameter(torch.zeros(3))
+        ...     def forward(self, x):
+        ...         return x + self.bias
+        >>> register_rule(Shift, lambda layer, inputs, grads: {"bias": Rows(2 * grads[0].sum(1))})  # not 2
+        >>> layer = Shift()
+        >>> try:
+        ...     Engine(layer).compute_gramian(layer(torch.randn(4, 3)).square().sum(1))
+        ... except GramianError as error:
+        ...     print(str(error).partition(":")[0])
+        the Gramian does not fit the gradient
+    """
 
 
 @dataclass(slots=True)
@@ -52,12 +73,24 @@ class Certificate:
             parameters, parameters whose gradient comes in several parts.
         last: the last one's difference, relative to (Σ |w_i| √G_ii)²; None before the first.
         largest: the largest of all.
+        failed: whether one did not fit; from then on every call is compared.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine
+        >>> model = torch.nn.Linear(3, 2)
+        >>> engine = Engine(model)
+        >>> gramian = engine.compute_gramian(model(torch.randn(4, 3)).square().sum(1))
+        >>> engine.certificate.settle()
+        >>> engine.certificate.checks, engine.certificate.largest < 1e-4
+        (1, True)
     """
 
     checks: int = 0
     skipped: int = 0
     last: float | None = None
     largest: float = 0.0
+    failed: bool = False
 
     def compare(
         self, sides: tuple[Tensor, ...] | None, tolerance: float, names: tuple[str, str, str], advice: str
@@ -105,6 +138,7 @@ class Certificate:
         self.last = difference / bound if bound else float(difference > 0)
         self.largest = max(self.largest, self.last)
         if self.last > tolerance:
+            self.failed = True
             raise GramianError(
                 f"the Gramian does not fit the gradient: {names[0]} is {found:g} and {names[1]} is {expected:g}, "
                 f"apart by {self.last:.1e} of {names[2]}, and {tolerance:.0e} is allowed. {advice}"
@@ -216,12 +250,36 @@ class GramianProbe:
         Raises:
             GramianError: it is another.
         """
-        tolerance, eps, rules = _circumstances(job, choice)
-        exact, w = widened(gramian), widened(self.weights.flatten())
-        norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(job, self.weights, eps)
-        bound = _bound((norm, norm), (noise, noise), tolerance)
-        sides = None if self.squared is None else (w @ exact @ w, self.squared, bound, norm.square())
-        certificate.compare(sides, tolerance, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"), _advice(rules))
+        judge_gramian(certificate, gramian, self.weights, job.output, self.squared, circumstances(job, choice))
+
+
+def judge_gramian(
+    certificate: Certificate,
+    gramian: Tensor,
+    weights: Tensor,
+    losses: Tensor,
+    squared: Tensor | None,
+    around: tuple[float, float, str],
+) -> None:
+    """Compare a Gramian with the gradient that weights make.
+
+    Args:
+        certificate: counts it.
+        gramian: [m, m].
+        weights: of the losses.
+        losses: m of them.
+        squared: the squared norm of the gradient; None: it cannot be known.
+        around: as :func:`circumstances` returns it.
+
+    Raises:
+        GramianError: they do not fit.
+    """
+    tolerance, eps, rules = around
+    exact, w = widened(gramian), widened(weights.flatten())
+    norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(losses, weights, eps)
+    bound = _bound((norm, norm), (noise, noise), tolerance)
+    sides = None if squared is None else (w @ exact @ w, squared, bound, norm.square())
+    certificate.compare(sides, tolerance, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"), _advice(rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +295,7 @@ class NormProbe:
         Raises:
             GramianError: it is another.
         """
-        tolerance, eps, rules = _circumstances(job, choice)
+        tolerance, eps, rules = circumstances(job, choice)
         norm = widened(torch.maximum(squares[self.place], _SMALL * squares.max())).sqrt()
         noise = _NOISE * eps * widened(job.output.detach().flatten()[self.place].abs().clamp(min=1))
         bound = _bound((norm, norm), (noise, noise), tolerance)
@@ -262,12 +320,12 @@ class CrossProbe:
         Raises:
             GramianError: it is another.
         """
-        (one, eps, rules), (other, unit, more) = map(_circumstances, jobs, choices)
+        (one, eps, rules), (other, unit, more) = map(circumstances, jobs, choices)
         tolerance, rules = max(one, other), rules if rules == more else f"{rules}, {more}"
         sides = None
         if self.product is not None and self.norms is not None:
             u, v = self.rows.flatten().to(found), self.columns.flatten().to(found)
-            noises = _noise(jobs[0], self.rows, eps), _noise(jobs[1], self.columns, unit)
+            noises = _noise(jobs[0].output, self.rows, eps), _noise(jobs[1].output, self.columns, unit)
             size = self.norms[0] * self.norms[1]
             sides = (u @ found @ v, self.product, _bound(self.norms, noises, tolerance), size)
         certificate.compare(sides, tolerance, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"), _advice(rules))
@@ -335,10 +393,10 @@ def _squared_norm(job: Job, grads: Mapping[int, Tensor]) -> Tensor:
     return total
 
 
-def _noise(job: Job, weights: Tensor, eps: float) -> Tensor:
+def _noise(losses: Tensor, weights: Tensor, eps: float) -> Tensor:
     """Return what rounding alone may leave of the norm of the gradient of weighted losses."""
-    losses = widened(job.output.detach().flatten().abs().clamp(min=1))
-    return _NOISE * eps * (widened(weights.flatten()).abs() @ losses)
+    sizes = widened(losses.detach().flatten().abs().clamp(min=1))
+    return _NOISE * eps * (widened(weights.flatten()).abs() @ sizes)
 
 
 def _bound(norms: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], tolerance: float) -> Tensor:
@@ -347,7 +405,7 @@ def _bound(norms: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], toleranc
     return first * second + (first * other + second * one + one * other) / tolerance
 
 
-def _circumstances(job: Job, choice: Choice) -> tuple[float, float, str]:
+def circumstances(job: Job, choice: Choice) -> tuple[float, float, str]:
     """Return by how much both sides may differ, the unit of rounding, and the layers whose rules were asked."""
     if job.known.tolerance is None:
         job.known.tolerance = tolerance_of(job.graph)

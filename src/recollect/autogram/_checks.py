@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "checked_features",
     "counted_parameters",
     "head_parameters",
+    "is_sharded",
     "joined",
     "on_one_device",
 ]
@@ -209,11 +211,24 @@ def check_modules(modules: Sequence[nn.Module]) -> None:
             )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which ranks have pieces."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    kinds = sys.modules.get("torch.distributed.tensor")
+    return kinds is not None and isinstance(tensor, kinds.DTensor)
+
+
+def _name(modules: Sequence[nn.Module], parameter: Tensor) -> str:
+    """Return what a parameter of these modules is called."""
+    return next(name for module in modules for name, p in module.named_parameters() if p is parameter)
+
+
 def counted_parameters(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
     """Return the parameters that require a gradient and have any elements, by their ids.
 
     Raises:
-        TypeError: one is complex.
+        TypeError: one is complex, or sharded.
     """
     counted: dict[int, Tensor] = {}
     waiting, seen = list(modules), set()
@@ -227,10 +242,17 @@ def counted_parameters(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
             if parameter is None or not parameter.requires_grad:
                 continue
             if parameter.is_complex():
-                names = {id(p): name for given in modules for name, p in given.named_parameters()}
                 raise TypeError(
-                    f"{names[id(parameter)]!r} is complex, and the Gramian is of real gradients; keep its real and "
-                    "imaginary parts in a parameter [..., 2], and use torch.view_as_complex of it in the forward pass"
+                    f"{_name(modules, parameter)!r} is complex, and the Gramian is of real gradients; keep its real "
+                    "and imaginary parts in a parameter [..., 2], and use torch.view_as_complex of it in the forward "
+                    "pass"
+                )
+            if is_sharded(parameter):
+                raise TypeError(
+                    f"{_name(modules, parameter)!r} is a DTensor: the graph has what was gathered of it, or pieces, and"
+                    " not this. With fully_shard, make the engine with the group of its mesh, as Engine(model, "
+                    "process_group=mesh.get_group()); layers of tensor parallelism are not covered: keep them "
+                    "out of the engine's modules"
                 )
             if parameter.numel() > 0:
                 counted[id(parameter)] = parameter

@@ -6,8 +6,10 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,10 +44,13 @@ from recollect.autogram._cross import cross_of
 from recollect.autogram._independence import check_independence, explain
 from recollect.autogram._passes import Declines, Job, Known, gramian_of, norms_of, rows_of_features
 from recollect.autogram._plan import changed_layers
+from recollect.autogram._ranks import Found, Together
 from recollect.autogram._registry import Entry, Registry, Rule, Sharing
+from recollect.autogram._sharded import Sharded
 from recollect.autogram._structure import find_structure
 from recollect.autogram._walk import Graph, walk
 from recollect.autogram.rules import RULES
+from recollect.distributed import Ranks
 
 __all__ = ["Engine", "register_rule"]
 
@@ -72,6 +77,22 @@ def register_rule(
 
     Raises:
         ValueError: the type has a rule already.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine, Rows, register_rule
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> def rule(layer, inputs, grads):
+        ...     return {"weight": Rows((inputs[0] * grads[0]).sum(1))}
+        >>> register_rule(Scale, rule, sharing=lambda layer, inputs, axes: axes if axes == (0,) else None)
+        >>> layer, x = Scale(), torch.randn(4, 3)
+        >>> torch.allclose(Engine(layer).compute_gramian(layer(x).sum(1)), x @ x.T)
+        True
     """
     _REGISTRY.register(layer_type, Entry(rule, sharing, frozenset(constant)))
 
@@ -107,6 +128,12 @@ class Engine:
             the first call of each form of graph, and at every so many calls; 0: never. So are products with other
             losses, by two passes, and :meth:`compute_norms`, by one loss. (:meth:`backward` compares always, at no
             further pass.)
+        process_group: of torch.distributed, or ``torch.distributed.group.WORLD``: the losses are those of all its
+            ranks. Each rank computes its own, as many as it has, with the same parameters; Gramians [M, M] and weights
+            [M] are of all of them, those of rank 1 behind those of rank 0, and the gradient is summed up over the
+            ranks. All ranks call :meth:`compute_gramian` and :meth:`backward` together. :meth:`compute_norms` is of a
+            rank's own losses. Parameters may be sharded by ``fully_shard``: they are gathered for a Gramian. None: each
+            process is for itself.
 
     Attributes:
         certificate: how well Gramians and gradients fitted, so far.
@@ -137,6 +164,7 @@ class Engine:
         row_bytes: int = 2**28,
         certify_every: int = 100,
         features: Tensor | Sequence[Tensor] | None = None,
+        process_group: Any | None = None,
     ) -> None:
         check_settings(batch_dim, certify_every, row_bytes)
         self._features = checked_features(features, modules)
@@ -146,6 +174,10 @@ class Engine:
         self._batch_dim = batch_dim
         self._row_bytes = row_bytes
         self._certify_every = certify_every
+        if self._features and process_group is not None:
+            raise ValueError("gradients over ranks are with respect to parameters, and not to features; give modules")
+        self._ranks = None if process_group is None else Ranks(process_group, "this engine")
+        self._calls = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -220,10 +252,15 @@ class Engine:
             >>> engine.compute_gramian(outputs[:, 0], others).shape  # a product for each pair
             torch.Size([5, 2])
         """
+        if self._ranks is not None:
+            if columns is not None:
+                raise ValueError("products of two lists of losses are not there over ranks; leave process_group out")
+            with self._lock:
+                return self._over_ranks(self._ranks, output, "compute_gramian", certify=True)[1].square
         losses = joined(output)
         if columns is not None:
             return self._cross(losses, joined(columns), flat)
-        square, _ = self._gramian(losses, retain_graph, self._certify_every)
+        square, _ = self._gramian(losses, retain_graph, self._every())
         return square if flat else _generalise(square, losses)
 
     def backward(
@@ -273,6 +310,12 @@ class Engine:
             >>> scaler.step(optimizer)
             >>> scaler.update()
         """
+        if self._ranks is not None:
+            with self._lock:
+                together, found = self._over_ranks(self._ranks, losses, "backward", certify=False)
+                weights = together.weigh(found, weighting, on_overflow)
+                together.accumulate(found, weights)
+            return weights
         check_weighting(weighting)
         check_overflow(on_overflow)
         weights, add = self._weigh(joined(losses), weighting, on_overflow)
@@ -323,6 +366,8 @@ class Engine:
         check_overflow(on_overflow)
         if self._features:
             raise ValueError("mtl_backward is for an engine of the modules that tasks share, and not of features")
+        if self._ranks is not None:
+            raise ValueError("mtl_backward is not there over ranks, whose losses are apart; leave process_group out")
         vector = joined(losses)
         checked_dim(vector, None)
         own = head_parameters(heads, vector, counted_parameters(self._modules))
@@ -332,6 +377,21 @@ class Engine:
                 torch.autograd.backward(loss, retain_graph=True, inputs=parameters)
         add([p for module in self._modules for p in module.parameters() if p.requires_grad])
         return weights
+
+    def _over_ranks(self, ranks: Ranks, losses: Any, what: str, certify: bool) -> tuple[Together, Found]:
+        """Return the Gramian of the losses of all ranks, and what is done with these in this call."""
+        self._calls += 1
+        every = self._certify_every
+        together = Together(ranks, self._modules, self._job, self._choose, self.certificate, every, self._calls)
+        kind = next((p.device.type for module in self._modules for p in module.parameters()), "cpu")
+        with self._plain(kind):
+            return together, together.gramian(losses, what, certify=certify)
+
+    @contextmanager
+    def _plain(self, kind: str) -> Iterator[None]:
+        """Without autocast, and with all parameters whole."""
+        with torch.autocast(kind, enabled=False), Sharded(self._modules if self._ranks is not None else ()).gathered():
+            yield
 
     def _weigh(
         self, vector: Tensor, weighting: Callable[..., Tensor], on_overflow: str
@@ -413,7 +473,7 @@ class Engine:
             checked_dim(vector, self._batch_dim)
             end = " down to the features" if self._features else ""
             return f"one backward pass for each of {vector.numel()} losses{end}"
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._plain(vector.device.type):
             job = self._job(vector, True)
             return explain(job.graph, self._choose(job), self._modules)
 
@@ -449,6 +509,10 @@ class Engine:
                 return result, job
             job.known.declined |= result
 
+    def _every(self) -> int:
+        """Return at how many calls results are compared: at each one, where one did not fit."""
+        return min(self._certify_every, 1) if self.certificate.failed else self._certify_every
+
     def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
         probe = GramianProbe(weights, squared)
         probe.judge(self.certificate, square, job, self._choose(job))
@@ -456,12 +520,13 @@ class Engine:
     def _squares(self, output: Tensor, retain: bool) -> Tensor:
         """Return the squared norms [m], in what they are summed in."""
         checked_dim(output, self._batch_dim)
-        with self._lock, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with self._lock, torch.no_grad(), self._plain(output.device.type):
             if output.numel() == 0:
+                Sharded(self._modules).go_through(output)
                 return output.new_zeros(0)
             if self._features:
                 return rows_of_features(output, self._features).square().sum(1)
-            squares, _ = self._computed(output, retain, norms_of, partial(probe_norms, every=self._certify_every))
+            squares, _ = self._computed(output, retain, norms_of, partial(probe_norms, every=self._every()))
             return squares.clamp(min=0)  # pairs of positions may leave rounding below zero
 
     def _cross(self, rows: Tensor, columns: Tensor, flat: bool) -> Tensor:
@@ -479,7 +544,7 @@ class Engine:
             while found.numel() > 0 and not self._features:
                 jobs = self._job(rows, True), self._job(columns, True)
                 choices = self._choose(jobs[0]), self._choose(jobs[1])
-                probe = probe or probe_cross(*jobs, self._certify_every)
+                probe = probe or probe_cross(*jobs, self._every())
                 result = cross_of(*jobs, choices)
                 if isinstance(result, Tensor):
                     if probe is not None:
@@ -546,7 +611,7 @@ class Engine:
 def _levels_to_the_caller() -> int:
     """Return how far above a function here the code is that called the engine."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+    while frame.f_back is not None and Path(frame.f_code.co_filename).parent == Path(__file__).parent:
         level, frame = level + 1, frame.f_back
     return level
 

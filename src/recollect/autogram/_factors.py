@@ -35,7 +35,24 @@ __all__ = [
 
 
 class NotCovered(Exception):  # noqa: N818  (raised to hand a call on, as StopIteration is; nobody sees it)
-    """A rule does not cover how its layer was called; the exact fallback takes the call."""
+    """A rule does not cover how its layer was called; the exact fallback takes the call.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Engine, NotCovered, register_rule
+        >>> class Stretch(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> def rule(layer, inputs, grads):
+        ...     raise NotCovered
+        >>> register_rule(Stretch, rule)
+        >>> layer, x = Stretch(), torch.randn(4, 3)
+        >>> torch.allclose(Engine(layer).compute_gramian(layer(x).sum(1)), x @ x.T)  # found without the rule
+        True
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +61,14 @@ class Rows:
 
     Attributes:
         values: [m, *shape of the parameter].
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Rows
+        >>> grads = torch.randn(5, 3)  # of a layer's outputs: what it adds to them has the same gradient
+        >>> factor = Rows(grads)
+        >>> factor.num_rows, factor.shape
+        (5, torch.Size([3]))
     """
 
     values: Tensor
@@ -70,6 +95,19 @@ class Outer:
         left: [m or 1, T, G, a].
         right: [m or 1, T, G, b].
         shape: the parameter's shape, whose elements are those of [G, a, b] in order.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Outer
+        >>> layer, x = torch.nn.Linear(3, 2, bias=False), torch.randn(5, 3)
+        >>> grads = torch.randn(5, 2)  # of the layer's output, for each of 5 losses
+        >>> factor = Outer(grads.view(5, 1, 1, 2), x.view(5, 1, 1, 3), layer.weight.shape)
+        >>> factor.num_rows
+        5
+        >>> jacobian = torch.einsum("itga,itgb->igab", factor.left, factor.right).view(5, *factor.shape)
+        >>> (third,) = torch.autograd.grad(layer(x[2]) @ grads[2], layer.weight)
+        >>> torch.allclose(jacobian[2], third)
+        True
     """
 
     left: Tensor
@@ -91,6 +129,14 @@ class Picked:
         index: [m or 1, T], of integers below ``num_entries``. A lookup whose gradient is dropped (padding) has zeros
             in ``grad``.
         num_entries: how many rows of d elements the parameter [num_entries, d] has.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Picked
+        >>> words = torch.tensor([[0, 3], [2, 2]])  # which rows of a table of 7 each of 2 losses has looked up
+        >>> factor = Picked(torch.ones(2, 2, 4), words, num_entries=7)
+        >>> factor.num_rows, factor.shape
+        (2, torch.Size([7, 4]))
     """
 
     grad: Tensor
@@ -123,6 +169,16 @@ class Blocks:
         axis: which axis of the parameter parts are of.
         sources: how many elements it is formed from, for all objectives; None: unknown. Where they are few, few
             are formed at once.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Blocks
+        >>> grads, x = torch.randn(5, 2), torch.randn(5, 3)  # of a linear layer without bias
+        >>> def form(rows, part):  # a part of the axis 0, which is that of grads
+        ...     return grads[rows, part, None] * x[rows, None, :]
+        >>> factor = Blocks(5, torch.Size((2, 3)), form, row_elements=6)
+        >>> factor.form(slice(0, 4), slice(1, 2)).shape
+        torch.Size([4, 1, 3])
     """
 
     num_rows: int

@@ -26,7 +26,17 @@ from recollect.autogram._sums import Gather, NormSum, Sum, WholeSum
 from recollect.autogram._sweep import Sweep
 from recollect.autogram._walk import Anatomy, Graph
 
-__all__ = ["Declines", "Job", "Known", "Passes", "gramian_of", "norms_of", "passes_of", "rows_of_features"]
+__all__ = [
+    "Declines",
+    "Job",
+    "Known",
+    "Passes",
+    "gramian_of",
+    "norms_of",
+    "passes_of",
+    "rank_passes",
+    "rows_of_features",
+]
 
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
@@ -165,6 +175,29 @@ def passes_of(job: Job, choice: Choice, *, holds: bool, at_once: bool = True) ->
     if rest or every:
         eager = _AtOnce(job, rest)
         yield eager if at_once and eager.is_better(holds) else _InTurn(job, rest)
+
+
+def rank_passes(job: Job, choice: Choice) -> Iterator[Passes]:
+    """Yield passes that bring each parameter's Jacobian once, and whole.
+
+    Passes for one loss each are for as many parameters together as the bound allows, and at the least for one.
+    """
+    rest = {key: job.parameters[key] for key in choice.plan.by_rows}
+    if len(rest) < len(job.graph.uses):
+        batch = _Batch(job, choice, retain=True)
+        if batch.count <= max(1, batch.fit):
+            yield batch
+        else:
+            rest = {key: job.parameters[key] for key in job.graph.uses}
+    some: dict[int, Tensor] = {}
+    for key, parameter in rest.items():
+        elements = parameter.numel() + sum(other.numel() for other in some.values())
+        if some and elements * job.output.numel() * job.dtype.itemsize > job.bound:
+            yield _InTurn(job, some)
+            some = {}
+        some = {**some, key: parameter}
+    if some:
+        yield _InTurn(job, some)
 
 
 class Passes(ABC):

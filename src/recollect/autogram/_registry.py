@@ -27,6 +27,17 @@ class Rule(Protocol):
 
     A rule that does not cover how the layer was called raises :class:`NotCovered` (the exact fallback takes the call),
     and never guesses. Names of parameters that need no gradient may be left out.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autogram import Rows
+        >>> def rule(layer, inputs, grads):  # of a layer that returns x * layer.weight
+        ...     return {"weight": Rows((inputs[0] * grads[0]).sum(1))}
+        >>> weight, x = torch.ones(3, requires_grad=True), torch.randn(5, 3)
+        >>> # Each of 5 losses has one element of the batch: rows of inputs and gradients are batches of one.
+        >>> jacobian = rule(None, (x[:, None],), (torch.ones(5, 1, 3),))["weight"].values
+        >>> torch.equal(jacobian[2], torch.autograd.grad((x[2] * weight).sum(), weight)[0])
+        True
     """
 
     def __call__(
@@ -44,6 +55,16 @@ class Sharing(Protocol):
     has the same elements, or None for one that every row shares. If they are not, or it cannot tell, it returns None:
     then the rule gets inputs that all rows share, and for each row the output's gradient with zeros in place of the
     others' entries.
+
+    Example:
+        >>> from recollect.autogram import Sharing
+        >>> def sharing(layer, inputs, axes):  # of a layer that mixes the last axis of [batch, .., features]
+        ...     (axis,) = axes
+        ...     return (axis,) if axis is not None and axis < inputs[0].dim() - 1 else None
+        >>> import torch
+        >>> x = torch.empty(5, 7, 3)
+        >>> sharing(None, (x,), (1,)), sharing(None, (x,), (2,))
+        ((1,), None)
     """
 
     def __call__(
@@ -102,7 +123,9 @@ class Registry:
 
     def __init__(self, table: Mapping[type[nn.Module] | str, Entry]) -> None:
         self._table = dict(table)
-        self._found: dict[type, Entry | None] = {}
+        self._found: dict[type, tuple[Entry, Any] | None] = {}
+        # What a rule is for: a forward that is put in its place later, for all, has none.
+        self._forwards = {kind: _forward_of(kind) for kind in table if not isinstance(kind, str)}
 
     def register(self, layer_type: type[nn.Module] | str, entry: Entry) -> None:
         """Add the rule of one more type of layer.
@@ -117,24 +140,32 @@ class Registry:
                 "register that"
             )
         self._table[layer_type] = entry
+        if not isinstance(layer_type, str):
+            self._forwards[layer_type] = _forward_of(layer_type)
         self._found.clear()
 
     def find(self, layer_type: type) -> Entry | None:
         """Return the entry of a type of layer, or None.
 
-        A subclass has its base's rule only as long as its ``forward`` is the base's own.
+        A subclass has its base's rule only as long as its ``forward`` is the base's own, and that the one which the
+        base had when the rule was registered (by name: when it was first asked for).
         """
         if layer_type not in self._found:
             self._found[layer_type] = self._look_up(layer_type)
-        return self._found[layer_type]
+        found = self._found[layer_type]
+        return found[0] if found is not None and found[1] is _forward_of(layer_type) else None
 
-    def _look_up(self, layer_type: type) -> Entry | None:
+    def _look_up(self, layer_type: type) -> tuple[Entry, Any] | None:
+        """Return the entry of the nearest base that has one, and the forward that it is for."""
         for base in layer_type.__mro__:
             entry = self._table.get(base) or self._table.get(_name(base))
             if entry is not None:
-                same = getattr(layer_type, "forward", None) is getattr(base, "forward", None)
-                return entry if same else None
+                return entry, self._forwards.setdefault(base, _forward_of(base))
         return None
+
+
+def _forward_of(layer_type: type) -> Any:
+    return getattr(layer_type, "forward", None)
 
 
 def _name(layer_type: type | str) -> str:

@@ -50,6 +50,12 @@ class NoiseScale:
         squared_norm: |G|², an unbiased estimate for the gradient of the mean over all data. It may be below zero where
             noise is most of what there is.
         trace: tr Σ, an unbiased estimate for the covariance of one sample's gradient.
+
+    Example:
+        >>> from recollect.autogram import NoiseScale
+        >>> scale = NoiseScale(squared_norm=0.5, trace=16.0)
+        >>> scale.simple  # samples
+        32.0
     """
 
     squared_norm: float

@@ -87,8 +87,20 @@ def first_rows(adj_t: Tensor, num_rows: int) -> Tensor:
 def edge_index_of(adj_t: Tensor) -> Tensor:
     """Return the edges as source and target [2, num_edges], in the adjacency's order.
 
+    Args:
+        adj_t: sparse CSR [targets, sources].
+
     Raises:
         TypeError: it is no sparse CSR tensor.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import edge_index_of
+        >>> from recollect.messages import make_adj_t
+        >>> adj_t, _ = make_adj_t(torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2]), None, 3)
+        >>> edge_index_of(adj_t)
+        tensor([[2, 0, 1],
+                [0, 1, 2]])
     """
     check_csr(adj_t)
     return torch.stack([adj_t.col_indices(), rows_of(adj_t)])
@@ -108,6 +120,15 @@ def add_self_loops(adj_t: Tensor, fill_value: float = 1.0) -> Tensor:
     Raises:
         TypeError: it is no sparse CSR tensor.
         ValueError: it is not square: add self-loops to the whole graph, before it is cut into mini-batches.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import add_self_loops
+        >>> from recollect.messages import make_adj_t
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0]), torch.tensor([0, 0]), torch.tensor([2.0, 3.0]), 2)
+        >>> add_self_loops(adj_t).to_dense()
+        tensor([[3., 2.],
+                [0., 1.]])
     """
     check_square(adj_t)
     row, col, value = rows_of(adj_t), adj_t.col_indices(), values_of(adj_t)
@@ -135,6 +156,15 @@ def normalize(adj_t: Tensor, self_loops: bool = True) -> Tensor:
     Raises:
         TypeError: it is no sparse CSR tensor.
         ValueError: it is not square.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import normalize
+        >>> from recollect.messages import make_adj_t
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0]), torch.tensor([0, 1]), None, 2)
+        >>> normalize(adj_t).to_dense()  # degrees of 2, with the self-loops
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
     """
     check_square(adj_t)
     if self_loops:

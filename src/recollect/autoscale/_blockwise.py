@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
+from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import widths_of
 from recollect.autoscale._network import Between, Follow, LayeredGNN, SourceOf, State
 from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
@@ -22,6 +22,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._rows_source import Pulls, Rows
 from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._sub_data import SubData
+from recollect.messages.reach import look_of
 
 __all__ = ["Around", "BlockwiseGNN"]
 
@@ -36,6 +37,24 @@ class Around:
         inputs: their rows of the layer's input [halo, hidden_channels].
         outputs: and of its output; constants.
         sources: what brings these back in backward; ``None``: they are kept.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> from recollect.models import RevGNN
+        >>> class Watched(RevGNN):
+        ...     def run_stage(self, index, x, edge_index, shared, args, around):
+        ...         found.append(around)
+        ...         return super().run_stage(index, x, edge_index, shared, args, around)
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
+        >>> batch = next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
+        >>> model, found = Watched(in_channels, 8, out_channels, num_layers=3, num_nodes=34), []
+        >>> model(batch.data.x, batch.data.adj_t, *batch[1:]).shape
+        torch.Size([17, 4])
+        >>> halo = len(batch.n_id) - batch.batch_size
+        >>> [tuple(around.outputs.shape) for around in found] == 3 * [(halo, 8)]
+        True
     """
 
     inputs: Tensor
@@ -62,10 +81,22 @@ class BlockwiseGNN(ScalableGNN):
     Attributes:
         conv_inputs: ``inputs``.
         num_groups: C, which each network sets.
+
+    Example:
+        >>> from recollect.autoscale import BlockwiseGNN, get_data
+        >>> from recollect.models import RevGNN
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> model = RevGNN(in_channels, 8, out_channels, num_layers=3, num_nodes=34)
+        >>> isinstance(model, BlockwiseGNN), model.num_groups
+        (True, 2)
+        >>> [history.embedding_dim for history in model.histories]  # the last layer has one too
+        [8, 8, 8]
+        >>> model(data.x, data.adj_t).shape  # of the whole graph
+        torch.Size([34, 4])
     """
 
     num_groups: int
-    _looked = False  # at what blocks need
+    _look: int | None = None  # of the network when it was checked
 
     def __init__(
         self,
@@ -97,6 +128,10 @@ class BlockwiseGNN(ScalableGNN):
     # What each network writes.
 
     @abstractmethod
+    def stages(self) -> Iterable[tuple[str, nn.Module]]:
+        """Return the modules of the layers, with their names."""
+
+    @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
         """Return the first layer's input [n, hidden_channels], of features [n, in_channels], row by row."""
 
@@ -110,14 +145,17 @@ class BlockwiseGNN(ScalableGNN):
     ) -> Tensor:
         """Return a layer's output for the rows of its input; what it shares has rows for those around them too."""
 
-    def check_blocks(self, args: tuple[Any, ...]) -> None:
-        """Refuse blocks that need more than the edges into a mini-batch's nodes; called before the first one.
+    def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        """Refuse blocks that need more than the edges into a mini-batch's nodes, and what does not go row by row.
+
+        Called before the first mini-batch, and before the next one when something has changed.
 
         Args:
+            x: features of some nodes [n, in_channels].
             args: what blocks get of the edges.
 
         Raises:
-            ValueError: there is one.
+            ValueError: there is such a block, or such a function.
         """
 
     @abstractmethod
@@ -133,6 +171,14 @@ class BlockwiseGNN(ScalableGNN):
         """Return the network's output, of the last layer's, row by row."""
 
     # What derives from it.
+
+    def look_at_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        """Call :meth:`check_parts` if that was not done for the network as it is now."""
+        look = look_of(part for name, part in self.named_children() if name != "histories")
+        if look != self._look:
+            with evaluating(self):
+                self.check_parts(x, args)
+            self._look = look
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.
@@ -176,10 +222,7 @@ class BlockwiseGNN(ScalableGNN):
     def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
         edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
-        if not self._looked:
-            with evaluating(self):
-                self.check_blocks(args)
-            self._looked = True
+        self.look_at_parts(x, args)
         x = self.enter(x)
         shared = self.share(x)
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
@@ -230,6 +273,7 @@ class BlockwiseGNN(ScalableGNN):
             takes: from the graph to whether the output of each layer is wanted.
             take: gets the number of a layer, and its output in pieces.
         """
+        check_layerwise(self, "run_block", self.stages())
         view, wanted = _Blocks(self), False
         exact = next(self.parameters()).dtype == torch.float64
         channels = sum(self._widths()[:1]) // self.num_groups
@@ -269,6 +313,7 @@ class _Blocks(LayeredGNN):
             return torch.cat(state["groups"], 1)
         edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
         if layer == 0:
+            model.look_at_parts(x, args)
             groups = model.enter(x).chunk(model.num_groups, 1)
             state["groups"] = [one[:size] for one in groups]
             x = _first_input(groups)

@@ -11,7 +11,7 @@ Convergence", arXiv 2302.00924, section 4). Parameters get gradients from the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,15 @@ from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 
-__all__ = ["Compensation"]
+__all__ = ["BACKWARD_TWICE", "Compensation", "Plain", "autocast_now", "blank_of", "inputs_of"]
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 """From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
+BACKWARD_TWICE = (
+    "this mini-batch went backward before, and its gradients are in their histories already; with compensate=True go "
+    "backward once for each forward pass, from the sum of all losses"
+)
 _FORMS = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES)
 
 
@@ -59,12 +63,14 @@ class Compensation:
         ways: dict[int, Way],
     ) -> None:
         self._model = model
+        self._plain = Plain(model)
         self._gradients = gradients
         self._histories = histories
         self._batch = batch
         self._outward = outward
         self._edges = Edges(outward)
-        self._inputs = _inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._given_inputs = inputs
+        self._inputs = inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
         self._ways = ways
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
@@ -84,7 +90,7 @@ class Compensation:
             self._gradients.table(layer, out.size(1))
         back = None
         if not last and self._outward.num_targets:
-            back = self._back(layer + 1, out, _blank(self._inputs, state))
+            back = self._back(layer + 1, out, blank_of(self._inputs, state))
         joined: Tensor = _Join.apply(out, _Step(layer, self._batch, push, back))  # type: ignore[no-untyped-call]
         if layer:
             tree = Tree(state)
@@ -93,7 +99,7 @@ class Compensation:
 
     def _back(self, layer: int, x: Tensor, blank: Blank) -> Back:
         """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
-        autocast = _autocast_now()
+        autocast = autocast_now()
         way = self._way(layer, x, blank)
         targets = self._outward.n_id[: self._outward.num_targets]
 
@@ -101,7 +107,7 @@ class Compensation:
             if self._gradients.is_empty(layer):
                 return None
             given = self._gradients.pull(layer, targets)
-            with plain(self._model), autocast():
+            with self._plain(), autocast():
                 if way.form == Form.ANY:
                     found = self._through_all(layer, own, given, blank)
                 else:
@@ -115,22 +121,26 @@ class Compensation:
             self._check_apart_from_state(layer, x, blank)
             return Way(Form.ANY)
         if layer not in self._ways:
-            with plain(self._model):
-                # Weights that are 1, or 0, in this mini-batch may be others in the next.
-                weights = drawn_like(self._outward.value, torch.Generator().manual_seed(layer)).abs() + 0.5
-                weights = weights.to(self._outward.value)
-                edges = Edges(self._outward._replace(value=weights))
-                way = way_of(self._model, layer, x, edges, self._inputs, blank)
-            if way.form == Form.ANY:
-                raise NotImplementedError(
-                    f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
-                    "what a source does to a target depends on the target's other sources. Apply the activation (and "
-                    "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
-                    'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
-                    "the nodes outside"
-                )
-            self._ways[layer] = way
+            edges = Edges(self._outward._replace(value=self._other_weights(layer, self._outward.value)))
+            with self._plain():
+                self._note(layer, way_of(self._model, layer, x, edges, self._inputs, blank))
         return self._ways[layer]
+
+    def _other_weights(self, layer: int, value: Tensor) -> Tensor:
+        """Weights that are 1, or 0, in this mini-batch may be others in the next."""
+        return (drawn_like(value, torch.Generator().manual_seed(layer)).abs() + 0.5).to(value)
+
+    def _note(self, layer: int, way: Way) -> None:
+        """Keep how a layer's gradient is sent back, if that can be done by the edges that there are."""
+        if way.form == Form.ANY:
+            raise NotImplementedError(
+                f"layer {layer} of {type(self._model).__name__} is none of {', '.join(f.value for f in _FORMS)}: "
+                "what a source does to a target depends on the target's other sources. Apply the activation (and "
+                "norm) at the beginning of the next layer in the place of the end of this one, and divide by "
+                'degrees with weights of edges; or give the loader outward="complete", which brings all edges of '
+                "the nodes outside"
+            )
+        self._ways[layer] = way
 
     def _check_apart_from_state(self, layer: int, x: Tensor, blank: Blank) -> None:
         """Raise if the gradient depends on what earlier layers left for the nodes outside, which is not known here."""
@@ -143,7 +153,7 @@ class Compensation:
             others: State = tree.build([drawn_like(tensor, generator) for tensor in tree.tensors])
             return self._inputs | others
 
-        with plain(self._model):
+        with self._plain():
             own, moved = drawn_like(x, generator), Moved(self._model, generator)
             rows = torch.cat([own.new_zeros(self._outward.num_targets, own.size(1)), own])
             rows = torch.cat([rows, own.new_zeros(self._outward.n_id.numel() - rows.size(0), own.size(1))])
@@ -206,19 +216,14 @@ class _Step:
 
     def __call__(self, grad: Tensor, own: Tensor) -> Tensor:
         if self._done:
-            raise RuntimeError(
-                "this mini-batch went backward before, and its gradients are in their histories already; with "
-                "compensate=True go backward once for each forward pass, from the sum of all losses"
-            )
+            raise RuntimeError(BACKWARD_TWICE)
         self._done = True
         extra = None if self._back is None else self._back(own)
         if extra is not None:
             rows, trust = extra
             grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
         if self._push is not None:
-            _, n_id, offset, count = self._batch.arguments
-            assert n_id is not None
-            self._push(self._layer, grad, n_id[: self._batch.size], offset, count)
+            self._push(self._layer, grad, self._batch.n_id[: self._batch.size], self._batch.rows)
         return grad
 
 
@@ -237,20 +242,36 @@ class _Join(torch.autograd.Function):
         return ctx.step(grad, *ctx.saved_tensors), None
 
 
-@contextmanager
-def plain(model: nn.Module) -> Iterator[None]:
-    """Run the body in evaluation mode: dropout is its mean, and nothing is counted or drawn."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class Plain:
+    """Runs in evaluation mode what is within: dropout is its mean, and nothing is counted or drawn.
+
+    Args:
+        model: whose modules are looked for once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = tuple(model.modules())
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        training = [module for module in self._modules if module.training]
+        _set_modes(training, False)
+        try:
+            yield
+        finally:
+            _set_modes(training, True)
 
 
-def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
+def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
+    for module in modules:
+        values = vars(module)
+        if "training" in values:  # by far faster than by the module's own way
+            values["training"] = training
+        else:
+            module.training = training
+
+
+def inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
     """Return the inputs of the outward edges."""
     found = {}
     for name, value in inputs.items():
@@ -266,7 +287,7 @@ def _inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
     return found
 
 
-def _blank(inputs: State, state: State) -> Blank:
+def blank_of(inputs: State, state: State) -> Blank:
     """Return what makes a state for some targets: the inputs, and zeros for what earlier layers left."""
     tree = Tree({name: value for name, value in state.items() if name not in inputs})
     kinds = [(tensor.shape[1:] if tensor.dim() else None, tensor.dtype, tensor.device) for tensor in tree.tensors]
@@ -283,7 +304,7 @@ def _blank(inputs: State, state: State) -> Blank:
     return make
 
 
-def _autocast_now() -> Callable[[], torch.autocast]:
+def autocast_now() -> Callable[[], torch.autocast]:
     kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._combination import CombinedPass
 from recollect.autoscale._compensation import Compensation
 from recollect.autoscale._history_network import HistoryGNN
-from recollect.autoscale._network import Follow
 from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
@@ -41,6 +41,8 @@ class CorrectedGNN(HistoryGNN):
     def _make_histories(self) -> None:
         if self.compensate and self.history_options.process_group is not None:
             raise ValueError("compensate=True needs histories of gradients, which are not over ranks yet: leave it out")
+        if self.combine is not None and not self.compensate:
+            raise ValueError("combine= is part of the correction of histories: give compensate=True too")
         super()._make_histories()
         if self.compensate and not self.keep_histories:
             raise ValueError(
@@ -60,13 +62,16 @@ class CorrectedGNN(HistoryGNN):
             if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
                 self.gradients.to(before.place)
 
-    def correction(self, batch: Batch, outward: Outward | None, inputs: dict[str, Any], adj_t: Tensor) -> Follow | None:
+    def correction(
+        self, batch: Batch, outward: Outward | None, inputs: dict[str, Any], x: Tensor, adj_t: Tensor
+    ) -> Compensation | None:
         """Return what completes the gradients of a mini-batch between its layers, if they shall be.
 
         Raises:
-            ValueError: they shall be, and the mini-batch has no outward edges, or its own edges have other weights.
+            ValueError: they shall be, and the mini-batch has no outward edges, or others than needed, or its own edges
+                have other weights.
         """
-        if self.gradients is None or not torch.is_grad_enabled():
+        if self.gradients is None or not (torch.is_grad_enabled() or (self.combine and outward is not None)):
             return None
         if outward is None:
             if not self.training:
@@ -86,7 +91,14 @@ class CorrectedGNN(HistoryGNN):
                 "edges to nodes outside have the loader's: with compensate=True change them in forward_layer, where "
                 "attributes of edges come from inputs=, or in the graph before the loader is made"
             )
-        return Compensation(self, self.gradients, self.tables, batch, outward, inputs, self._ways).follow
+        arguments = self, self.gradients, self.tables, batch, outward, inputs, self._ways
+        if self.combine is not None:
+            return CombinedPass(self.combine, x, self._exchange, *arguments)
+        if outward.form == "induced":
+            raise ValueError(
+                'outward="induced" of the loader is for combine=Combination(...): without it give outward=True'
+            )
+        return Compensation(*arguments)
 
     def refresh(self, loader: Iterable[SubData], loss: Loss | None = None) -> Tensor:
         """Make the histories those of the present parameters: embeddings, and with ``compensate=True`` gradients too.

@@ -21,6 +21,12 @@ class GraphData(NamedTuple):
         data: with ``x`` [N, in_channels], ``y``, masks and ``adj_t``, a ``torch.sparse_csr`` tensor [N, N].
         in_channels: features of a node.
         out_channels: classes, or labels.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> data.adj_t.shape, in_channels, out_channels
+        (torch.Size([34, 34]), 34, 4)
     """
 
     data: Data
@@ -36,8 +42,17 @@ def get_data(root: str | Path | None, name: str, **options: object) -> GraphData
         name: one of :func:`recollect.data.names`; also as PyGAS writes it, such as ``"CoauthorCS"`` or ``"arxiv"``.
         **options: of the dataset; see :func:`recollect.data.load`.
 
+    Returns:
+        The graph, with ``adj_t`` [N, N] in sparse CSR form, and its numbers of features and of classes (labels).
+
     Raises:
         UnknownDatasetError, MissingRawFilesError and others: as :func:`recollect.data.load`.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> graph = get_data(None, "sbm", num_nodes=100, num_classes=3)
+        >>> graph.data.adj_t.layout, graph.out_channels
+        (torch.sparse_csr, 3)
     """
     graph = load(_known(name), root, **options)  # type: ignore[arg-type]
     return GraphData(to_adj_t(graph.data), int(graph.data.x.size(1)), graph.num_classes)

@@ -12,6 +12,7 @@ import torch
 
 from recollect._arguments import as_count
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._combination import Combination
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._making import HistoryOptions, as_channels, widths_of
 from recollect.autoscale._network import LayeredGNN
@@ -39,10 +40,12 @@ class HistoryGNN(LayeredGNN):
         histories: HistoryOptions | None = None,
         recompute: bool = False,
         compensate: bool = False,
+        combine: Combination | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_layers, recompute)
         self.compensate = compensate
+        self.combine = combine
         given = {"pool_size": pool_size, "buffer_size": buffer_size, "device": device}
         self.history_options = (histories or HistoryOptions()).updated(**given, **options)
         self.num_nodes = self._count_of(num_nodes)

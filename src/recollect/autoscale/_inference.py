@@ -22,7 +22,7 @@ from recollect.autoscale.histories._selection import Slices, numbers_of
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 
-__all__ = ["LayerWise", "States", "Tables", "evaluating"]
+__all__ = ["LayerWise", "States", "Tables", "check_layerwise", "evaluating"]
 
 Take = Callable[[], Tensor] | None
 States = Mapping[Slices, dict[str, Any]]
@@ -40,6 +40,39 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def check_layerwise(model: nn.Module, method: str, inside: Iterable[tuple[str, nn.Module]] = ()) -> None:
+    """Check that a network is what its layers are, one after the other.
+
+    Args:
+        model: the network.
+        method: of it that says what a layer is.
+        inside: modules, with their names, that are not called either.
+
+    Raises:
+        TypeError: a class derived from the one with that method has a ``forward`` that does something around its
+            base's. One that is written out runs the layers by itself, and says what is to come of it.
+        ValueError: there are hooks.
+    """
+    kinds = type(model).__mro__
+    forward, layers = (next(kind for kind in kinds if name in vars(kind)) for name in ("forward", method))
+    code = getattr(vars(forward)["forward"], "__code__", None)
+    if forward is not layers and issubclass(forward, layers) and (code is None or "super" in code.co_names):
+        raise TypeError(
+            f"{forward.__name__} has a forward around its base's, which is not called when a loader is evaluated layer "
+            f"by layer: let {method} do what it does, or call the network on the whole graph"
+        )
+    for name, module in (("the network", model), *inside):
+        found = [kind.removeprefix("_") for kind in _HOOKS if getattr(module, kind)]
+        if found:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has {' and '.join(found)}, which are not called when a loader is "
+                "evaluated layer by layer: remove them, or register them on the modules that a layer runs"
+            )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,22 @@ def load_history_parts(model: HistoryGNN, state: dict[str, Tensor]) -> None:
     Raises:
         KeyError: a part is missing. Nothing is written then.
         ValueError: one is of another size or type, or the histories are not over ranks. Nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from torch import distributed as dist
+        >>> from recollect.autoscale import history_parts, load_history_parts
+        >>> from recollect.distributed import Shares
+        >>> from recollect.models import GCN
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as torchrun does for many
+        >>> model = GCN(10, 4, 8, 3, num_layers=2, process_group=Shares(torch.tensor([0, 6, 10])))
+        >>> state = {name: torch.ones_like(rows) for name, rows in history_parts(model).items()}
+        >>> {name: tuple(rows.shape) for name, rows in state.items()}
+        {'0.part.0': (6, 8), '0.part.1': (4, 8)}
+        >>> load_history_parts(model, state)
+        >>> all(rows.eq(1).all() for rows in history_parts(model).values())
+        True
+        >>> dist.destroy_process_group()
     """
     checked: list[list[tuple[Table, range, Tensor]]] = []
     for layer, history in enumerate(model.tables):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._adjacency import adjacency_of, first_rows
-from recollect.autoscale._compensation import plain
+from recollect.autoscale._compensation import Plain
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
@@ -60,7 +60,7 @@ class GradientSweep:
     def run(self) -> None:
         """Run all layers."""
         last = self._model.num_layers - 1
-        with plain(self._model):
+        with Plain(self._model)():
             for layer in range(last, 0, -1):
                 if layer in (last, *range(2, last)):  # what goes into the second layer's input nobody asks for
                     for number, sub in enumerate(self._loader):

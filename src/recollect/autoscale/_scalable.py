@@ -12,9 +12,10 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch, BatchArguments
+from recollect.autoscale._combination import CombinedPass
 from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, States, Tables, evaluating
+from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
@@ -59,6 +60,9 @@ class ScalableGNN(CorrectedGNN):
         compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
             gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
             layers that are sums over edges, unless all edges are there; see docs/graph.md.
+        combine: with ``compensate``, a :class:`~recollect.autoscale.Combination`: halo rows are combined from histories
+            and from what the mini-batch tells of them, forward and backward. ``None``: they are those of histories.
+            Needs mini-batches with ``outward="induced"``, or ``"complete"``.
         **options: ``history_dtype``, ``history_path``, ``save_histories`` and ``keep_histories``: ``dtype``, ``path``,
             ``save`` and ``keep`` of ``histories``, under the names that they have beside a network's other arguments.
 
@@ -205,13 +209,16 @@ class ScalableGNN(CorrectedGNN):
             return self.run_layers(x, adj_t, inputs, unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         own = first_rows(adj_t, batch.size)
+        correction = self.correction(batch, outward, inputs, x, own)
+        if isinstance(correction, CombinedPass):
+            return self.run_layers(x, own, inputs, correction.between, None, correction.follow)
         return self.run_layers(
             x,
             own,
             inputs,
             lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
-            self.correction(batch, outward, inputs, own),
+            None if correction is None else correction.follow,
         )
 
     def push_and_pull(
@@ -288,8 +295,10 @@ class ScalableGNN(CorrectedGNN):
             [num_nodes, out_channels], on the histories' device.
 
         Raises:
-            ValueError: the loader leaves out nodes, or changes its mini-batches.
+            TypeError: a derived class has a ``forward`` around its base's, which would not be called.
+            ValueError: the loader leaves out nodes, or changes its mini-batches; or the network has forward hooks.
         """
+        check_layerwise(self, "forward_layer")
         with evaluating(self):
             return LayerWise(self, loader, self._tables_for).run(self.emb_device)
 
@@ -329,6 +338,7 @@ class ScalableGNN(CorrectedGNN):
             every = torch.split(torch.arange(self.num_nodes, device="cpu"), _ROWS_AT_ONCE)
             take(layer, ((n_id, fresh[layer].pull(n_id)) for n_id in every))
 
+        check_layerwise(self, "forward_layer")
         with evaluating(self):
             LayerWise(self, loader, tables_for).run(torch.device("cpu"), finished)
 

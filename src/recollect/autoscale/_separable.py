@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recollect._util._tree import Tree
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
-from recollect.messages import propagate, sparse_csr
+from recollect.messages import propagate, shifted, sparse_csr
 
 __all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "transposed", "way_of"]
 
@@ -108,11 +108,7 @@ class Edges:
     def one_each(self, before: int) -> Tensor:
         """Return an adjacency [R, before + R] with an edge of weight 1 into each target, from the row so far behind."""
         if before not in self._one_each:
-            value = self._outward.value
-            size = self.adj.size(0)
-            rowptr = torch.arange(size + 1, device=value.device)
-            weights = value.new_ones(size)
-            self._one_each[before] = sparse_csr(rowptr, rowptr[:-1] + before, weights, (size, before + size))
+            self._one_each[before] = shifted(self.adj.size(0), before, self._outward.value)
         return self._one_each[before]
 
 
@@ -183,7 +179,15 @@ class Moved(nn.Module):
         return out
 
 
-def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: State, blank: Blank) -> Way:
+def way_of(
+    model: LayeredGNN,
+    layer: int,
+    like: Tensor,
+    edges: Edges,
+    inputs: State,
+    blank: Blank,
+    forms: Sequence[Form] = (Form.SUM, Form.SUM_AND_OWN, Form.EDGES),
+) -> Way:
     """Return the first way that is right for a layer; that is observed, with drawn numbers in the place of all rows.
 
     Args:
@@ -193,6 +197,7 @@ def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: St
         edges: from the mini-batch to nodes outside, at least one.
         inputs: the layer's keyword arguments, for the outward edges by target.
         blank: makes its state.
+        forms: of a sum over edges, from the fastest on, the last of which is right for every sum.
     """
     generator = torch.Generator().manual_seed(layer)
     moved = Moved(model, generator)
@@ -207,9 +212,8 @@ def way_of(model: LayeredGNN, layer: int, like: Tensor, edges: Edges, inputs: St
     alone = transposed(moved, layer, Way(Form.EDGES), own, given, edges, blank)
     if not same(alone, _among_others(moved, layer, own, given, edges.by_target, blank, drawn)):
         return Way(Form.ANY)
-    forms = [Form.SUM, Form.SUM_AND_OWN, Form.EDGES]
     if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
-        forms = [Form.EDGES]  # the inputs are those of the outward edges
+        forms = forms[-1:]  # the inputs are those of the outward edges
     ways = (Way(form, products) for form in forms for products in (False, True))
     return next(way for way in ways if same(alone, transposed(moved, layer, way, own, given, edges, blank)))
 

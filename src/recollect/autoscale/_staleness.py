@@ -38,6 +38,20 @@ def history_errors(model: ScalableGNN, data: Any) -> list[float]:
     Raises:
         ValueError: it is not the graph of the histories.
         RuntimeError: the network was made with ``keep_histories=False``.
+
+    Example:
+        >>> from recollect.autoscale import EvalSubgraphLoader, get_data, history_errors, normalize, partition, permute
+        >>> from recollect.models import GCN
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> data.adj_t = normalize(data.adj_t)
+        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
+        >>> data = permute(data, perm, log=False)
+        >>> model = GCN(data.num_nodes, in_channels, 8, out_channels, num_layers=3)
+        >>> history_errors(model, data)  # of histories that are zeros
+        [1.0, 1.0]
+        >>> _ = model(loader=EvalSubgraphLoader(data, ptr, log=False))  # fills them
+        >>> max(history_errors(model, data)) < 1e-6
+        True
     """
     with evaluating(model):
         if hasattr(data, "x"):

@@ -24,6 +24,13 @@ def compute_micro_f1(logits: Tensor, y: Tensor, mask: Tensor | None = None) -> f
 
     Raises:
         ValueError: The shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import compute_micro_f1
+        >>> logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> compute_micro_f1(logits, torch.tensor([0, 1, 1, 1]))  # three of four are right
+        0.75
     """
     if logits.dim() != 2 or y.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
@@ -64,6 +71,14 @@ def gen_masks(
 
     Raises:
         ValueError: An argument is out of its range, or ``y`` holds no single class for each node.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import gen_masks
+        >>> y = torch.arange(40) % 4  # ten nodes of each class
+        >>> train, val, test = gen_masks(y, train_per_class=3, val_per_class=2, num_splits=5)
+        >>> train.shape, train.sum(0).tolist(), test.sum(0).tolist()
+        (torch.Size([40, 5]), [12, 12, 12, 12, 12], [20, 20, 20, 20, 20])
     """
     if y.dim() != 1 or y.dtype.is_floating_point or y.dtype == torch.bool:
         raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}, but must hold integer classes [N]")
@@ -96,9 +111,21 @@ def dropout(adj_t: Tensor, p: float, training: bool = True) -> Tensor:
         p: From 0 to 1.
         training: Otherwise ``adj_t`` is returned as it is.
 
+    Returns:
+        An adjacency of the same edges.
+
     Raises:
         TypeError: ``adj_t`` is no sparse CSR tensor.
         ValueError: ``p`` is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import dropout, get_data
+        >>> adj_t = get_data(None, "karate").data.adj_t
+        >>> sorted(set(dropout(adj_t, p=0.5).values().tolist()))
+        [0.0, 2.0]
+        >>> dropout(adj_t, p=0.5, training=False) is adj_t
+        True
     """
     check_csr(adj_t)
     if not 0 <= p <= 1:

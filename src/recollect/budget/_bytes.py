@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import torch
 
-__all__ = ["as_bytes", "in_words"]
+from recollect._util._sizes import as_size
 
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", 1):
-    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power, _letter: 1000**_power}
-_FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*|%)\s*")
+__all__ = ["as_bytes", "in_words"]
 
 
 def as_bytes(budget: Any, device: torch.device) -> int:
@@ -26,24 +22,10 @@ def as_bytes(budget: Any, device: torch.device) -> int:
 
     Raises:
         TypeError: it is neither a number nor a string.
-        ValueError: it cannot be read, or is not positive.
+        ValueError: it cannot be read, or is out of range.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        raise TypeError(f"budget must be a number of bytes, or words such as '8 GB' or '60%' (got {budget!r})")
-    if isinstance(budget, str):
-        match = _FORM.fullmatch(budget)
-        unit = match[2].upper() if match else None
-        if match is None or (unit != "%" and unit not in _UNITS):
-            raise ValueError(
-                f"budget={budget!r} cannot be read; write bytes (8000000000), a number and a unit (B, KB, MB, GB, TB, "
-                "KiB, MiB, GiB, TiB), or a share of the device's memory ('60%')"
-            )
-        value = float(match[1]) * (memory_of(device) / 100 if unit == "%" else _UNITS[unit or ""])
-    else:
-        value = float(budget)
-    if not 1 <= value < 2**62:
-        raise ValueError(f"budget must be at least one byte (got {budget!r})")
-    return int(value)
+    size = as_size(budget)
+    return int(size.number * memory_of(device)) if size.share else int(size.number)
 
 
 def memory_of(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_ap
 __all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
+_STRATEGIES = ("store", "checkpoint", "link", "selective", "invert")
 _CORRECTIONS = 3
 _FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
@@ -35,6 +36,16 @@ class BudgetError(RuntimeError):
 
     Attributes:
         least: the smallest peak in bytes that was measured.
+
+    Example:
+        >>> import recollect, torch
+        >>> from recollect.budget import BudgetError
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> try:
+        ...     recollect.plan(model, torch.randn(512, 32), budget="1 kB")
+        ... except BudgetError as error:
+        ...     print(error.least > 1000)
+        True
     """
 
     def __init__(self, message: str, least: int) -> None:
@@ -43,7 +54,19 @@ class BudgetError(RuntimeError):
 
 
 class BudgetWarning(UserWarning):
-    """A step with inputs of another size than the plan's example exceeds the budget."""
+    """A step with inputs of another size than the plan's example exceeds the budget.
+
+    Example:
+        >>> import recollect, torch, warnings
+        >>> from recollect.budget import BudgetWarning
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> plan = recollect.plan(model, torch.randn(64, 32), budget="100 kB")
+        >>> with plan, warnings.catch_warnings(record=True) as found:
+        ...     warnings.simplefilter("always", BudgetWarning)
+        ...     _ = model(torch.randn(640, 32))
+        >>> [warning.category.__name__ for warning in found]
+        ['BudgetWarning']
+    """
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,13 @@ class Row:
             ``"selective"``, ``"offload"`` or ``"invert"``.
         bytes: that it keeps with this strategy.
         seconds: that the strategy adds to a step.
+
+    Example:
+        >>> import recollect, torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(3)])
+        >>> row = recollect.plan(model, torch.randn(64, 32, requires_grad=True), budget="1 MB").rows[0]
+        >>> row.unit, row.strategy, row.keeps, row.bytes  # of 64 * 32 numbers
+        ('0', 'store', 8192, 8192)
     """
 
     unit: str
@@ -92,6 +122,15 @@ class Plan:
         peak: of a step, in bytes, as measured.
         seconds: that the plan adds to a step, as estimated from its units.
         steps: how many steps were measured.
+
+    Example:
+        >>> import recollect, torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(4)])
+        >>> plan = recollect.plan(model, torch.randn(64, 32), budget="1 MB")
+        >>> plan.apply().peak <= plan.budget == 1_000_000
+        True
+        >>> model(torch.randn(64, 32)).sum().backward()
+        >>> plan.remove()
     """
 
     def __init__(self, step: Step, budget: int, units: dict[str, nn.Module], options: Options, on: OnExceed) -> None:
@@ -148,8 +187,11 @@ class Plan:
 
     # How it comes about.
 
-    def _make(self) -> None:
+    def _make(self, given: tuple[Row, ...] = ()) -> None:
         step = self._step
+        if given and (peak := self._verify(given)) <= self.budget:
+            self.peak, self.seconds = peak, _seconds(given)
+            return
         with step.tried():
             measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), self._options)
         self.steps += 1
@@ -290,6 +332,7 @@ def plan(
     selective: bool = True,
     offload: str | os.PathLike[str] | bool = False,
     on_exceed: OnExceed = "warn",
+    rows: Sequence[Row] = (),
 ) -> Plan:
     """Find what to keep of a model's layers so that a training step stays within a memory budget, in the least time.
 
@@ -317,6 +360,8 @@ def plan(
         on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
             own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or
             ``"replan"``.
+        rows: of an earlier plan of this model, ``plan.rows``: what it chose is taken again if the step that is
+            measured stays within the budget, so that a run that goes on computes what it computed before.
 
     Returns:
         The plan. ``print(plan)`` shows a table.
@@ -356,8 +401,19 @@ def plan(
     options = Options(device, certify, selective, source)
     step = Step(model, args, kwargs, loss, device)
     made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
-    made._make()
+    made._make(_checked(rows, made))
     return made
+
+
+def _checked(rows: Sequence[Row], made: Plan) -> tuple[Row, ...]:
+    known = [*_STRATEGIES, *(["offload"] if made._options.offload is not None else [])]
+    for row in rows:
+        if row.unit not in made._units or row.strategy not in known:
+            raise ValueError(
+                f"rows: {row.unit!r} with the strategy {row.strategy!r} is of another plan; its units are "
+                f"{', '.join(made._units)}, its strategies {', '.join(known)}"
+            )
+    return tuple(rows)
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

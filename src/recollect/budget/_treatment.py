@@ -72,7 +72,17 @@ class Treated(Forward):
 
 
 class Applied:
-    """Modules with something in front of their forward, to be taken away again."""
+    """Modules with something in front of their forward, to be taken away again.
+
+    Example:
+        >>> import recollect, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> applied = recollect.apply(model, torch.nn.Linear)
+        >>> model(torch.randn(2, 4)).sum().backward()  # each layer in a frame
+        >>> applied.remove()
+        >>> "forward" in vars(model[0])
+        False
+    """
 
     __slots__ = ("_fronts",)
 

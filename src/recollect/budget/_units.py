@@ -34,6 +34,13 @@ def find_units(model: nn.Module, units: Units | None = None) -> dict[str, nn.Mod
     Raises:
         ValueError: there are none.
         TypeError: ``units`` is none of these.
+
+    Example:
+        >>> from torch import nn
+        >>> from recollect.budget import find_units
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Sequential(*[nn.Linear(8, 8) for _ in range(2)]), nn.Tanh())
+        >>> list(find_units(model)), list(find_units(model, nn.Linear))
+        (['1.0', '1.1'], ['0', '1.0', '1.1'])
     """
     if units is None:
         found = dict(_by_structure("", model))

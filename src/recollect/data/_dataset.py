@@ -38,6 +38,12 @@ class GraphDataset:
         notes: What was made, or not used, when a file was read.
         node_ids: What the file calls the nodes, N of them; None if that is their number.
         class_names: What the file calls the classes; empty where they have no names.
+
+    Example:
+        >>> from recollect.data import load
+        >>> graph = load("karate")
+        >>> graph.data.x.shape, graph.data.y.shape, graph.num_classes, graph.metric
+        (torch.Size([34, 34]), torch.Size([34]), 4, 'accuracy')
     """
 
     name: str

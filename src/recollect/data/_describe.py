@@ -13,6 +13,14 @@ def describe(graph: GraphDataset) -> list[tuple[str, str]]:
 
     Returns:
         Rows of a table: what, and how much of it; and what was made or left out when it was read.
+
+    Example:
+        >>> from recollect.data import describe, load
+        >>> for what, found in describe(load("karate"))[:3]:
+        ...     print(f"{what}: {found}")
+        graph: karate: 34 nodes, 156 edges
+        edges: undirected
+        self-loops: 0
     """
     data, edges = graph.data, graph.data.edge_index
     n, e = int(data.num_nodes), edges.size(1)

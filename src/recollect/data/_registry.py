@@ -56,7 +56,16 @@ _LOADERS: dict[str, Callable[..., GraphDataset]] = {
 
 
 def names() -> list[str]:
-    """The names that `load` accepts, sorted."""
+    """The names that `load` accepts, sorted.
+
+    Returns:
+        Names without ``"file"``, which stands for any graph of one's own.
+
+    Example:
+        >>> from recollect.data import names
+        >>> "cora" in names(), names() == sorted(names())
+        (True, True)
+    """
     return sorted(_LOADERS)
 
 
@@ -88,6 +97,9 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
             are the same for every seed, their splits included.
         **options: See above.
 
+    Returns:
+        The graph, with features, labels and a split.
+
     Raises:
         UnknownDatasetError: There is no graph of this name.
         TypeError: The graph has no such option.
@@ -95,6 +107,12 @@ def load(name: str, root: str | Path | None = None, *, seed: int = 0, **options:
         MissingRawFilesError: Raw files are missing and were not fetched; the message says which go where.
         InvalidRawFilesError: Raw files cannot be read.
         MissingDependencyError: An optional package is not installed.
+
+    Example:
+        >>> from recollect.data import load
+        >>> graph = load("sbm", num_nodes=100, num_classes=3, seed=1)
+        >>> graph.data.x.shape, graph.num_classes
+        (torch.Size([100, 64]), 3)
     """
     if name not in _LOADERS and name != "file":
         raise UnknownDatasetError(_unknown(name))

@@ -2,11 +2,12 @@
 
 from torch import distributed
 
-from recollect.distributed._shares import Shares, SharesError
+from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed._shares import Shares
 
 if distributed.is_available():
     # The module has the default group of its time in arguments: imported behind init_process_group, as torch's
     # optimizers do, it keeps the group until the interpreter ends, which then ends by a signal. Here there is none yet.
     import torch.distributed.nn  # noqa: F401
 
-__all__ = ["Shares", "SharesError"]
+__all__ = ["Ranks", "Shares", "SharesError"]

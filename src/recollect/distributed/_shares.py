@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,13 +13,10 @@ from torch.utils.data import Sampler
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._arguments import as_count
+from recollect.distributed._ranks import Ranks, SharesError
 from recollect.distributed._routes import Route
 
-__all__ = ["Shares", "SharesError"]
-
-
-class SharesError(ValueError):
-    """What ranks were given does not fit together; it is raised on every one of them."""
+__all__ = ["Shares"]
 
 
 class Shares:
@@ -59,16 +55,8 @@ class Shares:
     def __init__(
         self, ptr: Tensor, weights: Tensor | Sequence[float] | None = None, process_group: Any | None = None
     ) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError(
-                "torch.distributed is not initialized: start the script by torchrun, and call "
-                "torch.distributed.init_process_group('gloo') first"
-            )
-        # A group that outlives its end until the interpreter's ends the process by a signal: so none is kept here.
-        self._group = weakref.ref(dist.group.WORLD if process_group is None else process_group)
-        self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if self.rank < 0:
-            raise SharesError("this process is not in the process group")
+        self._ranks = Ranks(process_group, "these Shares")
+        self.rank, self.world_size = self._ranks.rank, self._ranks.size
         self.ptr = torch.as_tensor(ptr).detach().to("cpu", torch.int64)
         self.agree("ptr", (list(self.ptr.shape), _digest(self.ptr)))
         parts = self.ptr.numel() - 1
@@ -95,10 +83,7 @@ class Shares:
         Raises:
             RuntimeError: it was destroyed.
         """
-        group = self._group()
-        if group is None:
-            raise RuntimeError("the process group of these Shares was destroyed: make others, and histories of them")
-        return group
+        return self._ranks.group
 
     @property
     def num_nodes(self) -> int:
@@ -197,14 +182,7 @@ class Shares:
         Raises:
             SharesError: on every rank, if two differ.
         """
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
-        if others:
-            raise SharesError(
-                f"{what} of rank {others[0]} is another than that of rank 0 ({values[others[0]]} and {values[0]}): "
-                "every rank must be given the same graph, parts and options"
-            )
+        self._ranks.agree(what, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shares:
         return self  # a process group cannot be copied

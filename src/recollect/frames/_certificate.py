@@ -41,6 +41,15 @@ class Certificate:
     """Figures of what was certified since the last :meth:`reset`.
 
     To read one waits for the devices that what was rebuilt is on, if they are not done with it.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Certificate, Kept, run_frame
+        >>> certificate = Certificate()
+        >>> y = run_frame(torch.exp, (torch.ones(3, requires_grad=True),), {}, Kept(), certificate=certificate)
+        >>> y.sum().backward()
+        >>> certificate.equal, certificate.rounded
+        (1, 0)
     """
 
     __slots__ = ("figures",)

@@ -33,6 +33,14 @@ class DriftGauge:
     Args:
         owner: who is measured, for the warning: a name, or a function to be named.
         threshold: relative error above which a :class:`~recollect.frames.DriftWarning` is given.
+
+    Example:
+        >>> from recollect.frames import DriftGauge
+        >>> gauge = DriftGauge("the encoder", threshold=1e-3)
+        >>> for drift in (1e-6, 1e-5, 1e-7):
+        ...     gauge.record(drift)
+        >>> gauge.last
+        1e-05
     """
 
     __slots__ = ("_last", "_late", "_round", "_warned", "owner", "threshold")

@@ -33,6 +33,17 @@ def eager_release(enabled: bool = True) -> Iterator[None]:
 
     Args:
         enabled: with ``False``, the normal behaviour.
+
+    Example:
+        >>> import recollect, torch
+        >>> x = torch.ones(3, requires_grad=True) * 2
+        >>> with recollect.eager_release():
+        ...     y = recollect.checkpoint(torch.exp, x, inverse=torch.log)
+        >>> x.untyped_storage().size()
+        0
+        >>> y.sum().backward()
+        >>> x
+        tensor([2., 2., 2.], grad_fn=<MulBackward0>)
     """
     before, local.policy = local.policy, _Release() if enabled else None
     try:

@@ -1,7 +1,7 @@
 """Fingerprints of tensors: of fixed size, and of every element.
 
-A fingerprint is four projections on pseudo-random directions and the norm (for floating-point types), or a weighted sum
-of bits (for all others, and where bits are to be equal). Elements are weighted by their position, so that tensors that
+A fingerprint is four projections on pseudo-random directions (for floating-point types), or a weighted sum of bits
+(for all others, and where bits are to be equal). Elements are weighted by their position, so that tensors that
 hold the same values in another order differ. For two tensors a and b, the root mean square of the difference of their
 projections estimates ||a - b|| (Johnson and Lindenstrauss 1984).
 
@@ -49,7 +49,7 @@ Order = tuple[int, ...] | None
 class Fingerprint(NamedTuple):
     """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
 
-    # Four, and the norm, which small tensors and samples do without; empty for types that are not floating-point.
+    # Four, and the norm where it was taken for an error; empty for types that are not floating-point.
     projections: list[float] | Tensor
     bits: int | Tensor  # 0 where they do not count
     order: Order = None  # of the dimensions, in which the elements were read; None: as they are
@@ -73,7 +73,7 @@ def fingerprint(
         sample: of more than some thousand elements take a part, as floating-point numbers.
         apart: on the CPU, take infinities and NaN apart from the values that are finite.
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
-            errors are relative, is not taken again.
+            errors are relative, is taken where there is an error.
     """
     order = None if like is None else like.order
     if not exact:
@@ -93,12 +93,11 @@ def fingerprint(
         bits = bits * 31 + _bits_of(indices)
     if exact or not values.is_floating_point():
         return Fingerprint([], bits, order, None, exact)
-    with_norm = like is None and values.numel() > _PERIOD
-    projections = _project(values, with_norm)
+    projections = _project(values, like)
     if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
         where = _bits_of(values, _kinds_of)
         if where:  # else a sum has overflowed
-            finite = Fingerprint(_project(values, with_norm, _finite_of), where)
+            finite = Fingerprint(_project(values, None if like is None else like.finite, _finite_of), where)
             return Fingerprint(projections, bits, order, finite, exact)
     return Fingerprint(projections, bits, order, None, exact)
 
@@ -168,19 +167,20 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     if then.finite is not None:
         return math.inf if now.finite is None else error_between(then.finite, now.finite)
     a, b = _numbers(then.projections), _numbers(now.projections)
-    if not a or a[:PROJECTIONS] == b[:PROJECTIONS]:
+    if not a or a == b[:PROJECTIONS]:
         return 0.0
     if not is_finite(then):
         return 0.0  # an overflow in the forward pass: there is nothing to prove
     square = sum(
         (p - q) * (p - q)  # a power raises where this overflows
-        for p, q in zip(a[:PROJECTIONS], b, strict=False)
+        for p, q in zip(a, b, strict=False)
         if not (math.isnan(p) and math.isnan(q)) and p != q
     )
     if square == 0.0:
         return 0.0  # NaN where NaN was
-    # The norm of values whose squares overflow is infinite, and that of small tensors is not taken.
-    norm = a[-1] if len(a) > PROJECTIONS and math.isfinite(a[-1]) else _root_mean_square(a)
+    # The norm of the later tensor is as good: where the two norms differ, the error is as large as the larger. That
+    # of values whose squares overflow is infinite, and that of small tensors is not taken.
+    norm = b[-1] if len(b) > PROJECTIONS and math.isfinite(b[-1]) else _root_mean_square(a)
     error = math.sqrt(square / PROJECTIONS)
     if not math.isfinite(error) or norm == 0.0:
         return math.inf
@@ -205,11 +205,9 @@ def on_host(mark: Fingerprint, numbers: Iterator[list[Any]]) -> Fingerprint:
 
 
 def norm_of(mark: Fingerprint | None) -> float:
-    """Return the norm of a tensor, or its estimate; infinite where it is not known."""
+    """Return the estimate of a tensor's norm; infinite where there is none."""
     numbers = [] if mark is None else _numbers(mark.projections)
-    if not numbers:
-        return math.inf
-    return numbers[PROJECTIONS] if len(numbers) > PROJECTIONS else _root_mean_square(numbers)
+    return _root_mean_square(numbers) if numbers else math.inf
 
 
 def is_finite(mark: Fingerprint) -> bool:
@@ -327,6 +325,11 @@ def _sample_of(values: Tensor) -> Tensor:
 # Sums over the period.
 
 
+def _limit_of(values: Tensor) -> int:
+    """Return how many elements are copied at a time: of wide types fewer."""
+    return forms_of(values.device).piece * 4 // max(values.element_size(), 4)
+
+
 def _pieces_of(values: Tensor, limit: int) -> Iterator[Tensor]:
     """Yield the elements of a strided tensor in rows, in their order; what is copied of it is not above the limit."""
     if values.is_contiguous():
@@ -350,7 +353,7 @@ def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tenso
     # In double precision: many sums of pieces are added up.
     forms = forms_of(values.device)
     wide = torch.float64 if dtype is torch.float32 and forms.double_sums else dtype
-    pieces = _pieces_of(values, forms.piece)
+    pieces = _pieces_of(values, _limit_of(values))
     taken = ((piece if of is None else of(piece)).to(dtype) for piece in pieces)
     return _folded_pieces(taken, torch.zeros(period, dtype=wide, device=values.device)).to(dtype)
 
@@ -391,7 +394,10 @@ def _period_of(size: int) -> int:
     return _PERIOD if size % _PERIOD else _OTHER_PERIOD
 
 
-def _project(values: Tensor, with_norm: bool, of: Callable[[Tensor], Tensor] | None = None) -> list[float] | Tensor:
+def _project(
+    values: Tensor, like: Fingerprint | None, of: Callable[[Tensor], Tensor] | None = None
+) -> list[float] | Tensor:
+    """Return the projections of values, or of ``of(values)``, and their norm where they are not those of ``like``."""
     device, size = values.device, values.numel()
     wide = torch.float64 if values.dtype is torch.float64 else torch.float32
     if size <= _PERIOD:
@@ -401,12 +407,12 @@ def _project(values: Tensor, with_norm: bool, of: Callable[[Tensor], Tensor] | N
         columns = _folded(values, _period_of(size), wide, of)
     number = columns.numel()
     projections = torch.mv(_columns(wide, device, number), columns)
-    norm = _norm_of(values, wide, of) if with_norm else None
+    with_norm = like is not None and size > _PERIOD
     if not forms_of(device).reads_at_once:
-        return projections if norm is None else torch.cat([projections, norm.view(1)])
+        return torch.cat([projections, _norm_of(values, wide, of).view(1)]) if with_norm else projections
     numbers: list[float] = projections.tolist()
-    if norm is not None:
-        numbers.append(norm.item())
+    if with_norm and like is not None and numbers != like.projections:
+        numbers.append(_norm_of(values, wide, of).item())
     return numbers
 
 
@@ -418,7 +424,7 @@ def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] 
             return norm
         squares = [torch.dot(piece, piece) for piece in torch.split(flat, _LONG)]
         return torch.stack(squares).sum().sqrt()
-    pieces = _pieces_of(values, forms_of(values.device).piece)
+    pieces = _pieces_of(values, _limit_of(values))
     norms = [torch.linalg.vector_norm((piece if of is None else of(piece)).to(dtype)) for piece in pieces]
     return torch.stack(norms).square().sum().sqrt()
 
@@ -446,7 +452,24 @@ _weights: dict[torch.device, Tensor] = {}
 
 
 def bits_of(tensor: Tensor) -> int | Tensor | None:
-    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values."""
+    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values.
+
+    Args:
+        tensor: of any type and layout, on any device.
+
+    Returns:
+        A number in [-2^63, 2^63), equal for equal bits of the same type and shape; on devices that are not waited for
+        it is a tensor, 0-D int64.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import bits_of
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> bits_of(x) == bits_of(x.clone()), bits_of(x) == bits_of(x.flip(0))
+        (True, False)
+        >>> bits_of(x.to("meta")) is None
+        True
+    """
     values, _ = _values_of(tensor.detach() if tensor.requires_grad else tensor)
     return None if values is None else _bits_of(values)
 
@@ -488,7 +511,7 @@ def _in_a_word(values: Tensor) -> int:
 def _words_of(values: Tensor, several: int) -> Iterator[Tensor]:
     """Yield the bits of a strided tensor's elements as integers in rows, the last word filled up with zeros."""
     kind = torch.int64 if values.element_size() == 8 else torch.int32
-    limit = forms_of(values.device).piece
+    limit = _limit_of(values)
     left = None
     for piece in _pieces_of(values, max(values.numel(), 1) if values.is_contiguous() else limit):
         row = piece if left is None else torch.cat([left, piece])

@@ -19,6 +19,14 @@ class Own:
 
     Attributes:
         owner: the bound method, or what stood on the module before.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Forward
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> own = Forward(layer).own()
+        >>> own.module is layer, own(torch.randn(5, 3)).shape
+        (True, torch.Size([5, 2]))
     """
 
     __slots__ = ("_plain", "owner")
@@ -50,6 +58,21 @@ class Forward:
 
     Attributes:
         before: what stood there before, if anything did.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Forward
+        >>> class Doubled(Forward):
+        ...     def __call__(self, *args, **kwargs):
+        ...         return 2 * self.own()(*args, **kwargs)
+        >>> layer, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+        >>> plain, front = layer(x), Doubled(layer)
+        >>> front.put()
+        >>> torch.equal(layer(x), 2 * plain)
+        True
+        >>> front.take()
+        >>> torch.equal(layer(x), plain)
+        True
     """
 
     __slots__ = ("__weakref__", "_module", "before")

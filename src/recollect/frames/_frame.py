@@ -615,7 +615,31 @@ def run_frame(
     early_stop: bool = True,
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
 ) -> Any:
-    """Run ``function(*args, **kwargs)`` in a frame whose inputs come from ``source``."""
+    """Run ``function(*args, **kwargs)`` in a frame whose inputs come from ``source``.
+
+    Args:
+        function: any callable; it runs again in backward.
+        args: its arguments.
+        kwargs: its arguments by name.
+        source: what keeps these, and brings them back.
+        seed: replay random state.
+        certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
+        certificate: where it is counted; ``None``: in that of the process.
+        early_stop: a rebuild ends with the last tensor that autograd saved.
+        contexts: entered for the first run, and for the runs in backward.
+
+    Returns:
+        What the function returns.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Kept, run_frame
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> y = run_frame(torch.exp, (x,), {}, Kept())
+        >>> y.sum().backward()
+        >>> torch.equal(x.grad, torch.ones(3).exp())
+        True
+    """
     region = Region(function, seed, contexts, certify, certificate)
     held = source.keep(args, kwargs)
     frame = Frame(region, held, certify=certify, certificate=certificate, early_stop=early_stop)
@@ -636,7 +660,20 @@ def _empty(arguments: Arguments) -> None:
 
 
 def devices_of(arguments: Any) -> set[torch.device]:
-    """Return the devices of all tensors among the arguments."""
+    """Return the devices of all tensors among the arguments.
+
+    Args:
+        arguments: any container, nested.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import devices_of
+        >>> devices_of({"x": torch.ones(3), "more": [torch.ones(2, device="meta")]}) == {
+        ...     torch.device("cpu"),
+        ...     torch.device("meta"),
+        ... }
+        True
+    """
     return {tensor.device for tensor in tensors_of(arguments)}
 
 

@@ -33,8 +33,21 @@ _DEFAULTS = {torch.float32: 16, torch.float64: 40}
 def check_exact(value: bool | int) -> bool | int:
     """Return what ``exact`` may be.
 
+    Args:
+        value: ``True``, ``False``, or k.
+
     Raises:
         ValueError: it is neither a boolean nor an integer from 1 to 52.
+
+    Example:
+        >>> from recollect.frames import check_exact
+        >>> check_exact(True), check_exact(16)
+        (True, 16)
+        >>> try:
+        ...     check_exact(53)
+        ... except ValueError as error:
+        ...     print(error)
+        exact must be below 53, the digits of float64 (got 53)
     """
     if isinstance(value, bool):
         return value
@@ -53,6 +66,14 @@ def digits_of(exact: bool | int, dtype: torch.dtype) -> int | None:
 
     Raises:
         ValueError: k leaves the type no digits before the point.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import digits_of
+        >>> digits_of(True, torch.float32), digits_of(True, torch.float64), digits_of(10, torch.float32)
+        (16, 40, 10)
+        >>> digits_of(False, torch.float32) is None
+        True
     """
     if exact is False:
         return None
@@ -69,6 +90,15 @@ class Lattice:
     Args:
         digits: k: the stream consists of multiples of 2^-k.
         sign: -1 for X' = X - q(f(z)).
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Lattice
+        >>> lattice = Lattice(16)
+        >>> x, f = lattice.enter(torch.randn(1000)), torch.randn(1000)
+        >>> (y,) = lattice(x, f)
+        >>> torch.equal(lattice.inverse(y, f)[0], x), torch.equal((x + f) - f, x)
+        (True, False)
     """
 
     factor = 1

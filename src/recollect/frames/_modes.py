@@ -97,6 +97,16 @@ def in_backward() -> bool:
     """Return whether this code runs because a backward pass asked a frame to rebuild what it had dropped.
 
     Side effects that must happen once per step belong behind ``if not recollect.in_backward()``.
+
+    Example:
+        >>> import recollect, torch
+        >>> calls = []
+        >>> def run(x):
+        ...     calls.append(recollect.in_backward())
+        ...     return x.exp()
+        >>> recollect.checkpoint(run, torch.ones(3, requires_grad=True)).sum().backward()
+        >>> calls
+        [False, True]
     """
     return local.backward > 0
 
@@ -107,6 +117,12 @@ def backward_mode(enabled: bool = True) -> Iterator[None]:
 
     Args:
         enabled: with ``False`` the body runs as in a forward pass.
+
+    Example:
+        >>> import recollect
+        >>> with recollect.backward_mode():
+        ...     print(recollect.in_backward())
+        True
     """
     before, local.backward = local.backward, int(enabled)
     try:
@@ -119,6 +135,14 @@ def in_dry_mode() -> bool:
     """Return whether autograd builds a graph here without keeping what it saves.
 
     True inside :func:`dry_mode`, and in the first call of a function that a frame runs.
+
+    Example:
+        >>> import recollect
+        >>> with recollect.dry_mode():
+        ...     print(recollect.in_dry_mode())
+        True
+        >>> recollect.in_dry_mode()
+        False
     """
     return local.dry > 0 or local.first_call > 0
 
@@ -144,6 +168,15 @@ def dry_mode(enabled: bool = True) -> Iterator[None]:
 
     Args:
         enabled: with ``False`` this is a no-op.
+
+    Example:
+        >>> import recollect, torch
+        >>> from recollect.memory import peak_memory
+        >>> x = torch.randn(1000, requires_grad=True)
+        >>> with recollect.dry_mode(), peak_memory("cpu") as memory:
+        ...     y = x.exp().exp().exp()
+        >>> y.requires_grad, memory.peak_bytes  # two outputs at a time, and no others
+        (True, 8000)
     """
     if not enabled:
         yield
@@ -158,7 +191,20 @@ def dry_mode(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def keep_everything() -> Iterator[None]:
-    """Let all frames in the body step aside: what autograd saves is kept, whatever modules are set to."""
+    """Let all frames in the body step aside: what autograd saves is kept, whatever modules are set to.
+
+    Example:
+        >>> import recollect, torch
+        >>> calls = []
+        >>> def run(x):
+        ...     calls.append(None)
+        ...     return x.exp()
+        >>> with recollect.frames.keep_everything():
+        ...     y = recollect.checkpoint(run, torch.ones(3, requires_grad=True))
+        >>> y.sum().backward()
+        >>> len(calls)  # it does not run again
+        1
+    """
     local.keeping_everything += 1
     try:
         yield
@@ -172,6 +218,18 @@ def frames_apply() -> bool:
     They step aside, and the function runs plain, where nothing is saved anyway (no grad, inference, dry mode), inside
     :func:`keep_everything`, and where saved-tensor hooks do not exist (torch.func transforms, forward-mode
     differentiation, tracing, a whole model under torch.compile).
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import frames_apply, keep_everything
+        >>> with torch.no_grad():
+        ...     frames_apply()
+        False
+        >>> with keep_everything():
+        ...     frames_apply()
+        False
+        >>> frames_apply()
+        True
     """
     if torch.compiler.is_compiling():
         return False

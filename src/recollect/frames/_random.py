@@ -54,6 +54,16 @@ class RandomState:
 
     Args:
         devices: devices beside the CPU; those without a generator (meta) are passed over.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import RandomState
+        >>> state = RandomState()
+        >>> first = torch.rand(3)
+        >>> with state.replayed():
+        ...     again = torch.rand(3)
+        >>> torch.equal(first, again)
+        True
     """
 
     __slots__ = ("states",)

@@ -32,7 +32,7 @@ from recollect.frames._forward import Own
 from recollect.frames._modes import aside, local
 from recollect.frames._record import Buffer, Known, Record, Registered
 from recollect.frames._snapshot import Snapshot, snapshot_of
-from recollect.frames._state import PythonState, reached_by
+from recollect.frames._state import PythonState, reached_by, tensors_named_by
 from recollect.frames._transform import Transformed
 from recollect.frames._watch import Copy, Watch, place_of, version_of
 
@@ -71,6 +71,8 @@ def _code_of(function: Any) -> types.CodeType | None:
 
 # So many modules are noted without having run, where a function names them.
 _FEW = 64
+# A tensor that is no buffer, with so many elements, is copied in case a later call is the first to write to it.
+_SMALL = 1024
 
 
 class Recorder:
@@ -99,8 +101,9 @@ class Recorder:
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()  # of buffers
         self._parameters: list[Registered] = []
-        # Tensors that are no buffers, where their values are, and their versions.
-        self._places: list[tuple[nn.Module | None, Tensor, Tensor, int]] = []
+        # Tensors that are no buffers, where their values are, their versions, and copies of small ones that are no
+        # parameters.
+        self._places: list[tuple[nn.Module | None, Tensor, Tensor, int, Tensor | None]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
         self._watches: list[Watch] = []
@@ -218,9 +221,9 @@ class Recorder:
             self._lazy.append(module)  # it becomes what it will be in its first call
         else:
             self._state.add_namespace(names, STANDARD_ATTRIBUTES)
-            for value in names.values():
-                if type(value) is Tensor:
-                    self._note_place(module, value)
+            for tensor in (*self._state.tensors, *tensors_named_by(module)):
+                self._note_place(module, tensor)
+            self._state.tensors.clear()
             if id(module) not in self._hooked:
                 for name, parameter in parameters.items():
                     if parameter is not None:
@@ -236,7 +239,9 @@ class Recorder:
         """Note where the values of a tensor are that the region may write to, or give others."""
         if tensor.is_leaf and (type(tensor) is Tensor or type(tensor) is nn.Parameter) and not is_lazy(tensor):
             with aside():
-                self._places.append((module, tensor, tensor.data, version_of(tensor)))
+                small = type(tensor) is Tensor and tensor.numel() <= _SMALL
+                copy = tensor.detach().clone() if small else None
+                self._places.append((module, tensor, tensor.data, version_of(tensor), copy))
 
     def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
         known = _known_module(module)
@@ -323,12 +328,12 @@ class Recorder:
             writes.extend(more)
             for known, _ in self._known:
                 known.watched = True
-        for module, tensor, then, version in self._places:
+        for module, tensor, then, version, copy in self._places:
             if module is not None and id(module) in self._hooked:
                 continue
             replaced = place_of(tensor) != place_of(then)
             if replaced or (version_of(tensor) != version and not any(key in copied for key in place_of(tensor))):
-                writes.append(Copy(tensor, then if replaced else None))
+                writes.append(Copy(tensor, then if replaced else copy))
                 for known, _ in self._known:
                     known.watched = True
                 for one in (self._keys, None if module is None else _known_module(module)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from recollect._util._tree import ATOMS
 from recollect.frames._forward import Forward
 
-__all__ = ["PythonState", "reached_by", "same_items"]
+__all__ = ["PythonState", "reached_by", "same_items", "tensors_named_by"]
 
 # A container with more entries holds data, not settings.
 _MANY = 1024
@@ -31,6 +31,8 @@ _DEPTH = 3
 _FEW = 64
 _STEPS = 8  # from a function to what it names
 _REACH = 256  # objects in all
+
+_ARRAY = 1 << 16  # elements; a larger one is a table
 
 _MISSING = object()
 
@@ -109,16 +111,30 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
             continue
     names = function.__globals__
     for name in function.__code__.co_names:
-        if isinstance(names.get(name), (nn.Module, torch.Generator)):
+        if isinstance(names.get(name), (nn.Module, torch.Generator, Tensor)):
             yield names[name]
 
 
-class PythonState:
-    """What Python held when this was made, of the things that were added."""
+def tensors_named_by(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors among the variables from outside of a module's ``forward``, if it is written in Python."""
+    forward = vars(type(module)).get("forward")
+    if isinstance(forward, types.FunctionType):
+        for value in _variables_of(forward):
+            if isinstance(value, Tensor):
+                yield value
 
-    __slots__ = ("_cells", "_seen", "_things")
+
+class PythonState:
+    """What Python held when this was made, of the things that were added.
+
+    Attributes:
+        tensors: those that were met, in containers and objects too, until somebody takes them.
+    """
+
+    __slots__ = ("_cells", "_seen", "_things", "tensors")
 
     def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
         self._cells: list[_Cell] = []
         self._things: list[Any] = []
         self._seen: set[int] = set()
@@ -164,9 +180,16 @@ class PythonState:
     def _add(self, value: Any, depth: int) -> None:
         """Note what a value holds, if it can change."""
         kind = type(value)
+        if kind is Tensor:
+            self.tensors.append(value)
+            return
         if kind in ATOMS or isinstance(value, _CLOSED) or id(value) in self._seen:
             return
         self._seen.add(id(value))
+        if _is_array(value):
+            if value.size <= _ARRAY and not value.dtype.hasobject:
+                self._things.append(_Array(value))
+            return
         if _state_of(value) is not None:
             self._things.append(_Generator(value))
             return
@@ -387,6 +410,29 @@ class _Set:
         if self._members != values:
             self._members.clear()
             self._members.update(values)
+
+
+class _Array:
+    """The elements of an array of NumPy."""
+
+    __slots__ = ("_array", "then")
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.then = array.copy()
+
+    def read(self) -> Any:
+        same = self._array.shape == self.then.shape and self._array.tobytes() == self.then.tobytes()
+        return self.then if same else self._array.copy()
+
+    def write(self, values: Any) -> None:
+        if self._array.flags.writeable and self._array.shape == values.shape:
+            self._array[...] = values
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) is numpy.ndarray
 
 
 class _Generator:

@@ -16,7 +16,24 @@ __all__ = ["Add", "NewGroup", "Transform", "Transformed"]
 
 
 class Transform(Protocol):
-    """How a coupling changes a group by what its block returns: X' = T(X, f(z))."""
+    """How a coupling changes a group by what its block returns: X' = T(X, f(z)).
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import couple_by, uncouple_by
+        >>> class Scale:  # X' = X * exp(f(z)), with its log-determinant
+        ...     factor, saves = 1, True
+        ...     def __call__(self, group, output):
+        ...         return group * output.exp(), output.flatten(1).sum(1)
+        ...     def inverse(self, group, output):
+        ...         return group * (-output).exp(), -output.flatten(1).sum(1)
+        >>> blocks, x = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], torch.randn(5, 4)
+        >>> y, extras = couple_by(Scale(), blocks, x, [(), ()])
+        >>> torch.allclose(uncouple_by(Scale(), blocks, y, [(), ()])[0], x, atol=1e-5)
+        True
+        >>> [len(extra) for extra in extras]
+        [1, 1]
+    """
 
     factor: int
     """How many times its input's size the block's output has, along the dimension of the groups."""
@@ -31,7 +48,15 @@ class Transform(Protocol):
 
 
 class Add:
-    """X' = X + f(z): the coupling of reversible residual networks."""
+    """X' = X + f(z): the coupling of reversible residual networks.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Add
+        >>> (total,) = Add()(torch.tensor([1.0]), torch.tensor([0.5]))
+        >>> total, Add().inverse(total, torch.tensor([0.5]))
+        (tensor([1.5000]), (tensor([1.]),))
+    """
 
     factor = 1
     saves = False

@@ -29,6 +29,15 @@ def trial(module: nn.Module, devices: Iterable[torch.device], leaves: Iterable[T
         module: of which steps are run.
         devices: whose random state counts.
         leaves: other tensors that get gradients.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import trial
+        >>> model, state = torch.nn.BatchNorm1d(3), torch.get_rng_state()
+        >>> with trial(model, [torch.device("cpu")]):
+        ...     model(torch.randn(5, 3)).sum().backward()
+        >>> model.weight.grad is None, model.num_batches_tracked, torch.equal(torch.get_rng_state(), state)
+        (True, tensor(0), True)
     """
     state = PythonState()
     for part in module.modules():

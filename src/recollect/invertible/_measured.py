@@ -37,6 +37,15 @@ class Measured(nn.Module):
     Raises:
         TypeError: a subclass defines ``forward`` alone, which would run plain.
         ValueError: ``anchor_every`` is below 1; ``certify`` is none of the three.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> layer = inn.AdditiveCoupling(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> isinstance(layer, inn.Measured), layer.last_drift
+        (True, None)
+        >>> layer(torch.randn(5, 4, requires_grad=True) * 1).sum().backward()
+        >>> layer.last_drift < layer.drift_threshold
+        True
     """
 
     # What subclasses of the class that says so write: what its forward runs, and the inverse.

@@ -217,6 +217,12 @@ class Identity(Module):
     Args:
         *args: taken and not used, as by :class:`torch.nn.Identity`.
         **kwargs: the same.
+
+    Example:
+        >>> import torch, recollect.invertible as inn
+        >>> x = torch.ones(2, 3)
+        >>> inn.Identity()(x) is x, inn.Identity().inverse(x) is x
+        (True, True)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

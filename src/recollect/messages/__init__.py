@@ -13,7 +13,7 @@ from recollect.messages._convolutions import convolve, for_targets
 from recollect.messages._extreme import extreme
 from recollect.messages._made import Made, made_of, take_made
 from recollect.messages._pairs import naming_pairs
-from recollect.messages._products import propagate
+from recollect.messages._products import propagate, shifted
 from recollect.messages._weights import with_weights
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "propagate",
     "row_pointers",
     "rows_of",
+    "shifted",
     "sparse_csr",
     "take_made",
     "values_of",

@@ -41,8 +41,25 @@ def sparse_csr(rowptr: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]
 
     A gradient reaches the values in whatever order the columns are. (Torch's own goes to the wrong ones.)
 
+    Args:
+        rowptr: where each row begins, and where the last ends [rows + 1], int64 or int32.
+        col: column of each entry [E], of the same type.
+        value: of each entry [E].
+        size: rows, columns.
+
+    Returns:
+        [rows, columns], on the device of its parts, which are not copied.
+
     Raises:
         TypeError: the values belong to a transform of torch.func, or have a tangent.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import sparse_csr
+        >>> adj_t = sparse_csr(torch.tensor([0, 2, 3]), torch.tensor([2, 0, 1]), torch.ones(3), (2, 3))
+        >>> adj_t.to_dense()
+        tensor([[1., 0., 1.],
+                [0., 1., 0.]])
     """
     if is_transformed(value) or _has_tangent(value):
         raise TypeError(
@@ -70,6 +87,20 @@ def values_of(adj_t: Tensor) -> Tensor:
     """The values of a sparse CSR tensor [E]: those that it was made of, where they have a history.
 
     Their gradient is then a plain tensor. That of ``adj_t.values()`` is a sparse one, which has no second order.
+
+    Args:
+        adj_t: sparse CSR.
+
+    Returns:
+        [E], in the order of the entries.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import sparse_csr, values_of
+        >>> weights = torch.ones(3, requires_grad=True)
+        >>> adj_t = sparse_csr(torch.tensor([0, 2, 3]), torch.tensor([2, 0, 1]), weights, (2, 3))
+        >>> values_of(adj_t) is weights
+        True
     """
     weights = weights_of(adj_t)
     return adj_t.values() if weights is None else weights
@@ -125,7 +156,20 @@ def _hear_of_state() -> None:
 
 
 def rows_of(adj_t: Tensor) -> Tensor:
-    """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it."""
+    """The row of each entry of a sparse CSR tensor, [E] int64: the number of rows that end before it.
+
+    Args:
+        adj_t: sparse CSR [rows, columns].
+
+    Returns:
+        [E] int64, on its device.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import rows_of, sparse_csr
+        >>> rows_of(sparse_csr(torch.tensor([0, 2, 2, 3]), torch.tensor([0, 2, 1]), torch.ones(3), (3, 3)))
+        tensor([0, 0, 2])
+    """
     return rows_of_entries(adj_t.crow_indices(), adj_t.col_indices().numel())
 
 
@@ -149,6 +193,12 @@ def row_pointers(row: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 
     Returns:
         [R + 1], on the device of ``row``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import row_pointers
+        >>> row_pointers(torch.tensor([0, 2, 0, 3]), 4, torch.int64)
+        tensor([0, 2, 2, 3, 4])
     """
     rowptr = torch.zeros(num_rows + 1, dtype=dtype, device=row.device)
     rowptr[1:].index_add_(0, row, rowptr.new_ones(1).expand(row.numel()))
@@ -158,9 +208,27 @@ def row_pointers(row: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 def make_adj_t(source: Tensor, target: Tensor, value: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
     """Sort edges by target, then source; equal edges stay apart, in their order.
 
+    Args:
+        source: of each edge [E], int64.
+        target: of each edge [E], int64.
+        value: of each edge [E]; ``None``: ones, float32.
+        num_nodes: N.
+
     Returns:
         ``adj_t`` [num_nodes, num_nodes] with the values, or ones, and ``order`` [E]: entry ``k`` of ``adj_t`` is
         edge ``order[k]``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t
+        >>> source, target, weight = torch.tensor([2, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([5.0, 6.0, 7.0])
+        >>> adj_t, order = make_adj_t(source, target, weight, 3)
+        >>> adj_t.to_dense()
+        tensor([[0., 7., 5.],
+                [6., 0., 0.],
+                [0., 0., 0.]])
+        >>> torch.equal(adj_t.values(), weight[order])
+        True
     """
     rowptr, col, order = _sorted(source, target, num_nodes)
     value = torch.ones(order.numel(), device=order.device) if value is None else value[order]
@@ -181,12 +249,42 @@ def _sorted(source: Tensor, target: Tensor, num_nodes: int) -> tuple[Tensor, Ten
 
 
 def described(value: Any) -> str:
-    """Say what was given in the place of an adjacency or a graph."""
+    """Say what was given in the place of an adjacency or a graph.
+
+    Args:
+        value: what was given.
+
+    Returns:
+        Words for the message of an error.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import described
+        >>> described(torch.eye(2)), described([0, 1])
+        ('a tensor of layout torch.strided', 'a list')
+    """
     return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def check_csr(adj_t: Any) -> None:
-    """Refuse what is not in sparse CSR form."""
+    """Refuse what is not in sparse CSR form.
+
+    Args:
+        adj_t: anything.
+
+    Raises:
+        TypeError: it is no tensor in sparse CSR form.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import check_csr, make_adj_t
+        >>> check_csr(make_adj_t(torch.tensor([0, 1]), torch.tensor([1, 0]), None, 2)[0])
+        >>> try:
+        ...     check_csr(torch.eye(2))
+        ... except TypeError as error:
+        ...     print(str(error).partition(",")[0])
+        adj_t is a tensor of layout torch.strided
+    """
     if not isinstance(adj_t, Tensor) or adj_t.layout != torch.sparse_csr:
         raise TypeError(
             f"adj_t is {described(adj_t)}, but must be a torch.sparse_csr tensor; to_adj_t(data).adj_t is one"

@@ -40,6 +40,15 @@ def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
         block: the convolution, or the block; any callable.
         *args: its arguments.
         **kwargs: its arguments by name.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import SAGEConv
+        >>> from recollect.messages import convolve
+        >>> conv = SAGEConv(4, 4)
+        >>> x, edge_index = torch.randn(3, 4), torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> torch.allclose(convolve(conv, x, edge_index), conv(x, edge_index), atol=1e-6)
+        True
     """
     with _by_products(block):
         return block(*args, **kwargs)
@@ -55,6 +64,17 @@ def for_targets(number: int) -> Iterator[None]:
 
     Args:
         number: of these nodes.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import SAGEConv
+        >>> from recollect.messages import convolve, for_targets
+        >>> conv, x = SAGEConv(4, 4), torch.randn(3, 4)
+        >>> edge_index = torch.tensor([[0, 1, 2], [1, 0, 1]])  # into the first two nodes alone
+        >>> with for_targets(2):
+        ...     rows = convolve(conv, x, edge_index)
+        >>> torch.allclose(rows, conv(x, edge_index)[:2], atol=1e-6)
+        True
     """
     before, _RUNNING.targets = _RUNNING.targets, number
     try:

@@ -40,6 +40,15 @@ def extreme(adj_t: Tensor, x: Tensor, which: Literal["max", "min"]) -> Tensor:
     Raises:
         TypeError: ``adj_t`` is no sparse CSR tensor.
         ValueError: ``which`` is something else, or ``x`` is on another device than the CPU.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import extreme, sparse_csr
+        >>> adj_t = sparse_csr(torch.tensor([0, 2, 2]), torch.tensor([1, 2]), torch.ones(2), (2, 3))
+        >>> x = torch.tensor([[9.0, 9.0], [1.0, -2.0], [3.0, -4.0]])
+        >>> extreme(adj_t, x, "max")
+        tensor([[ 3., -2.],
+                [ 0.,  0.]])
     """
     check_csr(adj_t)
     if which not in ("max", "min"):

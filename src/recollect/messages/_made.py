@@ -25,6 +25,16 @@ class Made:
         kinds: by which convolutions know them.
         adjacencies: row pointers, columns and values of each.
         transposes: the same of the transpose of each, where there is one.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import GraphConv
+        >>> from recollect.messages import convolve, made_of
+        >>> edge_index = torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> _ = convolve(GraphConv(4, 4), torch.randn(3, 4), edge_index)
+        >>> made = made_of(edge_index)
+        >>> made.num_nodes, made.num_targets, made.number
+        (3, 3, 1)
     """
 
     num_nodes: int
@@ -40,7 +50,23 @@ class Made:
 
 
 def made_of(edge_index: Tensor) -> Made | None:
-    """Return what convolutions made of an ``edge_index``; ``None`` if nothing was, or what is no part of the graph."""
+    """Return what convolutions made of an ``edge_index``; ``None`` if nothing was, or what is no part of the graph.
+
+    Args:
+        edge_index: [2, E] int64, which :func:`convolve` was called with.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import GraphConv
+        >>> from recollect.messages import convolve, made_of
+        >>> edge_index = torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> made_of(edge_index) is None
+        True
+        >>> _ = convolve(GraphConv(4, 4), torch.randn(3, 4), edge_index)
+        >>> rowptr, col, values = made_of(edge_index).adjacencies[0]
+        >>> col.tolist()  # the source of each target's edge
+        [2, 0, 1]
+    """
     edges = known_edges(edge_index)
     if edges is None or not edges.inside or not edges.adjacencies:
         return None
@@ -56,7 +82,23 @@ def made_of(edge_index: Tensor) -> Made | None:
 
 
 def take_made(edge_index: Tensor, made: Made) -> None:
-    """Let convolutions find what was made of the same edges."""
+    """Let convolutions find what was made of the same edges.
+
+    Args:
+        edge_index: [2, E] int64: the same edges in the same order.
+        made: of :func:`made_of`.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import GraphConv
+        >>> from recollect.messages import convolve, made_of, take_made
+        >>> edge_index = torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> _ = convolve(GraphConv(4, 4), torch.randn(3, 4), edge_index)
+        >>> other = edge_index.clone()
+        >>> take_made(other, made_of(edge_index))  # or what a file had of it
+        >>> made_of(other).number
+        1
+    """
     edges = Edges(edge_index, made.num_nodes, made.num_targets, inside=True)
     size = made.num_targets, made.num_nodes
     for kind, own, other in zip(made.kinds, made.adjacencies, made.transposes, strict=True):

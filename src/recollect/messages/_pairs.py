@@ -20,6 +20,19 @@ def naming_pairs(adj_t: Tensor) -> Iterator[None]:
 
     Raises:
         ValueError: in the place of an error of sizes that comes from within a convolution.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.nn import SAGEConv
+        >>> from recollect.messages import naming_pairs, sparse_csr
+        >>> conv, x = SAGEConv(4, 4), torch.randn(3, 4)
+        >>> adj_t = sparse_csr(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 0]), torch.ones(3), (2, 3))
+        >>> try:
+        ...     with naming_pairs(adj_t):
+        ...         conv(x, adj_t)
+        ... except ValueError as error:
+        ...     print("(x, x[: adj_t.size(0)])" in str(error))
+        True
     """
     try:
         yield

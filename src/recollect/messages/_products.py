@@ -17,10 +17,23 @@ from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
 
-__all__ = ["know_transpose", "known_transpose", "propagate"]
+__all__ = ["know_transpose", "known_transpose", "propagate", "shifted"]
 
 # While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Where the sources of a shifted adjacency begin.
+_SHIFTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def shifted(size: int, first: int, like: Tensor) -> Tensor:
+    """Return an adjacency [size, first + size] with one edge of weight 1 into each target, from the source so far on.
+
+    :func:`propagate` copies the rows that it selects.
+    """
+    rowptr = torch.arange(size + 1, device=like.device)
+    adj_t = sparse_csr(rowptr, rowptr[:-1] + first, like.new_ones(size), (size, first + size))
+    _SHIFTS[adj_t] = first
+    return adj_t
 
 
 def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -49,8 +62,8 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
 
     Example:
         >>> import torch
-        >>> from recollect.autoscale import propagate, with_weights
-        >>> adj_t = torch.tensor([[0.0, 1.0], [1.0, 1.0]]).to_sparse_csr()
+        >>> from recollect.messages import make_adj_t, propagate, with_weights
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), None, 2)
         >>> weights = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
         >>> propagate(with_weights(adj_t, weights), torch.tensor([[1.0], [10.0]])).sum().backward()
         >>> weights.grad
@@ -58,6 +71,9 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
     """
     check_csr(adj_t)
     if weights is None and not adj_t.requires_grad:
+        first = _SHIFTS.get(adj_t) if _SHIFTS else None  # type: ignore[no-untyped-call]
+        if first is not None and x.dim() == 2 and x.size(0) == adj_t.size(1):
+            return x[first:].clone()
         out: Tensor = _Propagate.apply(x, Constant(adj_t))  # type: ignore[no-untyped-call]
         return out
     return weighted_product(adj_t, weights, x)

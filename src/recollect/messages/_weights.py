@@ -94,9 +94,25 @@ def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
 
     Weights that require grad get theirs from :func:`propagate`, the models and ``adj_t @ x``.
 
+    Args:
+        adj_t: sparse CSR [num_targets, num_sources].
+        weights: in the adjacency's order [num_edges], floating point; they are not copied.
+
     Raises:
         TypeError: it is no sparse CSR tensor, or the weights belong to a transform of torch.func.
         ValueError: there is not one weight for each edge.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, propagate, with_weights
+        >>> adj_t, _ = make_adj_t(torch.tensor([0, 1]), torch.tensor([1, 0]), None, 2)
+        >>> weights = torch.tensor([2.0, 3.0], requires_grad=True)
+        >>> out = propagate(with_weights(adj_t, weights), torch.tensor([[10.0], [20.0]]))
+        >>> out.flatten().tolist()
+        [40.0, 30.0]
+        >>> out.sum().backward()
+        >>> weights.grad
+        tensor([20., 10.])
     """
     check_csr(adj_t)
     pattern = pattern_of(adj_t)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
+from recollect.messages._kind import kind_of, look_of, module_of
 
-__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "kind_of", "same"]
+__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "goes_by_rows", "kind_of", "look_of", "same", "some_rows"]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
@@ -23,6 +24,7 @@ _LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, 
 _HUB, _DEGREE = 40, 30
 DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
 _SCALES = (1.0, 30.0)
+_ROWS, _PART = 24, slice(5, 12)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
 
@@ -47,12 +49,6 @@ class Reach:
     def alone(self, further: bool) -> bool:
         """Return whether convolutions can be computed for the part's nodes alone."""
         return self.further_alone if further else self.near_alone
-
-
-def kind_of(block: Any) -> tuple[Any, ...]:
-    """Return what blocks have in common that were made in the same way: types, modes and settings of their modules."""
-    module = _module_of(block)
-    return tuple((type(each), each.training) for each in module.modules()), repr(module)
 
 
 class Probe:
@@ -159,15 +155,38 @@ def same(found: Tensor, true: Tensor) -> bool:
     return bool((found - true).abs().max() <= tolerance * true.abs().max())
 
 
-def _module_of(block: Any) -> nn.Module:
-    module: nn.Module = getattr(block, "module", block) if not isinstance(block, nn.Module) else block
-    return module
+def goes_by_rows(run: Callable[..., Tensor], *rows: Tensor | None) -> bool:
+    """Return whether what a function returns for some rows depends on no other rows, nor on their number.
+
+    Args:
+        run: the function.
+        rows: its arguments, each [24, channels]; ``None`` stays what it is.
+
+    Raises:
+        ValueError: it cannot be computed for some of the rows.
+    """
+    with DRAWING, Constant(), torch.no_grad():
+        whole = run(*rows)
+        try:
+            part = run(*(None if each is None else each[_PART] for each in rows))
+        except Exception as error:
+            raise ValueError(f"it cannot be computed for some of the rows alone: {error}") from error
+    return same(part, whole[_PART])
+
+
+def some_rows(x: Tensor) -> Tensor:
+    """Return 24 rows of a tensor, for :func:`goes_by_rows`."""
+    generator = torch.Generator().manual_seed(0)
+    return x[torch.randint(x.size(0), (_ROWS,), generator=generator).to(x.device)]
 
 
 def _moved(block: Any, generator: torch.Generator) -> Any:
     """Return a copy of a block with other parameters, on the CPU."""
-    block = copy.deepcopy(block)
-    for parameter in _module_of(block).cpu().parameters():
+    # A weight that a hook computes before each call (pruning, weight_norm) has a history, and torch does not copy it.
+    computed = (value for module in module_of(block).modules() for value in vars(module).values())
+    memo = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
+    block = copy.deepcopy(block, memo)
+    for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             parameter.add_(noise * 0.1)

@@ -36,6 +36,15 @@ class APPNP(ScalableGNN):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import get_data, normalize
+        >>> from recollect.models import APPNP
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> adj_t = normalize(data.adj_t)
+        >>> model = APPNP(data.num_nodes, in_channels, hidden_channels=8, out_channels=out_channels, num_layers=10)
+        >>> model(data.x, adj_t).shape, model.histories[0].embedding_dim
+        (torch.Size([34, 4]), 4)
     """
 
     def __init__(

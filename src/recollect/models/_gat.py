@@ -41,6 +41,15 @@ class GAT(ConvStack):
         TypeError: there is no ``out_channels``.
         ValueError: a number is out of its range.
         ImportError: torch_geometric is missing.
+
+    Example:
+        >>> from recollect.autoscale import add_self_loops, get_data
+        >>> from recollect.models import GAT
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> adj_t = add_self_loops(data.adj_t)
+        >>> model = GAT(data.num_nodes, in_channels, hidden_channels=4, hidden_heads=2, out_channels=out_channels)
+        >>> model(data.x, adj_t).shape
+        torch.Size([34, 4])
     """
 
     sums_over_edges = False

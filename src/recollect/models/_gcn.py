@@ -36,6 +36,15 @@ class GCN(ConvStack):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import get_data, normalize
+        >>> from recollect.models import GCN
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> adj_t = normalize(data.adj_t)
+        >>> model = GCN(data.num_nodes, in_channels, hidden_channels=8, out_channels=out_channels, num_layers=2)
+        >>> model(data.x, adj_t).shape  # of the whole graph
+        torch.Size([34, 4])
     """
 
     def __init__(

@@ -38,6 +38,15 @@ class GCN2(ConvStack):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import get_data, normalize
+        >>> from recollect.models import GCN2
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> adj_t = normalize(data.adj_t)
+        >>> model = GCN2(data.num_nodes, in_channels, hidden_channels=8, out_channels=out_channels, num_layers=16)
+        >>> model(data.x, adj_t).shape
+        torch.Size([34, 4])
     """
 
     def __init__(

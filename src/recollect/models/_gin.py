@@ -38,6 +38,15 @@ class GIN(ConvStack):
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> from recollect.models import GIN
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> model = GIN(data.num_nodes, in_channels, 8, out_channels, num_layers=2, noise=0.01)
+        >>> out = model(data.x, data.adj_t)
+        >>> out.shape, model.lipschitz_loss().item() > 0
+        (torch.Size([34, 4]), True)
     """
 
     sums_over_edges = False

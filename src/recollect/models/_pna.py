@@ -39,6 +39,16 @@ class PNA(ConvStack):
 
     Raises:
         ValueError: a number is out of its range, or a name unknown.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> from recollect.models import PNA
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> degrees = data.adj_t.crow_indices().diff()
+        >>> options = {"aggregators": ["mean", "max"], "scalers": ["identity", "amplification"], "deg": degrees}
+        >>> model = PNA(data.num_nodes, in_channels, 8, out_channels, num_layers=2, **options)
+        >>> model(data.x, data.adj_t).shape
+        torch.Size([34, 4])
     """
 
     sums_over_edges = False
@@ -101,6 +111,16 @@ class PNA_JK(PNA):  # noqa: N801  # the name that it has in the paper's code
     """PNA between two linear maps, the last of which sees all layers (jumping knowledge, Xu et al., arXiv 1806.03536).
 
     It takes the arguments of :class:`PNA`; ``hidden_channels`` is one number.
+
+    Example:
+        >>> from recollect.autoscale import get_data
+        >>> from recollect.models import PNA_JK
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> degrees = data.adj_t.crow_indices().diff()
+        >>> options = {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": degrees}
+        >>> model = PNA_JK(data.num_nodes, in_channels, 8, out_channels, num_layers=2, **options)
+        >>> model(data.x, data.adj_t).shape, model.lins[1].in_features  # of 3 times 8 channels
+        (torch.Size([34, 4]), 24)
     """
 
     _head = True

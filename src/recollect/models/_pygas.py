@@ -32,6 +32,14 @@ class PygasReport:
         renamed: from the name given to the model's.
         transposed: names of matrices that the model has transposed.
         unused: names of norms that PyGAS's models have but do not apply.
+
+    Example:
+        >>> import torch
+        >>> from recollect.models import GCN, PygasReport, load_pygas_state_dict
+        >>> model = GCN(num_nodes=10, in_channels=4, hidden_channels=8, out_channels=3, num_layers=1)
+        >>> given = {"convs.0.weight": torch.ones(4, 3), "convs.0.bias": torch.zeros(3)}
+        >>> load_pygas_state_dict(model, given) == PygasReport()  # all is as here
+        True
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -49,6 +57,9 @@ def load_pygas_state_dict(model: ScalableGNN, state_dict: Mapping[str, Tensor]) 
         model: a :class:`GCN`, :class:`GAT`, :class:`APPNP`, :class:`GCN2`, :class:`PNA` or :class:`PNA_JK` of the same
             numbers.
         state_dict: of PyGAS's model.
+
+    Returns:
+        Which entries were renamed, transposed or of no use.
 
     Raises:
         ValueError: entries are missing or unknown, have other shapes, or disagree.

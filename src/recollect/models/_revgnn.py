@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale import Around, BlockwiseGNN
 from recollect.frames import Lattice, digits_of
-from recollect.messages.reach import Probe, kind_of
+from recollect.messages.reach import Probe, goes_by_rows, kind_of, some_rows
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -104,6 +105,16 @@ class RevGNN(BlockwiseGNN):
     Raises:
         ValueError: a value is out of range; the message says what is allowed.
         TypeError: options of histories without ``num_nodes``.
+
+    Example:
+        >>> import torch
+        >>> from recollect.models import RevGNN
+        >>> model = RevGNN(in_channels=5, hidden_channels=8, out_channels=3, num_layers=28)
+        >>> x, edge_index = torch.randn(6, 5), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]])
+        >>> logits = model(x, edge_index)
+        >>> model.loss(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        >>> logits.shape, model.last_drift < 1e-3
+        (torch.Size([6, 3]), True)
     """
 
     def __init__(
@@ -246,8 +257,27 @@ class RevGNN(BlockwiseGNN):
         out: Tensor = self.layer(index)(x, edge_index, shared, *args, **({} if beside is None else {"beside": beside}))
         return out
 
-    def check_blocks(self, args: tuple[Any, ...]) -> None:
-        """See, on a small graph, whether the edges into a node are all that blocks need."""
+    def stages(self) -> Iterable[tuple[str, nn.Module]]:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        return [(f"layers.{name}", layer) for name, layer in self.layers.named_children()]
+
+    def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
+        """See, on a small graph, whether the edges into a node are all that blocks need; and what goes row by row."""
+        weight = self.project.weight
+        h = torch.randn(some_rows(x).size(0), weight.size(0), generator=torch.Generator().manual_seed(0))
+        for method, rows in (("embed", some_rows(x)), ("classify", h.to(weight))):
+            try:
+                by_rows = goes_by_rows(getattr(self, method), rows)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}.{method}: {error}") from error
+            if not by_rows:
+                raise ValueError(
+                    f"{type(self).__name__}.{method} returns rows that depend on other nodes' rows, and a mini-batch "
+                    "has some of them alone: let each row depend on its own, with norms over channels (LayerNorm)"
+                )
+        self._check_blocks(args)
+
+    def _check_blocks(self, args: tuple[Any, ...]) -> None:
         weight, known = self.project.weight, set[Any]()
         edges = {str(place): value.detach().cpu() for place, value in enumerate(args)}
         probe = Probe(edges, weight.size(0) // self.num_groups, weight.dtype)

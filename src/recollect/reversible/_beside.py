@@ -27,6 +27,22 @@ class Beside:
         inputs: their x [H, C * channels].
         outputs: their y [H, C * channels].
         sources: what brings these two back in backward, as the first argument of a region; ``None``: they are kept.
+
+    Example:
+        >>> import torch
+        >>> from recollect.reversible import Beside, GroupAddRev
+        >>> class Sums(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(2, 2)
+        ...     def forward(self, x, adjacency):
+        ...         return adjacency @ self.linear(x)
+        >>> layer = GroupAddRev(Sums(), num_groups=2)
+        >>> x, adjacency = torch.randn(5, 4), torch.rand(5, 5)
+        >>> y = layer(x, adjacency)
+        >>> halo = Beside(x[3:], y[3:])  # of the first three nodes
+        >>> torch.allclose(layer(x[:3], adjacency, beside=halo), y[:3], atol=1e-6)
+        True
     """
 
     inputs: Tensor

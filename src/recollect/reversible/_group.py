@@ -356,6 +356,21 @@ class GroupRevRes(_Grouped):
     Raises:
         TypeError: ``gnn_module`` is not one module.
         ValueError: as :class:`GroupAddRev`.
+
+    Example:
+        >>> import torch
+        >>> from recollect.reversible import GroupRevRes
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(4, 4)
+        ...     def forward(self, g, x):
+        ...         return self.linear(x).relu()
+        >>> layer, graph = GroupRevRes(Block(), groups=2), None  # a graph of DGL
+        >>> x = torch.randn(5, 8)
+        >>> y = layer(graph, x)
+        >>> torch.allclose(layer.inverse(graph, y), x, atol=1e-6)
+        True
     """
 
     def __init__(

@@ -35,6 +35,23 @@ class InvertibleModule(Measured):
         TypeError: a subclass defines ``forward`` and no ``_forward``.
         ValueError: ``num_bwd_passes`` or ``anchor_every`` is below 1.
         NotImplementedError: a subclass without ``_inverse`` is called while gradients are enabled, and not disabled.
+
+    Example:
+        >>> import torch
+        >>> from recollect.reversible import InvertibleModule
+        >>> class Scale(InvertibleModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.log_scale = torch.nn.Parameter(torch.ones(4))
+        ...     def _forward(self, x):
+        ...         return x * self.log_scale.exp()
+        ...     def _inverse(self, y):
+        ...         return y * (-self.log_scale).exp()
+        >>> layer, x = Scale(), torch.randn(5, 4)
+        >>> y = layer(x)
+        >>> y.sum().backward()
+        >>> torch.allclose(layer.log_scale.grad, y.sum(0)), torch.allclose(layer.inverse(y), x)
+        (True, True)
     """
 
     _written: ClassVar[tuple[str, str] | None] = ("_forward", "_inverse")

@@ -61,6 +61,10 @@ class FullBatch:
             inputs = (inputs[0], dropout(inputs[1], self._edge_dropout))
         yield Batch(inputs, self._graph.data.y, self._rows)
 
+    def largest(self) -> Batch:
+        """Return the step with all edges, without a draw of random numbers."""
+        return Batch(self._inputs, self._graph.data.y, self._rows)
+
 
 class PartBatches:
     """Steps on parts of the graph with their halo, in another order in each epoch.

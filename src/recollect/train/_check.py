@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recollect._util._sizes import as_size
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._settings import MODELS, SEEDS, ModelSettings, ScalableSettings, Settings
 
@@ -63,6 +64,8 @@ def check(settings: Settings) -> None:
     _check_training(settings)
     if settings.devices > 1:
         _check_devices(settings)
+    if settings.memory_budget is not None:
+        _check_budget(settings)
     if settings.objective.name != "mean" and settings.precision == "16-mixed":
         raise UsageError(
             f"objective={settings.objective.name}: precision=16-mixed scales losses, and a Gramian is of losses as "
@@ -108,6 +111,34 @@ def _check_devices(settings: Settings) -> None:
         raise UsageError(f"devices={settings.devices}: several processes train on parts, and need {words}")
     if training.num_parts < settings.devices:
         raise UsageError(f"devices={settings.devices}: each needs a part, and training.num_parts={training.num_parts}")
+
+
+def _check_budget(settings: Settings) -> None:
+    """A plan is of a step of one loss, on the whole graph at once."""
+    try:
+        as_size(settings.memory_budget, "memory_budget")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    budget, training = settings.memory_budget, settings.training.name
+    ways = {
+        "autoscale": "fewer training.parts_per_batch, or more training.num_parts",
+        "wholegraph": "more training.num_parts",
+    }
+    if training in ways:
+        raise UsageError(
+            f"memory_budget={budget} decides what a step on the whole graph keeps, and training={training} takes steps "
+            f"part by part: what they need is set by {ways[training]}; leave memory_budget out, or choose training=full"
+        )
+    if settings.objective.name != "mean":
+        raise UsageError(
+            f"memory_budget={budget}: the plan is of a step of one loss, and objective={settings.objective.name} goes "
+            "backward for each of many: choose objective=mean, or leave memory_budget out"
+        )
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"memory_budget={budget} needs a device whose memory can be measured, and device={settings.device} is "
+            "none: choose cpu or cuda"
+        )
 
 
 def check_given(settings: Settings, keys: Iterable[str]) -> None:

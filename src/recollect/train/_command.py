@@ -14,6 +14,20 @@ def command(arguments: Sequence[str]) -> int:
     """Run and return the exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 for one that was interrupted.
 
     What is wrong with the words is said before anything is imported that takes long, such as torch.
+
+    Args:
+        arguments: the words after ``recollect train``.
+
+    Returns:
+        The exit code; messages of errors go to the standard error.
+
+    Example:
+        >>> import contextlib, io
+        >>> from recollect.train import command
+        >>> with contextlib.redirect_stderr(io.StringIO()) as said:
+        ...     code = command(["--quickly"])
+        >>> code, said.getvalue().splitlines()[0]
+        (2, "recollect train: unknown option '--quickly': settings are written key=value; -m sweeps over key=a,b")
     """
     try:
         if any(argument in ("-h", "--help") for argument in arguments):

@@ -128,7 +128,7 @@ def read(path: Path) -> Settings:
         loaded = OmegaConf.create(check_settings_text(read_text(path), path))
         if not isinstance(loaded, DictConfig) or not loaded:
             raise InvalidRunError(f"{path} holds no settings of a run")
-        defaults_of_new_keys = {"config": None, "resume": None, "run_dir": None, "devices": 1}
+        defaults_of_new_keys = {"config": None, "resume": None, "run_dir": None, "devices": 1, "memory_budget": None}
         return _to_settings(cast(DictConfig, OmegaConf.merge(defaults_of_new_keys, loaded)))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error

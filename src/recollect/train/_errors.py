@@ -21,19 +21,45 @@ _GLANCE, _FEW = 6, 12  # so many names are read at a glance, and so many are rea
 
 
 class TrainingError(Exception):
-    """The run cannot start or go on; the message says why and what to do. Ends the command with ``exit_code``."""
+    """The run cannot start or go on; the message says why and what to do. Ends the command with ``exit_code``.
+
+    Example:
+        >>> from recollect.train import TrainingError, UsageError
+        >>> issubclass(UsageError, TrainingError), TrainingError.exit_code, UsageError.exit_code
+        (True, 1, 2)
+    """
 
     exit_code = 1
 
 
 class UsageError(TrainingError, ValueError):
-    """A name, key or value is wrong: choose one of those in the message."""
+    """A name, key or value is wrong: choose one of those in the message.
+
+    Example:
+        >>> from recollect.train import UsageError, train
+        >>> try:
+        ...     train(["dataset=karatee"])
+        ... except UsageError as error:
+        ...     print("did you mean karate" in str(error))
+        True
+    """
 
     exit_code = 2
 
 
 class InvalidRunError(TrainingError):
-    """The folder holds no run, or one whose files cannot be read: give another folder."""
+    """The folder holds no run, or one whose files cannot be read: give another folder.
+
+    Example:
+        >>> import tempfile
+        >>> from recollect.train import InvalidRunError, train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:
+        ...         train([f"resume={folder}"])
+        ...     except InvalidRunError as error:
+        ...         print(folder in str(error))
+        True
+    """
 
 
 class MissingRunError(UsageError, InvalidRunError):
@@ -61,6 +87,23 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
 
     Attributes:
         epoch: the epoch, from 1, whose loss it was.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from recollect.data import load
+        >>> from recollect.train import NonFiniteLossError, fit
+        >>> class Broken(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(34, 4)
+        ...     def forward(self, x, edge_index):
+        ...         return self.linear(x) / 0
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:
+        ...         fit(Broken(), load("karate"), epochs=2, out=folder)
+        ...     except NonFiniteLossError as error:
+        ...         print(error.epoch)
+        1
     """
 
     def __init__(self, message: str, epoch: int) -> None:

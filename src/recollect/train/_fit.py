@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from recollect._util._sizes import as_size
 from recollect.train._config import changed, parse
 from recollect.train._errors import UsageError
 from recollect.train._folder import RunFolder, extend, reopen
@@ -41,6 +42,18 @@ class FitResult:
             graph (of one with histories); ``None`` where there is no such comparison.
         folder: with ``report.html``, ``metrics.csv``, ``summary.json`` and the checkpoint.
         summary: all that ``summary.json`` holds.
+
+    Example:
+        >>> import tempfile
+        >>> from recollect.data import load
+        >>> from recollect.models import RevGNN
+        >>> from recollect.train import FitResult, fit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit(RevGNN(34, 8, 4, num_layers=2), load("karate"), epochs=2, out=folder)
+        ...     print(sorted(file.name for file in result.folder.glob("*.json")))
+        ['summary.json']
+        >>> isinstance(result, FitResult), result.metric, result.epochs, 0 <= result.test_accuracy <= 1
+        (True, 'accuracy', 2, True)
     """
 
     test_accuracy: float
@@ -65,6 +78,7 @@ def fit(
     histories: bool | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    memory_budget: int | float | str | None = None,
     call: Call | None = None,
     seed: int | None = None,
     overrides: tuple[str, ...] | list[str] = (),
@@ -90,11 +104,17 @@ def fit(
             train on parts of the graph; the model is a `recollect.autoscale.ScalableGNN` then.
         out: folder of the run's files, empty or not there yet; by default one in ``runs``.
         resume: folder of a run of this model: go on with it, or extend it to ``epochs``.
+        memory_budget: what a training step may allocate, gradients of parameters included: bytes, ``"1.5 GB"``, or a
+            share ``"60%"`` of the memory. What is kept of each layer is planned on the first batch, see
+            `recollect.plan`, and stays the same when the run is gone on with.
         call: from the model and the graph to the logits, ``lambda model, data: ...``, where the signature does not say
             how the model is called.
         seed: of dropout, of parts and of a split that is drawn; by default 0. The model has its parameters already.
         overrides: further settings as on the command line: ``["clip_norm=1.0", "optimizer=sgd"]``.
         console: where progress and table are shown; by default nowhere.
+
+    Returns:
+        Scores, measured memory, and the folder of the run.
 
     Raises:
         UsageError: a value is wrong, or the model cannot be called with this graph.
@@ -116,13 +136,17 @@ def fit(
     console = console or Console(quiet=True)
     words = [f"{key}={value}" for key, value in (("epochs", epochs), ("seed", seed)) if value is not None]
     if resume is not None:
-        if out is not None or lr is not None or objective is not None or histories is not None or seed is not None:
+        own = (out, lr, objective, histories, memory_budget, seed)
+        if any(value is not None for value in own):
             raise UsageError(
-                "resume= goes on under the run's own settings: leave out out, lr, objective, histories, seed"
+                "resume= goes on under the run's own settings: leave out out, lr, objective, histories, memory_budget, "
+                "seed"
             )
         folder, before = reopen(str(resume), given=True)
         settings = changed(before, to_the_end([*words, *overrides]), CHANGEABLE, folder.path)
     else:
+        if memory_budget is not None:
+            words.append(f"memory_budget={_quoted(memory_budget)}")
         words = [*words, *_words(lr, objective, histories), *overrides]
         settings = parse(["model=import", "patience=null", *([] if epochs else ["epochs=200"]), *words])
         folder = None
@@ -141,6 +165,15 @@ def fit(
             return _result(read_summary(folder.summary), folder)
     family = own_family(settings, model, call)
     return _result(*in_folder(settings, console, folder, family.prepare(graph), family=family))
+
+
+def _quoted(budget: int | float | str) -> str:
+    """A budget as a word of the command line."""
+    try:
+        as_size(budget, "memory_budget")
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return f"'{budget}'" if isinstance(budget, str) else f"{int(budget)}"
 
 
 def _words(

@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def plan(self) -> Path:
+        """What is kept of each layer, in a run with a memory budget."""
+        return self.path / "plan.json"
+
+    @property
     def sweep(self) -> Path:
         """The words of a sweep, whose runs are in this folder."""
         return self.path / "sweep.json"

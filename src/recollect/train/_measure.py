@@ -29,6 +29,8 @@ Peaks = dict[str, int | None]
 class Costs:
     """Peaks in bytes above parameters, gradients, the optimizer's state and the graph; ``None`` is not measured.
 
+    With a memory budget gradients are among what a step takes.
+
     "Plain" is the second mode of `Step.modes`: every activation is kept, or a step is on the whole graph.
 
     Attributes:
@@ -58,8 +60,8 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
     """Measure steps in both of their modes; random state and warnings about drift stay as they were.
 
     Models that can be made in any depth are made anew, in several: from two shallow ones, which tell what the full
-    depth will need, to the full depth, then between, until ``measure.seconds`` are over. All others are measured as
-    they are, which changes their parameters.
+    depth will need, to the full depth, then between, until ``measure.seconds`` are over. All others, and those with a
+    memory budget, are measured as they are, which changes their parameters.
 
     Args:
         settings: of the run.
@@ -69,11 +71,10 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
     deadline, costs = time.perf_counter() + settings.measure.seconds, Costs()
     with _undisturbed():
         family = step.family
-        if not family.any_depth:
+        if not family.any_depth or step.plan is not None:
             tell("a step")
             probe = _Probe(step)
-            peak = probe.peak()
-            most, about = family.plain_bytes(step.network, step.graph, step.own, peak)
+            most, about = step.plain_bytes(probe.peak())
             _whole(costs, probe, settings, deadline, about, probe.peaks(most))
             step.switch(second=False)
             step.optimizer.zero_grad(set_to_none=True)
@@ -114,7 +115,7 @@ class _Probe:
         free = available_bytes(self.device)
         if len(self.step.modes) == 2 and (expected is None or free is None or expected < _MARGIN * free):
             try:
-                if not self.step.family.any_depth:
+                if not self.step.family.any_depth or self.step.plan is not None:
                     self.peak(second=True)  # the first step may turn the adjacency, which is then kept
                 plain = self.peak(second=True)
             except torch.OutOfMemoryError:
@@ -140,6 +141,8 @@ class _Probe:
     def peak(self, second: bool = False) -> int:
         """Bytes of a step at its peak."""
         self.step.switch(second=second)
+        if self.step.plan is not None:
+            self.step.optimizer.zero_grad(set_to_none=True)
         with peak_memory(self.device) as memory:
             self.step.train()
         return memory.peak_bytes

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from recollect.train._figures import learning_curves, memory_against_depth, spread_curves, to_svg
-from recollect.train._text import METRICS, layers_text, percent_text, table
+from recollect.train._text import METRICS, budget_rows, bytes_text, layers_text, percent_text, table
 from recollect.train._trainer import Row
 
 __all__ = ["html_table", "page", "panels", "report"]
@@ -25,7 +25,7 @@ _PAGE = string.Template("""\
 <style>
   body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 66rem; margin: 2.5rem auto;
          padding: 0 1.5rem; }
-  h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
+  h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
   h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
   p { max-width: 48rem; }
   .lead { color: #616e7c; margin: 0 0 1.5rem; }
@@ -33,27 +33,36 @@ _PAGE = string.Template("""\
   .tile { border: 1px solid #e4e7eb; border-radius: .5rem; padding: .9rem 1.1rem; }
   .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
   .tile span { color: #616e7c; font-size: .9rem; }
-  .wide { overflow-x: auto; }
+  /* A shadow where a table goes on beyond the edge. */
+  .wide { overflow-x: auto; background:
+    linear-gradient(to right, #fff 40%, #fff0) left / 2rem 100% no-repeat local,
+    linear-gradient(to left, #fff 40%, #fff0) right / 2rem 100% no-repeat local,
+    linear-gradient(to right, #0002, #0000) left / .5rem 100% no-repeat scroll,
+    linear-gradient(to left, #0002, #0000) right / .5rem 100% no-repeat scroll; }
   table { border-collapse: collapse; }
   th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
   th { font-weight: 600; }
   td { font-variant-numeric: tabular-nums; }
-  .columns td { white-space: nowrap; }
+  .columns th, .columns td { white-space: nowrap; }
   .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
   .figure { max-width: 44rem; }
   svg { width: 100%; height: auto; }
   @media (max-width: 40rem) {
     body { margin: 1rem auto; padding: 0 1rem; }
     th, td { padding-right: .75rem; font-size: .9rem; }
+    .columns th, .columns td { padding-right: .5rem; font-size: .85rem; }
+    .columns td:first-child { white-space: normal; }
   }
   @media print {
-    body { margin: 0; max-width: none; padding: 0; font-size: 11pt; }
-    .wide { overflow: visible; }
+    body { margin: 0; max-width: none; padding: 0 1px; font-size: 11pt; }
+    .wide { overflow: visible; background: none; }
+    .figure { max-width: 30rem; }
     .columns th, .columns td { padding-right: .6rem; font-size: 8pt; white-space: normal; }
     .tile, .panels > *, .figure, tr { break-inside: avoid; }
     h2 { break-after: avoid; }
     .panels { grid-template-columns: repeat(2, 1fr); }
   }
+  details { margin-top: 1.5rem; }
   details pre { background: #f5f7fa; padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
 </style>
 </head>
@@ -72,7 +81,7 @@ $facts
 _COSTS = string.Template("""\
 <h2>What it costs</h2>
 $table
-<p>Memory is the measured peak of one training step above what is there before and after it: parameters, gradients, the
+<p>Memory is the measured peak of one training step above what is there before and after it: parameters, $gradients
 optimizer's state, histories and the graph. Seconds are medians of epochs (their steps and an evaluation), one
 of each kind after the other.</p>
 $figure""")
@@ -106,7 +115,7 @@ def report(
         f"{title}, {len(runs)} runs" if runs else title,
         f"recollect {summary['recollect']}, torch {summary['torch']}, {facts[-1][1]}",
         _tiles(summary),
-        _costs(summary, costs) + body,
+        _costs(summary, costs) + _budget(summary) + body,
         "The runs; where they differ, as in the first" if runs else "The run",
         facts,
         settings,
@@ -188,6 +197,19 @@ def _runs(runs: Sequence[dict[str, Any]], metric: str) -> str:
     return f"<h2>Each run</h2>\n{html_table(names, rows)}"
 
 
+def _budget(summary: dict[str, Any]) -> str:
+    """What is kept of each unit, in a run with a memory budget."""
+    budget = summary.get("memory_budget")
+    if budget is None:
+        return ""
+    names = ["unit", "keeps, everything kept", "what is done", "keeps", "adds to a step"]
+    said = (
+        f"A step may allocate {bytes_text(budget['bytes'])}, gradients of parameters included. The plan was made on "
+        f"the first batch, and its peak was measured: {bytes_text(budget['peak_bytes'])}."
+    )
+    return f"<h2>Memory budget</h2>\n<p>{escape(said)}</p>\n{html_table(names, budget_rows(budget))}"
+
+
 def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> str:
     if summary["peak_bytes"] is None:
         return ""
@@ -195,6 +217,7 @@ def _costs(summary: dict[str, Any], costs: list[tuple[str, str, str, str]]) -> s
     width = 2 * len(modes)
     curve = summary["memory_against_depth"]
     return _COSTS.substitute(
+        gradients="gradients, the" if summary.get("memory_budget") is None else "but not gradients, the",
         table=html_table(["measured", *modes, ""][:width], [row[:width] for row in costs]),
         figure=f'<div class="figure">{to_svg(memory_against_depth(curve))}</div>' if curve else "",
     )

@@ -40,6 +40,15 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
         InvalidRunError: the folder to resume holds no run.
         NonFiniteLossError: the loss became NaN or infinite.
         TrainingError: something else that the user can mend: files or packages are missing, the disk is full, ...
+
+    Example:
+        >>> import tempfile
+        >>> from recollect.train import train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     words = ["dataset=karate", "model.num_layers=2", "epochs=2", "measure.enabled=false"]
+        ...     summary = train([*words, f"run_dir={folder}/run"])
+        >>> summary["epochs"]
+        2
     """
     words = [(parse_override(text), text) for text in overrides]
     resumed = [str(word.value()) for word, _ in words if word.key_or_group == "resume" and word.value()]

@@ -291,6 +291,9 @@ class Settings:
     checkpoint_every: int | None = key("epochs between checkpoints; null: as often as takes a tenth of the time", low=1)
     device: str = key("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator")
     devices: int = key("processes on this machine that train on parts together, each with a share of them", low=1)
+    memory_budget: str | None = key(
+        "what a step may allocate, gradients included: 500MB, 1.5 GB, 60%, or bytes; null: anything"
+    )
     precision: str = key("floating-point precision", choices=("32-true", "bf16-mixed", "16-mixed"))
     threads: int | None = key("CPU threads; null: one for a small graph, else torch's default", low=1)
     run_dir: str | None = key("folder of the run's files; null: runs/<date-time>_<dataset>_<model>", path=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 
 from recollect.data import describe
 from recollect.memory import map_large_blocks, peak_memory
+from recollect.train._budget import read_rows, write_rows
 from recollect.train._build import build_dataset
 from recollect.train._config import write
 from recollect.train._errors import UsageError
@@ -25,7 +27,7 @@ from recollect.train._step import Step
 from recollect.train._summary import Summary, summarize, write_summary
 from recollect.train._surroundings import drift_told_once, make_fabric, threads, told
 from recollect.train._team import team
-from recollect.train._text import bytes_text
+from recollect.train._text import budget_text, bytes_text
 from recollect.train._trainer import Trainer
 from recollect.train.families import Family, family_of
 
@@ -87,16 +89,25 @@ def in_folder(
         fabric.seed_everything(settings.seed, verbose=False)
         step = Step(fabric, family, graph, family.build(graph, fabric.device))
         family.rehearse(step.evaluate)
-        group = team()
-        if folder is None:  # only now: what cannot start leaves no folder behind
-            folder = RunFolder(group.share(create(settings).path if group.is_first else None))
-        with folder.locked() if group.is_first else nullcontext(), explained(folder):
-            return _execute(settings, step, folder, console, brief), folder
+        with _planned(settings, step, folder, console):
+            return _in_folder(settings, step, folder, console, brief)
+
+
+def _in_folder(
+    settings: Settings, step: Step, folder: RunFolder | None, console: Console, brief: bool
+) -> tuple[Summary, RunFolder]:
+    group = team()
+    if folder is None:  # only now: what cannot start leaves no folder behind
+        folder = RunFolder(group.share(create(settings).path if group.is_first else None))
+    with folder.locked() if group.is_first else nullcontext(), explained(folder):
+        return _execute(settings, step, folder, console, brief), folder
 
 
 def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console, brief: bool) -> Summary:
     """Train, measure and report; of several processes the first writes the files."""
     trainer, group = Trainer(settings, step, folder.checkpoint), team()
+    if step.plan is not None:
+        write_rows(folder.plan, step.plan)
     if group.share(folder.checkpoint.exists()):
         trainer.load()
         console.print(f"going on after epoch {trainer.epoch}", highlight=False)
@@ -127,6 +138,21 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
         if not brief:
             show_summary(console, summary, folder.path)
     return summary
+
+
+@contextmanager
+def _planned(settings: Settings, step: Step, folder: RunFolder | None, console: Console) -> Iterator[None]:
+    """Keep steps within the budget, if the settings have one; afterwards the network is what it was."""
+    if settings.memory_budget is None:
+        yield
+        return
+    with console.status("planning what is kept of each layer, by the first batch"):
+        planned = step.keep_within(settings.memory_budget, () if folder is None else read_rows(folder.plan))
+    try:
+        console.print(budget_text(planned.summarize()), highlight=False, markup=False, soft_wrap=True)
+        yield
+    finally:
+        planned.switch(on=False)
 
 
 def _fit(trainer: Trainer, folder: RunFolder, console: Console, brief: bool) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from recollect.budget import Row
+from recollect.train._batches import FullBatch
+from recollect.train._budget import Planned, make_plan
 from recollect.train._build import build_optimizer
+from recollect.train._errors import UsageError
 from recollect.train._graph import TrainingGraph
 from recollect.train._metrics import losses, scored
 from recollect.train._objective import make_objective
@@ -42,19 +48,58 @@ class Step:
         self._team = team()
         self._own_step = family.own_step(network, self.graph, self.objective)
         self._second = False
+        self.plan: Planned | None = None
         self._evaluation = family.evaluation(network, self.graph)
 
     @property
     def modes(self) -> list[str]:
         """What the steps are called, and what those that they are compared with, if there is a comparison."""
-        return self.family.modes(self.network)
+        return self.family.modes(self.network) if self.plan is None else ["within the budget", "everything kept"]
+
+    def keep_within(self, budget: str, rows: Iterable[Row] = ()) -> Planned:
+        """Plan what is kept of each layer so that a step stays within a budget, and apply the plan.
+
+        Args:
+            budget: as in the settings.
+            rows: of the plan that the run had before.
+
+        Raises:
+            UsageError: the network has no units, or the device's memory cannot be measured.
+            TrainingError: the budget cannot be met.
+        """
+        if self.fabric.device.type not in ("cpu", "cuda") or not isinstance(self.own, FullBatch):
+            raise UsageError(f"memory_budget={budget} needs training=full on the CPU or a CUDA device")
+        inputs, target, chosen = self.own.largest()
+        self.model.train()
+        self.plan = make_plan(
+            self.network,
+            lambda given: self.family.call(self.model, given),
+            inputs,
+            lambda logits: self._loss(logits, target, chosen)[1],
+            budget,
+            rows,
+        )
+        self.plan.switch(on=True)
+        return self.plan
 
     def switch(self, second: bool) -> None:
         """Take further steps in the second of the modes, or in the first."""
         self._second = second
         self.family.switch(self.network, second)
+        if self.plan is not None:  # after the family: a plan is applied to what the modules are set to
+            self.plan.switch(on=not second)
         device = self.fabric.device
         self.batches = self.family.batches(self.network, self.graph, device, second=True) if second else self.own
+
+    def plain_bytes(self, peak: int) -> tuple[int, int]:
+        """Bytes of a step in the second mode, which was not measured yet: at most, and about.
+
+        Args:
+            peak: bytes of a step in the first mode.
+        """
+        if self.plan is not None:
+            return self.plan.plain_bytes, self.plan.plain_bytes
+        return self.family.plain_bytes(self.network, self.graph, self.own, peak)
 
     def train(self) -> float:
         """Take the steps of an epoch; return the mean of their losses, by training nodes."""
@@ -66,23 +111,29 @@ class Step:
             return float(loss)
         total, nodes = torch.zeros((), dtype=torch.float64, device=self.fabric.device), 0
         for inputs, target, rows in self.batches:
-            # In place: gradients then belong to what is always there, as in the measurements.
-            self.optimizer.zero_grad(set_to_none=False)
+            # In place: gradients then belong to what is always there, as in the measurements. A budget is for both
+            # gradients and activations, and the former grow while the latter go.
+            self.optimizer.zero_grad(set_to_none=self.plan is not None)
             logits = self.family.call(self.model, inputs)
-            found = losses(self.graph.task, logits[rows], target[rows])
             if self._team.size > 1:
+                found = losses(self.graph.task, logits[rows], target[rows])
                 total, nodes = total + self._together(found), nodes + len(rows)
                 continue
-            value, update = self.objective(found)
-            if self.lipschitz:
-                extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
-                value, update = value + extra, update + extra
+            value, update = self._loss(logits, target, rows)
             self.fabric.backward(update)
             self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
         if self._team.size > 1:
             total, nodes = self._team.add_up(total), int(self._team.add_up(nodes))
         return float(total) / nodes  # the one wait for the device
+
+    def _loss(self, logits: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the value of a batch's loss, and what goes backward."""
+        value, update = self.objective(losses(self.graph.task, logits[rows], target[rows]))
+        if self.lipschitz:
+            extra = self.lipschitz * self.network.lipschitz_loss()  # type: ignore[operator]
+            value, update = value + extra, update + extra
+        return value, update
 
     def _together(self, found: Tensor) -> Tensor:
         """Take the step of the mean loss over the nodes of all processes; return the sum of this one's losses."""

@@ -55,6 +55,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
         "largest_drift": max(drifts, default=None),
         **{"histories": None, "tables": None},
         **step.family.summarize(step.network, trainer.history, device),
+        "memory_budget": None if step.plan is None else step.plan.summarize(),
         "modes": step.modes,
         "peak_bytes": costs.peak,
         "peak_bytes_plain": costs.peak_plain,

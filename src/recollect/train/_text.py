@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 __all__ = [
     "METRICS",
+    "STRATEGIES",
+    "budget_rows",
+    "budget_text",
     "bytes_text",
     "compared_text",
     "histories_text",
@@ -23,6 +28,15 @@ __all__ = [
 METRICS = {
     **{"accuracy": "accuracy", "rocauc": "ROC-AUC"},
     **{"micro_f1": "micro-F1", "average_precision": "average precision"},
+}
+# What is done with a unit, by its strategy; a link is a checkpoint whose input the unit before makes again.
+STRATEGIES = {
+    "store": "stored",
+    "checkpoint": "checkpointed",
+    "link": "checkpointed",
+    "selective": "checkpointed but for products",
+    "offload": "offloaded",
+    "invert": "inverted",
 }
 
 
@@ -108,11 +122,48 @@ def table(summary: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[st
         ("graph", f"{summary['dataset']}: {summary['nodes']:,} nodes, {summary['edges']:,} edges"),
         ("model", f"{summary['model']}: {layers_text(summary)}{summary['parameters']:,} parameters"),
         ("parameters, gradients, optimizer", bytes_text(summary["state_bytes"])),
+        *_budget(summary),
         *_seen(summary),
         *_objectives(summary),
         ("device", f"{summary['device']} ({summary['device_name']}), {summary['precision']}"),
     ]
     return facts, _costs(summary)
+
+
+def budget_text(budget: Mapping[str, Any]) -> str:
+    """What a memory budget's plan does, in a line."""
+    units = budget["units"]
+    found = Counter(STRATEGIES[unit["strategy"]] for unit in units)
+    done = ", ".join(f"{number} {name}" for name, number in found.items())
+    return (
+        f"memory budget: {bytes_text(budget['bytes'])}; peak of a step {bytes_text(budget['peak_bytes'])}, measured "
+        f"with gradients; of {len(units)} units {done}; adds about {seconds_text(budget['added_seconds'])} to a step"
+    )
+
+
+def budget_rows(budget: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a table of units; those in a row that are treated alike have one.
+
+    Each has the units, what one keeps if everything is kept, what is done, what one keeps then, and the seconds that
+    all add.
+    """
+    rows = []
+    for alike, group in groupby(budget["units"], key=lambda u: (u["strategy"], u["keeps"], u["bytes"])):
+        units, (strategy, keeps, kept) = list(group), alike
+        first, last = units[0]["unit"], units[-1]["unit"]
+        names = first if len(units) == 1 else f"{first} to {last} ({len(units)})"
+        seconds = sum(unit["seconds"] for unit in units)
+        again = " with the one before" if strategy == "link" else ""
+        rows.append([names, bytes_text(keeps), STRATEGIES[strategy] + again, bytes_text(kept), seconds_text(seconds)])
+    return rows
+
+
+def _budget(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    budget = summary.get("memory_budget")  # not in summaries of versions before
+    if budget is None:
+        return []
+    name, _, said = budget_text(budget).partition(": ")
+    return [(name, said)]
 
 
 def _seen(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -42,7 +42,21 @@ _GRAPH_AT = 128
 
 
 class HistoryFileError(RuntimeError):
-    """A file cannot serve this history: name another file, or delete it."""
+    """A file cannot serve this history: name another file, or delete it.
+
+    Example:
+        >>> import os, tempfile
+        >>> from recollect.autoscale import History, HistoryFileError
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "layer.history")
+        ...     history = History(10, 4, path=path)
+        ...     del history
+        ...     try:
+        ...         History(10, 8, path=path)
+        ...     except HistoryFileError as error:
+        ...         print("8" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._selection import Selection
 
 __all__ = ["GradientHistories"]
 
@@ -65,7 +66,8 @@ class GradientHistories(nn.Module):
         """
         if layer == self._num_layers - 1 and len(self.tables) < layer and width is not None:
             self._append(width)
-        found = [history for history in self.tables if isinstance(history, History)][layer - 1]
+        found = self.tables[layer - 1]
+        assert isinstance(found, History)
         if width is not None and found.embedding_dim != width:
             raise ValueError(
                 f"layer {layer} returned {width} channels, but its history of gradients has {found.embedding_dim}: "
@@ -86,8 +88,15 @@ class GradientHistories(nn.Module):
         """Return the rows of these nodes [nodes, channels]."""
         return self.table(layer).pull(n_id)
 
-    def push(self, layer: int, rows: Tensor, n_id: Tensor, offset: Tensor | None, count: Tensor | None) -> None:
-        """Write the rows of a mini-batch's nodes [B, channels], and compare them with those that were there."""
+    def push(self, layer: int, rows: Tensor, n_id: Tensor, where: Selection) -> None:
+        """Write the rows of a mini-batch's nodes [B, channels], and compare them with those that were there.
+
+        Args:
+            layer: from 1 on.
+            rows: [B, channels].
+            n_id: the nodes [B].
+            where: the same as a selection, checked already.
+        """
         history = self.table(layer, rows.size(1))
         if history.table.clock.pushes:
             every = max(-(-n_id.numel() // _SAMPLE), 1)
@@ -95,7 +104,7 @@ class GradientHistories(nn.Module):
             new = rows[::every].to(old).flatten()
             sums = torch.stack([old.dot(new), old.dot(old), new.dot(new)])
             self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
-        history.push(rows, n_id, offset, count)
+        history.write(rows, where)
 
     def trust(self, layer: int) -> Tensor:
         """Return by what factor old rows count, a scalar in [0, 1]; 1 where nothing was compared yet."""

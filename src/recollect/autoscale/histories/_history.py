@@ -45,6 +45,12 @@ def history_bytes(num_embeddings: int, embedding_dim: int, dtype: torch.dtype = 
 
     Raises:
         ValueError: a type in which no history is kept, or a number that is no integer or below 1.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import history_bytes
+        >>> history_bytes(1_000, 64), history_bytes(1_000, 64, torch.int8)  # 64 * 4 + 4, and 64 + 4 + 4, bytes each
+        (260000, 72000)
     """
     codec, rows = codec_for(dtype, as_count("embedding_dim", embedding_dim)), as_count("num_embeddings", num_embeddings)
     return rows * (codec.record_width * codec.record_dtype.itemsize + STAMP.itemsize)

@@ -55,6 +55,17 @@ class AsyncIOPool:
 
     Raises:
         ValueError: an argument is no integer, or below 1.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import AsyncIOPool, History
+        >>> history = History(10, 4)
+        >>> with AsyncIOPool(pool_size=2, buffer_size=10, embedding_dim=4) as pool:
+        ...     pool.async_push(history, torch.ones(3, 4), offset=torch.tensor([2]), count=torch.tensor([3]))
+        ...     pool.async_pull(history, n_id=torch.tensor([1, 2]))
+        ...     print(pool.synchronize_pull()[:, 0])
+        ...     pool.free_pull()
+        tensor([0., 1.])
     """
 
     def __init__(self, pool_size: int, buffer_size: int, embedding_dim: int) -> None:

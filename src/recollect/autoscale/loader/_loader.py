@@ -60,8 +60,9 @@ class SubgraphLoader(DataLoader[int]):
             ``links`` is ``data.edge_label_index``, ``data.edge_label`` and all that goes with it by name; a
             ``data.edge_label`` [K] without ``edge_label_index``; or no labels.
         outward: Also bring the edges to nodes outside of the mini-batch, as ``data.outward`` (`Outward`), for
-            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"complete"``: all
-            edges into these nodes, whose sources may be two steps away.
+            ``ScalableGNN(compensate=True)``. ``True`` or ``"cut"``: those from the mini-batch. ``"induced"``: those
+            from the mini-batch and all its neighbours, for ``combine=``. ``"complete"``: all edges into these nodes,
+            whose sources may be two steps away.
         **kwargs: Arguments of ``torch.utils.data.DataLoader``, such as ``shuffle`` and ``num_workers``. A sampler
             chooses parts by their numbers.
 
@@ -76,6 +77,16 @@ class SubgraphLoader(DataLoader[int]):
         TypeError: ``data`` is no graph, rows of nodes or edges are not in a dense tensor, or ``links`` are no numbers.
         ValueError: ``data`` was not permuted, ``ptr`` does not cover its nodes, a tensor has the wrong size, or another
             argument is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm, ptr = partition(data.adj_t, 4, "contiguous", log=False)
+        >>> loader = SubgraphLoader(permute(data, perm, log=False), ptr, batch_size=2, log=False)
+        >>> len(loader), sum(batch.batch_size for batch in loader)  # each node is once in a mini-batch
+        (2, 34)
+        >>> sum(batch.data.adj_t.values().numel() for batch in loader)  # and so is each edge
+        156
     """
 
     def __init__(
@@ -133,6 +144,15 @@ class EvalSubgraphLoader(SubgraphLoader):
         bipartite: As in `SubgraphLoader`.
         log: As in `SubgraphLoader`.
         **kwargs: As in `SubgraphLoader`, but none that choose or order parts.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import EvalSubgraphLoader, get_data, partition, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm, ptr = partition(data.adj_t, 4, "contiguous", log=False)
+        >>> loader = EvalSubgraphLoader(permute(data, perm, log=False), ptr, batch_size=3, log=False)
+        >>> torch.cat([batch.n_id[: batch.batch_size] for batch in loader]).tolist() == list(range(34))
+        True
     """
 
     def __init__(

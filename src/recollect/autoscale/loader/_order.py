@@ -40,6 +40,16 @@ def to_adj_t(data: Data, kinds: Mapping[str, str] | None = None) -> Data:
         TypeError: ``data`` is no graph, or its ``edge_index`` holds no integers.
         ValueError: ``data`` has no edges, both forms of them, a tensor of the wrong size, or one of which it is
             unclear whether it belongs to nodes or to edges.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> from recollect.autoscale import to_adj_t
+        >>> edge_index, edge_weight = torch.tensor([[0, 1, 2], [1, 2, 0]]), torch.tensor([5.0, 6.0, 7.0])
+        >>> to_adj_t(Data(edge_index=edge_index, edge_weight=edge_weight, num_nodes=3)).adj_t.to_dense()
+        tensor([[0., 0., 7.],
+                [5., 0., 0.],
+                [0., 6., 0.]])
     """
     roles = roles_of(data, kinds, edges_alone=True)
     result = graph_copy(data)
@@ -100,11 +110,25 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
         kinds: ``"node"``, ``"edge"``, ``"index"`` (entries are nodes) or ``"graph"`` (not permuted) by the names of
             tensors; or the name of a tensor of nodes with whose entries one goes, such as ``"edge_label_index"``.
 
+    Returns:
+        A shallow copy of the graph, in the new order.
+
     Raises:
         TypeError: ``data`` is no graph, or ``perm`` no tensor; rows of nodes or edges are not in a dense tensor, or
             ``adj_t`` is not in sparse CSR form.
         ValueError: ``perm`` is no permutation of the nodes; a tensor or ``adj_t`` has the wrong size, or may belong to
             nodes or edges and nothing says so.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import get_data, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm = torch.arange(34).flip(0)
+        >>> moved = permute(data, perm, log=False)
+        >>> torch.equal(moved.y, data.y[perm])
+        True
+        >>> torch.equal(moved.adj_t.to_dense(), data.adj_t.to_dense()[perm][:, perm])
+        True
     """
     start = time.perf_counter()
     roles = roles_of(data, kinds)

@@ -13,8 +13,10 @@ from recollect.messages import row_pointers, rows_of, sparse_csr
 
 __all__ = ["OUTWARD", "Outward", "OutwardCut", "OutwardEdges"]
 
-OutwardEdges = Literal["cut", "complete"]
-OUTWARD: dict[bool | str, OutwardEdges | None] = {False: None, True: "cut", "cut": "cut", "complete": "complete"}
+OutwardEdges = Literal["cut", "induced", "complete"]
+OUTWARD: dict[bool | str, OutwardEdges | None] = {
+    False: None, True: "cut", "cut": "cut", "induced": "induced", "complete": "complete",
+}  # fmt: skip
 """What a loader's ``outward`` may be, and what it stands for."""
 
 
@@ -22,18 +24,22 @@ class Outward(NamedTuple):
     """The out-neighbours of a mini-batch of B nodes outside of it, as targets of a layer.
 
     Attributes:
-        n_id: [T + B + S] int64: the T out-neighbours, ascending; the batch's nodes, in its order; and, if ``complete``,
-            the other nodes that the out-neighbours have edges from, ascending.
+        n_id: [T + B + S] int64: the T out-neighbours, ascending; the batch's nodes, in its order; and, unless it is
+            ``"cut"``, the other nodes that the out-neighbours have these edges from, ascending.
         num_targets: T.
-        rowptr: if ``complete`` [T + 1] int64, where the edges of each out-neighbour begin; otherwise [B + 1], where
-            those of each node of the batch begin.
-        col: [E'] int64: the other end: if ``complete``, a position in ``n_id``; otherwise one of the T.
+        rowptr: if it is ``"cut"`` [B + 1] int64, where the edges of each node of the batch begin; otherwise [T + 1],
+            where those of each out-neighbour begin.
+        col: [E'] int64: the other end: if it is ``"cut"``, one of the T; otherwise a position in ``n_id``.
         value: [E'] their weights.
         nodes: the graph's node-level tensors by name, [T + B + S, ...].
         edges: the graph's edge-level tensors by name, [E', ...].
         others: names of the graph's tensors that belong to neither.
-        complete: whether these are all edges into the out-neighbours, or only those from the batch.
+        form: which edges into the out-neighbours these are. ``"cut"``: those from the batch. ``"induced"``: those from
+            the batch and all its neighbours. ``"complete"``: all.
         weights: [2] float64: the sum of the weights of the edges into the batch, and that of their squares.
+        share: unless it is ``"cut"`` [2, T] float64: of each out-neighbour's in-edges in the graph the share that comes
+            from the batch and all its neighbours, and of its out-edges the share that leads to the batch and its
+            out-neighbours; 1 where there are none.
     """
 
     n_id: Tensor
@@ -44,12 +50,33 @@ class Outward(NamedTuple):
     nodes: dict[str, Tensor]
     edges: dict[str, Tensor]
     others: tuple[str, ...]
-    complete: bool
+    form: OutwardEdges
     weights: Tensor
+    share: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all edges into the out-neighbours."""
+        return self.form == "complete"
+
+    def from_batch(self, size: int) -> Outward:
+        """Return the edges from the batch of so many nodes alone, by target."""
+        if self.form == "cut":
+            return self.by_target()
+        known = self.num_targets + size
+        kept = (self.col >= self.num_targets) & (self.col < known)
+        return self._replace(
+            n_id=self.n_id[:known],
+            rowptr=_ends(kept)[self.rowptr],
+            col=self.col[kept],
+            value=self.value[kept],
+            nodes={name: value[:known] for name, value in self.nodes.items()},
+            edges={name: value[kept] for name, value in self.edges.items()},
+        )
 
     def by_target(self) -> Outward:
-        """Return the same with edges as if ``complete``: those of each out-neighbour together."""
-        if self.complete:
+        """Return the same with those edges together that lead to one out-neighbour."""
+        if self.form != "cut":
             return self
         targets = self.num_targets
         source = rows_of(sparse_csr(self.rowptr, self.col, self.value, (self.rowptr.numel() - 1, targets)))
@@ -77,7 +104,7 @@ class OutwardCut:
         nodes: the graph's node-level tensors by name, [N, ...].
         edges: its edge-level tensors by name, [E, ...].
         others: names of its tensors that belong to neither.
-        form: ``"cut"``: the edges from the batch. ``"complete"``: all edges into its out-neighbours.
+        form: See `Outward`.
     """
 
     def __init__(
@@ -92,7 +119,7 @@ class OutwardCut:
     ) -> None:
         self._rowptr, self._col, self._value = rowptr, col, value
         self._nodes, self._edges, self._others = nodes, edges, others
-        self._complete = form == "complete"
+        self._form: OutwardEdges = form
         # By source: entry k is edge self._order[k], into self._target[k].
         self._order = col.argsort(stable=True)
         self._begin = row_pointers(col, rowptr.numel() - 1, rowptr.dtype)
@@ -101,21 +128,20 @@ class OutwardCut:
     def __call__(self, batch: Tensor) -> Outward:
         """Return the outward edges of the nodes ``batch`` [B]."""
         num_nodes = self._rowptr.numel() - 1
-        counts = self._begin[batch + 1] - self._begin[batch]
-        leaving = _spread(self._begin[batch], counts)
+        leaving, counts = self._leaving(batch)
         targets, place = number_nodes(batch, self._target[leaving], num_nodes)
-        into = self._value[_spread(self._rowptr[batch], self._rowptr[batch + 1] - self._rowptr[batch])].double()
-        if self._complete:
-            counts = self._rowptr[targets + 1] - self._rowptr[targets]
-            edges = _spread(self._rowptr[targets], counts)
-            inside = torch.cat([targets, batch])
-            rest, col = number_nodes(inside, self._col[edges], num_nodes)
-            n_id, rowptr = torch.cat([inside, rest]), _ends(counts)
-        else:
+        into = _spread(self._rowptr[batch], self._rowptr[batch + 1] - self._rowptr[batch])
+        inside, share = torch.cat([targets, batch]), None
+        if self._form == "cut":
             crossing = place >= batch.numel()
             rowptr = _ends(crossing)[_ends(counts)]
             edges, col = self._order[leaving[crossing]], place[crossing] - batch.numel()
-            n_id = torch.cat([targets, batch])
+            n_id = inside
+        else:
+            edges, rowptr, share = self._into(targets, inside, into)
+            rest, col = number_nodes(inside, self._col[edges], num_nodes)
+            n_id = torch.cat([inside, rest])
+        weights = self._value[into].double()
         return Outward(
             n_id,
             targets.numel(),
@@ -125,9 +151,33 @@ class OutwardCut:
             {name: value[n_id] for name, value in self._nodes.items()},
             {name: value[edges] for name, value in self._edges.items()},
             self._others,
-            self._complete,
-            torch.stack([into.sum(), into.square().sum()]),
+            self._form,
+            torch.stack([weights.sum(), weights.square().sum()]),
+            share,
         )
+
+    def _leaving(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the edges out of some nodes, as entries by source, and how many each has."""
+        counts = self._begin[nodes + 1] - self._begin[nodes]
+        return _spread(self._begin[nodes], counts), counts
+
+    def _into(self, targets: Tensor, inside: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the edges into the targets, where each one's begin, and `Outward.share`."""
+        near = torch.zeros(self._rowptr.numel() - 1, dtype=torch.bool, device=targets.device)
+        near[inside] = True
+        leaving, out_counts = self._leaving(targets)
+        to_near = near[self._target[leaving]]
+        near[self._col[into]] = True
+        counts = self._rowptr[targets + 1] - self._rowptr[targets]
+        edges = _spread(self._rowptr[targets], counts)
+        from_near = near[self._col[edges]]
+        shares = []
+        for kept, total in ((from_near, counts), (to_near, out_counts)):
+            ends = _ends(kept)[_ends(total)]
+            shares.append(torch.where(total > 0, ends.diff().double() / total, 1.0))  # where there are none, all
+        if self._form == "induced":
+            return edges[from_near], _ends(from_near)[_ends(counts)], torch.stack(shares)
+        return edges, _ends(counts), torch.stack(shares)
 
 
 def _spread(start: Tensor, count: Tensor) -> Tensor:

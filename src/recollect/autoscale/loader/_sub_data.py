@@ -30,6 +30,16 @@ class SubData(NamedTuple):
         offset: [parts] int64 on the CPU: the number of each part's first node.
         count: [parts] int64 on the CPU: the nodes in each part; ``n_id[:B]`` are the ranges
             ``offset[k]`` to ``offset[k] + count[k]``.
+
+    Example:
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> data = get_data(None, "karate").data
+        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
+        >>> batch = next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
+        >>> batch.batch_size, batch.offset.tolist(), batch.count.tolist()
+        (17, [0], [17])
+        >>> batch.data.x.size(0) == len(batch.n_id) == batch.data.adj_t.size(1)
+        True
     """
 
     data: Data

@@ -32,6 +32,12 @@ class Partition(NamedTuple):
     Attributes:
         perm: [N] int64: ``perm[new]`` is the number that a node has in the graph that was divided.
         ptr: [num_parts + 1] int64: part ``p`` holds the nodes from ``ptr[p]`` to ``ptr[p + 1]`` in the new order.
+
+    Example:
+        >>> from recollect.autoscale import get_data, partition
+        >>> parts = partition(get_data(None, "karate").data.adj_t, 2, "contiguous", log=False)
+        >>> parts.ptr, parts.perm[parts.ptr[1] : parts.ptr[2]][:3]  # the second part's first nodes
+        (tensor([ 0, 17, 34]), tensor([17, 18, 19]))
     """
 
     perm: Tensor
@@ -50,6 +56,12 @@ class PartitionQuality(NamedTuple):
         balance: ``largest`` over the mean number of nodes in a part; 1 is best.
         heaviest: The largest sum of ``node_weight`` in a part; None without weights.
         weight_balance: ``heaviest`` over the mean sum of ``node_weight`` in a part; 1 is best; None without weights.
+
+    Example:
+        >>> from recollect.autoscale import PartitionQuality
+        >>> quality = PartitionQuality(num_parts=2, edge_cut=20, num_edges=160, largest=18, balance=18 / 17)
+        >>> quality.cut_share
+        0.125
     """
 
     num_parts: int
@@ -103,10 +115,20 @@ def partition(
             ``weighted=False``, ``imbalance=0.03`` (how far the largest part may exceed the mean), ``preset="default"``
             (one of ``kaminpar.context_names()``, such as ``"eco"`` or ``"largek"``), ``threads=None`` (torch's number).
 
+    Returns:
+        ``perm`` [N] and ``ptr`` [num_parts + 1], on the device of ``adj_t``.
+
     Raises:
         ImportError: The method's package is not installed; the message says how to get it.
         TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.
         ValueError: An argument is out of its range.
+
+    Example:
+        >>> from recollect.autoscale import get_data, partition, partition_quality
+        >>> adj_t = get_data(None, "karate").data.adj_t
+        >>> found, drawn = (partition(adj_t, 4, method, log=False) for method in ("metis", "random"))
+        >>> partition_quality(adj_t, *found).edge_cut < partition_quality(adj_t, *drawn).edge_cut
+        True
     """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(get_args(Method))}")
@@ -128,7 +150,27 @@ def partition(
 
 
 def metis(adj_t: Tensor, num_parts: int, recursive: bool = False, log: bool = True, **options: Any) -> Partition:
-    """Divide a graph with METIS: `partition` with ``method="metis"``, under the name and order of PyGAS."""
+    """Divide a graph with METIS: `partition` with ``method="metis"``, under the name and order of PyGAS.
+
+    Args:
+        adj_t: The graph, as in `partition`.
+        num_parts: Number of parts, at least 1.
+        recursive: Bisect recursively.
+        log: Log time, edge cut and balance, at level INFO.
+        **options: Others of `partition`.
+
+    Returns:
+        ``perm`` [N] and ``ptr`` [num_parts + 1], as `partition` returns them.
+
+    Raises:
+        ImportError, TypeError, ValueError: As of `partition`.
+
+    Example:
+        >>> from recollect.autoscale import get_data, metis
+        >>> perm, ptr = metis(get_data(None, "karate").data.adj_t, num_parts=4, log=False)
+        >>> len(ptr) - 1, sorted(perm.tolist()) == list(range(34))
+        (4, True)
+    """
     return partition(adj_t, num_parts, "metis", recursive=recursive, log=log, **options)
 
 
@@ -141,9 +183,21 @@ def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor, node_weight: Ten
         ptr: [num_parts + 1] int64, as `partition` returns it.
         node_weight: [N], as `partition` takes it, in the order before it is permuted.
 
+    Returns:
+        Counts of nodes and edges, and ratios.
+
     Raises:
         TypeError: ``adj_t`` is no adjacency, or ``node_weight`` no tensor of real numbers.
         ValueError: ``adj_t`` is not square, or ``node_weight`` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import partition_quality
+        >>> from recollect.messages import make_adj_t
+        >>> ring, _ = make_adj_t(torch.arange(6), torch.arange(6).roll(1), None, 6)
+        >>> quality = partition_quality(ring, perm=torch.arange(6), ptr=torch.tensor([0, 2, 6]))
+        >>> quality.edge_cut, quality.largest, round(quality.balance, 3)  # of parts with 2 and 4 nodes
+        (2, 4, 1.333)
     """
     adj_t = as_csr(adj_t)
     check_square(adj_t)

@@ -103,9 +103,20 @@ def from_data(
         undirected: See `from_file`.
         seed: See `from_file`.
 
+    Returns:
+        The graph, as `from_file` returns it.
+
     Raises:
         InvalidFileError: It cannot be understood.
         ValueError: An argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from recollect.data import from_data
+        >>> ring = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+        >>> graph = from_data({"edge_index": ring, "x": torch.eye(4), "y": torch.tensor([0, 1, 0, 1])}, undirected=True)
+        >>> graph.num_classes, graph.data.edge_index.shape
+        (2, torch.Size([2, 8]))
     """
     _check(features, task)
     return _finish(from_mapping(data, name), name, features, task, split, undirected, seed)

@@ -88,6 +88,16 @@ def couple(
     Raises:
         ValueError: the groups do not divide the size, or a block's output has another shape than it must.
         InPlaceError: a block changed its input in place.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import couple, uncouple
+        >>> blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+        >>> x = torch.randn(5, 4, requires_grad=True)
+        >>> y = couple(blocks, x, [(), ()])
+        >>> first = x[:, :2] + blocks[0](x[:, 2:])
+        >>> torch.equal(y, torch.cat([first, x[:, 2:] + blocks[1](first)], dim=1))
+        True
     """
     return couple_by(
         Add() if exact is None else Lattice(exact),
@@ -117,7 +127,31 @@ def uncouple(
     dim: int = -1,
     exact: int | None = None,
 ) -> Tensor:
-    """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd."""
+    """Return x of ``y = couple(blocks, x, args)``: the exact algebraic inverse, through plain autograd.
+
+    Args:
+        blocks: as in :func:`couple`, and all that follow.
+        y: of the shape of x.
+        args: for each block its further arguments.
+        kwargs: for each block its keyword arguments.
+        sizes: of the groups.
+        dim: that the groups lie in.
+        exact: k of the stream.
+
+    Returns:
+        x, of the shape of ``y``; up to rounding, and bit for bit with ``exact``.
+
+    Raises:
+        ValueError: the groups do not divide the size.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import couple, uncouple
+        >>> blocks, x = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], torch.randn(5, 4)
+        >>> y = couple(blocks, x, [(), ()])
+        >>> torch.allclose(uncouple(blocks, y, [(), ()]), x, atol=1e-6)
+        True
+    """
     transform = Add() if exact is None else Lattice(exact)
     return uncouple_by(transform, blocks, y, args, kwargs=kwargs, sizes=sizes, dim=dim)[0]
 
@@ -163,6 +197,14 @@ def couple_by(
 
     Returns:
         X'_1 || ... || X'_C, and for each group what else the transform returned.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Add, couple, couple_by
+        >>> blocks, x = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], torch.randn(5, 4)
+        >>> y, extras = couple_by(Add(), blocks, x, [(), ()])
+        >>> torch.equal(y, couple(blocks, x, [(), ()])), extras
+        (True, [(), ()])
     """
     check_certify(certify)
     if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
@@ -206,7 +248,29 @@ def uncouple_by(
     sizes: Sequence[int] | None = None,
     dim: int = -1,
 ) -> tuple[Tensor, Extras]:
-    """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned."""
+    """Return x of ``y, _ = couple_by(transform, blocks, x, args)``, and what else the inverse transform returned.
+
+    Args:
+        transform: T, or one for each block.
+        blocks: as in :func:`couple_by`, and all that follow.
+        y: of the shape of x.
+        args: for each block its further arguments.
+        kwargs: for each block its keyword arguments.
+        sizes: of the groups.
+        dim: that the groups lie in.
+
+    Raises:
+        ValueError: the groups do not divide the size.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Lattice, couple_by, uncouple_by
+        >>> blocks, x = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], torch.randn(5, 4)
+        >>> x = (x * 2**16).round() / 2**16
+        >>> y, _ = couple_by(Lattice(16), blocks, x, [(), ()])
+        >>> torch.equal(uncouple_by(Lattice(16), blocks, y, [(), ()])[0], x)  # bit for bit
+        True
+    """
     transforms = _each(transform, len(blocks))
     lattice = _lattice_of(transforms)
     if lattice is not None:

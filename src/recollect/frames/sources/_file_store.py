@@ -26,7 +26,22 @@ _ALIGNMENT = 64
 
 
 class OffloadError(FrameError):
-    """A file of offloaded tensors could not be written, or not be read back."""
+    """A file of offloaded tensors could not be written, or not be read back.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> from recollect.frames import Offload, OffloadError
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     held = Offload(path=folder).keep((torch.randn(100),), {})
+        ...     _ = held.inputs()  # all is written
+        ...     for file in pathlib.Path(folder).rglob("*.frame"):
+        ...         file.unlink()
+        ...     try:
+        ...         held.inputs()
+        ...     except OffloadError as error:
+        ...         print("cannot be read back" in str(error))
+        True
+    """
 
 
 class _File:

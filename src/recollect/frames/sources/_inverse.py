@@ -48,6 +48,15 @@ class Inverse(Source):
 
     Raises:
         TypeError: ``function`` cannot be called.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Inverse, run_frame
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> y = run_frame(torch.exp, (x * 1,), {}, Inverse(torch.log))  # x * 1 is dropped
+        >>> y.sum().backward()
+        >>> torch.allclose(x.grad, torch.ones(3).exp())
+        True
     """
 
     def __init__(
@@ -110,6 +119,22 @@ def run_invertible(
         moves: the function moves values and changes none.
         certify: what is accepted of a rebuild.
         certificate: where it is counted.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError: ``inverse`` is no function.
+        RebuildError: in backward, what comes back is not what the forward saw.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import run_invertible
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> y = run_invertible(torch.exp, torch.log, (x * 1,))
+        >>> y.sum().backward()
+        >>> torch.allclose(x.grad, torch.ones(3).exp())
+        True
     """
     source = Inverse(
         inverse,

@@ -144,6 +144,15 @@ class Kept(Source):
     """The inputs are kept: a checkpoint. The default.
 
     Memory: one input for each frame.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Kept, run_frame
+        >>> layers = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Tanh(), torch.nn.Tanh())
+        >>> x = torch.randn(3, requires_grad=True)
+        >>> run_frame(layers, (x,), {}, Kept()).sum().backward()  # x is kept, and no output of a layer
+        >>> torch.equal(x.grad, torch.autograd.grad(layers(x).sum(), x)[0])
+        True
     """
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:

@@ -27,6 +27,20 @@ class Held(ABC):
     """What a source keeps of one call, to bring its arguments back.
 
     A frame holds it; it must not hold the frame, or graphs could only be freed by the garbage collector.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Held, Source, run_frame
+        >>> class Seven(Held):
+        ...     def inputs(self):
+        ...         return (torch.full((3,), 7.0, requires_grad=True),), {}
+        >>> class Sevens(Source):  # of inputs that are known to be sevens, nothing is kept
+        ...     def keep(self, args, kwargs):
+        ...         return Seven()
+        >>> x = torch.full((3,), 7.0, requires_grad=True)
+        >>> run_frame(torch.square, (x,), {}, Sevens()).sum().backward()
+        >>> x.grad
+        tensor([14., 14., 14.])
     """
 
     __slots__ = ()

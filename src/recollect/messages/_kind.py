@@ -1,0 +1,123 @@
+"""What blocks have in common that were made in the same way, and whether one has changed."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["kind_of", "look_of", "module_of"]
+
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.layout, torch.Size,
+)  # fmt: skip
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_UNSEEN = _INTERNAL | {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEEP = 12  # objects within objects; what is further inside counts by identity
+
+
+def module_of(block: Any) -> nn.Module:
+    """Return the module that a block runs."""
+    module: nn.Module = block if isinstance(block, nn.Module) else getattr(block, "module", block)
+    return module
+
+
+def kind_of(block: Any) -> tuple[Any, ...]:
+    """Return what blocks have in common that were made in the same way.
+
+    These are the types of their modules, modes, hooks, shapes of tensors, and all attributes with what these hold.
+    Values of parameters and buffers do not count. Objects of which nothing is known count by identity: such blocks are
+    of another kind each.
+    """
+    modules = dict(sorted(module_of(block).named_modules()))
+    names = {id(each): name for name, each in modules.items()}
+    return tuple(_settings(vars(each), type(each), names, 0) for each in modules.values())
+
+
+def look_of(modules: Iterable[nn.Module]) -> int:
+    """Return a number that changes when a module, a hook or an attribute is replaced; in much less time.
+
+    Modes do not count.
+    """
+    found: list[Any] = []
+    for module in modules:
+        for each in module.modules():
+            names = vars(each)
+            found.append(type(each))
+            for hooks in _HOOKS:
+                if names[hooks]:
+                    found.extend(map(id, names[hooks].values()))
+            for name, value in names.items():
+                if name not in _UNSEEN:
+                    found.append(value if type(value) in _PLAIN else _shallow(value))
+            found.extend(map(id, names["_modules"].values()))
+    return hash(tuple(found))
+
+
+def _shallow(value: Any) -> Hashable:
+    if type(value) in (list, tuple, set):
+        return (id(value), *(each if type(each) in _PLAIN else id(each) for each in value))
+    if type(value) is dict:
+        return (id(value), *(each if type(each) in _PLAIN else id(each) for pair in value.items() for each in pair))
+    return id(value)
+
+
+def _settings(names: Mapping[str, Any], kind: type, known: dict[int, str], depth: int) -> Hashable:
+    """Return what an object with attributes is; of a module, without those of its modules."""
+    own = issubclass(kind, nn.Module)
+    found: list[Hashable] = [kind]
+    for name, value in sorted(names.items()):  # copies have them in another order
+        if not own or name not in _INTERNAL:
+            found.append((name, _of(value, known, depth + 1)))
+        elif name in _HOOKS:
+            found.extend(_of(hook, known, depth + 1) for hook in value.values())
+        elif name in ("_parameters", "_buffers"):
+            found.extend((each, _of(tensor, known, depth + 1)) for each, tensor in value.items())
+        elif name == "_modules":
+            found.extend((each, type(part)) for each, part in sorted(value.items()))
+    return tuple(found)
+
+
+def _of(value: Any, known: dict[int, str], depth: int) -> Hashable:
+    """Return a value, or what stands for it.
+
+    Args:
+        value: any.
+        known: what stands for the objects that are being looked at, by their identities.
+        depth: how many objects it is within.
+    """
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, type) or kind.__module__ == "typing":
+        return (kind, value) if kind in (bool, int, float, complex) else value
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, Tensor):
+        return (kind, tuple(value.shape), value.dtype, value.requires_grad)
+    if depth > _DEEP:
+        return id(value)
+    known[id(value)] = f"again: {len(known)}"
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return (value.__code__, *(_of(each, known, depth + 1) for each in (*held, value.__defaults__, vars(value))))
+    if isinstance(value, types.MethodType):
+        return (
+            value.__func__.__qualname__,
+            *(_of(each, known, depth + 1) for each in (value.__func__, value.__self__)),
+        )
+    if isinstance(value, functools.partial):
+        return (kind, *(_of(each, known, depth + 1) for each in (value.func, value.args, value.keywords)))
+    if isinstance(value, Mapping):
+        return (kind, *((_of(key, known, depth + 1), _of(each, known, depth + 1)) for key, each in value.items()))
+    if isinstance(value, list | tuple):
+        return (kind, *(_of(each, known, depth + 1) for each in value))
+    if isinstance(value, set | frozenset):
+        return (kind, frozenset(_of(each, known, depth + 1) for each in value))
+    names = getattr(value, "__dict__", None)
+    if names is None or kind.__module__ == "builtins" or isinstance(value, types.ModuleType):
+        return id(value)
+    return _settings(names, kind, known, depth)

@@ -1,0 +1,102 @@
+"""Blocks of one kind were made in the same way; what changes in one makes another of it."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from recollect.messages._kind import kind_of, look_of
+
+
+class Hops(nn.Module):
+    """Has settings that its repr does not show."""
+
+    def __init__(self, width=4, hops=1, act=torch.relu, **more):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
+        self.hops = hops
+        self.act = act
+        self.register_buffer("scale", torch.ones(width))
+        vars(self).update(more)
+
+    def forward(self, x):
+        return self.act(self.inner(x))
+
+
+class Settings:
+    def __init__(self, steps):
+        self.steps = steps
+        self.self = self  # a circle
+
+
+def scaled(factor):
+    return lambda x: factor * x
+
+
+SAME = {
+    "plain": lambda: Hops(),
+    "other values": lambda: Hops(more=[1, {"a": (2.0, None)}], dtype=torch.float32),
+    "objects": lambda: Hops(more=Settings([1, 2])),
+    "functions": lambda: Hops(act=scaled(2)),
+    "partial": lambda: Hops(act=functools.partial(torch.clamp, min=0.0)),
+    "modules in a list": lambda: Hops(more=[nn.Linear(2, 2)]),
+    "parts": lambda: nn.ModuleDict({"a": Hops(), "b": nn.Linear(2, 3)}),
+}
+
+CHANGES = {
+    "an attribute": lambda block: setattr(block, "hops", 2),
+    "an attribute of a part": lambda block: setattr(block.inner[1], "p", 0.2),
+    "a new attribute": lambda block: setattr(block, "turned", False),
+    "a function": lambda block: setattr(block, "act", scaled(2)),
+    "a method": lambda block: setattr(block, "forward", block.inner.forward),
+    "a part": lambda block: block.inner.__setitem__(1, nn.Identity()),
+    "a hook": lambda block: block.inner[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "a list in place": lambda block: block.steps.append(3),
+    "a mapping in place": lambda block: block.table.update(a=2),
+}
+
+
+@pytest.mark.parametrize("make", SAME.values(), ids=SAME)
+def test_what_was_made_in_the_same_way_is_of_one_kind(make):
+    one = make()
+    assert kind_of(one) == kind_of(make()) == kind_of(copy.deepcopy(one))
+    assert hash(kind_of(one)) == hash(kind_of(make()))
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_makes_another_kind_and_another_look(change):
+    block = Hops(steps=[1, 2], table={"a": 1})
+    kind, look = kind_of(block), look_of([block])
+    assert look_of([block]) == look
+    change(block)
+    assert kind_of(block) != kind
+    assert look_of([block]) != look
+
+
+def test_values_of_closures_count():
+    assert kind_of(Hops(act=scaled(2))) != kind_of(Hops(act=scaled(3)))
+    assert kind_of(Hops(more=Settings([1]))) != kind_of(Hops(more=Settings([2])))
+
+
+def test_shapes_count_and_values_do_not():
+    one, other = Hops(), Hops()
+    with torch.no_grad():
+        other.inner[0].weight.mul_(2)
+    assert kind_of(one) == kind_of(other)
+    assert kind_of(Hops(width=5)) != kind_of(one)
+
+
+def test_modes_count_for_the_kind_alone():
+    block = Hops()
+    kind, look = kind_of(block), look_of([block])
+    block.eval()
+    assert kind_of(block) != kind
+    assert look_of([block]) == look
+
+
+def test_unknown_objects_count_by_identity():
+    one = object()
+    assert kind_of(Hops(more=one)) == kind_of(Hops(more=one))
+    assert kind_of(Hops(more=one)) != kind_of(Hops(more=object()))
