@@ -80,6 +80,7 @@ TOGETHER = {
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",
     "models/test_without_torch_geometric.py": "models/_convs",
     "outofcore/test_files.py": "outofcore/_journal outofcore/_tables",
+    "outofcore/test_layered.py": "outofcore/_layers",
     "outofcore/test_reach.py": "messages/reach outofcore/_blocks",
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_network outofcore/_parts outofcore/_reversible "
     "outofcore/_step",

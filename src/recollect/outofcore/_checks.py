@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect.autoscale import ScalableGNN
 from recollect.messages.reach import DRAWING, Constant, same
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
-__all__ = ["check_graph", "check_network", "check_rows", "evaluating"]
+__all__ = ["check_graph", "check_layered", "check_network", "check_rows", "evaluating"]
 
 _ROWS, _PART = 24, slice(5, 12)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,6 +45,32 @@ def check_network(model: Any) -> None:
                 f"{name} has hooks ({', '.join(found)}), which are not called when blocks are computed part by part: "
                 "remove them, or register them on the convolutions"
             )
+
+
+def check_layered(model: Any) -> None:
+    """Check that a network is run as it is when its layers are computed one by one.
+
+    Raises:
+        TypeError: another kind of network, or one that runs its layers in its own order.
+        ValueError: hooks on it, which would not be called.
+    """
+    if not isinstance(model, ScalableGNN):
+        raise TypeError(
+            "model must be a recollect.models.RevGNN, or another recollect.autoscale.ScalableGNN (got "
+            f"{type(model).__name__})"
+        )
+    for method in ("forward", "__call__", "run_layers", "run_layer"):
+        if getattr(type(model), method) is not getattr(ScalableGNN, method):
+            raise TypeError(
+                f"{type(model).__name__} has its own {method}, which is not called when layers are computed part by "
+                "part: write forward_layer, which goes over edges, and readout, which goes row by row"
+            )
+    found = [kind for kind in _HOOKS if getattr(model, kind)]
+    if found:
+        raise ValueError(
+            f"model has hooks ({', '.join(found)}), which are not called when layers are computed part by part: remove "
+            "them, or register them on the convolutions"
+        )
 
 
 def check_graph(data: Any, inputs: tuple[str, ...]) -> None:

@@ -277,7 +277,9 @@ class ReversibleStep(Step):
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
         if lattice is not None:
-            self._compare(self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}")
+            self._compare(
+                self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}", ", or exact=False"
+            )
         pulled = self.objectives.pull([y], [gradient], [z], parameters)
         self._add(parameters, pulled)
         where = (part.start, part.stop)

@@ -84,6 +84,7 @@ class Step(ABC):
         parameters = list(model.parameters())
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._loss: Tensor | None = None
+        self._touched: dict[nn.Parameter, None] = {}  # by the pass that is under way
         self._changed: list[tuple[int, Tensor]] = []
         self._sums: Sums | None = None
         if space.folder is not None and run.name is not None:
@@ -94,6 +95,7 @@ class Step(ABC):
             self.gradients = {parameters[number]: value for number, value in found.items()}
             for number, value in run.journal["gradients"]:
                 self._sums.write(number, value)
+                self._touched[parameters[number]] = None
 
     def run(self) -> Tensor:
         """Do all, and return the losses."""
@@ -173,7 +175,7 @@ class Step(ABC):
             behind = worker.submit(self._apply, changes, index == number - 1)
         if behind is not None:
             behind.result()
-        self._changed = []
+        self._changed, self._touched = [], {}
         if self._objectives is not None:
             self._objectives.finish(parameters, self.gradients)
 
@@ -191,8 +193,9 @@ class Step(ABC):
                 continue
             known = self.gradients.get(parameter)
             self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+            self._touched[parameter] = None
         # Of the pass over the parts that is under way; they are not changed in place.
-        self._changed = [(self._numbers[each], self.gradients[each]) for each in parameters if each in self.gradients]
+        self._changed = [(self._numbers[each], self.gradients[each]) for each in self._touched]
 
     # What kinds of networks have in common.
 
@@ -210,10 +213,9 @@ class Step(ABC):
             self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
             self._add(parameters, pulled)
             found = pulled.rows
-        shapes = [[each.size(0), self.objectives.width(each.size(1))] for each in rows]
         return [
-            each.new_zeros(shape, requires_grad=False).view(each.size(0), -1, each.size(1)) if one is None else one
-            for one, each, shape in zip(found, rows, shapes, strict=True)
+            each.new_zeros(each.size(0), self.objectives.width(1), *each.shape[1:]) if one is None else one
+            for one, each in zip(found, rows, strict=True)
         ]
 
     def _lost(self) -> Tensor:
@@ -229,8 +231,14 @@ class Step(ABC):
         """Note the bits of what was computed."""
         self.space.marks.write((place, place + 1), _bytes_of(output))
 
-    def _compare(self, place: int, output: Tensor, name: str) -> None:
+    def _compare(self, place: int, output: Tensor, name: str, or_else: str) -> None:
         """Compare what was computed again with what was noted.
+
+        Args:
+            place: of the note.
+            output: what was computed.
+            name: of what computed it, for the error.
+            or_else: what else can be done, for the error.
 
         Raises:
             RebuildError: it is something else.
@@ -238,7 +246,7 @@ class Step(ABC):
         if not torch.equal(self.space.marks.read((place, place + 1)), _bytes_of(output)):
             raise RebuildError(
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
-                "from torch's generators alone, use deterministic operations, or exact=False"
+                f"from torch's generators alone, and use deterministic operations{or_else}"
             )
 
 
