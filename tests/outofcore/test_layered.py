@@ -304,16 +304,22 @@ def test_a_step_whose_process_ended_goes_on(at, keep_every, tmp_path, monkeypatc
     whole = a_whole(tmp_path / "whole")
     torch.manual_seed(5)
     loss, number = whole.step(sum_of_losses(data)), torch.rand(1)
-    broken, applied, write = a_whole(tmp_path / "broken"), [0], Tables._write
+    broken, finished, finish, write = a_whole(tmp_path / "broken"), [0], Tables._finish, Tables._write
 
-    def stop(self, rows):
-        applied[0] += 1
-        if applied[0] == at:
-            write(self, rows[:1])
+    def stop(self, rows, cleared):
+        finished[0] += 1
+        if finished[0] == at and at % 2:
+            raise Killed
+        finish(self, rows, cleared)
+
+    def tear(self, rows):
+        if finished[0] == at - 1 and not at % 2:
+            write(self, [(name, where, torch.full_like(values, torch.nan)) for name, where, values in rows])
             raise Killed
         write(self, rows)
 
-    monkeypatch.setattr(Tables, "_write", stop)
+    monkeypatch.setattr(Tables, "_finish", stop)
+    monkeypatch.setattr(Tables, "_write", tear)
     torch.manual_seed(5)
     with pytest.raises(Killed) as caught:
         broken.step(sum_of_losses(data))

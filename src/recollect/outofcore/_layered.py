@@ -18,7 +18,7 @@ from recollect.outofcore._layers import Leaf, Look, State, filled, look_at
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step
-from recollect.outofcore._tables import Changes, Shape
+from recollect.outofcore._tables import Changes, Shape, Sum
 
 __all__ = ["Layered"]
 
@@ -52,7 +52,7 @@ class Layered(Network):
             self.look = self._looked = look_at(model, self._probe)
         self._mode: Any = None
 
-    def tables(self) -> dict[str, Shape]:
+    def tables(self, journaled: bool) -> dict[str, Shape]:
         """See :class:`Network`."""
         found = {_FEATURES: self._features}
         for layer, seen in enumerate(self._looked.layers):
@@ -248,8 +248,7 @@ class LayeredStep(Step):
     def _cleared(self, changes: Changes, layer: int, part: Part) -> Changes:
         """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
         if layer > 0:
-            width = self._layers[layer - 1].output[0]
-            changes.rows.append((self._gradient(layer), (part.start, part.stop), self._zeros(part, width)))
+            changes.cleared.append((self._gradient(layer), (part.start, part.stop)))
         return changes
 
     # Backward.
@@ -286,13 +285,16 @@ class LayeredStep(Step):
         where, changes, found = (part.start, part.stop), Changes(), list(pulled.rows)
         if layer and (first := found.pop(0)) is not None:
             name, first = self._gradient(layer), _flat(first)
-            changes.added = [(name, where, first[: part.size]), (name, part.halo, first[part.size :])]
+            changes.added = [
+                Sum(name, where, first[: part.size], name),
+                Sum(name, part.halo, first[part.size :], name),
+            ]
         for (leaf, _), gradient in zip(known, found, strict=True):
             if gradient is not None:
                 name, gradient = self._leaf_gradient(leaf), _flat(gradient)
-                changes.added.append((name, where, gradient[: part.size]))
+                changes.added.append(Sum(name, where, gradient[: part.size], name))
                 if leaf.around:
-                    changes.added.append((name, part.halo, gradient[part.size :]))
+                    changes.added.append(Sum(name, part.halo, gradient[part.size :], name))
         return self._cleared(changes, layer - 1, part)
 
 

@@ -131,6 +131,11 @@ class Step(ABC):
         assert self._objectives is not None
         return self._objectives
 
+    @property
+    def journaled(self) -> bool:
+        """Whether another process can go on behind each operation."""
+        return self._sums is not None
+
     # Reading, computing and writing side by side.
 
     def _pass(
@@ -160,28 +165,30 @@ class Step(ABC):
             part = parts[order[index]]
             return part, read(part)
 
-        ahead = worker.submit(load, begin)
+        # The first is read here, and the last written: the other thread would have to be waited for.
+        part, rows = load(begin)
         behind = None
         for index in range(begin, number):
-            part, rows = ahead.result()
-            if index + 1 < number:
-                ahead = worker.submit(load, index + 1)
+            last = index + 1 == number
+            ahead = None if last else worker.submit(load, index + 1)
             changes = compute(part, rows)
             parts.leave(part)
             if self._sums is not None:
                 changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
             if behind is not None:
                 behind.result()
-            behind = worker.submit(self._apply, changes, index == number - 1)
-        if behind is not None:
-            behind.result()
+            if ahead is None:
+                self._apply(changes, last)
+            else:
+                behind = worker.submit(self._apply, changes, last)
+                part, rows = ahead.result()
         self._changed, self._touched = [], {}
         if self._objectives is not None:
             self._objectives.finish(parameters, self.gradients)
 
     def _apply(self, changes: Changes, last: bool) -> None:
         """Do what an operation does; the last one of a pass says what its gradients are."""
-        self.space.tables.apply(changes, journaled=self._sums is not None)
+        self.space.tables.apply(changes, self.journaled)
         if last and self._sums is not None:
             for number, value in changes.state["gradients"]:
                 self._sums.write(number, value)

@@ -22,7 +22,7 @@ from recollect.autoscale.loader import checked_ptr
 from recollect.frames import bits_of
 from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
-from recollect.outofcore._checks import check_graph, check_layered, evaluating
+from recollect.outofcore._checks import check_graph, check_weighting, evaluating, in_order, inputs_of
 from recollect.outofcore._layered import Layered
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
@@ -110,7 +110,7 @@ class WholeGraph:
         keep_every: int = 1,
     ) -> None:
         keep_every = as_count("keep_every", keep_every)
-        inputs = _inputs_of(model, tuple(inputs), keep_every)
+        inputs = inputs_of(model, tuple(inputs), keep_every)
         check_graph(data, inputs)
         self.model = model
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
@@ -125,14 +125,14 @@ class WholeGraph:
                     f"data.{name} has shape {list(value.shape)}, but must have a row for each of the "
                     f"{data.adj_t.values().numel()} edges: parts are given what edges have, and nodes' x alone"
                 )
-        graph = Graph(data, edges, _in_order(given, data.adj_t))
+        graph = Graph(data, edges, in_order(given, data.adj_t))
         self._network: Network = (
             Reversible(model, graph, exact) if isinstance(model, RevGNN) else Layered(model, graph, keep_every)
         )
         every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
         bits = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
         self._graph = (self._ptr.tolist(), inputs, bits)
-        tables = Tables(self.num_nodes, self._network.tables(), folder)
+        tables = Tables(self.num_nodes, self._network.tables(folder is not None), folder)
         # Behind the tables, which no other process has open: its parts are not written over.
         parts_folder = None if folder is None else folder / "parts"
         self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory)
@@ -177,7 +177,7 @@ class WholeGraph:
             GramianError: the gradient is not of the size that the Gramian says.
             LatticeError: an activation is out of the range in which the stream is exact.
         """
-        _check_weighting(weighting)
+        check_weighting(weighting)
         with self._alone("step"):
             state = self._begun(several=weighting is not None)
             if self._folder is not None:
@@ -218,7 +218,7 @@ class WholeGraph:
             RuntimeError: there is no unfinished step in the store, or the network is another one.
             HistoryFileError: what the step wrote was changed.
         """
-        _check_weighting(weighting)
+        check_weighting(weighting)
         with self._alone("resume"):
             return self._resume(criterion, weighting)
 
@@ -355,39 +355,6 @@ class WholeGraph:
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
-
-
-def _inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:
-    """Return the names of what parts hold of each edge."""
-    if isinstance(model, RevGNN):
-        if keep_every != 1:
-            raise ValueError(
-                f"keep_every={keep_every} is for networks that keep layers' inputs, and those of a RevGNN come back by "
-                "inversion: leave it out"
-            )
-        return inputs
-    check_layered(model)
-    if inputs:
-        raise ValueError(
-            f"inputs={inputs} are for the convolutions of a RevGNN; a {type(model).__name__} says in its attribute "
-            f"inputs what its layers need beside the adjacency ({model.inputs})"
-        )
-    return ("edge_weight", *model.inputs)
-
-
-def _check_weighting(weighting: object) -> None:
-    if isinstance(weighting, type) or not (weighting is None or callable(weighting)):
-        found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
-        raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
-
-
-def _in_order(data: Any, adj_t: Tensor) -> bool:
-    """Return whether the edges into each node are in the same order in a graph's edge index as in its adjacency."""
-    edge_index = data.get("edge_index") if "adj_t" not in data else None
-    if edge_index is None:
-        return True
-    by_target = torch.argsort(edge_index[1], stable=True)
-    return torch.equal(edge_index[0][by_target].cpu(), adj_t.col_indices().long().cpu())
 
 
 def _beside() -> torch.Generator:
