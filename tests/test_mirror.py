@@ -72,7 +72,7 @@ TOGETHER = {
     "frames/test_transforms.py": "_torch",
     "invertible/test_checks.py": "invertible/_measured",
     "invertible/test_linear.py": "_parameters invertible/_algebra",
-    "messages/test_convolutions.py": "messages/_attention messages/_made messages/_rules",
+    "messages/test_convolutions.py": "messages/_attention messages/_rules",
     "messages/test_products.py": "messages/_kernels",
     "models/test_rev_batches.py": "autoscale/_blockwise reversible/_beside",
     "models/test_pygas.py": "autoscale/models",

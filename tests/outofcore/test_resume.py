@@ -17,10 +17,10 @@ from recollect.outofcore._tables import Tables
 PTR = torch.tensor([0, 30, 60, N])
 
 
-def a_whole(path) -> tuple[WholeGraph, object]:
+def a_whole(path, groups=2) -> tuple[WholeGraph, object]:
     torch.manual_seed(1)
     data = a_graph(dtype=torch.float32)
-    model = RevGNN(7, 8, 4, 3, dropout=0.3, exact=True)
+    model = RevGNN(7, 8, 4, 3, groups, dropout=0.3, exact=True)
     return WholeGraph(model, data, PTR, path, memory=0), data
 
 
@@ -33,12 +33,15 @@ OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
 
 
 @pytest.mark.parametrize("when", ["in the midst of rows", "after the journal", "after all"])
-@pytest.mark.parametrize("at", [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS])
-def test_after_each_kind_of_operation(at, when, tmp_path, monkeypatch):
-    whole, data = a_whole(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("at", "groups"),
+    [*((at, 2) for at in [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS]), (20, 4), (50, 4), (53, 4), (60, 4)],
+)
+def test_after_each_kind_of_operation(at, groups, when, tmp_path, monkeypatch):
+    whole, data = a_whole(tmp_path / "whole", groups)
     expected = whole_step(whole, data)
 
-    broken, data = a_whole(tmp_path / "broken")
+    broken, data = a_whole(tmp_path / "broken", groups)
     finished, write, finish = [0], Tables._write, Tables._finish
 
     def stop(self, rows, cleared):
@@ -64,7 +67,7 @@ def test_after_each_kind_of_operation(at, when, tmp_path, monkeypatch):
     del caught, broken
     gc.collect()
 
-    again, data = a_whole(tmp_path / "broken")
+    again, data = a_whole(tmp_path / "broken", groups)
     assert again.unfinished
     torch.manual_seed(99)
     loss = again.resume(sum_of_losses(data))

@@ -12,7 +12,7 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,23 +174,22 @@ class Sums:
         if value.nbytes:
             _write(self._descriptor, _memory(value), behind)
 
-    def read(self, among: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return all that there are.
+    def read(self, written: Iterable[int]) -> dict[int, Tensor]:
+        """Return values by index.
 
         Args:
-            among: some that are known, by index, and not read.
+            written: the indices of those that were written.
 
         Raises:
-            HistoryFileError: a value is another one.
+            HistoryFileError: a value is not there, or another one.
         """
-        found = dict(among)
-        for index, (shape, dtype) in enumerate(self._kinds):
+        found = {}
+        for index in written:
+            shape, dtype = self._kinds[index]
             head = os.pread(self._descriptor, self._HEAD.size, self._places[index])
-            if index in among or len(head) < self._HEAD.size or self._HEAD.unpack(head)[0] != self._step:
-                continue
             value = torch.empty(shape, dtype=dtype, device="cpu")
             whole = _read(self._descriptor, value, self._places[index] + self._HEAD.size)
-            if not whole or self._HEAD.unpack(head)[1] != _checksum(value):
+            if not whole or self._HEAD.unpack(head) != (self._step, _checksum(value)):
                 raise HistoryFileError(
                     f"{self._path}: expected the gradients that a step wrote (got something else: the file was cut or "
                     "changed): the step cannot go on; remove its step.pt, and begin it anew by step(criterion)"

@@ -91,7 +91,8 @@ class Step(ABC):
             self._sums = Sums(space.folder / "gradients.table", parameters, run.name)
         if run.journal is not None and self._sums is not None:
             self._loss = run.journal["loss"]
-            found = self._sums.read(dict(run.journal["gradients"]))
+            changed = dict(run.journal["gradients"])
+            found = self._sums.read(set(run.journal["known"]) - changed.keys()) | changed
             self.gradients = {parameters[number]: value for number, value in found.items()}
             for number, value in run.journal["gradients"]:
                 self._sums.write(number, value)
@@ -174,7 +175,9 @@ class Step(ABC):
             changes = compute(part, rows)
             parts.leave(part)
             if self._sums is not None:
-                changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
+                known = [self._numbers[parameter] for parameter in self.gradients]
+                state = {"operation": first + index, "loss": self._loss, "gradients": self._changed, "known": known}
+                changes.state = state
             if behind is not None:
                 behind.result()
             if ahead is None:
