@@ -197,9 +197,7 @@ def on_parts(other, scale=1.0):
 
 def test_a_step_of_revgnn_on_a_mini_batch_waits_for_copies_alone(other):
     step = on_parts(other)
-    assert [
-        line for line in waits(step, times=3) if not line.startswith("copy_")
-    ] == []
+    assert [line for line in waits(step, times=3) if not line.startswith("copy_")] == []
     settle()
 
 

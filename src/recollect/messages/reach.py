@@ -16,7 +16,19 @@ from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
 from recollect.messages._kind import kind_of, look_of, module_of
 
-__all__ = ["DRAWING", "Constant", "Cut", "Probe", "Reach", "cut", "goes_by_rows", "kind_of", "look_of", "same", "some_rows"]
+__all__ = [
+    "DRAWING",
+    "Constant",
+    "Cut",
+    "Probe",
+    "Reach",
+    "cut",
+    "goes_by_rows",
+    "kind_of",
+    "look_of",
+    "same",
+    "some_rows",
+]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
