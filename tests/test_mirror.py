@@ -72,7 +72,7 @@ TOGETHER = {
     "frames/test_transforms.py": "_torch",
     "invertible/test_checks.py": "invertible/_measured",
     "invertible/test_linear.py": "_parameters invertible/_algebra",
-    "messages/test_convolutions.py": "messages/_attention messages/_made messages/_rules",
+    "messages/test_convolutions.py": "messages/_attention messages/_rules",
     "messages/test_products.py": "messages/_kernels",
     "models/test_rev_batches.py": "autoscale/_blockwise reversible/_beside",
     "models/test_pygas.py": "autoscale/models",
@@ -80,6 +80,7 @@ TOGETHER = {
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",
     "models/test_without_torch_geometric.py": "models/_convs",
     "outofcore/test_files.py": "outofcore/_journal outofcore/_tables",
+    "outofcore/test_layered.py": "outofcore/_layers",
     "outofcore/test_reach.py": "messages/reach outofcore/_blocks",
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_network outofcore/_parts outofcore/_reversible "
     "outofcore/_step",
