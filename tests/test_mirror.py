@@ -25,7 +25,8 @@ TOGETHER = {
     "autogram/test_operations.py": "autogram/_index",
     "autogram/test_passes.py": "autogram/_inputs autogram/_plan autogram/_sums",
     "autoscale/test_checks.py": "autoscale/loader/_checks",
-    "autoscale/test_compensation.py": "autoscale/_refresh autoscale/_separable autoscale/histories/_gradients",
+    "autoscale/test_compensation.py": "autoscale/_conditions autoscale/_refresh autoscale/_separable "
+    "autoscale/histories/_gradients",
     "autoscale/test_copies.py": "autoscale/_batch autoscale/loader/_storage autoscale/loader/_sub_data",
     "autoscale/test_history.py": "autoscale/histories/_codec autoscale/histories/_history autoscale/histories/_memory "
     "autoscale/histories/_selection autoscale/histories/_table autoscale/histories/_table_module",

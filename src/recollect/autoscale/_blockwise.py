@@ -16,7 +16,7 @@ from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import widths_of
-from recollect.autoscale._network import Between, Follow, LayeredGNN, SourceOf, State
+from recollect.autoscale._network import Between, Follow, LayeredGNN, Run, SourceOf, State
 from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
 from recollect.autoscale._stamp import GraphStamp, check_graph
 from recollect.autoscale.histories._history import History
@@ -208,6 +208,7 @@ class BlockwiseGNN(ScalableGNN):
         between: Between,
         source_of: SourceOf | None = None,
         follow: Follow | None = None,
+        run: Run | None = None,
     ) -> Tensor:
         """Evaluate all layers on a whole graph; ``between`` gets the output of each, the last one's too."""
         return self.on_whole(x, *edges_of(adj_t, self.conv_inputs, inputs), between)
