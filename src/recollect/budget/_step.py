@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,16 @@ class Step:
         settle()
         return memory.peak_bytes
 
-    def tried(self) -> Any:
+    @contextmanager
+    def tried(self) -> Iterator[None]:
         """Return a context after which the model is what it was."""
         leaves = [t for t in tensors_of((self.args, self.kwargs)) if t.requires_grad and t.is_leaf]
-        return trial(self.model, {self.device}, leaves)
+        torch.clear_autocast_cache()  # a step makes its casts itself, and they count
+        try:
+            with trial(self.model, {self.device}, leaves):
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def size(self) -> int:
         """Return the bytes of the inputs."""
