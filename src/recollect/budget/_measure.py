@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._storages import storages_of
+from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree, tensors_among, tensors_of
 from recollect.budget._cost import Cost, Options, cost_of
 from recollect.frames import Forward, backward_mode, frames_apply
@@ -114,7 +115,8 @@ class _Probe(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.seen
-        if seen.trying or seen.saved is not None or not frames_apply():
+        hooks = saved_tensor_hooks()
+        if seen.trying or seen.saved is not None or not frames_apply() or hooks is None or hooks[0] != seen.pack:
             return self.own()(*args, **kwargs)
         module, own = self._module(), self.own(plain=True)
         assert module is not None
@@ -165,6 +167,8 @@ def measure(
         model: whose parameters and buffers live on anyway.
         inputs: of the model, which do too.
         options: the device, and what comes into question.
+
+    What runs in a frame, or in another checkpoint, is not measured: that one answers for what it keeps.
     """
     lasting = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
     seen = _Pass(lasting, options)

@@ -185,7 +185,10 @@ class Plan:
             measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), options)
         self.steps += 1
         if not measured.calls:
-            raise ValueError(f"none of the units {', '.join(self._units)} ran with gradients; name others by units=")
+            raise ValueError(
+                f"none of the units {', '.join(self._units)} ran with gradients and outside of checkpoints; name "
+                "others by units="
+            )
         self._kept = measured.outside + sum(call.kept for call in measured.calls)
         return measured
 

@@ -48,7 +48,9 @@ def plan(
     are stored, checkpointed (alone, or some in a row), inverted or offloaded is found by dynamic programming. Then the
     plan is applied, a real step is measured, and the plan is corrected at most three times: its ``peak`` is a
     measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards what they were,
-    and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement.
+    and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement. In steps that are only
+    tried :func:`recollect.in_backward` is true: what happens once per step, such as pushes to histories, does not
+    happen. A unit whose rebuild is not what the forward was (it draws numbers from Python's generator) is stored.
 
     Class, names and state dict of an applied model are those of the model without. Gradients are the same.
 

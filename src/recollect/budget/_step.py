@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._util._tree import Tree, tensors_of
-from recollect.frames import settle, trial
+from recollect.frames import backward_mode, settle, trial
 from recollect.memory import peak_memory
 
 __all__ = ["Shapes", "Step", "apart", "is_within"]
@@ -65,7 +65,8 @@ class Step:
         leaves = [t for t in tensors_of((self.args, self.kwargs)) if t.requires_grad and t.is_leaf]
         torch.clear_autocast_cache()  # a step makes its casts itself, and they count
         try:
-            with trial(self.model, {self.device}, leaves):
+            # What must happen once per step, such as pushes to histories, happens in none of these.
+            with trial(self.model, {self.device}, leaves), backward_mode():
                 yield
         finally:
             torch.clear_autocast_cache()
