@@ -51,8 +51,8 @@ TOGETHER = {
     "autoscale/test_scalable_staleness.py": "autoscale/_staleness",
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
-    "budget/test_plan.py": "budget/_bytes budget/_measure budget/_step budget/_treatment budget/_units frames/_forward "
-    "frames/_trial",
+    "budget/test_plan.py": "budget/_bytes budget/_cost budget/_measure budget/_planning budget/_products budget/_rows "
+    "budget/_step budget/_treatment budget/_units frames/_forward frames/_trial",
     "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "
     "data/files/_found data/files/_graphml data/files/_labels data/files/_parts data/files/_table",
@@ -63,6 +63,7 @@ TOGETHER = {
     "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",
     "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks distributed/_ranks "
     "distributed/_routes distributed/_shares",
+    "distributed/test_sharded.py": "budget/_ranks",
     "frames/sources/test_offload.py": "frames/sources/_file_store frames/sources/_host_store frames/sources/_stores",
     "frames/test_arguments.py": "_util/_tree frames/sources/_kept",
     "frames/test_chain.py": "frames/_transform frames/sources/_coupling frames/sources/_inverse",
