@@ -59,11 +59,12 @@ FLOORS = {
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
-        "_arguments _parameters _transfer _util frames messages data distributed", "torch_geometric pymetis kaminpar"
+        "_arguments _devices _parameters _transfer _util frames messages data distributed",
+        "torch_geometric pymetis kaminpar",
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
     "outofcore": floor("_torch _util _arguments autogram frames messages reversible autoscale models"),
-    "budget": floor("_arguments _storages _util memory frames invertible reversible"),
+    "budget": floor("_arguments _storages _torch _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(

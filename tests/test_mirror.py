@@ -25,7 +25,8 @@ TOGETHER = {
     "autogram/test_operations.py": "autogram/_index",
     "autogram/test_passes.py": "autogram/_inputs autogram/_plan autogram/_sums",
     "autoscale/test_checks.py": "autoscale/loader/_checks",
-    "autoscale/test_compensation.py": "autoscale/_refresh autoscale/_separable autoscale/histories/_gradients",
+    "autoscale/test_compensation.py": "autoscale/_conditions autoscale/_refresh autoscale/_separable "
+    "autoscale/histories/_gradients",
     "autoscale/test_copies.py": "autoscale/_batch autoscale/loader/_storage autoscale/loader/_sub_data",
     "autoscale/test_history.py": "autoscale/histories/_codec autoscale/histories/_history autoscale/histories/_memory "
     "autoscale/histories/_selection autoscale/histories/_table autoscale/histories/_table_module",
@@ -50,8 +51,8 @@ TOGETHER = {
     "autoscale/test_scalable_staleness.py": "autoscale/_staleness",
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
-    "budget/test_plan.py": "budget/_bytes budget/_measure budget/_step budget/_treatment budget/_units frames/_forward "
-    "frames/_trial",
+    "budget/test_plan.py": "budget/_bytes budget/_cost budget/_measure budget/_planning budget/_products budget/_rows "
+    "budget/_step budget/_treatment budget/_units frames/_forward frames/_trial",
     "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "
     "data/files/_found data/files/_graphml data/files/_labels data/files/_parts data/files/_table",
@@ -62,6 +63,7 @@ TOGETHER = {
     "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",
     "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks distributed/_ranks "
     "distributed/_routes distributed/_shares",
+    "distributed/test_sharded.py": "budget/_ranks",
     "frames/sources/test_offload.py": "frames/sources/_file_store frames/sources/_host_store frames/sources/_stores",
     "frames/test_arguments.py": "_util/_tree frames/sources/_kept",
     "frames/test_chain.py": "frames/_transform frames/sources/_coupling frames/sources/_inverse",
@@ -72,7 +74,7 @@ TOGETHER = {
     "frames/test_transforms.py": "_torch",
     "invertible/test_checks.py": "invertible/_measured",
     "invertible/test_linear.py": "_parameters invertible/_algebra",
-    "messages/test_convolutions.py": "messages/_attention messages/_made messages/_rules",
+    "messages/test_convolutions.py": "messages/_attention messages/_rules",
     "messages/test_products.py": "messages/_kernels",
     "models/test_rev_batches.py": "autoscale/_blockwise reversible/_beside",
     "models/test_pygas.py": "autoscale/models",
@@ -80,6 +82,7 @@ TOGETHER = {
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",
     "models/test_without_torch_geometric.py": "models/_convs",
     "outofcore/test_files.py": "outofcore/_journal outofcore/_tables",
+    "outofcore/test_layered.py": "outofcore/_layers",
     "outofcore/test_reach.py": "messages/reach outofcore/_blocks",
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_network outofcore/_parts outofcore/_reversible "
     "outofcore/_step",

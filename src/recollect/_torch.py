@@ -33,6 +33,7 @@ used                                                         for                
 ``..fsdp._fully_shard``: ``RegisterPostBackwardFunction``,   an engine of sharded parameters           2.9
 ``_get_fsdp_state``, ``reshard_after_backward``
 ``_CachedTorchDispatchMode.storage``                         selective checkpoints, more than once     2.13
+``torch._C._SetExcludeDispatchKeyGuard``                     versions of what a dispatch mode keeps     1.13
 ============================================================ ========================================= =====
 """
 
@@ -63,6 +64,7 @@ __all__ = [
     "TorchDispatchMode",
     "cached_parametrizations",
     "compiled_blocks_exist",
+    "counted_alias",
     "default_device",
     "enabled_overrides",
     "graph_task_id",
@@ -250,6 +252,12 @@ def preserving_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any
         return nullcontext()
     preserving: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tuple(tensors))
     return preserving
+
+
+def counted_alias(tensor: Tensor) -> Tensor:
+    """Return a tensor without history, on the same memory and with the same version, also in a dispatch mode."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 def storage_use_count(storage: torch.UntypedStorage) -> int | None:

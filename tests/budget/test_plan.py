@@ -2,13 +2,17 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
 from recollect.budget import BudgetError
+from recollect.budget._treatment import Applied, Treated
+from recollect.frames import Kept
 from recollect.memory import peak_memory
 
 
@@ -91,3 +95,79 @@ def test_the_rows_of_an_earlier_plan_are_taken_again_within_the_budget():
     assert recollect.plan(model, x, budget=tight.budget, rows=everything).peak <= tight.budget
     with pytest.raises(ValueError, match="'3' with the strategy 'store' is of another plan"):
         recollect.plan(model, x, budget="1 GB", rows=[recollect.budget.Row("3", 1, "store", 1, 0.0)])
+
+
+def test_planning_takes_five_steps_at_most_and_alike_units_are_measured_once():
+    runs = 0
+
+    class Counted(Block):
+        def forward(self, x):
+            nonlocal runs
+            runs += 1
+            return super().forward(x)
+
+    model, x = nn.Sequential(*[Counted(8) for _ in range(100)]), torch.randn(256, 8)
+    budget = int(peak_of(model, x) * 0.4)
+    runs = 0
+    plan = recollect.plan(model, x, budget=budget, loss=torch.sum)
+    assert plan.peak <= budget
+    assert plan.steps <= 5
+    assert runs <= 100 + 40 + 4 * 2 * 100  # one forward pass, one unit in every way, four steps with all rebuilds
+
+
+def test_products_that_were_written_to_are_computed_again():
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.out(self.lin(x).sigmoid_() * x).tanh_()
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[Unit() for _ in range(3)]).double(), torch.randn(4, 6, dtype=torch.float64)
+    expected = gradients(model, x)
+    with Applied([Treated(unit, Kept(), selective=True) for unit in model]):
+        found = gradients(model, x)
+        loss = model(x).square().sum()
+        for _ in range(2):
+            again = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, again, expected))
+
+
+def test_kept_products_are_not_computed_again():
+    computed = 0
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal computed
+            computed += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+            return func(*args, **(kwargs or {}))
+
+    model, x = nn.Sequential(*[Block(8) for _ in range(3)]), torch.randn(4, 8)
+    numbers = []
+    for selective in (None, True, False):
+        fronts = [] if selective is None else [Treated(unit, Kept(), selective=selective) for unit in model]
+        with Applied(fronts), Products():
+            computed = 0
+            model(x).sum().backward()
+        numbers.append(computed)
+    assert numbers[0] == numbers[1] < numbers[2]
+
+
+def test_a_unit_that_does_not_repeat_is_stored_and_alike_ones_are_told_apart():
+    class Unit(nn.Module):
+        def __init__(self, noisy):
+            super().__init__()
+            self.lin, self.out, self.noisy = nn.Linear(16, 64), nn.Linear(64, 16), noisy
+
+        def forward(self, x):
+            return self.out((self.lin(x) + (random.random() if self.noisy else 0.5)).tanh().exp())
+
+    model, x = nn.Sequential(*[Unit(i == 3) for i in range(6)]), torch.randn(64, 16)
+    plan = recollect.plan(model, x, budget=int(0.8 * peak_of(model, x)))
+    assert plan.rows[3].strategy == "store"
+    assert {row.strategy for row in plan.rows} > {"store"}
+    with plan:
+        model(x).sum().backward()

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 import recollect
 from recollect.autogram import Engine
-from recollect.budget import BudgetError, BudgetWarning
-from recollect.budget._plan import Row
+from recollect.budget import BudgetError, BudgetWarning, Row
 from recollect.data._foreign import require
 from recollect.frames import settle
 from recollect.memory import peak_memory

@@ -10,7 +10,15 @@ from torch.nn import functional as F
 from device.compare import assert_same, saved_and_loaded, there, waits
 from recollect import models
 from recollect._devices import FORMS
-from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, add_self_loops, normalize, permute, to_adj_t
+from recollect.autoscale import (
+    EvalSubgraphLoader,
+    SubgraphLoader,
+    add_self_loops,
+    normalize,
+    permute,
+    to_adj_t,
+    with_weights,
+)
 from recollect.frames import settle
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK, RevGNN
 
@@ -168,6 +176,40 @@ def test_revgnn(other, conv):
     again = saved_and_loaded(on_device, rev(conv))
     assert_same(gradients_of(again, there(x), there(edge_index)), expected)
     settle()
+
+
+def on_parts(other, scale=1.0):
+    """A training step of a RevGNN with histories on a device, on one mini-batch."""
+    data = make_graph()
+    data.adj_t = with_weights(data.adj_t, torch.full((data.adj_t.values().numel(),), scale, dtype=torch.float64))
+    batch = next(iter(SubgraphLoader(data, PTR)))
+    model = rev("sage", num_nodes=NODES, history_dtype=torch.float64).to(other)
+    optimizer = torch.optim.Adam(model.parameters())
+    x, adj_t, y = (there(each) for each in (batch.data.x, batch.data.adj_t, batch.data.y[: batch.batch_size]))
+
+    def step():
+        optimizer.zero_grad()
+        model.loss(model(x, adj_t, *batch[1:]), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def test_a_step_of_revgnn_on_a_mini_batch_waits_for_copies_alone(other):
+    step = on_parts(other)
+    assert [line for line in waits(step, times=3) if not line.startswith("copy_")] == []
+    settle()
+
+
+def test_weights_that_nobody_takes_are_refused_when_the_verdict_is_there(other):
+    step = on_parts(other, scale=2.0)
+
+    def steps():
+        step()
+        settle()
+
+    with pytest.raises(ValueError, match="weights other than 1"):
+        steps()
 
 
 @each_conv

@@ -4,13 +4,14 @@ import functools
 import subprocess
 
 import ddp_cases
+import plan_cases
 import pytest
 import sharded_cases
 import tensor_parallel_cases
 from processes import run
 from torch import distributed as dist
 
-MODULES = {module.__name__: module for module in (sharded_cases, tensor_parallel_cases, ddp_cases)}
+MODULES = {module.__name__: module for module in (sharded_cases, tensor_parallel_cases, ddp_cases, plan_cases)}
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 

@@ -517,3 +517,36 @@ class TestLeftAlone:
             torch.autograd.grad(F.relu(out).sum(), other["conv.lin_l.weight"]),
             torch.autograd.grad(F.relu(expected).sum(), other["conv.lin_l.weight"]),
         )
+
+
+class InCheckpoint(nn.Module):
+    """One convolution in a checkpoint, which runs it again when the block is over, and one beside it."""
+
+    def __init__(self, how: Callable[..., Tensor], make: Callable[[int], nn.Module]):
+        super().__init__()
+        self.how, self.first, self.second = how, make(CHANNELS // 2), make(CHANNELS // 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.second(self.how(self.first, x, edge_index).tanh(), edge_index)
+
+
+CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
+    "recollect": recollect.checkpoint,
+    "torch": lambda f, *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False),
+    "twice": lambda f, *args: recollect.checkpoint(recollect.checkpoint, f, *args),
+}
+
+
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize("name", ["sage, mean", "graphconv, max", "gcn"])
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_a_convolution_in_a_checkpoint_within_the_block(how, name, disable):
+    edge_index = torch.randint(12, (2, 40), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(12, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for one, off in ((lambda f, *args: f(*args), True), (CHECKPOINTS[how], disable)):
+        torch.manual_seed(2)
+        layer = GroupAddRev(InCheckpoint(one, CONVS[name]), num_groups=2, disable=off).double()
+        out = layer(x.requires_grad_(), edge_index)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)

@@ -10,7 +10,9 @@ from model_zoo import AGGREGATORS, IN, NODES, OUT, SCALERS, data_for, make, make
 from torch.nn import functional as F
 
 from recollect.autoscale import edge_index_of, propagate, with_weights
+from recollect.messages import sparse_csr
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK
+from recollect.models._aggregate import Messages
 from recollect.models._dropout import dropout
 from recollect.models._layers import GCNLayer
 
@@ -195,6 +197,28 @@ def test_pna_layer(aggregator, scaler, edge_dim):
     found = torch.autograd.grad(found.sin().sum(), list(conv.parameters()))
     expected = torch.autograd.grad(torch.stack(rows).sin().sum(), list(conv.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("which", ["max", "min"])
+def test_equal_messages_share_a_gradient_of_any_sign_evenly(which):
+    rowptr, col = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 1, 2, 2, 2])
+    adj_t = sparse_csr(rowptr, col, torch.ones(5).double(), (3, 3))
+    x = torch.tensor(
+        [[1.0, -1.0], [1.0, 2.0], [0.0, 2.0]] if which == "max" else [[1.0, 2.0], [1.0, -1.0], [3.0, -1.0]]
+    )
+    x = x.double().requires_grad_()
+    out = getattr(Messages(x, adj_t), which)()
+    seeds = torch.tensor([[[1.0, -2.0], [5.0, 5.0], [3.0, -4.0]], [[-1.0, 2.0], [5.0, 5.0], [0.0, 4.0]]]).double()
+    found = [torch.autograd.grad(out, x, seed, retain_graph=True)[0] for seed in seeds]
+    both = [[seed[0, 0] / 2, seed[0, 0] / 2, seed[2, 0]] for seed in seeds]
+    other = [[0.0, seed[0, 1] / 2, seed[0, 1] / 2 + seed[2, 1]] for seed in seeds]
+    expected = torch.stack([torch.tensor(both), torch.tensor(other)], -1).double()
+    torch.testing.assert_close(torch.stack(found), expected)
+    (batched,) = torch.autograd.grad(out, x, seeds, is_grads_batched=True)
+    torch.testing.assert_close(batched, expected)
+    assert torch.autograd.gradgradcheck(
+        lambda x: getattr(Messages(x, adj_t), which)() ** 2, (torch.randn(3, 2).double().requires_grad_(),)
+    )
 
 
 def test_pna_sums_over_all_pairs_of_aggregators_and_scalers():

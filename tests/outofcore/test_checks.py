@@ -80,6 +80,29 @@ def test_what_goes_row_by_row_is_as_it_was_overridden():
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
 
 
+class Gated(RevGNN):
+    """Has parameters of its own before and behind the layers."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gate = nn.Linear(8, 8)
+
+    def embed(self, x):
+        h = super().embed(x)
+        return h * self.gate(h).sigmoid()
+
+    def classify(self, x, mask=None):
+        return super().classify(x + self.gate(x), mask)
+
+
+def test_parameters_of_ones_own_before_and_behind_the_layers():
+    data = a_graph()
+    model = a_model(Gated, dropout=0.3)
+    found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
+    assert "gate.weight" in found[1]
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
 def test_gradients_of_the_graph_are_not_left_out_in_silence():
     data = a_graph()
     data.x.requires_grad_()

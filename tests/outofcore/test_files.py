@@ -12,6 +12,7 @@ from whole_graph_zoo import N, a_graph, plain_step, sum_of_losses, whole_step
 from recollect.autoscale.histories import HistoryFileError
 from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
+from recollect.outofcore._tables import Tables
 
 PTR = torch.tensor([0, 30, 60, N])
 
@@ -67,6 +68,37 @@ def test_files_that_were_changed(name, change, tmp_path, monkeypatch):
     with pytest.raises((HistoryFileError, RuntimeError), match=r"step\.pt|1\.part|no unfinished"):
         whole.resume(sum_of_losses(data))
     assert not (tmp_path / "ran").exists()
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "other bits", "gone"])
+def test_gradients_of_parameters_that_were_changed(change, tmp_path, monkeypatch):
+    data = a_graph()
+    model = RevGNN(7, 8, 4, 3, exact=True).double()
+    whole = WholeGraph(model, data, PTR, tmp_path)
+    finished, finish = [0], Tables._finish
+
+    def stop(self, *args):
+        finished[0] += 1
+        if finished[0] == 3 * (1 + 3 * 2 + 1 + 4):  # in backward
+            raise Killed
+        finish(self, *args)
+
+    monkeypatch.setattr(Tables, "_finish", stop)
+    with pytest.raises(Killed):
+        whole.step(sum_of_losses(data))
+    monkeypatch.undo()
+    path = tmp_path / "gradients.table"
+    if change == "other bits":  # of the head, whose gradients came first
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    else:
+        CHANGES[change](path)
+    with pytest.raises(HistoryFileError, match=r"gradients\.table: expected the gradients that a step wrote"):
+        whole.resume(sum_of_losses(data))
     assert all(p.grad is None for p in model.parameters())
 
 

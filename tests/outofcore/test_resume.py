@@ -17,10 +17,10 @@ from recollect.outofcore._tables import Tables
 PTR = torch.tensor([0, 30, 60, N])
 
 
-def a_whole(path) -> tuple[WholeGraph, object]:
+def a_whole(path, groups=2) -> tuple[WholeGraph, object]:
     torch.manual_seed(1)
     data = a_graph(dtype=torch.float32)
-    model = RevGNN(7, 8, 4, 3, dropout=0.3, exact=True)
+    model = RevGNN(7, 8, 4, 3, groups, dropout=0.3, exact=True)
     return WholeGraph(model, data, PTR, path, memory=0), data
 
 
@@ -32,24 +32,34 @@ OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
 """For each part: the projection, blocks forward, the loss, blocks backward, the projection again."""
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["before the tables", "after them"])
-@pytest.mark.parametrize("at", [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS])
-def test_after_each_kind_of_operation(at, written, tmp_path, monkeypatch):
-    whole, data = a_whole(tmp_path / "whole")
+@pytest.mark.parametrize("when", ["in the midst of rows", "after the journal", "after all"])
+@pytest.mark.parametrize(
+    ("at", "groups"),
+    [*((at, 2) for at in [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS]), (20, 4), (50, 4), (53, 4), (60, 4)],
+)
+def test_after_each_kind_of_operation(at, groups, when, tmp_path, monkeypatch):
+    whole, data = a_whole(tmp_path / "whole", groups)
     expected = whole_step(whole, data)
 
-    broken, data = a_whole(tmp_path / "broken")
-    applied, write = [0], Tables._write
+    broken, data = a_whole(tmp_path / "broken", groups)
+    finished, write, finish = [0], Tables._write, Tables._finish
 
-    def stop(self, rows):
-        applied[0] += 1
-        if applied[0] == at and not written:
+    def stop(self, rows, cleared):
+        finished[0] += 1
+        if finished[0] == at and when == "after the journal":
+            raise Killed
+        finish(self, rows, cleared)
+        if finished[0] == at and when == "after all":
+            raise Killed
+
+    def tear(self, rows):
+        if finished[0] == at - 1 and when == "in the midst of rows":
+            write(self, [(name, where, torch.full_like(values, torch.nan)) for name, where, values in rows])
             raise Killed
         write(self, rows)
-        if applied[0] == at:
-            raise Killed
 
-    monkeypatch.setattr(Tables, "_write", stop)
+    monkeypatch.setattr(Tables, "_finish", stop)
+    monkeypatch.setattr(Tables, "_write", tear)
     with pytest.raises(Killed) as caught:
         whole_step(broken, data)
     monkeypatch.undo()
@@ -57,7 +67,7 @@ def test_after_each_kind_of_operation(at, written, tmp_path, monkeypatch):
     del caught, broken
     gc.collect()
 
-    again, data = a_whole(tmp_path / "broken")
+    again, data = a_whole(tmp_path / "broken", groups)
     assert again.unfinished
     torch.manual_seed(99)
     loss = again.resume(sum_of_losses(data))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._verdicts import later
 from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
 from recollect.autoscale._making import widths_of
-from recollect.autoscale._network import Between, Follow, LayeredGNN, SourceOf, State
+from recollect.autoscale._network import Between, Follow, LayeredGNN, Run, SourceOf, State
 from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
 from recollect.autoscale._stamp import GraphStamp, check_graph
 from recollect.autoscale.histories._history import History
@@ -207,6 +208,7 @@ class BlockwiseGNN(ScalableGNN):
         between: Between,
         source_of: SourceOf | None = None,
         follow: Follow | None = None,
+        run: Run | None = None,
     ) -> Tensor:
         """Evaluate all layers on a whole graph; ``between`` gets the output of each, the last one's too."""
         return self.on_whole(x, *edges_of(adj_t, self.conv_inputs, inputs), between)
@@ -333,6 +335,15 @@ def _first_input(groups: Sequence[Tensor]) -> Tensor:
     return sum(groups[2:], start=groups[1])
 
 
+def _refuse_weights(numbers: list[list[Any]]) -> None:
+    if numbers[0][0]:
+        raise ValueError(
+            "the adjacency has weights other than 1, and the convolutions are given none; make the network with "
+            "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
+            "weights"
+        )
+
+
 def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """Return the edges as blocks take them, and what they take beside.
 
@@ -348,12 +359,8 @@ def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[
     if is_edge_index(graph) or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
         adj_t = as_csr(graph, given.pop(_WEIGHTS, None))
         graph, given[_WEIGHTS] = edge_index_of(adj_t), adj_t.values()
-        if _WEIGHTS not in names and not bool((given[_WEIGHTS] == 1).all()):
-            raise ValueError(
-                "the adjacency has weights other than 1, and the convolutions are given none; make the network with "
-                "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency "
-                "without weights"
-            )
+        if _WEIGHTS not in names:
+            later([(given[_WEIGHTS] != 1).any().to(torch.int64)], _refuse_weights)
     missing = [name for name in names if name not in given]
     unknown = inputs.keys() - set(names)
     if missing or unknown:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect._util._tree import tensors_of
-from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, autocast_now, blank_of, inputs_of
+from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation
+from recollect.autoscale._conditions import autocast_now, blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank, Edges, Form, way_of

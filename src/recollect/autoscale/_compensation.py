@@ -11,27 +11,44 @@ Convergence", arXiv 2302.00924, section 4). Parameters get gradients from the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect._devices import forms_of
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Blank, Edges, Form, Moved, Way, drawn_like, same, transposed, way_of
+from recollect.autoscale._conditions import Plain, autocast_now, blank_of, inputs_of
+from recollect.autoscale._network import LayeredGNN, Stage, State
+from recollect.autoscale._separable import (
+    Blank,
+    Edges,
+    Form,
+    Moved,
+    Way,
+    drawn_like,
+    same,
+    through_sources,
+    transposed,
+    way_of,
+)
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
+from recollect.messages import multiplied, transposed_rows
 
-__all__ = ["BACKWARD_TWICE", "Compensation", "Plain", "autocast_now", "blank_of", "inputs_of"]
+__all__ = ["BACKWARD_TWICE", "Compensation", "Steady"]
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 """From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
+Through = Callable[[Tensor, Tensor], Tensor | None]
+"""From the gradient of a layer's output [B, out_channels], and the rows of its input [B, channels], to theirs."""
+Steady = dict[tuple[int, tuple[bool, ...]], bool]
 BACKWARD_TWICE = (
     "this mini-batch went backward before, and its gradients are in their histories already; with compensate=True go "
     "backward once for each forward pass, from the sum of all losses"
@@ -50,6 +67,9 @@ class Compensation:
         outward: its edges to the nodes outside.
         inputs: what the layers' state began with.
         ways: of sending gradients back through each layer, as far as they are known; others are added.
+        adj_t: the mini-batch's own edges [B, B + halo].
+        steady: by layer and the modes of all modules, whether the layer does the same as in evaluation mode, and
+            draws nothing, as far as that is known; others are added.
     """
 
     def __init__(
@@ -61,6 +81,8 @@ class Compensation:
         outward: Outward,
         inputs: dict[str, Any],
         ways: dict[int, Way],
+        adj_t: Tensor,
+        steady: Steady,
     ) -> None:
         self._model = model
         self._plain = Plain(model)
@@ -72,6 +94,52 @@ class Compensation:
         self._given_inputs = inputs
         self._inputs = inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
         self._ways = ways
+        self._adj_t = adj_t
+        self._steady = steady
+        self._below: tuple[Tensor, _Step] | None = None  # the last layer's output, and what happens there
+        self._cut: Tensor | None = None  # that of the layer below, if its graph ends there
+
+    def run(self, layer: int, stage: Stage, x: Tensor, before: State) -> tuple[Tensor, State]:
+        """Run a layer, without a graph of its input if the gradient by it can be had without one.
+
+        What comes from the batch's own targets and what comes through nodes outside are then sent back together. That
+        takes a layer z_i = Σ a_ij g(x_j) that does the same as in evaluation mode: neither dropout nor batch norm.
+        """
+        self._cut = None
+        way, modes = self._ways.get(layer), (layer, self._plain.modes)
+        at_once = forms_of(x.device).reads_at_once
+        if way is None or way.form != Form.SUM or self._below is None or not (x.requires_grad and at_once):
+            return stage(x)
+        random = torch.get_rng_state()
+        if modes not in self._steady:
+            written = self._plain.versions()
+            out, after = stage(x)
+            self._steady[modes] = (
+                torch.equal(random, torch.get_rng_state())
+                and written == self._plain.versions()
+                and self._leaves_nothing(out, before, after)
+                and self._is_as_in_evaluation(stage, x, out)
+            )
+            return out, after
+        if not self._steady[modes]:
+            return stage(x)
+        out, after = stage(x.detach())
+        alike = out.requires_grad and self._leaves_nothing(out, before, after)
+        if alike and torch.equal(random, torch.get_rng_state()):
+            self._cut, step = self._below
+            step.back = None
+            return out, after
+        self._steady[modes] = False
+        torch.set_rng_state(random)
+        return stage(x)
+
+    def _leaves_nothing(self, out: Tensor, before: State, after: State) -> bool:
+        known = {id(out), *(id(tensor) for tensor in tensors_of(before))}
+        return all(id(tensor) in known for tensor in tensors_of(after))
+
+    def _is_as_in_evaluation(self, stage: Stage, x: Tensor, out: Tensor) -> bool:
+        with self._plain(), torch.no_grad():
+            return same(out.detach(), stage(x.detach())[0])
 
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
         """Take a layer's output and the state that it left; return both so that backward passes through here.
@@ -81,6 +149,7 @@ class Compensation:
                 no sum over edges, and there are not all edges that it needs.
         """
         if not (torch.is_grad_enabled() and out.requires_grad):
+            self._below = None
             return out, state
         if layer:
             self._check_state(layer, out, before, state)
@@ -91,7 +160,10 @@ class Compensation:
         back = None
         if not last and self._outward.num_targets:
             back = self._back(layer + 1, out, blank_of(self._inputs, state))
-        joined: Tensor = _Join.apply(out, _Step(layer, self._batch, push, back))  # type: ignore[no-untyped-call]
+        through = None if self._cut is None else self._through(layer, blank_of(self._inputs, before))
+        step = _Step(layer, self._batch, push, back, through)
+        joined: Tensor = _Join.apply(out, self._cut, step)  # type: ignore[no-untyped-call]
+        self._below, self._cut = (joined, step), None
         if layer:
             tree = Tree(state)
             state = tree.build([joined if tensor is out else tensor for tensor in tree.tensors])
@@ -115,6 +187,28 @@ class Compensation:
             return None if found is None else (found, self._gradients.trust(layer))
 
         return back
+
+    def _through(self, layer: int, blank: Blank) -> Through:
+        """Return what takes the gradient of a layer's output, and the rows of its input, to their gradient."""
+        autocast = autocast_now()
+        way = self._ways[layer]
+        targets = self._outward.n_id[: self._outward.num_targets]
+
+        def through(grad: Tensor, own: Tensor) -> Tensor | None:
+            given = multiplied(self._inward, grad)
+            if targets.numel() and not self._gradients.is_empty(layer):
+                outside = multiplied(self._edges.all, self._gradients.pull(layer, targets).to(grad))
+                given = torch.addcmul(given, outside, self._gradients.trust(layer).to(grad))
+            with self._plain(), autocast():
+                adj_t = self._edges.one_each(own.size(0))
+                return through_sources(self._model, layer, way, own, given, adj_t, blank)
+
+        return through
+
+    @cached_property
+    def _inward(self) -> Tensor:
+        """The batch's edges to itself, by source [B, B]."""
+        return transposed_rows(self._adj_t, self._batch.size)
 
     def _way(self, layer: int, x: Tensor, blank: Blank) -> Way:
         if self._outward.complete:
@@ -197,9 +291,14 @@ class Compensation:
 
 
 class _Step:
-    """What happens at the output of a layer when its gradient has come."""
+    """What happens at the output of a layer when its gradient has come.
 
-    __slots__ = ("_back", "_batch", "_done", "_layer", "_push")
+    Attributes:
+        back: gives what comes through nodes outside from the next layer, unless that was sent back already.
+        through: gives the gradient of the layer's input, if its graph ends there.
+    """
+
+    __slots__ = ("_batch", "_done", "_layer", "_push", "back", "through")
 
     def __init__(
         self,
@@ -207,18 +306,20 @@ class _Step:
         batch: Batch,
         push: Callable[..., None] | None,
         back: Back | None,
+        through: Through | None,
     ) -> None:
         self._layer = layer
         self._batch = batch
         self._push = push
-        self._back = back
+        self.back = back
+        self.through = through
         self._done = False
 
     def __call__(self, grad: Tensor, own: Tensor) -> Tensor:
         if self._done:
             raise RuntimeError(BACKWARD_TWICE)
         self._done = True
-        extra = None if self._back is None else self._back(own)
+        extra = None if self.back is None else self.back(own)
         if extra is not None:
             rows, trust = extra
             grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
@@ -228,83 +329,17 @@ class _Step:
 
 
 class _Join(torch.autograd.Function):
-    """The identity, whose gradient is completed on the way back."""
+    """The identity, whose gradient is completed on the way back, and sent to the layer below if its graph ends."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, step: _Step) -> Tensor:
+    def forward(ctx: Any, out: Tensor, below: Tensor | None, step: _Step) -> Tensor:
         ctx.step = step
-        ctx.save_for_backward(out)
+        ctx.save_for_backward(out, below)
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.step(grad, *ctx.saved_tensors), None
-
-
-class Plain:
-    """Runs in evaluation mode what is within: dropout is its mean, and nothing is counted or drawn.
-
-    Args:
-        model: whose modules are looked for once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = tuple(model.modules())
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        training = [module for module in self._modules if module.training]
-        _set_modes(training, False)
-        try:
-            yield
-        finally:
-            _set_modes(training, True)
-
-
-def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
-    for module in modules:
-        values = vars(module)
-        if "training" in values:  # by far faster than by the module's own way
-            values["training"] = training
-        else:
-            module.training = training
-
-
-def inputs_of(inputs: dict[str, Any], outward: Outward) -> State:
-    """Return the inputs of the outward edges."""
-    found = {}
-    for name, value in inputs.items():
-        if name in outward.nodes or name in outward.edges:
-            value = outward.nodes[name] if name in outward.nodes else outward.edges[name]
-        elif isinstance(value, Tensor) and value.dim() and name not in outward.others:
-            raise ValueError(
-                f"the layers get {name}= {list(value.shape)}, but the graph of the mini-batch's loader has no {name} "
-                "for the nodes and edges outside: with compensate=True such inputs are attributes of the graph, and "
-                "have their names"
-            )
-        found[name] = value
-    return found
-
-
-def blank_of(inputs: State, state: State) -> Blank:
-    """Return what makes a state for some targets: the inputs, and zeros for what earlier layers left."""
-    tree = Tree({name: value for name, value in state.items() if name not in inputs})
-    kinds = [(tensor.shape[1:] if tensor.dim() else None, tensor.dtype, tensor.device) for tensor in tree.tensors]
-    tree.tensors.clear()
-
-    def make(targets: int) -> State:
-        zeros = [
-            torch.zeros(() if shape is None else (targets, *shape), dtype=dtype, device=device)
-            for shape, dtype, device in kinds
-        ]
-        left: State = tree.build(zeros)
-        return inputs | left
-
-    return make
-
-
-def autocast_now() -> Callable[[], torch.autocast]:
-    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        out, below = ctx.saved_tensors
+        grad = ctx.step(grad, out)
+        return grad, None if ctx.step.through is None else ctx.step.through(grad, below), None

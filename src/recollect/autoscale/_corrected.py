@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._combination import CombinedPass
-from recollect.autoscale._compensation import Compensation
+from recollect.autoscale._compensation import Compensation, Steady
 from recollect.autoscale._history_network import HistoryGNN
 from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
@@ -32,6 +32,7 @@ class CorrectedGNN(HistoryGNN):
     """
 
     gradients: GradientHistories | None
+    _steady: Steady  # layers that do the same in training, as far as they are known
     _ways: dict[int, Way]  # of sending gradients back through each layer, as far as they are known
 
     @abstractmethod
@@ -54,7 +55,7 @@ class CorrectedGNN(HistoryGNN):
     def keep_gradients(self) -> None:
         """Make the histories of gradients, empty, if there shall be any; they take the place of earlier ones."""
         options = self.history_options
-        self._ways = {}
+        self._ways, self._steady = {}, {}
         before, self.gradients = self._modules.get("gradients"), None
         if self.compensate:
             widths = [history.embedding_dim for history in self.tables[1:]]
@@ -91,7 +92,7 @@ class CorrectedGNN(HistoryGNN):
                 "edges to nodes outside have the loader's: with compensate=True change them in forward_layer, where "
                 "attributes of edges come from inputs=, or in the graph before the loader is made"
             )
-        arguments = self, self.gradients, self.tables, batch, outward, inputs, self._ways
+        arguments = self, self.gradients, self.tables, batch, outward, inputs, self._ways, adj_t, self._steady
         if self.combine is not None:
             return CombinedPass(self.combine, x, self._exchange, *arguments)
         if outward.form == "induced":

@@ -11,12 +11,14 @@ from recollect._arguments import as_count
 from recollect.frames import Source, checkpoint, in_backward
 from recollect.messages import naming_pairs
 
-__all__ = ["Between", "Follow", "LayeredGNN", "SourceOf", "State"]
+__all__ = ["Between", "Follow", "LayeredGNN", "Run", "SourceOf", "Stage", "State"]
 
 Between = Callable[[int, Tensor], Tensor]
 SourceOf = Callable[[int, Tensor], Source]
 State = dict[str, Any]
 Follow = Callable[[int, Tensor, State, State], tuple[Tensor, State]]
+Stage = Callable[[Tensor], tuple[Tensor, State]]
+Run = Callable[[int, Stage, Tensor, State], tuple[Tensor, State]]
 
 
 class LayeredGNN(nn.Module):
@@ -100,6 +102,7 @@ class LayeredGNN(nn.Module):
         between: Between,
         source_of: SourceOf | None = None,
         follow: Follow | None = None,
+        run: Run | None = None,
     ) -> Tensor:
         """Evaluate all layers.
 
@@ -111,6 +114,8 @@ class LayeredGNN(nn.Module):
             source_of: from the same, to what brings this input back in the next layer's frame, if layers have frames;
                 called first. ``None``: inputs are kept.
             follow: from the number of a layer, its output, and the state before and after it, to output and state.
+            run: runs a layer that has no frame: from its number, the layer as a function of its input, this, and the
+                state before it, to output and state.
 
         Returns:
             The network's output [num_targets, out_channels].
@@ -123,7 +128,10 @@ class LayeredGNN(nn.Module):
                     source = source_of(layer - 1, x)
                 x = between(layer - 1, x)
             stage = self._stage(layer, adj_t, state, follow is None)
-            x, after = checkpoint(stage, x, source=source) if self.recompute else stage(x)
+            if self.recompute:
+                x, after = checkpoint(stage, x, source=source)
+            else:
+                x, after = stage(x) if run is None else run(layer, stage, x, state)
             x, state = (x, after) if follow is None else follow(layer, x, state, after)
         if follow is not None:
             x = checkpoint(self.readout, x, state) if self.recompute else self.readout(x, state)
@@ -131,9 +139,7 @@ class LayeredGNN(nn.Module):
             self.conclude(state)
         return x
 
-    def _stage(
-        self, layer: int, adj_t: Tensor, state: State, with_readout: bool
-    ) -> Callable[[Tensor], tuple[Tensor, State]]:
+    def _stage(self, layer: int, adj_t: Tensor, state: State, with_readout: bool) -> Stage:
         """Return a layer, the last one with the readout or without, as a function of its input that keeps ``state``."""
 
         def stage(x: Tensor) -> tuple[Tensor, State]:

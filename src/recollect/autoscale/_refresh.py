@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._adjacency import adjacency_of, first_rows
-from recollect.autoscale._compensation import Plain
+from recollect.autoscale._conditions import Plain
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History

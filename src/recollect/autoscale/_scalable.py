@@ -219,6 +219,7 @@ class ScalableGNN(CorrectedGNN):
             lambda layer, rows: self._exchange.swap(self.tables[layer], rows, batch),
             lambda layer, rows: self._exchange.source_of(self.tables[layer], rows, batch),
             None if correction is None else correction.follow,
+            None if correction is None else correction.run,
         )
 
     def push_and_pull(

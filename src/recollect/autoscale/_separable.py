@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recollect._util._tree import Tree
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
-from recollect.messages import propagate, shifted, sparse_csr
+from recollect.messages import multiplied, shifted, sparse_csr
 
-__all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "transposed", "way_of"]
+__all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "through_sources", "transposed", "way_of"]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -74,7 +74,7 @@ class Edges:
 
     def __init__(self, outward: Outward) -> None:
         self._outward = outward
-        self._one_each: dict[int, Tensor] = {}
+        self._one_each: dict[tuple[int, int], Tensor] = {}
 
     @property
     def num_targets(self) -> int:
@@ -98,18 +98,23 @@ class Edges:
         return rows if 2 * rows.numel() < self._outward.rowptr.numel() - 1 else None
 
     @cached_property
+    def all(self) -> Tensor:
+        """See :meth:`Outward.adj`."""
+        return self._outward.adj()
+
+    @cached_property
     def adj(self) -> Tensor:
         """The edges of these rows as sparse CSR matrix [R, T]; of all rows if ``near`` is ``None``."""
+        if self.near is None:
+            return self.all
         outward = self._outward
-        if self.near is not None:
-            outward = outward._replace(rowptr=torch.cat([outward.rowptr[self.near], outward.rowptr[-1:]]))
-        return outward.adj()
+        return outward._replace(rowptr=torch.cat([outward.rowptr[self.near], outward.rowptr[-1:]])).adj()
 
-    def one_each(self, before: int) -> Tensor:
-        """Return an adjacency [R, before + R] with an edge of weight 1 into each target, from the row so far behind."""
-        if before not in self._one_each:
-            self._one_each[before] = shifted(self.adj.size(0), before, self._outward.value)
-        return self._one_each[before]
+    def one_each(self, size: int, before: int = 0) -> Tensor:
+        """Return an adjacency [size, before + size] with an edge of weight 1 into each, from the row so far behind."""
+        if (size, before) not in self._one_each:
+            self._one_each[size, before] = shifted(size, before, self._outward.value)
+        return self._one_each[size, before]
 
 
 def transposed(
@@ -126,29 +131,51 @@ def transposed(
         edges: to the nodes i.
         blank: makes the layer's state.
     """
-    form, shape = way.form, own.shape
-    near = None if form == Form.EDGES else edges.near
-    products = nullcontext() if way.products else _WithoutProducts()  # type: ignore[no-untyped-call]
-    with torch.enable_grad():
-        own = (own if near is None else own[near]).detach().requires_grad_()
-        size = own.size(0)
-        x, before = own, 0
-        if form != Form.SUM:  # then rows of the targets come first, which are others than those of their sources
-            before = edges.num_targets if form == Form.EDGES else size
-            x = torch.cat([own.new_zeros(before, own.size(1)), own])
-        if form == Form.EDGES:
-            adj_t, targets = edges.adj_t, edges.num_targets
-        else:
-            adj_t, targets = edges.one_each(before), size
-        with products:
-            out = model.run_layer(layer, x, adj_t, blank(targets))
-        given = given.to(out)
-        if form != Form.EDGES:
-            given = propagate(edges.adj, given)
-        found = torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+    if way.form == Form.EDGES:
+        return _by_targets(model, layer, way, own, given, edges, blank)
+    near = edges.near
+    rows = own if near is None else own[near]
+    before = 0 if way.form == Form.SUM else rows.size(0)
+    adj_t = edges.one_each(rows.size(0), before)
+    found = through_sources(model, layer, way, rows, multiplied(edges.adj, given), adj_t, blank)
     if near is None or found is None:
         return found
-    return found.new_zeros(shape).index_copy_(0, near, found)
+    return found.new_zeros(own.shape).index_copy_(0, near, found)
+
+
+def through_sources(
+    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, adj_t: Tensor, blank: Blank
+) -> Tensor | None:
+    """Return (∂g(x_j) / ∂x_j)ᵀ v_j for each row j of a layer's input [R, channels], or ``None`` for 0.
+
+    Args:
+        model: gives the layer.
+        layer: its number.
+        way: the layer's, which is a sum of a_ij g(x_j).
+        own: x_j [R, channels].
+        given: v_j [R, out_channels].
+        adj_t: with an edge of weight 1 into each of R targets, from the row j.
+        blank: makes the layer's state.
+    """
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        before = adj_t.size(1) - own.size(0)  # rows of the targets, which are others than those of their sources
+        x = torch.cat([own.new_zeros(before, own.size(1)), own]) if before else own
+        with nullcontext() if way.products else _WithoutProducts():  # type: ignore[no-untyped-call]
+            out = model.run_layer(layer, x, adj_t, blank(own.size(0)))
+        return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
+
+
+def _by_targets(
+    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
+) -> Tensor | None:
+    """Return what :func:`transposed` does, by the edges."""
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        x = torch.cat([own.new_zeros(edges.num_targets, own.size(1)), own])
+        with nullcontext() if way.products else _WithoutProducts():  # type: ignore[no-untyped-call]
+            out = model.run_layer(layer, x, edges.adj_t, blank(edges.num_targets))
+        return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
 
 
 class Moved(nn.Module):

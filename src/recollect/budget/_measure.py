@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from recollect._arguments import Certify
 from recollect._storages import storages_of
+from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree, tensors_among, tensors_of
-from recollect.budget._treatment import keep_products
-from recollect.budget._units import is_inverted
-from recollect.frames import Forward, Kept, Own, Source, backward_mode, frames_apply, run_frame
-from recollect.memory import peak_memory
+from recollect.budget._cost import Cost, Options, cost_of
+from recollect.frames import Forward, backward_mode, frames_apply
 
-__all__ = ["Call", "Cost", "Measured", "Options", "measure"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one kind of unit costs.
-
-    Args:
-        forward: transient bytes of its forward, beside what it keeps and returns.
-        backward: transient bytes of its backward, gradients among them.
-        seconds: that a checkpoint adds; the others likewise.
-    """
-
-    forward: int
-    backward: int
-    seconds: float
-    again: float
-    selective: tuple[int, float] | None = None
-    offloaded: float | None = None
-    inverted: float | None = None
+__all__ = ["Call", "Measured", "measure"]
 
 
 @dataclass
@@ -49,7 +26,7 @@ class Call:
     Args:
         name: of the unit.
         module: the unit.
-        cost: of its kind; ``None`` where no frame can stand around it.
+        cost: of its kind; ``None`` where no frame can stand around it, or what one rebuilds is not what was there.
         saved: storages that autograd saves in it, by key, with their bytes.
         taken: those of its inputs.
         made: those of its outputs.
@@ -126,23 +103,6 @@ class _Pass:
         return bare
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Args:
-        device: whose memory counts.
-        certify: what frames accept of a rebuild.
-        selective: whether checkpoints that keep products come into question.
-        offload: the source that offloads inputs, if it comes into question.
-    """
-
-    device: torch.device
-    certify: Certify
-    selective: bool
-    offload: Source | None
-
-
 class _Probe(Forward):
     """Measures a unit where it is called."""
 
@@ -155,7 +115,8 @@ class _Probe(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.seen
-        if seen.trying or seen.saved is not None or not frames_apply():
+        hooks = saved_tensor_hooks()
+        if seen.trying or seen.saved is not None or not frames_apply() or hooks is None or hooks[0] != seen.pack:
             return self.own()(*args, **kwargs)
         module, own = self._module(), self.own(plain=True)
         assert module is not None
@@ -171,7 +132,10 @@ class _Probe(Forward):
         made = list(tensors_of(output))
         bare, seen.saved = seen.saved, None
         saved = seen.keys(bare)
-        kind = (type(module), _metas(given), _metas(bare), _metas(made), _metas(module.parameters()), module.training)
+        parts = (given, bare, made, module.parameters())
+        kind: tuple[Any, ...] = (type(module), module.training, *map(_metas, parts))
+        if seen.options.apart:
+            kind = (self.name, *kind)
         del bare
         cost = None
         if all(t._version == v for t, v in zip(given, versions, strict=True)) and any(t.requires_grad for t in made):
@@ -179,7 +143,7 @@ class _Probe(Forward):
                 seen.trying = True
                 try:
                     with backward_mode():
-                        seen.kinds[kind] = _cost(module, own, self.own(), copies, seen.options, len(seen.kinds))
+                        seen.kinds[kind] = cost_of(module, own, self.own(), copies, seen.options, len(seen.kinds))
                 finally:
                     seen.trying = False
             cost = seen.kinds[kind]
@@ -190,82 +154,6 @@ class _Probe(Forward):
 
 def _metas(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
-
-
-def _cost(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: Options, known: int) -> Cost:
-    """Run a unit in every way that comes into question."""
-    tensors = arguments.tensors
-    repeats = 2 if known < 8 else 1
-    kept = {s._cdata for t in tensors for s in storages_of(t)}
-    measured: list[int] = []
-
-    def run(function: Callable[..., Any], meter: bool = False) -> float:
-        leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
-        wanted = [t for t in leaves if t.requires_grad]
-        wanted += [p for p in module.parameters() if p.requires_grad]
-        args, kwargs = arguments.build(leaves)
-        start = time.perf_counter()
-        forward = peak_memory(options.device)
-        backward = peak_memory(options.device)
-        if meter:
-            forward.__enter__()
-        output = function(*args, **kwargs)
-        targets = [t for t in tensors_of(output) if t.requires_grad]
-        if meter:
-            forward.__exit__(None, None, None)
-            measured.extend([forward.peak_bytes, forward.current_bytes])
-            measured.append(sum(s.nbytes() for t in tensors_of(output) for s in storages_of(t) if s._cdata not in kept))
-        del output
-        weights = [torch.ones_like(t) for t in targets]
-        if meter:
-            backward.__enter__()
-        torch.autograd.grad(targets, wanted, weights, allow_unused=True)
-        if meter:
-            backward.__exit__(None, None, None)
-            measured.append(backward.peak_bytes + sum(w.nbytes for w in weights))
-        _wait(options.device)
-        return time.perf_counter() - start
-
-    def framed(source: Source, function: Own = own, selective: bool = False) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            contexts = keep_products() if selective else None
-            return run_frame(function, args, kwargs, source, certify=options.certify, contexts=contexts)
-
-        return call
-
-    def best(function: Callable[..., Any]) -> float:
-        run(function)
-        return min(run(function) for _ in range(repeats))
-
-    run(own, meter=True)
-    peak, current, _, backward = measured
-    plain = min(run(own) for _ in range(repeats))
-    with torch.no_grad():
-        start = time.perf_counter()
-        args, kwargs = arguments.build(tensors)
-        own(*args, **kwargs)
-        _wait(options.device)
-        again = time.perf_counter() - start
-    seconds = max(0.0, best(framed(Kept())) - plain)
-    selective = None
-    if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
-        try:
-            duration = best(framed(Kept(), selective=True))
-            measured.clear()
-            run(framed(Kept(), selective=True), meter=True)
-            selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
-        except RuntimeError:  # torch keeps nothing that an operation in it writes to, as a fused LSTM does
-            selective = None
-    offloaded = None if options.offload is None else max(0.0, best(framed(options.offload)) - plain)
-    inverted = None
-    if is_inverted(module):
-        inverted = max(0.0, best(as_set) - plain)
-    return Cost(max(0, peak - current), backward, seconds, max(seconds, again), selective, offloaded, inverted)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(
@@ -279,6 +167,8 @@ def measure(
         model: whose parameters and buffers live on anyway.
         inputs: of the model, which do too.
         options: the device, and what comes into question.
+
+    What runs in a frame, or in another checkpoint, is not measured: that one answers for what it keeps.
     """
     lasting = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
     seen = _Pass(lasting, options)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from recollect._arguments import Certify, check_certify
-from recollect._util._tree import tensors_of
-from recollect.budget._bytes import as_bytes, in_words
-from recollect.budget._measure import Measured, Options, measure
+from recollect.budget._bytes import in_words
+from recollect.budget._cost import Options
+from recollect.budget._measure import Measured, measure
 from recollect.budget._problem import problem_of
-from recollect.budget._solve import Choice, least, solve
+from recollect.budget._ranks import Outcome, of_all_ranks
+from recollect.budget._rows import Row, lines_of, rows_of, seconds_of
+from recollect.budget._solve import least, solve
 from recollect.budget._step import Step, apart, is_within
 from recollect.budget._treatment import Applied, Treated
-from recollect.budget._units import Units, find_units, is_inverted
-from recollect.frames import Forward, Kept, Offload, Previous, Source, frames_apply, in_backward
+from recollect.budget._units import is_inverted
+from recollect.frames import Forward, FrameError, Kept, Previous, Source, frames_apply, in_backward
 
-__all__ = ["BudgetError", "BudgetWarning", "Plan", "Row", "plan"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["BudgetError", "BudgetWarning", "OnExceed", "Plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
-_STRATEGIES = ("store", "checkpoint", "link", "selective", "invert")
 _CORRECTIONS = 3
 _FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
@@ -67,33 +67,6 @@ class BudgetWarning(UserWarning):
         >>> [warning.category.__name__ for warning in found]
         ['BudgetWarning']
     """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a plan's table.
-
-    Args:
-        unit: its name.
-        keeps: bytes from its forward to its backward, as measured with everything kept in it.
-        strategy: ``"store"``, ``"checkpoint"``, ``"link"`` (a checkpoint whose input the unit before makes again),
-            ``"selective"``, ``"offload"`` or ``"invert"``.
-        bytes: that it keeps with this strategy.
-        seconds: that the strategy adds to a step.
-
-    Example:
-        >>> import recollect, torch
-        >>> model = torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(3)])
-        >>> row = recollect.plan(model, torch.randn(64, 32, requires_grad=True), budget="1 MB").rows[0]
-        >>> row.unit, row.strategy, row.keeps, row.bytes  # of 64 * 32 numbers
-        ('0', 'store', 8192, 8192)
-    """
-
-    unit: str
-    keeps: int
-    strategy: str
-    bytes: int
-    seconds: float
 
 
 class _Guard(Forward):
@@ -139,6 +112,7 @@ class Plan:
         self.seconds = 0.0
         self.steps = 0
         self.rows: tuple[Row, ...] = ()
+        self._kept = 0  # bytes, with everything stored
         self._step = step
         self._units = units
         self._options = options
@@ -168,19 +142,8 @@ class Plan:
         self.remove()
 
     def __str__(self) -> str:
-        head = ("unit", "everything", "strategy", "keeps", "adds")
-        body = [(r.unit, in_words(r.keeps), r.strategy, in_words(r.bytes), f"{1e3 * r.seconds:.2f} ms")
-                for r in self.rows]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}".rstrip()
-            for a, b, c, d, e in (head, *body)
-        ]
-        lines.append(
-            f"peak {in_words(self.peak)} (measured) of {in_words(self.budget)}; adds {1e3 * self.seconds:.1f} ms to a "
-            "step (estimated)"
-        )
-        return "\n".join(lines)
+        peak = f"peak {in_words(self.peak)} (measured) of {in_words(self.budget)}"
+        return "\n".join([*lines_of(self.rows), f"{peak}; adds {1e3 * self.seconds:.1f} ms to a step (estimated)"])
 
     def __repr__(self) -> str:
         return f"Plan(budget={self.budget}, peak={self.peak}, units={len(self._units)})"
@@ -188,15 +151,48 @@ class Plan:
     # How it comes about.
 
     def _make(self, given: tuple[Row, ...] = ()) -> None:
-        step = self._step
         if given and (peak := self._verify(given)) <= self.budget:
-            self.peak, self.seconds = peak, _seconds(given)
+            self.peak, self.seconds = peak, seconds_of(given)
             return
+        try:
+            self._search(self._measured(self._options))
+        except FrameError:  # of units that look alike, one cannot be rebuilt as the other
+            self._search(self._measured(replace(self._options, apart=True)))
+
+    def _agree(self, group: ProcessGroup, given: tuple[Row, ...] = ()) -> None:
+        """Find a choice with the ranks of a group."""
+        try:
+            self._make(given)
+            own = Outcome(self.rows, self.peak, self._kept)
+        except BudgetError as error:
+            own = Outcome(None, error.least, self._kept)
+        found = of_all_ranks(own, group)
+        rows, peak = found.rows, found.peak
+        if rows is not None:
+            self.peak = self._verify(rows)
+            self.seconds = seconds_of(rows)
+            peak = of_all_ranks(Outcome(rows, self.peak, self._kept), group).peak
+        if rows is None or peak > self.budget:
+            raise BudgetError(
+                f"a step of {type(self._step.model).__name__} does not fit in {in_words(self.budget)} on every rank: "
+                f"the largest peak that was measured is {in_words(peak)} ({peak} bytes)",
+                peak,
+            )
+
+    def _measured(self, options: Options) -> Measured:
+        step = self._step
         with step.tried():
-            measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), self._options)
+            measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), options)
         self.steps += 1
         if not measured.calls:
-            raise ValueError(f"none of the units {', '.join(self._units)} ran with gradients; name others by units=")
+            raise ValueError(
+                f"none of the units {', '.join(self._units)} ran with gradients and outside of checkpoints; name "
+                "others by units="
+            )
+        self._kept = measured.outside + sum(call.kept for call in measured.calls)
+        return measured
+
+    def _search(self, measured: Measured) -> None:
         target, found, tried, over = self.budget, None, list[tuple[Row, ...]](), False
         for _ in range(1 + _CORRECTIONS):
             rows = self._choose(measured, target)
@@ -211,18 +207,18 @@ class Plan:
             if over:
                 target -= peak - self.budget + 1
                 continue
-            if found is None or _seconds(rows) < _seconds(found[1]):
+            if found is None or seconds_of(rows) < seconds_of(found[1]):
                 found = peak, rows
-            if _seconds(rows) == 0.0 or peak >= _ENOUGH * self.budget:
+            if seconds_of(rows) == 0.0 or peak >= _ENOUGH * self.budget:
                 break
             target += self.budget - peak
         self.peak, self.rows = found if found is not None else self._smallest(measured)
-        self.seconds = _seconds(self.rows)
+        self.seconds = seconds_of(self.rows)
 
     @staticmethod
     def _choose(measured: Measured, budget: int) -> tuple[Row, ...] | None:
         choice = solve(problem_of(measured, budget))
-        return None if choice is None else _rows(measured, choice)
+        return None if choice is None else rows_of(measured, choice)
 
     def _verify(self, rows: tuple[Row, ...]) -> int:
         """Return the peak of a real step with this choice."""
@@ -235,9 +231,9 @@ class Plan:
         """Return the choice of the least peak, if it is within the budget."""
         bound = 2 * (measured.outside + sum(c.kept + c.input + c.gradients for c in measured.calls)) + (1 << 20)
         bound += 2 * max((max(c.cost.forward, c.cost.backward) for c in measured.calls if c.cost), default=0)
-        found = least(lambda budget: problem_of(measured, budget), bound)
+        found = least(lambda budget: problem_of(measured, budget, timed=False), bound)
         assert found is not None
-        rows = _rows(measured, found[1])
+        rows = rows_of(measured, found[1])
         peak = self._verify(rows)
         if peak > self.budget:
             largest = max(measured.calls, key=lambda call: call.kept)
@@ -302,122 +298,3 @@ class Plan:
             self.apply()
         finally:
             self._looking = False
-
-
-def _seconds(rows: tuple[Row, ...]) -> float:
-    return sum(row.seconds for row in rows)
-
-
-def _rows(measured: Measured, choice: Choice) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    calls = iter(measured.calls)
-    for length, region in choice.regions:
-        for place in range(length):
-            call = next(calls)
-            keeps = region.keeps if place == 0 else 0
-            strategy = region.strategy if place == 0 else "link"
-            seconds = region.seconds / length
-            rows.append(Row(call.name, call.kept, strategy, keeps, seconds))
-    return tuple(rows)
-
-
-def plan(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    budget: int | float | str,
-    loss: Callable[[Any], Tensor] | None = None,
-    units: Units | None = None,
-    certify: Certify = True,
-    selective: bool = True,
-    offload: str | os.PathLike[str] | bool = False,
-    on_exceed: OnExceed = "warn",
-    rows: Sequence[Row] = (),
-) -> Plan:
-    """Find what to keep of a model's layers so that a training step stays within a memory budget, in the least time.
-
-    One forward pass measures for every unit what it keeps, what it takes and what it costs to run again. Which units
-    are stored, checkpointed (alone, or some in a row), inverted or offloaded is found by dynamic programming. Then the
-    plan is applied, a real step is measured, and the plan is corrected at most three times: its ``peak`` is a
-    measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards what they were,
-    and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement.
-
-    Class, names and state dict of an applied model are those of the model without. Gradients are the same.
-
-    Args:
-        model: any module, in the mode (training, autocast) in which it will be used, before it is given to
-            ``DistributedDataParallel``.
-        example_inputs: of the model: a tuple of positional arguments, a dict of keyword arguments, or one argument.
-        budget: what a step may allocate at most beside what is there before it (parameters, the optimizer's state,
-            inputs): bytes, ``"1.5 GB"``, ``"1.5 GiB"``, or a share ``"60%"`` of the memory of the device, of the
-            machine on the CPU. Gradients of parameters count, as in a step that begins without them.
-        loss: of the model's output, a scalar; ``None``: the sum of all outputs that require a gradient.
-        units: what is treated as a whole: a type of modules, a name with ``*`` and ``?`` allowed, several of these, or
-            a predicate. ``None``: layers that a container repeats, and layers with an inverse.
-        certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
-        selective: whether checkpoints that keep what products return come into question.
-        offload: a folder to which inputs may be offloaded, or on accelerators ``True`` for host memory.
-        on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
-            own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or
-            ``"replan"``.
-        rows: of an earlier plan of this model, ``plan.rows``: what it chose is taken again if the step that is
-            measured stays within the budget, so that a run that goes on computes what it computed before.
-
-    Returns:
-        The plan. ``print(plan)`` shows a table.
-
-    Raises:
-        BudgetError: the budget cannot be met; the message says what the least peak is.
-        ValueError: there are no units, or ``budget`` or another argument is not among what is allowed.
-        TypeError: the same.
-
-    Example:
-        >>> import torch, recollect
-        >>> from torch import nn
-        >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)) for _ in range(8)])
-        >>> plan = recollect.plan(model, torch.randn(512, 32), budget="800 kB")
-        >>> plan.peak <= 800_000
-        True
-        >>> with plan:
-        ...     model(torch.randn(512, 32)).sum().backward()
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module (got {type(model).__name__})")
-    if on_exceed not in ("warn", "replan", "raise"):
-        raise ValueError(f"on_exceed must be 'warn', 'replan' or 'raise' (got {on_exceed!r})")
-    check_certify(certify)
-    if isinstance(example_inputs, dict):
-        args, kwargs = (), dict(example_inputs)
-    else:
-        args, kwargs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}
-    device = _device_of(model, (args, kwargs))
-    source: Source | None = None
-    if offload is True and device.type != "cpu":
-        source = Offload()
-    elif offload is True:
-        raise ValueError("offload=True is host memory, and the model is there; give a folder on a disk")
-    elif offload is not False:
-        source = Offload(path=offload)
-    options = Options(device, certify, selective, source)
-    step = Step(model, args, kwargs, loss, device)
-    made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
-    made._make(_checked(rows, made))
-    return made
-
-
-def _checked(rows: Sequence[Row], made: Plan) -> tuple[Row, ...]:
-    known = [*_STRATEGIES, *(["offload"] if made._options.offload is not None else [])]
-    for row in rows:
-        if row.unit not in made._units or row.strategy not in known:
-            raise ValueError(
-                f"rows: {row.unit!r} with the strategy {row.strategy!r} is of another plan; its units are "
-                f"{', '.join(made._units)}, its strategies {', '.join(known)}"
-            )
-    return tuple(rows)
-
-
-def _device_of(model: nn.Module, inputs: Any) -> torch.device:
-    devices = {t.device for t in (*model.parameters(), *tensors_of(inputs)) if t.device.type != "cpu"}
-    if len(devices) > 1:
-        raise ValueError(f"a plan is for one device (got {', '.join(sorted(map(str, devices)))})")
-    return devices.pop() if devices else torch.device("cpu")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
+from dataclasses import replace
+
+import torch
 
 from recollect.budget._measure import Call, Measured
 from recollect.budget._solve import Problem, Region
@@ -10,15 +13,23 @@ from recollect.budget._solve import Problem, Region
 __all__ = ["problem_of"]
 
 
-def problem_of(measured: Measured, budget: int) -> Problem:
-    """Return the problem to solve; see :class:`Problem`."""
+def problem_of(measured: Measured, budget: int, timed: bool = True) -> Problem:
+    """Return the problem to solve; see :class:`Problem`.
+
+    Args:
+        measured: what is known of each call.
+        budget: in bytes.
+        timed: whether what is to be small is the time, which is another in each measurement; else the moments' bytes.
+    """
     calls = measured.calls
-    alone = [_alone(call) for call in calls]
+    alone = [_undominated(_alone(call) if timed else [_untimed(way) for way in _alone(call)]) for call in calls]
     limits = [budget - call.outside - call.gradients for call in calls]
 
-    @functools.cache
+    rows = _Rows(calls, budget)
+
     def row(start: int, length: int) -> Region | None:
-        return _row(calls, start, length, budget)
+        found = rows.region(start, length)
+        return found if timed or found is None else _untimed(found)
 
     return Problem(alone, limits, budget - measured.outside, row)
 
@@ -39,7 +50,15 @@ def _alone(call: Call) -> list[Region]:
         ways.append(Region("offload", 0, call.input + own + worst, cost.offloaded))
     if cost.inverted is not None:
         ways.append(Region("invert", 0, 2 * call.input + own + worst, cost.inverted))
-    # What another way beats in all respects never comes into question.
+    return ways
+
+
+def _untimed(way: Region) -> Region:
+    return replace(way, seconds=float(way.moment))
+
+
+def _undominated(ways: list[Region]) -> list[Region]:
+    """Return the ways that no other one beats in all respects."""
     return [
         one
         for one in ways
@@ -59,18 +78,38 @@ def _own(call: Call) -> int:
     return max(0, call.kept - (call.input if set(call.taken) & set(call.saved) else 0))
 
 
-def _row(calls: list[Call], start: int, length: int, budget: int) -> Region | None:
-    """A row of checkpoints that keeps the first one's input, and is rebuilt together."""
-    first, last = calls[start], calls[start + length - 1]
-    built = worst = 0
-    seconds = 0.0
-    for index in range(start, start + length):
-        call = calls[index]
-        if call.cost is None or (index > start and not call.chained):
+class _Rows:
+    """Rows of checkpoints, each of which keeps the first one's input and is rebuilt together."""
+
+    def __init__(self, calls: list[Call], budget: int) -> None:
+        self._calls = calls
+        self._budget = budget
+        self._end = list(range(len(calls)))  # for each call, the last of the longest row that begins with it
+        for index in reversed(range(len(calls) - 1)):
+            cost, after = calls[index].cost, calls[index + 1]
+            if cost is not None and cost.repeats and after.cost is not None and after.chained:
+                self._end[index] = self._end[index + 1]
+        costs = [call.cost for call in calls]
+        self._seconds = [0.0, *itertools.accumulate(0.0 if cost is None else cost.again for cost in costs)]
+        self._kept = torch.tensor([call.kept for call in calls])
+        self._worst = torch.tensor([0 if cost is None else max(cost.forward, cost.backward) for cost in costs])
+        self._start = -1
+        self._moments: list[int] = []  # of rows that begin at the start, by length
+
+    def region(self, start: int, length: int) -> Region | None:
+        """Return the row of so many calls; ``None`` if there is none, or it does not fit, and no longer one does."""
+        last = start + length - 1
+        cost = self._calls[last].cost
+        if cost is None or last > self._end[start]:
             return None
-        built += _own(call) if index == start else call.kept
-        worst = max(worst, built + max(call.cost.forward, call.cost.backward))
-        seconds += call.cost.again if index < start + length - 1 else call.cost.seconds
-    if first.input + worst > budget or last.cost is None:
-        return None
-    return Region("checkpoint", first.input, worst, seconds)
+        if start != self._start:
+            end = self._end[start] + 1
+            built = self._kept[start:end].cumsum(0)
+            built += _own(self._calls[start]) - self._calls[start].kept
+            self._moments = (built + self._worst[start:end]).cummax(0).values.tolist()
+            self._start = start
+        moment = self._moments[length - 1]
+        if self._calls[start].input + moment > self._budget:
+            return None
+        seconds = self._seconds[last] - self._seconds[start] + cost.seconds
+        return Region("checkpoint", self._calls[start].input, moment, seconds)

@@ -142,7 +142,7 @@ def least(problem: Callable[[int], Problem], high: int) -> tuple[int, Choice] | 
     """Return the smallest budget with which a problem can be solved, up to a hundredth, and the choice for it.
 
     Args:
-        problem: for a budget in bytes.
+        problem: for a budget in bytes; without measured seconds, or the choice would be another each time.
         high: a budget with which it can be solved.
     """
     best = solve(problem(high), 1024)

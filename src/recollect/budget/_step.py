@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._util._tree import Tree, tensors_of
-from recollect.frames import settle, trial
+from recollect.frames import backward_mode, settle, trial
 from recollect.memory import peak_memory
 
 __all__ = ["Shapes", "Step", "apart", "is_within"]
@@ -58,10 +59,17 @@ class Step:
         settle()
         return memory.peak_bytes
 
-    def tried(self) -> Any:
+    @contextmanager
+    def tried(self) -> Iterator[None]:
         """Return a context after which the model is what it was."""
         leaves = [t for t in tensors_of((self.args, self.kwargs)) if t.requires_grad and t.is_leaf]
-        return trial(self.model, {self.device}, leaves)
+        torch.clear_autocast_cache()  # a step makes its casts itself, and they count
+        try:
+            # What must happen once per step, such as pushes to histories, happens in none of these.
+            with trial(self.model, {self.device}, leaves), backward_mode():
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def size(self) -> int:
         """Return the bytes of the inputs."""

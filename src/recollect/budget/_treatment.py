@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from recollect._arguments import Certify
+from recollect.budget._products import keep_products
 from recollect.budget._units import Units, find_units
 from recollect.frames import Forward, Kept, Source, frames_apply, run_frame
 
-__all__ = ["Applied", "Treated", "apply", "keep_products"]
-
-_aten = torch.ops.aten
-_PRODUCTS = frozenset(
-    getattr(_aten, name).default
-    for name in (
-        "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-    if hasattr(_aten, name)
-)  # fmt: skip
-
-
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def keep_products() -> Any:
-    """Return the contexts of a checkpoint that keeps what products return, and computes the rest again."""
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+__all__ = ["Applied", "Treated", "apply"]
 
 
 class Treated(Forward):

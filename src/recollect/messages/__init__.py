@@ -11,13 +11,15 @@ The other names are what the package shares about sparse CSR adjacencies.
 from recollect.messages._adjacency import check_csr, described, make_adj_t, row_pointers, rows_of, sparse_csr, values_of
 from recollect.messages._convolutions import convolve, for_targets
 from recollect.messages._extreme import extreme
-from recollect.messages._made import Made, made_of, take_made
+from recollect.messages._kernels import multiplied
+from recollect.messages._made import Made, adjacency_of_edges, made_of, take_made
 from recollect.messages._pairs import naming_pairs
-from recollect.messages._products import propagate, shifted
+from recollect.messages._products import propagate, shifted, transposed_rows
 from recollect.messages._weights import with_weights
 
 __all__ = [
     "Made",
+    "adjacency_of_edges",
     "check_csr",
     "convolve",
     "described",
@@ -25,6 +27,7 @@ __all__ = [
     "for_targets",
     "made_of",
     "make_adj_t",
+    "multiplied",
     "naming_pairs",
     "propagate",
     "row_pointers",
@@ -32,6 +35,7 @@ __all__ = [
     "shifted",
     "sparse_csr",
     "take_made",
+    "transposed_rows",
     "values_of",
     "with_weights",
 ]

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from recollect._devices import forms_of
-from recollect._torch import is_recorded
+from recollect._torch import is_recorded, saved_tensor_hooks
 from recollect.messages._adjacency import edges_of
 from recollect.messages._rules import Rule, Sources, known
 
 __all__ = ["convolve", "for_targets"]
+
+Hooks = tuple[Any, Any] | None
 
 
 def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,11 +32,11 @@ def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
     that allow it are torch_geometric's own SAGEConv, GraphConv, GCNConv and GINConv (no subclasses of them) where they
     sum, average, or on the CPU take the largest or smallest of the rows of the sources, and GATConv where it drops no
     attention, on a plain ``edge_index`` and without further arguments. All others are called as they are; so are
-    convolutions that are compiled, that cache a graph of their own (``cached=True``), with a hook on them or under
-    explanation, and all under torch.func transforms and in what is compiled, traced or captured in a CUDA graph. The
-    result is the same up to rounding. The edges are sorted once for an ``edge_index``, and the adjacency is kept as
-    long as that lives and is not changed; changes that torch does not count, made through ``.data`` or NumPy, are not
-    seen.
+    convolutions that are compiled, that cache a graph of their own (``cached=True``), with a hook on them, in a
+    checkpoint within the block or under explanation, and all under torch.func transforms and in what is compiled,
+    traced or captured in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an
+    ``edge_index``, and the adjacency is kept as long as that lives and is not changed; changes that torch does not
+    count, made through ``.data`` or NumPy, are not seen.
 
     Args:
         block: the convolution, or the block; any callable.
@@ -87,11 +89,23 @@ def for_targets(number: int) -> Iterator[None]:
 
 
 class _Running(threading.local):
-    """By id, the convolutions of the blocks that run in this thread, how many times; and for which nodes they do."""
+    """What blocks run in this thread.
+
+    Attributes:
+        convs: their convolutions, by id, and how many times.
+        targets: how many nodes they return rows for; ``None``: all.
+        hooks: the saved-tensor hooks around the innermost one.
+    """
 
     def __init__(self) -> None:
         self.convs: Counter[int] = Counter()
         self.targets: int | None = None
+        self.hooks: Hooks = None
+
+    def is_in_checkpoint(self) -> bool:
+        """Whether other hooks have come in the block: what runs under them runs again without the block around it."""
+        now, then = saved_tensor_hooks(), self.hooks
+        return now is not then and (now is None or then is None or now[0] is not then[0] or now[1] is not then[1])
 
 
 _RUNNING = _Running()
@@ -103,12 +117,14 @@ _HELD: Counter[int] = Counter()  # by id, how many blocks of all threads hold a 
 def _by_products(block: Any) -> Iterator[None]:
     """Compute the convolutions in a block by products, in this thread, until the end."""
     held: list[nn.Module] = []
+    before, _RUNNING.hooks = _RUNNING.hooks, saved_tensor_hooks()
     try:
         for conv in _reached(block):
             if _hold(conv):
                 held.append(conv)
         yield
     finally:
+        _RUNNING.hooks = before
         for conv in held:
             _let_go(conv)
 
@@ -171,6 +187,9 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
     name is that of a method, as pickle finds methods by name.)
     """
     if not torch.compiler.is_compiling() and id(conv) in _RUNNING.convs:
+        if _RUNNING.is_in_checkpoint():
+            out = type(conv).forward(conv, *args, **kwargs)
+            return out if _RUNNING.targets is None else out[: _RUNNING.targets]
         given = _given(conv, *args, **kwargs)
         rule = None if given is None else _rule_of(conv, *given)
         if given is not None and rule is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from recollect.messages._adjacency import Edges, know_edges, known_edges, sparse_csr
+from recollect.messages._adjacency import Edges, edges_of, know_edges, known_edges, row_pointers, sparse_csr
 from recollect.messages._products import know_transpose, known_transpose
 
-__all__ = ["Made", "made_of", "take_made"]
+__all__ = ["Made", "adjacency_of_edges", "made_of", "take_made"]
 
 Csr = tuple[Tensor, Tensor, Tensor]
 
@@ -47,6 +48,23 @@ class Made:
     def number(self) -> int:
         """How many matrices there are."""
         return len(self.adjacencies) + sum(each is not None for each in self.transposes)
+
+
+def adjacency_of_edges(edge_index: Tensor, values: Tensor, num_nodes: int, num_targets: int) -> Tensor:
+    """Return the adjacency [num_targets, num_nodes] of edges that are sorted by target; kept as long as they live.
+
+    Args:
+        edge_index: sources and targets [2, E] int64.
+        values: of each edge [E]; the same whenever the edges are.
+        num_nodes: that sources are of.
+        num_targets: that targets are of.
+    """
+
+    def make() -> Tensor:
+        rowptr = row_pointers(edge_index[1], num_targets, torch.int64)
+        return sparse_csr(rowptr, edge_index[0], values, (num_targets, num_nodes))
+
+    return edges_of(edge_index, num_nodes, num_targets).adj_t("whole", make) if values.numel() else make()
 
 
 def made_of(edge_index: Tensor) -> Made | None:

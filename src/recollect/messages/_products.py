@@ -17,7 +17,7 @@ from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
 
-__all__ = ["know_transpose", "known_transpose", "propagate", "shifted"]
+__all__ = ["know_transpose", "known_transpose", "propagate", "shifted", "transposed_rows"]
 
 # While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -129,6 +129,15 @@ def _transposed(adj_t: Tensor) -> Tensor:
             transpose = sparse_csr(rowptr, row, adj_t.values()[order], (adj_t.size(1), adj_t.size(0)))
         know_transpose(adj_t, transpose)
     return transpose
+
+
+def transposed_rows(adj_t: Tensor, count: int) -> Tensor:
+    """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets]."""
+    transpose = _transposed(adj_t)
+    rowptr = transpose.crow_indices()[: count + 1]
+    edges = int(rowptr[-1])
+    col, value = transpose.col_indices()[:edges], transpose.values()[:edges]
+    return sparse_csr(rowptr, col, value, (count, adj_t.size(0)))
 
 
 def known_transpose(adj_t: Tensor) -> Tensor | None:

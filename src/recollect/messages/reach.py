@@ -16,7 +16,19 @@ from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
 from recollect.messages._kind import kind_of, look_of, module_of
 
-__all__ = ["DRAWING", "Constant", "Probe", "Reach", "cut", "goes_by_rows", "kind_of", "look_of", "same", "some_rows"]
+__all__ = [
+    "DRAWING",
+    "Constant",
+    "Cut",
+    "Probe",
+    "Reach",
+    "cut",
+    "goes_by_rows",
+    "kind_of",
+    "look_of",
+    "same",
+    "some_rows",
+]
 
 _NODES, _EDGES = 160, 300
 _PARTS = ((0, 9), (9, 10), (40, 41), (60, 72), (150, _NODES))
@@ -51,6 +63,27 @@ class Reach:
         return self.further_alone if further else self.near_alone
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A part of a small graph.
+
+    Attributes:
+        start: its first node.
+        stop: behind its last node.
+        further: whether edges into its neighbours are there too.
+        halo: its neighbours.
+        edge_index: in its own numbers.
+        edges: what these have, by name.
+    """
+
+    start: int
+    stop: int
+    further: bool
+    halo: Tensor
+    edge_index: Tensor
+    edges: dict[str, Tensor]
+
+
 class Probe:
     """A small graph, on which a block is computed as a whole and part by part.
 
@@ -63,30 +96,36 @@ class Probe:
         edges: what the graph's edges have; rows are drawn from it.
         width: channels of a block's input.
         dtype: of a block's input.
+
+    Attributes:
+        rows: of its nodes [n, width].
+        edge_index: [2, E'], sorted by target.
+        edges: what these edges have, by name.
+        cuts: its parts.
     """
 
     def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(0)
         number = _EDGES if all(value.size(0) for value in edges.values()) else 0
-        self._edge_index = self._drawn_edges(number)
-        count = torch.bincount(self._edge_index[1], minlength=_NODES)
+        self.edge_index = self._drawn_edges(number)
+        count = torch.bincount(self.edge_index[1], minlength=_NODES)
         rowptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        self._edges = {
+        self.edges = {
             name: value[torch.randint(value.size(0), (int(rowptr[-1]),), generator=self._generator)]
             if number
             else value
             for name, value in edges.items()
         }
         backwards = torch.arange(int(rowptr[-1])).flip(0)
-        self._turned = backwards[torch.argsort(self._edge_index[1][backwards], stable=True)]  # for each node
-        self._rows = torch.randn(_NODES, width, generator=self._generator, dtype=torch.float64).to(dtype)
+        self._turned = backwards[torch.argsort(self.edge_index[1][backwards], stable=True)]  # for each node
+        self.rows = torch.randn(_NODES, width, generator=self._generator, dtype=torch.float64).to(dtype)
         place = torch.full((_NODES,), -1, dtype=torch.int64)
-        self._cuts = [
-            (
+        self.cuts = [
+            Cut(
                 start,
                 stop,
                 further,
-                *cut(rowptr, self._edge_index[0], self._edges, torch.arange(start, stop), further, place),
+                *cut(rowptr, self.edge_index[0], self.edges, torch.arange(start, stop), further, place),
             )
             for start, stop in _PARTS
             for further in (False, True)
@@ -119,29 +158,30 @@ class Probe:
         alone = dict(right)
         ordered = False
         for scale in _SCALES[:1] if brief else _SCALES:
-            rows, draws = self._rows * scale, Constant()
-            true = _run(block, rows, self._edge_index, self._edges, draws)
-            again = _run(block, rows, self._edge_index, self._edges, Constant())
+            rows, draws = self.rows * scale, Constant()
+            true = _run(block, rows, self.edge_index, self.edges, draws)
+            again = _run(block, rows, self.edge_index, self.edges, Constant())
             # Whole numbers name other rows in another graph; and what does not repeat itself is an error of the step.
             if draws.whole_numbers or not same(again, true):
                 continue
-            turned = {key: value[self._turned] for key, value in self._edges.items()}
-            other = _run(block, rows, self._edge_index[:, self._turned], turned, Constant())
+            turned = {key: value[self._turned] for key, value in self.edges.items()}
+            other = _run(block, rows, self.edge_index[:, self._turned], turned, Constant())
             ordered |= not same(other, true)
-            for start, stop, with_further, halo, edge_index, edges in self._cuts:
-                own = torch.cat([rows[start:stop], rows[halo]])
+            for part in self.cuts:
+                whole, with_further = true[part.start : part.stop], part.further
+                own = torch.cat([rows[part.start : part.stop], rows[part.halo]])
                 if with_further:
                     own = torch.cat([own, own.new_zeros(1, own.size(1))])
                 try:
-                    found = _run(block, own, edge_index, edges, Constant())[: stop - start]
+                    found = _run(block, own, part.edge_index, part.edges, Constant())[: whole.size(0)]
                 except Exception as error:
                     raise ValueError(
                         f"{name}: it ran on a small graph, and then not on a part of it ({type(error).__name__}: "
                         f"{error}). A convolution that keeps something of the first graph, as with cached=True, cannot "
                         "be computed part by part: turn that off"
                     ) from error
-                right[with_further] &= same(found, true[start:stop])
-                alone[with_further] = alone[with_further] and _is_alone(block, own, edge_index, edges, true[start:stop])
+                right[with_further] &= same(found, whole)
+                alone[with_further] = alone[with_further] and _is_alone(block, own, part.edge_index, part.edges, whole)
         near, further = right[False], right[True]
         return Reach(near, further, near and alone[False], further and alone[True], ordered)
 
@@ -218,8 +258,12 @@ def _random_state() -> Iterator[None]:
         torch.set_rng_state(before)
 
 
+_DRAWN = getattr(torch.ops.aten.random_, "from")
+_KEPT = 0x7FFF7FFF7FFF7FFF  # the largest number in each 16 bits: a mask that is made of it drops nothing
+
+
 class Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Numbers that are drawn are 1 where they are masks, and else 1/2.
+    """Numbers that are drawn are 1 where they are masks, and else 1/2; bits that are drawn are ones.
 
     Attributes:
         whole_numbers: whether some were drawn, such as a permutation, which stay as they are.
@@ -234,6 +278,8 @@ class Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and isinstance(out, Tensor):
             if out.is_floating_point():
                 out.fill_(1.0 if "bernoulli" in str(func) else 0.5)
+            elif func is _DRAWN and args[1] == -(2**63):  # of all numbers: these are bits
+                out.fill_(_KEPT)
             else:
                 self.whole_numbers = True
         return out

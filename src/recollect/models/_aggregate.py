@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recollect.messages import propagate, values_of, with_weights
+from recollect.messages import propagate, rows_of, values_of, with_weights
 
 __all__ = ["AGGREGATORS", "Messages"]
 
@@ -75,8 +76,37 @@ class Messages:
         return rows * values_of(self._adj_t).to(rows.dtype).unsqueeze(-1)
 
     def _reduced(self, messages: Tensor, how: str) -> Tensor:
-        out = torch.segment_reduce(messages, how, offsets=self._adj_t.crow_indices())
+        rowptr = self._adj_t.crow_indices()
+        if how == "sum":
+            out = torch.segment_reduce(messages, how, offsets=rowptr)
+        else:
+            out = _Extreme.apply(messages, rowptr, rows_of(self._adj_t), how)  # type: ignore[no-untyped-call]
         return out.masked_fill(self._count == 0, 0.0)
+
+
+class _Extreme(torch.autograd.Function):
+    """The largest or smallest message of each target; those that are equal share its gradient evenly.
+
+    (In torch's own gradient each of them gets a share of a positive one, and the whole of a negative one.)
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(messages: Tensor, rowptr: Tensor, row: Tensor, how: str) -> Tensor:
+        return torch.segment_reduce(messages, how, offsets=rowptr)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+        messages, _, row, _ = inputs
+        ctx.save_for_backward(messages, output, row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        messages, out, row = ctx.saved_tensors
+        is_top = (messages == out.index_select(0, row)).to(grad.dtype)
+        number = torch.zeros_like(out).index_add(0, row, is_top).clamp(min=1)
+        return is_top * (grad / number).index_select(0, row), None, None, None
 
 
 AGGREGATORS: dict[str, Callable[[Messages], Tensor]] = {

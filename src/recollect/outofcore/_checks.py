@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect.autoscale import ScalableGNN
 from recollect.messages.reach import DRAWING, Constant, same
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
-__all__ = ["check_graph", "check_network", "check_rows", "evaluating"]
+__all__ = [
+    "check_graph",
+    "check_layered",
+    "check_network",
+    "check_rows",
+    "check_weighting",
+    "evaluating",
+    "in_order",
+    "inputs_of",
+]
 
 _ROWS, _PART = 24, slice(5, 12)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,6 +54,32 @@ def check_network(model: Any) -> None:
                 f"{name} has hooks ({', '.join(found)}), which are not called when blocks are computed part by part: "
                 "remove them, or register them on the convolutions"
             )
+
+
+def check_layered(model: Any) -> None:
+    """Check that a network is run as it is when its layers are computed one by one.
+
+    Raises:
+        TypeError: another kind of network, or one that runs its layers in its own order.
+        ValueError: hooks on it, which would not be called.
+    """
+    if not isinstance(model, ScalableGNN):
+        raise TypeError(
+            "model must be a recollect.models.RevGNN, or another recollect.autoscale.ScalableGNN (got "
+            f"{type(model).__name__})"
+        )
+    for method in ("forward", "__call__", "run_layers", "run_layer"):
+        if getattr(type(model), method) is not getattr(ScalableGNN, method):
+            raise TypeError(
+                f"{type(model).__name__} has its own {method}, which is not called when layers are computed part by "
+                "part: write forward_layer, which goes over edges, and readout, which goes row by row"
+            )
+    found = [kind for kind in _HOOKS if getattr(model, kind)]
+    if found:
+        raise ValueError(
+            f"model has hooks ({', '.join(found)}), which are not called when layers are computed part by part: remove "
+            "them, or register them on the convolutions"
+        )
 
 
 def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
@@ -113,3 +149,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:
+    """Return the names of what parts hold of each edge.
+
+    Args:
+        model: the network.
+        inputs: that were given.
+        keep_every: that was given.
+
+    Raises:
+        TypeError: another kind of network.
+        ValueError: an argument is for the other kind.
+    """
+    if isinstance(model, RevGNN):
+        if keep_every != 1:
+            raise ValueError(
+                f"keep_every={keep_every} is for networks that keep layers' inputs, and those of a RevGNN come back by "
+                "inversion: leave it out"
+            )
+        return inputs
+    check_layered(model)
+    if inputs:
+        raise ValueError(
+            f"inputs={inputs} are for the convolutions of a RevGNN; a {type(model).__name__} says in its attribute "
+            f"inputs what its layers need beside the adjacency ({model.inputs})"
+        )
+    return ("edge_weight", *model.inputs)
+
+
+def check_weighting(weighting: object) -> None:
+    """Raise a TypeError unless this is ``None``, or can be called with a Gramian."""
+    if isinstance(weighting, type) or not (weighting is None or callable(weighting)):
+        found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
+        raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
+
+
+def in_order(data: Any, adj_t: Tensor) -> bool:
+    """Return whether the edges into each node are in the same order in a graph's edge index as in its adjacency."""
+    edge_index = data.get("edge_index") if "adj_t" not in data else None
+    if edge_index is None:
+        return True
+    by_target = torch.argsort(edge_index[1], stable=True)
+    return torch.equal(edge_index[0][by_target].cpu(), adj_t.col_indices().long().cpu())

@@ -42,8 +42,8 @@ class Network(ABC):
     further: bool
 
     @abstractmethod
-    def tables(self) -> dict[str, Shape]:
-        """Return the tables of a step of one loss, by name."""
+    def tables(self, journaled: bool) -> dict[str, Shape]:
+        """Return the tables of a step of one loss, by name; with those that it needs to be journaled."""
 
     @abstractmethod
     def places(self, parts: int) -> int:

@@ -115,7 +115,9 @@ class OneLoss:
         parameters: Sequence[nn.Parameter],
     ) -> Pulled:
         """See :class:`Objectives`."""
-        seeds = [gradient.to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)]
+        seeds = [
+            gradient.reshape(output.shape).to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)
+        ]
         found = _grad(outputs, [*rows, *parameters], seeds, False)
         return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
 
@@ -211,7 +213,7 @@ class SeveralLosses:
         for parameter in parameters:
             self._left[parameter] -= 1
             if self._left[parameter] <= 0 and parameter in gradients:
-                rows = gradients.pop(parameter).flatten(1)
+                rows = gradients.pop(parameter).reshape(self.number, -1)
                 assert self.gramian is not None
                 self.gramian += (rows @ rows.T).double()
 

@@ -19,7 +19,7 @@ from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step, trained
-from recollect.outofcore._tables import Changes, Shape
+from recollect.outofcore._tables import Changes, Shape, Slots, Sum
 
 __all__ = ["Reversible"]
 
@@ -56,12 +56,15 @@ class Reversible(Network):
             check_rows(model, self._features)
         self.masks: dict[str, Masks] = {}
 
-    def tables(self) -> dict[str, Shape]:
+    @property
+    def shape(self) -> Shape:
+        """A group's."""
+        return self._hidden // self.model.num_groups, self.dtype
+
+    def tables(self, journaled: bool) -> dict[str, Shape]:
         """See :class:`Network`."""
-        groups = self.model.num_groups
-        found: dict[str, Shape] = {
-            f"{kind}{i}": (self._hidden // groups, self.dtype) for kind in ("x", "g") for i in range(groups)
-        }
+        slots = {kind: Slots(kind, self.model.num_groups, journaled) for kind in ("x", "g")}
+        found = {name: self.shape for each in slots.values() for name in each.names}
         for mask in ("mask", "last_mask") if self.model.dropout > 0 else ():
             found[mask] = width_of(self._hidden), torch.uint8
         return found
@@ -73,7 +76,9 @@ class Reversible(Network):
     def settle(self, space: Space, graph: Graph) -> None:
         """See :class:`Network`."""
         self.bounds = space.parts.bounds
-        self.masks = {name: Masks(space.tables[name], self._hidden) for name in self.tables() if name.endswith("mask")}
+        self.masks = {
+            name: Masks(space.tables[name], self._hidden) for name in self.tables(False) if name.endswith("mask")
+        }
 
     def check(self) -> None:
         """See :class:`Network`."""
@@ -148,6 +153,8 @@ class ReversibleStep(Step):
     def __init__(self, of: Reversible, space: Space, run: Run) -> None:
         super().__init__(of.model, space, run)
         self._of, self._model = of, of.model
+        self._x = Slots("x", of.model.num_groups, self.journaled)
+        self._g = Slots("g", of.model.num_groups, self.journaled)
 
     # Forward.
 
@@ -157,12 +164,13 @@ class ReversibleStep(Step):
         for layer in range(self._model.num_layers):
             for group in range(self._model.num_groups):
                 self._pass(partial(self._rows, group), partial(self._forward, layer, group))
+                self._x.turn([group])
 
     def _embed(self, part: Part, _: None) -> Changes:
         with torch.no_grad():
             rows = self._entered(self._model.embed(part.x))
         where = (part.start, part.stop)
-        return Changes([(f"x{i}", where, chunk) for i, chunk in enumerate(self._chunks(rows))])
+        return Changes([(self._x.here(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
     def _entered(self, rows: Tensor) -> Tensor:
         lattice = self._of.lattice
@@ -175,13 +183,13 @@ class ReversibleStep(Step):
         """Read a group of a part, the block's input, and the factors of its dropout."""
         model, tables, where = self._model, self.space.tables, (part.start, part.stop)
         first, *others = self._inputs(group)
-        z = tables.read(f"x{first}", where, part.halo)
+        z = tables.read(self._x.here(first), where, part.halo)
         for other in others:
-            z += tables.read(f"x{other}", where, part.halo)
+            z += tables.read(self._x.here(other), where, part.halo)
         mask = None
         if model.training and model.shared_dropout and model.dropout > 0:
             mask = self._chunks(self._of.masks["mask"].read(part.n_id, self._of.dtype))[group]
-        return tables[f"x{group}"].read(where), z, mask
+        return tables[self._x.here(group)].read(where), z, mask
 
     def _inputs(self, group: int) -> list[int]:
         """Return the groups whose sum is the input of a group's block."""
@@ -199,7 +207,7 @@ class ReversibleStep(Step):
             lattice.check(own, [own], [self._of.block(layer, group)], f"layer {layer}, block {group}: {{}}")
             if self.training:
                 self._mark(self._place(layer, group, part), y)
-        return Changes([(f"x{group}", (part.start, part.stop), own)])
+        return Changes([(self._x.there(group, [group]), (part.start, part.stop), own)])
 
     def _place(self, layer: int, group: int, part: Part) -> int:
         return (layer * self._model.num_groups + group) * len(self.space.parts) + part.number
@@ -218,7 +226,7 @@ class ReversibleStep(Step):
     def groups_of(self, part: Part) -> Tensor:
         """Return the activations of a part's nodes [n, hidden_channels]."""
         tables, where = self.space.tables, (part.start, part.stop)
-        return torch.cat([tables[f"x{i}"].read(where) for i in range(self._model.num_groups)], 1)
+        return torch.cat([tables[self._x.here(i)].read(where) for i in range(self._model.num_groups)], 1)
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
@@ -244,8 +252,8 @@ class ReversibleStep(Step):
 
             (gradient,) = self._lose(part, logits, [h], parameters)
             for i in range(model.num_groups):
-                width = self.objectives.width(self._of.tables()[f"g{i}"][0])
-                self.space.tables.make(self._gradient(i), (width, self._of.dtype))
+                width, dtype = self._of.shape
+                self.space.tables.make(self._gradient(i), (self.objectives.width(width), dtype))
             where = (part.start, part.stop)
             chunks = self._chunks(gradient)
             return Changes([(self._gradient(i), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
@@ -254,7 +262,7 @@ class ReversibleStep(Step):
         return self._lost()
 
     def _gradient(self, group: int) -> str:
-        return self.objectives.table(f"g{group}")
+        return self.objectives.table(self._g.here(group))
 
     # Backward.
 
@@ -265,6 +273,8 @@ class ReversibleStep(Step):
                 parameters = self._of.inside(layer, group)
                 compute = partial(self._backward, layer, group, parameters)
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
+                self._x.turn([group])
+                self._g.turn(self._inputs(group))
         self._errors = self._norms = 0.0
         self._pass(self._read_first, self._leave, self._of.around())
         self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
@@ -277,19 +287,28 @@ class ReversibleStep(Step):
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
         if lattice is not None:
-            self._compare(self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}")
+            self._compare(
+                self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}", ", or exact=False"
+            )
         pulled = self.objectives.pull([y], [gradient], [z], parameters)
         self._add(parameters, pulled)
         where = (part.start, part.stop)
         own = own - y.detach() if lattice is None else lattice.inverse(own, y.detach())[0]
-        changes = Changes([(f"x{group}", where, own)])
+        changes = Changes([(self._x.there(group, [group]), where, own)])
         if pulled.rows[0] is not None:
             found = pulled.rows[0].flatten(1)
-            for other in self._inputs(group):
-                changes.added += [
-                    (self._gradient(other), where, found[: part.size]),
-                    (self._gradient(other), part.halo, found[part.size :]),
-                ]
+        else:
+            found = z.new_zeros(z.size(0), self.objectives.width(z.size(1)), requires_grad=False)
+        inputs, before = self._inputs(group), int((part.halo < part.start).sum())  # parts come in order
+        for other in inputs:
+            here, there = self._gradient(other), self.objectives.table(self._g.there(other, inputs))
+            changes.added.append(Sum(there, where, found[: part.size], here))
+            around = found[part.size :]
+            if here == there:
+                changes.added.append(Sum(here, part.halo, around, here))
+            else:  # what comes before has moved already
+                changes.added.append(Sum(there, part.halo[:before], around[:before], there))
+                changes.added.append(Sum(here, part.halo[before:], around[before:], here))
         return changes
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:

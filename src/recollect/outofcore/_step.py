@@ -84,16 +84,19 @@ class Step(ABC):
         parameters = list(model.parameters())
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._loss: Tensor | None = None
+        self._touched: dict[nn.Parameter, None] = {}  # by the pass that is under way
         self._changed: list[tuple[int, Tensor]] = []
         self._sums: Sums | None = None
         if space.folder is not None and run.name is not None:
             self._sums = Sums(space.folder / "gradients.table", parameters, run.name)
         if run.journal is not None and self._sums is not None:
             self._loss = run.journal["loss"]
-            found = self._sums.read(dict(run.journal["gradients"]))
+            changed = dict(run.journal["gradients"])
+            found = self._sums.read(set(run.journal["known"]) - changed.keys()) | changed
             self.gradients = {parameters[number]: value for number, value in found.items()}
             for number, value in run.journal["gradients"]:
                 self._sums.write(number, value)
+                self._touched[parameters[number]] = None
 
     def run(self) -> Tensor:
         """Do all, and return the losses."""
@@ -129,6 +132,11 @@ class Step(ABC):
         assert self._objectives is not None
         return self._objectives
 
+    @property
+    def journaled(self) -> bool:
+        """Whether another process can go on behind each operation."""
+        return self._sums is not None
+
     # Reading, computing and writing side by side.
 
     def _pass(
@@ -158,28 +166,32 @@ class Step(ABC):
             part = parts[order[index]]
             return part, read(part)
 
-        ahead = worker.submit(load, begin)
+        # The first is read here, and the last written: the other thread would have to be waited for.
+        part, rows = load(begin)
         behind = None
         for index in range(begin, number):
-            part, rows = ahead.result()
-            if index + 1 < number:
-                ahead = worker.submit(load, index + 1)
+            last = index + 1 == number
+            ahead = None if last else worker.submit(load, index + 1)
             changes = compute(part, rows)
             parts.leave(part)
             if self._sums is not None:
-                changes.state = {"operation": first + index, "loss": self._loss, "gradients": self._changed}
+                known = [self._numbers[parameter] for parameter in self.gradients]
+                state = {"operation": first + index, "loss": self._loss, "gradients": self._changed, "known": known}
+                changes.state = state
             if behind is not None:
                 behind.result()
-            behind = worker.submit(self._apply, changes, index == number - 1)
-        if behind is not None:
-            behind.result()
-        self._changed = []
+            if ahead is None:
+                self._apply(changes, last)
+            else:
+                behind = worker.submit(self._apply, changes, last)
+                part, rows = ahead.result()
+        self._changed, self._touched = [], {}
         if self._objectives is not None:
             self._objectives.finish(parameters, self.gradients)
 
     def _apply(self, changes: Changes, last: bool) -> None:
         """Do what an operation does; the last one of a pass says what its gradients are."""
-        self.space.tables.apply(changes, journaled=self._sums is not None)
+        self.space.tables.apply(changes, self.journaled)
         if last and self._sums is not None:
             for number, value in changes.state["gradients"]:
                 self._sums.write(number, value)
@@ -191,8 +203,9 @@ class Step(ABC):
                 continue
             known = self.gradients.get(parameter)
             self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+            self._touched[parameter] = None
         # Of the pass over the parts that is under way; they are not changed in place.
-        self._changed = [(self._numbers[each], self.gradients[each]) for each in parameters if each in self.gradients]
+        self._changed = [(self._numbers[each], self.gradients[each]) for each in self._touched]
 
     # What kinds of networks have in common.
 
@@ -210,10 +223,9 @@ class Step(ABC):
             self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
             self._add(parameters, pulled)
             found = pulled.rows
-        shapes = [[each.size(0), self.objectives.width(each.size(1))] for each in rows]
         return [
-            each.new_zeros(shape, requires_grad=False).view(each.size(0), -1, each.size(1)) if one is None else one
-            for one, each, shape in zip(found, rows, shapes, strict=True)
+            each.new_zeros(each.size(0), self.objectives.width(1), *each.shape[1:]) if one is None else one
+            for one, each in zip(found, rows, strict=True)
         ]
 
     def _lost(self) -> Tensor:
@@ -229,8 +241,14 @@ class Step(ABC):
         """Note the bits of what was computed."""
         self.space.marks.write((place, place + 1), _bytes_of(output))
 
-    def _compare(self, place: int, output: Tensor, name: str) -> None:
+    def _compare(self, place: int, output: Tensor, name: str, or_else: str) -> None:
         """Compare what was computed again with what was noted.
+
+        Args:
+            place: of the note.
+            output: what was computed.
+            name: of what computed it, for the error.
+            or_else: what else can be done, for the error.
 
         Raises:
             RebuildError: it is something else.
@@ -238,7 +256,7 @@ class Step(ABC):
         if not torch.equal(self.space.marks.read((place, place + 1)), _bytes_of(output)):
             raise RebuildError(
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
-                "from torch's generators alone, use deterministic operations, or exact=False"
+                f"from torch's generators alone, and use deterministic operations{or_else}"
             )
 
 

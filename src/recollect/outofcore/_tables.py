@@ -1,7 +1,9 @@
 """The tables of a step: activations and gradients of each group, in memory or in files, and a journal.
 
-With files, what an operation writes goes to the journal first, whole or not at all, and then to the tables. So a
-process that is killed leaves the last operation either undone or in the journal, from where it can be done again.
+With files, most of what an operation writes goes into rows that it does not read, and that nobody reads before it is
+done: to write them twice changes nothing. What it writes into others goes to the journal, whole or not at all, and then
+to the tables. So a process that is killed leaves the last operation either undone, to be done anew, or in the journal,
+from where the rest can be done again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from recollect.autoscale.histories import HistoryFileError, PlainRows, Where
 from recollect.outofcore._journal import Journal
 
-__all__ = ["Changes", "Shape", "Tables", "load", "save", "unpacked"]
+__all__ = ["Changes", "Shape", "Slots", "Sum", "Tables", "load", "save", "unpacked"]
 
 _CHECKSUM = struct.Struct("<I")
 Rows = tuple[str, Where, Tensor]
@@ -29,18 +31,37 @@ Shape = tuple[int, torch.dtype]
 """Entries in a row, and their type."""
 
 
-@dataclass
-class Changes:
-    """What an operation does, to be written as a whole.
+@dataclass(frozen=True)
+class Sum:
+    """Values that are added to rows.
 
     Attributes:
-        rows: new values.
+        table: where the sum lies, by name.
+        where: which rows.
+        values: what is added.
+        source: the table of what it is added to: the same, or another one.
+    """
+
+    table: str
+    where: Where
+    values: Tensor
+    source: str
+
+
+@dataclass
+class Changes:
+    """What an operation does.
+
+    Attributes:
+        rows: new values, of rows that no operation reads before this one is done.
         added: what is added; only to rows that nobody else changes meanwhile.
+        cleared: rows that become zero when all else is done, by table.
         state: what else must be known to go on.
     """
 
     rows: list[Rows] = field(default_factory=list)
-    added: list[Rows] = field(default_factory=list)
+    added: list[Sum] = field(default_factory=list)
+    cleared: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,27 +101,30 @@ class Tables:
         return rows
 
     def apply(self, changes: Changes, journaled: bool) -> None:
-        """Do what an operation does; written down before, if that can be."""
+        """Do what an operation does; so that another process can go on behind it, if it is journaled."""
+        self._write(changes.rows)
         if self._journal is None or not journaled:
-            self._write(changes.rows)
-            for name, where, values in changes.added:
-                self._tables[name].add(where, values)
+            for each in changes.added:
+                if each.source == each.table:
+                    self._tables[each.table].add(each.where, each.values)
+                else:
+                    self._write([self._summed(each)])
+            self._clear(changes.cleared)
             return
-        rows = list(changes.rows)
-        for name, where, values in changes.added:
-            rows.append((name, where, self._tables[name].read(where).add_(values)))
-        self._journal.write({"rows": rows, "state": changes.state})
-        self._write(rows)
+        self._write([self._summed(each) for each in changes.added if each.source != each.table])
+        rows = [self._summed(each) for each in changes.added if each.source == each.table]
+        self._journal.write({"rows": rows, "cleared": changes.cleared, "state": changes.state})
+        self._finish(rows, changes.cleared)
 
     def last(self) -> dict[str, Any] | None:
-        """Do again what the journal says, and return the state that comes with it; ``None`` without a journal."""
+        """Finish what the journal says, and return the state that comes with it; ``None`` without a journal."""
         entry = None if self._journal is None else self._journal.last()
         if entry is None:
             return None
         rows = [
             (name, where if isinstance(where, Tensor) else tuple(where), each) for name, where, each in entry["rows"]
         ]
-        self._write(rows)
+        self._finish(rows, [(name, tuple(where)) for name, where in entry["cleared"]])
         state: dict[str, Any] = entry["state"]
         return state
 
@@ -109,9 +133,54 @@ class Tables:
         if self._journal is not None:
             self._journal.clear()
 
+    def _summed(self, each: Sum) -> Rows:
+        return each.table, each.where, self._tables[each.source].read(each.where).add_(each.values)
+
+    def _finish(self, rows: list[Rows], cleared: list[tuple[str, tuple[int, int]]]) -> None:
+        """Do what is in the journal."""
+        self._write(rows)
+        self._clear(cleared)
+
     def _write(self, rows: list[Rows]) -> None:
         for name, where, values in rows:
             self._tables[name].write(where, values)
+
+    def _clear(self, cleared: list[tuple[str, tuple[int, int]]]) -> None:
+        for name, (start, stop) in cleared:
+            table = self._tables[name]
+            table.write((start, stop), table.empty(stop - start).zero_())
+
+
+class Slots:
+    """Which table each group is in: those that a pass changes go from one table to a spare one, which changes places.
+
+    So what an operation reads stays until its pass is over. Without spare tables all is changed in place.
+
+    Args:
+        kind: "x", of activations, of which a pass changes one group, or "g", of gradients, of which it may change all
+            but one.
+        groups: how many there are.
+        spare: whether there are spare tables.
+    """
+
+    def __init__(self, kind: str, groups: int, spare: bool) -> None:
+        number = (1 if kind == "x" else max(1, groups - 1)) if spare else 0
+        self.names = [f"{kind}{i}" for i in range(groups + number)]
+        self._at, self._spare = list(range(groups)), list(range(groups, groups + number))
+
+    def here(self, group: int) -> str:
+        """Return the table in which a group is before a pass."""
+        return self.names[self._at[group]]
+
+    def there(self, group: int, changed: list[int]) -> str:
+        """Return the table in which it is behind the pass, which changes some groups."""
+        return self.names[self._spare[changed.index(group)]] if self._spare else self.here(group)
+
+    def turn(self, changed: list[int]) -> None:
+        """Take notice that a pass is over."""
+        if self._spare:
+            for place, group in enumerate(changed):
+                self._at[group], self._spare[place] = self._spare[place], self._at[group]
 
 
 def save(path: Path, value: Any) -> None:

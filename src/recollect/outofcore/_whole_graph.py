@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._arguments import as_count
 from recollect.autogram import Certificate
-from recollect.autoscale import to_adj_t
+from recollect.autoscale import ScalableGNN, to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.frames import bits_of
 from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
-from recollect.outofcore._checks import check_graph, evaluating
+from recollect.outofcore._checks import check_graph, check_weighting, evaluating, in_order, inputs_of
+from recollect.outofcore._layered import Layered
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
@@ -33,25 +35,35 @@ __all__ = ["WholeGraph"]
 
 
 class WholeGraph:
-    """Training steps of a reversible network over a whole graph, exact, in memory that does not grow with the depth.
+    """Training steps over a whole graph, exact, in memory that does not grow with the depth.
 
     ``step`` leaves in ``.grad`` what one backward pass over the whole graph would. Memory holds the parameters and a
-    few parts with their neighbours; two tables for each group lie in host memory or in files, 8 N C bytes in float32
-    for N nodes and C channels, whatever the depth.
+    few parts with their neighbours; tables lie in host memory or in files. A RevGNN has two for each group: 8 N C bytes
+    in float32 for N nodes and C channels, whatever the depth. Other networks have one for each layer's input, two of
+    gradients, and two for what layers leave in their state.
 
     Args:
-        model: the network, in float32 or float64, on the CPU.
+        model: a RevGNN, or another ScalableGNN without a ``forward`` of its own, in float32 or float64, on the CPU.
+            What layers of the latter draw (dropout), they draw for each part.
         data: the graph, its nodes in the order of the parts (see :func:`~recollect.autoscale.permute`), with ``x``,
             ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. It is read once: changes afterwards are not seen, and
             must not be made in ``x``. With ``store`` it is not needed afterwards.
         ptr: [P + 1] int64: part p has the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
         store: a folder for tables and parts; ``None``: host memory. One process at a time has it open.
-        exact: as in :class:`~recollect.reversible.GroupAddRev`; the network's own where it has one. ``False``: the
-            activations come back up to rounding.
-        inputs: names of what the convolutions get of each edge beside ``edge_index``, in their order, such as
-            ``("edge_weight",)``.
+        exact: of a RevGNN: as in :class:`~recollect.reversible.GroupAddRev`; the network's own where it has one.
+            ``False``: the activations come back up to rounding.
+        inputs: of a RevGNN: names of what the convolutions get of each edge beside ``edge_index``, in their order, such
+            as ``("edge_weight",)``. Another network says itself what its layers need.
         memory: bytes of parts that stay in memory beside their files in ``store``; others are mapped for each block,
             with what convolutions make of their edges.
+        keep_every: s: the input of every s-th layer is kept, and those between are computed again in backward; not of a
+            RevGNN.
+
+    Attributes:
+        last_drift: how far the first layer's input came back from what it was, in the last step, relative.
+        last_gramian: of the last step of several losses [m, m].
+        last_weights: of these [m].
+        certificate: how well Gramians fitted gradients, so far.
 
     Raises:
         TypeError: another kind of network.
@@ -74,11 +86,20 @@ class WholeGraph:
         torch.Size([3, 8])
         >>> whole.evaluate().shape
         torch.Size([12, 3])
+
+        With a loss for each class, and weights that no loss is harmed by:
+
+        >>> from recollect.aggregation import UPGradWeighting
+        >>> def criterion(logits, y):
+        ...     each = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        ...     return torch.stack([each[y == c].sum() / 3 for c in range(3)])
+        >>> whole.step(criterion, UPGradWeighting()).shape, whole.last_gramian.shape
+        (torch.Size([3]), torch.Size([3, 3]))
     """
 
     def __init__(
         self,
-        model: RevGNN,
+        model: ScalableGNN,
         data: Any,
         ptr: Tensor,
         store: str | Path | None = None,
@@ -86,10 +107,11 @@ class WholeGraph:
         exact: bool | int = True,
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
+        keep_every: int = 1,
     ) -> None:
-        if not isinstance(model, RevGNN):
-            raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
-        check_graph(data, tuple(inputs))
+        keep_every = as_count("keep_every", keep_every)
+        inputs = inputs_of(model, tuple(inputs), keep_every)
+        check_graph(data, inputs)
         self.model = model
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
         self._busy = threading.Lock()
@@ -97,15 +119,23 @@ class WholeGraph:
         self._folder = folder = None if store is None else Path(store)
         given, data = data, to_adj_t(data)
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
-        graph = Graph(data, edges, _in_order(given, data.adj_t))
-        self._network: Network = Reversible(model, graph, exact)
+        for name, value in edges.items():
+            if value.dim() == 0 or value.size(0) != data.adj_t.values().numel():
+                raise ValueError(
+                    f"data.{name} has shape {list(value.shape)}, but must have a row for each of the "
+                    f"{data.adj_t.values().numel()} edges: parts are given what edges have, and nodes' x alone"
+                )
+        graph = Graph(data, edges, in_order(given, data.adj_t))
+        self._network: Network = (
+            Reversible(model, graph, exact) if isinstance(model, RevGNN) else Layered(model, graph, keep_every)
+        )
         every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
         bits = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
-        self._graph = (self._ptr.tolist(), tuple(inputs), bits)
-        tables = Tables(self.num_nodes, self._network.tables(), folder)
+        self._graph = (self._ptr.tolist(), inputs, bits)
+        tables = Tables(self.num_nodes, self._network.tables(folder is not None), folder)
         # Behind the tables, which no other process has open: its parts are not written over.
         parts_folder = None if folder is None else folder / "parts"
-        self.parts = Parts(data, self._ptr, tuple(inputs), self._network.further, parts_folder, memory)
+        self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory)
         marks = None if folder is None else folder / "marks.table"
         places = self._network.places(len(self.parts))
         self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks))
@@ -123,9 +153,10 @@ class WholeGraph:
         Gradients are added to ``.grad`` when all is done; after an error they are as before.
 
         With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
-        losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass that takes m rows
-        for each node; each layer's rows of parameters are squared when the layer is done. Then the weighted gradient
-        takes a step of its own, with the same random numbers. Both are compared, wᵀ G w = ‖Jᵀ w‖².
+        losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass with m rows for each
+        node: m N C entries for each table of gradients. A layer's rows of parameters are squared when the layer is
+        done. Then the weighted gradient takes a step of its own, with the same random numbers. Both are compared,
+        wᵀ G w = ‖Jᵀ w‖².
 
         Args:
             criterion: called with the logits [T_p, out_channels] and labels [T_p, ...] of a part's training nodes; the
@@ -146,7 +177,7 @@ class WholeGraph:
             GramianError: the gradient is not of the size that the Gramian says.
             LatticeError: an activation is out of the range in which the stream is exact.
         """
-        _check_weighting(weighting)
+        check_weighting(weighting)
         with self._alone("step"):
             state = self._begun(several=weighting is not None)
             if self._folder is not None:
@@ -187,7 +218,7 @@ class WholeGraph:
             RuntimeError: there is no unfinished step in the store, or the network is another one.
             HistoryFileError: what the step wrote was changed.
         """
-        _check_weighting(weighting)
+        check_weighting(weighting)
         with self._alone("resume"):
             return self._resume(criterion, weighting)
 
@@ -298,7 +329,10 @@ class WholeGraph:
     def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
         objectives = SeveralLosses(criterion, self._network.uses())
-        _, losses = self._swept(Run(objectives))
+        step, losses = self._swept(Run(objectives))
+        if step.gradients:
+            names = ", ".join(name for name, p in self.model.named_parameters() if p in step.gradients)
+            raise RuntimeError(f"{names}: used by a layer that did not use it on a small graph")
         assert objectives.gramian is not None
         self.last_gramian = objectives.gramian.to(losses.dtype)
         return losses, self.last_gramian
@@ -321,21 +355,6 @@ class WholeGraph:
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()
-
-
-def _check_weighting(weighting: object) -> None:
-    if isinstance(weighting, type) or not (weighting is None or callable(weighting)):
-        found = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
-        raise TypeError(f"weighting must be an object that can be called, such as UPGradWeighting() (got {found})")
-
-
-def _in_order(data: Any, adj_t: Tensor) -> bool:
-    """Return whether the edges into each node are in the same order in a graph's edge index as in its adjacency."""
-    edge_index = data.get("edge_index") if "adj_t" not in data else None
-    if edge_index is None:
-        return True
-    by_target = torch.argsort(edge_index[1], stable=True)
-    return torch.equal(edge_index[0][by_target].cpu(), adj_t.col_indices().long().cpu())
 
 
 def _beside() -> torch.Generator:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
+from recollect._verdicts import later
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._selection import select_rows
 from recollect.frames import Arguments, Held, InPlaceError, Kept, Source
@@ -24,16 +26,26 @@ def check_not_pushed(history: History, n_id: Tensor, since: int, what: str) -> N
     """Raise unless the rows ``n_id`` are those that the history had after its first ``since`` pushes.
 
     Raises:
-        InPlaceError: some were pushed since, or the history was reset or loaded. Pushes of other rows do not count.
+        InPlaceError: some were pushed since, or the history was reset or loaded. Pushes of other rows do not count. For
+            stamps on a device it is raised when the backward pass ends.
     """
-    pushes = pushes_of(history)
-    late = int((history.age(n_id) < pushes - since).sum()) if pushes >= since else n_id.numel()
-    if late:
-        raise InPlaceError(
-            f"{late} of the {n_id.numel()} {what} were pushed again to {history!r} before its backward pass pulled "
-            "them anew, as another mini-batch's forward pass does; call backward before the next forward pass, or run "
-            "these layers without a frame"
-        )
+    pushes, number = pushes_of(history), n_id.numel()
+
+    def refuse(late: int) -> None:
+        if late:
+            raise InPlaceError(
+                f"{late} of the {number} {what} were pushed again to {history!r} before its backward pass pulled them "
+                "anew, as another mini-batch's forward pass does; call backward before the next forward pass, or run "
+                "these layers without a frame"
+            )
+
+    if pushes < since:
+        refuse(number)
+    late = (history.age(n_id) < pushes - since).sum()
+    if forms_of(late.device).reads_at_once:
+        refuse(int(late))
+    else:
+        later([late], lambda numbers: refuse(numbers[0][0]))
 
 
 class Pulls:

@@ -1,0 +1,150 @@
+"""One unit, run in every way that comes into question."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from recollect._arguments import Certify
+from recollect._storages import storages_of
+from recollect._util._tree import Tree, tensors_of
+from recollect.budget._products import keep_products
+from recollect.budget._units import is_inverted
+from recollect.frames import FrameError, Kept, Own, Previous, Source, run_frame, settle
+from recollect.memory import peak_memory
+
+__all__ = ["Cost", "Options", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kind of unit costs.
+
+    Args:
+        forward: transient bytes of its forward, beside what it keeps and returns.
+        backward: transient bytes of its backward, gradients among them.
+        seconds: that a checkpoint adds; the others likewise.
+        repeats: whether what it returns is the same when it runs again, so that units after it can ask for that.
+    """
+
+    forward: int
+    backward: int
+    seconds: float
+    again: float
+    repeats: bool
+    selective: tuple[int, float] | None = None
+    offloaded: float | None = None
+    inverted: float | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Args:
+        device: whose memory counts.
+        certify: what frames accept of a rebuild.
+        selective: whether checkpoints that keep products come into question.
+        offload: the source that offloads inputs, if it comes into question.
+        apart: whether each unit is measured; else one of those whose types and shapes are the same.
+    """
+
+    device: torch.device
+    certify: Certify
+    selective: bool
+    offload: Source | None
+    apart: bool = False
+
+
+def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: Options, known: int) -> Cost | None:
+    """Run a unit in every way that comes into question; return ``None`` if it can only be stored."""
+    tensors = arguments.tensors
+    times = 2 if known < 8 else 1
+    kept = {s._cdata for t in tensors for s in storages_of(t)}
+    measured: list[int] = []
+
+    def run(function: Callable[..., Any], meter: bool = False) -> float:
+        leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+        wanted = [t for t in leaves if t.requires_grad]
+        wanted += [p for p in module.parameters() if p.requires_grad]
+        args, kwargs = arguments.build(leaves)
+        start = time.perf_counter()
+        with peak_memory(options.device) if meter else nullcontext() as forward:
+            output = function(*args, **kwargs)
+            targets = [t for t in tensors_of(output) if t.requires_grad]
+        if forward is not None:
+            measured.extend([forward.peak_bytes, forward.current_bytes])
+            measured.append(sum(s.nbytes() for t in tensors_of(output) for s in storages_of(t) if s._cdata not in kept))
+        del output
+        weights = [torch.ones_like(t) for t in targets]
+        with peak_memory(options.device) if meter else nullcontext() as backward:
+            torch.autograd.grad(targets, wanted, weights, allow_unused=True)
+        if backward is not None:
+            measured.append(backward.peak_bytes + sum(w.nbytes for w in weights))
+        _wait(options.device)
+        return time.perf_counter() - start
+
+    def framed(source: Source, function: Own = own, selective: bool = False) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            contexts = keep_products() if selective else None
+            return run_frame(function, args, kwargs, source, certify=options.certify, contexts=contexts)
+
+        return call
+
+    def best(function: Callable[..., Any]) -> float:
+        run(function)
+        return min(run(function) for _ in range(times))
+
+    run(own, meter=True)
+    peak, current, _, backward = measured
+    plain = min(run(own) for _ in range(times))
+    with torch.no_grad():
+        start = time.perf_counter()
+        args, kwargs = arguments.build(tensors)
+        own(*args, **kwargs)
+        _wait(options.device)
+        again = time.perf_counter() - start
+    try:
+        seconds = max(0.0, best(framed(Kept())) - plain)
+        settle()
+    except FrameError:
+        return None
+    try:
+        run(_followed(framed(Previous())))
+        settle()
+        repeats = True
+    except FrameError:
+        repeats = False
+    selective = None
+    if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
+        duration = best(framed(Kept(), selective=True))
+        measured.clear()
+        run(framed(Kept(), selective=True), meter=True)
+        selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
+    offloaded = None if options.offload is None else max(0.0, best(framed(options.offload)) - plain)
+    inverted = None
+    if is_inverted(module):
+        inverted = max(0.0, best(as_set) - plain)
+    transient = max(0, peak - current)
+    return Cost(transient, backward, seconds, max(seconds, again), repeats, selective, offloaded, inverted)
+
+
+def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a row of two frames, the second of which asks the first for what it returned."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        made = [t for t in tensors_of(function(*args, **kwargs)) if t.requires_grad]
+        return run_frame(lambda *tensors: [t.sin() for t in tensors], tuple(made), {}, Previous())
+
+    return call
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

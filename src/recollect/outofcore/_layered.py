@@ -1,0 +1,311 @@
+"""Networks that are written layer by layer: a table for each layer's input, or for every s-th."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect._util._tree import Tree
+from recollect.autoscale import ScalableGNN
+from recollect.messages import adjacency_of_edges
+from recollect.messages.reach import Probe
+from recollect.outofcore._checks import check_layered, evaluating
+from recollect.outofcore._layers import Leaf, Look, State, filled, look_at
+from recollect.outofcore._network import Graph, Network
+from recollect.outofcore._parts import Part
+from recollect.outofcore._step import Run, Space, Step
+from recollect.outofcore._tables import Changes, Shape, Sum
+
+__all__ = ["Layered"]
+
+_WEIGHTS = "edge_weight"
+_FEATURES = "features"
+
+Read = tuple[Tensor, State, list[tuple[Leaf, Tensor]]]
+"""A layer's input, its state, and the rows of what layers before it left in there."""
+
+
+class Layered(Network):
+    """A ScalableGNN.
+
+    Args:
+        model: the network, in float32 or float64.
+        graph: which it is for; its edges have weights, and what the layers need beside them.
+        keep_every: s: the input of every s-th layer has a table.
+    """
+
+    model: ScalableGNN
+    further = False
+
+    def __init__(self, model: ScalableGNN, graph: Graph, keep_every: int) -> None:
+        check_layered(model)
+        self.model, self.keep_every = model, keep_every
+        x = graph.data.x
+        self.dtype = _dtype_of(model)
+        self._features: Shape = x.size(1), x.dtype
+        self._probe = Probe(graph.edges, x.size(1), x.dtype)
+        with evaluating(model):
+            self.look = self._looked = look_at(model, self._probe)
+        self._mode: Any = None
+
+    def tables(self, journaled: bool) -> dict[str, Shape]:
+        """See :class:`Network`."""
+        found = {_FEATURES: self._features}
+        for layer, seen in enumerate(self._looked.layers):
+            found[self.input(layer + 1)] = found[self.gradient(layer + 1)] = seen.output
+        for leaf in self._looked.leaves:
+            found[leaf.name] = found[f"g{leaf.name}"] = leaf.width, leaf.dtype
+        return found
+
+    def input(self, layer: int) -> str:
+        """Return the name of the table of a layer's input; those between two that are kept share theirs."""
+        if not layer:
+            return _FEATURES
+        width, place = self._looked.layers[layer - 1].output[0], layer % self.keep_every
+        return f"between{place}.{width}" if place else f"x{layer}"
+
+    def gradient(self, layer: int) -> str:
+        """Return the name of the table of the gradient of a layer's input; there are two of each width."""
+        return f"g{layer % 2}.{self._looked.layers[layer - 1].output[0]}"
+
+    def places(self, parts: int) -> int:
+        """See :class:`Network`."""
+        return self.model.num_layers * parts
+
+    def settle(self, space: Space, graph: Graph) -> None:
+        """Write the features into a table, where rows of neighbours are found."""
+        for number in range(len(space.parts)):
+            part = space.parts[number]
+            space.tables[_FEATURES].write((part.start, part.stop), part.x)
+            space.parts.leave(part)
+
+    def check(self) -> None:
+        """See :class:`Network`."""
+        check_layered(self.model)
+        if _dtype_of(self.model) != self.dtype:
+            raise ValueError(
+                f"the network is in {_dtype_of(self.model)} now, and was in {self.dtype} when the WholeGraph was made: "
+                "make another WholeGraph"
+            )
+        self.check_norms()
+        modes = [(type(module), module.training) for module in self.model.modules()]
+        mode = repr(self.model), modes, [p.requires_grad for p in self.model.parameters()]
+        if mode == self._mode:
+            return
+        self.look = look_at(self.model, self._probe)
+        if _shapes(self.look) != _shapes(self._looked):
+            raise ValueError(
+                "the layers return, or leave in their state, tensors of other shapes than when the WholeGraph was "
+                "made, in evaluation mode: make another WholeGraph, or leave the same in both modes"
+            )
+        self._mode = mode
+
+    def draw(self) -> None:
+        """Nothing is drawn for the whole graph: what layers draw, they draw for each part."""
+
+    def uses(self) -> Counter[nn.Parameter]:
+        """See :class:`Network`."""
+        return Counter(p for each in (*self.look.layers, self.look.readout) for p in each.used)
+
+    def settings(self) -> tuple[Any, ...]:
+        """See :class:`Network`."""
+        return (self.keep_every,)
+
+    def step(self, space: Space, run: Run) -> LayeredStep:
+        """See :class:`Network`."""
+        return LayeredStep(self, space, run)
+
+
+class LayeredStep(Step):
+    """A step of a ScalableGNN.
+
+    Args:
+        of: the network.
+        space: where its numbers lie.
+        run: which step it is.
+    """
+
+    def __init__(self, of: Layered, space: Space, run: Run) -> None:
+        super().__init__(of.model, space, run)
+        self._of, self._model = of, of.model
+        self._layers = of.look.layers
+        self._parameters = [p for p in of.model.parameters() if p.requires_grad]
+
+    # Forward.
+
+    def forward(self) -> None:
+        """See :class:`Step`."""
+        for layer in range(len(self._layers)):
+            self._pass(partial(self._rows, layer), partial(self._forward, layer, False))
+
+    def _rows(self, layer: int, part: Part) -> Read:
+        """Read a layer's input for a part and its neighbours."""
+        tables, where = self.space.tables, (part.start, part.stop)
+        x = tables.read(self._of.input(layer), where, part.halo)
+        return x, *filled(self._layers[layer], partial(self._leaf, part), part.edges)
+
+    def _leaf(self, part: Part, leaf: Leaf) -> Tensor:
+        rows = self.space.tables.read(leaf.name, (part.start, part.stop), part.halo if leaf.around else part.halo[:0])
+        return rows.view(-1, *leaf.shape)
+
+    def _run(self, layer: int, part: Part, read: Read) -> tuple[Tensor, list[Tensor]]:
+        """Return a layer's output, and what it leaves in the state, with their graph."""
+        x, state, known = read
+        if self.training:
+            x.requires_grad_(layer > 0)
+            for leaf, rows in known:
+                rows.requires_grad_(leaf.trains)
+        given = {id(tensor) for tensor in Tree(state).tensors}
+        after = dict(state)
+        adj_t = adjacency_of_edges(part.edge_index, part.edges[_WEIGHTS], x.size(0), part.size)
+        with self._drawn(layer, part.number), torch.set_grad_enabled(self.training):
+            out = self._model.run_layer(layer, x, adj_t, after)
+        new = [tensor for tensor in Tree(after).tensors if id(tensor) not in given]
+        expected = self._layers[layer].new
+        if len(new) != len(expected) or any(
+            tuple(tensor.shape[1:]) != leaf.shape for tensor, leaf in zip(new, expected, strict=True)
+        ):
+            raise RuntimeError(
+                f"layer {layer} left tensors of the shapes {[list(each.shape) for each in new]} in its state, and on a "
+                f"small graph others: {[['nodes', *leaf.shape] for leaf in expected]}"
+            )
+        return out, new
+
+    def _forward(self, layer: int, again: bool, part: Part, read: Read) -> Changes:
+        out, new = self._run(layer, part, read)
+        if again:
+            self._compare(self._place(layer, part), out.detach(), f"layer {layer}", "")
+        elif self.training:
+            self._mark(self._place(layer, part), out.detach())
+        where = (part.start, part.stop)
+        changes = Changes([(self._of.input(layer + 1), where, out.detach())])
+        if not again:
+            changes.rows += [
+                (leaf.name, where, tensor.detach()[: part.size].reshape(part.size, -1))
+                for leaf, tensor in zip(self._layers[layer].new, new, strict=True)
+            ]
+        return changes
+
+    def _place(self, layer: int, part: Part) -> int:
+        return layer * len(self.space.parts) + part.number
+
+    def _last(self, part: Part) -> Read:
+        x = self.space.tables[self._of.input(len(self._layers))].read((part.start, part.stop))
+        return x, *filled(self._of.look.readout, partial(self._leaf, part), part.edges)
+
+    def logits(self, part: Part) -> Tensor:
+        """See :class:`Step`."""
+        x, state, _ = self._last(part)
+        return self._model.readout(x, state)
+
+    # The loss.
+
+    def turn(self) -> Tensor:
+        """See :class:`Step`."""
+        self._pass(self._last, self._turn, self._of.look.readout.used, self.space.parts.trained_first)
+        return self._lost()
+
+    def _turn(self, part: Part, read: Read) -> Changes:
+        x, state, known = read
+        trained = [(leaf, rows.requires_grad_()) for leaf, rows in known if leaf.trains]
+        with self._drawn(len(self._layers), part.number), torch.enable_grad():
+            logits = self._model.readout(x.requires_grad_(), state)
+        flat = [x, *(rows for _, rows in trained)]
+        first, *others = self._lose(part, lambda: logits[part.train], flat, self._parameters)
+        found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
+        where = (part.start, part.stop)
+        changes = Changes([(self._gradient(len(self._layers)), where, _flat(first))])
+        for leaf in self._leaves():
+            gradient = found.get(leaf.name)
+            if gradient is not None and bool(gradient[part.size :].any()):
+                raise ValueError("the readout takes rows of neighbours out of the state, which are for layers alone")
+            own = self._zeros(part, leaf.width) if gradient is None else _flat(gradient[: part.size])
+            changes.rows.append((self._leaf_gradient(leaf), where, own))
+        return self._cleared(changes, len(self._layers) - 1, part)
+
+    def _gradient(self, layer: int) -> str:
+        """Return the name of the table of the gradient of a layer's input, which there is."""
+        name = self.objectives.table(self._of.gradient(layer))
+        width, dtype = self._layers[layer - 1].output
+        self.space.tables.make(name, (self.objectives.width(width), dtype))
+        return name
+
+    def _leaf_gradient(self, leaf: Leaf) -> str:
+        name = self.objectives.table(f"g{leaf.name}")
+        self.space.tables.make(name, (self.objectives.width(leaf.width), leaf.dtype))
+        return name
+
+    def _leaves(self) -> list[Leaf]:
+        return [leaf for leaf in self._of.look.leaves if leaf.trains]
+
+    def _zeros(self, part: Part, width: int) -> Tensor:
+        return torch.zeros(part.size, self.objectives.width(width), dtype=self._of.dtype, device="cpu")
+
+    def _cleared(self, changes: Changes, layer: int, part: Part) -> Changes:
+        """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
+        if layer > 0:
+            changes.cleared.append((self._gradient(layer), (part.start, part.stop)))
+        return changes
+
+    # Backward.
+
+    def backward(self) -> None:
+        """See :class:`Step`."""
+        number, every = len(self._layers), self._of.keep_every
+        for layer in reversed(range(number)):
+            first = layer - layer % every
+            if layer == first + every - 1 and layer + 1 < number:  # what lies between is of layers behind these
+                for each in range(first, layer):
+                    self._pass(partial(self._rows, each), partial(self._forward, each, True))
+            read = partial(self._rows_and_gradients, layer)
+            self._pass(read, partial(self._backward, layer), self._layers[layer].used)
+
+    def _rows_and_gradients(self, layer: int, part: Part) -> tuple[Read, list[Tensor]]:
+        tables, where = self.space.tables, (part.start, part.stop)
+        names = [self._gradient(layer + 1)]
+        names += [self._leaf_gradient(leaf) for leaf in self._layers[layer].new if leaf.trains]
+        return self._rows(layer, part), [tables[name].read(where) for name in names]
+
+    def _backward(self, layer: int, part: Part, rows: tuple[Read, list[Tensor]]) -> Changes:
+        read, gradients = rows
+        out, new = self._run(layer, part, read)
+        self._compare(self._place(layer, part), out.detach(), f"layer {layer}", "")
+        outputs = [out]
+        for leaf, tensor in zip(self._layers[layer].new, new, strict=True):
+            if leaf.trains:
+                outputs.append(tensor[: part.size])
+        known = [(leaf, each) for leaf, each in read[2] if leaf.trains]
+        inputs = ([read[0]] if layer else []) + [each for _, each in known]
+        pulled = self.objectives.pull(outputs, gradients, inputs, self._parameters)
+        self._add(self._parameters, pulled)
+        where, changes, found = (part.start, part.stop), Changes(), list(pulled.rows)
+        if layer and (first := found.pop(0)) is not None:
+            name, first = self._gradient(layer), _flat(first)
+            changes.added = [
+                Sum(name, where, first[: part.size], name),
+                Sum(name, part.halo, first[part.size :], name),
+            ]
+        for (leaf, _), gradient in zip(known, found, strict=True):
+            if gradient is not None:
+                name, gradient = self._leaf_gradient(leaf), _flat(gradient)
+                changes.added.append(Sum(name, where, gradient[: part.size], name))
+                if leaf.around:
+                    changes.added.append(Sum(name, part.halo, gradient[part.size :], name))
+        return self._cleared(changes, layer - 1, part)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(rows.size(0), -1)
+
+
+def _dtype_of(model: ScalableGNN) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _shapes(look: Look) -> tuple[Any, ...]:
+    leaves = [(leaf.name, leaf.shape, leaf.dtype, leaf.around) for leaf in look.leaves]
+    return [layer.output for layer in look.layers], leaves

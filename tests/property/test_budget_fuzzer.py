@@ -1,0 +1,65 @@
+"""Random networks under random memory budgets: plain gradients, a peak within the budget, and the model as it was.
+
+``RECOLLECT_FUZZ=2000 pytest tests/property/test_budget_fuzzer.py`` tries that many networks;
+``python tests/property/budget_programs.py SEED`` shows one.
+"""
+
+import os
+from collections import Counter
+
+import budget_programs
+import pytest
+from budget_programs import STRATEGIES, Program
+from budget_units import UNITS, ZOO
+
+from recollect.budget import _measure, _problem, _step
+
+PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "120"))
+PARTS = 6
+
+
+def told(failures):
+    return f"{len(failures)} networks fail:\n" + "\n".join(str(one)[:1500] for one in failures[:4])
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_networks(part):
+    verdicts = [budget_programs.run(seed) for seed in range(part, PROGRAMS, PARTS)]
+    failures = [one for one in verdicts if one.faults]
+    assert not failures, told(failures)
+    kinds = Counter(one.kind for one in verdicts)
+    assert kinds["planned"] > 0.5 * len(verdicts), kinds
+    assert kinds["void"] <= max(3, 0.1 * len(verdicts)), kinds
+
+
+@pytest.mark.parametrize("name", [*UNITS, *ZOO])
+def test_each_unit_alone(name):
+    verdict = budget_programs.run(len(name), name)
+    assert not verdict.faults, told([verdict])
+
+
+def test_all_units_and_strategies_are_drawn():
+    programs = [Program(seed) for seed in range(600)]
+    assert {kind for program in programs for kind in program.kinds} >= {*UNITS, *ZOO}
+    assert {program.strategy for program in programs} == {None, *STRATEGIES}
+
+
+def found(programs=60):
+    """Return whether a fault shows in any of these networks."""
+    return any(budget_programs.run(seed).faults for seed in range(programs))
+
+
+def test_units_that_do_not_repeat_are_found(monkeypatch):
+    real = _measure.Cost
+    monkeypatch.setattr(_measure, "Cost", lambda *args: real(*args[:4], True, *args[5:]))
+    assert any(budget_programs.run(seed, "random_of_python").faults for seed in range(40))
+
+
+def test_casts_that_are_not_counted_are_found(monkeypatch):
+    monkeypatch.setattr(_step.torch, "clear_autocast_cache", lambda: None)
+    assert found()
+
+
+def test_a_least_budget_that_is_another_each_time_is_found(monkeypatch):
+    monkeypatch.setattr(_problem, "_untimed", lambda way: way)
+    assert found(150)
