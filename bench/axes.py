@@ -47,7 +47,7 @@ from recollect.models import RevGNN
 
 CPU = torch.device("cpu")
 PARTS_OF = 500  # nodes
-AGAIN = 5.0  # seconds below which a step is taken twice: the first also looks at the network
+AGAIN = 5.0  # seconds below which a step is taken twice: the first also looks at the losses' graph
 Row = dict[str, Any]
 
 
@@ -117,8 +117,8 @@ def explicit(losses: Tensor, parameters: Sequence[Tensor]) -> None:
 
 def step_of(
     system: System, size: Size, data: Any, options: argparse.Namespace, folder: Path
-) -> tuple[RevGNN, Callable[[], Any]]:
-    """Return a network and what takes the gradients of a step."""
+) -> tuple[RevGNN, Callable[[], None], Callable[[], None]]:
+    """Return a network, what takes the gradients of a step, and an ordinary step, after which all is looked at."""
     torch.manual_seed(0)
     histories: dict[str, Any] = {}
     if system.graph:
@@ -147,7 +147,7 @@ def step_of(
         else:
             explicit(losses, parameters)
 
-    return model, step
+    return model, step, lambda: real.label_losses(model(*inputs), target).sum().backward()
 
 
 def estimate(system: System, size: Size, first: Row, number: int) -> tuple[float, float]:
@@ -177,6 +177,13 @@ def expected(system: System, size: Size, options: argparse.Namespace, first: Row
     return row
 
 
+def _too_much(row: Row, options: argparse.Namespace) -> str | None:
+    if row.get("estimated_bytes", 0) > options.memory * 2**30:
+        return "does not fit"
+    seconds = row.get("estimated_seconds", 0)
+    return f"not run: about {seconds:,.0f} s" if seconds > options.seconds else None
+
+
 def measure(system: System, size: Size, data: Any, options: argparse.Namespace, first: Row | None) -> Row:
     """Measure a step, or say why not.
 
@@ -185,12 +192,11 @@ def measure(system: System, size: Size, data: Any, options: argparse.Namespace, 
         ``row_bytes``: what the engine may hold of the objectives' rows, which is part of the peak.
     """
     row = expected(system, size, options, first)
-    if row.get("estimated_bytes", 0) > options.memory * 2**30:
-        return row | {"why": "does not fit"}
-    if row.get("estimated_seconds", 0) > options.seconds:
-        return row | {"why": f"not run: about {row['estimated_seconds']:,.0f} s"}
+    if (why := _too_much(row, options)) is not None:
+        return row | {"why": why}
     with tempfile.TemporaryDirectory() as folder:
-        model, step = step_of(system, size, data, options, Path(folder))
+        model, step, first_step = step_of(system, size, data, options, Path(folder))
+        first_step()
         for _ in range(2):
             start = time.process_time()
             row["peak_bytes"] = peak_bytes(step, CPU)
@@ -198,7 +204,7 @@ def measure(system: System, size: Size, data: Any, options: argparse.Namespace, 
             if row["seconds"] > AGAIN:
                 break
         row["history_bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
-        del model, step
+        del model, step, first_step
     return row
 
 
@@ -217,7 +223,8 @@ def rows_of(options: argparse.Namespace, kept: Path) -> Iterator[Row]:
                     if (key := (system.name, *asdict(size).values())) not in known:
                         first = known.get((system.name, *least))
                         if options.kept:
-                            yield expected(system, size, options, first) | {"why": "not run"}
+                            row = expected(system, size, options, first)
+                            yield row | {"why": _too_much(row, options) or "not run"}
                             continue
                         made = made or _graphs(nodes, max(options.objectives))
                         data = _first_labels(made[system.graph], objectives)
