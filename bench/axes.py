@@ -196,7 +196,7 @@ def measure(system: System, size: Size, data: Any, options: argparse.Namespace, 
 
 
 def rows_of(options: argparse.Namespace, kept: Path) -> Iterator[Row]:
-    """Measure all sizes, those of a graph together; rows that a file has come from there, and others are added to it."""
+    """Measure all sizes, those of a graph together; rows that a file has come from there, others are added to it."""
     known = {_key(row): row for row in map(json.loads, kept.read_text().splitlines() if kept.exists() else ())}
     least = (min(options.layers), min(options.nodes), min(options.objectives))
     for nodes in sorted(options.nodes):

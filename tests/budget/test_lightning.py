@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ class Body:
     """What a module for Lightning, and one for the trainer in small, have in common."""
 
     automatic_optimization = True
+    log: Any
+    parameters: Any
 
     def make(self):
         torch.manual_seed(0)
@@ -115,7 +118,7 @@ def is_plain(module):
 
 @pytest.fixture
 def lightning(monkeypatch):
-    module = types.ModuleType("pytorch_lightning")
+    module: Any = types.ModuleType("pytorch_lightning")
     module.Callback = Callback
     monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
     for name in ("lightning", "lightning.pytorch"):
@@ -193,7 +196,7 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.filterwarnings("ignore")  # Lightning's own
 def test_with_lightning_itself(name, tmp_path):
-    package = importlib.import_module("lightning.pytorch" if name == "lightning" else name)
+    package: Any = importlib.import_module("lightning.pytorch" if name == "lightning" else name)
 
     class Lit(Body, package.LightningModule):
         pass

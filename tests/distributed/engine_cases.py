@@ -336,7 +336,10 @@ def under_ddp(rank: int, world: int) -> None:
         work = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
         return work.then(lambda done: done.value()[0])
 
-    count.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+    count.__annotations__ = {
+        "bucket": dist.GradBucket,  # type: ignore[attr-defined]
+        "return": torch.futures.Future[Tensor],
+    }
     parallel.register_comm_hook(None, count)
     for engine in (Engine(parallel, process_group=dist.group.WORLD), Engine(net, process_group=dist.group.WORLD)):
         for step in range(3):
