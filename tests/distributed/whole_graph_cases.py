@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 from recollect.distributed import Shares, SharesError
-from recollect.models import RevGNN
+from recollect.models import GCN, GCN2, RevGNN
 from recollect.outofcore import WholeGraph
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
@@ -76,6 +76,27 @@ case(same_numbers, "gcn-dropout", conv="gcn", dropout=0.3)
 case(same_numbers, "sage-groups", conv="sage", num_groups=3)
 case(same_numbers, "gat-floats", conv="gat", exact=False)
 case(same_numbers, "tied-dropout_of_each", conv="gcn", dropout=0.3, shared_dropout=False, tied=True)
+
+
+def tables_for_each_layer(rank: int, world: int, make: Callable[[int], nn.Module], keep_every: int) -> None:
+    """A network that is not reversible."""
+    data, ptr = a_graph(world)
+    data.edge_weight = torch.rand(data.num_edges, generator=torch.Generator().manual_seed(1)).double()
+    shares = Shares(ptr, weights=torch.ones(len(ptr) - 1))
+
+    def made(**options: Any) -> WholeGraph:
+        torch.manual_seed(1)
+        return WholeGraph(make(data.num_nodes).double(), data, ptr, keep_every=keep_every, **options)
+
+    found, expected = stepped(whole := made(shares=shares), data), stepped(one := made(), data)
+    for name, mine, theirs in zip(("loss", "gradient", "next"), found, expected, strict=True):
+        assert_close(mine, theirs, 1e-10, name)
+    start, stop = shares.nodes
+    assert_close(whole.evaluate(), one.evaluate()[start:stop], 1e-10)
+
+
+case(tables_for_each_layer, "layers-gcn", make=lambda n: GCN(n, 5, 6, 3, 4, dropout=0.2), keep_every=1)
+case(tables_for_each_layer, "layers-gcn2", make=lambda n: GCN2(n, 5, 6, 3, 4, 0.1, 0.5), keep_every=2)
 
 
 @case
