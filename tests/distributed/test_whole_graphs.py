@@ -9,7 +9,7 @@ from processes import run
 from torch import distributed as dist
 
 CASES = {
-    1: ["gcn-dropout", "layers-gcn", "plain"],
+    1: ["gcn-dropout", "layers-gcn", "plain", "several-rev"],
     2: list(whole_graph_cases.CASES),
     4: ["gcn-dropout", "layers-gcn2", "ranks_without_training_nodes", "bytes_on_the_wire"],
 }

@@ -117,6 +117,42 @@ def plain(rank: int, world: int) -> None:
         assert_close(mine.grad, theirs.grad, 1e-10, name)
 
 
+def several_losses(rank: int, world: int, make: Callable[[int], nn.Module]) -> None:
+    """A loss for each class over all nodes, and weights that are drawn at random in each process."""
+    data, ptr = a_graph(world)
+    data.edge_weight = torch.rand(data.num_edges, generator=torch.Generator().manual_seed(1)).double()
+
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(logits, y, reduction="none")
+        return torch.stack([each[y == c].sum() / 9 for c in range(3)])
+
+    def made(**options: Any) -> WholeGraph:
+        torch.manual_seed(1)
+        return WholeGraph(make(data.num_nodes).double(), data, ptr, **options)
+
+    whole, one = made(shares=Shares(ptr, weights=torch.ones(len(ptr) - 1))), made()
+    for each in (whole, one):
+        torch.manual_seed(2)
+        assert each.compute_gramian(criterion).shape == (3, 3)
+    assert_close(whole.last_gramian, one.last_gramian, 1e-10)
+    torch.manual_seed(2)
+    losses = whole.step(criterion, lambda gramian: torch.arange(3) + rank + gramian.diagonal())
+    torch.manual_seed(2)
+    expected = one.step(criterion, lambda gramian: torch.arange(3) + gramian.diagonal())  # as on rank 0
+    assert_close(losses, expected, 1e-10)
+    assert_close(whole.last_weights, one.last_weights, 1e-10)
+    assert_close(gradients_of(whole), gradients_of(one), 1e-10)
+    assert whole.certificate.checks == 1
+
+
+def gradients_of(whole: WholeGraph) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in whole.model.named_parameters()}
+
+
+case(several_losses, "several-rev", make=lambda n: a_model(dropout=0.2))
+case(several_losses, "several-layers", make=lambda n: GCN(n, 5, 6, 3, 3))
+
+
 @case
 def ranks_without_training_nodes(rank: int, world: int) -> None:
     data, ptr = a_graph(world, lambda nodes: nodes < 4)
@@ -125,6 +161,9 @@ def ranks_without_training_nodes(rank: int, world: int) -> None:
     expected = stepped(WholeGraph(a_model(), data, ptr), data)
     assert_close(found[0], expected[0], 1e-10)
     assert_close(found[1], expected[1], 1e-10)
+    if world > 1:
+        with pytest.raises(SharesError, match="a rank has no node for training"):
+            WholeGraph(a_model(), data, ptr, shares=shares).compute_gramian(criterion_of(data))
     data.train_mask[:] = False
     with pytest.raises(ValueError, match="no node is for training"):
         WholeGraph(a_model(), data, ptr, shares=shares)
@@ -168,10 +207,6 @@ def what_is_refused(rank: int, world: int) -> None:
     with pytest.raises(SharesError, match="ptr is another"):
         WholeGraph(a_model(), data, torch.tensor([0, int(ptr[-1])]), shares=shares)
     whole = WholeGraph(a_model(), data, ptr, shares=shares)
-    with pytest.raises(ValueError, match="several losses over ranks"):
-        whole.step(criterion_of(data), lambda gramian: gramian.new_ones(1))
-    with pytest.raises(ValueError, match="several losses over ranks"):
-        whole.compute_gramian(criterion_of(data))
     if world == 1:
         return
     weights = torch.ones(len(ptr) - 1)
@@ -184,6 +219,6 @@ def what_is_refused(rank: int, world: int) -> None:
     torch.manual_seed(0)
     if rank == 1:
         nn.init.ones_(whole.model.head.bias)
-    with pytest.raises(SharesError, match="the network or the graph of rank"):
+    with pytest.raises(SharesError, match="the network, its modes or the graph of rank"):
         whole.step(criterion_of(data))
     assert all(p.grad is None for p in whole.model.parameters())

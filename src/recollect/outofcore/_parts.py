@@ -94,6 +94,7 @@ class Parts:
 
     Attributes:
         bounds: the first node of each part of the graph, and the end of its nodes.
+        trained: the places of the parts here that have training nodes.
         trained_first: the places of the parts here, those with training nodes before the others.
     """
 
@@ -122,6 +123,7 @@ class Parts:
         wanted = [(number, start, stop) for number, (start, stop) in enumerate(self.bounds) if low <= start < high]
         self._number = len(wanted)
         counts = [int(data.train_mask[start:stop].count_nonzero()) for _, start, stop in wanted]
+        self.trained = [number for number, count in enumerate(counts) if count]
         self.trained_first = sorted(range(len(counts)), key=lambda number: not counts[number])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ part of one rank is computed beside the k-th of every other, so that ranks have 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from recollect.autoscale.histories import PlainRows, Where
 from recollect.distributed import Ranks, Shares, SharesError
+from recollect.frames import bits_of
+from recollect.outofcore._objectives import Criterion, SeveralLosses
 from recollect.outofcore._tables import Changes, Rows, Shape, Tables
 
-__all__ = ["RankTables", "check_shares", "summed"]
+__all__ = ["RankTables", "Team", "check_shares"]
 
 
 class RankTables(Tables):
@@ -126,14 +129,77 @@ def check_shares(shares: Shares, ptr: Tensor, data: Any, store: object) -> None:
         raise SharesError("a part has no nodes: leave it out of ptr")
 
 
-def summed(
-    shares: Shares, loss: Tensor, parameters: list[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]
-) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-    """Return the loss and the gradients of all ranks."""
-    ranks = Ranks(shares.group, "these Shares")
-    own = {number: gradients[p] for number, p in enumerate(parameters) if p in gradients}
-    numbers = sorted(set().union(*ranks.gather(tuple(own))))
-    totals: Iterator[tuple[int, Tensor]] = ranks.add_up_all(own, numbers, parameters)
-    return ranks.add_up(loss.detach().double()).to(parameters[0].dtype), {
-        parameters[number]: total for number, total in totals
-    }
+class Team:
+    """What ranks do together around the operations of a step.
+
+    Args:
+        shares: who owns which nodes.
+        parameters: of the network.
+    """
+
+    def __init__(self, shares: Shares, parameters: list[nn.Parameter]) -> None:
+        self.ranks = Ranks(shares.group, "these Shares")
+        self._parameters = parameters
+
+    def agree(self, state: Mapping[str, Any], trained: int) -> None:
+        """Compare what a step begins with.
+
+        Raises:
+            SharesError: on every rank, where it differs; or a rank has no node for training, for several losses.
+        """
+        self.ranks.agree("the network, its modes or the graph", state["model"])
+        self.ranks.agree("torch's random state", bits_of(state["random"]))
+        self.ranks.agree("the number of losses, one or several,", state["several"])
+        if state["several"] and not all(self.ranks.gather(trained > 0)):
+            raise SharesError(
+                "a rank has no node for training, and so does not know how many losses there are: with several losses, "
+                "permute the parts so that each rank has some"
+            )
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Return those of rank 0, which are the others' too unless they are drawn at random."""
+        return self.ranks.spread(weights.detach().contiguous().clone())
+
+    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
+        """Return what makes the Gramian of several losses."""
+        return RankLosses(criterion, uses, self)
+
+    def summed(
+        self, loss: Tensor, gradients: Mapping[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Return the loss and the gradients of all ranks."""
+        total = self.ranks.add_up(loss.detach().double())
+        return total.to(self._parameters[0].dtype), self.added_up(gradients)
+
+    def added_up(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Return sums over ranks, of what any has."""
+        own = {number: gradients[p] for number, p in enumerate(self._parameters) if p in gradients}
+        shapes = self.ranks.gather({number: tuple(tensor.shape) for number, tensor in own.items()})
+        numbers = sorted(set().union(*shapes))
+        kinds: list[Tensor] = list(self._parameters)
+        for number in numbers:
+            shape = next(known[number] for known in shapes if number in known)
+            kinds[number] = torch.empty((), dtype=kinds[number].dtype).expand(shape)
+        totals: Iterator[tuple[int, Tensor]] = self.ranks.add_up_all(own, numbers, kinds)
+        return {self._parameters[number]: total for number, total in totals}
+
+
+class RankLosses(SeveralLosses):
+    """The Gramian of several losses, each of which is a sum over all ranks' nodes.
+
+    Args:
+        criterion: the losses [m] of a part.
+        uses: how many passes bring gradients of each parameter.
+        team: of the ranks.
+    """
+
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], team: Team) -> None:
+        super().__init__(criterion, uses)
+        self._team = team
+
+    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Sum rows up over the ranks before they are squared; a step of all ranks."""
+        parameters = list(parameters)
+        over = {p: gradients[p] for p in parameters if self._left[p] <= 1 and p in gradients}
+        gradients.update(self._team.added_up(over))
+        super().finish(parameters, gradients)

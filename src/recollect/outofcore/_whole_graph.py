@@ -28,7 +28,7 @@ from recollect.outofcore._layered import Layered
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
-from recollect.outofcore._rank_tables import RankTables, check_shares, summed
+from recollect.outofcore._rank_tables import RankTables, Team, check_shares
 from recollect.outofcore._reversible import Reversible
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
@@ -62,8 +62,8 @@ class WholeGraph:
             RevGNN.
         shares: of several processes, made of the same ``ptr``: each has the rows of its own nodes, computes its own
             parts, and all call each method together. The loss and ``.grad`` are those of the whole graph on every rank,
-            ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, one
-            loss, and no ``store``.
+            ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, and no
+            ``store``; with several losses, nodes for training.
 
     Attributes:
         last_drift: how far the first layer's input came back from what it was, in the last step, relative.
@@ -152,6 +152,7 @@ class WholeGraph:
         places = self._network.places(len(self.parts)) + len(self.parts.bounds)
         self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks), shares)
         self._network.settle(self._space, graph)
+        self._team = None if shares is None else Team(shares, list(model.parameters()))
         self.last_drift: float | None = None
         self.last_gramian: Tensor | None = None
         self.last_weights: Tensor | None = None
@@ -190,13 +191,8 @@ class WholeGraph:
             LatticeError: an activation is out of the range in which the stream is exact.
         """
         check_weighting(weighting)
-        if weighting is not None:
-            self._check_alone("several losses")
         with self._alone("step"):
             state = self._begun(several=weighting is not None)
-            if self._space.shares is not None:
-                self._space.shares.agree("the network or the graph", state["model"])
-                self._space.shares.agree("torch's random state", bits_of(state["random"]))
             if self._folder is not None:
                 self._space.tables.forget()
                 save(self._folder / "step.pt", state)
@@ -215,10 +211,9 @@ class WholeGraph:
             RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten; others
                 as for :meth:`step`.
         """
-        self._check_alone("several losses")
         with self._alone("compute_gramian"):
             self._check_finished("the Gramian")
-            self._network.check()
+            self._begun(several=True)
             return self._several(criterion)[1]
 
     def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
@@ -277,10 +272,6 @@ class WholeGraph:
             self._space.worker.drain()  # after an error it may be writing
             self._busy.release()
 
-    def _check_alone(self, what: str) -> None:
-        if self._space.shares is not None:
-            raise ValueError(f"{what} over ranks are not there: leave shares out, or give one loss")
-
     def _check_finished(self, what: str) -> None:
         if self.unfinished:
             raise RuntimeError(
@@ -293,13 +284,10 @@ class WholeGraph:
         self._network.check()
         with DRAWING:
             random = torch.get_rng_state()
-        return {
-            "random": random,
-            "model": self._digest(),
-            "name": secrets.randbits(62),
-            "several": several,
-            "weighed": None,
-        }
+        state = {"random": random, "model": self._digest(), "several": several, "weighed": None}
+        if self._team is not None:
+            self._team.agree(state, len(self.parts.trained))
+        return state | {"name": secrets.randbits(62)}
 
     def _resume(self, criterion: Criterion, weighting: Weighting | None) -> Tensor:
         path = None if self._folder is None else self._folder / "step.pt"
@@ -327,6 +315,8 @@ class WholeGraph:
         if weighting is not None and state["weighed"] is None:
             losses, gramian = self._several(criterion)
             weights = weigh(weighting, losses, gramian)
+            if self._team is not None:
+                weights = self._team.weights(weights)
             with DRAWING:
                 state = state | {"weighed": asdict(Weighed(losses, gramian, weights, torch.get_rng_state()))}
                 torch.set_rng_state(state["random"])
@@ -336,14 +326,14 @@ class WholeGraph:
         objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
         name = None if self._folder is None else state["name"]
         run, loss = self._swept(Run(objectives, name=name, journal=journal))
+        gradients = run.gradients
+        if self._team is not None:
+            loss, gradients = self._team.summed(loss, gradients)
         if weighed is not None:
             self.last_gramian, self.last_weights, loss = weighed.gramian, weighed.weights, weighed.losses
             with DRAWING:
                 torch.set_rng_state(weighed.random)
-            certify(self.certificate, weighed, run.gradients.values())
-        gradients = run.gradients
-        if self._space.shares is not None:
-            loss, gradients = summed(self._space.shares, loss, list(self.model.parameters()), gradients)
+            certify(self.certificate, weighed, gradients.values())
         for parameter, gradient in gradients.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if self._folder is not None:
@@ -353,8 +343,11 @@ class WholeGraph:
 
     def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
-        objectives = SeveralLosses(criterion, self._network.uses())
+        uses = self._network.uses()
+        objectives = SeveralLosses(criterion, uses) if self._team is None else self._team.losses(criterion, uses)
         step, losses = self._swept(Run(objectives))
+        if self._team is not None:
+            losses = self._team.ranks.add_up(losses.clone())
         if step.gradients:
             names = ", ".join(name for name, p in self.model.named_parameters() if p in step.gradients)
             raise RuntimeError(f"{names}: used by a layer that did not use it on a small graph")
