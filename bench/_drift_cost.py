@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,7 @@ def _digits(kind: str, seed: int, epochs: int) -> float:
     return _fit(net, lambda: net(data.x), data, epochs, 3e-3)
 
 
-def _cora(root: Path, kind: str, seed: int, epochs: int) -> float:
+def _cora(root: Path | None, kind: str, seed: int, epochs: int) -> float:
     data = load("cora", root=root).data
     torch.manual_seed(seed)
     net = RevGNN(1433, 64, 7, num_layers=8, conv="gcn", dropout=0.5, exact=kind == "exact")
@@ -136,9 +137,9 @@ def accuracies(seeds: int, epochs: int, root: Path | None) -> dict[str, Any]:
     """Test accuracy in percent after so many epochs: mean, standard deviation and all, by data and network."""
     runs: dict[str, Callable[[int], float]] = {}
     for kind in ("float", "exact", "residual", "BDIA", "Midpoint"):
-        runs[f"digits, {kind}"] = lambda seed, kind=kind: _digits(kind, seed, epochs)  # type: ignore[misc]
+        runs[f"digits, {kind}"] = functools.partial(_digits, kind, epochs=epochs)
     for kind in ("float", "exact") if root is not None else ():
-        runs[f"cora, {kind}"] = lambda seed, kind=kind: _cora(root, kind, seed, epochs)  # type: ignore[misc]
+        runs[f"cora, {kind}"] = functools.partial(_cora, root, kind, epochs=epochs)
     found = {}
     for name, run in runs.items():
         values = [run(seed) for seed in range(seeds)]

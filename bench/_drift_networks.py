@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, graph: Tensor) -> Tensor:
         if self.norm is None:
-            return 0.2 * self.conv(x, graph).tanh()
-        return 0.2 * self.conv(self.norm(x).relu(), graph)
+            out: Tensor = 0.2 * self.conv(x, graph).tanh()
+        else:
+            out = 0.2 * self.conv(self.norm(x).relu(), graph)
+        return out
 
 
 def stacks(depth: int, work: Work, norm: str) -> list[nn.ModuleList]:
@@ -60,7 +62,7 @@ def stacks(depth: int, work: Work, norm: str) -> list[nn.ModuleList]:
     return [own[index % OWN] for index in range(depth)]
 
 
-def _chain(layers: nn.ModuleList | list[Run], graph: Tensor) -> Run:
+def _chain(layers: Iterable[Callable[[Tensor, Tensor], Tensor]], graph: Tensor) -> Run:
     def run(x: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x, graph)
@@ -70,27 +72,28 @@ def _chain(layers: nn.ModuleList | list[Run], graph: Tensor) -> Run:
 
 
 def _recollect(blocks: list[nn.ModuleList], graph: Tensor, exact: bool | int) -> tuple[Run, Run]:
-    options = {"fuse": False, "certify": False}  # as the peers, so that what differs is the stream alone
-    return (
-        _chain(nn.ModuleList(GroupAddRev(stack, exact=exact, **options) for stack in blocks), graph),
-        _chain(nn.ModuleList(GroupAddRev(stack, exact=exact, disable=True, **options) for stack in blocks), graph),
-    )
+    # As the peers, so that what differs is the stream alone.
+    make = functools.partial(GroupAddRev, exact=exact, fuse=False, certify=False)
+    return _chain([make(stack) for stack in blocks], graph), _chain([make(s, disable=True) for s in blocks], graph)
 
 
 def _pyg(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     make = torch_geometric.nn.GroupAddRev
-    return tuple(  # type: ignore[return-value]
-        _chain(nn.ModuleList(make(stack, disable=disable) for stack in blocks), graph) for disable in (False, True)
-    )
+    return _chain([make(stack) for stack in blocks], graph), _chain([make(s, disable=True) for s in blocks], graph)
 
 
 def _memcnn(blocks: list[nn.ModuleList], graph: Tensor) -> tuple[Run, Run]:
     memcnn = imported("memcnn")
 
-    def layer(stack: nn.ModuleList) -> Run:
+    def layer(stack: nn.ModuleList) -> Callable[[Tensor, Tensor], Tensor]:
         coupling = memcnn.AdditiveCoupling(OnGraph(stack[0], graph), OnGraph(stack[1], graph), split_dim=-1)
         wrapped = memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
-        return lambda x, _: wrapped(x)
+
+        def run(x: Tensor, graph: Tensor) -> Tensor:
+            out: Tensor = wrapped(x)
+            return out
+
+        return run
 
     return _chain([layer(stack) for stack in blocks], graph), _pyg(blocks, graph)[1]
 
@@ -117,7 +120,8 @@ def gradients(run: Run, blocks: list[nn.ModuleList], work: Work) -> list[Tensor]
 
 def errors(depth: int, work: Work, norm: str) -> dict[str, float | str]:
     """Relative error of all gradients against the same network with everything kept, by system."""
-    graph, found = work.graph(), {}
+    graph = work.graph()
+    found: dict[str, float | str] = {}
     for name, make in SYSTEMS.items():
         blocks = stacks(depth, work, norm)
         try:

@@ -107,13 +107,16 @@ def loss_of(out: Tensor, data: Any, total: int) -> Tensor:
     mask = data.train_mask[: out.size(0)]
     out, y = out[mask], data.y[: mask.size(0)][mask]
     if y.dim() == 2:
-        return F.binary_cross_entropy_with_logits(out, y, reduction="sum") / (total * y.size(1))
-    return F.cross_entropy(out, y, reduction="sum") / total
+        total, loss = total * y.size(1), F.binary_cross_entropy_with_logits(out, y, reduction="sum")
+    else:
+        loss = F.cross_entropy(out, y, reduction="sum")
+    return loss / total
 
 
 def run(model: GCN, batch: Any, compensate: bool) -> Tensor:
     outward = {"outward": batch.data.outward} if compensate else {}
-    return model(batch.data.x, batch.data.adj_t, *batch[1:], **outward)
+    out: Tensor = model(batch.data.x, batch.data.adj_t, *batch[1:], **outward)
+    return out
 
 
 def train(course: Course, data: Any, ptr: Tensor, seed: int = 0, **options: Any) -> Iterator[tuple[int, GCN]]:
@@ -148,7 +151,7 @@ def bias(model: GCN, data: Any, batches: Sequence[Any], compensate: bool) -> flo
         found.zero_grad()
         loss_of(run(found, batch, compensate), batch.data, total).backward()
         sums = [value + p.grad for value, p in zip(sums, found.parameters(), strict=True)]
-    expected = [p.grad for p in whole.parameters()]
+    expected = [p.grad for p in whole.parameters() if p.grad is not None]
     wrong = sum(float((a - b).square().sum()) for a, b in zip(sums, expected, strict=True))
     return math.sqrt(wrong / sum(float(b.square().sum()) for b in expected))
 

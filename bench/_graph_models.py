@@ -32,7 +32,8 @@ def measure_peaks(works: Sequence[Work], device: torch.device, steps: int = 4) -
         data, ptr = work.permuted(work.data())
         loader = SubgraphLoader(data, ptr, work.parts_in_batch, log=False)
         trainer, batches = Trainer(work, device, dropout=0.5), iter(loader)
-        sizes, peaks = [], []
+        sizes: list[list[int]] = []
+        peaks = []
         trainer.batch(next(batches))  # the optimizer's state, the loader's table of nodes
         for _ in range(steps):
 

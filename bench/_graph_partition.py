@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,7 +14,8 @@ from recollect.autoscale import Partition as Parts
 from recollect.autoscale import PartitionQuality, partition, partition_quality, to_adj_t
 from recollect.data import load
 
-METHODS = ("metis", "kaminpar", "random", "contiguous")
+Method = Literal["metis", "kaminpar", "random", "contiguous"]
+METHODS: tuple[Method, ...] = get_args(Method)
 PLANTED = "planted"
 
 
@@ -47,7 +48,7 @@ QUICK = Divided(nodes=1_000, edges=10_000, parts=10)
 def partition_figures(
     work: Divided,
     *,
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[Method, ...] = METHODS,
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -63,7 +64,8 @@ def partition_figures(
         `workload`; and by method `seconds`, `edge_cut`, `cut_share`, `balance` and `largest`, or `skipped` with the
         reason. ``planted`` are the blocks themselves.
     """
-    shape = {"num_nodes": work.nodes, "num_classes": work.parts, "average_degree": work.edges / work.nodes}
+    shape: dict[str, Any] = {"num_nodes": work.nodes, "num_classes": work.parts}
+    shape["average_degree"] = work.edges / work.nodes
     data = load("sbm", seed=seed, homophily=work.homophily, num_features=1, **shape).data
     adj_t = to_adj_t(data).adj_t
     planted = Parts(torch.argsort(data.y, stable=True), _ptr(data.y, work.parts))

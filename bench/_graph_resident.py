@@ -49,12 +49,12 @@ def measure_here(nodes: int, channels: int, batch: int, halo: int, rounds: int =
         after, peak = process_bytes("VmRSS"), process_bytes("VmHWM")
         size = os.stat(Path(name) / "history").st_size
         del history
-    known = before is not None and after is not None and peak is not None
+    known = None if before is None or after is None or peak is None else (after - before, peak - before)
     return {
         "nodes": nodes,
         "file_bytes": size,
-        "resident_bytes": after - before if known else None,
-        "resident_peak_bytes": peak - before if known else None,
+        "resident_bytes": known and known[0],
+        "resident_peak_bytes": known and known[1],
     }
 
 

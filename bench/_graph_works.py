@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Work:
     channels: int = 256
     part: int = 1000
     parts_in_batch: int = 1
-    method: str = "blocks"
+    method: Literal["blocks", "metis", "random"] = "blocks"
 
     def __str__(self) -> str:
         return (
@@ -97,7 +97,7 @@ class Trainer:
     def fill(self, rows: int = 2000) -> None:
         """Push every row once, so many at a time, as training does before its first step."""
         generator = torch.Generator().manual_seed(0)
-        for history in self.model.histories:
+        for history in self.model.tables:
             for start in range(0, history.num_embeddings, rows):
                 count = min(rows, history.num_embeddings - start)
                 history.push(

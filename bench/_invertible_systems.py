@@ -64,9 +64,9 @@ def _checkpoint(pairs: Pairs) -> System:
 
 @functools.cache
 def _invtorch_coupling() -> type[nn.Module]:
-    inn = imported("invtorch.nn")
+    base: type[nn.Module] = imported("invtorch.nn").Module
 
-    class Coupling(inn.Module):
+    class Coupling(base):  # type: ignore[valid-type,misc]  # a package that may be missing
         """Written as invtorch's README writes its module."""
 
         def __init__(self, f: nn.Module, g: nn.Module) -> None:
@@ -105,7 +105,10 @@ def _memcnn(pairs: Pairs) -> System:
 
     def layer(f: nn.Module, g: nn.Module) -> nn.Module:
         coupling = memcnn.AdditiveCoupling(f, g)
-        return memcnn.InvertibleModuleWrapper(coupling, keep_input=False, preserve_rng_state=_draws(coupling))
+        wrapped: nn.Module = memcnn.InvertibleModuleWrapper(
+            coupling, keep_input=False, preserve_rng_state=_draws(coupling)
+        )
+        return wrapped
 
     return System([layer(f, g) for f, g in pairs], refills=True)
 
@@ -148,7 +151,8 @@ class Stack:
         torch.manual_seed(0)
         shape = [self.batch, self.channels] + [self.side, self.side] * (self.blocks == "conv")
         x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-        pairs = [tuple(self._block(dropout).to(device, dtype) for _ in range(2)) for _ in range(depth)]
+        blocks = [self._block(dropout).to(device, dtype) for _ in range(2 * depth)]
+        pairs = list(zip(blocks[::2], blocks[1::2], strict=True))
         parameters = [p for pair in pairs for block in pair for p in block.parameters()]
         return {name: functools.partial(_make_step, name, pairs, x, parameters) for name in SYSTEMS}
 

@@ -21,7 +21,7 @@ RIGHT = 1e-6  # in float64: far above rounding, far below other random draws
 
 def ratios(rows: Sequence[Row], key: str, depth: int) -> dict[str, float | None]:
     """Recollect's number over each other system's."""
-    found = next((row.get(key, {}) for row in rows if row["depth"] == depth), {})
+    found: Row = next((row.get(key, {}) for row in rows if row["depth"] == depth), {})
     return {name: ratio(found.get("recollect"), found.get(name)) for name in SYSTEMS if name != "recollect"}
 
 

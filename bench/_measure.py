@@ -47,7 +47,8 @@ def expected_bytes(rows: Sequence[Row], name: str, depth: int) -> float | None:
     if len(known) < 2 or known[0][0] == known[1][0]:
         return None
     (d0, b0), (d1, b1) = known
-    return b1 + (b1 - b0) / (d1 - d0) * (depth - d1)
+    expected: float = b1 + (b1 - b0) / (d1 - d0) * (depth - d1)
+    return expected
 
 
 def measure(

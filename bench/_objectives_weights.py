@@ -94,11 +94,13 @@ def _peer(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[], floa
         """Its projector, which keeps what it found."""
 
         def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-            self.found: Tensor = super().__call__(U, G)
-            return self.found
+            found: Tensor = super().__call__(U, G)
+            self.found = found
+            return found
 
     projector = Remembering(norm_eps=REG_EPS, reg_eps=REG_EPS)
-    return aggregation.UPGradWeighting(projector=projector), lambda: _total(projector.found, matrix)
+    weighting: Callable[[Tensor], Tensor] = aggregation.UPGradWeighting(projector=projector)
+    return weighting, lambda: _total(projector.found, matrix)
 
 
 def _value(weighting: UPGradWeighting, matrix: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,4 +122,4 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     """Norm of the difference over norm of what is expected, all tensors together."""
     error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
     norm = sum(float(b.double().square().sum()) for b in expected)
-    return (error / norm) ** 0.5
+    return math.sqrt(error / norm)

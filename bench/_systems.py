@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 import torch_geometric.nn
@@ -25,6 +26,7 @@ from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
 Blocks = Sequence[nn.ModuleList]
+Norm = Literal["bare", "layer", "batch"]
 
 
 class Recollect(System):
@@ -47,7 +49,7 @@ class Recollect(System):
 
 
 def build_blocks(
-    depth: int, channels: int, norm: str, *, dropout: float = 0.0, dtype: torch.dtype, device: torch.device
+    depth: int, channels: int, norm: Norm, *, dropout: float = 0.0, dtype: torch.dtype, device: torch.device
 ) -> list[nn.ModuleList]:
     """The blocks of a RevGNN of SAGE layers in 2 groups: "norm, ReLU, dropout, conv"; bare convolutions with "bare".
 
@@ -56,9 +58,9 @@ def build_blocks(
     if norm == "bare" and dropout:
         raise ValueError("bare convolutions have no dropout")
     model = RevGNN(1, channels, 1, depth, 2, "sage", dropout, norm=None if norm == "bare" else norm)
-    stacks = [layer.convs for layer in model.layers]
+    stacks = [cast(GroupAddRev, layer).convs for layer in model.layers]
     if norm == "bare":
-        stacks = [nn.ModuleList(block.conv for block in stack) for stack in stacks]
+        stacks = [nn.ModuleList(block.get_submodule("conv") for block in stack) for stack in stacks]
     return [stack.to(device, dtype) for stack in stacks]
 
 
@@ -91,7 +93,8 @@ class OnGraph(nn.Module):
         self.graph = graph
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x, self.graph)
+        out: Tensor = self.block(x, self.graph)
+        return out
 
 
 def _memcnn(blocks: Blocks, graph: Tensor) -> System:
@@ -101,7 +104,10 @@ def _memcnn(blocks: Blocks, graph: Tensor) -> System:
 
     def layer(stack: nn.ModuleList) -> Callable[[Tensor], Tensor]:
         coupling = memcnn.AdditiveCoupling(OnGraph(stack[0], graph), OnGraph(stack[1], graph), split_dim=-1)
-        return memcnn.InvertibleModuleWrapper(coupling, keep_input=False, keep_input_inverse=False)
+        wrapped: Callable[[Tensor], Tensor] = memcnn.InvertibleModuleWrapper(
+            coupling, keep_input=False, keep_input_inverse=False
+        )
+        return wrapped
 
     return System([layer(stack) for stack in blocks], refills=True)
 
@@ -147,7 +153,7 @@ class Workload:
     nodes: int
     edges: int
     channels: int
-    norm: str
+    norm: Norm
     csr: bool = False
 
     @property
@@ -166,7 +172,7 @@ class Workload:
         graphs = dict.fromkeys(self.systems, graph)
         if self.csr:
             ones = torch.ones(self.edges, dtype=dtype, device=device)
-            adj_t, _ = make_adj_t(*graph, ones, self.nodes)  # equal edges stay two, as they are in `graph`
+            adj_t, _ = make_adj_t(graph[0], graph[1], ones, self.nodes)  # equal edges stay two, as they are in `graph`
             # An edge_index each: what is kept for one while it lives must not be charged to whoever comes first.
             graphs = dict.fromkeys(self.systems, adj_t) | {"recollect": graph, "uncertified": graph.clone()}
         return {name: functools.partial(make_step, name, blocks, x, graphs[name]) for name in self.systems}

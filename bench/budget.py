@@ -39,7 +39,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norms[0](x)
         x = x + self.attention(h, h, h, need_weights=False)[0]
-        return x + self.mlp(self.norms[1](x))
+        out: Tensor = x + self.mlp(self.norms[1](x))
+        return out
 
 
 class Residual(nn.Module):
@@ -51,7 +52,8 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.body(x)).relu()
+        out: Tensor = (x + self.body(x)).relu()
+        return out
 
 
 def _networks(quick: bool) -> dict[str, tuple[Callable[[], nn.Sequential], Tensor]]:

@@ -94,7 +94,7 @@ def child(task: dict[str, Any]) -> None:
     sent = shares.wire_bytes
     for _ in range(task["repeats"]):
         for name, pull in (("ahead", ahead), ("at once", at_once)):
-            History.begin_pull = pull  # type: ignore[method-assign]
+            History.begin_pull = pull  # type: ignore[method-assign,assignment]
             distributed.barrier()
             begin = time.perf_counter()
             epoch()

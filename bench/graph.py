@@ -56,7 +56,7 @@ def run_memory(options: argparse.Namespace, device: torch.device) -> Found:
     """Peaks of steps on a small and on a large graph, in tensor bytes, and the resident part of a file."""
     rows = models.measure_peaks(models.QUICK if options.quick else models.PEAKS, device)
     print(models.peaks_table(rows))
-    sizes = {"sizes": (2_000, 10_000), "batch": 200, "halo": 400} if options.quick else {}
+    sizes: dict[str, Any] = {"sizes": (2_000, 10_000), "batch": 200, "halo": 400} if options.quick else {}
     files = resident.measure_resident(**sizes)
     print(f"\n{resident.resident_table(files)}")
     found = [] if options.quick else [*models.peaks_targets(rows), *resident.resident_targets(files)]

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,7 +145,7 @@ def times(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as store:
         ptr = bounds(nodes, options.part)
         tables, files = WholeGraph(model, data, ptr), WholeGraph(model, data, ptr, store)
-        functions = {
+        functions: dict[str, Callable[[], object]] = {
             "plain": lambda: in_memory(True),
             "reversible": lambda: in_memory(False),
             "tables in memory": lambda: tables.step(criterion),

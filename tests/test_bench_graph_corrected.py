@@ -11,6 +11,8 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
     from bench import _graph_corrected as corrected
     from bench import _graph_corrected_accuracy as scores
 
+    from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader
+
 SMALL = corrected.Course("sbm", 3, 2, nodes=200, channels=4, parts=8, parts_in_batch=2)
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -19,9 +21,9 @@ def test_bias_is_none_after_a_refresh():
     data, ptr = SMALL.permuted(None)
     model = SMALL.model(data, 0, compensate=True, history_dtype=torch.float64).double()
     data.x, data.adj_t = data.x.double(), data.adj_t.double()
-    batches = list(corrected.SubgraphLoader(data, ptr, 2, log=False, outward=True))
+    batches = list(SubgraphLoader(data, ptr, 2, log=False, outward=True))
     total = int(data.train_mask.sum())
-    everything = corrected.EvalSubgraphLoader(data, ptr, 2, log=False)
+    everything = EvalSubgraphLoader(data, ptr, 2, log=False)
     model.refresh(everything, lambda out, batch: corrected.loss_of(out, batch.data, total))
     assert corrected.bias(model, data, batches, True) < 1e-12
     assert corrected.bias(model, data, batches, False) > 1e-3

@@ -16,9 +16,9 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
     from bench._objectives_works import Work, cnn, gnn, mlp, transformer
 
 from bench import _objectives_certificate as certificate
-from bench import _objectives_measure, objectives
 from bench import _objectives_systems as systems
-from bench._harness import alternating, settings
+from bench import objectives
+from bench._harness import alternating, peak_bytes, settings
 from bench._objectives_measure import foretold_bytes, measure
 from bench._objectives_systems import HOLDS_THE_JACOBIAN, SYSTEMS, make_step
 from bench._objectives_targets import (
@@ -39,6 +39,8 @@ from bench._objectives_targets import (
     weight_targets,
 )
 from bench._step import UnavailableError, relative_error
+
+from recollect.autogram import Engine
 
 CPU = torch.device("cpu")
 PEERS = {"torchjd", "autojac"}
@@ -155,7 +157,7 @@ def test_foretold_bytes_are_those_of_all_rows(work: Work) -> None:
         if work.objectives <= 4:
             assert foretold is None
         else:
-            assert foretold == pytest.approx(_objectives_measure.peak_bytes(step, CPU), rel=0.2)
+            assert foretold == pytest.approx(peak_bytes(step, CPU), rel=0.2)
     assert foretold_bytes("recollect", work, CPU) is None
 
 
@@ -226,8 +228,8 @@ def test_a_target_without_a_measurement_says_why() -> None:
 
 def test_the_certificate_is_what_makes_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    certify = certificate.Engine._certify
-    monkeypatch.setattr(certificate.Engine, "_certify", lambda *given: compared.append(given[-1]) or certify(*given))
+    certify = Engine._certify
+    monkeypatch.setattr(Engine, "_certify", lambda *given: compared.append(given[-1]) or certify(*given))
     steps = certificate.steps(WORKS["mlp"]())
     for name, count in (("uncertified", 0), ("certified", 1), ("uncertified", 1)):
         steps[name]()

@@ -63,7 +63,7 @@ FLOORS = {
         "torch_geometric pymetis kaminpar",
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
-    "outofcore": floor("_torch _util _arguments autogram frames messages reversible autoscale models"),
+    "outofcore": floor("_torch _util _arguments autogram distributed frames messages reversible autoscale models"),
     "budget": floor("_arguments _storages _torch _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),

@@ -182,9 +182,9 @@ class TestResizing:
     def test_set_to_another_storage(self) -> None:
         with peak_memory("cpu") as memory:
             x, y = block(2), block(3)
-            x.set_(y)
+            x.set_(y)  # type: ignore[call-overload]  # torch has no annotation of it
             assert figures(memory) == (5 * KB, 3 * KB)
-            x.set_()
+            x.set_()  # type: ignore[call-overload]
             del y
             assert memory.current_bytes == 0
 
@@ -637,3 +637,26 @@ class TestTensorBytes:
     def test_unknown_object(self) -> None:
         with pytest.raises(TypeError, match="cannot look into a object"):
             tensor_bytes([object()])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.parametrize("first", [False, True], ids=["compiled before", "measured first"])
+def test_compiled_functions_are_measured_as_written_and_stay_compiled(first: bool) -> None:
+    """Torch never runs compiled code again of what it met under a dispatch mode."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def function(x: Tensor) -> Tensor:
+        return (x + 1).cos() * (x + 2)
+
+    x = block(requires_grad=True)
+    if not first:
+        function(x)
+    with peak_memory("cpu") as memory:
+        y = function(x)
+    assert memory.peak_bytes >= 3 * KB  # cos and both factors are kept, and the product
+    assert y.grad_fn is not None
+    function(x)
+    assert counter.frame_count == 1

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
 # Pages without code that runs: what they say is said in words, or links to the others.
-IN_WORDS = {"docs/index.md", "docs/scale.md", "docs/limits.md", "docs/coming_from/index.md"}
+IN_WORDS = {"docs/index.md", "docs/scale.md", "docs/limits.md", "docs/coming_from/index.md", "docs/recipes/index.md"}
 README = (ROOT / "README.md").read_text()
 
 

@@ -63,13 +63,13 @@ class Device:
         self.compute = Stream(self, "compute")
         self._local = threading.local()
 
-    def Stream(self, device: torch.device) -> Stream:  # noqa: N802
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
         return Stream(self, next(self.names))
 
-    def current_stream(self, device: torch.device) -> Stream:
+    def current_stream(self, device: torch.device) -> Any:
         return getattr(self._local, "stream", self.compute)
 
-    def stream(self, stream: Stream) -> Device:
+    def stream(self, stream: Any) -> Device:
         self._local.stream = stream
         return self
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from recollect._storages import storages_within
-from recollect._torch import TorchDispatchMode
+from recollect._torch import TorchDispatchMode, uncompiled
 
 __all__ = ["StorageLedger"]
 
@@ -41,6 +41,8 @@ class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage counts from the operation that first returns it until it dies. One that goes into an operation
     before it ever came out of one existed before the ledger, or was made without an operation (read from
     a file), and counts only with the bytes by which it grows.
+
+    What torch.compile has compiled runs as it was written: compiled code does not show its operations.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._current = 0
         self._peak = 0
         self._thread = threading.get_ident()
+        self._uncompiled: Any = None
 
     @property
     def current_bytes(self) -> int:
@@ -67,6 +70,7 @@ class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> StorageLedger:
         self._thread = threading.get_ident()
+        self._uncompiled = uncompiled()
         _ResizeWatch.add(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -76,6 +80,7 @@ class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         finally:
             _ResizeWatch.remove(self)
+            self._uncompiled.__exit__(*exc_info)
             self._settle()
             self._entries.clear()  # drops the callbacks: what dies from now on is not the ledger's concern
 

@@ -92,6 +92,7 @@ __all__ = [
     "storage_use_count",
     "tensor_use_count",
     "transform_level_is_open",
+    "uncompiled",
     "unwatch_leaving",
     "unwatch_modules",
     "unwatch_outputs",
@@ -415,6 +416,17 @@ def compiled_blocks_exist() -> bool:
     """Return whether torch.compile has compiled anything in this process."""
     compiler = sys.modules.get("torch._dynamo.convert_frame")
     return compiler is not None and compiler.FRAME_COUNTER > 0
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return what lets compiled functions run as they were written, until its ``__exit__`` is called.
+
+    Under a dispatch mode they do anyway, but torch notes that for good, and never runs compiled code of them again.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class ScaledProductBackends:

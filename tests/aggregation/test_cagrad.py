@@ -5,6 +5,7 @@ import torch
 from weight_inputs import DEGENERATE, KINDS, centred, gram, lengths_apart, nearly_singular, square, tall, wide
 
 from recollect.aggregation import CAGradWeighting, _cagrad
+from recollect.aggregation._complementarity import solve
 
 CLEAR = [kind for kind in KINDS if kind is not lengths_apart]  # no gradient is so short that it counts as none
 
@@ -59,7 +60,6 @@ def test_a_ball_that_reaches_a_stationary_point_gives_no_update(kind):
 @pytest.mark.parametrize("kind", CLEAR)
 def test_few_programs_are_solved(kind, monkeypatch):
     programs = []
-    solve = _cagrad.solve
     monkeypatch.setattr(_cagrad, "solve", lambda h, f, q: programs.append(len(q)) or solve(h, f, q))
     CAGradWeighting(0.5)(gram(kind(20)))
     assert len(programs) <= (12 if kind is centred else 6)

@@ -10,6 +10,7 @@ from recollect.aggregation import _complementarity
 from recollect.aggregation._active_set import descend
 from recollect.aggregation._complementarity import solve as solve_factored
 from recollect.aggregation._modulus import modulus
+from recollect.aggregation._subsets import solve_on
 
 
 def solve(matrix, offset):
@@ -101,7 +102,6 @@ def test_what_is_not_solved_is_told(monkeypatch):
 
 def test_what_solves_another_system_is_not_taken_for_done(monkeypatch):
     matrix, offset = problem(centred, 40)
-    solve_on = _complementarity.solve_on
     monkeypatch.setattr(_complementarity, "solve_on", lambda h, a, b: solve_on(h, a, b) * (1 + 1e-6))
     found, left = _complementarity._pivot(matrix, offset, offset < 0)
     done = torch.ones(40, dtype=torch.bool)
@@ -114,7 +114,6 @@ def test_what_solves_another_system_is_not_taken_for_done(monkeypatch):
 def test_few_rounds_are_needed(kind, monkeypatch):
     monkeypatch.setattr(_complementarity, "descend", None)
     rounds = []
-    solve_on = _complementarity.solve_on
     monkeypatch.setattr(_complementarity, "solve_on", lambda h, a, b: rounds.append(len(a)) or solve_on(h, a, b))
     solve(*problem(kind, 64))
     assert len(rounds) <= 4

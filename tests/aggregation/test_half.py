@@ -17,7 +17,7 @@ def within(gramian, dtype):
     return bool(gramian.to(dtype).isfinite().all())
 
 
-def both(name, gramian):
+def both(name, gramian) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights of a half-precision Gramian, and those of its numbers in float64."""
     return weightings(len(gramian))[name](gramian), weightings(len(gramian))[name](gramian.double())
 

@@ -1,6 +1,7 @@
 """Settings are checked when they are given and when they are assigned; what is refused is not kept."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ VECTOR = [(torch.ones(2, 2), ValueError), (torch.ones(0), ValueError), (torch.te
 GENERATOR = [(0, TypeError), ("cpu", TypeError)]
 
 # What each setting refuses.
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "reg_eps": [*NEGATIVE, (math.inf, ValueError)],
     "c": [*NEGATIVE, (math.inf, ValueError)],
     "norm_eps": NEGATIVE,

@@ -13,7 +13,7 @@ theirs = pytest.importorskip("torchjd.aggregation")
 FULL_RANK = [wide, common, camps]
 
 
-def both(name, kind, m, *settings):
+def both(name, kind, m, *settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights of both libraries for one Gramian, with the same seed."""
     gramian = gram(kind(m))
     torch.manual_seed(4)

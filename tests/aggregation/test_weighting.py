@@ -131,7 +131,7 @@ def test_a_method_of_ones_own():
     with pytest.raises(ValueError, match="symmetric"):
         First()(torch.ones(3, 3).triu())
     with pytest.raises(TypeError, match="abstract"):
-        Weighting()
+        Weighting()  # type: ignore[abstract]
 
 
 class Given(Weighting):
@@ -168,9 +168,9 @@ def test_gramians_that_are_no_tensors(takes, gramian):
 
 def test_settings_of_another_name():
     with pytest.raises(TypeError, match=r"UPGradWeighting has no setting 'preference'; .*: pref_vector, reg_eps"):
-        UPGradWeighting(preference=torch.ones(2))
+        UPGradWeighting(preference=torch.ones(2))  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"ConstantWeighting has no setting 'pref_vector'; .*: weights"):
-        ConstantWeighting(pref_vector=torch.ones(2))
+        ConstantWeighting(pref_vector=torch.ones(2))  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("weighting", [UPGradWeighting, ConstantWeighting])

@@ -16,8 +16,8 @@ def gramian(losses, parameters):
     parameters, rows = list(parameters), []
     for loss in losses:
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]))
-    rows = torch.stack(rows)
-    return rows @ rows.T
+    jacobian = torch.stack(rows)
+    return jacobian @ jacobian.T
 
 
 def is_captured(output):

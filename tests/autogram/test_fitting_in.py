@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def test_a_hook_that_is_put_before_all_others_makes_do_without_captures():
         lambda module, inputs, output: output * 2 if isinstance(module, nn.Linear) else None
     )
     try:
-        torch_module._global_forward_hooks.move_to_end(handle.id, last=False)
+        hooks: Any = torch_module._global_forward_hooks  # an OrderedDict
+        hooks.move_to_end(handle.id, last=False)
         assert_works(engine, net, expected=0)
     finally:
         handle.remove()

@@ -92,7 +92,7 @@ def test_gradients_with_respect_to_features(several):
     (lambda z: Engine(nn.Linear(2, 2), features=z), ValueError, "features or to parameters"),
     (lambda z: Engine(features=[]), ValueError, "features is empty"),
     (lambda z: Engine(features=z.detach()), ValueError, "requires no gradient"),
-    (lambda z: Engine(features=[z, 1.0]), TypeError, r"features\[1\] must be a tensor"),
+    (lambda z: Engine(features=(z, 1.0)), TypeError, r"features\[1\] must be a tensor"),
 ])  # fmt: skip
 def test_wrong_features_are_refused(make, error, message):
     with pytest.raises(error, match=message):

@@ -82,15 +82,15 @@ def test_what_has_no_batch_is_not_refused(size):
     parameters, rows = list(model.parameters()), []
     for loss in losses:
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]))
-    rows = torch.stack(rows)
-    torch.testing.assert_close(Engine(model, batch_dim=0).compute_gramian(losses), rows @ rows.T)
+    jacobian = torch.stack(rows)
+    torch.testing.assert_close(Engine(model, batch_dim=0).compute_gramian(losses), jacobian @ jacobian.T)
 
 
 def test_a_choice_is_made_once_for_a_form(monkeypatch):
-    from recollect.autogram import _engine
+    from recollect.autogram import _engine, _structure
 
     calls = []
-    original = _engine.find_structure
+    original = _structure.find_structure
     monkeypatch.setattr(_engine, "find_structure", lambda *args: calls.append(1) or original(*args))
     model = net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     engine = Engine(model, batch_dim=0)

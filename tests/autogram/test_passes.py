@@ -35,8 +35,8 @@ def expected(net):
     for loss in losses.flatten():
         grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
         rows.append(torch.cat([g.flatten() for g in grads]))
-    rows = torch.stack(rows)
-    return (rows @ rows.T).view(6, 3, 6, 3).transpose(2, 3)
+    jacobian = torch.stack(rows)
+    return (jacobian @ jacobian.T).view(6, 3, 6, 3).transpose(2, 3)
 
 
 @pytest.fixture

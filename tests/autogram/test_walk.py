@@ -128,5 +128,5 @@ def test_indices_are_data_and_positions_are_none():
     for loss in losses:
         grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         rows.append(torch.cat([grad.flatten() for grad in grads]))
-    rows = torch.stack(rows)
-    torch.testing.assert_close(engine.compute_gramian(losses), rows @ rows.T)
+    jacobian = torch.stack(rows)
+    torch.testing.assert_close(engine.compute_gramian(losses), jacobian @ jacobian.T)

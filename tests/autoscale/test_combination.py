@@ -77,12 +77,12 @@ class Slow:
         self.targets = sorted({target for source, target in edges if source in own and target not in own})
         near = own | set(self.targets) | {source for source, target in edges if target in own}
         score = SCORES[model.combine.score]
-        self.betas = []
+        found_betas = []
         for node in self.targets:
             into = [source in near for source, target in edges if target == node]
             out = [target in own or target in self.targets for source, target in edges if source == node]
-            self.betas.append([score(sum(found) / len(found) if found else 1.0) for found in (into, out)])
-        self.betas = model.combine.alpha * torch.tensor(self.betas, dtype=torch.float64).reshape(-1, 2)
+            found_betas.append([score(sum(found) / len(found) if found else 1.0) for found in (into, out)])
+        self.betas = model.combine.alpha * torch.tensor(found_betas, dtype=torch.float64).reshape(-1, 2)
         kept = [complete or target not in self.targets or source in near for source, target in edges]
         kept = torch.tensor(kept)
         counts = rows_of(adj_t)[kept].bincount(minlength=NODES)

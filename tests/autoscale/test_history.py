@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy
 import pytest
@@ -24,6 +25,12 @@ def make(request, tmp_path):
         pytest.skip("needs a CUDA device")
     place = {"memory": {}, "file": {"path": tmp_path / "sub" / "h"}, "cuda": {"device": "cuda"}}[request.param]
     return lambda dtype=torch.float32, rows=ROWS, width=WIDTH: History(rows, width, dtype=dtype, **place)
+
+
+def rows_of(history: History) -> torch.Tensor:
+    """The tensor of a table in memory."""
+    records: Any = history.table.records
+    return records.tensor
 
 
 def kept(x, dtype):
@@ -340,7 +347,7 @@ def test_a_history_made_in_inference_mode_can_be_trained(make):
 def test_moving_the_module_moves_the_result_and_not_the_table():
     model = nn.Sequential(History(ROWS, WIDTH))
     history = model[0]
-    table = history.table.records.tensor
+    table = rows_of(history)
     assert history.pull().dtype == torch.float32
     for dtype in (torch.float64, torch.bfloat16):
         model.to(dtype)
@@ -348,7 +355,7 @@ def test_moving_the_module_moves_the_result_and_not_the_table():
     model.to("meta")
     assert history.out_device == torch.device("meta")
     assert history.age().device == torch.device("meta")
-    assert history.table.records.tensor is table
+    assert rows_of(history) is table
     assert table.device == torch.device("cpu")
     assert table.dtype == torch.float32
 
@@ -361,7 +368,7 @@ def test_results_follow_the_module_to_cuda(tmp_path):
         history.push(x)
         assert torch.equal(history.pull(torch.tensor([3, 1], device="cuda")), x[[3, 1]])
         assert history.table.records.device.type == "cpu"
-    assert History(ROWS, WIDTH).table.records.tensor.is_pinned()
+    assert rows_of(History(ROWS, WIDTH)).is_pinned()
 
 
 def test_the_state_holds_the_table_if_asked_to():
@@ -424,9 +431,9 @@ def test_copies_are_pinned_where_there_is_cuda(again, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(tensor is one for one in pinned))
     other = again(history)
-    assert other.table.records.tensor.is_pinned()
+    assert rows_of(other).is_pinned()
     assert not other.table.stamps.tensor.is_pinned()
-    assert other.table.records.tensor is not history.table.records.tensor
+    assert rows_of(other) is not rows_of(history)
     assert torch.equal(other.pull(), torch.ones(ROWS, WIDTH))
 
 

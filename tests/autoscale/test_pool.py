@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from recollect.frames import backward_mode
 
 ROWS = 60
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float64]
+
+
+def rows_of(history: History) -> torch.Tensor:
+    """The tensor of a table in memory, whatever is under way."""
+    records: Any = history.table.records
+    return records.tensor
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -140,7 +147,7 @@ def test_nothing_waits_for_the_worker_but_what_needs_it(pool, gate):
     pool.async_pull(history, n_id=torch.arange(3))
     x.zero_(), n_id.fill_(5)
     assert other.pull().sum() == 0  # not in the pool: nothing to wait for
-    assert history.table.records.tensor.sum() == 0
+    assert rows_of(history).sum() == 0
     gate.set()
     assert take(pool).tolist() == [[1.0] * 4] * 3
 
@@ -167,7 +174,7 @@ def test_another_pool_waits_for_the_first(pool, gate):
     threading.Timer(0.05, gate.set).start()
     with AsyncIOPool(1, 50, 4) as other:
         other.async_pull(history, n_id=torch.tensor([7]))
-        assert history.table.records.tensor.sum() == 4 * ROWS  # already
+        assert rows_of(history).sum() == 4 * ROWS  # already
         assert take(other).tolist() == [[1.0] * 4]
 
 

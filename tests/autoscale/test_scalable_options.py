@@ -27,6 +27,7 @@ from scalable_zoo import (
 
 from recollect.autoscale import EvalSubgraphLoader, HistoryOptions, ScalableGNN, SubData, SubgraphLoader
 from recollect.autoscale import _batch as batch_file
+from recollect.autoscale.histories._selection import select_batch
 
 
 def test_the_example_of_its_documentation():
@@ -197,7 +198,6 @@ def test_a_mini_batch_is_made_once(kind, pool, monkeypatch):
         made.append(1)
         return select_batch(*arguments, **options)
 
-    select_batch = batch_file.select_batch
     monkeypatch.setattr(batch_file, "select_batch", counted)
     model = kind(**pool)
     for number, batch in enumerate(batches(make_graph()), start=1):

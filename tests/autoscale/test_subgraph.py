@@ -65,7 +65,7 @@ def test_ranges_take_rows_one_after_the_other(limits, monkeypatch):
     monkeypatch.setattr("recollect.autoscale.loader._subgraph._FEW", limits[0])
     monkeypatch.setattr("recollect.autoscale.loader._subgraph._LONG", limits[1])
     pairs = [(3, 6), (6, 6), (0, 1), (9, 9), (8, 10)]
-    ranges = Ranges(*torch.tensor(pairs).unbind(1), CPU)
+    ranges = Ranges(torch.tensor(pairs)[:, 0], torch.tensor(pairs)[:, 1], CPU)
     rows = torch.randn(10, 2)
     wanted = [k for start, stop in pairs for k in range(start, stop)]
     assert ranges.total == len(wanted)

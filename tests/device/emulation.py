@@ -139,7 +139,8 @@ def _on(tensor: Tensor) -> Tensor:
         raise TypeError(f"{NAME} has no float64")
     if tensor.layout is torch.sparse_csr:
         parts = tensor.crow_indices(), tensor.col_indices(), tensor.values()
-        return torch.sparse_csr_tensor(*map(_on, parts), tensor.shape, check_invariants=False)
+        rowptr, col, value = map(_on, parts)
+        return torch.sparse_csr_tensor(rowptr, col, value, tensor.shape, check_invariants=False)
     return _labelled(tensor.resolve_neg().resolve_conj(), _EXTENSION)
 
 
@@ -364,7 +365,9 @@ def _casting(op: Any, full: bool) -> Callable[..., Any]:
         def cast(value: Any) -> Any:
             return value.to(dtype) if _is_other(value) and value.dtype in narrow else value
 
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(torch._C._parse_dispatch_key("AutocastPrivateUse1"))
+        ):
             return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
     return call

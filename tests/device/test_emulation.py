@@ -52,10 +52,10 @@ def test_tensors_of_the_cpu_are_refused(other):
 
 def test_random_numbers_come_from_its_own_generator(other):
     before = torch.get_rng_state()
-    torch.other.manual_seed(3)
-    state = torch.other.get_rng_state()
+    torch.get_device_module(other).manual_seed(3)
+    state = torch.get_device_module(other).get_rng_state()
     first = torch.rand(4, device=other), F.dropout(torch.ones(20, device=other), 0.5)
-    torch.other.set_rng_state(state)
+    torch.get_device_module(other).set_rng_state(state)
     second = torch.rand(4, device=other), F.dropout(torch.ones(20, device=other), 0.5)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(torch.rand(4, device=other), first[0])
@@ -123,7 +123,7 @@ def test_what_does_not_is_not(other, name):
 
 def test_copies_that_do_not_block_arrive_late(other):
     x, host = torch.ones(3, device=other), torch.zeros(3)
-    event = torch.other.Event()
+    event = torch.get_device_module(other).Event()
     with watch() as log:
         host.copy_(x, non_blocking=True)
         event.record()

@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_the_same_random_numbers(other, tmp_path, monkeypatch
         patch.setattr(Trainer, "save", save_and_die)
         with pytest.raises(Killed):
             run(tmp_path / "parts", *settings)
-    torch.other.manual_seed(123)
+    torch.get_device_module("other").manual_seed(123)
     assert main(["train", f"resume={tmp_path / 'parts'}"]) == 0
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Block
 from processes import Wrap, assert_close, full
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recollect.aggregation import GaussNewton, RandomWeighting, UPGradWeighting
 from recollect.autogram import Engine, _exchange
 from recollect.distributed import SharesError
+from recollect.reversible import GroupAddRev
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
 
@@ -139,7 +141,32 @@ class Gnn(Net):
         return self.last(mean @ h).view(number, 8).square().sum(1)
 
 
-NETS: dict[str, type[Net]] = {"mlp": Mlp, "tasks": Tasks, "mixed": Mixed, "cnn": Cnn, "gpt": Gpt, "gnn": Gnn}
+class Rev(Net):
+    """Layers whose inputs are rebuilt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(
+            GroupAddRev(nn.ModuleList(Block(4) for _ in range(2)), fuse=False) for _ in range(3)
+        )
+
+    def losses(self, samples: Tensor) -> Tensor:
+        h = self.first(samples)
+        for layer in self.layers:
+            h = layer(h, None)
+        return self.last(h).square().sum(1)
+
+
+NETS: dict[str, type[Net]] = {
+    "rev": Rev,
+    "mlp": Mlp,
+    "tasks": Tasks,
+    "mixed": Mixed,
+    "cnn": Cnn,
+    "gpt": Gpt,
+    "gnn": Gnn,
+}
 
 
 def cut(number: int, world: int, how: str) -> list[int]:
@@ -336,7 +363,10 @@ def under_ddp(rank: int, world: int) -> None:
         work = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
         return work.then(lambda done: done.value()[0])
 
-    count.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+    count.__annotations__ = {
+        "bucket": dist.GradBucket,  # type: ignore[attr-defined]
+        "return": torch.futures.Future[Tensor],
+    }
     parallel.register_comm_hook(None, count)
     for engine in (Engine(parallel, process_group=dist.group.WORLD), Engine(net, process_group=dist.group.WORLD)):
         for step in range(3):
@@ -383,11 +413,15 @@ def sharded(rank: int, world: int, kind: str, how: str, units: Callable[[Net], l
 
 
 def linears(net: Net) -> list[Any]:
-    return [m for m in net.children() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Sequential))]
+    return [
+        m
+        for m in [*net.children(), *getattr(net, "layers", ())]
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.Sequential, GroupAddRev))
+    ]
 
 
 KEEP, RESHARD = {"reshard_after_forward": False}, {"reshard_after_forward": True}
-for kind in ("mixed", "cnn", "gnn"):
+for kind in ("mixed", "cnn", "gnn", "rev"):
     for name, options in (("keep", KEEP), ("reshard", RESHARD), ("default", {})):
         case(sharded, f"sharded-{kind}-{name}", kind=kind, how="unequal", units=linears, **options)
 case(sharded, "sharded-gnn-one_without", kind="gnn", how="one_without", units=linears)

@@ -6,7 +6,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from recollect.autoscale import (
     permute,
     to_adj_t,
 )
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.data._foreign import require
 from recollect.distributed import Shares, SharesError
 from recollect.models import APPNP, GAT, GCN, GCN2
@@ -155,6 +156,11 @@ for _name, (_make, _prepare) in MODELS.items():
     CASES[f"training of {_name}"] = _run
 
 
+def shares_of(history: History) -> Shares:
+    """Of a history over ranks."""
+    return cast(RankTable, history.table).shares
+
+
 @case
 def histories_in_files(rank: int, world: int) -> None:
     import tempfile
@@ -218,7 +224,7 @@ def what_differs_between_ranks_is_named_on_each(rank: int, world: int) -> None:
     model = GCN(NODES, IN, 8, OUT, 2, histories=HistoryOptions(process_group=Shares(ptr))).double()
     loader = SubgraphLoader(other if rank else data, ptr, log=False)
     with pytest.raises(SharesError, match="the graph of the mini-batches of rank 1"):
-        forward(model, loader.collate_fn([model.tables[0].table.shares.parts[0]]))
+        forward(model, loader.collate_fn([shares_of(model.tables[0]).parts[0]]))
 
 
 @case
@@ -239,7 +245,8 @@ def options_that_do_not_go_with_ranks(rank: int, world: int) -> None:
 def a_checkpoint_is_loaded_by_another_number_of_ranks(rank: int, world: int) -> None:
     import tempfile
 
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(folder)
@@ -256,13 +263,13 @@ def a_checkpoint_is_loaded_by_another_number_of_ranks(rank: int, world: int) -> 
         if rank < max(1, world // 2):
             few = make(half)
             for history, values in zip(few.tables, rows, strict=True):
-                start, stop = history.table.shares.nodes
+                start, stop = shares_of(history).nodes
                 history.push(values[start:stop], offset=[start], count=[stop - start])
-            checkpoint.save({"histories": history_parts(few)}, checkpoint_id=path, process_group=half)
+            save({"histories": history_parts(few)}, checkpoint_id=path, process_group=half)
         dist.barrier()
         all_of = make(dist.group.WORLD)
         state = {"histories": history_parts(all_of)}
-        checkpoint.load(state, checkpoint_id=path)
+        load(state, checkpoint_id=path)
         load_history_parts(all_of, state["histories"])
         for history, values in zip(all_of.tables, rows, strict=True):
             plain = History(NODES, 8, dtype=dtype)
@@ -290,7 +297,7 @@ def rows_of_another_step_are_not_taken(rank: int, world: int) -> None:
     rows = torch.arange(8 * world)
     history.pull(rows)
     if rank == 0:
-        history.table.shares.step()  # as an exchange that the others did not take
+        shares_of(history).step()  # as an exchange that the others did not take
     with pytest.raises(RuntimeError, match="left a step in the middle"):
         history.pull(rows)
 
@@ -302,7 +309,7 @@ def a_group_is_not_kept(rank: int, world: int) -> None:
     model = GCN(8 * world, IN, 8, OUT, 3, histories=HistoryOptions(process_group=group))
     history, rows, kept = model.tables[0], torch.arange(8 * world), weakref.ref(group)
     history.pull(rows)
-    history.table.shares.route(rows)
+    shares_of(history).route(rows)
     dist.destroy_process_group(group)
     del group
     gc.collect()
@@ -325,7 +332,7 @@ def one_exchange_a_layer(rank: int, world: int) -> None:
     """Beside two for the row numbers of the mini-batch's halo, which all layers share."""
     data, ptr = graph()
     model = GCN(NODES, IN, 8, OUT, 4, histories=HistoryOptions(process_group=Shares(ptr))).double()
-    batch = SubgraphLoader(data, ptr, log=False).collate_fn([model.tables[0].table.shares.parts[0]])
+    batch = SubgraphLoader(data, ptr, log=False).collate_fn([shares_of(model.tables[0]).parts[0]])
     forward(model, batch)
     calls = []
     original = dist.all_to_all_single

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ddp_cases import OfRows, Rows, exact_stack
 from networks import (
     Adapted,
     Block,
@@ -23,13 +24,14 @@ from networks import (
     switch_off,
     train,
 )
-from processes import TOLERANCE, Wrap, assert_close, gradients
+from processes import TOLERANCE, Wrap, assert_close, full, gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import recollect
 import recollect.invertible as inn
+from recollect.reversible import BDIA, GroupAddRev, Midpoint
 
 
 def shard(
@@ -245,6 +247,62 @@ def freed(make: Callable[[], nn.Module], place: Callable[[Wrap, nn.Module], None
     return run
 
 
+def exact_case(kind: Callable[..., nn.Module], units: Callable[[nn.Module], list[Any]], steps: int = 2) -> Any:
+    """Gradients of all ranks, bit for bit those of the same network sharded alike with everything kept."""
+
+    def run(wrap: Wrap, rank: int, world: int) -> None:
+        found: list[list[Tensor]] = []
+        for disable in (False, True):
+            torch.manual_seed(0)
+            net = kind()
+            for module in net.modules():
+                if hasattr(module, "disable"):
+                    module.disable = disable
+            shard(net, units, True, **RESHARD)
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            torch.manual_seed(1 + rank)
+            found.append([])
+            for _ in range(steps):
+                optimizer.zero_grad()
+                net(torch.randn(6, 8)).sin().sum().backward()
+                found[-1] += [whole for p in net.parameters() if (whole := full(p.grad)) is not None]
+                optimizer.step()
+        assert len(found[0]) == steps * len(list(net.parameters()))
+        assert all(map(torch.equal, *found))
+
+    return run
+
+
+def exact_groups() -> nn.Module:
+    def block() -> nn.Module:
+        return Rows(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh()))
+
+    layers = [GroupAddRev(nn.ModuleList([block(), block()]), exact=True) for _ in range(5)]
+    return nn.Sequential(nn.Linear(8, 8), *map(OfRows, layers))
+
+
+def exact_blocks(net: nn.Module) -> list[Any]:
+    stacks = [block for module in net.modules() if isinstance(module, (Midpoint, BDIA)) for block in module.blocks]
+    found = [*stacks, *(module for module in net.modules() if isinstance(module, Rows))]
+    assert len(found) in (5, 10)
+    return found
+
+
+def exact_units(net: nn.Module) -> list[Any]:
+    """The reversible layers, or the stack, as a whole."""
+    found = [module for module in net.modules() if isinstance(module, (Midpoint, BDIA, GroupAddRev))]
+    assert len(found) in (1, 5)
+    return found
+
+
+for name, kind in {
+    "exact": exact_groups,
+    "midpoint": functools.partial(exact_stack, Midpoint),
+    "bdia": functools.partial(exact_stack, BDIA),
+}.items():
+    CASES[f"{name}-blocks"] = exact_case(kind, exact_blocks)
+    CASES[f"{name}-units"] = exact_case(kind, exact_units)
+    CASES[f"{name}-root"] = exact_case(kind, lambda _: [])
 CASES["around-freed"] = freed(Net, around)
 CASES["nested-freed"] = freed(Net, nested)
 CASES["inverse-freed"] = freed(Inverted, around)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from processes import TOLERANCE, Wrap, assert_close, full, gradients
@@ -236,7 +236,7 @@ def function_of(name: str, function: Callable[..., Any], *placements: Any, inver
         mesh = init_device_mesh("cpu", (world,))
         results = []
         for how in (wrap, plain):
-            leaves = [
+            leaves: list[Any] = [
                 distribute_tensor(
                     torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)),
                     mesh,
@@ -244,12 +244,12 @@ def function_of(name: str, function: Callable[..., Any], *placements: Any, inver
                 ).requires_grad_()
                 for i, placement in enumerate(placements)
             ]
-            hidden = [leaf * 1.0 for leaf in leaves]
+            hidden: list[Any] = [leaf * 1.0 for leaf in leaves]
             for _ in range(2 if inverse is not None else 1):
                 options = {"inverse": inverse} if inverse is not None and how is recollect.checkpoint else {}
                 hidden = how(function, *hidden, **options)
                 hidden = list(hidden) if isinstance(hidden, tuple) else [hidden]
-            loss = sum(h.full_tensor().sin().sum() for h in hidden)
+            loss = torch.stack([h.full_tensor().sin().sum() for h in hidden]).sum()
             loss.backward()
             placed = [leaf.grad.placements for leaf in leaves]
             results.append((loss.detach(), {str(i): full(leaf.grad) for i, leaf in enumerate(leaves)}, placed))
@@ -263,7 +263,7 @@ def function_of(name: str, function: Callable[..., Any], *placements: Any, inver
 
 def mixed(x: Tensor, y: Tensor) -> Tensor:
     """Another layout on the way."""
-    product = (x.tanh() @ y.T).redistribute(placements=[Replicate()])
+    product = cast(DTensor, x.tanh() @ y.T).redistribute(placements=[Replicate()])
     result: Tensor = product.softmax(-1) * product.sin()
     return result
 

@@ -277,7 +277,8 @@ def test_figures_of_what_was_certified(source):
     certificate, block, h = Certificate(), Noisy(torch.sin), data(source)
     for _ in range(3):
         if source == "inverse":
-            h = run_invertible(*_swap(block), (h,), certificate=certificate)
+            swap, unswap = _swap(block)
+            h = run_invertible(swap, unswap, (h,), certificate=certificate)
         else:
             h = couple_by(Add(), [block, torch.sin], h, [(), ()], certificate=certificate)[0]
     assert certificate.equal + certificate.rounded == 0

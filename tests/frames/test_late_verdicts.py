@@ -10,7 +10,7 @@ from torch import nn
 
 import recollect
 from recollect._devices import FORMS
-from recollect.frames import RebuildError, _certificate, couple
+from recollect.frames import RebuildError, _certificate, _fingerprint, couple
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_what_is_not_is_refused_when_backward_ends(source):
 
 def test_no_value_is_read_on_the_way(monkeypatch):
     read = []
-    original = _certificate.error_between
+    original = _fingerprint.error_between
     monkeypatch.setattr(
         _certificate, "error_between", lambda a, b: read.append(recollect.in_backward()) or original(a, b)
     )

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_modules_with_noise_that_is_filled_late_are_observed():
 
 def test_nobody_is_kept_alive():
     module = warmed(net())
-    reference = torch.utils.weak.weakref.ref(module[0].weight)
+    reference = weakref.ref(module[0].weight)
     module[0].weight = nn.Parameter(module[0].weight.detach().clone())
     assert reference() is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def train(layers: list[nn.Module], x: Tensor, *args: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(h.sin().sum(), [x, *parameters])]
 
 
-def pair(seed: nn.Module, groups: int, depth: int) -> tuple[list[nn.Module], list[nn.Module]]:
+def pair(seed: nn.Module, groups: int, depth: int) -> tuple[list[Any], list[Any]]:
     theirs = [pyg.GroupAddRev(copy.deepcopy(seed), num_groups=groups).double() for _ in range(depth)]
     return theirs, [GroupAddRev(copy.deepcopy(layer.convs)) for layer in theirs]
 
@@ -63,10 +64,8 @@ def test_outputs_gradients_and_inverse(name, groups):
     for found, expected in zip(train(ours, x), train(theirs, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        for found, expected in ((l1, l2) for l1, l2 in zip(ours, theirs, strict=True)):
-            torch.testing.assert_close(
-                found.inverse(x, EDGES), expected.inverse(x.clone(), EDGES), rtol=1e-10, atol=1e-12
-            )
+        for own, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(own.inverse(x, EDGES), other.inverse(x.clone(), EDGES), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [2, 4])

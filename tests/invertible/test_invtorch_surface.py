@@ -83,7 +83,7 @@ def test_the_example_with_eager_release(tmp_path):
 
 def test_the_example_is_the_one_of_the_readme():
     try:
-        text = metadata.metadata("invtorch").get_payload()
+        text = metadata.metadata("invtorch").json["description"]
     except metadata.PackageNotFoundError:
         pytest.skip("invtorch is not installed")
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

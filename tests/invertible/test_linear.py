@@ -6,6 +6,7 @@ import math
 import pickle
 from collections import Counter
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from recollect.invertible import AdditiveCoupling, Conv1d, Conv2d, Conv3d, Linea
 from recollect.memory import peak_memory
 
 # name: (class, arguments, keywords, shape of x)
-CASES = {
+CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {
     "linear": (Linear, (4, 4), {}, (5, 4)),
     "linear scaled": (Linear, (4, 4), {"scaled": True}, (5, 3, 4)),
     "linear lu": (Linear, (4, 4), {"parametrization": "lu"}, (5, 4)),
@@ -33,7 +34,7 @@ CASES = {
     "conv3d patches": (Conv3d, (1, 4, (1, 2, 2)), {"parametrization": "lu"}, (3, 1, 2, 4, 2)),
     "conv3d grouped": (Conv3d, (2, 4, (2, 1, 1)), {"groups": 2}, (3, 2, 2, 1, 3)),
 }
-TALL = {
+TALL: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {
     "linear tall": (Linear, (3, 5), {}, (5, 2, 3)),
     "linear tall scaled": (Linear, (3, 5), {"scaled": True}, (5, 3)),
     "linear tall free": (Linear, (3, 5), {"parametrization": None}, (5, 3)),

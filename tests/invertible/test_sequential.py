@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -237,8 +238,9 @@ def test_list_operations():
     flow = inn.Sequential(a, c)
     assert list(flow.insert(1, b)) == [a, b, c]
     assert list(flow.append(d)) == [a, b, c, d]
-    assert list(flow[1:3]) == [b, c]
-    assert type(flow[1:3]) is inn.Sequential
+    part: Any = flow[1:3]
+    assert list(part) == [b, c]
+    assert type(part) is inn.Sequential
     del flow[0]
     assert list(flow) == [b, c, d]
     assert list(flow.insert(-1, a)) == [b, c, a, d]

@@ -7,6 +7,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def products(monkeypatch):
     return calls
 
 
-def gradients(out: Tensor, x: Tensor, conv: nn.Module, **options: bool) -> tuple[Tensor, ...]:
+def gradients(out: Tensor, x: Tensor, conv: nn.Module, **options: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out.sin().sum(), [x, *conv.parameters()], **options)
 
 

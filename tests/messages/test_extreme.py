@@ -40,7 +40,7 @@ def reduced(edge_index: torch.Tensor, x: torch.Tensor, which: str) -> torch.Tens
 
 
 def adjacency(edge_index: torch.Tensor, num_nodes: int) -> torch.Tensor:
-    return make_adj_t(*edge_index, None, num_nodes)[0]
+    return make_adj_t(edge_index[0], edge_index[1], None, num_nodes)[0]
 
 
 def assert_alike(edge_index: torch.Tensor, x: torch.Tensor, which: str) -> None:

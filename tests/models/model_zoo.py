@@ -12,7 +12,7 @@ from torch import Tensor
 from recollect.autoscale import ScalableGNN, add_self_loops, normalize, permute, to_adj_t
 from recollect.models import APPNP, GAT, GCN, GCN2, GIN, PNA, PNA_JK
 
-Data = pytest.importorskip("torch_geometric.data").Data
+Data: Any = pytest.importorskip("torch_geometric.data").Data
 
 IN, OUT, NODES = 5, 3, 24
 AGGREGATORS = ["max", "mean", "min", "std", "sum", "var"]
@@ -44,7 +44,7 @@ _MODELS: dict[str, tuple[type[ScalableGNN], dict[str, Any]]] = {
 every_model = pytest.mark.parametrize("name", list(_MODELS))
 
 
-def make_graph(seed: int = 0, num_nodes: int = NODES) -> Data:
+def make_graph(seed: int = 0, num_nodes: int = NODES) -> Any:
     """A directed graph with two isolated nodes, a self-loop, edge attributes; in the order of `PTR`'s parts."""
     generator = torch.Generator().manual_seed(seed)
     edge_index = torch.randint(num_nodes - 2, (2, 4 * num_nodes), generator=generator)
@@ -81,7 +81,7 @@ def make(name: str, **options: Any) -> ScalableGNN:
     return model
 
 
-def data_for(model: ScalableGNN, data: Data | None = None) -> Data:
+def data_for(model: ScalableGNN, data: Any = None) -> Any:
     """The graph as the model wants it: normalised, with self-loops, or as it is."""
     data = make_graph() if data is None else data
     prepare: Callable[[Tensor], Tensor] | None = None
@@ -95,6 +95,6 @@ def data_for(model: ScalableGNN, data: Data | None = None) -> Data:
     return data
 
 
-def given(model: ScalableGNN, data: Data) -> dict[str, Tensor]:
+def given(model: ScalableGNN, data: Any) -> dict[str, Tensor]:
     """The keyword arguments that the model takes beside x and adj_t."""
     return {name: data[name] for name in model.inputs}

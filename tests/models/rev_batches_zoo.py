@@ -61,7 +61,7 @@ def written_out(model: RevGNN, batch: SubData, tables: list[Tensor]) -> tuple[Te
         behind = tables[index][halo].chunk(number, 1)
         for group in range(number):
             if group == 0:
-                z = torch.cat([sum(own[1:]), sum(around[1:])])
+                z = torch.cat([torch.stack(own[1:]).sum(0), torch.stack(around[1:]).sum(0)])
             else:
                 z = torch.cat([own[group - 1], behind[group - 1]])
             own[group] = own[group] + model.layer(index).convs[group](z, edge_index, mask[group])[:size]

@@ -27,7 +27,7 @@ def test_it_is_the_mean_distance_that_noise_moves_the_layers_outputs(whole, reco
     found = model.lipschitz_loss()
     adj_t, x = (data.adj_t, data.x) if whole else (batch.data.adj_t, batch.data.x)
     torch.manual_seed(4)
-    expected, x = 0.0, model.lins[0](x).relu()
+    expected, x = torch.zeros((), dtype=torch.float64), model.lins[0](x).relu()
     for layer, conv in enumerate(model.convs):
         out = conv(x, adj_t)
         if layer:

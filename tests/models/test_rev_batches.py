@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from recollect.frames import InPlaceError
 from recollect.memory import peak_memory
 from recollect.models import RevGNN
 
-geometric = require("torch_geometric.nn", extra="graph")
+geometric: Any = require("torch_geometric.nn", extra="graph")
 
 CONVS = ["gat", "gen", "gin", "graphconv", "sage"]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

@@ -287,6 +287,19 @@ def test_a_layer_that_does_not_repeat_itself_is_named():
     assert not gradients_of(model)
 
 
+def test_a_layer_that_changed_is_observed_anew():
+    data = a_data()
+    model = Forgetful(N, 7, 6, 4, 3).double()
+    whole = WholeGraph(model, data, PTR)
+    whole.step(sum_of_losses(data))
+    seen = whole._network.look
+    whole.step(sum_of_losses(data))
+    assert whole._network.look is seen
+    model.activation = lambda x: x - x.mean(0)
+    with pytest.raises(ValueError, match="depends on more"):
+        whole.step(sum_of_losses(data))
+
+
 class Killed(BaseException):
     pass
 

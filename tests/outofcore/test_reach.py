@@ -1,5 +1,7 @@
 """Which blocks can be computed part by part is seen on any graph, and nothing else is accepted."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -109,7 +111,7 @@ def against(channels):
     return SAGEConv(channels, channels, flow="target_to_source")
 
 
-FURTHER = [Two, TwoInTraining, TwoForHubs, TwoBehindAGate, ByDegreesOfSources, MeanInTraining, MeanOfLarge]
+FURTHER: list[Any] = [Two, TwoInTraining, TwoForHubs, TwoBehindAGate, ByDegreesOfSources, MeanInTraining, MeanOfLarge]
 FURTHER += [Normalised, RunningInstance, FirstRow, ByNumber, against]
 
 

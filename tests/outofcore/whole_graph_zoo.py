@@ -73,7 +73,9 @@ def plain_jacobian(model, data, *args, seed=5):
     logits = model(data.x, data.edge_index, *args)
     losses = losses_by_label(data)(logits[data.train_mask], data.y[data.train_mask])
     parameters = dict(model.named_parameters())
-    rows = [torch.autograd.grad(loss, parameters.values(), retain_graph=True, allow_unused=True) for loss in losses]
+    rows = [
+        torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True) for loss in losses
+    ]
     model.disable = False
     by_name = {
         name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows])

@@ -53,7 +53,7 @@ class Network(nn.Module):
         self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
         half = len(units) // 2
         if shape == "nested":
-            self.layers: nn.Module = nn.Sequential(nn.Sequential(*units[:half]), nn.Sequential(*units[half:]))
+            self.layers: Any = nn.Sequential(nn.Sequential(*units[:half]), nn.Sequential(*units[half:]))
         elif shape == "dictionary":
             self.layers = nn.ModuleDict({f"layer{i}": unit for i, unit in enumerate(units)})
         else:

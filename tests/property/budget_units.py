@@ -176,7 +176,11 @@ def hooks(draw: random.Random, width: int) -> nn.Module:
     made = mlp(draw, width)
     made.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
     made.register_forward_hook(lambda m, args, out: out.tanh())
-    made[0].register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 0.5 for g in gi))
+
+    def halve(module: nn.Module, gi: Any, go: Any) -> Any:
+        return tuple(g if g is None else g * 0.5 for g in gi)
+
+    made[0].register_full_backward_hook(halve)
     return made
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader, normalize, permute, to_adj_t
 from recollect.models import APPNP, GCN, GCN2, GIN
 
-Data = pytest.importorskip("torch_geometric.data").Data
+Data: Any = pytest.importorskip("torch_geometric.data").Data
 
 IN, HIDDEN, OUT = 3, 4, 2
 MODELS: dict[str, Any] = {
@@ -25,7 +25,7 @@ MODELS: dict[str, Any] = {
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Data, Tensor, list[int], ScalableGNN]:
+def cases(draw: st.DrawFn) -> tuple[Any, Tensor, list[int], ScalableGNN]:
     """A graph in the order of its parts, where they begin, those of a mini-batch, and a model."""
     n = draw(st.integers(1, 12))
     node = st.integers(0, n - 1)
@@ -49,7 +49,7 @@ def cases(draw: st.DrawFn) -> tuple[Data, Tensor, list[int], ScalableGNN]:
     return data, ptr, parts, model
 
 
-def constant_halo(model: ScalableGNN, data: Data, rows: Tensor) -> Tensor:
+def constant_halo(model: ScalableGNN, data: Any, rows: Tensor) -> Tensor:
     """The rows' outputs on the whole graph, all other rows of each layer's input being constants."""
     true, whole, state, other = data.x, data.x, {}, {}
     for layer in range(model.num_layers):

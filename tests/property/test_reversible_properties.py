@@ -107,7 +107,7 @@ def test_random_programs(specifications, program, read, weighted, x_grad, nodes)
             values.append(h)
         chosen = [value for i, value in enumerate(values) if i in read] + values[-1:]
         del values
-        return sum((value * head).sin().sum() for value in chosen)
+        return torch.stack([(value * head).sin().sum() for value in chosen]).sum()
 
     leaves = [t for t in (x, graph, weight, head, *layers.parameters()) if t is not None and t.requires_grad]
     gradients, states = [], []

@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_its_plan_and_its_numbers(graph, tmp_path):
     for name in ("config.yaml", "plan.json"):  # a run that was killed before its first checkpoint
         (whole / name).write_text((run / name).read_text())
     chosen = json.loads((run / "plan.json").read_text())
-    assert [row["unit"] for row in chosen] == [f"network.layers.{k}" for k in range(8)]
+    assert [row["unit"] for row in chosen] == [f"layers.{k}" for k in range(8)]
     assert {row["strategy"] for row in chosen} - {"store"}
     for model, folder in zip(models, (run, whole), strict=True):
         summary = fit(model, graph, epochs=6, resume=folder).summary
@@ -158,14 +158,14 @@ def test_a_run_goes_on_with_its_plan_and_its_numbers(graph, tmp_path):
     ("text", "message"),
     [
         ("[", "plan.json is not the plan of a run"),
-        ('[{"unit": "network.blocks.0"}]', "plan.json is not the plan of a run"),
+        ('[{"unit": "blocks.0"}]', "plan.json is not the plan of a run"),
         (
-            '[{"unit": "network.blocks.0", "keeps": 1, "strategy": "forget", "bytes": 0, "seconds": 0.0}]',
+            '[{"unit": "blocks.0", "keeps": 1, "strategy": "forget", "bytes": 0, "seconds": 0.0}]',
             "a row has another strategy",
         ),
         (
-            '[{"unit": "network.tail", "keeps": 1, "strategy": "store", "bytes": 0, "seconds": 0.0}]',
-            r"of another network, which has 'network.tail'",
+            '[{"unit": "tail", "keeps": 1, "strategy": "store", "bytes": 0, "seconds": 0.0}]',
+            r"of another network, which has 'tail'",
         ),
     ],
 )
@@ -209,6 +209,7 @@ def test_a_network_without_units_is_refused_by_its_name(graph, tmp_path):
         (["memory_budget=5MB", "training=wholegraph"], "training=wholegraph takes steps part by part.*num_parts"),
         (["memory_budget=5MB", "model=gcn", "training=autoscale"], "training=autoscale.*parts_per_batch"),
         (["memory_budget=5MB", "objective=iwrm"], "objective=iwrm goes backward for each of many"),
+        (["memory_budget=5MB", "measure.depths=[2,4]"], "no curve over measure.depths"),
         (["memory_budget=5MB", "device=mps"], "device"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,11 @@ from recollect import data
 from recollect.train import _config
 from recollect.train._config import defaults, groups, parse, read, write
 from recollect.train._errors import InvalidRunError, UsageError
+
+
+def model_of(*words: str) -> Any:
+    """The settings of a model, which has keys of its kind."""
+    return parse(list(words)).model
 
 
 def test_datasets_of_the_config_group_are_those_of_the_library():
@@ -31,7 +37,8 @@ def test_nothing_said_is_a_deep_network_on_digits():
 def test_options_keys_and_values_are_set():
     settings = parse(["dataset=cora", "model.num_layers=112", "model=revgnn", "seed=3", "model.norm=null"])
     assert (settings.dataset.name, settings.model.num_layers, settings.seed) == ("cora", 112, 3)
-    assert settings.model.norm is None
+    model: Any = settings.model
+    assert model.norm is None
     assert settings.dataset.options == {"split": "public", "download": False}
 
 
@@ -39,7 +46,7 @@ def test_options_keys_and_values_are_set():
     ("model", "layers", "channels", "dropout"), [("revgnn_deep", 1001, 80, 0.1), ("revgnn_wide", 448, 224, 0.2)]
 )
 def test_published_networks_have_the_published_numbers(model, layers, channels, dropout):
-    settings = parse([f"model={model}"]).model
+    settings = model_of(f"model={model}")
     assert (settings.num_layers, settings.hidden_channels, settings.dropout) == (layers, channels, dropout)
     assert (settings.num_groups, settings.shared_dropout, settings.conv_kwargs) == (2, True, {"aggr": "max"})
 
@@ -82,10 +89,10 @@ def test_presets_of_the_large_benchmark_have_the_published_numbers(preset):
 
 
 def test_heads_and_strengths_are_the_published_ones():
-    gat = parse(["preset=cora_gat"]).model.options
+    gat = model_of("preset=cora_gat").options
     assert gat == {"hidden_heads": 8, "out_heads": 1, "batch_norm": False, "residual": False}
-    assert parse(["preset=citeseer_appnp"]).model.options == {"alpha": 0.1}
-    thetas = [parse([f"preset={name}_gcn2"]).model.options["theta"] for name in ("cora", "citeseer")]
+    assert model_of("preset=citeseer_appnp").options == {"alpha": 0.1}
+    thetas = [model_of(f"preset={name}_gcn2").options["theta"] for name in ("cora", "citeseer")]
     assert thetas == [0.5, 0.6]
 
 
@@ -134,8 +141,8 @@ def test_paths_are_taken_as_they_stand(path):
 
 
 def test_options_of_a_convolution_are_free():
-    assert parse(["model.conv_kwargs.aggr=max"]).model.conv_kwargs == {"aggr": "max"}
-    assert parse(["model.conv_kwargs={aggr: max, root_weight: false}"]).model.conv_kwargs == {
+    assert model_of("model.conv_kwargs.aggr=max").conv_kwargs == {"aggr": "max"}
+    assert model_of("model.conv_kwargs={aggr: max, root_weight: false}").conv_kwargs == {
         "aggr": "max",
         "root_weight": False,
     }
@@ -310,7 +317,7 @@ def test_a_folder_of_raw_files_is_no_file(tmp_path):
 
 
 def test_arguments_of_a_network_of_ones_own_are_free():
-    assert parse(["model=import", "model.kwargs.heads=3"]).model.kwargs == {"heads": 3}
+    assert model_of("model=import", "model.kwargs.heads=3").kwargs == {"heads": 3}
 
 
 def test_nothing_is_composed_twice(monkeypatch):

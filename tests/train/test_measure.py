@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from recollect.train import _measure
 from recollect.train._build import build_dataset
 from recollect.train._config import parse
 from recollect.train._measure import measure
+from recollect.train._settings import RevGNNSettings
 from recollect.train._step import Step
 from recollect.train.families import family_of
 
@@ -52,7 +54,7 @@ def test_depth_costs_memory_only_where_everything_is_kept(costs):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_peaks_are_those_of_a_plain_step(costs, graph, plain):
-    settings = replace(SETTINGS, model=replace(SETTINGS.model, disable=plain))
+    settings = replace(SETTINGS, model=replace(cast(RevGNNSettings, SETTINGS.model), disable=plain))
     model = family_of(settings).build(graph, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters())
     data = graph.data

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning_fabric import Fabric
 from recollect.train._config import parse
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
 from recollect.train._metrics import score
+from recollect.train._settings import RevGNNSettings
 from recollect.train._step import Step
 from recollect.train._surroundings import AtomicCheckpointIO
 from recollect.train._trainer import Trainer
@@ -58,7 +60,9 @@ def test_epochs_are_those_of_a_plain_loop(graph, tmp_path):
     trainer = make(graph, tmp_path)
     trainer.fit(lambda row: None)
     torch.manual_seed(0)
-    model = family_of(replace(BASE, model=replace(BASE.model, disable=True))).build(graph, torch.device("cpu"))
+    model = family_of(replace(BASE, model=replace(cast(RevGNNSettings, BASE.model), disable=True))).build(
+        graph, torch.device("cpu")
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=1e-4)
     data, losses = graph.data, []
     for _ in range(6):

@@ -33,9 +33,6 @@ from recollect.distributed import Ranks, SharesError
 
 __all__ = ["Found", "Together"]
 
-# Gradients are summed up over ranks so many bytes at a time.
-_BUCKET = 2**25
-
 
 @dataclass(frozen=True, slots=True)
 class _Report:
@@ -337,17 +334,7 @@ class Together:
 
     def _totals(self, found: Found, grads: _Gradients) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradient of each parameter that is used, summed up over the ranks."""
-        parameters = list(found.parameters.values())
-        for bucket in _buckets(found.used, parameters):
-            parts = []
-            for number in bucket:
-                grad = grads.by_number.get(number)
-                parts.append(torch.zeros_like(parameters[number]) if grad is None else grad.to_dense())
-            flat = self.ranks.add_up(torch.cat([part.reshape(-1) for part in parts]))
-            sizes = [part.numel() for part in parts]
-            del parts
-            for number, total in zip(bucket, torch.split(flat, sizes), strict=True):
-                yield number, total.view(parameters[number].shape)
+        return self.ranks.add_up_all(grads.by_number, found.used, list(found.parameters.values()))
 
     def _judge(self, found: Found, weights: Tensor, squared: Tensor) -> None:
         said = [report.circumstances for report in found.reports if report.losses]
@@ -381,21 +368,6 @@ def _refuse_sinks(job: Job) -> None:
             "follows backward passes itself: an engine over ranks sums gradients up by itself, so call the module "
             "within it, or leave both options out"
         )
-
-
-def _buckets(used: Sequence[int], parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the numbers of parameters of one dtype whose gradients are summed up together."""
-    bucket: list[int] = []
-    size = 0
-    for number in used:
-        parameter = parameters[number]
-        if bucket and (size >= _BUCKET or parameters[bucket[0]].dtype != parameter.dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(number)
-        size += parameter.numel() * parameter.itemsize
-    if bucket:
-        yield bucket
 
 
 def _squared(totals: Any) -> Tensor:

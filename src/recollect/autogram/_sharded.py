@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect._devices import widened
+from recollect._devices import widened, widest
 from recollect._torch import hooks_of_sharding, reshards_after_backward
 from recollect.autogram._checks import is_sharded
 from recollect.autogram._operations import declare, handed_on
@@ -93,8 +93,9 @@ class Sharded:
 
     def _reduced(self, parameters: Sequence[Tensor], used: Sequence[int], ranks: Ranks) -> Tensor:
         """Reduce what fully_shard does not manage, and return the squared norm of all gradients."""
-        pieces = torch.zeros((), dtype=torch.float64)
-        whole = torch.zeros((), dtype=torch.float64)
+        device = next((p.device for p in parameters), torch.device("cpu"))
+        pieces = torch.zeros((), dtype=widest(device), device=device)
+        whole = torch.zeros_like(pieces)
         is_any = False
         for parameter in parameters:
             grad = parameter.grad

@@ -126,7 +126,8 @@ class Plan:
     def apply(self) -> Plan:
         """Apply the plan to the model, and return it; does nothing if it is applied."""
         if self._applied is None:
-            self._applied = Applied([*self._treated(), _Guard(self._step.model, self)])
+            guards = [] if self._step.whole is not None else [_Guard(self._step.model, self)]
+            self._applied = Applied([*self._treated(), *guards])
         return self
 
     def remove(self) -> None:

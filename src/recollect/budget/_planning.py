@@ -34,6 +34,7 @@ def plan(
     *,
     budget: int | float | str,
     loss: Callable[[Any], Tensor] | None = None,
+    step: Callable[..., Tensor] | None = None,
     units: Units | None = None,
     certify: Certify = True,
     selective: bool = True,
@@ -62,6 +63,8 @@ def plan(
             inputs): bytes, ``"1.5 GB"``, ``"1.5 GiB"``, or a share ``"60%"`` of the memory of the device, of the
             machine on the CPU. Gradients of parameters count, as in a step that begins without them.
         loss: of the model's output, a scalar; ``None``: the sum of all outputs that require a gradient.
+        step: from the inputs to the loss, where a step is more than the loss of one call of the model. The inputs are
+            its own then, and later ones of other sizes are not looked at.
         units: what is treated as a whole: a type of modules, a name with ``*`` and ``?`` allowed, several of these, or
             a predicate. ``None``: layers that a container repeats, and layers with an inverse.
         certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
@@ -115,8 +118,10 @@ def plan(
     elif offload is not False:
         source = Offload(path=offload)
     options = Options(device, certify, selective, source)
-    step = Step(model, args, kwargs, loss, device)
-    made = Plan(step, as_bytes(budget, device), find_units(model, units), options, on_exceed)
+    if step is not None and loss is not None:
+        raise ValueError("loss= is of the model's output, and step= calls the model itself: give one of them")
+    tried = Step(model, args, kwargs, loss, device, step)
+    made = Plan(tried, as_bytes(budget, device), find_units(model, units), options, on_exceed)
     given = _checked(rows, made)
     if group is None:
         made._make(given)

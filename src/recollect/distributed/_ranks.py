@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
 __all__ = ["Ranks", "SharesError"]
+
+
+# Tensors are summed up over ranks so many bytes at a time.
+_BUCKET = 2**25
 
 
 class SharesError(ValueError):
@@ -125,6 +130,23 @@ class Ranks:
         dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
+    def add_up_all(
+        self, own: Mapping[int, Tensor], numbers: Sequence[int], kinds: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield sums over ranks of many tensors, with their numbers: a few megabytes at a time.
+
+        Args:
+            own: this rank's, by number; where there is none, it counts as zeros.
+            numbers: of those that are wanted, the same on every rank.
+            kinds: a tensor of the shape and dtype of each number.
+        """
+        for bucket in _buckets(numbers, kinds):
+            parts = [own[k].to_dense() if k in own else torch.zeros_like(kinds[k]) for k in bucket]
+            flat = self.add_up(torch.cat([part.reshape(-1) for part in parts]))
+            del parts
+            for number, total in zip(bucket, torch.split(flat, [kinds[k].numel() for k in bucket]), strict=True):
+                yield number, total.view(kinds[number].shape)
+
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Return the rows [n_r, ...] of every rank, of which there are so many each, of one dtype."""
         most = max(counts)
@@ -142,3 +164,18 @@ class Ranks:
             f"the process group of {self._owner} cannot be pickled; save what belongs to it without it, and make it "
             "anew in the processes that load it"
         )
+
+
+def _buckets(numbers: Sequence[int], kinds: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of tensors of one dtype that are summed up together."""
+    bucket: list[int] = []
+    size = 0
+    for number in numbers:
+        kind = kinds[number]
+        if bucket and (size >= _BUCKET or kinds[bucket[0]].dtype != kind.dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(number)
+        size += kind.numel() * kind.itemsize
+    if bucket:
+        yield bucket

@@ -101,6 +101,33 @@ class Route:
 
         return take
 
+    def give_back(
+        self, values: Tensor, count: Callable[[int], None], number: int, group: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Send values for all rows to the ranks that own them.
+
+        Args:
+            values: of the rows [num_rows, width].
+            count: is told the bytes that are sent to other ranks.
+            number: of this exchange among those of the rank.
+            group: process group.
+
+        Returns:
+            What came, rank by rank, and this rank's own: numbers of its rows, each once, counted from its first one,
+            and values.
+        """
+        sent = values[self._places]
+        came = sent.new_empty(self.asked.numel(), sent.size(1))
+        width = sent.size(1) * sent.element_size()
+        count(sent.numel() * sent.element_size())
+        numbers = torch.full((len(self._in),), number)
+        theirs = torch.empty_like(numbers)
+        dist.all_to_all_single(theirs, numbers, group=group)
+        _check_numbers(theirs, number)
+        dist.all_to_all_single(_as_bytes(came, width), _as_bytes(sent, width), self._in, self._out, group=group)
+        parts = zip(torch.split(self.asked, self._in), torch.split(came, self._in), strict=True)
+        return [*((rows, found) for rows, found in parts if rows.numel()), (self.own, values[self.inside])]
+
 
 def _as_bytes(rows: Tensor, width: int) -> Tensor:
     """Return the same memory as bytes, a row for each: what is in it does not matter to the transport."""

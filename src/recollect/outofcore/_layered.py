@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recollect._util._tree import Tree
 from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
-from recollect.messages.reach import Probe
+from recollect.messages.reach import Probe, kind_of
 from recollect.outofcore._checks import check_layered, evaluating
 from recollect.outofcore._layers import Leaf, Look, State, filled, look_at
 from recollect.outofcore._network import Graph, Network
@@ -92,8 +92,7 @@ class Layered(Network):
                 "make another WholeGraph"
             )
         self.check_norms()
-        modes = [(type(module), module.training) for module in self.model.modules()]
-        mode = repr(self.model), modes, [p.requires_grad for p in self.model.parameters()]
+        mode = kind_of(self.model), [p.requires_grad for p in self.model.parameters()]
         if mode == self._mode:
             return
         self.look = look_at(self.model, self._probe)

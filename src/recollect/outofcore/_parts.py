@@ -90,14 +90,23 @@ class Parts:
         folder: where each part has a file; ``None``: in memory.
         memory: bytes that parts may take of those that stay in memory beside their files: the first ones, since in each
             pass all come in turn.
+        nodes: the first node of those whose parts are wanted, and their end; ``None``: all.
 
     Attributes:
-        bounds: the first node of each part, and the end of its nodes.
-        trained_first: the numbers of the parts, those with training nodes before the others.
+        bounds: the first node of each part of the graph, and the end of its nodes.
+        trained: the places of the parts here that have training nodes.
+        trained_first: the places of the parts here, those with training nodes before the others.
     """
 
     def __init__(
-        self, data: Any, ptr: Tensor, inputs: tuple[str, ...], further: bool, folder: Path | None, memory: int
+        self,
+        data: Any,
+        ptr: Tensor,
+        inputs: tuple[str, ...],
+        further: bool,
+        folder: Path | None,
+        memory: int,
+        nodes: tuple[int, int] | None = None,
     ) -> None:
         self._folder = folder
         self._kept: list[Part] = []
@@ -110,11 +119,15 @@ class Parts:
         rowptr, col = data.adj_t.crow_indices().long().cpu(), data.adj_t.col_indices().long().cpu()
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
         place = torch.full((rowptr.numel() - 1,), -1, dtype=torch.int64)
-        counts = [int(data.train_mask[start:stop].count_nonzero()) for start, stop in self.bounds]
+        low, high = (0, bounds[-1]) if nodes is None else nodes
+        wanted = [(number, start, stop) for number, (start, stop) in enumerate(self.bounds) if low <= start < high]
+        self._number = len(wanted)
+        counts = [int(data.train_mask[start:stop].count_nonzero()) for _, start, stop in wanted]
+        self.trained = [number for number, count in enumerate(counts) if count]
         self.trained_first = sorted(range(len(counts)), key=lambda number: not counts[number])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        for number, (start, stop) in enumerate(self.bounds):
+        for number, start, stop in wanted:
             halo, edge_index, found = cut(rowptr, col, edges, torch.arange(start, stop), further, place)
             train = data.train_mask[start:stop].nonzero().view(-1).cpu()
             y = data.y[start:stop].cpu()[train]
@@ -128,7 +141,7 @@ class Parts:
                 self._kept.append(part)
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return self._number
 
     def __getitem__(self, number: int) -> Part:
         if number < len(self._kept):
@@ -156,7 +169,7 @@ class Parts:
         What convolutions made of its edges is written down, if they made more than before.
         """
         number = part.number
-        if number < len(self._kept):
+        if self._folder is None or number < len(self._kept):
             return
         made = made_of(part.edge_index)
         if made is not None and made.number > self._numbers.get(number, 0):

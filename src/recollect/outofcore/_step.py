@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale.histories import PlainRows, Worker
+from recollect.distributed import Shares
 from recollect.frames import RebuildError, bits_of
 from recollect.messages.reach import DRAWING
 from recollect.outofcore._journal import Sums
@@ -33,6 +34,7 @@ class Space:
         worker: reads ahead and writes behind.
         folder: of the files; ``None``: in memory.
         marks: a row of bytes for each computation of the forward pass, to be compared in backward.
+        shares: which parts of the graph are here; ``None``: all.
     """
 
     tables: Tables
@@ -40,6 +42,7 @@ class Space:
     worker: Worker
     folder: Path | None
     marks: PlainRows
+    shares: Shares | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,9 @@ class Step(ABC):
     ) -> list[Tensor]:
         """Add a part's losses up, and return their gradients for rows [rows, ..., width]."""
         found: list[Tensor | None] = [None] * len(rows)
-        if not part.train.numel() and self._loss is None:  # those with training nodes come first
+        if (
+            not part.train.numel() and self._loss is None and self.space.shares is None
+        ):  # those with training nodes come first
             raise ValueError("no node is for training: data.train_mask has none")
         if part.train.numel():
             with torch.enable_grad():
@@ -230,7 +235,8 @@ class Step(ABC):
 
     def _lost(self) -> Tensor:
         """Return the losses, summed up over all parts."""
-        assert self._loss is not None
+        if self._loss is None:  # only of nodes of other ranks
+            return torch.zeros(())
         return self._loss
 
     def _drawn(self, *place: int) -> contextlib.AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from recollect.autoscale.histories import HistoryFileError, PlainRows, Where
 from recollect.outofcore._journal import Journal
 
-__all__ = ["Changes", "Shape", "Slots", "Sum", "Tables", "load", "save", "unpacked"]
+__all__ = ["Changes", "Rows", "Shape", "Slots", "Sum", "Tables", "load", "save", "unpacked"]
 
 _CHECKSUM = struct.Struct("<I")
 Rows = tuple[str, Where, Tensor]

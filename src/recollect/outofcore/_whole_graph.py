@@ -19,6 +19,7 @@ from recollect.autogram import Certificate
 from recollect.autoscale import ScalableGNN, to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
+from recollect.distributed import Shares
 from recollect.frames import bits_of
 from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
@@ -27,6 +28,7 @@ from recollect.outofcore._layered import Layered
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
+from recollect.outofcore._rank_tables import RankTables, Team, check_shares
 from recollect.outofcore._reversible import Reversible
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
@@ -58,6 +60,10 @@ class WholeGraph:
             with what convolutions make of their edges.
         keep_every: s: the input of every s-th layer is kept, and those between are computed again in backward; not of a
             RevGNN.
+        shares: of several processes, made of the same ``ptr``: each has the rows of its own nodes, computes its own
+            parts, and all call each method together. The loss and ``.grad`` are those of the whole graph on every rank,
+            ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, and no
+            ``store``; with several losses, nodes for training.
 
     Attributes:
         last_drift: how far the first layer's input came back from what it was, in the last step, relative.
@@ -67,6 +73,7 @@ class WholeGraph:
 
     Raises:
         TypeError: another kind of network.
+        SharesError: ranks have other parts, or other numbers of them.
         ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
             requires a gradient; there are hooks on the network or its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
@@ -108,12 +115,15 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
         keep_every: int = 1,
+        shares: Shares | None = None,
     ) -> None:
         keep_every = as_count("keep_every", keep_every)
         inputs = inputs_of(model, tuple(inputs), keep_every)
         check_graph(data, inputs)
         self.model = model
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
+        if shares is not None:
+            check_shares(shares, self._ptr, data, store)
         self._busy = threading.Lock()
         self.num_nodes = int(self._ptr[-1])
         self._folder = folder = None if store is None else Path(store)
@@ -130,16 +140,19 @@ class WholeGraph:
             Reversible(model, graph, exact) if isinstance(model, RevGNN) else Layered(model, graph, keep_every)
         )
         every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
-        bits = () if store is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
+        bits = () if store is None and shares is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
         self._graph = (self._ptr.tolist(), inputs, bits)
-        tables = Tables(self.num_nodes, self._network.tables(folder is not None), folder)
+        shapes = self._network.tables(folder is not None)
+        tables = Tables(self.num_nodes, shapes, folder) if shares is None else RankTables(shapes, shares)
         # Behind the tables, which no other process has open: its parts are not written over.
+        nodes = None if shares is None else shares.nodes
         parts_folder = None if folder is None else folder / "parts"
-        self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory)
+        self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory, nodes)
         marks = None if folder is None else folder / "marks.table"
-        places = self._network.places(len(self.parts))
-        self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks))
+        places = self._network.places(len(self.parts)) + len(self.parts.bounds)
+        self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks), shares)
         self._network.settle(self._space, graph)
+        self._team = None if shares is None else Team(shares, list(model.parameters()))
         self.last_drift: float | None = None
         self.last_gramian: Tensor | None = None
         self.last_weights: Tensor | None = None
@@ -200,7 +213,7 @@ class WholeGraph:
         """
         with self._alone("compute_gramian"):
             self._check_finished("the Gramian")
-            self._network.check()
+            self._begun(several=True)
             return self._several(criterion)[1]
 
     def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
@@ -229,7 +242,7 @@ class WholeGraph:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """Return the logits of all nodes [N, out_channels], in evaluation mode.
+        """Return the logits of all nodes [N, out_channels], in evaluation mode; with shares, of this rank's nodes.
 
         Raises:
             RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
@@ -271,13 +284,10 @@ class WholeGraph:
         self._network.check()
         with DRAWING:
             random = torch.get_rng_state()
-        return {
-            "random": random,
-            "model": self._digest(),
-            "name": secrets.randbits(62),
-            "several": several,
-            "weighed": None,
-        }
+        state = {"random": random, "model": self._digest(), "several": several, "weighed": None}
+        if self._team is not None:
+            self._team.agree(state, len(self.parts.trained))
+        return state | {"name": secrets.randbits(62)}
 
     def _resume(self, criterion: Criterion, weighting: Weighting | None) -> Tensor:
         path = None if self._folder is None else self._folder / "step.pt"
@@ -305,6 +315,8 @@ class WholeGraph:
         if weighting is not None and state["weighed"] is None:
             losses, gramian = self._several(criterion)
             weights = weigh(weighting, losses, gramian)
+            if self._team is not None:
+                weights = self._team.weights(weights)
             with DRAWING:
                 state = state | {"weighed": asdict(Weighed(losses, gramian, weights, torch.get_rng_state()))}
                 torch.set_rng_state(state["random"])
@@ -314,12 +326,15 @@ class WholeGraph:
         objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
         name = None if self._folder is None else state["name"]
         run, loss = self._swept(Run(objectives, name=name, journal=journal))
+        gradients = run.gradients
+        if self._team is not None:
+            loss, gradients = self._team.summed(loss, gradients)
         if weighed is not None:
             self.last_gramian, self.last_weights, loss = weighed.gramian, weighed.weights, weighed.losses
             with DRAWING:
                 torch.set_rng_state(weighed.random)
-            certify(self.certificate, weighed, run.gradients.values())
-        for parameter, gradient in run.gradients.items():
+            certify(self.certificate, weighed, gradients.values())
+        for parameter, gradient in gradients.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if self._folder is not None:
             (self._folder / "step.pt").unlink(missing_ok=True)
@@ -328,8 +343,11 @@ class WholeGraph:
 
     def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
-        objectives = SeveralLosses(criterion, self._network.uses())
+        uses = self._network.uses()
+        objectives = SeveralLosses(criterion, uses) if self._team is None else self._team.losses(criterion, uses)
         step, losses = self._swept(Run(objectives))
+        if self._team is not None:
+            losses = self._team.ranks.add_up(losses.clone())
         if step.gradients:
             names = ", ".join(name for name, p in self.model.named_parameters() if p in step.gradients)
             raise RuntimeError(f"{names}: used by a layer that did not use it on a small graph")

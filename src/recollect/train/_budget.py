@@ -19,26 +19,12 @@ from recollect.train._text import STRATEGIES, bytes_text
 
 __all__ = ["Planned", "make_plan", "read_rows", "write_rows"]
 
-_NETWORK = "network"
-
-
-class _Logits(nn.Module):
-    """What a step computes from a batch, as a module: the network is in it, and gets what it gets in training."""
-
-    def __init__(self, network: nn.Module, call: Callable[[tuple[Any, ...]], Tensor]) -> None:
-        super().__init__()
-        self.network = network
-        self._call = call
-
-    def forward(self, *inputs: Any) -> Tensor:
-        return self._call(inputs)
-
 
 class Planned:
     """The plan of a network's steps, which can be applied and removed.
 
     Args:
-        plan: of `_Logits` of the network.
+        plan: of the network.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -57,21 +43,19 @@ class Planned:
         return self.plan.peak + sum(row.keeps for row in self.plan.rows)
 
     def summarize(self) -> dict[str, Any]:
-        """What summary.json holds of it; units by their names in the network."""
-        named = [asdict(row) | {"unit": row.unit.removeprefix(f"{_NETWORK}.")} for row in self.plan.rows]
+        """What summary.json holds of it."""
         return {
             "bytes": self.plan.budget,
             "peak_bytes": self.plan.peak,
             "added_seconds": self.plan.seconds,
-            "units": named,
+            "units": [asdict(row) for row in self.plan.rows],
         }
 
 
 def make_plan(
     network: nn.Module,
-    call: Callable[[tuple[Any, ...]], Tensor],
+    loss: Callable[..., Tensor],
     inputs: tuple[Any, ...],
-    loss: Callable[[Tensor], Tensor],
     budget: str,
     rows: Iterable[Row] = (),
 ) -> Planned:
@@ -79,9 +63,8 @@ def make_plan(
 
     Args:
         network: whose units are treated; in training mode.
-        call: from a batch's inputs to logits, through this network.
+        loss: from a batch's inputs to its loss, through this network.
         inputs: of the first batch.
-        loss: of the logits, a scalar.
         budget: as in the settings.
         rows: of the plan that the run had before.
 
@@ -90,13 +73,13 @@ def make_plan(
         InvalidRunError: ``rows`` are of another network.
         TrainingError: the budget cannot be met; the message has the least that can.
     """
-    module, rows = _Logits(network, call), tuple(rows)
+    rows = tuple(rows)
     try:
-        units = find_units(module)
+        units = find_units(network)
         other = [row.unit for row in rows if row.unit not in units]
         if other:
             raise InvalidRunError(f"the run's plan.json is of another network, which has {other[0]!r}; remove it")
-        return Planned(plan(module, inputs, budget=budget, loss=loss, rows=rows))
+        return Planned(plan(network, inputs, budget=budget, step=loss, rows=rows))
     except BudgetError as error:
         raise TrainingError(
             f"memory_budget={budget} cannot be met: the least peak of a step that was measured is {error.least} bytes "
@@ -104,10 +87,7 @@ def make_plan(
             "are on parts of the graph"
         ) from error
     except ValueError as error:
-        raise UsageError(
-            f"memory_budget={budget}: {str(error).replace(_Logits.__name__, type(network).__name__)}. Or leave "
-            "memory_budget out"
-        ) from error
+        raise UsageError(f"memory_budget={budget}: {error}. Or leave memory_budget out") from error
 
 
 def write_rows(path: Path, planned: Planned) -> None:

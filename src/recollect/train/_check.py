@@ -134,6 +134,11 @@ def _check_budget(settings: Settings) -> None:
             f"memory_budget={budget}: the plan is of a step of one loss, and objective={settings.objective.name} goes "
             "backward for each of many: choose objective=mean, or leave memory_budget out"
         )
+    if settings.measure.depths is not None:
+        raise UsageError(
+            f"memory_budget={budget}: the plan is of this depth, so there is no curve over measure.depths="
+            f"{settings.measure.depths}; leave one of them out"
+        )
     if settings.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"memory_budget={budget} needs a device whose memory can be measured, and device={settings.device} is "

@@ -89,7 +89,7 @@ def in_folder(
         fabric.seed_everything(settings.seed, verbose=False)
         step = Step(fabric, family, graph, family.build(graph, fabric.device))
         family.rehearse(step.evaluate)
-        with _planned(settings, step, folder, console):
+        with _planned(settings, step, folder, Console(quiet=True) if brief else console):
             return _in_folder(settings, step, folder, console, brief)
 
 

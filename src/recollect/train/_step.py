@@ -73,9 +73,8 @@ class Step:
         self.model.train()
         self.plan = make_plan(
             self.network,
-            lambda given: self.family.call(self.model, given),
+            lambda *given: self._loss(self.family.call(self.model, given), target, chosen)[1],
             inputs,
-            lambda logits: self._loss(logits, target, chosen)[1],
             budget,
             rows,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def batch_form(
     return explicit(layer, outputs, cotangents), rows, [split(g, a) for g, a in zip(grads, axes, strict=True)]
 
 
-def apply(layer: nn.Module, inputs: tuple[Any, ...], grads: list[Tensor]) -> dict[str, Factor]:
+def apply(layer: nn.Module, inputs: tuple[Any, ...], grads: list[Tensor]) -> Mapping[str, Factor]:
     return REGISTRY.find(type(layer)).rule(layer, inputs, tuple(grads))
 
 

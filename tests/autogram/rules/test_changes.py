@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.autogram import Engine, _sweep
+from recollect.autogram import Engine, _sites, _sweep
 
 
 def evaluate(layer):
@@ -45,7 +45,7 @@ def test_the_layer_counts_as_it_was_called(make, training, change):
 
 def test_a_layer_that_changed_once_has_its_rule_again(monkeypatch):
     sites = []
-    original = _sweep.rows_at
+    original = _sites.rows_at
     monkeypatch.setattr(_sweep, "rows_at", lambda *args: sites.append(1) or original(*args))
     layer = nn.Linear(4, 3).double()
     engine = Engine(layer, batch_dim=0)

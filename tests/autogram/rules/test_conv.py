@@ -93,7 +93,7 @@ def test_input_and_gradient_of_different_precision(way):
     torch.testing.assert_close(rows, exact, rtol=1e-5, atol=1e-5)
 
 
-def weight_factor(layer, x, axes):
+def weight_factor(layer, x, axes=None):
     _, views, grads = rows_form(layer, (x,)) if axes is None else batch_form(layer, (x,), axes)
     return apply(layer, views, grads)["weight"]
 
@@ -115,7 +115,7 @@ def test_many_positions_of_a_small_kernel_are_not(axes):
     "name", ["2d", "2d groups", "2d whole vectors", "2d depthwise", "transposed 1d", "transposed 2d"]
 )
 def test_parts_make_the_whole(name, axes, way):
-    factor = weight_factor(*drawn_conv(name), axes)
+    factor = weight_factor(*drawn_conv(name), axes=axes)
     m, channels = factor.num_rows, factor.shape[factor.axis]
     whole = factor.form(slice(0, m), slice(0, channels))
     for rows in (slice(0, 2), slice(2, m)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rule_oracle import REGISTRY, apply, check, rows_form
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from recollect.autogram._factors import NotCovered
 from recollect.autogram.rules import RULES
@@ -80,7 +80,7 @@ class Counting(nn.Module):
 def test_a_parametrized_weight_is_left_alone(name):
     make, parameter, shape = GIVEN[name]
     layer, counting = make(), Counting()
-    parametrizations.parametrize.register_parametrization(layer, parameter, counting)
+    parametrize.register_parametrization(layer, parameter, counting)
     index = "embedding" in name or "bags" in name
     x = torch.randint(5, shape) if index else torch.randn(shape)
     inputs = (x, x) if name == "bilinear" else (x,)

@@ -62,13 +62,13 @@ class Backend:
         self.log: list[str] = []
         self.running = [Stream(self, "compute")]
 
-    def Stream(self, device: torch.device) -> Stream:  # noqa: N802
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
         return Stream(self, "copies")
 
-    def current_stream(self, device: torch.device) -> Stream:
+    def current_stream(self, device: torch.device) -> Any:
         return self.running[-1]
 
-    def stream(self, stream: Stream) -> Backend:
+    def stream(self, stream: Any) -> Backend:
         self.running.append(stream)
         return self
 
@@ -87,7 +87,7 @@ class Deferred(Copies):
         super().__init__(torch.device("cpu"), False, self.backend)
 
     def copy(self, out: Tensor, source: Tensor) -> None:
-        out.untyped_storage().fill_(0xFF)
+        out.view(torch.uint8).fill_(0xFF)
         self.backend.running[-1].work.append((out, source))
         self.backend.log.append("copies begins")
 
@@ -362,7 +362,7 @@ def test_the_one_before_is_read_ahead(tmp_path, monkeypatch):
     original = _file_store._read
     monkeypatch.setattr(_file_store, "_read", lambda wanted: read.append(wanted[0][1].path.stem) or original(wanted))
     source = Offload(path=tmp_path)
-    held = [source.keep((torch.full((3,), float(i)),), {}) for i in range(4)]
+    held: list[Any] = [source.keep((torch.full((3,), float(i)),), {}) for i in range(4)]
     names = [one._stored[0].place[0].path.stem for one in held]
     for i in (3, 2, 1, 0):
         assert held[i].inputs()[0][0].tolist() == [i] * 3

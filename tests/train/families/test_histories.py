@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from recollect.train._room import check_room, histories_of
 from recollect.train.families import family_of
 
 CPU = torch.device("cpu")
-KINDS = {
+KINDS: dict[str, Any] = {
     "gcn": models.GCN,
     "gat": models.GAT,
     "gcn2": models.GCN2,
@@ -63,7 +64,8 @@ def test_every_option_of_a_network_can_be_set_and_has_its_default(kind):
         for name, parameter in signature.parameters.items()
         if name not in known and parameter.kind is not parameter.VAR_KEYWORD
     }
-    options = parse([f"model={kind}"]).model.options
+    settings: Any = parse([f"model={kind}"]).model
+    options = settings.options
     assert set(options) == set(own)
     if kind not in ("pna", "pna_jk"):  # whose options are those of the large presets
         assert options == own

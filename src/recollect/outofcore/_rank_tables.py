@@ -1,0 +1,205 @@
+"""A whole graph's tables over ranks: each has the rows of its own nodes, and all take every operation together.
+
+A part's halo is read from the ranks that own it, and what is added to the halo's gradients goes back to them. The k-th
+part of one rank is computed beside the k-th of every other, so that ranks have as many parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recollect.autoscale.histories import PlainRows, Where
+from recollect.distributed import Ranks, Shares, SharesError
+from recollect.frames import bits_of
+from recollect.outofcore._objectives import Criterion, SeveralLosses
+from recollect.outofcore._tables import Changes, Rows, Shape, Tables
+
+__all__ = ["RankTables", "Team", "check_shares"]
+
+
+class RankTables(Tables):
+    """Tables with the rows of this rank's nodes, which are named by their numbers in the whole graph.
+
+    Those of bits, which every rank draws alike, have a row for each node of the graph.
+
+    Args:
+        shapes: of the tables, by name.
+        shares: who owns which nodes.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], shares: Shares) -> None:
+        first, stop = shares.nodes
+        bits = {name: shape for name, shape in shapes.items() if not shape[1].is_floating_point}
+        super().__init__(stop - first, {name: shape for name, shape in shapes.items() if name not in bits}, None)
+        self._shares = shares
+        self._bits = {name: PlainRows(shares.num_nodes, *shape) for name, shape in bits.items()}
+
+    def __getitem__(self, name: str) -> PlainRows:
+        return self._bits[name] if name in self._bits else _OwnRows(self._tables[name], self._shares.nodes[0])
+
+    def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
+        """Return own rows in a row, and behind them others by number; a step of all ranks."""
+        table, shares, own = self._tables[name], self._shares, where[1] - where[0]
+        came = shares.route(halo).begin(table.read, shares.count, shares.step(), shares.group)
+        rows = table.empty(own + halo.numel())
+        table.read(_local(where, shares.nodes[0]), rows[:own])
+        rows[own:] = came()
+        return rows
+
+    def apply(self, changes: Changes, journaled: bool) -> None:
+        """Do what an operation does; a step of all ranks where it adds to halos."""
+        shares = self._shares
+        self._write(changes.rows)
+        for each in changes.added:
+            if not isinstance(each.where, Tensor):
+                self._add(each.table, each.source, _local(each.where, shares.nodes[0]), each.values)
+                continue
+            found = shares.route(each.where).give_back(each.values, shares.count, shares.step(), shares.group)
+            for rows, values in found:
+                self._add(each.table, each.source, rows, values)
+        for name, (start, stop) in changes.cleared:
+            self[name].write((start, stop), self[name].empty(stop - start).zero_())
+
+    def _add(self, name: str, source: str, where: Where, values: Tensor) -> None:
+        if source != name:
+            raise NotImplementedError("over ranks there are no spare tables")
+        self._tables[name].add(where, values)
+
+    def _write(self, rows: list[Rows]) -> None:
+        for name, where, values in rows:
+            self[name].write(where, values)
+
+
+class _OwnRows(PlainRows):
+    """Rows of a rank, by the numbers that its nodes have in the whole graph."""
+
+    def __init__(self, rows: PlainRows, first: int) -> None:
+        self._plain, self._first = rows, first
+
+    def empty(self, rows: int) -> Tensor:
+        """See :class:`PlainRows`."""
+        return self._plain.empty(rows)
+
+    def read(self, where: Where, out: Tensor | None = None) -> Tensor:
+        """See :class:`PlainRows`."""
+        return self._plain.read(_local(where, self._first), out)
+
+    def write(self, where: Where, values: Tensor) -> None:
+        """See :class:`PlainRows`."""
+        self._plain.write(_local(where, self._first), values)
+
+    def add(self, where: Where, values: Tensor) -> None:
+        """See :class:`PlainRows`."""
+        self._plain.add(_local(where, self._first), values)
+
+    def zero_(self) -> None:
+        """See :class:`PlainRows`."""
+        self._plain.zero_()
+
+
+def _local(where: Where, first: int) -> Where:
+    return where - first if isinstance(where, Tensor) else (where[0] - first, where[1] - first)
+
+
+def check_shares(shares: Shares, ptr: Tensor, data: Any, store: object) -> None:
+    """Check that parts are those of the shares, and that ranks have as many of them, and some nodes in each.
+
+    Raises:
+        SharesError: they are not; on every rank.
+        ValueError: there is a store, or no node for training.
+    """
+    if store is not None:
+        raise ValueError("over ranks tables lie in host memory: leave store out")
+    if not bool(data.train_mask.any()):
+        raise ValueError("no node is for training: data.train_mask has none")
+    if not torch.equal(shares.ptr, ptr):
+        raise SharesError("ptr is another than that of the shares: give both the same")
+    counts = shares.bounds.diff().tolist()
+    if len(set(counts)) > 1:
+        raise SharesError(
+            f"ranks own {counts} parts, and a step over the whole graph takes as many on each: take a number of parts "
+            f"that {shares.world_size} divides, and Shares(ptr, weights=torch.ones(len(ptr) - 1))"
+        )
+    if not bool(ptr.diff().all()):
+        raise SharesError("a part has no nodes: leave it out of ptr")
+
+
+class Team:
+    """What ranks do together around the operations of a step.
+
+    Args:
+        shares: who owns which nodes.
+        parameters: of the network.
+    """
+
+    def __init__(self, shares: Shares, parameters: list[nn.Parameter]) -> None:
+        self.ranks = Ranks(shares.group, "these Shares")
+        self._parameters = parameters
+
+    def agree(self, state: Mapping[str, Any], trained: int) -> None:
+        """Compare what a step begins with.
+
+        Raises:
+            SharesError: on every rank, where it differs; or a rank has no node for training, for several losses.
+        """
+        self.ranks.agree("the network, its modes or the graph", state["model"])
+        self.ranks.agree("torch's random state", bits_of(state["random"]))
+        self.ranks.agree("the number of losses, one or several,", state["several"])
+        if state["several"] and not all(self.ranks.gather(trained > 0)):
+            raise SharesError(
+                "a rank has no node for training, and so does not know how many losses there are: with several losses, "
+                "permute the parts so that each rank has some"
+            )
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Return those of rank 0, which are the others' too unless they are drawn at random."""
+        return self.ranks.spread(weights.detach().contiguous().clone())
+
+    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
+        """Return what makes the Gramian of several losses."""
+        return RankLosses(criterion, uses, self)
+
+    def summed(
+        self, loss: Tensor, gradients: Mapping[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Return the loss and the gradients of all ranks."""
+        total = self.ranks.add_up(loss.detach().double())
+        return total.to(self._parameters[0].dtype), self.added_up(gradients)
+
+    def added_up(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Return sums over ranks, of what any has."""
+        own = {number: gradients[p] for number, p in enumerate(self._parameters) if p in gradients}
+        shapes = self.ranks.gather({number: tuple(tensor.shape) for number, tensor in own.items()})
+        numbers = sorted(set().union(*shapes))
+        kinds: list[Tensor] = list(self._parameters)
+        for number in numbers:
+            shape = next(known[number] for known in shapes if number in known)
+            kinds[number] = torch.empty((), dtype=kinds[number].dtype).expand(shape)
+        totals: Iterator[tuple[int, Tensor]] = self.ranks.add_up_all(own, numbers, kinds)
+        return {self._parameters[number]: total for number, total in totals}
+
+
+class RankLosses(SeveralLosses):
+    """The Gramian of several losses, each of which is a sum over all ranks' nodes.
+
+    Args:
+        criterion: the losses [m] of a part.
+        uses: how many passes bring gradients of each parameter.
+        team: of the ranks.
+    """
+
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], team: Team) -> None:
+        super().__init__(criterion, uses)
+        self._team = team
+
+    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Sum rows up over the ranks before they are squared; a step of all ranks."""
+        parameters = list(parameters)
+        over = {p: gradients[p] for p in parameters if self._left[p] <= 1 and p in gradients}
+        gradients.update(self._team.added_up(over))
+        super().finish(parameters, gradients)
