@@ -205,11 +205,16 @@ def same_run(row: Row, other: Row) -> bool:
     return all(row[key] == other[key] for key in ("graph", "way", "objective", "layers", "epochs", "seed"))
 
 
+def read_rows(kept: Path) -> list[Row]:
+    """Read a file with a row for each run."""
+    return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+
 def measure_all(
     graphs: Sequence[Graph], courses: Sequence[Course], seeds: Sequence[int], ways: Sequence[str], kept: Path
 ) -> list[Row]:
     """Measure what ``kept``, a file with a row for each run, does not have yet, and add each as soon as it is there."""
-    rows: list[Row] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = read_rows(kept)
     for graph in graphs:
         for course in courses:
             for seed in seeds:

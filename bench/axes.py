@@ -5,6 +5,7 @@
     python -m bench.axes --accuracies DATA  # real graphs instead: folders pcg and blogcatalog.npz, or RECOLLECT_DATA
     python -m bench.axes --seconds 60       # leave out steps that would take longer
     python -m bench.axes --systems plain    # one after the other: a file .jsonl beside the JSON keeps what is measured
+    python -m bench.axes --kept             # of which this makes the report; all else is "not run"
 
 The network is a RevGNN with SAGE convolutions, the graph blocks of 500 nodes with 10 edges a node, of which 1 in 100
 leads out of its block. All three: reversible layers, mini-batches with histories (int8, in files), UPGrad by the
@@ -46,7 +47,7 @@ from recollect.models import RevGNN
 
 CPU = torch.device("cpu")
 PARTS_OF = 500  # nodes
-AGAIN = 5.0  # seconds below which a step is taken twice: the first also looks at the network
+AGAIN = 5.0  # seconds below which a step is taken twice: the first also looks at the losses' graph
 Row = dict[str, Any]
 
 
@@ -91,6 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="that a step may take by the estimate")
     parser.add_argument("--accuracies", metavar="DATA", nargs="?", const=os.environ.get("RECOLLECT_DATA") or False)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kept", action="store_true", help="measure nothing: report what the .jsonl has")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="folder of the files; default: bench/results")
@@ -115,8 +117,8 @@ def explicit(losses: Tensor, parameters: Sequence[Tensor]) -> None:
 
 def step_of(
     system: System, size: Size, data: Any, options: argparse.Namespace, folder: Path
-) -> tuple[RevGNN, Callable[[], Any]]:
-    """Return a network and what takes the gradients of a step."""
+) -> tuple[RevGNN, Callable[[], None], Callable[[], None]]:
+    """Return a network, what takes the gradients of a step, and an ordinary step, after which all is looked at."""
     torch.manual_seed(0)
     histories: dict[str, Any] = {}
     if system.graph:
@@ -145,7 +147,7 @@ def step_of(
         else:
             explicit(losses, parameters)
 
-    return model, step
+    return model, step, lambda: real.label_losses(model(*inputs), target).sum().backward()
 
 
 def estimate(system: System, size: Size, first: Row, number: int) -> tuple[float, float]:
@@ -164,6 +166,24 @@ def estimate(system: System, size: Size, first: Row, number: int) -> tuple[float
     return kept + rows, first["seconds"] * layers * nodes * size.objectives
 
 
+def expected(system: System, size: Size, options: argparse.Namespace, first: Row | None) -> Row:
+    """Return what is known of a step before it is taken, with estimates if the smallest one was measured."""
+    labels = size.objectives
+    number = sum(p.numel() for p in RevGNN(FEATURES, options.channels, labels, size.layers).parameters())
+    row: Row = {"system": system.name, **asdict(size), "parameters": number, "peak_bytes": None, "seconds": None}
+    row["row_bytes"] = min(options.row_bytes, 4 * labels * number) if labels > 1 and system.objectives else 0
+    if first is not None and first["peak_bytes"] is not None:
+        row |= dict(zip(("estimated_bytes", "estimated_seconds"), estimate(system, size, first, number), strict=True))
+    return row
+
+
+def _too_much(row: Row, options: argparse.Namespace) -> str | None:
+    if row.get("estimated_bytes", 0) > options.memory * 2**30:
+        return "does not fit"
+    seconds = row.get("estimated_seconds", 0)
+    return f"not run: about {seconds:,.0f} s" if seconds > options.seconds else None
+
+
 def measure(system: System, size: Size, data: Any, options: argparse.Namespace, first: Row | None) -> Row:
     """Measure a step, or say why not.
 
@@ -171,19 +191,12 @@ def measure(system: System, size: Size, data: Any, options: argparse.Namespace, 
         ``peak_bytes`` and ``seconds`` of the processor, or None; ``estimated_bytes`` and ``why`` there is no number;
         ``row_bytes``: what the engine may hold of the objectives' rows, which is part of the peak.
     """
+    row = expected(system, size, options, first)
+    if (why := _too_much(row, options)) is not None:
+        return row | {"why": why}
     with tempfile.TemporaryDirectory() as folder:
-        labels = size.objectives
-        number = sum(p.numel() for p in RevGNN(FEATURES, options.channels, labels, size.layers).parameters())
-        row: Row = {"system": system.name, **asdict(size), "parameters": number, "peak_bytes": None, "seconds": None}
-        row["row_bytes"] = min(options.row_bytes, 4 * labels * number) if labels > 1 and system.objectives else 0
-        if first is not None:
-            expected, seconds = estimate(system, size, first, number)
-            row |= {"estimated_bytes": expected, "estimated_seconds": seconds}
-            if expected > options.memory * 2**30:
-                return row | {"why": "does not fit"}
-            if seconds > options.seconds:
-                return row | {"why": f"not run: about {seconds:,.0f} s"}
-        model, step = step_of(system, size, data, options, Path(folder))
+        model, step, first_step = step_of(system, size, data, options, Path(folder))
+        first_step()
         for _ in range(2):
             start = time.process_time()
             row["peak_bytes"] = peak_bytes(step, CPU)
@@ -191,12 +204,12 @@ def measure(system: System, size: Size, data: Any, options: argparse.Namespace, 
             if row["seconds"] > AGAIN:
                 break
         row["history_bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
-        del model, step
+        del model, step, first_step
     return row
 
 
 def rows_of(options: argparse.Namespace, kept: Path) -> Iterator[Row]:
-    """Measure all sizes, those of a graph together; rows that a file has come from there, others are added to it."""
+    """Measure all sizes, those of a graph together; a file keeps the rows that it has, and gets the others."""
     known = {_key(row): row for row in map(json.loads, kept.read_text().splitlines() if kept.exists() else ())}
     least = (min(options.layers), min(options.nodes), min(options.objectives))
     for nodes in sorted(options.nodes):
@@ -208,9 +221,14 @@ def rows_of(options: argparse.Namespace, kept: Path) -> Iterator[Row]:
                 for objectives in sorted(options.objectives):
                     size = Size(layers, nodes, objectives)
                     if (key := (system.name, *asdict(size).values())) not in known:
+                        first = known.get((system.name, *least))
+                        if options.kept:
+                            row = expected(system, size, options, first)
+                            yield row | {"why": _too_much(row, options) or "not run"}
+                            continue
                         made = made or _graphs(nodes, max(options.objectives))
                         data = _first_labels(made[system.graph], objectives)
-                        known[key] = measure(system, size, data, options, known.get((system.name, *least)))
+                        known[key] = measure(system, size, data, options, first)
                         with kept.open("a") as file:
                             file.write(json.dumps(known[key]) + "\n")
                     yield known[key]
@@ -256,7 +274,7 @@ def rows_table(rows: Sequence[Row]) -> str:
     for row in rows:
         peak = show(row["peak_bytes"], ",.1f", 2**20)
         if row["peak_bytes"] is None:
-            peak = f"~{row['estimated_bytes'] / 2**20:,.0f} ({row['why']})"
+            peak = f"~{show(row.get('estimated_bytes'), ',.0f', 2**20)} ({row['why']})"
         apart = show(_apart(row), ",.1f", 2**20)
         sizes = [f"{row[key]:,}" for key in ("layers", "nodes", "objectives")]
         body.append([row["system"], *sizes, peak, apart, show(row["seconds"], ".2f")])
@@ -266,12 +284,11 @@ def rows_table(rows: Sequence[Row]) -> str:
 def run_accuracies(options: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Train on real graphs."""
     root, runs = Path(options.accuracies), file.with_suffix(".jsonl")
-    quick = options.quick
-    plan = [("pcg", root / "pcg", ((8, 2),) if quick else ((8, 40), (56, 20)))]
+    plan = [("pcg", root / "pcg", ((2, 2),) if options.quick else ((8, 40), (56, 20)))]
     if (root / "blogcatalog.npz").exists():
-        plan.append(("blogcatalog", root / "blogcatalog.npz", ((2, 1),) if quick else ((8, 5),)))
-    rows: list[Row] = []
-    for name, path, courses in plan:
+        plan.append(("blogcatalog", root / "blogcatalog.npz", ((2, 1),) if options.quick else ((8, 5),)))
+    rows: list[Row] = real.read_rows(runs)
+    for name, path, courses in () if options.kept else plan:
         graph = real.Graph.read(name, path, 16)
         given = [real.Course(layers, epochs) for layers, epochs in courses]
         rows = real.measure_all([graph], given, range(options.seeds), real.WAYS, runs)
@@ -288,10 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     shown = {key: value for key, value in vars(options).items() if key not in ("output", "accuracies")}
     with settings(options.threads):
         report = header(CPU, shown)
+        file.parent.mkdir(parents=True, exist_ok=True)
         if options.accuracies:
             return finish(report | run_accuracies(options, file), [], file)
         rows: list[Row] = []
-        file.parent.mkdir(parents=True, exist_ok=True)
         for row in rows_of(options, file.with_suffix(".jsonl")):
             rows.append(row)
             print(rows_table([row]).splitlines()[-1], flush=True)

@@ -1,5 +1,6 @@
 """README and its neighbours: the code runs, and the commands, options, links and names that they mention exist."""
 
+import difflib
 import importlib.util
 import re
 import subprocess
@@ -166,3 +167,12 @@ def test_the_same_python_everywhere():
     least = project["requires-python"].removeprefix(">=")
     assert f"Python {least} or newer" in README
     assert f"Python {least} or newer" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_all_three_take_fewer_than_forty_changed_lines(after):
+    """Lines that are taken away and lines that are put there count."""
+    before, *rest = [example.code for example in examples("docs/three-axes.md")]
+    lines = difflib.unified_diff(before.splitlines(), rest[after - 1].splitlines(), lineterm="")
+    changed = [line for line in lines if re.match(r"[+-](?![+-]{2} )", line)]
+    assert 10 < len(changed) < 40

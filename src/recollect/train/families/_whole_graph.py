@@ -76,9 +76,10 @@ class WholeGraphFamily(ReversibleFamily):
 
     def _tables(self, num_nodes: int, num_classes: int) -> dict[str, Any]:
         """Return what tables hold for each node: activations and a gradient, and one for each of several objectives."""
-        objectives = 0 if self.settings.objective.name == "mean" else num_classes
-        numbers = self.own.hidden_channels * (2 + objectives)
-        place = self.settings.training.store or "memory"
+        store, channels, groups = self.settings.training.store, self.own.hidden_channels, self.own.num_groups
+        spare = groups if store else 0  # in files, groups that change have a second place: one of x, all but one of g
+        several = 0 if self.settings.objective.name == "mean" else num_classes * channels
+        numbers, place = channels // groups * (2 * groups + spare) + several, store or "memory"
         return {"rows": num_nodes, "numbers": numbers, "bytes": 4 * num_nodes * numbers, "place": place}
 
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
