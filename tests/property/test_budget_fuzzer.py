@@ -6,13 +6,15 @@
 
 import os
 from collections import Counter
+from typing import Any
 
 import budget_programs
 import pytest
+import torch
 from budget_programs import STRATEGIES, Program
 from budget_units import UNITS, ZOO
 
-from recollect.budget import _measure, _problem, _step
+from recollect.budget import _cost, _problem
 
 PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "120"))
 PARTS = 6
@@ -50,13 +52,17 @@ def found(programs=60):
 
 
 def test_units_that_do_not_repeat_are_found(monkeypatch):
-    real = _measure.Cost
-    monkeypatch.setattr(_measure, "Cost", lambda *args: real(*args[:4], True, *args[5:]))
+    real = _cost.Cost
+
+    def repeating(*args: Any) -> Any:
+        return real(*args[:4], True, *args[5:])  # type: ignore[call-arg]
+
+    monkeypatch.setattr(_cost, "Cost", repeating)
     assert any(budget_programs.run(seed, "random_of_python").faults for seed in range(40))
 
 
 def test_casts_that_are_not_counted_are_found(monkeypatch):
-    monkeypatch.setattr(_step.torch, "clear_autocast_cache", lambda: None)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
     assert found()
 
 
