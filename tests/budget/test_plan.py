@@ -171,3 +171,20 @@ def test_a_unit_that_does_not_repeat_is_stored_and_alike_ones_are_told_apart():
     assert {row.strategy for row in plan.rows} > {"store"}
     with plan:
         model(x).sum().backward()
+
+
+def test_what_a_chain_of_inverses_takes_is_the_least_peak():
+    """What inverses need is estimated from above: without a try the least peak would be that of other choices."""
+    torch.manual_seed(0)
+
+    def block():
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+
+    model = nn.Sequential(*(recollect.invertible.AdditiveCoupling(block(), block()) for _ in range(6)))
+    x = torch.randn(256, 16)
+    budget = peak_of(model, x) * 51 // 50
+    plan = recollect.plan(model, x, budget=budget)
+    assert plan.peak <= budget
+    with pytest.raises(BudgetError) as caught:
+        recollect.plan(model, x, budget="20 kB")
+    assert caught.value.least <= budget

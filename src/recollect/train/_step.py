@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -70,14 +71,15 @@ class Step:
         if self.fabric.device.type not in ("cpu", "cuda") or not isinstance(self.own, FullBatch):
             raise UsageError(f"memory_budget={budget} needs training=full on the CPU or a CUDA device")
         inputs, target, chosen = self.own.largest()
+
+        def loss(*given: Any) -> Tensor:
+            # As Fabric's own module does, which would refuse a backward pass that does not go through Fabric.
+            with self.fabric.autocast():
+                logits = self.family.call(self.network, given)
+            return self._loss(self.fabric.strategy.precision.convert_output(logits), target, chosen)[1]
+
         self.model.train()
-        self.plan = make_plan(
-            self.network,
-            lambda *given: self._loss(self.family.call(self.model, given), target, chosen)[1],
-            inputs,
-            budget,
-            rows,
-        )
+        self.plan = make_plan(self.network, loss, inputs, budget, rows)
         self.plan.switch(on=True)
         return self.plan
 
