@@ -29,6 +29,21 @@ def shifted(size: int, first: int, like: Tensor) -> Tensor:
     """Return an adjacency [size, first + size] with one edge of weight 1 into each target, from the source so far on.
 
     :func:`propagate` copies the rows that it selects.
+
+    Args:
+        size: targets.
+        first: the source of the first one.
+        like: whose type and device the weights have.
+
+    Returns:
+        Sparse CSR [size, first + size].
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import propagate, shifted
+        >>> x = torch.arange(5.0).view(5, 1)
+        >>> propagate(shifted(3, 2, x), x).flatten()  # rows 2, 3 and 4
+        tensor([2., 3., 4.])
     """
     rowptr = torch.arange(size + 1, device=like.device)
     adj_t = sparse_csr(rowptr, rowptr[:-1] + first, like.new_ones(size), (size, first + size))
