@@ -147,7 +147,20 @@ def _transposed(adj_t: Tensor) -> Tensor:
 
 
 def transposed_rows(adj_t: Tensor, count: int) -> Tensor:
-    """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets]."""
+    """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets].
+
+    Args:
+        adj_t: sparse CSR [num_targets, num_sources].
+        count: of the sources, from the first on.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, transposed_rows
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), None, 3)
+        >>> transposed_rows(adj_t, 2).to_dense()  # what the first two of three sources send
+        tensor([[0., 1., 0.],
+                [1., 0., 1.]])
+    """
     transpose = _transposed(adj_t)
     rowptr = transpose.crow_indices()[: count + 1]
     edges = int(rowptr[-1])
