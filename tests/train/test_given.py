@@ -110,6 +110,20 @@ def test_what_does_not_fit_is_refused(changed, message):
         as_dataset(graph(**changed), 0, QUIET)
 
 
+def test_a_split_by_numbers_of_nodes_is_taken():
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    parts = dict(zip(("train", "val", "test"), order.split([30, 10, 10]), strict=True))
+    made = as_dataset(graph(**{f"{part}_idx": numbers for part, numbers in parts.items()}), 0, QUIET)
+    for part, numbers in parts.items():
+        assert torch.equal(made.data[f"{part}_mask"].nonzero().flatten(), numbers.sort().values)
+
+
+def test_a_part_without_nodes_is_refused():
+    masks = {"train_mask": torch.arange(50) < 25, "val_mask": torch.zeros(50, dtype=torch.bool)}
+    with pytest.raises(UsageError, match="val_mask has none of the 50 nodes"):
+        as_dataset(graph(**masks, test_mask=torch.arange(50) >= 25), 0, QUIET)
+
+
 def test_something_else_is_refused():
     with pytest.raises(UsageError, match="the graph holds a list"):
         as_dataset([1, 2], 0, QUIET)
