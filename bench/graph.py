@@ -110,6 +110,7 @@ def run_corrected(options: argparse.Namespace, device: torch.device) -> Found:
 
 def run_rates(options: argparse.Namespace, device: torch.device) -> Found:
     """Bias of corrected gradients against the learning rate, and the number of steps in an epoch."""
+    courses: list[tuple[corrected.Course, Sequence[float]]]
     warm, few, many = 30, (1e-3, 2e-4, 3e-5), (1e-2, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
     courses = [
         (corrected.Course(graph, 4, 40, parts_in_batch=parts), many if parts == 10 else few)
