@@ -188,3 +188,24 @@ def test_what_a_chain_of_inverses_takes_is_the_least_peak():
     with pytest.raises(BudgetError) as caught:
         recollect.plan(model, x, budget="20 kB")
     assert caught.value.least <= budget
+
+
+def test_rows_are_taken_again_where_the_first_step_makes_what_later_ones_find():
+    cache = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = network()[1]
+
+        def forward(self, x):
+            if not cache:
+                cache.append(torch.ones(1 << 16))
+            return self.blocks(x)
+
+    model, x = Net(), torch.randn(256, 32, dtype=torch.float64)
+    model(x)
+    plan = recollect.plan(model, x, budget=peak_of(model, x) // 2)
+    cache.clear()
+    again = recollect.plan(model, x, budget=plan.peak, rows=plan.rows)
+    assert (again.rows, again.peak, again.steps) == (plan.rows, plan.peak, 2)

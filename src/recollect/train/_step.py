@@ -115,12 +115,12 @@ class Step:
             # In place: gradients then belong to what is always there, as in the measurements. A budget is for both
             # gradients and activations, and the former grow while the latter go.
             self.optimizer.zero_grad(set_to_none=self.plan is not None)
-            logits = self.family.call(self.model, inputs)
             if self._team.size > 1:
-                found = losses(self.graph.task, logits[rows], target[rows])
+                found = losses(self.graph.task, self.family.call(self.model, inputs)[rows], target[rows])
                 total, nodes = total + self._together(found), nodes + len(rows)
                 continue
-            value, update = self._loss(logits, target, rows)
+            # The logits have no name here: backward does without them.
+            value, update = self._loss(self.family.call(self.model, inputs), target, rows)
             self.fabric.backward(update)
             self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
