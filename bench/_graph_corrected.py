@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from torch.nn import functional as F
 
 from bench._harness import alternating, median
 from bench._report import Target, ratio, show, table
-from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, normalize, partition, permute, to_adj_t
+from recollect.autoscale import (
+    Combination,
+    EvalSubgraphLoader,
+    SubgraphLoader,
+    normalize,
+    partition,
+    permute,
+    to_adj_t,
+)
 from recollect.data import load
 from recollect.models import GCN
 
@@ -50,7 +59,8 @@ class Course:
 
     def __str__(self) -> str:
         size = f" of {self.nodes:,} nodes" if self.graph == "sbm" else ""
-        return f"{self.graph}{size}, {self.layers} layers x {self.channels}"
+        drop = f", dropout {self.dropout}" if self.dropout else ""
+        return f"{self.graph}{size}, {self.layers} layers x {self.channels}{drop}"
 
     def permuted(self, root: Path | None) -> tuple[Any, Tensor]:
         """The graph in the order of its parts, and where these begin."""
@@ -119,11 +129,16 @@ def run(model: GCN, batch: Any, compensate: bool) -> Tensor:
     return out
 
 
+def edges_for(model: GCN) -> Any:
+    """Which edges to nodes outside the loader brings."""
+    return "induced" if model.combine else model.compensate
+
+
 def train(course: Course, data: Any, ptr: Tensor, seed: int = 0, **options: Any) -> Iterator[tuple[int, GCN]]:
     """Train with histories, and give the model before each epoch and after the last."""
     model = course.model(data, seed, **options)
     loader = SubgraphLoader(
-        data, ptr, course.parts_in_batch, log=False, shuffle=True, outward=model.compensate,
+        data, ptr, course.parts_in_batch, log=False, shuffle=True, outward=edges_for(model),
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     total = int(data.train_mask.sum())
@@ -156,10 +171,18 @@ def bias(model: GCN, data: Any, batches: Sequence[Any], compensate: bool) -> flo
     return math.sqrt(wrong / sum(float(b.square().sum()) for b in expected))
 
 
+COLUMNS = {
+    "plain": "plain", "corrected_off": "corrected training, left out", "corrected": "corrected", "combined": "combined"
+}  # fmt: skip
+
+
 def measure_bias(course: Course, root: Path | None, epochs: Sequence[int]) -> Row:
-    """Bias at some epochs: of plain histories in their own training; and in corrected training without and with."""
+    """Bias at some epochs: of plain histories in their own training; in corrected training without and with; combined.
+
+    Combined is what corrected training with ``combine=Combination()`` has.
+    """
     data, ptr = course.permuted(root)
-    row: Row = {"course": asdict(course), "epochs": list(epochs), "plain": [], "corrected_off": [], "corrected": []}
+    row: Row = {"course": asdict(course), "epochs": list(epochs), **{name: [] for name in COLUMNS}}
     batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=True))
     for epoch, model in train(course, data, ptr):
         if epoch in epochs:
@@ -168,13 +191,66 @@ def measure_bias(course: Course, root: Path | None, epochs: Sequence[int]) -> Ro
         if epoch in epochs:
             row["corrected_off"].append(bias(model, data, batches, False))
             row["corrected"].append(bias(model, data, batches, True))
+    batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward="induced"))
+    for epoch, model in train(course, data, ptr, compensate=True, combine=Combination()):
+        if epoch in epochs:
+            row["combined"].append(bias(model, data, batches, True))
     return row
 
 
-def measure_step(course: Course, root: Path | None, repeats: int, device: torch.device) -> Row:
-    """Time an epoch of mini-batches that are cut already, with plain and with corrected histories in turns."""
+def measure_rates(course: Course, root: Path | None, warm: int, rates: Sequence[float]) -> list[Row]:
+    """Bias after some epochs of corrected training, and nine more at each of some constant learning rates.
+
+    Returns:
+        For each rate the means after the fifth, seventh and ninth of these epochs: `off`, without the correction, and
+        `on`; and `ratio`, one over the other.
+    """
     data, ptr = course.permuted(root)
     total = int(data.train_mask.sum())
+    batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=True))
+    warmed = next(model for epoch, model in train(course, data, ptr, compensate=True) if epoch == warm)
+    rows = []
+    for rate in rates:
+        model = copy.deepcopy(warmed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=course.decay)
+        loader = SubgraphLoader(
+            data, ptr, course.parts_in_batch, log=False, shuffle=True, outward=True,
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        found = []
+        for epoch in range(1, 10):
+            model.train()
+            for batch in loader:
+                optimizer.zero_grad()
+                loss_of(run(model, batch, True), batch.data, total).backward()
+                optimizer.step()
+            if epoch in (5, 7, 9):
+                found.append([bias(model, data, batches, on) for on in (False, True)])
+        off, on = (sum(values) / len(found) for values in zip(*found, strict=True))
+        steps = course.parts // course.parts_in_batch
+        rows.append({"course": asdict(course), "steps": steps, "rate": rate, "off": off, "on": on, "ratio": off / on})
+    return rows
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["course"]["graph"], str(row["steps"]), f"{row['rate']:g}",
+            *(show(row[name], ".3f") for name in ("off", "on")), show(row["ratio"], ".1f"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(["graph", "steps in an epoch", "learning rate", "left out", "corrected", "ratio"], body)
+
+
+def measure_step(course: Course, root: Path | None, repeats: int, device: torch.device) -> Row:
+    """Time an epoch of mini-batches that are cut already, with plain and with corrected histories in turns.
+
+    Beside the time on the clock goes that which the process had the CPU, of which other work on the machine takes less.
+    """
+    data, ptr = course.permuted(root)
+    total = int(data.train_mask.sum())
+    cpu: dict[bool, list[float]] = {False: [], True: []}
 
     def system(compensate: bool) -> Callable[[], None]:
         model = course.model(data, 0, compensate=compensate)
@@ -182,10 +258,12 @@ def measure_step(course: Course, root: Path | None, repeats: int, device: torch.
         batches = list(SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=compensate))
 
         def epoch() -> None:
+            start = time.process_time()
             for batch in batches:
                 before()
                 loss_of(run(model, batch, compensate), batch.data, total).backward()
                 after()
+            cpu[compensate].append(time.process_time() - start)
 
         epoch()
         return epoch
@@ -193,34 +271,34 @@ def measure_step(course: Course, root: Path | None, repeats: int, device: torch.
     times = alternating({"plain": system(False), "corrected": system(True)}, repeats, device)
     steps = course.parts // course.parts_in_batch
     found = {name: (median(values) or 0.0) / steps for name, values in times.items()}
+    own = {name: (median(cpu[name == "corrected"][1:]) or 0.0) / steps for name in times}
     crossing = SubgraphLoader(data, ptr, course.parts_in_batch, log=False, outward=True)
     edges = [(batch.data.adj_t.values().numel(), batch.data.outward.value.numel()) for batch in crossing]
     return {
         "course": asdict(course),
         "seconds": found,
         "ratio": ratio(found["corrected"], found["plain"]),
+        "cpu_seconds": own,
+        "cpu_ratio": ratio(own["corrected"], own["plain"]),
         "edges": sum(inside for inside, _ in edges),
         "outward_edges": sum(outside for _, outside in edges),
     }
 
 
 def bias_table(course: Course, row: Row) -> str:
-    body = [
-        [str(epoch), *(show(row[key][k], ".3f") for key in ("plain", "corrected_off", "corrected"))]
-        for k, epoch in enumerate(row["epochs"])
-    ]
-    return f"{course}\n" + table(["epoch", "plain", "corrected training, left out", "corrected"], body)
+    body = [[str(epoch), *(show(row[key][k], ".3f") for key in COLUMNS)] for k, epoch in enumerate(row["epochs"])]
+    return f"{course}\n" + table(["epoch", *COLUMNS.values()], body)
 
 
 def step_table(courses: Sequence[Course], rows: Sequence[Row]) -> str:
     body = [
         [
             str(course), *(show(row["seconds"][name], ".1f", 1e-3) for name in ("plain", "corrected")),
-            show(row["ratio"], ".2f"), show(row["outward_edges"] / row["edges"], ".2f"),
+            show(row["ratio"], ".2f"), show(row["cpu_ratio"], ".2f"), show(row["outward_edges"] / row["edges"], ".2f"),
         ]
         for course, row in zip(courses, rows, strict=True)
     ]  # fmt: skip
-    return table(["step, ms", "plain", "corrected", "ratio", "edges outward / inward"], body)
+    return table(["step, ms", "plain", "corrected", "ratio", "ratio of CPU time", "edges outward / inward"], body)
 
 
 def corrected_targets(biases: Sequence[Row], steps: Sequence[Row]) -> list[Target]:
@@ -234,6 +312,8 @@ def corrected_targets(biases: Sequence[Row], steps: Sequence[Row]) -> list[Targe
         worst = max(a / b for a, b in zip(row["corrected"], row["corrected_off"], strict=True) if b)
         found.append(Target(f"{name}: bias with correction / without, same histories, worst epoch", worst, 1.0))
     for row in steps:
-        name = f"{row['course']['graph']}, {row['course']['layers']} layers x {row['course']['channels']}"
-        found.append(Target(f"{name}: step, corrected / plain", row["ratio"], 1.3))
+        course = row["course"]
+        drop = f", dropout {course['dropout']}" if course["dropout"] else ""
+        name = f"{course['graph']}, {course['layers']} layers x {course['channels']}{drop}"
+        found.append(Target(f"{name}: step, corrected / plain, CPU time", row["cpu_ratio"], 1.3))
     return found

@@ -4,7 +4,7 @@
     python -m bench.graph --quick                 # small graphs; well under a minute
     python -m bench.graph --only accuracy --root ROOT    # Cora, hours; ROOT holds the raw files
     python -m bench.graph --only epoch            # one epoch of 1,000,000 nodes
-    python -m bench.graph --only corrected scores --runs 10 --root ROOT  # corrected histories: a quarter of an hour
+    python -m bench.graph --only corrected rates scores --runs 10 --root ROOT  # corrected histories: half an hour
 
 Times are medians of repeats in one run, the systems taking turns; partitions and epochs are timed once. Peaks are of
 tensor bytes; resident memory is that of a process of its own. Each part writes a JSON file into bench/results, with
@@ -93,7 +93,9 @@ def run_corrected(options: argparse.Namespace, device: torch.device) -> Found:
         timed = courses
     else:
         courses = [corrected.Course(graph, layers, 40) for graph in ("cora", "sbm") for layers in (2, 4)]
-        timed = [*courses, corrected.Course("sbm", 4, 40, channels=256)]
+        wide = corrected.Course("sbm", 4, 40, channels=256)
+        dropping = [corrected.Course(graph, 4, 40, dropout=0.5) for graph in ("cora", "sbm")]
+        timed = [*courses, wide, *dropping]
     epochs = (1, 2) if options.quick else (1, 2, 3, 5, 7, 10, 20, 30, 40)
     biases, steps = [], []
     for course in courses:
@@ -104,6 +106,24 @@ def run_corrected(options: argparse.Namespace, device: torch.device) -> Found:
     print(corrected.step_table(timed, steps))
     targets = [] if options.quick else corrected.corrected_targets(biases, steps)
     return {"bias": biases, "steps": steps}, targets
+
+
+def run_rates(options: argparse.Namespace, device: torch.device) -> Found:
+    """Bias of corrected gradients against the learning rate, and the number of steps in an epoch."""
+    courses: list[tuple[corrected.Course, Sequence[float]]]
+    warm, few, many = 30, (1e-3, 2e-4, 3e-5), (1e-2, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+    courses = [
+        (corrected.Course(graph, 4, 40, parts_in_batch=parts), many if parts == 10 else few)
+        for graph in ("cora", "sbm")
+        for parts in (10, 20, 4)
+    ]
+    if options.quick:
+        warm, courses = 1, [(corrected.Course("sbm", 3, 4, nodes=1_000, channels=8), (1e-3,))]
+    rows = []
+    for course, rates in courses:
+        rows += corrected.measure_rates(course, options.root, warm, rates)
+    print(corrected.rates_table(rows))
+    return {"rows": rows}, []
 
 
 def run_scores(options: argparse.Namespace, device: torch.device) -> Found:
@@ -124,6 +144,7 @@ PARTS: dict[str, Part] = {
     "epoch": run_epoch,
     "accuracy": run_accuracy,
     "corrected": run_corrected,
+    "rates": run_rates,
     "scores": run_scores,
 }
 DEFAULT = ("loader", "step", "memory", "partition")

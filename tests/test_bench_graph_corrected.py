@@ -31,14 +31,21 @@ def test_bias_is_none_after_a_refresh():
 
 def test_biases_and_steps_and_their_targets():
     row = corrected.measure_bias(SMALL, None, (1, 2))
-    assert len(row["plain"]) == len(row["corrected"]) == len(row["corrected_off"]) == 2
-    assert "corrected" in corrected.bias_table(SMALL, row)
+    assert {len(row[name]) for name in corrected.COLUMNS} == {2}
+    assert "combined" in corrected.bias_table(SMALL, row)
     step = corrected.measure_step(SMALL, None, 1, torch.device("cpu"))
     assert 0 < step["outward_edges"] < step["edges"]
     assert "ratio" in corrected.step_table([SMALL], [step])
     worst, ratio = corrected.corrected_targets([row], [step])
     assert worst.value == max(a / b for a, b in zip(row["corrected"], row["corrected_off"], strict=True))
-    assert ratio.value == step["ratio"]
+    assert ratio.value == step["cpu_ratio"] > 0
+
+
+def test_bias_by_learning_rates():
+    (row,) = corrected.measure_rates(SMALL, None, 1, [1e-3])
+    assert row["ratio"] == row["off"] / row["on"] > 0
+    assert row["steps"] == 4
+    assert "learning rate" in corrected.rates_table([row])
 
 
 def test_scores_of_every_mode():

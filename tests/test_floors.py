@@ -59,7 +59,7 @@ FLOORS = {
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
-        "_arguments _devices _parameters _transfer _util frames messages data distributed",
+        "_arguments _devices _parameters _transfer _util _verdicts frames messages data distributed",
         "torch_geometric pymetis kaminpar",
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),

@@ -223,7 +223,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 def sequence() -> int:
     """Return the number that the next node of this thread's graph will have; it only grows."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    number: int = torch.autograd._get_sequence_nr()
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from scalable_zoo import (
 )
 from torch_geometric.data import Data
 
+from recollect._devices import FORMS
 from recollect.autoscale import (
     EvalSubgraphLoader,
     HistoryOptions,
@@ -37,7 +39,7 @@ from recollect.autoscale import (
     with_weights,
 )
 from recollect.autoscale._stamp import BatchSize, GraphStamp
-from recollect.messages import sparse_csr
+from recollect.messages import rows_of, sparse_csr
 from recollect.models import GCN
 
 
@@ -351,8 +353,20 @@ def test_stamps_tell_graphs_apart_and_do_not_see_how_they_are_kept():
 def test_stamps_of_pieces(monkeypatch):
     adj_t = make_graph().adj_t
     expected = GraphStamp.of(adj_t)
-    monkeypatch.setattr("recollect.autoscale._stamp._PIECE", 7)
+    monkeypatch.setitem(FORMS, "cpu", replace(FORMS["cpu"], piece=7))
     assert GraphStamp.of(adj_t) == expected
+    row, order = rows_of(adj_t), torch.randperm(adj_t.size(0))
+
+    def mixed(number):
+        number = number * 0x9E3779B97F4A7C15 % 2**64
+        number ^= (number - (number >> 63 << 64) >> 31) % 2**64
+        number = number * 0xBF58476D1CE4E5B9 % 2**64
+        return (number ^ (number - (number >> 63 << 64) >> 29)) % 2**64
+
+    pairs = zip(row.tolist(), adj_t.col_indices().tolist(), strict=True)
+    assert expected.edges == sum(mixed(target * adj_t.size(1) + source) for target, source in pairs) % 2**64
+    places = sum(mixed(k * order.numel() + node) for k, node in enumerate(order.tolist()))
+    assert GraphStamp.of(adj_t, order) == GraphStamp(adj_t.size(0), expected.edges, places % 2**64)
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda size: pickle.loads(pickle.dumps(size))])

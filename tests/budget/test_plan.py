@@ -171,3 +171,41 @@ def test_a_unit_that_does_not_repeat_is_stored_and_alike_ones_are_told_apart():
     assert {row.strategy for row in plan.rows} > {"store"}
     with plan:
         model(x).sum().backward()
+
+
+def test_what_a_chain_of_inverses_takes_is_the_least_peak():
+    """What inverses need is estimated from above: without a try the least peak would be that of other choices."""
+    torch.manual_seed(0)
+
+    def block():
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+
+    model = nn.Sequential(*(recollect.invertible.AdditiveCoupling(block(), block()) for _ in range(6)))
+    x = torch.randn(256, 16)
+    budget = peak_of(model, x) * 51 // 50
+    plan = recollect.plan(model, x, budget=budget)
+    assert plan.peak <= budget
+    with pytest.raises(BudgetError) as caught:
+        recollect.plan(model, x, budget="20 kB")
+    assert caught.value.least <= budget
+
+
+def test_rows_are_taken_again_where_the_first_step_makes_what_later_ones_find():
+    cache = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = network()[1]
+
+        def forward(self, x):
+            if not cache:
+                cache.append(torch.ones(1 << 16))
+            return self.blocks(x)
+
+    model, x = Net(), torch.randn(256, 32, dtype=torch.float64)
+    model(x)
+    plan = recollect.plan(model, x, budget=peak_of(model, x) // 2)
+    cache.clear()
+    again = recollect.plan(model, x, budget=plan.peak, rows=plan.rows)
+    assert (again.rows, again.peak, again.steps) == (plan.rows, plan.peak, 2)

@@ -108,7 +108,7 @@ def test_the_module_is_named_wherever_the_tensor_is(read) -> None:
         lambda x: x.as_subclass(Tensor).sum(),
         lambda x: torch.func.vmap(lambda row: row.sum())(x),
         lambda x: torch.func.grad(lambda t: t.sum())(x),
-        lambda x: dlpack.from_dlpack(dlpack.to_dlpack(x)).sum(),  # type: ignore[attr-defined]
+        lambda x: dlpack.from_dlpack(dlpack.to_dlpack(x)).sum(),
         lambda x: setattr(torch.ones(3, dtype=torch.double), "data", x),
         lambda x: (torch.ones(10, 3, dtype=torch.double, requires_grad=True) * 2).backward(x),
     ],

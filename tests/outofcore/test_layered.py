@@ -1,6 +1,7 @@
 """Networks with a table for each layer: a step over parts is the step over the whole graph."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -291,10 +292,11 @@ def test_a_layer_that_changed_is_observed_anew():
     data = a_data()
     model = Forgetful(N, 7, 6, 4, 3).double()
     whole = WholeGraph(model, data, PTR)
+    network: Any = whole._network
     whole.step(sum_of_losses(data))
-    seen = whole._network.look
+    seen = network.look
     whole.step(sum_of_losses(data))
-    assert whole._network.look is seen
+    assert network.look is seen
     model.activation = lambda x: x - x.mean(0)
     with pytest.raises(ValueError, match="depends on more"):
         whole.step(sum_of_losses(data))

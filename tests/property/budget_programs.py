@@ -72,7 +72,7 @@ class Network(nn.Module):
             h = self.layers(h)
         elif self.shape == "pairs":
             a, b = h.flatten(0, 1), h.flip(-1).flatten(0, 1)
-            for layer in self.layers:
+            for layer in self.layers.children():
                 a, b = layer(a, b)
             h = (a + 2 * b).view(h.shape)
         else:

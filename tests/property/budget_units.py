@@ -171,16 +171,16 @@ def checkpoint_inside(draw: random.Random, width: int) -> nn.Module:
     return Body(lambda m, x: x + torch_checkpoint(m.mlp, x, use_reentrant=False), mlp=mlp(draw, width))
 
 
+def halved(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tuple(g if g is None else g * 0.5 for g in inputs)
+
+
 @unit
 def hooks(draw: random.Random, width: int) -> nn.Module:
     made = mlp(draw, width)
     made.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
     made.register_forward_hook(lambda m, args, out: out.tanh())
-
-    def halve(module: nn.Module, gi: Any, go: Any) -> Any:
-        return tuple(g if g is None else g * 0.5 for g in gi)
-
-    made[0].register_full_backward_hook(halve)
+    made[0].register_full_backward_hook(halved)
     return made
 
 

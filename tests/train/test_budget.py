@@ -116,6 +116,17 @@ def test_a_reversible_network_keeps_what_the_budget_allows(graph, tmp_path, peak
         assert [float(value) for value in row] == pytest.approx([float(value) for value in plain], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_a_reversible_network_takes_by_itself_is_a_budget_that_can_be_met(tmp_path, peaks, precision):
+    words = ["dataset=sbm", "dataset.options.num_nodes=300", "model.num_layers=8", "model.hidden_channels=16"]
+    words += ["epochs=2", f"precision={precision}", *QUIET]
+    train([*words, f"run_dir={tmp_path / 'plain'}"])
+    budget = max(peaks) * 102 // 100
+    peaks.clear()
+    train([*words, f"memory_budget={budget}", f"run_dir={tmp_path / 'run'}"])
+    assert 0 < max(peaks) <= budget
+
+
 def test_networks_with_histories_on_the_whole_graph_and_edge_dropout(tmp_path, peaks):
     words = [
         "dataset=sbm",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from recollect.data import load
+from recollect.data import from_data, load
 from recollect.data._foreign import require
 from recollect.train import UsageError
 from recollect.train._given import as_dataset
@@ -42,6 +42,21 @@ def test_a_split_of_ones_own_is_kept():
     parts = {f"{part}_mask": torch.arange(50) % 3 == k for k, part in enumerate(("train", "val", "test"))}
     made = as_dataset(graph(**parts), 0, QUIET)
     assert all(torch.equal(made.data[name], mask) for name, mask in parts.items())
+
+
+def test_several_splits_are_refused_until_one_is_chosen():
+    parts = torch.randint(3, (50, 5), generator=torch.Generator().manual_seed(0))
+    names = [f"{part}_mask" for part in ("train", "val", "test")]
+    several = {name: parts == k for k, name in enumerate(names)}
+    with pytest.raises(UsageError, match=r"hold 5 splits, and a run is of one: give one column of each"):
+        as_dataset(graph(**several), 0, QUIET)
+    made = as_dataset(graph(**{name: mask[:, 3] for name, mask in several.items()}), 0, QUIET)
+    assert all(torch.equal(made.data[name], mask[:, 3]) for name, mask in several.items())
+    chosen = from_data(graph(**several), split=3)
+    assert as_dataset(chosen, 0, QUIET) is chosen
+    assert torch.equal(chosen.data.train_mask, made.data.train_mask)
+    one = as_dataset(graph(**{name: mask[:, :1] for name, mask in several.items()}), 0, QUIET)
+    assert torch.equal(one.data.val_mask, several["val_mask"][:, 0])
 
 
 def test_nodes_without_a_label_are_in_no_part():
@@ -93,6 +108,20 @@ def test_several_labels_are_scored_by_average_precision():
 def test_what_does_not_fit_is_refused(changed, message):
     with pytest.raises(UsageError, match=message):
         as_dataset(graph(**changed), 0, QUIET)
+
+
+def test_a_split_by_numbers_of_nodes_is_taken():
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    parts = dict(zip(("train", "val", "test"), order.split([30, 10, 10]), strict=True))
+    made = as_dataset(graph(**{f"{part}_idx": numbers for part, numbers in parts.items()}), 0, QUIET)
+    for part, numbers in parts.items():
+        assert torch.equal(made.data[f"{part}_mask"].nonzero().flatten(), numbers.sort().values)
+
+
+def test_a_part_without_nodes_is_refused():
+    masks = {"train_mask": torch.arange(50) < 25, "val_mask": torch.zeros(50, dtype=torch.bool)}
+    with pytest.raises(UsageError, match="val_mask has none of the 50 nodes"):
+        as_dataset(graph(**masks, test_mask=torch.arange(50) >= 25), 0, QUIET)
 
 
 def test_something_else_is_refused():

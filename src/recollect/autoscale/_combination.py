@@ -57,13 +57,13 @@ class Combination:
     Example:
         >>> from recollect.autoscale import Combination
         >>> from recollect.models import GCN
-        >>> model = GCN(100, 5, 8, 3, num_layers=2, compensate=True, combine=Combination(alpha=0.8, score="x^2"))
+        >>> model = GCN(100, 5, 8, 3, num_layers=2, compensate=True, combine=Combination(alpha=0.8, score="x"))
         >>> model.combine
-        Combination(alpha=0.8, score='x^2')
+        Combination(alpha=0.8, score='x')
     """
 
     alpha: float = 1.0
-    score: Score = "2x-x^2"
+    score: Score = "x^2"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -81,12 +81,8 @@ class CorrectedGNN(HistoryGNN):
                 "compensate=True needs the mini-batch's edges to other nodes: SubgraphLoader(..., outward=True) brings "
                 "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
             )
-        values = values_of(adj_t).detach().double()
         # Numbers are compared once, before the first step, since that waits for the device.
-        other = not self._ways and not torch.allclose(
-            torch.stack([values.sum(), values.square().sum()]), outward.weights.to(values), rtol=1e-3
-        )
-        if values_of(adj_t).requires_grad or other:
+        if values_of(adj_t).requires_grad or not (self._ways or _has_weights(adj_t, outward)):
             raise ValueError(
                 "the weights of adj_t are others than those of the loader's graph (dropped, scaled or learnt), and the "
                 "edges to nodes outside have the loader's: with compensate=True change them in forward_layer, where "
@@ -125,3 +121,9 @@ class CorrectedGNN(HistoryGNN):
         if self.gradients is not None and loss is not None:
             GradientSweep(self, out.size(0), loader, self.tables, self.gradients, loss).run()
         return out
+
+
+def _has_weights(adj_t: Tensor, outward: Outward) -> bool:
+    """Return whether the sum of the weights, and that of their squares, are those of the loader's graph."""
+    values = values_of(adj_t).detach().double()
+    return torch.allclose(torch.stack([values.sum(), values.square().sum()]), outward.weights.to(values), rtol=1e-3)

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BatchSize", "GraphStamp", "belongs", "check_graph", "take_graph"]
+from recollect._devices import forms_of
 
-_PIECE = 1 << 22
-"""Edges that are looked at in one go."""
+__all__ = ["BatchSize", "GraphStamp", "belongs", "check_graph", "take_graph"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,24 @@ class GraphStamp:
     def of(cls, adj_t: Tensor, node_order: Tensor | None = None) -> GraphStamp:
         """Take the stamp of a graph in sparse CSR form [N, N]."""
         crow, col = adj_t.crow_indices(), adj_t.col_indices()
-        edges = 0
-        for start in range(0, col.numel(), _PIECE):
-            number = torch.arange(start, min(start + _PIECE, col.numel()), device=col.device)
-            row = torch.searchsorted(crow, number.to(crow.dtype), right=True) - 1
-            edges += _digest(row * adj_t.size(1) + col[start : start + _PIECE])
+        edges, piece = 0, forms_of(col.device).piece
+        # Rows in pieces of about so many edges, and at least one row.
+        starts = torch.arange(0, col.numel(), piece, device=col.device, dtype=crow.dtype)
+        begins = torch.searchsorted(crow, starts, right=True).sub_(1)
+        bounds = [*torch.unique_consecutive(begins).tolist(), crow.numel() - 1]
+        places = crow[bounds].tolist()
+        for first, last, start, stop in zip(bounds, bounds[1:], places, places[1:], strict=False):
+            row = torch.arange(first, last, device=col.device).mul_(adj_t.size(1))
+            count = crow[first : last + 1].diff()
+            edges += _digest(torch.repeat_interleave(row, count, output_size=stop - start).add_(col[start:stop]))
         order = None
         if node_order is not None:
-            number = torch.arange(node_order.numel(), device=node_order.device)
-            order = _wrapped(_digest(number * node_order.numel() + node_order))
+            order = 0
+            for start in range(0, node_order.numel(), piece):
+                part = node_order[start : start + piece]
+                number = torch.arange(start, start + part.numel(), device=part.device)
+                order += _digest(number.mul_(node_order.numel()).add_(part))
+            order = _wrapped(order)
         return cls(adj_t.size(0), _wrapped(edges), order)
 
     def is_of(self, other: GraphStamp) -> bool:
@@ -51,10 +59,12 @@ class GraphStamp:
 
 
 def _digest(values: Tensor) -> int:
-    """Mix the bits of each value, and sum up: the order of values does not count."""
-    mixed = values.to(torch.int64) * -7046029254386353131
-    mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
-    return int((mixed ^ (mixed >> 29)).sum())
+    """Mix the bits of each of these int64, in their place, and sum up: the order of values does not count."""
+    values *= -7046029254386353131
+    values ^= values >> 31
+    values *= -4658895280553007687
+    values ^= values >> 29
+    return int(values.sum())
 
 
 def _wrapped(number: int) -> int:

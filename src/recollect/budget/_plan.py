@@ -13,7 +13,7 @@ from recollect.budget._cost import Options
 from recollect.budget._measure import Measured, measure
 from recollect.budget._problem import problem_of
 from recollect.budget._ranks import Outcome, of_all_ranks
-from recollect.budget._rows import Row, lines_of, rows_of, seconds_of
+from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of
 from recollect.budget._solve import least, solve
 from recollect.budget._step import Step, apart, is_within
 from recollect.budget._treatment import Applied, Treated
@@ -152,9 +152,10 @@ class Plan:
     # How it comes about.
 
     def _make(self, given: tuple[Row, ...] = ()) -> None:
-        if given and (peak := self._verify(given)) <= self.budget:
-            self.peak, self.seconds = peak, seconds_of(given)
-            return
+        for _ in range(2 if given else 0):  # the first step may also make what is there for all later ones
+            if (peak := self._verify(given)) <= self.budget:
+                self.peak, self.seconds = peak, seconds_of(given)
+                return
         try:
             self._search(self._measured(self._options))
         except FrameError:  # of units that look alike, one cannot be rebuilt as the other
@@ -236,6 +237,10 @@ class Plan:
         assert found is not None
         rows = rows_of(measured, found[1])
         peak = self._verify(rows)
+        inverted = inverting(rows, measured)
+        if peak > self.budget and inverted != rows:  # what an inverse takes is estimated from above
+            other = self._verify(inverted)
+            peak, rows = min((peak, rows), (other, inverted), key=lambda one: one[0])
         if peak > self.budget:
             largest = max(measured.calls, key=lambda call: call.kept)
             raise BudgetError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recollect.budget._bytes import in_words
 from recollect.budget._measure import Measured
 from recollect.budget._solve import Choice
 
-__all__ = ["Row", "lines_of", "rows_of", "seconds_of"]
+__all__ = ["Row", "inverting", "lines_of", "rows_of", "seconds_of"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,13 @@ def rows_of(measured: Measured, choice: Choice) -> tuple[Row, ...]:
             seconds = region.seconds / length
             rows.append(Row(call.name, call.kept, strategy, keeps, seconds))
     return tuple(rows)
+
+
+def inverting(rows: tuple[Row, ...], measured: Measured) -> tuple[Row, ...]:
+    """Return the rows with every unit inverted that can be."""
+    return tuple(
+        row
+        if call.cost is None or call.cost.inverted is None
+        else replace(row, strategy="invert", bytes=0, seconds=call.cost.inverted)
+        for row, call in zip(rows, measured.calls, strict=True)
+    )

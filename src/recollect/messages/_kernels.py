@@ -25,7 +25,23 @@ class Constant:
 
 
 def multiplied(adj_t: Tensor, x: Tensor) -> Tensor:
-    """``adj_t @ x``, computed in at least float32, also under autocast; of the type of ``x``."""
+    """``adj_t @ x``, computed in at least float32, also under autocast; of the type of ``x``.
+
+    Args:
+        adj_t: sparse CSR [num_targets, num_sources].
+        x: [num_sources, channels], floating point.
+
+    Returns:
+        [num_targets, channels].
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, multiplied
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([2.0, 3.0]), 2)
+        >>> multiplied(adj_t, torch.tensor([[10.0], [20.0]], dtype=torch.float16))
+        tensor([[40.],
+                [30.]], dtype=torch.float16)
+    """
     dtype = torch.promote_types(torch.promote_types(adj_t.dtype, x.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return _product(adj_t.to(dtype), x.to(dtype)).to(x.dtype)

@@ -58,6 +58,17 @@ def adjacency_of_edges(edge_index: Tensor, values: Tensor, num_nodes: int, num_t
         values: of each edge [E]; the same whenever the edges are.
         num_nodes: that sources are of.
         num_targets: that targets are of.
+
+    Returns:
+        Sparse CSR; the same tensor at each call with these edges.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import adjacency_of_edges
+        >>> edge_index, values = torch.tensor([[2, 0, 1], [0, 0, 1]]), torch.tensor([5.0, 6.0, 7.0])
+        >>> adjacency_of_edges(edge_index, values, num_nodes=3, num_targets=2).to_dense()
+        tensor([[6., 0., 5.],
+                [0., 7., 0.]])
     """
 
     def make() -> Tensor:

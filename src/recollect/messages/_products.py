@@ -29,6 +29,21 @@ def shifted(size: int, first: int, like: Tensor) -> Tensor:
     """Return an adjacency [size, first + size] with one edge of weight 1 into each target, from the source so far on.
 
     :func:`propagate` copies the rows that it selects.
+
+    Args:
+        size: targets.
+        first: the source of the first one.
+        like: whose type and device the weights have.
+
+    Returns:
+        Sparse CSR [size, first + size].
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import propagate, shifted
+        >>> x = torch.arange(5.0).view(5, 1)
+        >>> propagate(shifted(3, 2, x), x).flatten()  # rows 2, 3 and 4
+        tensor([2., 3., 4.])
     """
     rowptr = torch.arange(size + 1, device=like.device)
     adj_t = sparse_csr(rowptr, rowptr[:-1] + first, like.new_ones(size), (size, first + size))
@@ -132,7 +147,20 @@ def _transposed(adj_t: Tensor) -> Tensor:
 
 
 def transposed_rows(adj_t: Tensor, count: int) -> Tensor:
-    """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets]."""
+    """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets].
+
+    Args:
+        adj_t: sparse CSR [num_targets, num_sources].
+        count: of the sources, from the first on.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, transposed_rows
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), None, 3)
+        >>> transposed_rows(adj_t, 2).to_dense()  # what the first two of three sources send
+        tensor([[0., 1., 0.],
+                [1., 0., 1.]])
+    """
     transpose = _transposed(adj_t)
     rowptr = transpose.crow_indices()[: count + 1]
     edges = int(rowptr[-1])

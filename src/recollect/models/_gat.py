@@ -16,7 +16,7 @@ __all__ = ["GAT"]
 
 
 class GAT(ConvStack):
-    """Graph attention network (Veličković et al., arXiv 1710.10903).
+    """Graph attention network (Veličković et al., arXiv 1710.10903, equations 3 to 6).
 
     Self-loops are added once, up front: ``data.adj_t = add_self_loops(data.adj_t)``. The weights of edges are not used.
     It needs torch_geometric.

@@ -14,7 +14,9 @@ __all__ = ["GCN"]
 
 
 class GCN(ConvStack):
-    """Graph convolutional network (Kipf & Welling, arXiv 1609.02907).
+    """Graph convolutional network (Kipf & Welling, arXiv 1609.02907, equation 2).
+
+    A layer is H_l = relu(A H_(l-1) W_l + b_l) for the normalised adjacency A; logits have no ReLU.
 
     Its adjacency is normalised once, up front: ``data.adj_t = normalize(data.adj_t)``.
 

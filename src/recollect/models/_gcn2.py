@@ -14,7 +14,7 @@ __all__ = ["GCN2"]
 
 
 class GCN2(ConvStack):
-    """GCNII, a graph convolutional network that may be deep (Chen et al., arXiv 2007.02133).
+    """GCNII, a graph convolutional network that may be deep (Chen et al., arXiv 2007.02133, equation 5).
 
     Its adjacency is normalised once, up front: ``data.adj_t = normalize(data.adj_t)``.
 

@@ -14,9 +14,9 @@ __all__ = ["GIN"]
 
 
 class GIN(ConvStack):
-    """Graph isomorphism network (Xu et al., arXiv 1810.00826), with GNNAutoScale's Lipschitz regularisation.
+    """Graph isomorphism network (Xu et al., arXiv 1810.00826, equation 4.1), with GNNAutoScale's regularisation.
 
-    An expressive layer may magnify the error of a history. To keep it from that, the paper adds to the loss how far
+    An expressive layer may magnify the error of a history. To keep it from that, GNNAutoScale adds to the loss how far
     each layer's output moves when its input is disturbed a little, ||f(h) - f(h + eps)||, from the second layer on
     (arXiv 2106.05609, section 4). Train with ``loss + weight * model.lipschitz_loss()``.
 

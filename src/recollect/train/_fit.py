@@ -94,8 +94,9 @@ def fit(
         model: any module. Reversible modules in it are measured beside the same with everything kept.
         data: a graph of `recollect.data`, or a ``Data`` of torch_geometric: ``x`` [N, F], ``edge_index`` [2, E] and
             ``y``, classes [N], of which -1 is unknown, or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask``
-            and ``test_mask`` [N], or else 60, 20 and 20 percent of each class are drawn with ``seed``. It is read as
-            `recollect.data.from_data` does, but classes keep their numbers.
+            and ``test_mask`` [N], or else 60, 20 and 20 percent of each class are drawn with ``seed``. Masks [N, S] of
+            several splits are refused: choose one. It is read as `recollect.data.from_data` does, but classes keep
+            their numbers.
         epochs: at most, in all; by default 200.
         lr: learning rate of AdamW; by default 0.005.
         objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in

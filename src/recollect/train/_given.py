@@ -37,6 +37,18 @@ def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
         graph = from_data(given, name="the graph", task=task, seed=seed)
     except InvalidFileError as error:
         raise UsageError(str(error)) from error
+    if graph.num_splits > 1:
+        raise UsageError(
+            f"train_mask, val_mask and test_mask hold {graph.num_splits} splits, and a run is of one: give one column "
+            "of each, data.train_mask = data.train_mask[:, k] and so on; or recollect.data.from_data(data, split=k)"
+        )
+    for part in ("train", "val", "test"):
+        mask = graph.data[f"{part}_mask"]
+        if not bool(mask.any()):
+            raise UsageError(
+                f"{part}_mask has none of the {mask.numel()} nodes: a run trains on some, chooses the best epoch by "
+                "others, and is judged by yet others; give each some nodes, or no masks, and more labelled nodes"
+            )
     for note in graph.notes:
         console.print(note, highlight=False)
     made, classes = data.clone().cpu(), graph.num_classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -70,14 +71,15 @@ class Step:
         if self.fabric.device.type not in ("cpu", "cuda") or not isinstance(self.own, FullBatch):
             raise UsageError(f"memory_budget={budget} needs training=full on the CPU or a CUDA device")
         inputs, target, chosen = self.own.largest()
+
+        def loss(*given: Any) -> Tensor:
+            # As Fabric's own module does, which would refuse a backward pass that does not go through Fabric.
+            with self.fabric.autocast():
+                logits = self.family.call(self.network, given)
+            return self._loss(self.fabric.strategy.precision.convert_output(logits), target, chosen)[1]
+
         self.model.train()
-        self.plan = make_plan(
-            self.network,
-            lambda *given: self._loss(self.family.call(self.model, given), target, chosen)[1],
-            inputs,
-            budget,
-            rows,
-        )
+        self.plan = make_plan(self.network, loss, inputs, budget, rows)
         self.plan.switch(on=True)
         return self.plan
 
@@ -113,12 +115,12 @@ class Step:
             # In place: gradients then belong to what is always there, as in the measurements. A budget is for both
             # gradients and activations, and the former grow while the latter go.
             self.optimizer.zero_grad(set_to_none=self.plan is not None)
-            logits = self.family.call(self.model, inputs)
             if self._team.size > 1:
-                found = losses(self.graph.task, logits[rows], target[rows])
+                found = losses(self.graph.task, self.family.call(self.model, inputs)[rows], target[rows])
                 total, nodes = total + self._together(found), nodes + len(rows)
                 continue
-            value, update = self._loss(logits, target, rows)
+            # The logits have no name here: backward does without them.
+            value, update = self._loss(self.family.call(self.model, inputs), target, rows)
             self.fabric.backward(update)
             self._update()
             total, nodes = total + len(rows) * value.detach(), nodes + len(rows)

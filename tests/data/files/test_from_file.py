@@ -126,6 +126,7 @@ def test_a_split_of_several_is_chosen_by_its_number(tmp_path: Path) -> None:
     path = write_npz_of_the_literature(tmp_path, CLASSES)
     graph = from_file(path, split=1)
     assert graph.num_splits == 2
+    assert any("there are 2 splits: number 1 is taken" in note for note in graph.notes)
     assert graph.data.val_mask.tolist() == (PARTS == 1)[::-1].tolist()
     with pytest.raises(ValueError, match="split is 2, but must be between 0 and 1"):
         from_file(path, split=2)

@@ -104,6 +104,20 @@ class Pooled(Recorder):
         return self.head(x).mean()
 
 
+def test_a_model_that_cannot_be_called_is_told_what_it_was_given(graph):
+    found = family(Usual().double())
+    prepared = found.prepare(graph)
+    network = found.build(prepared, CPU)
+    inputs = found.inputs(network, prepared)
+    with pytest.raises(UsageError, match=r"x float32\[12, 5\].*RuntimeError: .*dtype"):
+        found.rehearse(lambda: found.call(network, inputs))
+
+
+def test_a_model_with_nothing_to_train_is_refused(graph):
+    with pytest.raises(UsageError, match="no parameter of the Usual is to be trained"):
+        run(Usual().requires_grad_(False), graph)
+
+
 def test_what_a_graph_does_not_give_is_refused(graph):
     with pytest.raises(UsageError, match=r"Demanding.forward wants 'position', and a graph gives x, .*call="):
         run(Demanding(), graph)

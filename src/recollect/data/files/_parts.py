@@ -40,6 +40,8 @@ def choose_masks(found: Found, labels: Labels, split: int, seed: int, name: str)
         return _make(labels, seed), 1
     num_splits = found.masks[0].shape[1]
     check_split(name, split, num_splits)
+    if num_splits > 1:
+        found.notes.append(f"there are {num_splits} splits: number {split} is taken, as the option split says")
     chosen = np.stack([mask[:, split] for mask in found.masks])
     if (twice := np.flatnonzero(chosen.sum(0) > 1)).size:
         parts = " and ".join(part for part, there in zip(PARTS, chosen[:, twice[0]], strict=True) if there)

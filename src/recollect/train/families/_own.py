@@ -66,15 +66,21 @@ class OwnFamily(Family):
         self._make = make
         self._call = call
         self._names: list[str | None] = []
+        self._given = ""  # the graph, in words
         self._stages: list[InvertibleModule] = []
 
     def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
         network = self._make(graph)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise UsageError(
+                f"no parameter of the {type(network).__name__} is to be trained: let some have requires_grad=True"
+            )
         self._stages = [m for m in network.modules() if isinstance(m, InvertibleModule) and not m.disable]
         return network
 
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Any, ...]:
         """The graph, or what the network's signature names of it."""
+        self._given = ", ".join(map(_described, graph.data.to_dict().items()))
         if self._call is not None:
             return (graph.data,)
         chosen = _arguments(network, graph.data)
@@ -115,8 +121,15 @@ class OwnFamily(Family):
         return checked
 
     def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
-        """Evaluate once."""
-        evaluate()
+        """Evaluate once; what the model raises then is about what it was given."""
+        try:
+            evaluate()
+        except (UsageError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the model cannot be called with this graph ({self._given}): {type(error).__name__}: {error}"
+            ) from error
 
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible and with everything kept, if there are reversible modules."""
@@ -179,3 +192,10 @@ def _arguments(network: nn.Module, data: Any) -> list[tuple[str | None, str]]:
                 f"these, or say by call=lambda model, data: ... how the model is called"
             )
     return chosen
+
+
+def _described(item: tuple[str, Any]) -> str:
+    name, value = item
+    if not isinstance(value, Tensor):
+        return name
+    return f"{name} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
