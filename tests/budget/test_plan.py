@@ -188,3 +188,12 @@ def test_what_a_chain_of_inverses_takes_is_the_least_peak():
     with pytest.raises(BudgetError) as caught:
         recollect.plan(model, x, budget="20 kB")
     assert caught.value.least <= budget
+
+
+def test_a_stored_unit_has_nothing_in_front_of_it():
+    model, x = network(), torch.randn(256, 16, dtype=torch.float64)
+    with recollect.plan(model, x, budget=int(0.7 * peak_of(model, x))) as plan:
+        stored = {row.unit for row in plan.rows if row.strategy == "store"}
+        assert stored
+        for row in plan.rows:
+            assert ("forward" in vars(model.get_submodule(row.unit))) == (row.unit not in stored)
