@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,7 +113,10 @@ def _graph(nodes: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     edges = torch.randint(nodes, (2, 5 * nodes), generator=generator)
     values = torch.full((edges.size(1),), 0.2)
-    return torch.sparse_coo_tensor(edges, values, (nodes, nodes), check_invariants=False).coalesce().to_sparse_csr()
+    adj_t = torch.sparse_coo_tensor(edges, values, (nodes, nodes), check_invariants=False).coalesce()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that CSR is new
+        return adj_t.to_sparse_csr()
 
 
 def networks(quick: bool) -> dict[str, Work]:

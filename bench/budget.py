@@ -177,7 +177,10 @@ def draw(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "budget"  # the same file for the same numbers
     across = min(3, len(rows))
-    figure, panels = plt.subplots(-(-len(rows) // across), across, figsize=(3.4 * across, 5.6), squeeze=False)
+    rows_of_panels = -(-len(rows) // across)
+    figure, panels = plt.subplots(
+        rows_of_panels, across, figsize=(3.4 * across, 2.7 * rows_of_panels + 0.7), squeeze=False
+    )
     systems = (
         ("plan", "recollect.plan", "o", "-"),
         ("seq", "checkpoint_sequential (torch)", "s", ":"),
@@ -195,9 +198,8 @@ def draw(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             )
             if points:
                 panel.plot(*zip(*points, strict=True), marker + line, markersize=4, linewidth=1, label=label)
-        panel.set(xscale="log", title=name)
+        panel.set(title=name)
         panel.grid(alpha=0.3)
-        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     for panel in panels[-1]:
         panel.set_xlabel("peak, MiB")
     for panel in panels[:, 0]:
@@ -206,7 +208,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     for panel in panels.flat:
         handles.update({label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)})
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=8)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.3 / (rows_of_panels + 0.3) / 1.6, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

@@ -209,3 +209,12 @@ def test_rows_are_taken_again_where_the_first_step_makes_what_later_ones_find():
     cache.clear()
     again = recollect.plan(model, x, budget=plan.peak, rows=plan.rows)
     assert (again.rows, again.peak, again.steps) == (plan.rows, plan.peak, 2)
+
+
+def test_a_stored_unit_has_nothing_in_front_of_it():
+    model, x = network(), torch.randn(256, 16, dtype=torch.float64)
+    with recollect.plan(model, x, budget=int(0.7 * peak_of(model, x))) as plan:
+        stored = {row.unit for row in plan.rows if row.strategy == "store"}
+        assert stored
+        for row in plan.rows:
+            assert ("forward" in vars(model.get_submodule(row.unit))) == (row.unit not in stored)

@@ -128,6 +128,8 @@ class Program:
         if draw.random() < 0.5 or only is not None:  # most networks repeat a kind
             kind = only or self.kinds[0]
             self.kinds = [kind if draw.random() < 0.7 or i == 0 else k for i, k in enumerate(self.kinds)]
+        if self.autocast:  # oneDNN saves bytes of bfloat16 cells that it never wrote: no rebuild has the same
+            self.kinds = ["attention" if kind == "recurrent" else kind for kind in self.kinds]
         torch.manual_seed(seed)
         units = [table[kind](draw, WIDTH) for kind in self.kinds]
         if draw.random() < 0.15 and self.shape != "pairs":  # the same module in two places
@@ -166,6 +168,10 @@ class Program:
         leaves = [x.requires_grad_()] if self.form == "input requires grad" else []
         given = {"tuple": (x, 0.9), "dict": {"x": x, "scale": 0.8}, "dataclass": Batch(x, 1.1)}.get(self.form, x)
         return given, leaves
+
+    def in_flight(self) -> int:
+        """Bytes of inputs that may wait to be written to a file: longer in one step than in another."""
+        return 2 * BATCH * LENGTH * WIDTH * self.dtype.itemsize if self.offload else 0
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
@@ -274,6 +280,7 @@ def _run(program: Program, folder: str) -> Verdict:
     try:
         with keep_everything():
             expected = program.execute(copy.deepcopy(model))
+        program.execute(copy.deepcopy(model))  # with the frames that are in it, which bfloat16 may be too coarse for
         peak = program.peak(copy.deepcopy(model))
     except RuntimeError as error:
         return Verdict(program.seed, "void", [], f"{program}: {error}")
@@ -293,6 +300,8 @@ def _run(program: Program, folder: str) -> Verdict:
         try:
             plan = program.plan(budget, folder)
         except BudgetError as again:
+            if again.least <= budget + program.in_flight():
+                return Verdict(program.seed, kind, faults, str(program))
             return Verdict(program.seed, kind, [*faults, f"least {budget}, then {again.least}"], str(program))
     faults += differences(world_of(model), world, 0.0, "after planning,")
     strategies = frozenset(row.strategy for row in plan.rows)
@@ -309,7 +318,7 @@ def _run(program: Program, folder: str) -> Verdict:
         restore(model, clean, numbers)
         if program.strategy is None:
             measured = program.peak(model)
-            if measured > budget or plan.peak > budget:
+            if measured > budget + program.in_flight() or plan.peak > budget:
                 faults.append(f"peak {measured} (planned {plan.peak}) above the budget {budget}, plain {peak}")
             restore(model, clean, numbers)
     seed_all(program.seed)
