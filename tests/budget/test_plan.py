@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
@@ -218,3 +219,165 @@ def test_a_stored_unit_has_nothing_in_front_of_it():
         assert stored
         for row in plan.rows:
             assert ("forward" in vars(model.get_submodule(row.unit))) == (row.unit not in stored)
+
+
+class Criterion(nn.Module):
+    """A head and its statistics, which only the loss runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head, self.calls = nn.BatchNorm1d(4).double(), nn.Linear(4, 3).double(), 0
+
+    def forward(self, out, y=None):
+        self.calls += 1
+        found = self.head(self.norm(out))
+        return found.square().mean() if y is None else nn.functional.cross_entropy(found, y)
+
+
+def held(*modules):
+    return [(t.detach().clone(), t.grad) for module in modules for t in (*module.parameters(), *module.buffers())]
+
+
+def assert_held(before, *modules):
+    for (value, gradient), (now, then) in zip(held(*modules), before, strict=True):
+        assert torch.equal(value, now)
+        assert gradient is then
+
+
+def test_what_only_the_loss_runs_is_left_as_it_was():
+    model, criterion, x = network(), Criterion(), torch.randn(64, 16, dtype=torch.float64)
+    criterion(model(x)).backward()
+    before = held(model, criterion)
+    plan = recollect.plan(model, x, budget="1 GB", loss=criterion)
+    assert_held(before, model, criterion)
+    assert criterion.calls == 1
+    with plan:
+        model(torch.randn(96, 16, dtype=torch.float64))  # a larger step is tried
+    assert_held(before, model, criterion)
+
+
+def test_hooks_that_move_parameters_are_not_called_in_steps_that_are_tried():
+    model, x = network(), torch.randn(64, 16, dtype=torch.float64)
+    moved = []
+
+    def move(parameter):
+        moved.append(parameter)
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(move)
+        parameter.register_hook(lambda grad: moved.append(grad))
+    before = held(model)
+    plan = recollect.plan(model, x, budget="1 GB")
+    assert not moved
+    assert_held(before, model)
+    with plan:
+        model(x).sum().backward()
+    assert len(moved) == 2 * len(list(model.parameters()))
+
+
+class Pops(nn.Module):
+    """Takes its input out of a mapping, and writes to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = network()
+
+    def forward(self, inputs):
+        return self.blocks(inputs.pop("x").mul_(2.0))
+
+
+def test_inputs_stay_what_they_were():
+    model, x = Pops(), torch.randn(64, 16, dtype=torch.float64)
+    inputs = {"x": x.clone()}
+    recollect.plan(model, (inputs,), budget="1 GB")
+    assert list(inputs) == ["x"]
+    assert torch.equal(inputs["x"], x)
+
+
+def test_a_larger_step_that_cannot_be_tried_is_told():
+    model, y = network(), torch.zeros(64, dtype=torch.int64)
+    small, large = (torch.randn(n, 16, dtype=torch.float64) for n in (64, 96))
+    options = {"budget": "1 GB", "loss": lambda out: nn.functional.cross_entropy(out, y)}
+    with (
+        recollect.plan(model, small, **options),
+        pytest.warns(recollect.budget.BudgetWarning, match=r"could not be tried \(ValueError.*loss="),
+    ):
+        model(large)
+    with (
+        recollect.plan(model, small, on_exceed="raise", **options),
+        pytest.raises(BudgetError, match="could not be tried"),
+    ):
+        model(large)
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block(32) for _ in range(3)]).double()
+
+    def forward(self, x, times=1, step=0):
+        for _ in range(times):
+            x = self.blocks(x)
+        return x
+
+
+def test_what_changes_the_peak_is_looked_at():
+    x = torch.randn(64, 32, dtype=torch.float64)
+    model = Times()
+    with recollect.plan(model, (x, 1), budget="1.5 MB", on_exceed="raise"), pytest.raises(BudgetError):
+        model(x, 9)
+    model.requires_grad_(False)
+    model.blocks[2].requires_grad_(True)
+    plan = recollect.plan(model, x, budget=peak_of(model, x), on_exceed="raise")
+    plan.apply()
+    model.requires_grad_(True)
+    with plan, pytest.raises(BudgetError):
+        model(x)
+    half = Times().float()
+    plan = recollect.plan(half, x.float(), budget=peak_of(half, x.float()), on_exceed="raise")
+    plan.apply()
+    half.double()
+    with plan, pytest.raises(BudgetError):
+        half(x)
+
+
+def test_a_number_that_grows_and_takes_nothing_is_soon_not_looked_at(monkeypatch):
+    model, x = Times(), torch.randn(64, 32, dtype=torch.float64)
+    plan = recollect.plan(model, (x, 1, 0), budget="1 GB")
+    looks, real = [], type(plan._step).peak
+    monkeypatch.setattr(type(plan._step), "peak", lambda step: looks.append(step) or real(step))
+    with plan:
+        for step in range(1, 12):
+            model(x, 1, step)
+    assert len(looks) == 3
+
+
+def test_units_with_weights_that_hooks_compute():
+    model, x = network(), torch.randn(64, 16, dtype=torch.float64)
+    for block in model[1]:
+        prune.l1_unstructured(block.first, "weight", 0.5)
+    expected = gradients(model, x)
+    for units in (None, nn.Linear):
+        with recollect.plan(model, x, budget="2 MB", units=units):
+            for found, plain in zip(gradients(model, x), expected, strict=True):
+                torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_unit_that_is_copied_in_the_forward_pass():
+    class Teaching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = network()
+
+        def forward(self, x):
+            teacher = copy.deepcopy(self.blocks)
+            return self.blocks(x) - teacher(x).detach()
+
+    model, x = Teaching(), torch.randn(64, 16, dtype=torch.float64)
+    model.eval()
+    expected = gradients(model, x)
+    with recollect.plan(model, x, budget="1 GB"):
+        for found, plain in zip(gradients(model, x), expected, strict=True):
+            torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)

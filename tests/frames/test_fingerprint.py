@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recollect.frames import _fingerprint
+from recollect.frames._certificate import tolerance_of
 from recollect.frames._fingerprint import bits_of, difference, fingerprint
 from recollect.memory import peak_memory
 
@@ -41,7 +42,8 @@ def gapped(tensor):
 
 
 def sums(flat):
-    period = 1021 if flat.numel() % 1021 or flat.numel() == 1021 else 1019
+    size = flat.numel()
+    period = 1021 if size == 1021 else next(p for p in (1021, 1019, 1013) if size % p)
     return flat.new_zeros(min(period, flat.numel())).index_add_(0, torch.arange(flat.numel()) % period, flat)
 
 
@@ -72,7 +74,7 @@ def test_bits_are_weighted_by_their_position(shape, dtype):
     flat = (torch.view_as_real(x) if x.is_complex() else x).flatten().view(torch.uint8)
     wide = dtype in (torch.float64, torch.int64)
     words = torch.cat([flat, flat.new_zeros(-len(flat) % 4)]).view(torch.int64 if wide else torch.int32)
-    period = 4 * (1021 if len(words) % 1021 else 1019)
+    period = 4 * next(p for p in (1021, 1019, 1013) if len(words) % p)
     number = min(len(words), period)
     columns = words.new_zeros(number).index_add_(0, torch.arange(len(words)) % period, words).tolist()
     if wide:
@@ -150,3 +152,21 @@ def test_no_tensor_is_made_that_is_as_large(dtype, exact, sample):
         with peak_memory() as memory:
             fingerprint(one, exact=exact, sample=sample)
         assert memory.peak_bytes <= 13 * 2**18
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [64, 5000, 300_000])
+@pytest.mark.parametrize("fill", [-1e9, -1e30, "min"])
+def test_numbers_of_a_mask_hide_no_others(fill, size, dtype):
+    x = values((size,), torch.float64)
+    hidden = torch.arange(size) % 3 == 0
+    fill = torch.finfo(dtype).min if fill == "min" else fill
+    one, other, rounded = (
+        each.masked_fill(hidden, fill).to(dtype) for each in (x, 2 * x, x * (1 + 1e-3 * torch.finfo(dtype).eps))
+    )
+    then = fingerprint(one, apart=True)
+    assert difference(then, one, apart=True) == 0.0
+    assert difference(then, rounded, apart=True) <= tolerance_of(dtype)
+    assert difference(then, other, apart=True) > tolerance_of(dtype)
+    moved = torch.where(hidden, one, 0).roll(1) + torch.where(hidden, 0, one)
+    assert difference(then, moved, apart=True) > tolerance_of(dtype)

@@ -101,7 +101,13 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         run(function)
         return min(run(function) for _ in range(times))
 
-    run(own, meter=True)
+    try:
+        run(own, meter=True)
+        run(own)
+    except torch.OutOfMemoryError:
+        raise
+    except (FrameError, RuntimeError):  # a part of its graph was made before it was called, by a hook or another unit
+        return None
     peak, current, _, backward = measured
     plain = min(run(own) for _ in range(times))
     with torch.no_grad():

@@ -14,7 +14,7 @@ from recollect._storages import storages_of
 from recollect._torch import saved_tensor_hooks
 from recollect._util._tree import Tree, tensors_among, tensors_of
 from recollect.budget._cost import Cost, Options, cost_of
-from recollect.frames import Forward, backward_mode, frames_apply
+from recollect.frames import Forward, FrameError, backward_mode, frames_apply
 
 __all__ = ["Call", "Measured", "measure"]
 
@@ -113,6 +113,13 @@ class _Probe(Forward):
         self.name = name
         self.seen = seen
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = self._module()
+        assert module is not None
+        plain = Forward(module)  # a copy of the unit is none
+        plain.before = self.before
+        return plain.__reduce__()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.seen
         hooks = saved_tensor_hooks()
@@ -152,6 +159,16 @@ class _Probe(Forward):
         return output
 
 
+class _BackwardError(FrameError):
+    """Somebody goes backward in the forward pass that is measured."""
+
+
+def _unpack(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise _BackwardError("what a unit keeps is not there while it is measured")
+    return tensor
+
+
 def _metas(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
 
@@ -176,9 +193,14 @@ def measure(
     for probe in probes:
         probe.put()
     try:
-        with saved_tensors_hooks(seen.pack, lambda tensor: tensor):
+        with saved_tensors_hooks(seen.pack, _unpack):
             loss = step()
         del loss
+    except _BackwardError as error:
+        raise ValueError(
+            "the step goes backward itself (autograd.grad, as for a gradient penalty, or backward()), and what units "
+            "keep until then is not known: plan for a loss that is made by forward passes alone"
+        ) from error
     finally:
         for probe in reversed(probes):
             probe.take()

@@ -28,6 +28,7 @@ __all__ = ["BudgetError", "BudgetWarning", "OnExceed", "Plan"]
 OnExceed = Literal["warn", "replan", "raise"]
 _CORRECTIONS = 3
 _FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
+_NUMBERS = 3  # larger numbers among the arguments made no difference so often: they are not looked at
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
 
 
@@ -119,6 +120,7 @@ class Plan:
         self._on_exceed = on
         self._applied: Applied | None = None
         self._known = [step.shapes()]  # of steps that were tried
+        self._numbers_seen = 0  # how often larger numbers among the arguments made no difference
         self._looking = False
 
     # What users call.
@@ -183,8 +185,8 @@ class Plan:
 
     def _measured(self, options: Options) -> Measured:
         step = self._step
-        with step.tried():
-            measured = measure(self._units, step.forward, step.model, (step.args, step.kwargs), options)
+        with step.tried() as tried:
+            measured = measure(self._units, tried.forward, step.model, (tried.args, tried.kwargs), options)
         self.steps += 1
         if not measured.calls:
             raise ValueError(
@@ -279,13 +281,28 @@ class Plan:
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = replace(self._step, args=args, kwargs=kwargs)
         shapes = step.shapes()
+        if self._numbers_seen >= _NUMBERS:
+            shapes = shapes._replace(numbers=self._known[0].numbers)
         if self._looking or any(is_within(shapes, known) for known in self._known):
             return
         size = step.size()
         self._looking = True
         try:
-            step = replace(step, args=apart(args), kwargs=apart(kwargs))
-            peak = step.peak()
+            try:
+                peak = step.peak()
+            except Exception as error:
+                found = (
+                    f"a step with inputs of {in_words(size)} could not be tried ({type(error).__name__}: {error}), so "
+                    f"that nobody knows whether it stays within {in_words(self.budget)}: give recollect.plan a loss= "
+                    "that takes outputs of any size, or the largest inputs"
+                )
+                if self._on_exceed == "raise":
+                    raise BudgetError(found, 0) from error
+                self._known.append(shapes)
+                warnings.warn(found, BudgetWarning, stacklevel=4)
+                return
+            if any(is_within(shapes._replace(numbers=known.numbers), known) for known in self._known):
+                self._numbers_seen += peak <= self.peak  # a number that grows, as that of a step, and takes nothing
             self._known = [known for known in self._known if not is_within(known, shapes)] + [shapes]
             if peak <= self.budget:
                 return
@@ -299,7 +316,7 @@ class Plan:
                 warnings.warn(found, BudgetWarning, stacklevel=4)
                 return
             self.remove()
-            self._step = step
+            self._step = replace(step, args=apart(args), kwargs=apart(kwargs))
             self._make()
             self.apply()
         finally:

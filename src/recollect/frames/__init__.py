@@ -42,7 +42,7 @@ from recollect.frames._lattice import Lattice, check_exact, digits_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode, keep_everything
 from recollect.frames._random import RandomState
 from recollect.frames._transform import Add, Transform
-from recollect.frames._trial import trial
+from recollect.frames._trial import Others, gradients_of, trial
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
@@ -68,6 +68,7 @@ __all__ = [
     "LatticeError",
     "Offload",
     "OffloadError",
+    "Others",
     "Own",
     "Previous",
     "RandomState",
@@ -88,6 +89,7 @@ __all__ = [
     "dry_mode",
     "eager_release",
     "frames_apply",
+    "gradients_of",
     "in_backward",
     "in_dry_mode",
     "keep_everything",

@@ -29,13 +29,14 @@ __all__ = [
 
 # A prime, so that whole rows or samples never fall on one another.
 _PERIOD = 1021
-_OTHER_PERIOD = 1019  # where the first divides the size
+_PERIODS = (_PERIOD, 1019, 1013, 1009)  # the first that does not divide the size
 PROJECTIONS = 4
 
 # Sampled elements, where reading all of them would cost more than it proves, and what is read in whole all the same.
 _SAMPLES = _PERIOD
 _FEW = 4 * _PERIOD
 
+_TAME = 1e6  # projections above it may be of large numbers such as those of masks
 _LONG = 1 << 22  # products are summed up in their own precision
 _WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
 
@@ -71,14 +72,15 @@ def fingerprint(
         tensor: any.
         exact: take its bits, which then decide.
         sample: of more than some thousand elements take a part, as floating-point numbers.
-        apart: on the CPU, take infinities and NaN apart from the values that are finite.
+        apart: on the CPU, where there are infinities, NaN or numbers so large that they would hide the others, take
+            where those that are not finite stand, and the logarithms of the others.
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
             errors are relative, is taken where there is an error.
     """
     order = None if like is None else like.order
     if not exact:
         few = _few_of(tensor, order)
-        if few is not None and (not apart or math.isfinite(few[0][0])):
+        if few is not None and not (apart and _is_apart(few[0], tensor, like)):
             return Fingerprint(few[0], 0, few[1])
     values, order = _values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if values is None:
@@ -94,11 +96,10 @@ def fingerprint(
     if exact or not values.is_floating_point():
         return Fingerprint([], bits, order, None, exact)
     projections = _project(values, like)
-    if apart and isinstance(projections, list) and not all(map(math.isfinite, projections)):
+    if apart and isinstance(projections, list) and _is_apart(projections, values, like):
+        finite = _project(values, None if like is None else like.finite, _logarithms_of)
         where = _bits_of(values, _kinds_of)
-        if where:  # else a sum has overflowed
-            finite = Fingerprint(_project(values, None if like is None else like.finite, _finite_of), where)
-            return Fingerprint(projections, bits, order, finite, exact)
+        return Fingerprint(projections, bits, order, Fingerprint(finite, where), exact)
     return Fingerprint(projections, bits, order, None, exact)
 
 
@@ -135,8 +136,20 @@ def _kinds_of(values: Tensor) -> Tensor:
     return values.eq(math.inf).byte() + 2 * values.eq(-math.inf).byte() + 3 * values.isnan().byte()
 
 
-def _finite_of(values: Tensor) -> Tensor:
-    return values.masked_fill(values.isfinite().logical_not_(), 0.0)
+def _is_tame(projections: list[float], tensor: Tensor) -> bool:
+    """Whether no element can be so large that others do not count beside it."""
+    most = (_TAME if tensor.dtype is not torch.float16 else _TAME / 1e3) + 10 * tensor.numel()
+    return all(abs(one) < most for one in projections)
+
+
+def _is_apart(projections: list[float], tensor: Tensor, like: Fingerprint | None) -> bool:
+    """Whether logarithms are taken too: as of the tensor that it is compared with, if there is one."""
+    return not _is_tame(projections, tensor) if like is None else like.finite is not None
+
+
+def _logarithms_of(values: Tensor) -> Tensor:
+    """Return logarithms with the values' signs, about equal to small values; 0 for what is not finite."""
+    return values.nan_to_num(0.0, 0.0, 0.0).abs().log1p_().copysign_(values)
 
 
 # Two fingerprints.
@@ -152,7 +165,7 @@ def difference(
         few = _few_of(tensor, then.order)
         if few is not None and few[0] == then.projections:
             return 0.0
-        if few is not None and math.isfinite(few[0][0]):
+        if few is not None and _is_tame(few[0], tensor):
             return error_between(then, Fingerprint(few[0], 0))
     now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
     return 0.0 if now is None else error_between(then, now)
@@ -391,7 +404,7 @@ def _folded_rows(flat: Tensor, period: int) -> Tensor:
 
 
 def _period_of(size: int) -> int:
-    return _PERIOD if size % _PERIOD else _OTHER_PERIOD
+    return next((period for period in _PERIODS if size % period), _PERIODS[-1])
 
 
 def _project(
