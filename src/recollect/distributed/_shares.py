@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import Sampler
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._arguments import as_count
 from recollect.distributed._ranks import Ranks, SharesError
 from recollect.distributed._routes import Route
+from recollect.distributed._wire import Wire
 
 __all__ = ["Shares"]
 
@@ -35,7 +35,6 @@ class Shares:
         world_size: ranks in it, R.
         ptr: as given, on the CPU.
         bounds: [R + 1], the first part of each rank, and the number of parts.
-        wire_bytes: bytes of rows that this rank has sent to others since it was made.
 
     Raises:
         SharesError: ranks were given different parts, there are fewer parts than ranks, or weights do not fit.
@@ -56,6 +55,7 @@ class Shares:
         self, ptr: Tensor, weights: Tensor | Sequence[float] | None = None, process_group: Any | None = None
     ) -> None:
         self._ranks = Ranks(process_group, "these Shares")
+        self._wire = Wire(self._ranks)
         self.rank, self.world_size = self._ranks.rank, self._ranks.size
         self.ptr = torch.as_tensor(ptr).detach().to("cpu", torch.int64)
         self.agree("ptr", (list(self.ptr.shape), _digest(self.ptr)))
@@ -72,9 +72,7 @@ class Shares:
             raise SharesError(f"weights are [{parts}], finite and not negative (got {list(heavy.shape)})")
         self.bounds = _balanced(heavy, self.world_size)
         self._first = self.ptr[self.bounds]
-        self.wire_bytes = 0
         self._routes: Any = WeakTensorKeyDictionary()
-        self._exchanges = 0
 
     @property
     def group(self) -> Any:
@@ -84,6 +82,11 @@ class Shares:
             RuntimeError: it was destroyed.
         """
         return self._ranks.group
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of rows that this rank has sent to others since this was made."""
+        return self._wire.row_bytes
 
     @property
     def num_nodes(self) -> int:
@@ -133,44 +136,49 @@ class Shares:
         """Return by what to multiply a mean loss over ``count`` nodes, so that the mean over ranks is that of all.
 
         ``DistributedDataParallel`` divides the sum of the ranks' gradients by their number R: the factor is
-        R count / Σ count, and 0 where no rank has a node. It is one reduction.
+        R count / Σ count, and 0 where no rank has a node. It is an exchange of one number.
 
         Args:
             count: training nodes of this rank's mini-batch.
 
         Returns:
             A scalar, float64 on the CPU.
+
+        Raises:
+            SharesError: on every rank, if one calls something else.
         """
         own = torch.as_tensor(count, dtype=torch.float64).cpu()
-        total = own.clone()
-        dist.all_reduce(total, group=self.group)
-        return own * self.world_size / total.clamp_min(1)
+        total = sum(self._wire.meet("scale of a loss", float(own)))
+        return own * self.world_size / max(total, 1)
 
-    def route(self, rows: Tensor) -> Route:
+    def route(self, rows: Tensor, what: str = "rows") -> Route:
         """Say to all ranks which rows each wants; all of them call this together.
 
         Args:
             rows: [n] int64 on the CPU, nodes of any ranks; may be empty. For the same tensor, as that of a mini-batch's
                 halo in each layer, it is done once.
+            what: they are, for the error.
+
+        Raises:
+            SharesError: on every rank, if one calls something else.
         """
         if rows.is_inference():  # such tensors have no version
-            return self._route(rows)
+            return self._route(rows, what)
         known: tuple[int, Route] | None = self._routes.get(rows)
         if known is None or known[0] != rows._version:
-            known = self._routes[rows] = rows._version, self._route(rows)
+            known = self._routes[rows] = rows._version, self._route(rows, what)
         return known[1]
 
-    def _route(self, rows: Tensor) -> Route:
-        return Route(rows, self.owners(rows), self.nodes[0], self.group, self.rank, self.world_size, self.step())
+    def _route(self, rows: Tensor, what: str) -> Route:
+        return Route(rows, self.owners(rows), self.nodes[0], self._wire, what)
 
-    def step(self) -> int:
-        """Return the number of the next exchange, by which ranks see that they take the same one."""
-        self._exchanges += 1
-        return self._exchanges
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are at the same place, which has this name.
 
-    def count(self, num_bytes: int) -> None:
-        """Note what was sent."""
-        self.wire_bytes += num_bytes
+        Raises:
+            SharesError: on every rank, if one is at another place, or has ended.
+        """
+        self._wire.meet(what)
 
     def agree(self, what: str, value: Any) -> None:
         """Compare a value over the ranks.
@@ -180,8 +188,9 @@ class Shares:
             value: small, and picklable.
 
         Raises:
-            SharesError: on every rank, if two differ.
+            SharesError: on every rank, if two differ, or one calls something else.
         """
+        self._wire.meet(f"comparing {what}")
         self._ranks.agree(what, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shares:

@@ -21,6 +21,8 @@ from recollect.outofcore._tables import Changes, Rows, Shape, Tables
 
 __all__ = ["RankTables", "Team", "check_shares"]
 
+_HALO = "halo rows of a part"  # for the error where ranks differ
+
 
 class RankTables(Tables):
     """Tables with the rows of this rank's nodes, which are named by their numbers in the whole graph.
@@ -45,7 +47,7 @@ class RankTables(Tables):
     def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
         """Return own rows in a row, and behind them others by number; a step of all ranks."""
         table, shares, own = self._tables[name], self._shares, where[1] - where[0]
-        came = shares.route(halo).begin(table.read, shares.count, shares.step(), shares.group)
+        came = shares.route(halo, _HALO).begin(table.read, _HALO)
         rows = table.empty(own + halo.numel())
         table.read(_local(where, shares.nodes[0]), rows[:own])
         rows[own:] = came()
@@ -59,8 +61,7 @@ class RankTables(Tables):
             if not isinstance(each.where, Tensor):
                 self._add(each.table, each.source, _local(each.where, shares.nodes[0]), each.values)
                 continue
-            found = shares.route(each.where).give_back(each.values, shares.count, shares.step(), shares.group)
-            for rows, values in found:
+            for rows, values in shares.route(each.where, _HALO).give_back(each.values, "gradients of a part's halo"):
                 self._add(each.table, each.source, rows, values)
         for name, (start, stop) in changes.cleared:
             self[name].write((start, stop), self[name].empty(stop - start).zero_())
@@ -138,7 +139,7 @@ class Team:
     """
 
     def __init__(self, shares: Shares, parameters: list[nn.Parameter]) -> None:
-        self.ranks = Ranks(shares.group, "these Shares")
+        self.ranks, self._shares = Ranks(shares.group, "these Shares"), shares
         self._parameters = parameters
 
     def agree(self, state: Mapping[str, Any], trained: int) -> None:
@@ -147,6 +148,7 @@ class Team:
         Raises:
             SharesError: on every rank, where it differs; or a rank has no node for training, for several losses.
         """
+        self._shares.meet("a step over the whole graph")
         self.ranks.agree("the network, its modes or the graph", state["model"])
         self.ranks.agree("torch's random state", bits_of(state["random"]))
         self.ranks.agree("the number of losses, one or several,", state["several"])
@@ -173,6 +175,7 @@ class Team:
 
     def added_up(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Return sums over ranks, of what any has."""
+        self._shares.meet("gradients of parameters")
         own = {number: gradients[p] for number, p in enumerate(self._parameters) if p in gradients}
         shapes = self.ranks.gather({number: tuple(tensor.shape) for number, tensor in own.items()})
         numbers = sorted(set().union(*shapes))

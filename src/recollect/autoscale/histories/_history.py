@@ -216,7 +216,7 @@ class History(TableModule):
         """
         if not isinstance(self.table, RankTable):
             return lambda: self.pull(rows)
-        table, begun = self.table, self.table.begin(rows)
+        table, begun = self.table, self.table.begin(rows, "halo rows of a mini-batch")
 
         def take() -> Tensor:
             out = self._result.new_empty(rows.numel(), self.embedding_dim)

@@ -57,7 +57,7 @@ class RankTable(Table):
         if not isinstance(where, Tensor) and self._is_own(where):
             self.own.read(self._local(where), out)
             return
-        self.decode(self.begin(numbers_of(where))(), out)
+        self.decode(self.begin(numbers_of(where), "rows pulled by number")(), out)
 
     def decode(self, records: Tensor, out: Tensor) -> None:
         """Write records that came as floats into ``out`` [rows, channels]."""
@@ -66,10 +66,17 @@ class RankTable(Table):
         else:
             self.codec.decode(records, out)
 
-    def begin(self, where: Tensor) -> Callable[[], Tensor]:
-        """Begin to read rows by number; the result waits for their records. All ranks call this together."""
-        route = self.shares.route(where)
-        return route.begin(self._records, self.shares.count, self.shares.step(), self.shares.group)
+    def begin(self, where: Tensor, what: str) -> Callable[[], Tensor]:
+        """Begin to read rows by number; the result waits for their records. All ranks call this together.
+
+        Args:
+            where: numbers [rows] int64, on the CPU.
+            what: the rows are, for the error where ranks differ.
+
+        Raises:
+            SharesError: ranks differ, or one has ended; here, or where the result is waited for.
+        """
+        return self.shares.route(where, what).begin(self._records, what)
 
     def ages(self, where: Selection) -> Tensor:
         """See :class:`Table`; of this rank's own rows."""
