@@ -73,7 +73,7 @@ def fingerprint(
         exact: take its bits, which then decide.
         sample: of more than some thousand elements take a part, as floating-point numbers.
         apart: on the CPU, where there are infinities, NaN or numbers so large that they would hide the others, take
-            where those that are not finite stand, and the logarithms of the others.
+            where those that are not finite stand, and logarithms of the others.
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
             errors are relative, is taken where there is an error.
     """
@@ -148,8 +148,8 @@ def _is_apart(projections: list[float], tensor: Tensor, like: Fingerprint | None
 
 
 def _logarithms_of(values: Tensor) -> Tensor:
-    """Return logarithms with the values' signs, about equal to small values; 0 for what is not finite."""
-    return values.nan_to_num(0.0, 0.0, 0.0).abs().log1p_().copysign_(values)
+    """Return logarithms of logarithms with the values' signs, about equal to small values; 0 for what is not finite."""
+    return values.nan_to_num(0.0, 0.0, 0.0).abs().log1p_().log1p_().copysign_(values)
 
 
 # Two fingerprints.
