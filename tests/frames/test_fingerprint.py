@@ -162,7 +162,7 @@ def test_numbers_of_a_mask_hide_no_others(fill, size, dtype):
     hidden = torch.arange(size) % 3 == 0
     fill = torch.finfo(dtype).min if fill == "min" else fill
     one, other, rounded = (
-        each.masked_fill(hidden, fill).to(dtype) for each in (x, 2 * x, x * (1 + 1e-3 * torch.finfo(dtype).eps))
+        each.masked_fill(hidden, fill).to(dtype) for each in (x, -2 * x, x * (1 + 1e-3 * torch.finfo(dtype).eps))
     )
     then = fingerprint(one, apart=True)
     assert difference(then, one, apart=True) == 0.0

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import threading
+import types
 
 import pytest
 import torch
@@ -23,6 +25,10 @@ class Hops(nn.Module):
 
     def forward(self, x):
         return self.act(self.inner(x))
+
+
+def repr_of(value):
+    return type(value).__name__
 
 
 class Settings:
@@ -94,6 +100,53 @@ def test_modes_count_for_the_kind_alone():
     block.eval()
     assert kind_of(block) != kind
     assert look_of([block]) == look
+
+
+class Number(int):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+def with_default(factor):
+    def function(x, *, factor=factor):
+        return factor * x
+
+    return function
+
+
+def table(hops):
+    made = Table()
+    made.hops = hops
+    return made
+
+
+@pytest.mark.parametrize(
+    "make", [Number, with_default, table, lambda hops: types.SimpleNamespace(inner=Settings(hops))]
+)
+def test_what_holds_a_setting_in_another_way(make):
+    assert kind_of(Hops(more=make(1))) != kind_of(Hops(more=make(2)))
+
+
+def test_a_setting_of_an_object_is_seen():
+    block = Hops(more=Settings(1))
+    look = look_of([block])
+    block.more.steps = 2
+    assert look_of([block]) != look
+
+
+class Raising:
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), Raising(), (i for i in range(3)), [0] * 10_000], ids=repr_of)
+def test_odd_attributes(value):
+    block = Hops(more=value)
+    assert kind_of(block) == kind_of(block)
+    assert look_of([block]) == look_of([block])
 
 
 def test_unknown_objects_count_by_identity():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -282,6 +283,7 @@ def test_what_a_loaders_evaluation_would_not_call_is_refused():
 def test_weights_that_a_hook_computes():
     data, ptr = make_graph()
     model = make_model(conv=Hops)
+    model.layers[0].convs[0].conv.lock = threading.Lock()
     prune.l1_unstructured(model.layers[1].convs[0].conv.lin, "weight", 0.5)
     prune.l1_unstructured(model.head, "weight", 0.5)
     assert len(list(compared(model, data, ptr))) > 1

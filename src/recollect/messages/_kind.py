@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _UNSEEN = _INTERNAL | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEEP = 12  # objects within objects; what is further inside counts by identity
+_SHALLOW = 3
+_MANY = 1024  # a container with more entries holds data, and counts by identity
+_LIBRARIES = frozenset(["builtins", "collections", "functools", "numpy", "torch", "torch_geometric", "types", "typing"])
+_HEAP = 1 << 9  # of types that Python code makes
 
 
 def module_of(block: Any) -> nn.Module:
@@ -54,17 +59,40 @@ def look_of(modules: Iterable[nn.Module]) -> int:
                     found.extend(map(id, names[hooks].values()))
             for name, value in names.items():
                 if name not in _UNSEEN:
-                    found.append(value if type(value) in _PLAIN else _shallow(value))
+                    found.append(_looked(value))
             found.extend(map(id, names["_modules"].values()))
     return hash(tuple(found))
 
 
-def _shallow(value: Any) -> Hashable:
-    if type(value) in (list, tuple, set):
-        return (id(value), *(each if type(each) in _PLAIN else id(each) for each in value))
-    if type(value) is dict:
-        return (id(value), *(each if type(each) in _PLAIN else id(each) for pair in value.items() for each in pair))
-    return id(value)
+def _looked(value: Any) -> Hashable:
+    try:
+        return _shallow(value)
+    except Exception:  # an attribute that raises, a proxy of something that is gone
+        return id(value)
+
+
+def _shallow(value: Any, depth: int = 0) -> Hashable:
+    """Return what changes when a container or an object is replaced, or something that it holds."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value  # type: ignore[no-any-return]
+    if depth > _SHALLOW:
+        return id(value)
+    if kind in (list, tuple, set) and len(value) <= _MANY:
+        return (id(value), *(_shallow(each, depth + 1) for each in value))
+    if kind is dict and len(value) <= _MANY:
+        return (id(value), *(_shallow(each, depth + 1) for pair in value.items() for each in pair))
+    if kind.__module__.partition(".")[0] in _LIBRARIES or not _is_open(kind):
+        return id(value)
+    return (id(value), *(_shallow(each, depth + 1) for each in vars(value).values()))
+
+
+def _is_open(kind: type) -> bool:
+    """Whether all that an object of a type holds is in its ``__dict__``."""
+    return all(
+        base is object or (base.__module__ != "builtins" and "__slots__" not in vars(base) and base.__flags__ & _HEAP)
+        for base in kind.__mro__
+    )
 
 
 def _settings(names: Mapping[str, Any], kind: type, known: dict[int, str], depth: int) -> Hashable:
@@ -92,32 +120,41 @@ def _of(value: Any, known: dict[int, str], depth: int) -> Hashable:
         depth: how many objects it is within.
     """
     kind = type(value)
-    if kind in _PLAIN or isinstance(value, type) or kind.__module__ == "typing":
+    if kind in _PLAIN or issubclass(kind, type):
         return (kind, value) if kind in (bool, int, float, complex) else value
     if id(value) in known:
         return known[id(value)]
-    if isinstance(value, Tensor):
-        return (kind, tuple(value.shape), value.dtype, value.requires_grad)
     if depth > _DEEP:
         return id(value)
     known[id(value)] = f"again: {len(known)}"
+    try:
+        return _inside(value, known, depth + 1)
+    except Exception:  # an attribute that raises, a proxy of something that is gone
+        return id(value)
+
+
+def _inside(value: Any, known: dict[int, str], depth: int) -> Hashable:
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return (kind, tuple(value.shape), value.dtype, value.requires_grad)
+    if kind.__module__ == "typing":
+        return value if hash(value) else id(value)
     if isinstance(value, types.FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        return (value.__code__, *(_of(each, known, depth + 1) for each in (*held, value.__defaults__, vars(value))))
+        held += [value.__defaults__, value.__kwdefaults__]
+        return (value.__code__, *(_of(each, known, depth) for each in (*held, vars(value))))
     if isinstance(value, types.MethodType):
-        return (
-            value.__func__.__qualname__,
-            *(_of(each, known, depth + 1) for each in (value.__func__, value.__self__)),
-        )
-    if isinstance(value, functools.partial):
-        return (kind, *(_of(each, known, depth + 1) for each in (value.func, value.args, value.keywords)))
-    if isinstance(value, Mapping):
-        return (kind, *((_of(key, known, depth + 1), _of(each, known, depth + 1)) for key, each in value.items()))
-    if isinstance(value, list | tuple):
-        return (kind, *(_of(each, known, depth + 1) for each in value))
-    if isinstance(value, set | frozenset):
-        return (kind, frozenset(_of(each, known, depth + 1) for each in value))
-    names = getattr(value, "__dict__", None)
-    if names is None or kind.__module__ == "builtins" or isinstance(value, types.ModuleType):
-        return id(value)
-    return _settings(names, kind, known, depth)
+        return (kind, *(_of(each, known, depth) for each in (value.__func__, value.__self__)))
+    if kind is functools.partial:
+        return (kind, *(_of(each, known, depth) for each in (value.func, value.args, value.keywords)))
+    if kind in (dict, OrderedDict) and len(value) <= _MANY:
+        return (kind, *((_of(key, known, depth), _of(each, known, depth)) for key, each in value.items()))
+    named = issubclass(kind, tuple) and "__slots__" in vars(kind)  # one whose items have names holds nothing else
+    if (named or kind in (list, tuple, deque)) and len(value) <= _MANY:
+        return (kind, *(_of(each, known, depth) for each in value))
+    if kind in (set, frozenset) and len(value) <= _MANY:
+        return (kind, frozenset(_of(each, known, depth) for each in value))
+    if isinstance(value, nn.Module):  # in a list, or in another object
+        parts = dict(sorted(value.named_modules()))
+        return (kind, *(_settings(vars(each), type(each), known, depth) for each in parts.values()))
+    return _settings(vars(value), kind, known, depth) if _is_open(kind) else id(value)

@@ -224,7 +224,15 @@ def _moved(block: Any, generator: torch.Generator) -> Any:
     """Return a copy of a block with other parameters, on the CPU."""
     # A weight that a hook computes before each call (pruning, weight_norm) has a history, and torch does not copy it.
     computed = (value for module in module_of(block).modules() for value in vars(module).values())
-    memo = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
+    memo: dict[int, Any] = {}
+    for value in computed:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif not isinstance(value, Tensor | dict):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # a lock, a file: it is shared
+                memo[id(value)] = value
     block = copy.deepcopy(block, memo)
     for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
