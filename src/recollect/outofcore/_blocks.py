@@ -58,17 +58,19 @@ class Blocks:
 
     def computed_alone(self, layer: int, group: int) -> bool:
         """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
-        return self._kinds.get(self._kind_at[0 if self._model.tied else layer, group], False)
+        return self._kinds.get(self._kind_at[layer, group], False)
 
     def _observe(self, every: bool = False) -> list[_Observed]:
         """Return what blocks need: one of each new kind, or all."""
-        found, seen, known = [], set(), set(self._kinds)
+        found, known = [], set(self._kinds)
+        first: dict[int, int] = {}  # the place of each layer, which may come at others too
         for index in range(self._model.num_layers):
             layer = self._model.layer(index)
-            if id(layer) in seen:
-                continue
-            seen.add(id(layer))
+            known_at = first.setdefault(id(layer), index)
             for group, block in enumerate(layer._blocks()):
+                if known_at != index:
+                    self._kind_at[index, group] = self._kind_at[known_at, group]
+                    continue
                 kind = self._kind_at[index, group] = kind_of(block)
                 if kind not in known or every:
                     name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"

@@ -20,6 +20,7 @@ __all__ = [
     "check_layered",
     "check_network",
     "check_rows",
+    "check_unweighted",
     "check_weighting",
     "evaluating",
     "in_order",
@@ -104,6 +105,20 @@ def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
         )
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"data.{name} requires grad, but steps give gradients to the network's parameters alone")
+
+
+def check_unweighted(adj_t: Tensor) -> None:
+    """Check that an adjacency whose weights convolutions are not given has none.
+
+    Raises:
+        ValueError: a weight is not 1.
+    """
+    if bool((adj_t.values() != 1).any()):
+        raise ValueError(
+            "the adjacency has weights other than 1, and the convolutions are given none; make the WholeGraph with "
+            "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
+            "weights"
+        )
 
 
 @torch.no_grad()

@@ -23,7 +23,14 @@ from recollect.distributed import Shares
 from recollect.frames import bits_of
 from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
-from recollect.outofcore._checks import check_graph, check_weighting, evaluating, in_order, inputs_of
+from recollect.outofcore._checks import (
+    check_graph,
+    check_unweighted,
+    check_weighting,
+    evaluating,
+    in_order,
+    inputs_of,
+)
 from recollect.outofcore._layered import Layered
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
@@ -75,7 +82,7 @@ class WholeGraph:
         TypeError: another kind of network.
         SharesError: ranks have other parts, or other numbers of them.
         ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
-            requires a gradient; there are hooks on the network or its layers, which would not be called.
+            requires a gradient; ``adj_t`` has weights that ``inputs`` does not name; there are hooks on the network or its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
 
     Example:
@@ -129,6 +136,8 @@ class WholeGraph:
         self._folder = folder = None if store is None else Path(store)
         given, data = data, to_adj_t(data)
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
+        if "edge_weight" not in inputs and "adj_t" in given:
+            check_unweighted(data.adj_t)
         for name, value in edges.items():
             if value.dim() == 0 or value.size(0) != data.adj_t.values().numel():
                 raise ValueError(
