@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import Lattice, check_exact, digits_of
+from recollect.frames import NOTED, Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
 from recollect.models import RevGNN
 from recollect.outofcore._blocks import Blocks
@@ -48,6 +48,7 @@ class Reversible(Network):
         self.dtype = model.project.weight.dtype
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
+        self.mark = 8 if digits is not None else 8 * NOTED
         self._hidden = model.project.out_features
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
@@ -201,6 +202,8 @@ class ReversibleStep(Step):
         with torch.enable_grad() if self.training else contextlib.nullcontext():
             y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask).detach()
         if lattice is None:
+            if self.training:
+                self._note(self._place(layer, group, part), noted(z, y))
             own = own + y
         else:
             (own,) = lattice(own, y)
@@ -286,10 +289,12 @@ class ReversibleStep(Step):
         (own, z, mask), gradient = rows
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
+        place, name = self._place(layer, group, part), f"layer {layer}, block {group}"
         if lattice is not None:
-            self._compare(
-                self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}", ", or exact=False"
-            )
+            self._compare(place, y.detach(), name, ", or exact=False")
+        else:
+            again = partial(self._again, layer, group, part, mask)
+            check_noted(name, self._noted(place, torch.float64), z, y, again)
         pulled = self.objectives.pull([y], [gradient], [z], parameters)
         self._add(parameters, pulled)
         where = (part.start, part.stop)
@@ -310,6 +315,10 @@ class ReversibleStep(Step):
                 changes.added.append(Sum(there, part.halo[:before], around[:before], there))
                 changes.added.append(Sum(here, part.halo[before:], around[before:], here))
         return changes
+
+    def _again(self, layer: int, group: int, part: Part, mask: Tensor | None, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self._evaluate(layer, group, part, z.requires_grad_(), mask).detach()
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
         return self._rows(group, part), self.space.tables[self._gradient(group)].read((part.start, part.stop))

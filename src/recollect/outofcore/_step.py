@@ -245,7 +245,13 @@ class Step(ABC):
 
     def _mark(self, place: int, output: Tensor) -> None:
         """Note the bits of what was computed."""
-        self.space.marks.write((place, place + 1), _bytes_of(output))
+        self._note(place, _sum_of(output))
+
+    def _note(self, place: int, numbers: Tensor) -> None:
+        self.space.marks.write((place, place + 1), numbers.view(1, -1).view(torch.uint8))
+
+    def _noted(self, place: int, dtype: torch.dtype) -> Tensor:
+        return self.space.marks.read((place, place + 1)).view(dtype).flatten()
 
     def _compare(self, place: int, output: Tensor, name: str, or_else: str) -> None:
         """Compare what was computed again with what was noted.
@@ -259,7 +265,7 @@ class Step(ABC):
         Raises:
             RebuildError: it is something else.
         """
-        if not torch.equal(self.space.marks.read((place, place + 1)), _bytes_of(output)):
+        if not torch.equal(self._noted(place, torch.int64), _sum_of(output)):
             raise RebuildError(
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
                 f"from torch's generators alone, and use deterministic operations{or_else}"
@@ -272,10 +278,9 @@ def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return a sum of all bits as a row of bytes."""
-    bits = bits_of(tensor)
-    return torch.tensor([int(bits or 0)], dtype=torch.int64).view(torch.uint8).view(1, 8)
+def _sum_of(tensor: Tensor) -> Tensor:
+    """Return a sum of all bits [1] int64."""
+    return torch.tensor([int(bits_of(tensor) or 0)], dtype=torch.int64)
 
 
 @contextlib.contextmanager

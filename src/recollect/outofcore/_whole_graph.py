@@ -82,7 +82,8 @@ class WholeGraph:
         TypeError: another kind of network.
         SharesError: ranks have other parts, or other numbers of them.
         ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
-            requires a gradient; ``adj_t`` has weights that ``inputs`` does not name; there are hooks on the network or its layers, which would not be called.
+            requires a gradient; ``adj_t`` has weights that ``inputs`` does not name; there are hooks on the network or
+            its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
 
     Example:
@@ -159,7 +160,8 @@ class WholeGraph:
         self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory, nodes)
         marks = None if folder is None else folder / "marks.table"
         places = self._network.places(len(self.parts)) + len(self.parts.bounds)
-        self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks), shares)
+        rows = PlainRows(places, self._network.mark, torch.uint8, marks)
+        self._space = Space(tables, self.parts, Worker(), folder, rows, shares)
         self._network.settle(self._space, graph)
         self._team = None if shares is None else Team(shares, list(model.parameters()))
         self.last_drift: float | None = None
