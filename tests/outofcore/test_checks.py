@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch_geometric.nn import GATConv, InstanceNorm
 from whole_graph_zoo import N, a_graph, plain_step, sum_of_losses, whole_step
@@ -263,5 +264,15 @@ def test_a_layer_that_stands_at_two_places():
     data = a_graph()
     model = a_model(dropout=0.3)
     model.layers[2] = model.layers[0]
+    found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_weights_that_hooks_compute():
+    data = a_graph()
+    model = a_model()
+    for module in (model.head, model.project, model.layers[0].convs[0].conv.lin_l):
+        prune.random_unstructured(module, "weight", 0.4)
+    model.double()
     found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)

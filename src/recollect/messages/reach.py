@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
@@ -22,6 +22,7 @@ __all__ = [
     "Cut",
     "Probe",
     "Reach",
+    "copied",
     "cut",
     "goes_by_rows",
     "kind_of",
@@ -220,12 +221,18 @@ def some_rows(x: Tensor) -> Tensor:
     return x[torch.randint(x.size(0), (_ROWS,), generator=generator).to(x.device)]
 
 
-def _moved(block: Any, generator: torch.Generator) -> Any:
-    """Return a copy of a block with other parameters, on the CPU."""
+def copied(block: Any, shared: Iterable[nn.Module] = ()) -> Any:
+    """Return a copy of a block, in which some modules are those of the block itself."""
     # A weight that a hook computes before each call (pruning, weight_norm) has a history, and torch does not copy it.
     computed = (value for module in module_of(block).modules() for value in vars(module).values())
-    memo = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
-    block = copy.deepcopy(block, memo)
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
+    memo.update((id(module), module) for module in shared)
+    return copy.deepcopy(block, memo)
+
+
+def _moved(block: Any, generator: torch.Generator) -> Any:
+    """Return a copy of a block with other parameters, on the CPU."""
+    block = copied(block)
     for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)

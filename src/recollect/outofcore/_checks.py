@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale import ScalableGNN
-from recollect.messages.reach import DRAWING, Constant, same
+from recollect.messages.reach import DRAWING, Constant, copied, same
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
@@ -132,7 +131,7 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
     Raises:
         ValueError: a row depends on others.
     """
-    model = copy.deepcopy(model, {id(model.layers): nn.ModuleList()})  # without the layers
+    model = copied(model, [model.layers])
     generator = torch.Generator().manual_seed(0)
     x = x[torch.randint(x.size(0), (_ROWS,), generator=generator)]
     weight = model.project.weight

@@ -168,8 +168,11 @@ class ReversibleStep(Step):
                 self._x.turn([group])
 
     def _embed(self, part: Part, _: None) -> Changes:
-        with torch.no_grad():
-            rows = self._entered(self._model.embed(part.x))
+        with torch.set_grad_enabled(self.training):
+            h = self._model.embed(part.x)
+        if self.training:
+            self._reached([h], [], self._of.around())
+        rows = self._entered(h.detach())
         where = (part.start, part.stop)
         return Changes([(self._x.here(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
@@ -200,7 +203,10 @@ class ReversibleStep(Step):
         lattice = self._of.lattice
         own, z, mask = rows
         with torch.enable_grad() if self.training else contextlib.nullcontext():
-            y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask).detach()
+            y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask)
+        if self.training:
+            self._reached([y], [z], self._of.inside(layer, group))
+        y = y.detach()
         if lattice is None:
             if self.training:
                 self._note(self._place(layer, group, part), noted(z, y))
@@ -295,6 +301,7 @@ class ReversibleStep(Step):
         else:
             again = partial(self._again, layer, group, part, mask)
             check_noted(name, self._noted(place, torch.float64), z, y, again)
+        parameters = self._reached([y], [z], parameters)
         pulled = self.objectives.pull([y], [gradient], [z], parameters)
         self._add(parameters, pulled)
         where = (part.start, part.stop)
@@ -338,6 +345,7 @@ class ReversibleStep(Step):
             true = self._entered(h).detach()
             self._errors += float((found - true).square().sum())
             self._norms += float(true.square().sum())
+            parameters = self._reached([h], [], parameters)
             if parameters:
                 self._add(parameters, self.objectives.pull([h], [gradient], [], parameters))
         return Changes()

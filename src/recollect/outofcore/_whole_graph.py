@@ -32,6 +32,7 @@ from recollect.outofcore._checks import (
     inputs_of,
 )
 from recollect.outofcore._layered import Layered
+from recollect.outofcore._leaves import accumulate
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
@@ -345,8 +346,7 @@ class WholeGraph:
             with DRAWING:
                 torch.set_rng_state(weighed.random)
             certify(self.certificate, weighed, gradients.values())
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        accumulate(gradients)
         if self._folder is not None:
             (self._folder / "step.pt").unlink(missing_ok=True)
         self._space.tables.forget()
