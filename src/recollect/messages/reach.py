@@ -37,6 +37,7 @@ _LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, 
 _HUB, _DEGREE = 40, 30
 DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
 _SCALES = (1.0, 30.0)
+_LARGEST = 1 << 20
 _ROWS, _PART = 24, slice(5, 12)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
@@ -97,6 +98,8 @@ class Probe:
         edges: what the graph's edges have; rows are drawn from it.
         width: channels of a block's input.
         dtype: of a block's input.
+        nodes: how many the graph has: of a block that does something else for so many rows, the reach is no part.
+            ``None``: that is not looked at, nor where the input would have more than a million numbers.
 
     Attributes:
         rows: of its nodes [n, width].
@@ -105,7 +108,8 @@ class Probe:
         cuts: its parts.
     """
 
-    def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype) -> None:
+    def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype, nodes: int | None = None) -> None:
+        self._nodes = None if nodes is None or nodes * width > _LARGEST else nodes
         self._generator = torch.Generator().manual_seed(0)
         number = _EDGES if all(value.size(0) for value in edges.values()) else 0
         self.edge_index = self._drawn_edges(number)
@@ -165,6 +169,8 @@ class Probe:
             # Whole numbers name other rows in another graph; and what does not repeat itself is an error of the step.
             if draws.whole_numbers or not same(again, true):
                 continue
+            if not brief and scale == _SCALES[0] and self._nodes is not None and not self._at(self._nodes, block):
+                right = {False: False, True: False}
             turned = {key: value[self._turned] for key, value in self.edges.items()}
             other = _run(block, rows, self.edge_index[:, self._turned], turned, Constant())
             ordered |= not same(other, true)
@@ -185,6 +191,21 @@ class Probe:
                 alone[with_further] = alone[with_further] and _is_alone(block, own, part.edge_index, part.edges, whole)
         near, further = right[False], right[True]
         return Reach(near, further, near and alone[False], further and alone[True], ordered)
+
+    def _at(self, nodes: int, block: Any) -> bool:
+        """Return whether a block does for so many nodes what it does for one more, which has no edges."""
+        own = min(nodes, _NODES)
+        kept = (self.edge_index < own).all(0)
+        edges = {key: value[kept] if value.size(0) == kept.numel() else value for key, value in self.edges.items()}
+        numbers = torch.arange(nodes + 1) % own
+        found = []
+        for number in (nodes, nodes + 1):
+            try:
+                out = _run(block, self.rows[numbers[:number]], self.edge_index[:, kept], edges, Constant())
+            except (RuntimeError, IndexError):  # one of the two has rows that the block has none for
+                return False
+            found.append(out[:own])
+        return same(*found)
 
 
 def same(found: Tensor, true: Tensor) -> bool:
