@@ -252,7 +252,7 @@ def test_what_does_not_repeat_itself_is_told_from_rounding(conv, tmp_path):
 def test_rounding_is_no_error(conv, dtype):
     data = a_graph(dtype=dtype)
     options = {"conv_kwargs": {"norm": "layer"}} if conv == "gen" else {}
-    model = a_model(data, conv, layers=24, exact=False, dropout=0.2, **options)
+    model = a_model(data, conv, layers=8, exact=False, dropout=0.2, **options)
     whole = WholeGraph(model, data, PTR, exact=False)
     loss, _, _ = whole_step(whole, data)
     assert_close(loss, plain_step(model, data)[0], rtol=1e-5, atol=1e-5)

@@ -175,7 +175,8 @@ class WholeGraph:
     def step(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Do forward and backward over the whole graph; return the loss, or the losses.
 
-        Gradients are added to ``.grad`` when all is done; after an error they are as before.
+        Gradients are added to ``.grad`` when all is done, of all parameters that were reached, the criterion's own too;
+        hooks on parameters are called then. After an error gradients are as before.
 
         With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
         losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass with m rows for each
@@ -240,7 +241,8 @@ class WholeGraph:
 
         Raises:
             TypeError: the step has several losses, and there is no weighting; or the other way round.
-            RuntimeError: there is no unfinished step in the store, or the network is another one.
+            RuntimeError: there is no unfinished step in the store, or the network is another one; or the step reached
+                parameters that are not the network's.
             HistoryFileError: what the step wrote was changed.
         """
         check_weighting(weighting)
