@@ -222,3 +222,36 @@ def what_is_refused(rank: int, world: int) -> None:
     with pytest.raises(SharesError, match="the network, its modes or the graph of rank"):
         whole.step(criterion_of(data))
     assert all(p.grad is None for p in whole.model.parameters())
+
+
+class Tempered(nn.Module):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(logits * self.temperature, y, reduction="none")
+        return torch.stack([each[y == c].sum() / 9 for c in range(3)])
+
+
+@case
+def parameters_of_a_criterion(rank: int, world: int) -> None:
+    data, ptr = a_graph(world)
+    shares = Shares(ptr, weights=torch.ones(len(ptr) - 1))
+    gradients, gramians = [], []
+    for options in ({"shares": shares}, {}):
+        criterion, whole = Tempered(), WholeGraph(a_model(), data, ptr, **options)
+        whole.step(criterion, lambda gramian: torch.arange(3))
+        whole.step(lambda logits, y, each=criterion: each(logits, y).sum())
+        gradients.append({"temperature": criterion.temperature.grad, **gradients_of(whole)})
+        gramians.append(whole.last_gramian)
+    assert_close(*gradients, 1e-10)
+    assert_close(*gramians, 1e-10)
+    if world > 1:
+        data, ptr = a_graph(world, lambda nodes: nodes < 4)
+        criterion, model = Tempered(), a_model()
+        with pytest.raises(SharesError, match="parameters that are not the network's"):
+            WholeGraph(model, data, ptr, shares=shares).step(lambda logits, y: criterion(logits, y).sum())
+        assert all(p.grad is None for p in (*model.parameters(), *criterion.parameters()))

@@ -27,10 +27,6 @@ class Hops(nn.Module):
         return self.act(self.inner(x))
 
 
-def repr_of(value):
-    return type(value).__name__
-
-
 class Settings:
     def __init__(self, steps):
         self.steps = steps
@@ -107,7 +103,7 @@ class Number(int):
 
 
 class Table(dict):
-    pass
+    hops = 0
 
 
 def with_default(factor):
@@ -123,9 +119,11 @@ def table(hops):
     return made
 
 
-@pytest.mark.parametrize(
-    "make", [Number, with_default, table, lambda hops: types.SimpleNamespace(inner=Settings(hops))]
-)
+def nested(hops):
+    return types.SimpleNamespace(inner=Settings(hops))
+
+
+@pytest.mark.parametrize("make", [Number, with_default, table, nested])
 def test_what_holds_a_setting_in_another_way(make):
     assert kind_of(Hops(more=make(1))) != kind_of(Hops(more=make(2)))
 
@@ -142,9 +140,12 @@ class Raising:
         raise RuntimeError(name)
 
 
-@pytest.mark.parametrize("value", [threading.Lock(), Raising(), (i for i in range(3)), [0] * 10_000], ids=repr_of)
-def test_odd_attributes(value):
-    block = Hops(more=value)
+ODD = {"lock": threading.Lock, "raising": Raising, "iterator": lambda: iter([1, 2]), "data": lambda: [0] * 10_000}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_odd_attributes(make):
+    block = Hops(more=make())
     assert kind_of(block) == kind_of(block)
     assert look_of([block]) == look_of([block])
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch_geometric.nn import GATConv, InstanceNorm
 from whole_graph_zoo import N, a_graph, plain_step, sum_of_losses, whole_step
 
+from recollect.autoscale import normalize, to_adj_t
 from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
 
@@ -239,4 +241,38 @@ def test_a_new_head_between_steps():
     whole.step(sum_of_losses(data))
     model.head = nn.Linear(8, 4).double()
     found, expected = whole_step(whole, data), plain_step(model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_weights_of_an_adjacency_that_nobody_is_given(tmp_path):
+    data = to_adj_t(a_graph())
+    whole = WholeGraph(a_model(conv="graphconv"), data, PTR)  # all are 1
+    data.adj_t = normalize(data.adj_t)
+    with pytest.raises(ValueError, match=r"weights other than 1.*inputs=\('edge_weight',\)"):
+        WholeGraph(a_model(conv="graphconv"), data, PTR, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    model = whole.model
+    found = whole_step(WholeGraph(model, data, PTR, inputs=("edge_weight",)), data)
+    adj_t = data.adj_t.to_sparse_coo()
+    target, source = adj_t.indices()
+    data.edge_index = torch.stack([source, target])
+    expected = plain_step(model, data, adj_t.values())
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_that_stands_at_two_places():
+    data = a_graph()
+    model = a_model(dropout=0.3)
+    model.layers[2] = model.layers[0]
+    found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
+    assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_weights_that_hooks_compute():
+    data = a_graph()
+    model = a_model()
+    for module in (model.head, model.project, model.layers[0].convs[0].conv.lin_l):
+        prune.random_unstructured(module, "weight", 0.4)
+    model.double()
+    found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)

@@ -184,3 +184,31 @@ def test_the_order_of_edges_is_kept_or_refused():
     data.edge_index = sort_edge_index(data.edge_index, sort_by_row=False)
     found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+class TableOfNodes(nn.Module):
+    """Has a row for each node, which it reads by row number."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.table = SAGEConv(channels, channels), nn.Embedding(N, channels)
+
+    def forward(self, x, edge_index):
+        return self.conv(x + self.table.weight[: x.size(0)], edge_index)
+
+
+class TableOfNodesOfAll(TableOfNodes):
+    def forward(self, x, edge_index):
+        return self.conv(x + self.table.weight if x.size(0) == N else x, edge_index)
+
+
+@pytest.mark.parametrize(
+    ("conv", "message"), [(TableOfNodes, "did not run on a small graph"), (TableOfNodesOfAll, "goes by their number")]
+)
+@pytest.mark.parametrize("nodes", [N, 2 * N])
+def test_a_table_by_node_number_is_refused(conv, message, nodes, monkeypatch):
+    monkeypatch.setitem(globals(), "N", nodes)
+    if conv is TableOfNodes and nodes > 160:
+        message = "more than the node and its neighbours"
+    with pytest.raises(ValueError, match=rf"layer 0, block 0.*{message}"):
+        WholeGraph(a_model(a_graph(nodes), conv), a_graph(nodes), torch.tensor([0, 20, nodes]))

@@ -1,5 +1,7 @@
 """A step over parts is the step over the whole graph."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -214,3 +216,44 @@ def test_no_node_for_training():
     data.train_mask[:] = False
     with pytest.raises(ValueError, match="train_mask"):
         WholeGraph(a_model(data), data, PTR).step(sum_of_losses(data))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = SAGEConv(channels, channels)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, edge_index):
+        self.calls += 1
+        return self.conv(x, edge_index) * (1 + self.calls)
+
+
+class Drawing(Counting):
+    """Draws from Python's generator."""
+
+    def forward(self, x, edge_index):
+        return self.conv(x, edge_index) * (1 + random.random())
+
+
+@pytest.mark.parametrize("conv", [Forgetful, Counting, Drawing])
+def test_what_does_not_repeat_itself_is_told_from_rounding(conv, tmp_path):
+    data = a_graph()
+    model = a_model(data, conv, exact=False)
+    with pytest.raises(RebuildError, match=r"layer 3, block 1.*rounding"):
+        WholeGraph(model, data, PTR, tmp_path, exact=False).step(sum_of_losses(data))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("conv", ["sage", "gen", "gat"])
+def test_rounding_is_no_error(conv, dtype):
+    data = a_graph(dtype=dtype)
+    options = {"conv_kwargs": {"norm": "layer"}} if conv == "gen" else {}
+    model = a_model(data, conv, layers=8, exact=False, dropout=0.2, **options)
+    whole = WholeGraph(model, data, PTR, exact=False)
+    loss, _, _ = whole_step(whole, data)
+    assert_close(loss, plain_step(model, data)[0], rtol=1e-5, atol=1e-5)
+    assert whole.last_drift > 0

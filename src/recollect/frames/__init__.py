@@ -46,12 +46,14 @@ from recollect.frames._trial import Others, gradients_of, trial
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
+from recollect.frames.sources._noted import NOTED, check_noted, noted
 from recollect.frames.sources._offload import Offload, OffloadError
 from recollect.frames.sources._previous import Previous
 from recollect.frames.sources._source import Arguments, Held, Source
 
 __all__ = [
     "DRIFT_THRESHOLD",
+    "NOTED",
     "Add",
     "Arguments",
     "Certificate",
@@ -80,6 +82,7 @@ __all__ = [
     "bits_of",
     "certificate_of_process",
     "check_exact",
+    "check_noted",
     "checkpoint",
     "checkpoint_sequential",
     "couple",
@@ -93,6 +96,7 @@ __all__ = [
     "in_backward",
     "in_dry_mode",
     "keep_everything",
+    "noted",
     "run_frame",
     "run_invertible",
     "settle",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
@@ -22,6 +22,7 @@ __all__ = [
     "Cut",
     "Probe",
     "Reach",
+    "copied",
     "cut",
     "goes_by_rows",
     "kind_of",
@@ -36,6 +37,7 @@ _LEAVES, _LAST = 6, _NODES - 1  # the first nodes have a self-loop or one edge, 
 _HUB, _DEGREE = 40, 30
 DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
 _SCALES = (1.0, 30.0)
+_LARGEST = 1 << 20
 _ROWS, _PART = 24, slice(5, 12)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
@@ -96,6 +98,8 @@ class Probe:
         edges: what the graph's edges have; rows are drawn from it.
         width: channels of a block's input.
         dtype: of a block's input.
+        nodes: how many the graph has: of a block that does something else for so many rows, the reach is no part.
+            ``None``: that is not looked at, nor where the input would have more than a million numbers.
 
     Attributes:
         rows: of its nodes [n, width].
@@ -104,7 +108,8 @@ class Probe:
         cuts: its parts.
     """
 
-    def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype) -> None:
+    def __init__(self, edges: Mapping[str, Tensor], width: int, dtype: torch.dtype, nodes: int | None = None) -> None:
+        self._nodes = None if nodes is None or nodes * width > _LARGEST else nodes
         self._generator = torch.Generator().manual_seed(0)
         number = _EDGES if all(value.size(0) for value in edges.values()) else 0
         self.edge_index = self._drawn_edges(number)
@@ -164,6 +169,8 @@ class Probe:
             # Whole numbers name other rows in another graph; and what does not repeat itself is an error of the step.
             if draws.whole_numbers or not same(again, true):
                 continue
+            if not brief and scale == _SCALES[0] and self._nodes is not None and not self._at(self._nodes, block):
+                right = {False: False, True: False}
             turned = {key: value[self._turned] for key, value in self.edges.items()}
             other = _run(block, rows, self.edge_index[:, self._turned], turned, Constant())
             ordered |= not same(other, true)
@@ -184,6 +191,21 @@ class Probe:
                 alone[with_further] = alone[with_further] and _is_alone(block, own, part.edge_index, part.edges, whole)
         near, further = right[False], right[True]
         return Reach(near, further, near and alone[False], further and alone[True], ordered)
+
+    def _at(self, nodes: int, block: Any) -> bool:
+        """Return whether a block does for so many nodes what it does for one more, which has no edges."""
+        own = min(nodes, _NODES)
+        kept = (self.edge_index < own).all(0)
+        edges = {key: value[kept] if value.size(0) == kept.numel() else value for key, value in self.edges.items()}
+        numbers = torch.arange(nodes + 1) % own
+        found = []
+        for number in (nodes, nodes + 1):
+            try:
+                out = _run(block, self.rows[numbers[:number]], self.edge_index[:, kept], edges, Constant())
+            except (RuntimeError, IndexError):  # one of the two has rows that the block has none for
+                return False
+            found.append(out[:own])
+        return same(*found)
 
 
 def same(found: Tensor, true: Tensor) -> bool:
@@ -220,11 +242,11 @@ def some_rows(x: Tensor) -> Tensor:
     return x[torch.randint(x.size(0), (_ROWS,), generator=generator).to(x.device)]
 
 
-def _moved(block: Any, generator: torch.Generator) -> Any:
-    """Return a copy of a block with other parameters, on the CPU."""
+def copied(block: Any, shared: Iterable[nn.Module] = ()) -> Any:
+    """Return a copy of a block, in which some modules are those of the block itself."""
     # A weight that a hook computes before each call (pruning, weight_norm) has a history, and torch does not copy it.
     computed = (value for module in module_of(block).modules() for value in vars(module).values())
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(module): module for module in shared}
     for value in computed:
         if isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
@@ -233,7 +255,12 @@ def _moved(block: Any, generator: torch.Generator) -> Any:
                 copy.deepcopy(value, dict(memo))
             except Exception:  # a lock, a file: it is shared
                 memo[id(value)] = value
-    block = copy.deepcopy(block, memo)
+    return copy.deepcopy(block, memo)
+
+
+def _moved(block: Any, generator: torch.Generator) -> Any:
+    """Return a copy of a block with other parameters, on the CPU."""
+    block = copied(block)
     for parameter in module_of(block).cpu().parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)

@@ -37,7 +37,8 @@ class Blocks:
     def __init__(self, model: RevGNN, graph: Graph) -> None:
         self._model = model
         self._in_order = graph.in_order
-        self._probe = Probe(graph.edges, model.project.out_features // model.num_groups, model.project.weight.dtype)
+        width, nodes = model.project.out_features // model.num_groups, graph.data.num_nodes
+        self._probe = Probe(graph.edges, width, model.project.weight.dtype, nodes)
         self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
         self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
         with evaluating(model):
@@ -58,23 +59,34 @@ class Blocks:
 
     def computed_alone(self, layer: int, group: int) -> bool:
         """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
-        return self._kinds.get(self._kind_at[0 if self._model.tied else layer, group], False)
+        return self._kinds.get(self._kind_at[layer, group], False)
 
     def _observe(self, every: bool = False) -> list[_Observed]:
         """Return what blocks need: one of each new kind, or all."""
-        found, seen, known = [], set(), set(self._kinds)
+        found, known = [], set(self._kinds)
+        first: dict[int, int] = {}  # the place of each layer, which may come at others too
         for index in range(self._model.num_layers):
             layer = self._model.layer(index)
-            if id(layer) in seen:
-                continue
-            seen.add(id(layer))
+            known_at = first.setdefault(id(layer), index)
             for group, block in enumerate(layer._blocks()):
+                if known_at != index:
+                    self._kind_at[index, group] = self._kind_at[known_at, group]
+                    continue
                 kind = self._kind_at[index, group] = kind_of(block)
                 if kind not in known or every:
                     name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
-                    found.append(_Observed(name, kind, self._probe.reach(block, name, brief=kind in known)))
+                    found.append(_Observed(name, kind, self._reach(block, name, brief=kind in known)))
                     known.add(kind)
         return found
+
+    def _reach(self, block: Any, name: str, brief: bool) -> Reach:
+        try:
+            return self._probe.reach(block, name, brief)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{name}: it did not run on a small graph ({type(error).__name__}: {error}). Parts have other numbers "
+                "of nodes than the graph: a table with a row for each node, say, cannot be read by row number"
+            ) from error
 
     def _accept(self, observed: list[_Observed]) -> None:
         """Note kinds of blocks as such that can be computed part by part, or refuse them."""
@@ -95,6 +107,6 @@ class Blocks:
             raise ValueError(
                 f"{each.name}: what it returns for a node depends on more than the node and its neighbours, so that it "
                 "cannot be computed part by part: it has several convolutions one after the other, goes against the "
-                "edges, or normalises over nodes. Make each convolution a layer of its own, and use norms over "
-                "channels (LayerNorm). If it was put into the network later, make another WholeGraph"
+                "edges, normalises over nodes, or goes by their number. Make each convolution a layer of its own, and "
+                "use norms over channels (LayerNorm). If it was put into the network later, make another WholeGraph"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale import ScalableGNN
-from recollect.messages.reach import DRAWING, Constant, same
+from recollect.messages.reach import DRAWING, Constant, copied, same
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
@@ -20,6 +19,7 @@ __all__ = [
     "check_layered",
     "check_network",
     "check_rows",
+    "check_unweighted",
     "check_weighting",
     "evaluating",
     "in_order",
@@ -106,6 +106,20 @@ def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
             raise ValueError(f"data.{name} requires grad, but steps give gradients to the network's parameters alone")
 
 
+def check_unweighted(adj_t: Tensor) -> None:
+    """Check that an adjacency whose weights convolutions are not given has none.
+
+    Raises:
+        ValueError: a weight is not 1.
+    """
+    if bool((adj_t.values() != 1).any()):
+        raise ValueError(
+            "the adjacency has weights other than 1, and the convolutions are given none; make the WholeGraph with "
+            "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
+            "weights"
+        )
+
+
 @torch.no_grad()
 def check_rows(model: RevGNN, x: Tensor) -> None:
     """Check that what is before and behind the layers goes row by row, in the mode in which it is.
@@ -117,7 +131,7 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
     Raises:
         ValueError: a row depends on others.
     """
-    model = copy.deepcopy(model, {id(model.layers): nn.ModuleList()})  # without the layers
+    model = copied(model, [model.layers])
     generator = torch.Generator().manual_seed(0)
     x = x[torch.randint(x.size(0), (_ROWS,), generator=generator)]
     weight = model.project.weight

@@ -179,6 +179,8 @@ class LayeredStep(Step):
         if again:
             self._compare(self._place(layer, part), out.detach(), f"layer {layer}", "")
         elif self.training:
+            # With several losses, what this layer alone was seen to use is squared when it is done.
+            self._reached([out, *new], [read[0], *(each for _, each in read[2])], self._layers[layer].used)
             self._mark(self._place(layer, part), out.detach())
         where = (part.start, part.stop)
         changes = Changes([(self._of.input(layer + 1), where, out.detach())])
@@ -214,6 +216,7 @@ class LayeredStep(Step):
         with self._drawn(len(self._layers), part.number), torch.enable_grad():
             logits = self._model.readout(x.requires_grad_(), state)
         flat = [x, *(rows for _, rows in trained)]
+        self._reached([logits], flat, self._of.look.readout.used)
         first, *others = self._lose(part, lambda: logits[part.train], flat, self._parameters)
         found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
         where = (part.start, part.stop)
@@ -279,8 +282,9 @@ class LayeredStep(Step):
                 outputs.append(tensor[: part.size])
         known = [(leaf, each) for leaf, each in read[2] if leaf.trains]
         inputs = ([read[0]] if layer else []) + [each for _, each in known]
-        pulled = self.objectives.pull(outputs, gradients, inputs, self._parameters)
-        self._add(self._parameters, pulled)
+        parameters = self._reached(outputs, [read[0], *(each for _, each in read[2])], self._parameters)
+        pulled = self.objectives.pull(outputs, gradients, inputs, parameters)
+        self._add(parameters, pulled)
         where, changes, found = (part.start, part.stop), Changes(), list(pulled.rows)
         if layer and (first := found.pop(0)) is not None:
             name, first = self._gradient(layer), _flat(first)

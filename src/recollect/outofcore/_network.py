@@ -36,10 +36,12 @@ class Network(ABC):
     Attributes:
         model: the network.
         further: whether parts need the edges into their neighbours too.
+        mark: bytes of what is noted of a computation of the forward pass.
     """
 
     model: nn.Module
     further: bool
+    mark: int = 8
 
     @abstractmethod
     def tables(self, journaled: bool) -> dict[str, Shape]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram import Certificate
+from recollect.outofcore._leaves import without_hooks
 
 __all__ = ["Criterion", "Objectives", "OneLoss", "Pulled", "SeveralLosses", "Weighed", "Weighting", "certify", "weigh"]
 
@@ -58,17 +59,31 @@ class Objectives(Protocol):
     ) -> Pulled:
         """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on."""
 
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take notice of parameters whose gradients come in passes that were not counted."""
+
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
         """Take notice that a pass over all parts is over, which brought these parameters' gradients."""
 
+    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Take notice that all passes are over."""
 
-def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], keep: bool) -> list[Tensor]:
+
+def _grad(
+    outputs: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    keep: bool,
+) -> list[Tensor]:
     # What does not depend on any input has no gradient to give.
     pairs = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
+    inputs = [*rows, *parameters]
     if not pairs or not inputs:
         return [None] * len(inputs)  # type: ignore[list-item]
     outs, grads = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outs, inputs, grads, retain_graph=keep, allow_unused=True))
+    with without_hooks(parameters):
+        return list(torch.autograd.grad(outs, inputs, grads, retain_graph=keep, allow_unused=True))
 
 
 class OneLoss:
@@ -118,17 +133,24 @@ class OneLoss:
         seeds = [
             gradient.reshape(output.shape).to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)
         ]
-        found = _grad(outputs, [*rows, *parameters], seeds, False)
+        found = _grad(outputs, rows, parameters, seeds, False)
         return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
+
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See :class:`Objectives`."""
 
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
         """See :class:`Objectives`: gradients stay until the step's end."""
+
+    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """See :class:`Objectives`."""
 
 
 class SeveralLosses:
     """The Gramian of several losses' gradients.
 
-    Each parameter's m rows are squared, and given up, after the last pass that brings some of them.
+    Each parameter's m rows are squared, and given up, after the last pass that brings some of them; those of parameters
+    that are reached in other passes too, at the end.
 
     Args:
         criterion: the losses [m] of a part.
@@ -141,6 +163,8 @@ class SeveralLosses:
     def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> None:
         self._criterion = criterion
         self._left = Counter(uses)
+        self._held: dict[nn.Parameter, None] = {}
+        self._squared: set[nn.Parameter] = set()
         self._number: int | None = None
         self.gramian: Tensor | None = None
 
@@ -196,7 +220,7 @@ class SeveralLosses:
         inputs = [*rows, *parameters]
         found: list[Tensor | None] = [None] * len(inputs)
         for i, seed in enumerate(seeds):
-            gradients = _grad(outputs, inputs, seed, i < self.number - 1)
+            gradients = _grad(outputs, rows, parameters, seed, i < self.number - 1)
             for k, (gradient, value) in enumerate(zip(gradients, inputs, strict=True)):
                 if gradient is None:
                     continue
@@ -208,14 +232,27 @@ class SeveralLosses:
                 found[k].select(dim, i).copy_(gradient)  # type: ignore[union-attr]
         return Pulled(found[: len(rows)], found[len(rows) :])
 
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See :class:`Objectives`."""
+        self._held.update(dict.fromkeys(parameters))
+
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
         """See :class:`Objectives`."""
         for parameter in parameters:
             self._left[parameter] -= 1
-            if self._left[parameter] <= 0 and parameter in gradients:
-                rows = gradients.pop(parameter).reshape(self.number, -1)
-                assert self.gramian is not None
-                self.gramian += (rows @ rows.T).double()
+            if self._left[parameter] <= 0 and parameter in gradients and parameter not in self._held:
+                self._square(parameter, gradients)
+
+    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """See :class:`Objectives`; what is left after this was squared too early."""
+        for parameter in [each for each in gradients if each not in self._squared]:
+            self._square(parameter, gradients)
+
+    def _square(self, parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
+        rows = gradients.pop(parameter).reshape(self.number, -1)
+        assert self.gramian is not None
+        self.gramian += (rows @ rows.T).double()
+        self._squared.add(parameter)
 
 
 @dataclass(frozen=True)

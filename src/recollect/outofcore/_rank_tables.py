@@ -7,7 +7,7 @@ part of one rank is computed beside the k-th of every other, so that ranks have 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,6 +141,7 @@ class Team:
     def __init__(self, shares: Shares, parameters: list[nn.Parameter]) -> None:
         self.ranks, self._shares = Ranks(shares.group, "these Shares"), shares
         self._parameters = parameters
+        self._own = set(parameters)
 
     def agree(self, state: Mapping[str, Any], trained: int) -> None:
         """Compare what a step begins with.
@@ -162,6 +163,12 @@ class Team:
         """Return those of rank 0, which are the others' too unless they are drawn at random."""
         return self.ranks.spread(weights.detach().contiguous().clone())
 
+    def any_of(self, parameters: Collection[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of the network's parameters that are among these on any rank."""
+        self._shares.meet("parameters that several layers reach")
+        found = self.ranks.gather([number for number, p in enumerate(self._parameters) if p in parameters])
+        return [self._parameters[number] for number in sorted(set().union(*found))]
+
     def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
         """Return what makes the Gramian of several losses."""
         return RankLosses(criterion, uses, self)
@@ -174,17 +181,30 @@ class Team:
         return total.to(self._parameters[0].dtype), self.added_up(gradients)
 
     def added_up(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Return sums over ranks, of what any has."""
+        """Return sums over ranks, of what any has.
+
+        Raises:
+            SharesError: on every rank, where one has a gradient of a parameter that is not the network's, and another
+                has none.
+        """
         self._shares.meet("gradients of parameters")
-        own = {number: gradients[p] for number, p in enumerate(self._parameters) if p in gradients}
+        known = [*self._parameters, *(p for p in gradients if p not in self._own)]
+        own = {number: gradients[p] for number, p in enumerate(known) if p in gradients}
         shapes = self.ranks.gather({number: tuple(tensor.shape) for number, tensor in own.items()})
         numbers = sorted(set().union(*shapes))
-        kinds: list[Tensor] = list(self._parameters)
+        foreign = [{n: s for n, s in each.items() if n >= len(self._parameters)} for each in shapes]
+        if any(each != foreign[0] for each in foreign):
+            raise SharesError(
+                "the criterion, or a layer, has parameters that are not the network's, and ranks reached different "
+                f"ones of these ({[list(each.values()) for each in foreign]} by rank): make them parameters of the "
+                "network, or give each rank nodes for training"
+            )
+        kinds: list[Tensor] = list(known)
         for number in numbers:
             shape = next(known[number] for known in shapes if number in known)
             kinds[number] = torch.empty((), dtype=kinds[number].dtype).expand(shape)
         totals: Iterator[tuple[int, Tensor]] = self.ranks.add_up_all(own, numbers, kinds)
-        return {self._parameters[number]: total for number, total in totals}
+        return {known[number]: total for number, total in totals}
 
 
 class RankLosses(SeveralLosses):
@@ -203,6 +223,12 @@ class RankLosses(SeveralLosses):
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
         """Sum rows up over the ranks before they are squared; a step of all ranks."""
         parameters = list(parameters)
-        over = {p: gradients[p] for p in parameters if self._left[p] <= 1 and p in gradients}
+        self.hold(self._team.any_of(self._held))
+        over = {p: gradients[p] for p in parameters if self._left[p] <= 1 and p in gradients and p not in self._held}
         gradients.update(self._team.added_up(over))
         super().finish(parameters, gradients)
+
+    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Sum up over the ranks what is left, before it is squared; a step of all ranks."""
+        gradients.update(self._team.added_up({p: g for p, g in gradients.items() if p not in self._squared}))
+        super().close(gradients)

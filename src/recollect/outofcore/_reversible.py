@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import Lattice, check_exact, digits_of
+from recollect.frames import NOTED, Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
 from recollect.models import RevGNN
 from recollect.outofcore._blocks import Blocks
@@ -48,6 +48,7 @@ class Reversible(Network):
         self.dtype = model.project.weight.dtype
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
+        self.mark = 8 if digits is not None else 8 * NOTED
         self._hidden = model.project.out_features
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
@@ -167,8 +168,11 @@ class ReversibleStep(Step):
                 self._x.turn([group])
 
     def _embed(self, part: Part, _: None) -> Changes:
-        with torch.no_grad():
-            rows = self._entered(self._model.embed(part.x))
+        with torch.set_grad_enabled(self.training):
+            h = self._model.embed(part.x)
+        if self.training:
+            self._reached([h], [], self._of.around())
+        rows = self._entered(h.detach())
         where = (part.start, part.stop)
         return Changes([(self._x.here(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
@@ -199,8 +203,13 @@ class ReversibleStep(Step):
         lattice = self._of.lattice
         own, z, mask = rows
         with torch.enable_grad() if self.training else contextlib.nullcontext():
-            y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask).detach()
+            y = self._evaluate(layer, group, part, z.requires_grad_(self.training), mask)
+        if self.training:
+            self._reached([y], [z], self._of.inside(layer, group))
+        y = y.detach()
         if lattice is None:
+            if self.training:
+                self._note(self._place(layer, group, part), noted(z, y))
             own = own + y
         else:
             (own,) = lattice(own, y)
@@ -286,10 +295,13 @@ class ReversibleStep(Step):
         (own, z, mask), gradient = rows
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
+        place, name = self._place(layer, group, part), f"layer {layer}, block {group}"
         if lattice is not None:
-            self._compare(
-                self._place(layer, group, part), y.detach(), f"layer {layer}, block {group}", ", or exact=False"
-            )
+            self._compare(place, y.detach(), name, ", or exact=False")
+        else:
+            again = partial(self._again, layer, group, part, mask)
+            check_noted(name, self._noted(place, torch.float64), z, y, again)
+        parameters = self._reached([y], [z], parameters)
         pulled = self.objectives.pull([y], [gradient], [z], parameters)
         self._add(parameters, pulled)
         where = (part.start, part.stop)
@@ -311,6 +323,10 @@ class ReversibleStep(Step):
                 changes.added.append(Sum(here, part.halo[before:], around[before:], here))
         return changes
 
+    def _again(self, layer: int, group: int, part: Part, mask: Tensor | None, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self._evaluate(layer, group, part, z.requires_grad_(), mask).detach()
+
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
         return self._rows(group, part), self.space.tables[self._gradient(group)].read((part.start, part.stop))
 
@@ -329,6 +345,7 @@ class ReversibleStep(Step):
             true = self._entered(h).detach()
             self._errors += float((found - true).square().sum())
             self._norms += float(true.square().sum())
+            parameters = self._reached([h], [], parameters)
             if parameters:
                 self._add(parameters, self.objectives.pull([h], [gradient], [], parameters))
         return Changes()

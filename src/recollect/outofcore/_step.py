@@ -17,11 +17,14 @@ from recollect.distributed import Shares
 from recollect.frames import RebuildError, bits_of
 from recollect.messages.reach import DRAWING
 from recollect.outofcore._journal import Sums
+from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._tables import Changes, Tables
 
 __all__ = ["Run", "Space", "Step", "trained"]
+
+_FOREIGN = -1  # in place of the number of a parameter that is not the network's
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,18 @@ class Step(ABC):
         parameters = list(model.parameters())
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._loss: Tensor | None = None
+        self._outside: dict[nn.Parameter, None] = {}  # reached by what has no such parameter of its own
         self._touched: dict[nn.Parameter, None] = {}  # by the pass that is under way
         self._changed: list[tuple[int, Tensor]] = []
         self._sums: Sums | None = None
         if space.folder is not None and run.name is not None:
             self._sums = Sums(space.folder / "gradients.table", parameters, run.name)
         if run.journal is not None and self._sums is not None:
+            if _FOREIGN in run.journal["known"]:
+                raise RuntimeError(
+                    "the unfinished step has gradients of parameters that are not the network's, such as a criterion's "
+                    "own, which are not written down: remove step.pt from the store, and begin the step anew"
+                )
             self._loss = run.journal["loss"]
             changed = dict(run.journal["gradients"])
             found = self._sums.read(set(run.journal["known"]) - changed.keys()) | changed
@@ -106,6 +115,7 @@ class Step(ABC):
         self.forward()
         loss = self.turn()
         self.backward()
+        self.objectives.close(self.gradients)
         return loss
 
     @abstractmethod
@@ -178,7 +188,7 @@ class Step(ABC):
             changes = compute(part, rows)
             parts.leave(part)
             if self._sums is not None:
-                known = [self._numbers[parameter] for parameter in self.gradients]
+                known = [self._numbers.get(parameter, _FOREIGN) for parameter in self.gradients]
                 state = {"operation": first + index, "loss": self._loss, "gradients": self._changed, "known": known}
                 changes.state = state
             if behind is not None:
@@ -190,6 +200,7 @@ class Step(ABC):
                 part, rows = ahead.result()
         self._changed, self._touched = [], {}
         if self._objectives is not None:
+            self._objectives.hold(self._outside)
             self._objectives.finish(parameters, self.gradients)
 
     def _apply(self, changes: Changes, last: bool) -> None:
@@ -208,7 +219,15 @@ class Step(ABC):
             self.gradients[parameter] = gradient.clone() if known is None else known + gradient
             self._touched[parameter] = None
         # Of the pass over the parts that is under way; they are not changed in place.
-        self._changed = [(self._numbers[each], self.gradients[each]) for each in self._touched]
+        self._changed = [(self._numbers[p], self.gradients[p]) for p in self._touched if p in self._numbers]
+
+    def _reached(
+        self, outputs: Sequence[Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> list[nn.Parameter]:
+        """Return parameters, and what else outputs reach: parameters in a closure, or a criterion's own."""
+        outside = leaves_of(outputs, (*rows, *parameters))
+        self._outside.update(dict.fromkeys(outside))
+        return [*parameters, *outside]
 
     # What kinds of networks have in common.
 
@@ -224,6 +243,7 @@ class Step(ABC):
         if part.train.numel():
             with torch.enable_grad():
                 losses = self.objectives.losses_of(logits(), part.y)
+                parameters = self._reached([losses], rows, parameters)
                 pulled = self.objectives.start(losses, rows, parameters)
             self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
             self._add(parameters, pulled)
@@ -245,7 +265,13 @@ class Step(ABC):
 
     def _mark(self, place: int, output: Tensor) -> None:
         """Note the bits of what was computed."""
-        self.space.marks.write((place, place + 1), _bytes_of(output))
+        self._note(place, _sum_of(output))
+
+    def _note(self, place: int, numbers: Tensor) -> None:
+        self.space.marks.write((place, place + 1), numbers.view(1, -1).view(torch.uint8))
+
+    def _noted(self, place: int, dtype: torch.dtype) -> Tensor:
+        return self.space.marks.read((place, place + 1)).view(dtype).flatten()
 
     def _compare(self, place: int, output: Tensor, name: str, or_else: str) -> None:
         """Compare what was computed again with what was noted.
@@ -259,7 +285,7 @@ class Step(ABC):
         Raises:
             RebuildError: it is something else.
         """
-        if not torch.equal(self.space.marks.read((place, place + 1)), _bytes_of(output)):
+        if not torch.equal(self._noted(place, torch.int64), _sum_of(output)):
             raise RebuildError(
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
                 f"from torch's generators alone, and use deterministic operations{or_else}"
@@ -272,10 +298,9 @@ def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return a sum of all bits as a row of bytes."""
-    bits = bits_of(tensor)
-    return torch.tensor([int(bits or 0)], dtype=torch.int64).view(torch.uint8).view(1, 8)
+def _sum_of(tensor: Tensor) -> Tensor:
+    """Return a sum of all bits [1] int64."""
+    return torch.tensor([int(bits_of(tensor) or 0)], dtype=torch.int64)
 
 
 @contextlib.contextmanager

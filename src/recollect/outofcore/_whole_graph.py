@@ -23,8 +23,16 @@ from recollect.distributed import Shares
 from recollect.frames import bits_of
 from recollect.messages.reach import DRAWING
 from recollect.models import RevGNN
-from recollect.outofcore._checks import check_graph, check_weighting, evaluating, in_order, inputs_of
+from recollect.outofcore._checks import (
+    check_graph,
+    check_unweighted,
+    check_weighting,
+    evaluating,
+    in_order,
+    inputs_of,
+)
 from recollect.outofcore._layered import Layered
+from recollect.outofcore._leaves import accumulate
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
@@ -75,7 +83,8 @@ class WholeGraph:
         TypeError: another kind of network.
         SharesError: ranks have other parts, or other numbers of them.
         ValueError: ``ptr`` does not cover the graph; a block looks further than to neighbours; something is missing, or
-            requires a gradient; there are hooks on the network or its layers, which would not be called.
+            requires a gradient; ``adj_t`` has weights that ``inputs`` does not name; there are hooks on the network or
+            its layers, which would not be called.
         HistoryFileError: a file in ``store`` is something else, or in use.
 
     Example:
@@ -129,6 +138,8 @@ class WholeGraph:
         self._folder = folder = None if store is None else Path(store)
         given, data = data, to_adj_t(data)
         edges = {name: (data.adj_t.values() if name == "edge_weight" else data[name]).cpu() for name in inputs}
+        if "edge_weight" not in inputs and "adj_t" in given:
+            check_unweighted(data.adj_t)
         for name, value in edges.items():
             if value.dim() == 0 or value.size(0) != data.adj_t.values().numel():
                 raise ValueError(
@@ -150,7 +161,8 @@ class WholeGraph:
         self.parts = Parts(data, self._ptr, inputs, self._network.further, parts_folder, memory, nodes)
         marks = None if folder is None else folder / "marks.table"
         places = self._network.places(len(self.parts)) + len(self.parts.bounds)
-        self._space = Space(tables, self.parts, Worker(), folder, PlainRows(places, 8, torch.uint8, marks), shares)
+        rows = PlainRows(places, self._network.mark, torch.uint8, marks)
+        self._space = Space(tables, self.parts, Worker(), folder, rows, shares)
         self._network.settle(self._space, graph)
         self._team = None if shares is None else Team(shares, list(model.parameters()))
         self.last_drift: float | None = None
@@ -163,7 +175,8 @@ class WholeGraph:
     def step(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Do forward and backward over the whole graph; return the loss, or the losses.
 
-        Gradients are added to ``.grad`` when all is done; after an error they are as before.
+        Gradients are added to ``.grad`` when all is done, of all parameters that were reached, the criterion's own too;
+        hooks on parameters are called then. After an error gradients are as before.
 
         With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
         losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass with m rows for each
@@ -228,7 +241,8 @@ class WholeGraph:
 
         Raises:
             TypeError: the step has several losses, and there is no weighting; or the other way round.
-            RuntimeError: there is no unfinished step in the store, or the network is another one.
+            RuntimeError: there is no unfinished step in the store, or the network is another one; or the step reached
+                parameters that are not the network's.
             HistoryFileError: what the step wrote was changed.
         """
         check_weighting(weighting)
@@ -334,8 +348,7 @@ class WholeGraph:
             with DRAWING:
                 torch.set_rng_state(weighed.random)
             certify(self.certificate, weighed, gradients.values())
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        accumulate(gradients)
         if self._folder is not None:
             (self._folder / "step.pt").unlink(missing_ok=True)
         self._space.tables.forget()
