@@ -169,7 +169,8 @@ def test_info_tells_another_project_of_the_same_name(capsys, monkeypatch):
 def test_bench_help_names_what_there_is(capsys):
     assert main(["bench", "--help"]) == 0
     assert (
-        "{budget,depth,distributed,drift,gpu,graph,invertible,objectives,outofcore,regions}" in capsys.readouterr().out
+        "{axes,budget,depth,distributed,drift,gpu,graph,invertible,objectives,outofcore,regions}"
+        in capsys.readouterr().out
     )
 
 
@@ -199,7 +200,7 @@ print("torch" in sys.modules, code)
         (["train", "optimizer.learning_rate=3"], 2),
         (["train", "preset=cora_gnc"], 2),
         (["train", "seed=a"], 2),
-        (["train", "training=autoscale"], 2),
+        (["train", "training=wholegraph", "objective=iwrm"], 2),
         (["train", "resume=nowhere"], 2),
         (["train", "-m", "model.num_layers=2,many"], 2),
     ],

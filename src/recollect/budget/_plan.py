@@ -288,6 +288,7 @@ class Plan:
         size = step.size()
         self._looking = True
         try:
+            step = replace(step, args=apart(args), kwargs=apart(kwargs))
             try:
                 peak = step.peak()
             except Exception as error:
@@ -316,7 +317,7 @@ class Plan:
                 warnings.warn(found, BudgetWarning, stacklevel=4)
                 return
             self.remove()
-            self._step = replace(step, args=apart(args), kwargs=apart(kwargs))
+            self._step = step
             self._make()
             self.apply()
         finally:

@@ -55,13 +55,12 @@ class Step:
     loss: Callable[[Any], Tensor] | None
     device: torch.device
     whole: Callable[..., Tensor] | None = None  # from the arguments to the loss, in place of both
-    noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around what may run other modules
+    noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around the loss, which may run other modules
 
     def forward(self) -> Tensor:
         """Run the forward pass, and return what is differentiated; in :meth:`tried`."""
         if self.whole is not None:
-            with self.noted():
-                return self.whole(*self.args, **self.kwargs)
+            return self.whole(*self.args, **self.kwargs)
         output = self.model(*self.args, **self.kwargs)
         if self.loss is not None:
             with self.noted():
@@ -85,14 +84,23 @@ class Step:
     def tried(self) -> Iterator[Step]:
         """Return a context after which the model is what it was, with the step on inputs of its own."""
         others = Others(self.model)
-        step = replace(self, args=apart(self.args), kwargs=apart(self.kwargs), noted=others.noted)
+        tree = Tree((self.args, self.kwargs))  # with other containers, and the same tensors: caches know them
+        own = [t.detach().requires_grad_() if t.requires_grad and not t.is_leaf else t for t in tree.tensors]
+        args, kwargs = tree.build(own)
+        step = replace(self, args=args, kwargs=kwargs, noted=others.noted)
+        values = [(t, t._version, t.detach().clone()) for t in own if not t.is_inference()]
+        leaves = [t for t in own if t.requires_grad]
         torch.clear_autocast_cache()  # a step makes its casts itself, and they count
         try:
             # What must happen once per step, such as pushes to histories, happens in none of these.
-            with trial(self.model, {self.device}), backward_mode():
+            with trial(self.model, {self.device}, leaves), backward_mode():
                 yield step
         finally:
             others.put_back()
+            with torch.no_grad():
+                for tensor, version, value in values:
+                    if tensor._version != version:
+                        tensor.copy_(value)
             torch.clear_autocast_cache()
 
     def size(self) -> int:

@@ -117,7 +117,7 @@ _HELD: Counter[int] = Counter()  # by id, how many blocks of all threads hold a 
 def _by_products(block: Any) -> Iterator[None]:
     """Compute the convolutions in a block by products, in this thread, until the end."""
     held: list[nn.Module] = []
-    before, _RUNNING.hooks = _RUNNING.hooks, saved_tensor_hooks()
+    before, _RUNNING.hooks = _RUNNING.hooks, None if torch.compiler.is_compiling() else saved_tensor_hooks()
     try:
         for conv in _reached(block):
             if _hold(conv):
