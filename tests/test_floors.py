@@ -43,6 +43,7 @@ FLOORS = {
     "_arguments": floor(),
     "_devices": floor(),
     "_parameters": floor(),
+    "_modules": floor(),
     "_heap": floor(),
     "_transfer": floor(),
     "_storages": floor("_torch"),
@@ -59,11 +60,13 @@ FLOORS = {
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
-        "_arguments _devices _parameters _transfer _util _verdicts frames messages data distributed",
+        "_arguments _devices _modules _parameters _transfer _util _verdicts frames messages data distributed",
         "torch_geometric pymetis kaminpar",
     ),
     "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
-    "outofcore": floor("_torch _util _arguments autogram distributed frames messages reversible autoscale models"),
+    "outofcore": floor(
+        "_torch _util _arguments _modules autogram distributed frames messages reversible autoscale models"
+    ),
     "budget": floor("_arguments _storages _torch _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),

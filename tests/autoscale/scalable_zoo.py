@@ -42,6 +42,8 @@ class Mean(ScalableGNN):
 class Handwritten(Mean):
     """The same, with a forward of its own, as users write it who come from PyGAS."""
 
+    layers_written_out = True
+
     def forward(self, x: Tensor, adj_t: Tensor, *args: Any) -> Tensor:
         state: dict[str, Any] = {}
         for layer, history in enumerate(self.histories):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from graph_zoo import directed
-from scalable_zoo import IN, NODES, OUT, PTR, Mean, batches, make_graph, tables
+from scalable_zoo import IN, NODES, OUT, PTR, Handwritten, Mean, batches, make_graph, tables
 from torch import nn
 
 from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader, permute, propagate, to_adj_t
@@ -190,10 +190,19 @@ class Scaled(Mean):
         return super().forward(2 * x, *args)
 
 
+class Doubled(Handwritten):
+    """Does not say of its own forward what its base says of another."""
+
+    def forward(self, x, *args):
+        return 2 * Handwritten.forward(self, x, *args)
+
+
 def test_what_would_not_be_called_is_refused():
     everything = EvalSubgraphLoader(make_graph(), PTR)
-    with pytest.raises(TypeError, match="Scaled has a forward around its base's"):
-        Scaled()(loader=everything)
+    for kind in (Scaled, Doubled):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} has a forward of its own.*layers_written_out = True"):
+            kind()(loader=everything)
+    Handwritten()(loader=everything)
     for register in ("register_forward_hook", "register_forward_pre_hook"):
         model = Mean()
         getattr(model, register)(lambda module, *args: None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import Block
-from processes import Wrap, assert_close, full
+from processes import Wrap, assert_close, full, registering
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -24,14 +24,7 @@ from recollect.distributed import SharesError
 from recollect.reversible import GroupAddRev
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
-
-
-def case(function: Callable[..., None], name: str = "", **settings: Any) -> Callable[..., None]:
-    def run(wrap: Wrap, rank: int, world: int) -> None:
-        function(rank, world, **settings)
-
-    CASES[name or function.__name__] = run
-    return function
+case = registering(CASES)
 
 
 class Net(nn.Module):
@@ -467,6 +460,8 @@ def ranks_that_differ(rank: int, world: int) -> None:
     other = net(4, 6)
     if rank == 1:
         other[0].bias.data += 1e-12
+    with pytest.raises(SharesError, match="has other values on rank"):
+        Engine(other, process_group=group).backward(other(x).square().sum(1), UPGradWeighting())
     with pytest.raises(SharesError, match="has other values on rank"):
         ask(other)
     engine = Engine(model := net(4, 6), process_group=group)

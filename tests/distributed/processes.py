@@ -63,6 +63,19 @@ def run(module: str, world: int, folder: Path, how: str = "recollect", cases: Se
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
+def registering(cases: dict[str, Callable[[Wrap, int, int], None]]) -> Callable[..., Callable[..., None]]:
+    """Return what adds a function of rank, world and settings to the cases of a module, by its name or another."""
+
+    def case(function: Callable[..., None], name: str = "", **settings: Any) -> Callable[..., None]:
+        def run(wrap: Wrap, rank: int, world: int) -> None:
+            function(rank, world, **settings)
+
+        cases[name or function.__name__] = run
+        return function
+
+    return case
+
+
 def full(tensor: Tensor | None) -> Tensor | None:
     """Return a DTensor's elements from all ranks, and any other tensor as it is."""
     if tensor is None:

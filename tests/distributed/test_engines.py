@@ -1,32 +1,13 @@
 """Engines over ranks, with replicated and sharded parameters (gloo)."""
 
-import functools
-import subprocess
-
 import engine_cases
 import pytest
-from processes import run
 from torch import distributed as dist
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    @functools.cache
-    def get(world):
-        try:
-            return run("engine_cases", world, tmp_path_factory.mktemp(f"engines{world}"))
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            return str(error)  # for every case: the processes are not started again
-
-    return get
-
-
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
 @pytest.mark.parametrize("case", engine_cases.CASES)
-def test_the_numbers_are_those_of_one_process(results, case, world):
-    outcome = results(world)
-    assert isinstance(outcome, list), outcome
-    for rank, raised in enumerate(outcome):
-        assert raised[case] is None, f"rank {rank}:\n{raised[case]}"
+def test_the_numbers_are_those_of_one_process(assert_passed, case, world):
+    assert_passed("engine_cases", world, case)

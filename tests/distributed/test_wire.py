@@ -1,13 +1,10 @@
 """How exchanges between ranks begin: headers, and what they refuse (gloo)."""
 
-import functools
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 import wire_cases
-from processes import run
 from torch import distributed as dist
 
 from recollect.distributed import Ranks, SharesError
@@ -18,27 +15,12 @@ CASES = {2: list(wire_cases.CASES), 3: ["rows_of_another_width_that_were_begun_a
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    @functools.cache
-    def get(world):
-        try:
-            return run("wire_cases", world, tmp_path_factory.mktemp(f"wire{world}"), cases=CASES[world])
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            return str(error)  # for every case: the processes are not started again
-
-    return get
-
-
 @needs_gloo
 @pytest.mark.parametrize(
     ("world", "case"), [(world, case) for world, cases in CASES.items() for case in cases], ids=str
 )
-def test_what_differs_is_named_on_each_rank(results, case, world):
-    outcome = results(world)
-    assert isinstance(outcome, list), outcome
-    for rank, raised in enumerate(outcome):
-        assert raised[case] is None, f"rank {rank}:\n{raised[case]}"
+def test_what_differs_is_named_on_each_rank(assert_passed, case, world):
+    assert_passed("wire_cases", world, case, CASES[world])
 
 
 HEADER = Header(7, "halo rows", route=3, channels=8, item=4, wants=5, sends=6, value=0.5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Wrap, assert_close
+from processes import Wrap, assert_close, registering
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -18,14 +18,7 @@ from recollect.models import GCN, GCN2, RevGNN
 from recollect.outofcore import WholeGraph
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
-
-
-def case(function: Callable[..., None], name: str = "", **settings: Any) -> Callable[..., None]:
-    def run(wrap: Wrap, rank: int, world: int) -> None:
-        function(rank, world, **settings)
-
-    CASES[name or function.__name__] = run
-    return function
+case = registering(CASES)
 
 
 def a_graph(world: int, trained: Callable[[Tensor], Tensor] = lambda nodes: nodes % 3 > 0) -> tuple[Data, Tensor]:

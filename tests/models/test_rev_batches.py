@@ -268,7 +268,7 @@ def test_what_does_not_go_row_by_row_is_refused(kind):
 def test_what_a_loaders_evaluation_would_not_call_is_refused():
     data, ptr = make_graph()
     everything = EvalSubgraphLoader(data, ptr)
-    with pytest.raises(TypeError, match="Scaled has a forward around its base's"):
+    with pytest.raises(TypeError, match="Scaled has a forward of its own"):
         Scaled(IN, 8, OUT, 2, num_nodes=NODES)(loader=everything)
     for place in ("", "layers.1"):
         model = make_model()

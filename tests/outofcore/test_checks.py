@@ -65,7 +65,7 @@ def normed_over_nodes():
         (lambda: a_model(Doubled), TypeError, "Doubled has its own forward"),
         (lambda: a_model(Centred), ValueError, "classify of the Centred"),
         (lambda: a_model(CentredFeatures), ValueError, "embed of the CentredFeatures"),
-        (hooked, ValueError, "layers.1 has hooks"),
+        (hooked, ValueError, r"layers.1 \(GroupAddRev\) has forward_hooks"),
         (normed_over_nodes, ValueError, "other nodes' rows"),
     ],
 )

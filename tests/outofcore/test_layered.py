@@ -268,6 +268,89 @@ def test_what_nodes_have_is_not_given_to_layers():
         WholeGraph(model, data, PTR)
 
 
+class Writing(models.GCN):
+    """Keeps a mean of its rows in a buffer, in training."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward_layer(self, layer, x, adj_t, state):
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1)
+        return super().forward_layer(layer, x, adj_t, state)
+
+
+class Telling(models.GCN):
+    """Leaves a number in the state that is made of a parameter, or of rows."""
+
+    of_rows = False
+
+    def forward_layer(self, layer, x, adj_t, state):
+        if layer == 0:
+            state["scale"] = bool(x.abs().max() > 1e3) if self.of_rows else float(self.convs[0].weight.detach().sum())
+        return super().forward_layer(layer, x, adj_t, state) * (1 + float(state["scale"]))
+
+
+def test_buffers_that_layers_write_are_refused_in_training_alone():
+    data = a_data()
+    model = Writing(N, 7, 6, 4, 3).double()
+    whole = WholeGraph(model, data, PTR)
+    with pytest.raises(ValueError, match="layer 0 of the Writing writes to the buffer mean"):
+        whole.step(sum_of_losses(data))
+    assert model.mean == 0
+    model.eval()
+    assert_close(whole.evaluate(), model(data.x, data.adj_t).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_layer_tells_others_is_always_the_same():
+    data = a_data()
+    model = Telling(N, 7, 6, 4, 3).double()
+    with pytest.raises(ValueError, match=r"layer 0 leaves .* beside tensors, and left .* on a small graph"):
+        WholeGraph(model, data, PTR).step(sum_of_losses(data))
+    assert not gradients_of(model)
+    model.of_rows = True
+    loss, expected = expected_step(model, data)
+    whole = WholeGraph(model, data, PTR)
+    assert_close(whole.step(sum_of_losses(data)), loss, rtol=1e-10, atol=1e-10)
+    assert_close(gradients_of(model), expected, rtol=1e-10, atol=1e-10)
+    model.zero_grad()
+    data.x[3] = 1e4
+    with pytest.raises(ValueError, match=r"layer 0 leaves .*True.* beside tensors"):
+        WholeGraph(model, data, PTR).step(sum_of_losses(data))
+
+
+class Mixed(ScalableGNN):
+    """Layers of one width in single and in double precision."""
+
+    def __init__(self):
+        super().__init__(N, 6, 4)
+        self.lins = nn.ModuleList(nn.Linear(a, 6) for a in (7, 6, 6, 6)).double()
+        self.lins[1].float()
+        self.lins[2].float()
+
+    def forward_layer(self, layer, x, adj_t, state):
+        dtype = self.lins[layer].weight.dtype
+        return propagate(adj_t.to(dtype), self.lins[layer](x.to(dtype))).tanh()
+
+
+def test_layers_of_one_width_and_two_types():
+    data = a_data()
+    torch.manual_seed(0)
+    model = Mixed()
+    data.y = data.y % 4
+    loss, expected = expected_step(model, data)
+    whole = WholeGraph(model, data, PTR)
+    assert_close(whole.step(sum_of_losses(data)), loss, rtol=1e-6, atol=1e-6)
+    names = set(gradients_of(model))
+    assert names == set(expected)
+    for name, gradient in gradients_of(model).items():
+        assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+    gradients = {name: dtype for name, (_, dtype) in whole._network.tables(False).items() if name.startswith("g")}
+    assert set(gradients.values()) == {torch.float32, torch.float64}
+    assert all(name.endswith(str(dtype).removeprefix("torch.")) for name, dtype in gradients.items())
+
+
 class Forgetful(models.GCN):
     factor = 1.0
 

@@ -93,10 +93,18 @@ def test_another_network_does_not_go_on(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         whole.step(sum_of_losses(data))
     monkeypatch.undo()
+    bias = whole.model.head.bias.detach().clone()
     with torch.no_grad():
         whole.model.head.bias.add_(1)
     with pytest.raises(RuntimeError, match="parameters of that time"):
         whole.resume(sum_of_losses(data))
+    with torch.no_grad():
+        whole.model.head.bias.copy_(bias)
+    whole.model.layers[0].convs[0].slope = 0.5  # as any setting of a part
+    with pytest.raises(RuntimeError, match="settings and parameters of that time"):
+        whole.resume(sum_of_losses(data))
+    del whole.model.layers[0].convs[0].slope
+    whole.resume(sum_of_losses(data))
 
 
 CODE = """

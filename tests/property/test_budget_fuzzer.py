@@ -5,6 +5,7 @@
 """
 
 import os
+import random
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from budget_programs import STRATEGIES, Program
 from budget_units import UNITS, ZOO
 
-from recollect.budget import _cost
+from recollect.budget import _cost, _problem
 
 PROGRAMS = int(os.environ.get("RECOLLECT_FUZZ", "120"))
 PARTS = 6
@@ -64,3 +65,17 @@ def test_units_that_do_not_repeat_are_found(monkeypatch):
 def test_casts_that_are_not_counted_are_found(monkeypatch):
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
     assert found()
+
+
+def test_a_least_budget_that_is_another_each_time_is_found(monkeypatch):
+    """Times that are another in each measurement must not move the least budget."""
+    draw, real = random.Random(0), _cost.Cost
+
+    def noisy(forward: int, backward: int, *times: Any) -> Any:
+        seconds, again, *rest = times
+        return real(forward, backward, seconds * draw.uniform(0.1, 10), again * draw.uniform(0.1, 10), *rest)
+
+    monkeypatch.setattr(_cost, "Cost", noisy)
+    assert not found(40)
+    monkeypatch.setattr(_problem, "_untimed", lambda way: way)
+    assert found(150)

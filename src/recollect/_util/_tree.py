@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recollect._torch import opened_by_pytree
 
-__all__ = ["Tree", "tensors_among", "tensors_of"]
+__all__ = ["Tree", "others_of", "tensors_among", "tensors_of"]
 
 # Without tensors, and immutable.
 ATOMS = frozenset(
@@ -99,6 +99,17 @@ def _build(spec: Any, tensors: list[Any]) -> Any:
     if type(spec) is _Node:
         return spec.make([_build(item, tensors) for item in spec.items])
     return spec
+
+
+def others_of(value: Any) -> Iterator[Any]:
+    """Yield what is in a value beside tensors and containers, but for ``None``."""
+    waiting = [Tree(value)._spec]
+    while waiting:
+        spec = waiting.pop()
+        if type(spec) is _Node:
+            waiting.extend(spec.items)
+        elif type(spec) is not _Place and spec is not None:
+            yield spec
 
 
 def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._modules import check_unhooked, in_evaluation
 from recollect.autoscale._adjacency import adjacency_of, first_rows
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
@@ -32,17 +33,8 @@ States = Mapping[Slices, dict[str, Any]]
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Run the body in evaluation mode and without gradients; every submodule's mode is given back."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child in training:
-            child.training = True
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+    with in_evaluation(module), torch.no_grad():
+        yield
 
 
 def check_layerwise(model: nn.Module, method: str, inside: Iterable[tuple[str, nn.Module]] = ()) -> None:
@@ -54,25 +46,19 @@ def check_layerwise(model: nn.Module, method: str, inside: Iterable[tuple[str, n
         inside: modules, with their names, that are not called either.
 
     Raises:
-        TypeError: a class derived from the one with that method has a ``forward`` that does something around its
-            base's. One that is written out runs the layers by itself, and says what is to come of it.
+        TypeError: a class derived from the one with that method has another ``forward``, which does not itself say
+            ``layers_written_out = True``: that it runs the same layers in the same order, and nothing around them.
         ValueError: there are hooks.
     """
     kinds = type(model).__mro__
     forward, layers = (next(kind for kind in kinds if name in vars(kind)) for name in ("forward", method))
-    code = getattr(vars(forward)["forward"], "__code__", None)
-    if forward is not layers and issubclass(forward, layers) and (code is None or "super" in code.co_names):
+    if forward is not layers and issubclass(forward, layers) and not vars(forward).get("layers_written_out", False):
         raise TypeError(
-            f"{forward.__name__} has a forward around its base's, which is not called when a loader is evaluated layer "
-            f"by layer: let {method} do what it does, or call the network on the whole graph"
+            f"{forward.__name__} has a forward of its own, which is not called when a loader is evaluated layer by "
+            f"layer: let {method} do what it does, or call the network on the whole graph. If it runs the same layers "
+            "one after the other and does nothing else, say so: layers_written_out = True in the class"
         )
-    for name, module in (("the network", model), *inside):
-        found = [kind.removeprefix("_") for kind in _HOOKS if getattr(module, kind)]
-        if found:
-            raise ValueError(
-                f"{name} ({type(module).__name__}) has {' and '.join(found)}, which are not called when a loader is "
-                "evaluated layer by layer: remove them, or register them on the modules that a layer runs"
-            )
+    check_unhooked([("the network", model), *inside])
 
 
 @dataclass(frozen=True)

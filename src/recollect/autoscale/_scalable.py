@@ -296,7 +296,8 @@ class ScalableGNN(CorrectedGNN):
             [num_nodes, out_channels], on the histories' device.
 
         Raises:
-            TypeError: a derived class has a ``forward`` around its base's, which would not be called.
+            TypeError: a derived class has a ``forward`` of its own, which would not be called, and does not say
+                ``layers_written_out = True``.
             ValueError: the loader leaves out nodes, or changes its mini-batches; or the network has forward hooks.
         """
         check_layerwise(self, "forward_layer")

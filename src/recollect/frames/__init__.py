@@ -46,9 +46,7 @@ from recollect.frames._trial import Others, gradients_of, trial
 from recollect.frames.sources._coupling import couple, couple_by, uncouple, uncouple_by
 from recollect.frames.sources._inverse import Inverse, run_invertible
 from recollect.frames.sources._kept import Kept
-from recollect.frames.sources._noted import NOTED as NOTED
-from recollect.frames.sources._noted import check_noted as check_noted
-from recollect.frames.sources._noted import noted as noted
+from recollect.frames.sources._noted import check_noted, noted
 from recollect.frames.sources._offload import Offload, OffloadError
 from recollect.frames.sources._previous import Previous
 from recollect.frames.sources._source import Arguments, Held, Source
@@ -83,6 +81,7 @@ __all__ = [
     "bits_of",
     "certificate_of_process",
     "check_exact",
+    "check_noted",
     "checkpoint",
     "checkpoint_sequential",
     "couple",
@@ -96,6 +95,7 @@ __all__ = [
     "in_backward",
     "in_dry_mode",
     "keep_everything",
+    "noted",
     "run_frame",
     "run_invertible",
     "settle",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kind_of", "look_of", "module_of"]
+__all__ = ["kind_of", "look_of", "module_of", "settings_of"]
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.layout, torch.Size,
@@ -22,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _DEEP = 12  # objects within objects; what is further inside counts by identity
 _SHALLOW = 3
 _MANY = 1024  # a container with more entries holds data, and counts by identity
-_LIBRARIES = frozenset(["builtins", "collections", "functools", "numpy", "torch", "torch_geometric", "types", "typing"])
+_LIBRARIES = frozenset(["numpy", "torch", "torch_geometric"])  # whose objects are replaced, and not changed
 _HEAP = 1 << 9  # of types that Python code makes
 
 
@@ -42,6 +42,21 @@ def kind_of(block: Any) -> tuple[Any, ...]:
     modules = dict(sorted(module_of(block).named_modules()))
     names = {id(each): name for name, each in modules.items()}
     return tuple(_settings(vars(each), type(each), names, 0) for each in modules.values())
+
+
+def settings_of(module: nn.Module) -> str:
+    """Return the plain settings of all parts of a module, which are the same in another process.
+
+    Whole numbers do not count: they may be counters, which a step moves.
+    """
+    kinds = (bool, float, str, type(None))
+    found = [
+        (name, type(each).__qualname__, key, value)
+        for name, each in module.named_modules()
+        for key, value in sorted(vars(each).items())
+        if key not in _UNSEEN and type(value) in kinds
+    ]
+    return repr(found)
 
 
 def look_of(modules: Iterable[nn.Module]) -> int:

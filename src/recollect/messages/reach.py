@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
-from recollect.messages._kind import kind_of, look_of, module_of
+from recollect.messages._kind import kind_of, look_of, module_of, settings_of
 
 __all__ = [
     "DRAWING",
@@ -28,6 +28,7 @@ __all__ = [
     "kind_of",
     "look_of",
     "same",
+    "settings_of",
     "some_rows",
 ]
 

@@ -263,19 +263,31 @@ class RevGNN(BlockwiseGNN):
 
     def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
         """See, on a small graph, whether the edges into a node are all that blocks need; and what goes row by row."""
-        weight = self.project.weight
-        h = torch.randn(some_rows(x).size(0), weight.size(0), generator=torch.Generator().manual_seed(0))
-        for method, rows in (("embed", some_rows(x)), ("classify", h.to(weight))):
+        self.check_rows(x)
+        self._check_blocks(args)
+
+    def check_rows(self, x: Tensor) -> None:
+        """Check that :meth:`embed` and :meth:`classify` go row by row, in the mode in which the network is.
+
+        Args:
+            x: features of some nodes [n, in_channels].
+
+        Raises:
+            ValueError: a row of what one of them returns depends on other rows.
+        """
+        weight, x = self.project.weight, some_rows(x)
+        h = torch.randn(x.size(0), weight.size(0), generator=torch.Generator().manual_seed(0)).to(weight)
+        mask = torch.ones_like(h) if self.training and self.dropout > 0 else None
+        for method, rows in (("embed", (x,)), ("classify", (h, mask))):
             try:
-                by_rows = goes_by_rows(getattr(self, method), rows)
+                by_rows = goes_by_rows(getattr(self, method), *rows)
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__}.{method}: {error}") from error
             if not by_rows:
                 raise ValueError(
-                    f"{type(self).__name__}.{method} returns rows that depend on other nodes' rows, and a mini-batch "
-                    "has some of them alone: let each row depend on its own, with norms over channels (LayerNorm)"
+                    f"{type(self).__name__}.{method} returns rows that depend on other nodes' rows, so that it cannot "
+                    "be computed part by part: let each row depend on its own, with norms over channels (LayerNorm)"
                 )
-        self._check_blocks(args)
 
     def _check_blocks(self, args: tuple[Any, ...]) -> None:
         weight, known = self.project.weight, set[Any]()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from recollect._modules import in_evaluation
 from recollect.messages.reach import Probe, Reach, kind_of
 from recollect.models import RevGNN
-from recollect.outofcore._checks import evaluating
 from recollect.outofcore._network import Graph
 
 __all__ = ["Blocks"]
@@ -41,7 +41,7 @@ class Blocks:
         self._probe = Probe(graph.edges, width, model.project.weight.dtype, nodes)
         self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
         self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
-        with evaluating(model):
+        with in_evaluation(model):
             observed = self._observe(every=True)
         self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
         # What is refused in training mode alone, such as batch normalisation, is refused in a step.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from recollect._modules import check_unhooked
 from recollect.autoscale import ScalableGNN
-from recollect.messages.reach import DRAWING, Constant, copied, same
+from recollect.messages.reach import copied
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
@@ -21,13 +20,9 @@ __all__ = [
     "check_rows",
     "check_unweighted",
     "check_weighting",
-    "evaluating",
     "in_order",
     "inputs_of",
 ]
-
-_ROWS, _PART = 24, slice(5, 12)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_network(model: Any) -> None:
@@ -45,15 +40,10 @@ def check_network(model: Any) -> None:
                 f"{type(model).__name__} has its own {method}, which is not called when layers are computed part by "
                 "part: override embed and classify, which go row by row, or give another conv"
             )
-    for name, module in [("model", model), *((f"layers.{i}", layer) for i, layer in enumerate(model.layers))]:
-        if module is not model and type(module) is not GroupAddRev:
+    for name, module in model.stages():
+        if type(module) is not GroupAddRev:
             raise TypeError(f"{name} must be a recollect.reversible.GroupAddRev (got {type(module).__name__})")
-        found = [kind for kind in _HOOKS if getattr(module, kind)]
-        if found:
-            raise ValueError(
-                f"{name} has hooks ({', '.join(found)}), which are not called when blocks are computed part by part: "
-                "remove them, or register them on the convolutions"
-            )
+    check_unhooked([("model", model), *model.stages()], backward=True)
 
 
 def check_layered(model: Any) -> None:
@@ -74,12 +64,7 @@ def check_layered(model: Any) -> None:
                 f"{type(model).__name__} has its own {method}, which is not called when layers are computed part by "
                 "part: write forward_layer, which goes over edges, and readout, which goes row by row"
             )
-    found = [kind for kind in _HOOKS if getattr(model, kind)]
-    if found:
-        raise ValueError(
-            f"model has hooks ({', '.join(found)}), which are not called when layers are computed part by part: remove "
-            "them, or register them on the convolutions"
-        )
+    check_unhooked([("model", model)], backward=True)
 
 
 def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
@@ -120,7 +105,6 @@ def check_unweighted(adj_t: Tensor) -> None:
         )
 
 
-@torch.no_grad()
 def check_rows(model: RevGNN, x: Tensor) -> None:
     """Check that what is before and behind the layers goes row by row, in the mode in which it is.
 
@@ -131,38 +115,7 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
     Raises:
         ValueError: a row depends on others.
     """
-    model = copied(model, [model.layers])
-    generator = torch.Generator().manual_seed(0)
-    x = x[torch.randint(x.size(0), (_ROWS,), generator=generator)]
-    weight = model.project.weight
-    h = torch.randn(_ROWS, model.project.out_features, generator=generator, dtype=torch.float64).to(weight.dtype)
-    mask = torch.ones_like(h) if model.training and model.dropout > 0 else None
-    for method, rows, *masks in (("embed", x), ("classify", h, mask)):
-        run = getattr(model, method)
-        with DRAWING, Constant():
-            whole = run(rows, *masks)
-        try:
-            with DRAWING, Constant():
-                part = run(rows[_PART], *(None if each is None else each[_PART] for each in masks))
-        except Exception as error:
-            raise ValueError(f"{method} cannot be computed for some of the rows: {error}") from error
-        if not same(part, whole[_PART]):
-            raise ValueError(
-                f"{method} of the {type(model).__name__} returns rows that depend on other nodes' rows, so that it "
-                "cannot be computed part by part: use norms over channels (LayerNorm)"
-            )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the body in evaluation mode; every submodule's mode is given back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    copied(model, [model.layers]).check_rows(x)
 
 
 def inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:

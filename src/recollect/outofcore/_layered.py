@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect._util._tree import Tree
+from recollect._modules import in_evaluation
+from recollect._util._tree import Tree, others_of
 from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import Probe, kind_of
-from recollect.outofcore._checks import check_layered, evaluating
-from recollect.outofcore._layers import Leaf, Look, State, filled, look_at
+from recollect.outofcore._checks import check_layered
+from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step
@@ -48,7 +49,7 @@ class Layered(Network):
         self.dtype = _dtype_of(model)
         self._features: Shape = x.size(1), x.dtype
         self._probe = Probe(graph.edges, x.size(1), x.dtype)
-        with evaluating(model):
+        with in_evaluation(model):
             self.look = self._looked = look_at(model, self._probe)
         self._mode: Any = None
 
@@ -65,12 +66,16 @@ class Layered(Network):
         """Return the name of the table of a layer's input; those between two that are kept share theirs."""
         if not layer:
             return _FEATURES
-        width, place = self._looked.layers[layer - 1].output[0], layer % self.keep_every
-        return f"between{place}.{width}" if place else f"x{layer}"
+        place = layer % self.keep_every
+        return f"between{place}.{self._form(layer)}" if place else f"x{layer}"
 
     def gradient(self, layer: int) -> str:
-        """Return the name of the table of the gradient of a layer's input; there are two of each width."""
-        return f"g{layer % 2}.{self._looked.layers[layer - 1].output[0]}"
+        """Return the name of the table of the gradient of a layer's input; there are two of each width and type."""
+        return f"g{layer % 2}.{self._form(layer)}"
+
+    def _form(self, layer: int) -> str:
+        width, dtype = self._looked.layers[layer - 1].output
+        return f"{width}.{str(dtype).removeprefix('torch.')}"
 
     def places(self, parts: int) -> int:
         """See :class:`Network`."""
@@ -163,6 +168,7 @@ class LayeredStep(Step):
         adj_t = adjacency_of_edges(part.edge_index, part.edges[_WEIGHTS], x.size(0), part.size)
         with self._drawn(layer, part.number), torch.set_grad_enabled(self.training):
             out = self._model.run_layer(layer, x, adj_t, after)
+        check_others(f"layer {layer}", list(others_of(after)), self._layers[layer].others)
         new = [tensor for tensor in Tree(after).tensors if id(tensor) not in given]
         expected = self._layers[layer].new
         if len(new) != len(expected) or any(

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect._util._tree import Tree
+from recollect._util._tree import Tree, others_of
 from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import DRAWING, Constant, Cut, Probe, same
 from recollect.outofcore._tables import Shape
 
-__all__ = ["Layer", "Leaf", "Look", "Readout", "filled", "look_at"]
+__all__ = ["Layer", "Leaf", "Look", "Readout", "check_others", "filled", "look_at"]
 
 State = dict[str, Any]
 _WEIGHTS = "edge_weight"
@@ -65,10 +65,12 @@ class Layer(Readout):
     Attributes:
         new: what it leaves in the state.
         output: width and type of its output.
+        others: what is in the state behind it beside tensors.
     """
 
     new: list[Leaf]
     output: Shape
+    others: list[Any]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Observer:
         generator = torch.Generator().manual_seed(1)
         own = tuple(f"{name}." for name, child in model.named_children() if child is model.histories)
         self._values: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(own):
@@ -120,6 +123,8 @@ class _Observer:
                 moved.requires_grad_(value.requires_grad)
                 if value.requires_grad:
                     self.parameters[f"model.{name}"] = value
+            else:
+                self._buffers[f"model.{name}"] = moved.clone()
             self._values[f"model.{name}"] = moved
         self.probe = probe
 
@@ -129,6 +134,13 @@ class _Observer:
         with DRAWING, torch.random.fork_rng(devices=[]), torch.enable_grad(), draws:
             out: Tensor = torch.func.functional_call(self._runner, self._values, (layer, x, adj_t, state))
         return out, draws.whole_numbers
+
+    def written(self) -> str | None:
+        """Return the name of a buffer that a layer has written to, if there is one."""
+        for name, value in self._buffers.items():
+            if not torch.equal(self._values[name], value):
+                return name.removeprefix("model.")
+        return None
 
     def used(self, outputs: list[Tensor]) -> list[nn.Parameter]:
         """Return the parameters that outputs depend on."""
@@ -174,6 +186,7 @@ def _looked_at(model: ScalableGNN, probe: Probe) -> Look:
         given = before.build(leaves)
         state = dict(given)
         out, numbers = observer.run(index, x, adj_t, state)
+        _refuse_writes(f"{name} of the {type(model).__name__}", observer)
         check = _Check(observer, index, name, x, (before, leaves, names), numbers)
         after = Tree(state)
         fresh = [tensor for tensor in after.tensors if id(tensor) not in known]
@@ -187,9 +200,37 @@ def _looked_at(model: ScalableGNN, probe: Probe) -> Look:
             label = f"s{index}.{len(new)}"
             new.append(Leaf(label, tuple(tensor.shape[1:]), tensor.dtype, wide, tensor.requires_grad))
             known[id(tensor)] = new[-1]
-        layers.append(Layer(before, used, new, (out.size(1), out.dtype)))
+        layers.append(Layer(before, used, new, (out.size(1), out.dtype), list(others_of(state))))
         x = out
     raise AssertionError
+
+
+def _refuse_writes(name: str, observer: _Observer) -> None:
+    """Refuse what a part that is computed twice would change twice.
+
+    Raises:
+        ValueError: a buffer was written.
+    """
+    written = observer.written()
+    if written:
+        raise ValueError(
+            f"{name} writes to the buffer {written}: parts are computed one after the other, and again in backward, "
+            "and each would write. Keep such statistics outside of layers, or evaluate the network (model.eval())"
+        )
+
+
+def check_others(name: str, left: list[Any], seen: list[Any]) -> None:
+    """Check that what a layer leaves in the state beside tensors is what it left on the small graph.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    same = len(left) == len(seen)
+    if not same or not all(a is b or (type(a) is type(b) and bool(a == b)) for a, b in zip(left, seen, strict=True)):
+        raise ValueError(
+            f"{name} leaves {left} in its state beside tensors, and left {seen} on a small graph with other "
+            "parameters: only what is always the same may be left there. Compute the rest in each layer that needs it"
+        )
 
 
 def _trains(known: Leaf | str) -> bool:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.frames import NOTED, Lattice, check_exact, check_noted, digits_of, noted
+from recollect._modules import in_evaluation
+from recollect.frames import Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
 from recollect.models import RevGNN
 from recollect.outofcore._blocks import Blocks
-from recollect.outofcore._checks import check_network, check_rows, evaluating
+from recollect.outofcore._checks import check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
@@ -48,12 +49,12 @@ class Reversible(Network):
         self.dtype = model.project.weight.dtype
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
-        self.mark = 8 if digits is not None else 8 * NOTED
+        self.mark = 8 if digits is not None else 64  # bytes of a sum of bits, or of a note of eight numbers
         self._hidden = model.project.out_features
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
         self._features = graph.data.x[:_FEATURES].cpu().clone()
-        with evaluating(model):
+        with in_evaluation(model):
             check_rows(model, self._features)
         self.masks: dict[str, Masks] = {}
 

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
+from recollect._modules import in_evaluation
 from recollect.autogram import Certificate
 from recollect.autoscale import ScalableGNN, to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.distributed import Shares
 from recollect.frames import bits_of
-from recollect.messages.reach import DRAWING
+from recollect.messages.reach import DRAWING, settings_of
 from recollect.models import RevGNN
 from recollect.outofcore._checks import (
     check_graph,
     check_unweighted,
     check_weighting,
-    evaluating,
     in_order,
     inputs_of,
 )
@@ -261,7 +261,7 @@ class WholeGraph:
         Raises:
             RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
         """
-        with self._alone("evaluate"), evaluating(self.model):
+        with self._alone("evaluate"), in_evaluation(self.model):
             self._check_finished("an evaluation")
             self._network.check()
             run = self._network.step(self._space, Run(None))
@@ -314,7 +314,7 @@ class WholeGraph:
         if state["model"] != self._digest():
             raise RuntimeError(
                 f"the network or the graph is not the one with which the step in {self._folder} began: load the "
-                "parameters of that time first"
+                "settings and parameters of that time first"
             )
         self._network.check()
         with DRAWING:
@@ -382,7 +382,8 @@ class WholeGraph:
         """Return what tells this network, with its parameters, and this division from others."""
         model = self.model
         modes = [module.training for module in model.modules()]
-        digest = hashlib.sha256(repr((self._graph, self._network.settings(), repr(model), modes)).encode())
+        said = (self._graph, self._network.settings(), repr(model), settings_of(model), modes)
+        digest = hashlib.sha256(repr(said).encode())
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
         return digest.hexdigest()

@@ -11,9 +11,7 @@ from recollect.frames._certificate import Figures, check_block, tolerance_of
 from recollect.frames._fingerprint import PROJECTIONS, Fingerprint, difference, fingerprint
 from recollect.frames.sources._inverse import amplified, moved
 
-__all__ = ["NOTED", "check_noted", "noted"]
-
-NOTED = 2 * PROJECTIONS  # numbers of a note
+__all__ = ["check_noted", "noted"]
 
 
 def noted(given: Tensor, returned: Tensor) -> Tensor:
@@ -22,6 +20,13 @@ def noted(given: Tensor, returned: Tensor) -> Tensor:
     Args:
         given: floating-point, on the CPU.
         returned: the same.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import noted
+        >>> x = torch.randn(4, 3)
+        >>> noted(x, x.sin()).shape
+        torch.Size([8])
     """
     marks = [fingerprint(each.detach().contiguous()) for each in (given, returned)]
     return torch.tensor([list(mark.projections) for mark in marks if mark is not None], dtype=torch.float64).flatten()
@@ -39,6 +44,17 @@ def check_noted(name: str, note: Tensor, given: Tensor, returned: Tensor, again:
 
     Raises:
         RebuildError: it computed something else.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import check_noted, noted
+        >>> x = torch.randn(4, 3)
+        >>> note = noted(x, x.sin())
+        >>> check_noted("sine", note, x, x.sin(), torch.sin)
+        >>> check_noted("sine", note, x, x.cos(), torch.cos)
+        Traceback (most recent call last):
+        ...
+        recollect.frames._errors.RebuildError: sine: running it again for backward differs from the forward pass: ...
     """
     given, returned = given.detach().contiguous(), returned.detach().contiguous()
     then = [Fingerprint(half.tolist(), 0) for half in (note[:PROJECTIONS], note[PROJECTIONS:])]
