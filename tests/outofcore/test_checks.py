@@ -63,8 +63,8 @@ def normed_over_nodes():
     ("make", "error", "message"),
     [
         (lambda: a_model(Doubled), TypeError, "Doubled has its own forward"),
-        (lambda: a_model(Centred), ValueError, "classify of the Centred"),
-        (lambda: a_model(CentredFeatures), ValueError, "embed of the CentredFeatures"),
+        (lambda: a_model(Centred), ValueError, "Centred.classify returns"),
+        (lambda: a_model(CentredFeatures), ValueError, "CentredFeatures.embed returns"),
         (hooked, ValueError, r"layers.1 \(GroupAddRev\) has forward_hooks"),
         (normed_over_nodes, ValueError, "other nodes' rows"),
     ],

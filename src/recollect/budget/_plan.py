@@ -13,7 +13,7 @@ from recollect.budget._cost import Options
 from recollect.budget._measure import Measured, measure
 from recollect.budget._problem import problem_of
 from recollect.budget._ranks import Outcome, of_all_ranks
-from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of
+from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of, storing
 from recollect.budget._solve import least, solve
 from recollect.budget._step import Step, apart, is_within
 from recollect.budget._treatment import Applied, Treated
@@ -197,8 +197,15 @@ class Plan:
         return measured
 
     def _search(self, measured: Measured) -> None:
-        target, found, tried, over = self.budget, None, list[tuple[Row, ...]](), False
-        for _ in range(1 + _CORRECTIONS):
+        target, found, over = self.budget, None, False
+        tried: list[tuple[Row, ...]] = []
+        if self._kept <= self.budget:  # moments are estimated from above: everything may fit all the same
+            tried, over = [storing(measured)], True
+            peak = self._verify(tried[0])
+            if peak <= self.budget:
+                self.peak, self.seconds = peak, 0.0
+                return
+        for _ in range(1 + _CORRECTIONS - len(tried)):
             rows = self._choose(measured, target)
             while over and rows in tried:  # what was too much is not tried again, but something that takes less
                 target -= max(1, self.budget // _FINE)

@@ -70,7 +70,7 @@ class MissingDependencyError(ImportError):
         >>> from unittest.mock import patch
         >>> from recollect.data import MissingDependencyError, load
         >>> try:
-        ...     with patch.dict(sys.modules, {"ogb": None}):  # as if it were not installed
+        ...     with patch.dict(sys.modules, {"ogb.nodeproppred.dataset_pyg": None}):  # as if ogb were not installed
         ...         load("ogbn-arxiv")
         ... except MissingDependencyError as error:
         ...     print("torch-recollect[ogb]" in str(error))
