@@ -381,3 +381,26 @@ def test_a_unit_that_is_copied_in_the_forward_pass():
     with recollect.plan(model, x, budget="1 GB"):
         for found, plain in zip(gradients(model, x), expected, strict=True):
             torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
+
+
+class Scaled(nn.Module):
+    """Multiplies by a tensor of its own that is no parameter and no buffer; autograd saves it."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.lin, self.table = nn.Linear(16, 16), table
+
+    def forward(self, x):
+        return self.lin(x) * self.table
+
+
+def test_what_layers_hold_anyway_does_not_count():
+    model = nn.Sequential(*[Scaled(torch.randn(256, 16)) for _ in range(6)])
+    x = torch.randn(256, 16)
+    plan = recollect.plan(model, x, budget=peak_of(model, x), units=Scaled)
+    assert [row.keeps for row in plan.rows] == [
+        0,
+        *5 * [256 * 16 * 4],
+    ]  # inputs; the first is there anyway
+    assert {row.strategy for row in plan.rows} == {"store"}
+    assert plan.steps == 2  # the one that is measured, and one that shows that everything fits

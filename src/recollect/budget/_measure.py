@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ class Call:
         taken: those of its inputs.
         made: those of its outputs.
         chained: whether it takes what the call before returned.
-        outside: bytes that operations outside of units have saved before it.
+        before: how many storages operations outside of units have saved before it.
     """
 
     name: str
@@ -41,7 +43,8 @@ class Call:
     taken: dict[int, int]
     made: dict[int, int]
     chained: bool
-    outside: int
+    before: int = 0
+    outside: int = 0  # bytes of these
     kept: int = 0
     input: int = 0
     gradients: int = 0  # of parameters that have theirs when backward comes to it
@@ -73,6 +76,10 @@ class _Storages:
                 found[known[1]] = storage.nbytes()
         return found
 
+    def alive(self) -> set[int]:
+        """Return the keys of those that are still there."""
+        return {key for storage, key in self._known.values() if storage() is not None}
+
 
 class _Pass:
     """What the forward pass that is measured has seen so far."""
@@ -87,7 +94,6 @@ class _Pass:
         self.trying = False
         self.kinds: dict[Any, Cost | None] = {}
         self.last: list[tuple[weakref.ref[Tensor], int]] = []  # what the call before returned
-        self.holds: list[Tensor] = []
 
     def keys(self, tensors: Iterable[Tensor]) -> dict[int, int]:
         return {key: n for key, n in self.storages.keys(tensors).items() if key not in self.lasting}
@@ -131,7 +137,7 @@ class _Probe(Forward):
         taken = seen.keys(given)
         chained = any(r() is t and t._version == v for r, v in seen.last for t in given)
         versions = [t._version for t in given]
-        outside = sum(seen.outside.values())
+        before = len(seen.outside)
         seen.saved = []
         copies = Tree((args, kwargs))
         copies.tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in copies.tensors]
@@ -154,7 +160,7 @@ class _Probe(Forward):
                 finally:
                     seen.trying = False
             cost = seen.kinds[kind]
-        seen.calls.append(Call(self.name, module, cost, saved, taken, seen.keys(made), chained, outside))
+        seen.calls.append(Call(self.name, module, cost, saved, taken, seen.keys(made), chained, before))
         seen.last = [(weakref.ref(t), t._version) for t in made if t.requires_grad]
         return output
 
@@ -204,12 +210,21 @@ def measure(
     finally:
         for probe in reversed(probes):
             probe.take()
+    gc.collect()
     return _settled(seen, model)
 
 
 def _settled(seen: _Pass, model: nn.Module) -> Measured:
-    """Say who answers for which bytes: each storage counts once, where it is kept first of all."""
-    calls = seen.calls
+    """Say who answers for which bytes: each storage counts once, where it is kept first of all.
+
+    What is still there when the graph is gone (an adjacency that a layer holds, a cache) is nobody's.
+    """
+    calls, anyway = seen.calls, seen.storages.alive()
+    for call in calls:
+        for found in (call.saved, call.taken, call.made):
+            for key in anyway & found.keys():
+                del found[key]
+    seen.outside = {key: 0 if key in anyway else n for key, n in seen.outside.items()}
     times: dict[int, int] = {}
     for call in calls:
         for key in call.taken:
@@ -225,7 +240,9 @@ def _settled(seen: _Pass, model: nn.Module) -> Measured:
             if parameter.requires_grad:
                 owners[id(parameter)], sizes[id(parameter)] = index, parameter.nbytes
     rest = sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in owners)
+    sums = [0, *itertools.accumulate(seen.outside.values())]
     for index, call in enumerate(calls):
+        call.outside = sums[call.before]
         after = calls[index + 1] if index + 1 < len(calls) else None
         theirs = {} if after is None else {k: n for k, n in after.taken.items() if k in after.saved}
         call.kept = sum(n for key, n in call.saved.items() if key not in outside and key not in theirs)
