@@ -7,7 +7,8 @@
 
 Each network is a ``Sequential`` of blocks. Budgets go from the least that a plan was measured to reach to everything
 kept. Beside them: ``checkpoint_sequential`` of torch at numbers of segments, of which for each peak the fastest counts
-that stays below it, a checkpoint around every block, and RevGNN by its inverses alone. Plans are made once, on models
+that stays below it, a checkpoint around every block, and RevGNN by its inverses alone. What certificates cost is told
+by the same plans with ``certify=False``. Plans are made once, on models
 of their own. Times are medians, all systems taking turns; peaks are of tensor bytes, which a compiled step does not
 show: of those the bytes that are kept for backward are told. JSON and a figure go into bench/results.
 """
@@ -95,6 +96,9 @@ def measured(work: Work, count: int, repeats: int) -> dict[str, Any]:
         planned = made(work)
         plans.append(recollect.plan(planned, x, budget=budget, loss=loss_of).apply())
         ways[f"plan {number}"] = functools.partial(step, planned, planned, x)
+        bare = made(work)
+        recollect.plan(bare, x, budget=budget, loss=loss_of, rows=plans[-1].rows, certify=False).apply()
+        ways[f"uncertified {number}"] = functools.partial(step, bare, bare, x)
     peaks = {name: peak_bytes(way, CPU) for name, way in ways.items()}
     times = {name: median(values) for name, values in alternating(ways, repeats, CPU).items()}
     return {
@@ -141,13 +145,14 @@ def compared(name: str, row: Mapping[str, Any]) -> list[Target]:
     plain, each, targets, body = row["ways"]["plain"], row["ways"]["each block"], list[Target](), []
     last = len(row["budgets"]) - 1
     for number, budget in enumerate(row["budgets"]):
-        way = row["ways"][f"plan {number}"]
+        way, bare = row["ways"][f"plan {number}"], row["ways"][f"uncertified {number}"]
         other = best_sequential(row, way["peak_bytes"])
         body.append(
             [
                 show(budget / 2**20, ".2f"),
                 show(way["peak_bytes"] / 2**20, ".2f"),
                 show(way["seconds"] / plain["seconds"], ".2f"),
+                show(bare["seconds"] / plain["seconds"], ".2f"),
                 "none" if other is None else show(other / plain["seconds"], ".2f"),
             ]
         )
@@ -164,7 +169,8 @@ def compared(name: str, row: Mapping[str, Any]) -> list[Target]:
     for extra in row.get("compiled", []):
         of_plain = f"{extra['seconds'] / plain['seconds']:.2f} of its time"
         print(f"torch.compile, budget {extra['budget']}: keeps {extra['kept_bytes'] / 2**20:.2f} MiB, {of_plain}")
-    print(table(["budget, MiB", "peak, MiB", "of plain", "best sequential, of plain"], body), flush=True)
+    head = ["budget, MiB", "peak, MiB", "of plain", "not certified", "best sequential, of plain"]
+    print(table(head, body), flush=True)
     return targets
 
 
@@ -183,6 +189,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     )
     systems = (
         ("plan", "recollect.plan", "o", "-"),
+        ("uncertified", "recollect.plan, certify=False", ".", "--"),
         ("seq", "checkpoint_sequential (torch)", "s", ":"),
         ("each block", "checkpoint, each block (torch)", "^", ""),
         ("inverse", "inverses alone", "d", ""),
