@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -379,3 +380,30 @@ class TestInfinities:
         expected, x.grad = x.grad, None
         recollect.checkpoint(lambda x: torch.logaddexp(x + shift, x), x * 1).sum().backward()
         assert torch.equal(x.grad, expected)
+
+
+def test_what_several_operations_save_is_read_once(monkeypatch):
+    frame = sys.modules["recollect.frames._frame"]
+    read = []
+
+    def counted(plain):
+        def run(*args, **options):
+            read.append(max((a.numel() for a in args if isinstance(a, torch.Tensor)), default=0))
+            return plain(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(frame, "fingerprint", counted(frame.fingerprint))
+    monkeypatch.setattr(frame, "difference", counted(frame.difference))
+    x = torch.randn(64, 128, requires_grad=True)
+    layer = nn.Linear(128, 128)
+
+    def region(x):
+        y = layer(x).relu()  # saved by relu, by the product, by the cubes (a square and twice the product)
+        return layer(y) + y * y * y
+
+    recollect.checkpoint(region, x).sum().backward()
+    found, x.grad = x.grad, None
+    assert len([n for n in read if n == 64 * 128]) == 4  # y and its square, in the forward pass and in the rebuild
+    region(x).sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=0, atol=0)

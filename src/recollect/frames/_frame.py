@@ -45,15 +45,18 @@ class _Token:
         self.index = index
 
 
+_SMALL = 4096  # elements; to look whether so few were read costs as much as to read them
+
+
 class _Memory:
     """Which memory a tensor has, and which version of its contents."""
 
-    __slots__ = ("_place", "_storage")
+    __slots__ = ("_storage", "place")
 
     def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._storage = weakref.ref(storage)
-        self._place = (
+        self.place = (
             storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride(),
         )  # fmt: skip
 
@@ -64,7 +67,7 @@ class _Memory:
 
     def is_same(self, later: _Memory) -> bool:
         """Whether a tensor that is looked at later has the same contents."""
-        return self._place == later._place and self._storage() is later._storage() is not None
+        return self.place == later.place and self._storage() is later._storage() is not None
 
 
 class _Lasting:
@@ -164,7 +167,7 @@ class Frame(Scope):
 
     __slots__ = (
         "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live",
-        "_lock", "_marks", "_metas", "_parent", "_rebuilt", "_recorder", "_region", "_sampled", "_saved", "_spoiled",
+        "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled",
         "_tokens", "_unmarked",
     )  # fmt: skip
 
@@ -192,8 +195,8 @@ class Frame(Scope):
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
-        # What drifts and was compared in this run: autograd may save a tensor for several operations.
-        self._sampled: list[tuple[_Memory, Fingerprint | None, float]] = []
+        # What was read in this run, with the error found: autograd may save a tensor for several operations.
+        self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
         self._changes: torch.Size | None = None  # of an argument that the region itself has changed in place
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
@@ -221,7 +224,7 @@ class Frame(Scope):
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
-            self._sampled.clear()
+            self._read.clear()
         self._given = set()
         if not self._drifts:
             self._changes = next(
@@ -339,22 +342,30 @@ class Frame(Scope):
             unmarked.clear()
 
     def _mark(self, tensor: Tensor) -> Fingerprint | None:
-        if not self._drifts:
-            return fingerprint(tensor, exact=self._certify == "exact", apart=True)
-        memory = _Memory.of(tensor)
-        for known, mark, _ in self._sampled:
-            if memory is not None and known.is_same(memory):
-                return mark
-        mark = fingerprint(tensor, exact=self._certify == "exact", sample=True)
-        if memory is not None:
-            self._sampled.append((memory, mark, 0.0))
+        memory = self._memory_of(tensor)
+        if (known := self._known(memory)) is not None:
+            return known[0]
+        mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts)
+        self._note(memory, mark)
         return mark
 
     def expect(self, tensor: Tensor, mark: Fingerprint | None) -> None:
         """Take notice of the fingerprint of a sample of a tensor that the region is about to get."""
-        memory = _Memory.of(tensor)
+        self._note(_Memory.of(tensor), mark)
+
+    def _memory_of(self, tensor: Tensor) -> _Memory | None:
+        """Return the memory of what it is worth to read once only."""
+        return _Memory.of(tensor) if self._drifts or tensor.numel() > _SMALL else None
+
+    def _known(self, memory: _Memory | None) -> tuple[Fingerprint | None, float] | None:
+        """Return the fingerprint of what was read already, and its error."""
+        if memory is None or (known := self._read.get(memory.place)) is None or not known[0].is_same(memory):
+            return None
+        return known[1:]
+
+    def _note(self, memory: _Memory | None, mark: Fingerprint | None, error: float = 0.0) -> None:
         if memory is not None:
-            self._sampled.append((memory, mark, 0.0))
+            self._read[memory.place] = (memory, mark, error)
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
@@ -436,7 +447,7 @@ class Frame(Scope):
         last = max(needed, default=-1) if early else -1
         count = 0
         if running is None:
-            self._sampled.clear()
+            self._read.clear()
         filling = (
             done
         ) = -1  # numbers of operations: what it saved may be filled later; it saved the last that is needed
@@ -500,7 +511,7 @@ class Frame(Scope):
                     "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
                 )
         compare()
-        self._sampled.clear()
+        self._read.clear()
         if is_whole and running is None:
             if count != len(self._metas):
                 raise self._differs(f"it saved {count} tensors, and {len(self._metas)} in the forward pass")
@@ -542,15 +553,13 @@ class Frame(Scope):
         return error
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
-        if not self._drifts:
-            return difference(then, tensor, exact=self._certify == "exact", apart=True)
-        memory = _Memory.of(tensor)
-        for known, mark, error in self._sampled:
-            if mark is then and memory is not None and known.is_same(memory):
-                return error
-        error = difference(then, tensor, exact=self._certify == "exact", sample=True)
-        if memory is not None:
-            self._sampled.append((memory, then, error))
+        memory = self._memory_of(tensor)
+        known = self._known(memory)
+        if known is not None and known[0] is then:
+            return known[1]
+        exact, drifts = self._certify == "exact", self._drifts
+        error = difference(then, tensor, exact=exact, sample=drifts, apart=not drifts)
+        self._note(memory, then, error)
         return error
 
     def _certify_late(self, index: int, then: Fingerprint, tensor: Tensor) -> None:
