@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     }
     assert source - wheel.files == set()
-    assert {"recollect/py.typed", "recollect/train/conf/presets.csv"} <= wheel.files
+    assert {"recollect/py.typed", "recollect/train/presets.csv"} <= wheel.files
 
 
 def test_a_wheel_from_the_sdist_is_the_same(built, wheel, tmp_path):

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
-from recollect.train._check import documented
-from recollect.train._config import defaults
+import pytest
+
+from recollect.train._check import check, check_given
+from recollect.train._config import parse
+from recollect.train._errors import UsageError
 
 
-def test_every_key_of_the_config_files_is_documented_and_no_other():
-    keys = {
-        key if ".options." not in key else key.rpartition(".")[0]
-        for key in {**defaults(), **defaults("model=gcn"), **defaults("model=import"), **defaults("dataset=file")}
-    }
-    assert keys == set(documented())
+def test_each_key_is_held_against_its_range_and_then_all_against_one_another():
+    settings = parse(["dataset=karate"])
+    check(settings)
+    object.__setattr__(settings.measure, "depths", [])
+    with pytest.raises(UsageError, match=r"measure.depths=\[\]: must be a list of numbers of layers"):
+        check(settings)
+    object.__setattr__(settings, "runs", 0)
+    with pytest.raises(UsageError, match=r"runs=0: must be at least 1"):
+        check(settings)
 
 
-def test_every_meaning_is_a_text():
-    assert all(about["help"] for about in documented().values())
+def test_given_keys_that_nothing_looks_at_are_named():
+    settings = parse(["training=autoscale"])
+    check_given(settings, ["training.num_parts", "seed", "model.conv_kwargs.aggr", "optimizer.options.eps"])
+    with pytest.raises(UsageError, match=r"training.store counts only with training=wholegraph, and this is training="):
+        check_given(settings, ["seed", "training.store"])

@@ -9,6 +9,7 @@ from recollect import data
 from recollect.train import _config
 from recollect.train._config import defaults, groups, parse, read, write
 from recollect.train._errors import InvalidRunError, UsageError
+from recollect.train._settings import keys
 
 
 def model_of(*words: str) -> Any:
@@ -320,19 +321,41 @@ def test_arguments_of_a_network_of_ones_own_are_free():
     assert model_of("model=import", "model.kwargs.heads=3").kwargs == {"heads": 3}
 
 
+def test_every_key_that_can_be_set_is_told_of_and_no_other():
+    kinds = ("revgnn", "gcn", "import")
+    for kind in kinds:
+        found = {key.partition(".options.")[0] + ".options" * (".options." in key) for key in defaults(f"model={kind}")}
+        assert found == set(keys(kind))
+    assert set(keys()) == set().union(*(keys(kind) for kind in kinds))
+    assert all(about.help and about.kind for about in keys().values())
+
+
 def test_nothing_is_composed_twice(monkeypatch):
     calls = []
-    compose = _config._compose
-    monkeypatch.setattr(_config, "_compose", lambda choices: calls.append(choices) or compose(choices))
-    parse(["preset=cora_gcn", "model.options.batch_norm=true", "epochs=3"])
-    assert calls == [["preset=cora_gcn"]]
+    typed = _config._typed
+    monkeypatch.setattr(_config, "_typed", lambda config: calls.append(config) or typed(config))
+    settings: Any = parse(["preset=cora_gcn", "model.options.batch_norm=true", "epochs=3"])
+    assert len(calls) == 1
+    assert (settings.model.options["batch_norm"], settings.epochs, settings.runs) == (True, 3, 20)
 
 
-def test_hydra_is_left_as_it_was():
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
+def test_a_preset_is_not_laid_over_a_network_that_lacks_its_keys():
+    with pytest.raises(UsageError, match=r"preset=ppi_gcn sets model.options.drop_input, which model=gat has not"):
+        parse(["preset=ppi_gcn", "model=gat"])
 
-    with initialize_config_module("recollect.train.conf", version_base="1.3"):
-        parse(["seed=1"])
-        assert compose("config").seed == 0  # the outer one still works
-    assert not GlobalHydra.instance().is_initialized()
+
+def test_a_table_of_options_is_not_changed_by_what_is_said():
+    parse(["model.conv_kwargs.aggr=max", "optimizer.options.eps=1"])
+    assert (defaults()["model.conv_kwargs"], defaults()["optimizer.options.eps"]) == ({}, 1e-8)
+
+
+@pytest.mark.parametrize("key", ["seed", "runs", "model.exact", "dataset.path", "training.name"])
+def test_a_file_of_a_run_that_lacks_a_key_is_refused(tmp_path, key):
+    lines = write(parse([])).splitlines()
+    group, _, name = key.rpartition(".")
+    start = lines.index(f"{group}:") if group else 0
+    (line,) = [k for k, text in enumerate(lines) if k >= start and text.startswith(f"{'  ' * bool(group)}{name}:")][:1]
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(lines[:line] + lines[line + 1 :]))
+    with pytest.raises(InvalidRunError, match=f"{key} is not there"):
+        read(file)

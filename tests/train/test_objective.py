@@ -8,9 +8,8 @@ from torch import nn
 
 from recollect.aggregation import UPGradWeighting
 from recollect.train import UsageError, train
-from recollect.train._check import documented
 from recollect.train._objective import _WEIGHTINGS, make_objective
-from recollect.train._settings import ObjectiveSettings
+from recollect.train._settings import ObjectiveSettings, keys
 
 
 def make_losses(network, labels=None):
@@ -108,7 +107,7 @@ def test_labels_are_asked_for(network, graph_maker):
 
 
 def test_all_weightings_can_be_chosen():
-    assert set(documented()["objective.weighting"]["choices"]) == set(_WEIGHTINGS)
+    assert set(keys()["objective.weighting"].choices) == set(_WEIGHTINGS)
     gramian = torch.eye(3, dtype=torch.float64)
     for make in _WEIGHTINGS.values():
         assert make()(gramian).shape == (3,)

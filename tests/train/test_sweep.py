@@ -110,3 +110,16 @@ def test_nothing_finite_is_an_error_of_one_run_alone(tmp_path):
     words = ["optimizer=sgd", "optimizer.lr=9e5", "model.norm=null", "epochs=30", "model.num_layers=3"]
     with pytest.raises(NonFiniteLossError):
         train([*TINY, *words, f"run_dir={tmp_path / 'run'}"])
+
+
+def test_hydra_is_left_as_it_was(tmp_path):
+    from hydra import compose, initialize
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize(config_path=None, version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        found = sweep([*TINY, "model.num_layers=2", "seed=1", f"run_dir={tmp_path / 'sweep'}"], QUIET)
+        assert [run["failed"] for run in found["runs"]] == [None]
+        assert GlobalHydra.instance().hydra is outer
+        assert compose(overrides=["+seed=1"]).seed == 1
+    assert not GlobalHydra.instance().is_initialized()

@@ -1,10 +1,10 @@
 """The training application: from a line of settings to a trained network, and a report of what it cost.
 
-:func:`train` is what ``recollect train`` runs. Settings are Hydra's, composed from the YAML files in the package's
-``conf`` folder: one group each for dataset, model, optimizer, training and objective, and presets, which are rows of
-published results: ``preset=cora_gcn``. The loop runs on Lightning Fabric. ``training=full`` takes each step on the
-whole graph, ``training=autoscale`` on parts of it, with histories for what is around them; model, optimizer and loop
-are the same. Evaluation is always that of the whole graph, and the test score that of the best validation epoch.
+:func:`train` is what ``recollect train`` runs. Settings are written as Hydra's overrides; they have a group each for
+dataset, model, optimizer, training and objective, and presets, which are rows of published results:
+``preset=cora_gcn``. The loop runs on Lightning Fabric. ``training=full`` takes each step on the whole graph,
+``training=autoscale`` on parts of it, with histories for what is around them; model, optimizer and loop are the same.
+Evaluation is always that of the whole graph, and the test score that of the best validation epoch.
 
 A run's folder is known by ``config.yaml``, which is there first, and finished by ``summary.json``, which is there last.
 Between them a checkpoint is replaced, in one step, as often as takes a tenth of the time or as ``checkpoint_every``

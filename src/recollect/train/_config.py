@@ -1,88 +1,75 @@
-"""From the words of the command line to the settings of a run, by Hydra."""
+"""From the words of the command line to the settings of a run: Hydra's grammar, the tables, OmegaConf's types."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from recollect.train._check import check, check_given, documented, kind_text, nearest_keys
-from recollect.train._errors import InvalidRunError, UsageError, choose_from, did_you_mean
-from recollect.train._presets import preset_names, store_presets
-from recollect.train._settings import FREE_KEYS, GROUP_KEYS, MODELS, ScalableSettings, Settings
+from recollect.train._check import check, check_given
+from recollect.train._errors import InvalidRunError, UsageError, choose_from, did_you_mean, nearest_keys
+from recollect.train._options import OPTIONS, Preset, preset, rows
+from recollect.train._settings import Settings, keys, model_class, values
 from recollect.train._stored import check_settings_text, read_text
 
-__all__ = ["MODULE", "changed", "defaults", "groups", "parse", "parse_override", "read", "write"]
-
-MODULE = "recollect.train.conf"
+__all__ = ["changed", "defaults", "groups", "parse", "parse_override", "read", "with_absolute_paths", "write"]
 
 Values = dict[str, Any]  # by key: "model.num_layers"
+
+_OWN = ("config", "resume", "run_dir")  # of one call, and not of what it begins with or goes on with
+_NEW = {**dict.fromkeys(_OWN), "devices": 1, "memory_budget": None}  # not in files of older runs
+_LOST = object()
 
 
 @functools.cache
 def groups() -> Mapping[str, list[str]]:
-    """Config groups and their options: the folders of the config package and the YAML files in them, and presets."""
-    found: dict[str, list[str]] = {}
-    for folder in sorted(resources.files(MODULE).iterdir(), key=lambda entry: entry.name):
-        if folder.is_dir() and not folder.name.startswith("_"):
-            names = (entry.name for entry in folder.iterdir())
-            found[folder.name] = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-    return types.MappingProxyType(found | {"preset": preset_names()})
+    """Groups and their options, presets among them."""
+    return {**{group: sorted(options) for group, options in OPTIONS.items()}, "preset": sorted(rows())}
 
 
-def defaults(*choices: str) -> Mapping[str, Any]:
+def defaults(*choices: str) -> Values:
     """Key -> value, for every key that can be set once these group options (``"dataset=cora"``) are chosen."""
-    return types.MappingProxyType(_leaves(OmegaConf.to_container(_compose(choices), resolve=False)))
+    return values(_composed(dict(choice.split("=") for choice in choices), {}))
 
 
 def parse(overrides: Sequence[str]) -> Settings:
     """Compose and check the settings.
 
     Args:
-        overrides: Hydra's: ``"dataset=cora"``, ``"model.num_layers=112"``, ``"config=FILE"``, ...
+        overrides: in Hydra's syntax: ``"dataset=cora"``, ``"model.num_layers=112"``, ``"config=FILE"``, ...
 
     Raises:
         UsageError: a group option, key or value is wrong; the message names the nearest right one.
     """
     chosen: dict[str, str] = {}
-    values: Values = {}
+    given: Values = {}
     for text in overrides:
-        override = parse_override(text)
-        if override.is_sweep_override():
+        word = parse_override(text)
+        if word.is_sweep_override():
             raise UsageError(f"{text!r} has several values: train -m makes a run of each; a list is key=[a,b]")
-        key, value = override.key_or_group, override.value()
+        key, value = word.key_or_group, word.value()
         if key in groups():
-            chosen[key] = _checked_option(key, value, override.get_value_element_as_str())
+            chosen[key] = _option(key, value, word.get_value_element_as_str())
+        elif (about := keys().get(key)) and about.group:
+            said = f"{key} is set by its group, with all that belongs to it: write {about.group}=NAME"
+            raise UsageError(f"{said}; {did_you_mean(value, groups()[about.group])}")
         else:
-            values[key] = value
+            given[key] = value
     stored: Values = {}
-    if values.get("config"):
-        file_chosen, stored = _file(Path(values["config"]).expanduser(), chosen)
-        chosen = file_chosen | chosen
-    known = _compose([f"{group}={option}" for group, option in chosen.items()])
-    config = copy.deepcopy(known)
-    OmegaConf.set_struct(config, False)
-    for key, value in (stored | values).items():
-        _check_key(key, value, known, given=key in values)
-        OmegaConf.update(config, key, value, merge=False)
-    if OmegaConf.select(config, "model.target") and OmegaConf.select(config, "model.folder") is None:
-        OmegaConf.update(config, "model.folder", str(Path.cwd()))  # also for who goes on with the run elsewhere
-    settings = _to_settings(config)
-    check_given(settings, values)
+    if given.get("config"):
+        options, stored = _file(Path(given["config"]).expanduser(), chosen)
+        chosen = options | chosen
+    settings = _composed(chosen, stored | given)
+    check_given(settings, given)
     if settings.data.root and Path(settings.data.root).expanduser().is_file():
         raise UsageError(f"data.root={settings.data.root} is a file: give the folder that the raw files are in")
     return settings
@@ -100,17 +87,24 @@ def changed(settings: Settings, overrides: Sequence[str], allowed: Sequence[str]
     Raises:
         UsageError: another key, or a wrong value.
     """
-    config = OmegaConf.create(dataclasses.asdict(settings))
+    given: Values = {}
     for text in overrides:
-        key = parse_override(text).key_or_group
+        word = parse_override(text)
+        key = word.key_or_group
         if key not in allowed and key.partition(".")[0] not in allowed:
             raise UsageError(
                 f"{key} cannot change in a run that is there; what can: {', '.join(allowed)}. A new run begins with "
                 f"its settings by config={path / 'config.yaml'} {text}"
             )
-        _check_key(key, parse_override(text).value(), config, given=True)
-        OmegaConf.update(config, key, parse_override(text).value(), merge=False)
-    return _to_settings(config)
+        given[key] = word.value()
+    return _updated(settings, given)
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The settings with paths that do not depend on the working directory."""
+    known, found = keys(), values(settings)
+    paths = {key: value for key, value in found.items() if key in known and known[key].path and value}
+    return _updated(settings, {key: str(Path(value).expanduser().resolve()) for key, value in paths.items()})
 
 
 def write(settings: Settings) -> str:
@@ -125,12 +119,12 @@ def read(path: Path) -> Settings:
         InvalidRunError: the file is not one of these.
     """
     try:
-        loaded = OmegaConf.create(check_settings_text(read_text(path), path))
-        if not isinstance(loaded, DictConfig) or not loaded:
-            raise InvalidRunError(f"{path} holds no settings of a run")
-        defaults_of_new_keys = {"config": None, "resume": None, "run_dir": None, "devices": 1, "memory_budget": None}
-        return _to_settings(cast(DictConfig, OmegaConf.merge(defaults_of_new_keys, loaded)))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        config = OmegaConf.create(_NEW | _loaded(path))
+        for key in keys(str(OmegaConf.select(config, "model.kind"))):
+            if OmegaConf.select(config, key, default=_LOST) is _LOST:
+                raise UsageError(f"{key} is not there")
+        return _typed(config)
+    except (UsageError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
 
 
@@ -141,8 +135,7 @@ def parse_override(text: str) -> Override:
         UsageError: it is none, or it adds or removes keys.
     """
     key, equals, value = text.partition("=")
-    is_path = documented().get(key, {}).get("path", False)
-    if equals and is_path and value not in ("", "null") and value[0] not in "'\"":
+    if equals and key in keys() and keys()[key].path and value not in ("", "null") and value[0] not in "'\"":
         quoted = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
         text = f'{key}="{quoted}"'
     try:
@@ -156,112 +149,124 @@ def parse_override(text: str) -> Override:
     return override
 
 
-def _compose(choices: Sequence[str]) -> DictConfig:
-    store_presets(choice.removeprefix("preset=") for choice in choices if choice.startswith("preset="))
-    hydra = GlobalHydra.instance()
-    outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
-    try:
-        with initialize_config_module(MODULE, version_base="1.3"):
-            return compose("config", overrides=list(choices))
-    except HydraException as error:
-        raise UsageError(_first_line(error)) from error
-    finally:
-        GlobalHydra.instance().hydra = outer
+def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
+    """The options that were chosen, the rest of the preset and of the tables, and on top what was said."""
+    name = chosen.get("preset")
+    row = preset(name) if name else Preset({}, {})
+    options = {**{group: next(iter(table)) for group, table in OPTIONS.items()}, **row.options, **chosen}
+    base = Settings(**{group: table[options[group]] for group, table in OPTIONS.items()}, preset=name)
+    if others := [key for key in row.values if key not in values(base)]:
+        raise UsageError(
+            f"preset={name} sets {', '.join(others)}, which model={options['model']} has not: leave one of them out"
+        )
+    said = {**row.values, **said}
+    if said.get("model.target") and said.get("model.folder") is None:
+        said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
+    return _updated(base, said)
 
 
 def _file(path: Path, chosen: Mapping[str, str]) -> tuple[dict[str, str], Values]:
     """Group options and values of a file of settings, without those of groups that were chosen otherwise."""
     try:
-        text = check_settings_text(read_text(path), path)
-        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        loaded = _loaded(path)
     except InvalidRunError as error:
         raise UsageError(f"config={path}: {error}") from error
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"config={path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(loaded, dict):
-        raise UsageError(f"config={path} holds no settings: a file has lines such as epochs: 100")
     options: dict[str, str] = {}
     for group in groups():
         found = loaded.get(group)
-        if isinstance(found, dict):
-            option = found.pop(
-                "kind" if "kind" in found else "name", None
-            )  # a model's name may be a label of one's own
+        if isinstance(found, dict):  # a model's name may be a label of one's own
+            option = found.pop("kind" if "kind" in found else "name", None)
         else:
             option = loaded.pop(group, None)
         if option is not None:
-            options[group] = _checked_option(group, option, str(option))
+            options[group] = _option(group, option, str(option))
         if group in chosen:
             loaded.pop(group, None)
-    left_out = {"config", "resume", "run_dir"}
-    if options.get("dataset") != "file":
-        left_out |= {"dataset.path", "dataset.features"}  # written as null, and keys of this dataset alone
-    values = {key: value for key, value in _leaves(loaded).items() if key not in left_out}
-    return options, values
+    return options, {key: value for key, value in _leaves(loaded).items() if key not in _OWN}
 
 
-def _checked_option(group: str, value: Any, text: str) -> str:
+def _loaded(path: Path) -> Values:
+    """The groups and keys of a file.
+
+    Raises:
+        InvalidRunError: it holds none.
+    """
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.create(check_settings_text(read_text(path), path)), resolve=False)
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise InvalidRunError(f"{path} holds no settings: a file has lines such as epochs: 100")
+    return cast(Values, loaded)
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Values:
+    found: Values = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        free = key in keys() and keys()[key].free
+        found |= _leaves(value, f"{key}.") if isinstance(value, dict) and not free else {key: value}
+    return found
+
+
+def _option(group: str, value: Any, text: str) -> str:
     if value not in groups()[group]:
         raise UsageError(choose_from(group, text, groups()[group]))
     return cast(str, value)
 
 
-def _is_free(key: str, config: DictConfig) -> bool:
-    frees = (free for free in FREE_KEYS if key == free or key.startswith(f"{free}."))
-    return any(OmegaConf.select(config, free) is not None for free in frees)
+def _updated(settings: Settings, said: Values) -> Settings:
+    """The settings with other values of keys.
+
+    Raises:
+        UsageError: a key is not there, or a value is wrong.
+    """
+    config = OmegaConf.create(dataclasses.asdict(settings))
+    known, about = values(settings), keys(settings.model.kind)
+    for key, value in said.items():
+        if not any(about[name].free and key.startswith(f"{name}.") for name in about):
+            _check_key(key, value, known)
+        OmegaConf.update(config, key, value, merge=False)
+    return _typed(config)
 
 
-def _check_key(key: str, value: Any, config: DictConfig, given: bool) -> None:
-    """Refuse a key that is not there, and an option of another type than the one in the config file."""
-    if given and (group := GROUP_KEYS.get(key)):
-        said = f"{key} is set by its group, with all that belongs to it: write {group}=NAME"
-        raise UsageError(f"{said}; {did_you_mean(value, groups()[group])}")
-    if _is_free(key, config):
-        return
-    known = _leaves(OmegaConf.to_container(config, resolve=False))
+def _check_key(key: str, value: Any, known: Values) -> None:
+    """Refuse a key that is not there, and an option of another type than the one in the table."""
     if key not in known:
-        below = [name for name in known if name.startswith(f"{key}.")]
-        if below:
+        if below := [name for name in known if name.startswith(f"{key}.")]:
             raise UsageError(f"{key!r} is a group of keys; set one of them: {', '.join(below)}")
-        if needs := documented().get(key, {}).get("needs"):
-            raise UsageError(f"{key} counts only with {needs[0]}={' or '.join(needs[1:])}: write that as well")
-        raise UsageError(f"there is no key {key!r}: {nearest_keys(key, [*groups(), *known])}")
+        texts = {name: keys()[name].help if name in keys() else "" for name in [*groups(), *known]}
+        raise UsageError(f"there is no key {key!r}: {nearest_keys(key, texts)}")
     if ".options." in key:
         kind = type(known[key])
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
-        if known[key] is not None and (not fits or (isinstance(value, bool) and kind is not bool)):
+        if not fits or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{key}={value}: must be of type {kind.__name__}, as {known[key]} is")
 
 
-def _leaves(node: Any, prefix: str = "") -> Values:
-    def walk(items: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in items.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict) and key not in FREE_KEYS:
-                yield from walk(value, f"{key}.")
-            else:
-                yield key, value
+def _typed(config: DictConfig) -> Settings:
+    """Settings of values.
 
-    return dict(walk(node, prefix))
-
-
-def _to_settings(config: DictConfig) -> Settings:
+    Raises:
+        UsageError: a value is of another type, or wrong.
+    """
+    kind = str(OmegaConf.select(config, "model.kind"))
     try:
-        kind = OmegaConf.select(config, "model.kind")
         schema = OmegaConf.structured(Settings)
         OmegaConf.set_readonly(schema, False)  # OmegaConf takes frozen dataclasses for read-only nodes
-        schema.model = OmegaConf.structured(MODELS.get(str(kind), ScalableSettings))
+        schema.model = OmegaConf.structured(model_class(kind))
         for node in (schema._get_node(name) for name in schema):
             if OmegaConf.is_config(node):
                 OmegaConf.set_readonly(node, False)
         settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
-        kind = kind_text(key) if isinstance(error, ValidationError) else None
-        if kind:
-            found = OmegaConf.select(config, key)
-            raise UsageError(f"{key}={'null' if found is None else found}: must be {kind}") from error
-        raise UsageError(f"{key}: {_first_line(error)}") from error
+        about = keys(kind).get(key.partition("[")[0])
+        if about is None or not isinstance(error, ValidationError):
+            raise UsageError(f"{key}: {_first_line(error)}") from error
+        key = key.partition("[")[0]
+        found = OmegaConf.select(config, key)
+        raise UsageError(f"{key}={'null' if found is None else found}: must be {about.kind}") from error
     check(settings)
     return settings
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "BusyRunError",
@@ -15,9 +16,11 @@ __all__ = [
     "UsageError",
     "choose_from",
     "did_you_mean",
+    "nearest_keys",
 ]
 
 _GLANCE, _FEW = 6, 12  # so many names are read at a glance, and so many are read
+_NEAR = 0.6  # of two texts, one may be the other with some typos
 
 
 class TrainingError(Exception):
@@ -128,3 +131,17 @@ def did_you_mean(wrong: object, right: Iterable[str]) -> str:
 def choose_from(what: str, wrong: object, right: Iterable[str]) -> str:
     """Say that a name is wrong, and which is nearest to it."""
     return f"there is no {what} {str(wrong)!r}; {did_you_mean(wrong, right)}"
+
+
+def nearest_keys(wrong: str, meanings: Mapping[str, str]) -> str:
+    """Say which keys are nearest to one that is not there, by their names and by what they mean."""
+    said = wrong.rpartition(".")[2].replace("_", " ")
+
+    def likeness(key: str) -> float:
+        name = key.rpartition(".")[2].replace("_", " ")
+        pairs = (wrong, key), (said, name), (said, re.split(r"[,:;(]", meanings[key])[0])
+        return max(difflib.SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs)
+
+    near = sorted(meanings, key=likeness, reverse=True)
+    best = [key for key in near[:3] if likeness(key) >= max(_NEAR, 0.9 * likeness(near[0]))]
+    return f"did you mean {' or '.join(best)}?" if best else "all keys: recollect train --help"

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recollect.train._check import with_absolute_paths
-from recollect.train._config import read, write
+from recollect.train._config import read, with_absolute_paths, write
 from recollect.train._errors import BusyRunError, InvalidRunError, MissingRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._settings import Settings

@@ -5,15 +5,13 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from recollect.train._check import documented
 from recollect.train._config import defaults, groups
-from recollect.train._settings import FREE_KEYS, GROUP_KEYS
+from recollect.train._settings import keys
 
 __all__ = ["help_text"]
 
 _WIDTH = 120
 _OTHER = "model=gcn"  # has the keys of the models with histories
-_FILE = "dataset=file"
 _HEAD = """\
 usage: recollect train [group=option ...] [key=value ...]
 
@@ -37,38 +35,37 @@ def help_text() -> str:
         lines += [f"  {group}=", *_wrapped(options, values.get(f"{group}.name"))]
     for title, found in _sections().items():
         lines += ["", title, *found]
-    lines += ["", f"Below {', '.join(FREE_KEYS)} any key can be set: what is there depends on model.conv.", ""]
+    free = ", ".join(key for key, about in keys().items() if about.free)
+    lines += ["", f"Below {free} any key can be set: what is there depends on model.conv.", ""]
     return "\n".join(lines)
 
 
 def _sections() -> dict[str, list[str]]:
     """Lines for each key, below what it needs in order to count."""
-    values, texts = defaults(), documented()
+    usual, others, known = defaults(), defaults(_OTHER), keys()
     always = "keys, with the values they have if nothing is said:"
+    histories = f"only with a model with histories, in place of revgnn's own; the values of {_OTHER}:"
     found: dict[str, list[str]] = {always: []}
-    for key, value in values.items():
-        needs = texts.get(key, {}).get("needs")
-        title = f"only with {needs[0]}={' or '.join(needs[1:])}:" if needs else always
-        if key not in GROUP_KEYS:
-            found.setdefault(title, []).extend(_described(key, value, texts))
-    for key, value in defaults(_FILE).items():
-        if key not in values and (needs := texts.get(key, {}).get("needs")):
-            found.setdefault(f"only with {needs[0]}={' or '.join(needs[1:])}:", []).extend(
-                _described(key, value, texts)
+    for key, value in usual.items():
+        about = known.get(key)
+        if about and about.needs:
+            found.setdefault(f"only with {about.needs[0]}={' or '.join(about.needs[1:])}:", []).extend(
+                _described(key, value)
             )
-    others = {key: value for key, value in defaults(_OTHER).items() if key not in values}
-    title = f"only with a model with histories, in place of revgnn's own; the values of {_OTHER}:"
-    return {**found, title: [line for key, value in others.items() for line in _described(key, value, texts)]}
+        elif not about or not about.group:
+            found[always] += _described(key, value)
+    found[histories] = [line for key in others if key not in usual for line in _described(key, others[key])]
+    return found
 
 
-def _described(key: str, value: Any, texts: dict[str, dict[str, Any]]) -> list[str]:
+def _described(key: str, value: Any) -> list[str]:
     """A key with its value and meaning, in lines."""
-    text = texts.get(key) or texts[key.rpartition(".")[0]]
-    choices = f" ({', '.join(text['choices'])})" if text["choices"] else ""
-    own = text["help"] if key in texts else f"option of this {key.partition('.')[0]}"
+    about = keys().get(key)
+    text = about.help if about else f"option of this {key.partition('.')[0]}"
+    choices = f" ({', '.join(about.choices)})" if about and about.choices else ""
     start = f"  {key + '=' + _show(value):<36} "
     return textwrap.wrap(
-        own + choices, _WIDTH, initial_indent=start, subsequent_indent=" " * 39, break_on_hyphens=False
+        text + choices, _WIDTH, initial_indent=start, subsequent_indent=" " * 39, break_on_hyphens=False
     )
 
 

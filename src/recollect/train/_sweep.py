@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_module
+from hydra import initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,11 +17,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from recollect.train._config import MODULE, groups, parse, parse_override
+from recollect.train._config import parse, parse_override
 from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder
-from recollect.train._presets import preset_names, store_presets
 
 __all__ = ["resume_sweep", "sweep"]
 
@@ -53,7 +52,7 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
     run_dir, own = _take("run_dir", own)
     if _take("resume", own)[0]:
         raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
-    passed = [_passed(word) for word in own]
+    passed = [f"++{parse_override(word).input_line}" for word in own]  # what keys there are is ours to say, not Hydra's
     hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
     if not hydras:
         _check_all(passed)
@@ -93,13 +92,6 @@ def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
     return (values[-1] if values else None), [word for word in words if not word.startswith(f"{key}=")]
 
 
-def _passed(word: str) -> str:
-    """A word as Hydra takes it: whether there is such a key is ours to say, as it depends on config= too."""
-    override = parse_override(word)
-    line = str(override.input_line)
-    return line if override.key_or_group in groups() else f"++{line}"
-
-
 def _check_all(words: Sequence[str]) -> None:
     """Refuse a wrong word in any combination before the first run begins."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -114,15 +106,14 @@ def _check_all(words: Sequence[str]) -> None:
 
 
 def _multirun(words: list[str]) -> None:
-    store_presets(preset_names())
     hydra = GlobalHydra.instance()
     outer, hydra.hydra = hydra.hydra, None  # of a caller that uses Hydra itself
     try:
-        with initialize_config_module(MODULE, version_base="1.3"):
+        with initialize(config_path=None, version_base="1.3"):
             instance = GlobalHydra.instance().hydra
             if instance is None:
                 raise RuntimeError("Hydra was initialized, and is not there")
-            instance.multirun("config", _Task(), words, with_log_configuration=False)
+            instance.multirun(None, _Task(), words, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(str(error).strip().partition("\n")[0]) from error
     finally:
