@@ -17,7 +17,7 @@ from recollect.train._errors import BusyRunError, InvalidRunError, MissingRunErr
 from recollect.train._files import write_text
 from recollect.train._settings import Settings
 
-__all__ = ["RunFolder", "create", "extend", "reopen"]
+__all__ = ["RunFolder", "create", "extend", "make_folder", "reopen"]
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,48 @@ def create(settings: Settings) -> RunFolder:
         UsageError: the folder exists and is not empty.
         TrainingError: it cannot be made.
     """
+    # A model's name stays in the folder of runs.
+    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]
+    folder = make_folder(settings.run_dir, label)
     try:
-        folder = RunFolder(_make(settings))
         # The run may be gone on with from another working directory.
         write_text(folder.config, write(with_absolute_paths(replace(settings, run_dir=None, resume=None, config=None))))
     except OSError as error:
-        raise TrainingError(f"the run's folder cannot be made: {error}") from error
+        raise TrainingError(f"the run's settings cannot be written: {error}") from error
     return folder
+
+
+def make_folder(run_dir: str | None, label: str) -> RunFolder:
+    """Make the folder of a new run or sweep.
+
+    Args:
+        run_dir: its path; None: one in ``runs``, named by the time.
+        label: of that name.
+
+    Raises:
+        UsageError: the folder exists and is not empty.
+        TrainingError: it cannot be made.
+    """
+    try:
+        if run_dir:
+            path = Path(run_dir).expanduser()
+            if RunFolder(path).config.exists():
+                raise UsageError(
+                    f"run_dir={path} holds a run: go on with it by resume={path}, or choose another folder"
+                )
+            if path.exists() and (not path.is_dir() or any(entry.name != ".hydra" for entry in path.iterdir())):
+                raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
+            path.mkdir(parents=True, exist_ok=True)
+            return RunFolder(path)
+        name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{label}"
+        for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                path = Path("runs") / f"{name}{suffix}"
+                path.mkdir(parents=True)
+                return RunFolder(path)
+    except OSError as error:
+        raise TrainingError(f"the folder of the run cannot be made: {error}") from error
+    raise TrainingError(f"a thousand runs have the name {name}: give one by run_dir=")
 
 
 def extend(folder: RunFolder, settings: Settings, before: Settings) -> bool:
@@ -155,27 +190,6 @@ def reopen(path: str, given: bool = False) -> tuple[RunFolder, Settings]:
             f"fit(model, data, resume={str(folder.path)!r})"
         )
     return folder, settings
-
-
-def _make(settings: Settings) -> Path:
-    if settings.run_dir:
-        path = Path(settings.run_dir).expanduser()
-        if RunFolder(path).config.exists():
-            raise UsageError(f"run_dir={path} holds a run: go on with it by resume={path}, or choose another folder")
-        if path.exists() and (not path.is_dir() or any(entry.name != ".hydra" for entry in path.iterdir())):
-            raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]  # it stays in the folder
-    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{label}"
-    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
-        path = Path("runs") / f"{name}{suffix}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path
-    raise TrainingError(f"a thousand runs have the name {name}: give one by run_dir=")
 
 
 def _epochs(folder: RunFolder) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from typing import Any
 from hydra import initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.console import Console
 from recollect.train._config import parse, parse_override
 from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
 from recollect.train._files import write_text
-from recollect.train._folder import RunFolder
+from recollect.train._folder import RunFolder, make_folder
 
 __all__ = ["resume_sweep", "sweep"]
 
@@ -52,15 +51,16 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
     run_dir, own = _take("run_dir", own)
     if _take("resume", own)[0]:
         raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
-    passed = [f"++{parse_override(word).input_line}" for word in own]  # what keys there are is ours to say, not Hydra's
     hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
     if not hydras:
-        _check_all(passed)
-    folder = folder or _make(run_dir)
+        _check_all(own)
+    folder = folder or make_folder(run_dir, "sweep")
     write_text(folder.sweep, json.dumps({"words": list(words), "runs": []}, indent=2) + "\n")
     console.print(f"sweep: {folder.path}", highlight=False, markup=False, soft_wrap=True)
     with folder.locked():
         try:
+            # Which keys there are is ours to say, and not Hydra's: ++ lets it take them all.
+            passed = [f"++{parse_override(word).input_line}" for word in own]
             _multirun([*passed, *_QUIET, *hydras, f'hydra.sweep.dir="{folder.path}"'])
         except KeyboardInterrupt as error:
             raise Interrupted(folder.again) from error
@@ -94,15 +94,16 @@ def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
 
 def _check_all(words: Sequence[str]) -> None:
     """Refuse a wrong word in any combination before the first run begins."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(words))
-        (combinations,) = BasicSweeper.split_arguments(overrides, None)
-    except HydraException as error:
-        raise UsageError(str(error).strip().partition("\n")[0]) from error
-    for combination in combinations:
-        parse([word.removeprefix("++") for word in combination])
+    choices = []
+    for word in words:
+        override = parse_override(word)
+        try:
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        except HydraException as error:
+            raise UsageError(f"{word}: {str(error).strip().splitlines()[0]}") from error
+        choices.append([word] if values is None else [f"{override.key_or_group}={value}" for value in values])
+    for combination in itertools.product(*choices):
+        parse(combination)
 
 
 def _multirun(words: list[str]) -> None:
@@ -144,18 +145,3 @@ class _Task:
             console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
             return math.nan
         return float(summary["val_accuracy"])
-
-
-def _make(run_dir: str | None) -> RunFolder:
-    path = Path(run_dir).expanduser() if run_dir else None
-    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"run_dir={path} exists and is not an empty folder: choose another")
-    try:
-        if path is None:
-            base = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_sweep"
-            names = (Path("runs") / f"{base}{suffix}" for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
-            path = next(name for name in names if not name.exists())
-        path.mkdir(parents=True, exist_ok=run_dir is not None)
-    except OSError as error:
-        raise TrainingError(f"the sweep's folder cannot be made: {error}") from error
-    return RunFolder(path)
