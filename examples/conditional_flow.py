@@ -63,7 +63,8 @@ def make_flow(steps: int) -> invertible.Sequential:
 def log_likelihood(flow: invertible.Sequential, x: Tensor, label: Tensor) -> Tensor:
     """Return log p(x | label) of points [batch, 2], [batch], in nats."""
     z, log_det = flow.forward_and_log_det(x, label=label)
-    return log_det - 0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    log_normal: Tensor = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    return log_normal + log_det
 
 
 def points(number: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def fit(data: Data, ptr: Tensor, gate: Gate | None, epochs: int) -> float:
             F.cross_entropy(out[training], batch.data.y[: batch.batch_size][training]).backward()
             optimizer.step()
     with torch.no_grad():
-        right = model.eval()(data.x, adjacency(data)).argmax(1) == data.y
+        right: Tensor = model.eval()(data.x, adjacency(data)).argmax(1) == data.y
     return right[~data.train_mask].double().mean().item()
 
 

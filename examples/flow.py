@@ -53,7 +53,8 @@ def negative_log_likelihood(flow: invertible.Sequential, x: Tensor) -> Tensor:
     """Return the mean of -log p(x) over points [batch, 2], in nats."""
     z, log_det = flow.forward_and_log_det(x)
     log_normal = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
-    return -(log_normal + log_det).mean()
+    mean: Tensor = -(log_normal + log_det).mean()
+    return mean
 
 
 def points(number: int, seed: int) -> Tensor:

@@ -52,9 +52,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to x."""
-        parts = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(*parts, is_causal=True)
-        return self.out(h.transpose(1, 2).flatten(2))
+        q, k, v = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out(h.transpose(1, 2).flatten(2))
+        return out
 
 
 class Transformer(nn.Module):

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +120,11 @@ def train(width: int = 512, steps: int = 150, until: float = 1e-12, more: int = 
     twin.load_state_dict(net.state_dict())
     method = LevenbergMarquardt(net, lambda: net(x).squeeze(1) - y)
     adam = torch.optim.Adam(twin.parameters(), lr=1e-3)
-    losses, accepted, adam_losses = [], [], []
-    seconds, adam_seconds = [], []
+    accepted: list[bool] = []
+    losses: list[float] = []
+    adam_losses: list[float] = []
+    seconds: list[float] = []
+    adam_seconds: list[float] = []
 
     def adam_step() -> None:
         adam.zero_grad()
@@ -158,7 +162,8 @@ def peak(depth: int, width: int = 16, points: int = POINTS, keep: bool = False) 
     torch.manual_seed(0)
     net = deep_net(depth, width)
     engine, x = Engine(net), torch.rand(points, INPUTS, dtype=torch.float64)
-    with net[1].temp_mode(checkpoint=not keep), peak_memory("cpu") as memory:
+    body = cast(invertible.Sequential, net[1])
+    with body.temp_mode(checkpoint=not keep), peak_memory("cpu") as memory:
         engine.backward(net(x).squeeze(1) - x.sum(1), GaussNewton(damping=1.0))
     return memory.peak_bytes
 

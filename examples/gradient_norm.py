@@ -43,6 +43,7 @@ def train(epochs: int = 5, batch: int = 64, seed: int = 0) -> Result:
     data = load("digits").data
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     engine = Engine(net)
+    parameters = list(net.parameters())
     training = data.train_mask.nonzero().flatten()
     losses, steps, differences = [], [], []
     for _ in range(epochs):
@@ -50,12 +51,11 @@ def train(epochs: int = 5, batch: int = 64, seed: int = 0) -> Result:
             loss = F.cross_entropy(net(data.x[part]), data.y[part])
             squared_norm = engine.compute_gramian(loss)  # []
             step = (loss.detach() / squared_norm).item()
-            net.zero_grad()
-            loss.backward()
+            gradients = torch.autograd.grad(loss, parameters)
+            by_hand = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
             with torch.no_grad():
-                by_hand = sum(p.grad.square().sum() for p in net.parameters())
-                for p in net.parameters():
-                    p -= step * p.grad
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=step)
             losses.append(loss.item())
             steps.append(step)
             differences.append(abs(squared_norm / by_hand - 1).item())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,8 @@ class TypedGNN(ScalableGNN):
 
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return the targets' channels, or logits, of adj_t [num_targets, num_sources] and x [num_sources, ...]."""
-        out = self.own[layer](x[: adj_t.size(0)])
-        for kind, linear in enumerate(self.typed[layer]):
+        out: Tensor = self.own[layer](x[: adj_t.size(0)])
+        for kind, linear in enumerate(cast(nn.ModuleList, self.typed[layer])):
             of_type = adj_t.values() * (state["edge_type"] == kind)
             out = out + propagate(with_weights(adj_t, of_type), linear(x))
         return out if layer == LAYERS - 1 else out.relu()
@@ -117,7 +117,8 @@ def fit(data: Data, num_parts: int, epochs: int) -> float:
             F.cross_entropy(out[mask], graph.y[: batch.batch_size][mask]).backward()
             optimizer.step()
     test = (data.y >= 0) & ~data.train_mask
-    return (model(loader=everything).argmax(1) == data.y)[test].double().mean().item()
+    right: Tensor = model(loader=everything).argmax(1) == data.y
+    return right[test].double().mean().item()
 
 
 def train(num_papers: int = 600, num_parts: int = 6, epochs: int = 15, seed: int = 0) -> Result:

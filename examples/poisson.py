@@ -50,12 +50,13 @@ class Net(nn.Module):
         super().__init__()
         sizes = [1, *[width] * layers]
         # An input that is always 1, with derivatives 0, takes the place of the bias, which would be added to all three.
-        self.hidden = nn.ModuleList(nn.Linear(a + 1, b, bias=False) for a, b in pairwise(sizes))
+        hidden = [nn.Linear(a + 1, b, bias=False) for a, b in pairwise(sizes)]
+        self.hidden = nn.ModuleList(hidden)
         self.last = nn.Linear(width + 1, 1, bias=False)
         self.double()
         with torch.no_grad():
-            slopes = self.hidden[0].weight[:, 0].uniform_(-first, first)
-            self.hidden[0].weight[:, 1] = -slopes * torch.rand(width, dtype=torch.float64)  # zero somewhere in [0, 1]
+            slopes = hidden[0].weight[:, 0].uniform_(-first, first)
+            hidden[0].weight[:, 1] = -slopes * torch.rand(width, dtype=torch.float64)  # zero somewhere in [0, 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return u, u' and u'', [points, 3], for x [points]."""

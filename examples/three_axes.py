@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, _: None) -> Tensor:
         """Return [num_nodes, channels] for x of the same shape."""
-        return self.linear(F.dropout(self.norm(x).relu(), 0.1, self.training))
+        out: Tensor = self.linear(F.dropout(self.norm(x).relu(), 0.1, self.training))
+        return out
 
 
 class Network(ScalableGNN):
@@ -77,15 +78,15 @@ class Network(ScalableGNN):
     def forward_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return the targets' channels, or logits, of adj_t [num_targets, num_sources] and x [num_sources, ...]."""
         x = F.layer_norm(adj_t @ self.linears[layer](x), (CHANNELS,))
-        for reversible in self.stacks[layer]:
+        for reversible in cast(nn.ModuleList, self.stacks[layer]):
             x = reversible(x, None)
         return self.head(x) if layer == LAYERS - 1 else x
 
     def keep_everything(self) -> None:
         """Make the reversible layers ordinary ones."""
-        for stack in self.stacks:
-            for reversible in stack:
-                reversible.disable = True
+        for module in self.modules():
+            if isinstance(module, GroupAddRev):
+                module.disable = True
 
 
 def losses_of(logits: Tensor, data: Any) -> Tensor:
