@@ -169,7 +169,7 @@ def test_options_of_a_convolution_are_free():
         ("dataset.options.k=many", "must be of type int, as 10 is"),
         ("optimizer.options.eps=true", "must be of type float"),
         ("seed=a", "seed=a: must be a whole number$"),
-        ("seed=true", "seed=True: must be a whole number"),
+        ("seed=true", "seed=true: must be a whole number"),
         ("epochs=1.5", "epochs=1.5: must be a whole number"),
         ("epochs=null", "epochs=null: must be a whole number$"),
         ("patience=often", "patience=often: must be a whole number or null"),

@@ -12,14 +12,14 @@ def test_every_option_stands_under_its_own_name():
 def test_a_line_is_a_preset_of_its_graph_and_network():
     for name, row in rows().items():
         assert name == f"{row['dataset']}_{row['model']}"
-        assert preset(name).options == {"optimizer": "adam", "training": "autoscale"} | {
+        assert preset(name)[0] == {"optimizer": "adam", "training": "autoscale"} | {
             group: row[group] for group in ("dataset", "model")
         }
 
 
 def test_every_column_is_a_key_of_each_line_that_has_a_value_in_it():
     for name, row in rows().items():
-        found = set(preset(name).values)
+        found = set(preset(name)[1])
         assert found <= set(defaults(f"dataset={row['dataset']}", f"model={row['model']}"))
         assert found >= {key for key, cell in row.items() if cell} - {"dataset", "model", "row"}
 

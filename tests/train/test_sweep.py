@@ -58,6 +58,7 @@ def test_a_wrong_word_in_one_combination_stops_all_before_the_first(tmp_path, mo
         (["model=gcn,gnc"], "there is no model 'gnc'"),
         (["layers=2,3"], r"did you mean model.num_layers\?"),
         (["resume=x,y"], "leave out -m"),
+        (["model=glob(gc*)"], r"'model=glob\(gc\*\)' cannot be swept over: write its values out"),
     ):
         with pytest.raises(UsageError, match=message):
             sweep([*TINY, *words], QUIET)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import Any
 
 from recollect._util._sizes import as_size
 from recollect.train._errors import UsageError, choose_from
+from recollect.train._keys import show
 from recollect.train._settings import SEEDS, ScalableSettings, Settings, keys
 
 __all__ = ["check", "check_given"]
@@ -79,14 +79,14 @@ def _device(device: str) -> Iterator[str]:
         yield f"device: {choose_from('value', device, devices)}"
 
 
-def _lacking(settings: Settings, needed: Mapping[str, tuple[Any, ...]]) -> str:
-    """What the needed settings are where others were found; the first of those that do is the one to name."""
+def _lacking(settings: Settings, needed: str) -> str:
+    """Those of the words ``key=one|other,third`` that the settings do not meet; nobody is told to write the third."""
     words = []
-    for key, right in needed.items():
+    for key, _, right in (word.partition("=") for word in needed.split()):
         found = attrgetter(key)(settings)
-        if getattr(found, "name", found) not in right:
-            words.append(f"{key}={'null' if right[0] is None else str(right[0])}")
-    return ", ".join(words).replace("True", "true").replace("False", "false")
+        if show(getattr(found, "name", found)).removesuffix(".0") not in right.replace(",", "|").split("|"):
+            words.append(f"{key}={right.partition(',')[0].replace('|', ' or ')}")
+    return ", ".join(words)
 
 
 def _devices(settings: Settings) -> Iterator[str]:
@@ -95,18 +95,11 @@ def _devices(settings: Settings) -> Iterator[str]:
             f"devices={settings.devices} needs a network whose histories can lie over processes, and model="
             f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
         )
-    needed = {
-        "training": ("autoscale",),
-        "training.layerwise": (True,),
-        "training.pool_size": (None,),
-        "training.compensate": (None,),
-        "training.errors_every": (None,),
-        "training.lipschitz": (0,),
-        "training.history_device": (None, "cpu"),
-        "objective": ("mean",),
-        "device": ("cpu", "auto"),
-        "runs": (1,),
-    }
+    needed = (
+        "training=autoscale training.layerwise=true training.pool_size=null training.compensate=null "
+        "training.errors_every=null training.lipschitz=0 training.history_device=null,cpu objective=mean "
+        "device=cpu,auto runs=1"
+    )
     if words := _lacking(settings, needed):
         yield f"devices={settings.devices}: several processes train on parts, and need {words}"
     if settings.training.num_parts < settings.devices:
@@ -205,14 +198,9 @@ def _whole_graph(settings: Settings) -> Iterator[str]:
             f"training=wholegraph needs a reversible network, and model={settings.model.name} is none: choose revgnn, "
             "or training=autoscale"
         )
-    needed = {
-        "training.edge_dropout": (0,),
-        "training.lipschitz": (0,),
-        "model.disable": (False,),
-        "device": ("cpu", "auto"),
-        "precision": ("32-true",),
-        "objective": ("mean or multitask", "mean", "multitask"),
-        "model.norm": ("layer", None),
-    }
+    needed = (
+        "training.edge_dropout=0 training.lipschitz=0 model.disable=false device=cpu,auto precision=32-true "
+        "objective=mean|multitask model.norm=layer,null"
+    )
     if words := _lacking(settings, needed):
         yield f"training=wholegraph computes a step part by part, and needs {words}"

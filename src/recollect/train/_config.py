@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from recollect.train._check import check, check_given
 from recollect.train._errors import InvalidRunError, UsageError, choose_from, did_you_mean, nearest_keys
-from recollect.train._options import OPTIONS, Preset, preset, rows
+from recollect.train._keys import show
+from recollect.train._options import OPTIONS, preset, rows
 from recollect.train._settings import Settings, keys, model_class, values
 from recollect.train._stored import check_settings_text, read_text
 
@@ -152,14 +153,14 @@ def parse_override(text: str) -> Override:
 def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
     """The options that were chosen, the rest of the preset and of the tables, and on top what was said."""
     name = chosen.get("preset")
-    row = preset(name) if name else Preset({}, {})
-    options = {**{group: next(iter(table)) for group, table in OPTIONS.items()}, **row.options, **chosen}
+    options, row = preset(name) if name else ({}, {})
+    options = {**{group: next(iter(table)) for group, table in OPTIONS.items()}, **options, **chosen}
     base = Settings(**{group: table[options[group]] for group, table in OPTIONS.items()}, preset=name)
-    if others := [key for key in row.values if key not in values(base)]:
+    if others := [key for key in row if key not in values(base)]:
         raise UsageError(
             f"preset={name} sets {', '.join(others)}, which model={options['model']} has not: leave one of them out"
         )
-    said = {**row.values, **said}
+    said = row | said
     if said.get("model.target") and said.get("model.folder") is None:
         said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
     return _updated(base, said)
@@ -266,7 +267,7 @@ def _typed(config: DictConfig) -> Settings:
             raise UsageError(f"{key}: {_first_line(error)}") from error
         key = key.partition("[")[0]
         found = OmegaConf.select(config, key)
-        raise UsageError(f"{key}={'null' if found is None else found}: must be {about.kind}") from error
+        raise UsageError(f"{key}={show(found)}: must be {about.kind}") from error
     check(settings)
     return settings
 

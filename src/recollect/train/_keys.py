@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -10,7 +11,7 @@ from typing import Any
 
 from recollect.train._errors import choose_from
 
-__all__ = ["About", "key"]
+__all__ = ["About", "key", "show"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class About:
         if self.above is not None and value <= self.above:
             return f"{key}={value}: must be above {self.above}"
         return None
+
+
+def show(value: Any) -> str:
+    """A value as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str).replace('"', "")
 
 
 _KINDS: dict[Any, str] = {

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -32,7 +31,7 @@ from recollect.train._settings import (
     TrainingSettings,
 )
 
-__all__ = ["OPTIONS", "Preset", "preset", "rows"]
+__all__ = ["OPTIONS", "preset", "rows"]
 
 _STORED = {"download": False}
 _SPLIT = (
@@ -110,19 +109,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 """Group -> option -> the group's settings; the first option is taken where nobody says another."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A row of published results.
-
-    Attributes:
-        options: of groups.
-        values: of keys.
-    """
-
-    options: Mapping[str, str]
-    values: Mapping[str, Any]
-
-
 @functools.cache
 def rows() -> Mapping[str, Mapping[str, str]]:
     """The lines of the table by the preset's name."""
@@ -130,9 +116,9 @@ def rows() -> Mapping[str, Mapping[str, str]]:
     return {f"{row['dataset']}_{row['model']}": row for row in csv.DictReader(lines)}
 
 
-def preset(name: str) -> Preset:
-    """Read a line of the table."""
+def preset(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The options of groups and the values of keys that a line of the table has."""
     row = rows()[name]
     options = {"dataset": row["dataset"], "model": row["model"], "optimizer": "adam", "training": "autoscale"}
     values = {key: yaml.safe_load(cell) for key, cell in row.items() if cell and key not in (*options, "row")}
-    return Preset(options, {"patience": None, "warmup_epochs": 0, **values})
+    return options, {"patience": None, "warmup_epochs": 0, **values}

@@ -100,7 +100,7 @@ def _check_all(words: Sequence[str]) -> None:
         try:
             values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
         except HydraException as error:
-            raise UsageError(f"{word}: {str(error).strip().splitlines()[0]}") from error
+            raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
         choices.append([word] if values is None else [f"{override.key_or_group}={value}" for value in values])
     for combination in itertools.product(*choices):
         parse(combination)
