@@ -4,7 +4,7 @@ import re
 
 from recollect.train._config import defaults, groups
 from recollect.train._help import help_text
-from recollect.train._settings import keys
+from recollect.train._settings import about
 
 
 def test_every_group_option_and_key_is_there():
@@ -14,8 +14,7 @@ def test_every_group_option_and_key_is_there():
         assert f"{group}=" in words
         assert set(options) <= set(words)
     for key in defaults():
-        about = keys().get(key)
-        assert any(word.startswith(f"{key}=") for word in words) == (not (about and about.group)), key
+        assert any(word.startswith(f"{key}=") for word in words) == (not about(key).group), key
 
 
 def test_keys_stand_below_what_they_need():

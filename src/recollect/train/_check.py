@@ -8,7 +8,7 @@ from operator import attrgetter
 from recollect._util._sizes import as_size
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._keys import show
-from recollect.train._settings import SEEDS, ScalableSettings, Settings, keys
+from recollect.train._settings import SEEDS, ScalableSettings, Settings, about, keys
 
 __all__ = ["check", "check_given"]
 
@@ -29,9 +29,8 @@ def check_given(settings: Settings, given: Iterable[str]) -> None:
     Raises:
         UsageError: there is one; the message says with which option of which group it counts.
     """
-    known = keys()
     for key in given:
-        group, *options = known[key].needs if key in known and known[key].needs else (None,)
+        group, *options = about(key).needs or (None,)
         if group and (found := getattr(settings, group).name) not in options:
             raise UsageError(
                 f"{key} counts only with {group}={' or '.join(options)}, and this is {group}={found}: leave it out, or "
@@ -41,8 +40,8 @@ def check_given(settings: Settings, given: Iterable[str]) -> None:
 
 def _faults(settings: Settings) -> Iterator[str]:
     """All that is wrong, in a sentence each."""
-    for key, about in keys(settings.model.kind).items():
-        if fault := about.fault(key, attrgetter(key)(settings)):
+    for key, own in keys(settings.model.kind).items():
+        if fault := own.fault(key, attrgetter(key)(settings)):
             yield fault
     yield from _device(settings.device)
     if settings.seed + settings.runs > SEEDS:

@@ -19,7 +19,7 @@ from recollect.train._check import check, check_given
 from recollect.train._errors import InvalidRunError, UsageError, choose_from, did_you_mean, nearest_keys
 from recollect.train._keys import show
 from recollect.train._options import OPTIONS, preset, rows
-from recollect.train._settings import Settings, keys, model_class, values
+from recollect.train._settings import Settings, about, keys, model_class, values
 from recollect.train._stored import check_settings_text, read_text
 
 __all__ = ["changed", "defaults", "groups", "parse", "parse_override", "read", "with_absolute_paths", "write"]
@@ -60,9 +60,9 @@ def parse(overrides: Sequence[str]) -> Settings:
         key, value = word.key_or_group, word.value()
         if key in groups():
             chosen[key] = _option(key, value, word.get_value_element_as_str())
-        elif (about := keys().get(key)) and about.group:
-            said = f"{key} is set by its group, with all that belongs to it: write {about.group}=NAME"
-            raise UsageError(f"{said}; {did_you_mean(value, groups()[about.group])}")
+        elif group := about(key).group:
+            said = f"{key} is set by its group, with all that belongs to it: write {group}=NAME"
+            raise UsageError(f"{said}; {did_you_mean(value, groups()[group])}")
         else:
             given[key] = value
     stored: Values = {}
@@ -103,8 +103,7 @@ def changed(settings: Settings, overrides: Sequence[str], allowed: Sequence[str]
 
 def with_absolute_paths(settings: Settings) -> Settings:
     """The settings with paths that do not depend on the working directory."""
-    known, found = keys(), values(settings)
-    paths = {key: value for key, value in found.items() if key in known and known[key].path and value}
+    paths = {key: value for key, value in values(settings).items() if value and about(key).path}
     return _updated(settings, {key: str(Path(value).expanduser().resolve()) for key, value in paths.items()})
 
 
@@ -136,7 +135,7 @@ def parse_override(text: str) -> Override:
         UsageError: it is none, or it adds or removes keys.
     """
     key, equals, value = text.partition("=")
-    if equals and key in keys() and keys()[key].path and value not in ("", "null") and value[0] not in "'\"":
+    if equals and about(key).path and value not in ("", "null") and value[0] not in "'\"":
         quoted = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
         text = f'{key}="{quoted}"'
     try:
@@ -205,8 +204,7 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Values:
     found: Values = {}
     for name, value in node.items():
         key = f"{prefix}{name}"
-        free = key in keys() and keys()[key].free
-        found |= _leaves(value, f"{key}.") if isinstance(value, dict) and not free else {key: value}
+        found |= _leaves(value, f"{key}.") if isinstance(value, dict) and not about(key).free else {key: value}
     return found
 
 
@@ -223,9 +221,9 @@ def _updated(settings: Settings, said: Values) -> Settings:
         UsageError: a key is not there, or a value is wrong.
     """
     config = OmegaConf.create(dataclasses.asdict(settings))
-    known, about = values(settings), keys(settings.model.kind)
+    known = values(settings)
     for key, value in said.items():
-        if not any(about[name].free and key.startswith(f"{name}.") for name in about):
+        if not any(key.startswith(f"{name}.") for name in known if about(name).free):
             _check_key(key, value, known)
         OmegaConf.update(config, key, value, merge=False)
     return _typed(config)
@@ -236,8 +234,8 @@ def _check_key(key: str, value: Any, known: Values) -> None:
     if key not in known:
         if below := [name for name in known if name.startswith(f"{key}.")]:
             raise UsageError(f"{key!r} is a group of keys; set one of them: {', '.join(below)}")
-        texts = {name: keys()[name].help if name in keys() else "" for name in [*groups(), *known]}
-        raise UsageError(f"there is no key {key!r}: {nearest_keys(key, texts)}")
+        meanings = {name: about(name).help for name in [*groups(), *known]}
+        raise UsageError(f"there is no key {key!r}: {nearest_keys(key, meanings)}")
     if ".options." in key:
         kind = type(known[key])
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
@@ -262,12 +260,11 @@ def _typed(config: DictConfig) -> Settings:
         settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, config)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
-        about = keys(kind).get(key.partition("[")[0])
-        if about is None or not isinstance(error, ValidationError):
-            raise UsageError(f"{key}: {_first_line(error)}") from error
-        key = key.partition("[")[0]
-        found = OmegaConf.select(config, key)
-        raise UsageError(f"{key}={show(found)}: must be {about.kind}") from error
+        whole = key.partition("[")[0]  # of an item of a list
+        if whole in keys(kind) and isinstance(error, ValidationError):
+            found = show(OmegaConf.select(config, whole))
+            raise UsageError(f"{whole}={found}: must be {keys(kind)[whole].kind}") from error
+        raise UsageError(f"{key}: {_first_line(error)}") from error
     check(settings)
     return settings
 

@@ -6,8 +6,8 @@ import textwrap
 from typing import Any
 
 from recollect.train._config import defaults, groups
-from recollect.train._keys import About, show
-from recollect.train._settings import keys
+from recollect.train._keys import show
+from recollect.train._settings import about, keys
 
 __all__ = ["help_text"]
 
@@ -33,31 +33,32 @@ _HISTORIES = f"only with a model with histories, in place of revgnn's own; the v
 
 def help_text() -> str:
     """Groups with their options, then keys with their defaults, values and meaning."""
-    usual, others, known = defaults(), defaults(_OTHER), keys()
+    usual, others = defaults(), defaults(_OTHER)
     sections: dict[str, list[str]] = {_ALWAYS: []}
     for key, value in (usual | {key: others[key] for key in others if key not in usual}).items():
-        about = known.get(key)
-        needs = about.needs if about else ()
+        needs = about(key).needs
         title = f"only with {needs[0]}={' or '.join(needs[1:])}:" if needs else _ALWAYS
-        if about is None or not about.group:
-            sections.setdefault(title if key in usual else _HISTORIES, []).extend(_described(key, value, about))
+        if not about(key).group:
+            sections.setdefault(title if key in usual else _HISTORIES, []).extend(_described(key, value))
     lines = [_HEAD, "groups, and the options of each:"]
     for group, options in groups().items():
         named = (f"{option} (default)" if option == usual.get(f"{group}.name") else option for option in options)
         lines += [f"  {group}=", *_wrapped(" ".join(named), "    ", "    ")]
     for title, found in sections.items():
         lines += ["", title, *found]
-    free = ", ".join(key for key, about in known.items() if about.free)
+    free = ", ".join(key for key, own in keys().items() if own.free)
     return "\n".join(
         [*lines, "", f"Below {free} any key can be set: what is there depends on model.conv and model.target.", ""]
     )
 
 
-def _described(key: str, value: Any, about: About | None) -> list[str]:
+def _described(key: str, value: Any) -> list[str]:
     """A key with its value and meaning, in lines."""
-    text = about.help if about else f"option of this {key.partition('.')[0]}"
-    choices = f" ({', '.join(about.choices)})" if about and about.choices else ""
-    return _wrapped(text + choices, f"  {key + '=' + show(value):<36} ", " " * 39)
+    text = about(key).help or f"option of this {key.partition('.')[0]}"
+    choices = about(key).choices
+    return _wrapped(
+        text + (f" ({', '.join(choices)})" if choices else ""), f"  {key + '=' + show(value):<36} ", " " * 39
+    )
 
 
 def _wrapped(text: str, first: str, others: str) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "ScalableSettings",
     "Settings",
     "TrainingSettings",
+    "about",
     "keys",
     "model_class",
     "values",
@@ -315,13 +316,18 @@ def keys(kind: str | None = None) -> Mapping[str, About]:
     return types.MappingProxyType(known)
 
 
+def about(name: str) -> About:
+    """What is known of a key; nothing where there is none, as of a single option of a group."""
+    return keys().get(name) or About("")
+
+
 def values(settings: Settings) -> dict[str, Any]:
     """Key -> value, options of a group one by one: ``"optimizer.options.eps"``."""
     found: dict[str, Any] = {}
-    for name, about in keys(settings.model.kind).items():
+    for name, own in keys(settings.model.kind).items():
         value = attrgetter(name)(settings)
-        if isinstance(value, dict) and not about.free:
-            found |= {f"{name}.{option}": own for option, own in value.items()}
+        if isinstance(value, dict) and not own.free:
+            found |= {f"{name}.{option}": each for option, each in value.items()}
         else:
             found[name] = value
     return found
