@@ -10,24 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect._verdicts import later
-from recollect.autoscale._adjacency import as_csr, edge_index_of, first_rows, is_edge_index
+from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch
+from recollect.autoscale._block_compensation import BlockCompensation, BlockWays, LayerCompensation
+from recollect.autoscale._block_refresh import BlockSweep
+from recollect.autoscale._blocks import WEIGHTS, Blocks, edges_of
 from recollect.autoscale._exchange import Exchange
-from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
+from recollect.autoscale._inference import (
+    LayerWise,
+    States,
+    Tables,
+    check_layerwise,
+    evaluating,
+    forward_of_its_own,
+)
 from recollect.autoscale._making import widths_of
-from recollect.autoscale._network import Between, Follow, LayeredGNN, Run, SourceOf, State
+from recollect.autoscale._network import Between, Follow, Run, SourceOf
+from recollect.autoscale._refresh import Loss
 from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
 from recollect.autoscale._stamp import GraphStamp, check_graph
+from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._rows_source import Pulls, Rows
 from recollect.autoscale.histories._selection import numbers_of
+from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.messages.reach import look_of
 
 __all__ = ["Around", "BlockwiseGNN"]
-
-_WEIGHTS = "edge_weight"
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Around:
         inputs: their rows of the layer's input [halo, hidden_channels].
         outputs: and of its output; constants.
         sources: what brings these back in backward; ``None``: they are kept.
+        compensation: with ``compensate=True``, what completes the gradients of the layer's blocks.
 
     Example:
         >>> import torch
@@ -61,6 +72,7 @@ class Around:
     inputs: Tensor
     outputs: Tensor
     sources: tuple[Rows | None, Rows]
+    compensation: LayerCompensation | None = None
 
 
 class BlockwiseGNN(ScalableGNN):
@@ -77,11 +89,12 @@ class BlockwiseGNN(ScalableGNN):
         num_layers: L; there are L histories.
         inputs: names of what each block gets after ``edge_index`` where the graph is an adjacency, in order:
             ``"edge_weight"``, its weights, or what the call brings by this name.
+        num_groups: C; needed with ``compensate=True``, and otherwise may be set later.
         **options: of :class:`ScalableGNN`, from ``pool_size`` on.
 
     Attributes:
         conv_inputs: ``inputs``.
-        num_groups: C, which each network sets.
+        num_groups: C, which each network sets, if it is not given.
 
     Example:
         >>> from recollect.autoscale import BlockwiseGNN, get_data
@@ -98,6 +111,7 @@ class BlockwiseGNN(ScalableGNN):
 
     num_groups: int
     _look: int | None = None  # of the network when it was checked
+    _block_ways: BlockWays
 
     def __init__(
         self,
@@ -106,11 +120,14 @@ class BlockwiseGNN(ScalableGNN):
         num_layers: int,
         *,
         inputs: Sequence[str] = (),
+        num_groups: int | None = None,
         **options: Any,
     ) -> None:
+        if num_groups is not None:
+            self.num_groups = num_groups
         super().__init__(num_nodes, hidden_channels, num_layers, **options)
         self.conv_inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-        self.inputs = tuple(name for name in self.conv_inputs if name != _WEIGHTS)
+        self.inputs = tuple(name for name in self.conv_inputs if name != WEIGHTS)
 
     def _make_histories(self) -> None:
         if self.history_options.process_group is not None:
@@ -118,7 +135,28 @@ class BlockwiseGNN(ScalableGNN):
                 f"{type(self).__name__} pulls rows again in backward, and histories over ranks do not: leave out "
                 "process_group"
             )
+        if self.combine is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no combined rows: leave out combine=, whose fresh rows would be those of "
+                "each block at the nodes around a mini-batch; compensate=True alone corrects gradients"
+            )
         super()._make_histories()
+
+    def _forward_is_by_layers(self) -> bool:
+        return forward_of_its_own(self, "run_block") is None
+
+    def keep_gradients(self) -> None:
+        """See :class:`CorrectedGNN`; a history for each block but the first."""
+        self._block_ways = BlockWays()
+        super().keep_gradients()
+
+    def _gradient_widths(self) -> list[int]:
+        return [sum(self._widths()[:1]) // self.num_groups] * (self.num_layers * self.num_groups - 2)
+
+    def _sweep_gradients(
+        self, num_nodes: int, loader: Iterable[SubData], gradients: GradientHistories, loss: Loss
+    ) -> None:
+        BlockSweep(self, num_nodes, loader, self.tables, gradients, loss).run()
 
     def _count_of(self, num_nodes: int | None) -> int:
         return 0 if num_nodes is None else super()._count_of(num_nodes)
@@ -160,8 +198,30 @@ class BlockwiseGNN(ScalableGNN):
         """
 
     @abstractmethod
-    def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
-        """Return what a block adds to its group, of its input [n, hidden_channels / C], with nothing shared."""
+    def run_block(
+        self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...], mask: Tensor | None = None
+    ) -> Tensor:
+        """Return what a block adds to its group, of its input [n, hidden_channels / C].
+
+        Args:
+            index: of the layer.
+            group: of the block.
+            z: its input.
+            edge_index: the graph.
+            args: what it gets of the edges.
+            mask: what :meth:`mask_of` returns of what layers share; ``None``: nothing is shared.
+        """
+
+    def mask_of(self, shared: Any, group: int) -> Tensor:
+        """Return what blocks of a group multiply their input by, of what layers share [n, hidden_channels / C].
+
+        Needed with ``compensate=True``, where layers share something.
+        """
+        raise NotImplementedError(f"compensate=True: {type(self).__name__} shares something, and has no mask_of")
+
+    def block_of(self, index: int, group: int) -> nn.Module:
+        """Return the module that :meth:`run_block` runs; needed with ``compensate=True``."""
+        raise NotImplementedError(f"compensate=True: {type(self).__name__} has no block_of(index, group)")
 
     @abstractmethod
     def add(self, index: int, group: int, x: Tensor, found: Tensor) -> Tensor:
@@ -175,11 +235,12 @@ class BlockwiseGNN(ScalableGNN):
 
     def look_at_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
         """Call :meth:`check_parts` if that was not done for the network as it is now."""
-        look = look_of(part for name, part in self.named_children() if name != "histories")
+        look = look_of(part for name, part in self.named_children() if name not in ("histories", "gradients"))
         if look != self._look:
             with evaluating(self):
                 self.check_parts(x, args)
             self._look = look
+            self._block_ways = BlockWays()
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.
@@ -188,17 +249,19 @@ class BlockwiseGNN(ScalableGNN):
             x: features of all nodes, or of the mini-batch's and its halo's [B + halo, in_channels].
             edge_index: a graph. Of an adjacency in sparse CSR form, blocks get the edges as ``edge_index``.
             *args: ``batch_size``, ``n_id``, ``offset`` and ``count`` of a mini-batch.
-            **inputs: what ``inputs`` names, but for weights of an adjacency.
+            **inputs: what ``inputs`` names, but for weights of an adjacency; ``outward``, a mini-batch's
+                ``data.outward``, with ``compensate=True``.
 
         Raises:
-            TypeError, ValueError, IndexError: as :meth:`ScalableGNN.forward`.
+            TypeError, ValueError, IndexError, NotImplementedError: as :meth:`ScalableGNN.forward`.
         """
+        outward = inputs.pop("outward", None)
         batch = self._batch(args or (None, None, None, None))
         if batch is None:
             return self.run_layers(x, edge_index, inputs, unchanged if self.training else self._fill)
         adj_t = as_csr(edge_index)
         batch.check_inputs(x, adj_t)
-        return self._on_batch(x, first_rows(adj_t, batch.size), batch, inputs)
+        return self._on_batch(x, first_rows(adj_t, batch.size), batch, inputs, outward)
 
     def run_layers(
         self,
@@ -221,19 +284,28 @@ class BlockwiseGNN(ScalableGNN):
             x = between(index, self.run_stage(index, x, edge_index, shared, args, None))
         return self.classify(x)
 
-    def _on_batch(self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    def _on_batch(
+        self, x: Tensor, adj_t: Tensor, batch: Batch, inputs: dict[str, Any], outward: Outward | None
+    ) -> Tensor:
         """Evaluate all layers on a mini-batch; each history is pulled once, and once more in backward."""
         edge_index, args = edges_of(adj_t, self.conv_inputs, inputs)
         self.look_at_parts(x, args)
+        outward = self.checked_outward(outward, adj_t, bool(self._block_ways.of_blocks))
         x = self.enter(x)
         shared = self.share(x)
+        correction = None
+        if outward is not None and self.gradients is not None:
+            ways = self._block_ways
+            correction = BlockCompensation(self, self.gradients, self.tables, batch, outward, inputs, shared, ways)
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
         del x
         pulls, source = Pulls(), None
         for index, history in enumerate(self.tables):
             behind = self._exchange.halo_source(history, batch, pulls)
             after = self._exchange.pull(history, batch).to(own)
-            own = self.run_stage(index, own, edge_index, shared, args, Around(before, after, (source, behind)))
+            joint = None if correction is None else correction.of(index, own)
+            around = Around(before, after, (source, behind), joint)
+            own = self.run_stage(index, own, edge_index, shared, args, around)
             self._exchange.push(history, own, batch)
             before, source = after, behind
         return self.classify(own)
@@ -276,7 +348,7 @@ class BlockwiseGNN(ScalableGNN):
             take: gets the number of a layer, and its output in pieces.
         """
         check_layerwise(self, "run_block", self.stages())
-        view, wanted = _Blocks(self), False
+        view, wanted = Blocks(self), False
         exact = next(self.parameters()).dtype == torch.float64
         channels = sum(self._widths()[:1]) // self.num_groups
 
@@ -294,78 +366,3 @@ class BlockwiseGNN(ScalableGNN):
                 take(index, ((numbers_of(rows), torch.cat(state["groups"], 1)) for rows, state in states.items()))
 
         return LayerWise(view, loader, tables_for).run(self.emb_device, finished)
-
-
-class _Blocks(LayeredGNN):
-    """The blocks of all layers as layers of their own: x is a block's input, and the stream is in the state.
-
-    What one returns is the next one's input. After the last block there is one layer more, which is the head.
-    """
-
-    def __init__(self, model: BlockwiseGNN) -> None:
-        super().__init__(model.num_layers * model.num_groups + 1)
-        self.model = model
-        self.inputs = model.inputs
-
-    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
-        """See :class:`LayeredGNN`."""
-        model, size = self.model, adj_t.size(0)
-        index, group = divmod(layer, model.num_groups)
-        if index == model.num_layers:
-            return torch.cat(state["groups"], 1)
-        edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
-        if layer == 0:
-            model.look_at_parts(x, args)
-            groups = model.enter(x).chunk(model.num_groups, 1)
-            state["groups"] = [one[:size] for one in groups]
-            x = _first_input(groups)
-        found = model.run_block(index, group, x, edge_index, args)[:size]
-        new = list(state["groups"])
-        new[group] = model.add(index, group, new[group], found)
-        state["groups"] = new
-        return new[group] if group < model.num_groups - 1 else _first_input(new)
-
-    def readout(self, x: Tensor, state: State) -> Tensor:
-        """See :class:`LayeredGNN`."""
-        return self.model.classify(x)
-
-
-def _first_input(groups: Sequence[Tensor]) -> Tensor:
-    """Return what the first block of a layer reads."""
-    return sum(groups[2:], start=groups[1])
-
-
-def _refuse_weights(numbers: list[list[Any]]) -> None:
-    if numbers[0][0]:
-        raise ValueError(
-            "the adjacency has weights other than 1, and the convolutions are given none; make the network with "
-            "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
-            "weights"
-        )
-
-
-def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the edges as blocks take them, and what they take beside.
-
-    Args:
-        graph: an adjacency in sparse CSR form, or an ``EdgeIndex``; in any other form it is left as it is.
-        names: of what blocks take, in order.
-        inputs: what the network was called with, by name.
-
-    Raises:
-        ValueError: something is missing, or nobody takes it; or the adjacency has weights that nobody takes.
-    """
-    given = dict(inputs)
-    if is_edge_index(graph) or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
-        adj_t = as_csr(graph, given.pop(_WEIGHTS, None))
-        graph, given[_WEIGHTS] = edge_index_of(adj_t), adj_t.values()
-        if _WEIGHTS not in names:
-            later([(given[_WEIGHTS] != 1).any().to(torch.int64)], _refuse_weights)
-    missing = [name for name in names if name not in given]
-    unknown = inputs.keys() - set(names)
-    if missing or unknown:
-        raise ValueError(
-            f"the network was made with inputs={tuple(names)}, and is to be called with these by name (missing: "
-            f"{', '.join(missing) or 'none'}; not among them: {', '.join(sorted(unknown)) or 'none'})"
-        )
-    return graph, tuple(given[name] for name in names)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect._util._tree import tensors_of
-from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation
+from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, other_weights
 from recollect.autoscale._conditions import autocast_now, blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
@@ -201,7 +201,7 @@ class CombinedPass(Compensation):
         elif layer not in self._ways and self._outward.num_targets:
             outward = self._outward.from_batch(self._batch.size)
             inputs = inputs_of(self._given_inputs, outward)
-            edges = Edges(outward._replace(value=self._other_weights(layer, outward.value)))
+            edges = Edges(outward._replace(value=other_weights(layer, outward.value)))
             with self._plain():
                 way = way_of(self._model, layer, x, edges, inputs, blank_of(inputs, state), [Form.EDGES])
             self._note(layer, way)

@@ -41,7 +41,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import multiplied, transposed_rows
 
-__all__ = ["BACKWARD_TWICE", "Compensation", "Steady"]
+__all__ = ["BACKWARD_TWICE", "Compensation", "Steady", "other_weights"]
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -215,14 +215,10 @@ class Compensation:
             self._check_apart_from_state(layer, x, blank)
             return Way(Form.ANY)
         if layer not in self._ways:
-            edges = Edges(self._outward._replace(value=self._other_weights(layer, self._outward.value)))
+            edges = Edges(self._outward._replace(value=other_weights(layer, self._outward.value)))
             with self._plain():
                 self._note(layer, way_of(self._model, layer, x, edges, self._inputs, blank))
         return self._ways[layer]
-
-    def _other_weights(self, layer: int, value: Tensor) -> Tensor:
-        """Weights that are 1, or 0, in this mini-batch may be others in the next."""
-        return (drawn_like(value, torch.Generator().manual_seed(layer)).abs() + 0.5).to(value)
 
     def _note(self, layer: int, way: Way) -> None:
         """Keep how a layer's gradient is sent back, if that can be done by the edges that there are."""
@@ -288,6 +284,11 @@ class Compensation:
                         "compensate=True layers after the first may leave there what they return, and nothing else "
                         "that they computed"
                     )
+
+
+def other_weights(layer: int, value: Tensor) -> Tensor:
+    """Return other weights of edges: those that are 1, or 0, in this mini-batch may be others in the next."""
+    return (drawn_like(value, torch.Generator().manual_seed(layer)).abs() + 0.5).to(value)
 
 
 class _Step:

@@ -58,10 +58,14 @@ class CorrectedGNN(HistoryGNN):
         self._ways, self._steady = {}, {}
         before, self.gradients = self._modules.get("gradients"), None
         if self.compensate:
-            widths = [history.embedding_dim for history in self.tables[1:]]
+            widths = self._gradient_widths()
             self.gradients = GradientHistories(self.num_nodes, widths, options.device, options.dtype, options.path)
             if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
                 self.gradients.to(before.place)
+
+    def _gradient_widths(self) -> list[int]:
+        """Return the widths of the histories of gradients, apart from the last one's, which its first rows decide."""
+        return [history.embedding_dim for history in self.tables[1:]]
 
     def correction(
         self, batch: Batch, outward: Outward | None, inputs: dict[str, Any], x: Tensor, adj_t: Tensor
@@ -69,8 +73,27 @@ class CorrectedGNN(HistoryGNN):
         """Return what completes the gradients of a mini-batch between its layers, if they shall be.
 
         Raises:
-            ValueError: they shall be, and the mini-batch has no outward edges, or others than needed, or its own edges
-                have other weights.
+            ValueError: see :meth:`checked_outward`; or the outward edges are others than needed.
+        """
+        outward = self.checked_outward(outward, adj_t, bool(self._ways))
+        if outward is None or self.gradients is None:
+            return None
+        arguments = self, self.gradients, self.tables, batch, outward, inputs, self._ways, adj_t, self._steady
+        if self.combine is not None:
+            return CombinedPass(self.combine, x, self._exchange, *arguments)
+        return Compensation(*arguments)
+
+    def checked_outward(self, outward: Outward | None, adj_t: Tensor, known: bool) -> Outward | None:
+        """Return the outward edges of a mini-batch if its gradients shall be completed.
+
+        Args:
+            outward: those that it has.
+            adj_t: its own edges [B, B + halo].
+            known: whether weights of edges were compared in an earlier step.
+
+        Raises:
+            ValueError: they shall be, and the mini-batch has no outward edges, or its own edges have other weights than
+                the loader's graph.
         """
         if self.gradients is None or not (torch.is_grad_enabled() or (self.combine and outward is not None)):
             return None
@@ -82,20 +105,17 @@ class CorrectedGNN(HistoryGNN):
                 "them; call model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)"
             )
         # Numbers are compared once, before the first step, since that waits for the device.
-        if values_of(adj_t).requires_grad or not (self._ways or _has_weights(adj_t, outward)):
+        if values_of(adj_t).requires_grad or not (known or _has_weights(adj_t, outward)):
             raise ValueError(
                 "the weights of adj_t are others than those of the loader's graph (dropped, scaled or learnt), and the "
                 "edges to nodes outside have the loader's: with compensate=True change them in forward_layer, where "
                 "attributes of edges come from inputs=, or in the graph before the loader is made"
             )
-        arguments = self, self.gradients, self.tables, batch, outward, inputs, self._ways, adj_t, self._steady
-        if self.combine is not None:
-            return CombinedPass(self.combine, x, self._exchange, *arguments)
-        if outward.form == "induced":
+        if outward.form == "induced" and self.combine is None:
             raise ValueError(
                 'outward="induced" of the loader is for combine=Combination(...): without it give outward=True'
             )
-        return Compensation(*arguments)
+        return outward
 
     def refresh(self, loader: Iterable[SubData], loss: Loss | None = None) -> Tensor:
         """Make the histories those of the present parameters: embeddings, and with ``compensate=True`` gradients too.
@@ -119,8 +139,14 @@ class CorrectedGNN(HistoryGNN):
             raise ValueError("compensate=True: refresh(loader, loss) needs the loss of a mini-batch, loss(out, batch)")
         out = self.mini_inference(loader)
         if self.gradients is not None and loss is not None:
-            GradientSweep(self, out.size(0), loader, self.tables, self.gradients, loss).run()
+            self._sweep_gradients(out.size(0), loader, self.gradients, loss)
         return out
+
+    def _sweep_gradients(
+        self, num_nodes: int, loader: Iterable[SubData], gradients: GradientHistories, loss: Loss
+    ) -> None:
+        """Make the histories of gradients exact, when those of embeddings are."""
+        GradientSweep(self, num_nodes, loader, self.tables, gradients, loss).run()
 
 
 def _has_weights(adj_t: Tensor, outward: Outward) -> bool:

@@ -50,15 +50,23 @@ def check_layerwise(model: nn.Module, method: str, inside: Iterable[tuple[str, n
             ``layers_written_out = True``: that it runs the same layers in the same order, and nothing around them.
         ValueError: there are hooks.
     """
-    kinds = type(model).__mro__
-    forward, layers = (next(kind for kind in kinds if name in vars(kind)) for name in ("forward", method))
-    if forward is not layers and issubclass(forward, layers) and not vars(forward).get("layers_written_out", False):
+    forward = forward_of_its_own(model, method)
+    if forward is not None:
         raise TypeError(
             f"{forward.__name__} has a forward of its own, which is not called when a loader is evaluated layer by "
             f"layer: let {method} do what it does, or call the network on the whole graph. If it runs the same layers "
             "one after the other and does nothing else, say so: layers_written_out = True in the class"
         )
     check_unhooked([("the network", model), *inside])
+
+
+def forward_of_its_own(model: nn.Module, method: str) -> type | None:
+    """Return the class derived from the one with a method that has another ``forward``; see :func:`check_layerwise`."""
+    kinds = type(model).__mro__
+    forward, layers = (next(kind for kind in kinds if name in vars(kind)) for name in ("forward", method))
+    if forward is layers or not issubclass(forward, layers) or vars(forward).get("layers_written_out", False):
+        return None
+    return forward
 
 
 @dataclass(frozen=True)

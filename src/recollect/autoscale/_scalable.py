@@ -371,12 +371,15 @@ class ScalableGNN(CorrectedGNN):
         return None if loader is None else self.mini_inference(loader)
 
     def _make_histories(self) -> None:
-        if self.compensate and type(self).forward is not ScalableGNN.forward:
+        if self.compensate and not self._forward_is_by_layers():
             raise ValueError(
                 f"{type(self).__name__} has a forward of its own, but compensate=True needs histories and layers that "
                 "are written in forward_layer alone"
             )
         super()._make_histories()
+
+    def _forward_is_by_layers(self) -> bool:
+        return type(self).forward is ScalableGNN.forward
 
     def _fill(self, layer: int, rows: Tensor) -> Tensor:
         self._exchange.fill(self.tables[layer], rows)

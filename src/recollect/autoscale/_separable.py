@@ -27,12 +27,14 @@ Blank = Callable[[int], State]
 class Form(Enum):
     """What a layer z = f(x, A) is, as a function of its sources j for a target i; the first are the fastest.
 
-    All but the last send Σ_i (∂z_i / ∂x_j)ᵀ v_i back without what the target's other sources hold.
+    All but the last send Σ_i (∂z_i / ∂x_j)ᵀ v_i back without what the target's other sources hold, and all but the last
+    two without the edges from these.
     """
 
     SUM = "z_i = Σ a_ij g(x_j)"
     SUM_AND_OWN = "z_i = Σ a_ij g(x_j) + s(x_i)"
     EDGES = "z_i = Σ g(x_j, a_ij) + s(x_i)"
+    ALL_EDGES = "z_i = Σ w_ij g(x_j) + s(x_i), with w_ij by all edges into i"
     ANY = "z_i = f(x_j for all j)"
 
 

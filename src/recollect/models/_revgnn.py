@@ -169,8 +169,7 @@ class RevGNN(BlockwiseGNN):
                 "normalise the whole graph's adjacency (recollect.autoscale.normalize) before the loader is made, and "
                 "give conv_kwargs={'normalize': False} and inputs=('edge_weight',)"
             )
-        super().__init__(num_nodes, hidden_channels, num_layers, inputs=inputs, **histories)
-        self.num_groups = num_groups
+        super().__init__(num_nodes, hidden_channels, num_layers, inputs=inputs, num_groups=num_groups, **histories)
         self.dropout = dropout
         self.shared_dropout = shared_dropout
         self.tied = tied
@@ -253,7 +252,9 @@ class RevGNN(BlockwiseGNN):
         self, index: int, x: Tensor, edge_index: Any, shared: Any, args: tuple[Any, ...], around: Around | None
     ) -> Tensor:
         """See :class:`~recollect.autoscale.BlockwiseGNN`."""
-        beside = None if around is None else Beside(around.inputs, around.outputs, around.sources)
+        beside = None
+        if around is not None:
+            beside = Beside(around.inputs, around.outputs, around.sources, around.compensation)
         out: Tensor = self.layer(index)(x, edge_index, shared, *args, **({} if beside is None else {"beside": beside}))
         return out
 
@@ -306,10 +307,21 @@ class RevGNN(BlockwiseGNN):
                     )
                 known.add(kind)
 
-    def run_block(self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...]) -> Tensor:
+    def run_block(
+        self, index: int, group: int, z: Tensor, edge_index: Any, args: tuple[Any, ...], mask: Tensor | None = None
+    ) -> Tensor:
         """See :class:`~recollect.autoscale.BlockwiseGNN`."""
-        out: Tensor = self.layer(index).block(group)(z, edge_index, None, *args)
+        out: Tensor = self.layer(index).block(group)(z, edge_index, mask, *args)
         return out
+
+    def mask_of(self, shared: Any, group: int) -> Tensor:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        mask: Tensor = shared.chunk(self.num_groups, 1)[group]
+        return mask
+
+    def block_of(self, index: int, group: int) -> nn.Module:
+        """See :class:`~recollect.autoscale.BlockwiseGNN`."""
+        return self.layer(index).convs[group]
 
     def add(self, index: int, group: int, x: Tensor, found: Tensor) -> Tensor:
         """See :class:`~recollect.autoscale.BlockwiseGNN`."""

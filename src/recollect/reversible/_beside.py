@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from recollect.frames import Source
 
-__all__ = ["Beside"]
+__all__ = ["Beside", "Through"]
 
 Arguments = list[tuple[Any, ...]]
+
+
+class Through(Protocol):
+    """What stands before and behind each block of a layer, within its frame."""
+
+    def enter(self, group: int, z: Tensor) -> Tensor:
+        """Return the input of a block, counted from 0, at the layer's own nodes [n, channels]."""
+
+    def leave(self, group: int, out: Tensor) -> Tensor:
+        """Return the output of a block at the layer's own nodes [n, channels]."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Beside:
         inputs: their x [H, C * channels].
         outputs: their y [H, C * channels].
         sources: what brings these two back in backward, as the first argument of a region; ``None``: they are kept.
+        through: what stands before and behind each block.
 
     Example:
         >>> import torch
@@ -48,6 +59,7 @@ class Beside:
     inputs: Tensor
     outputs: Tensor
     sources: tuple[Source | None, Source | None] = (None, None)
+    through: Through | None = None
 
     def put(
         self, blocks: Sequence[Any], arguments: Arguments, x: Tensor, dim: int
@@ -72,7 +84,8 @@ class Beside:
         read = [self.inputs, *[self.outputs] * (len(blocks) - 1)]
         given = [(more, *own) for more, own in zip(read, arguments, strict=True)]
         sources = [self.sources[0], *[self.sources[1]] * (len(blocks) - 1)]
-        return [_Among(block, i, len(blocks), dim) for i, block in enumerate(blocks)], given, sources
+        among = [_Among(block, i, len(blocks), dim, self.through) for i, block in enumerate(blocks)]
+        return among, given, sources
 
 
 class _Among:
@@ -82,16 +95,25 @@ class _Among:
         owner: whom messages name.
     """
 
-    __slots__ = ("_block", "_dim", "_index", "_number", "owner")
+    __slots__ = ("_block", "_dim", "_index", "_number", "_through", "owner")
 
-    def __init__(self, block: Callable[..., Any], index: int, number: int, dim: int) -> None:
+    def __init__(
+        self, block: Callable[..., Any], index: int, number: int, dim: int, through: Through | None = None
+    ) -> None:
         self.owner = getattr(block, "owner", block)
         self._block = block
         self._index = index
         self._number = number
         self._dim = dim
+        self._through = through
 
     def __call__(self, z: Tensor, rows: Tensor, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._through is None:
+            return self._run(z, rows, graph, *args, **kwargs)
+        out = self._run(self._through.enter(self._index, z), rows, graph, *args, **kwargs)
+        return self._through.leave(self._index, out) if isinstance(out, Tensor) else out
+
+    def _run(self, z: Tensor, rows: Tensor, graph: Any, *args: Any, **kwargs: Any) -> Any:
         if not rows.size(0):
             return self._block(z, graph, *args, **kwargs)
         groups = torch.chunk(rows, self._number, self._dim)

@@ -1,0 +1,291 @@
+"""Gradients that a mini-batch's nodes get through nodes outside of it, block by block.
+
+A layer of C blocks is y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_(i-1)). With V_i the loss' gradient by group i
+of what the layer returns, that by the output of block i is the gradient by y_i, on all ways in the layer and behind it:
+
+    W_C = V_C,    W_i = V_i + (∂f_(i+1) / ∂y_i)ᵀ W_(i+1).
+
+A node j of the mini-batch B misses in the gradient of a block's input z what nodes outside send to it,
+
+    Σ_(k outside B) (∂f_i(z)_k / ∂z_j)ᵀ W_i,k.
+
+That is added where the block's backward pass ends, from histories of W ("LMC", arXiv 2302.00924, section 4). The rows
+z_j are those that the block's frame rebuilds, so that nothing more is kept. The first block of all needs nothing: its
+input at the nodes outside is computed from features, and has a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recollect.autoscale._batch import Batch
+from recollect.autoscale._blocks import WEIGHTS, OneBlock, first_input
+from recollect.autoscale._compensation import BACKWARD_TWICE, other_weights
+from recollect.autoscale._conditions import Plain, autocast_now, inputs_of
+from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale._separable import Edges, Form, Moved, Way, drawn_like, same, transposed, way_of
+from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.loader._outward import Outward
+from recollect.messages.reach import kind_of
+
+if TYPE_CHECKING:
+    from recollect.autoscale._blockwise import BlockwiseGNN
+
+__all__ = ["BlockCompensation", "BlockWays", "LayerCompensation"]
+
+_SUMS = ", ".join(form.value for form in (Form.SUM, Form.SUM_AND_OWN, Form.EDGES))
+
+
+@dataclass
+class BlockWays:
+    """How gradients are sent back through the blocks, as far as that is known.
+
+    Attributes:
+        of_blocks: by the number of a block, and whether all edges into the nodes outside are there.
+        of_kinds: by the kind of a block, and the same.
+    """
+
+    of_blocks: dict[tuple[int, bool], Way] = field(default_factory=dict)
+    of_kinds: dict[tuple[Any, bool], Way] = field(default_factory=dict)
+
+
+class BlockCompensation:
+    """One mini-batch's pass through the blocks of all layers, whose backward pass is compensated.
+
+    Blocks are numbered ``index * C + group``.
+
+    Args:
+        model: gives the blocks.
+        gradients: histories of W; read for the nodes outside, and written for the batch's.
+        histories: of the layers' outputs, which blocks that need all sources of a node outside read.
+        batch: the mini-batch.
+        outward: its edges to the nodes outside.
+        inputs: what the network was called with, by name.
+        shared: what all layers have in common.
+        ways: others are added.
+    """
+
+    def __init__(
+        self,
+        model: BlockwiseGNN,
+        gradients: GradientHistories,
+        histories: list[History],
+        batch: Batch,
+        outward: Outward,
+        inputs: dict[str, Any],
+        shared: Any,
+        ways: BlockWays,
+    ) -> None:
+        self._model = model
+        self._gradients = gradients
+        self._histories = histories
+        self._batch = batch
+        self._outward = outward
+        self._edges = Edges(outward)
+        self._ways = ways
+        self._inputs = inputs_of(inputs, self._edges.by_target if outward.edges.keys() & inputs.keys() else outward)
+        self._shared = shared
+        self._view = OneBlock(model, shared is not None)
+        self._done: set[int] = set()
+        self._last: tuple[int, Tensor] | None = None  # rows of other nodes, of one history at a time
+
+    def of(self, index: int, like: Tensor) -> LayerCompensation:
+        """Return what goes along with the blocks of a layer, whose input is like these rows [B, hidden_channels].
+
+        Raises:
+            NotImplementedError: a block is no sum over edges, and there are not all edges that it needs.
+        """
+        groups = self._model.num_groups
+        if self._outward.num_targets:
+            for layer in range(max(index * groups, 1), (index + 1) * groups):
+                if (layer, self._outward.complete) not in self._ways.of_blocks:
+                    self._observe(layer, like.detach().chunk(groups, 1)[0])
+        return LayerCompensation(self, index * groups)
+
+    def outside(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what comes through the nodes outside to a block's input [B, channels], and by what factor it counts.
+
+        Args:
+            layer: the block's number.
+            z: its input [B, channels].
+        """
+        way = self._ways.of_blocks[layer, self._outward.complete]
+        given = self._gradients.pull(layer, self._outward.n_id[: self._outward.num_targets])
+        own = self._masked(layer, z)
+        with self._plain(layer)():
+            if self._outward.complete:
+                others = None if way.form == Form.ALL_EDGES else self._others(layer, z)
+                found = self._through_all(layer, own, given, others)
+            else:
+                found = transposed(self._view, layer, way, own, given, self._edges, self._blank)
+        return None if found is None else (found[:, : z.size(1)], self._gradients.trust(layer))
+
+    def push(self, layer: int, grad: Tensor) -> None:
+        """Write the gradient of a block's output [B, channels].
+
+        Raises:
+            RuntimeError: that was done before.
+        """
+        if layer in self._done:
+            raise RuntimeError(BACKWARD_TWICE)
+        self._done.add(layer)
+        self._gradients.push(layer, grad, self._batch.n_id[: self._batch.size], self._batch.rows)
+
+    def applies(self, layer: int, z: Tensor) -> bool:
+        """Return whether a block's input has a gradient, and nodes outside that it may come through."""
+        return bool(layer and self._outward.num_targets and torch.is_grad_enabled() and z.requires_grad)
+
+    def _blank(self, targets: int) -> State:
+        return self._inputs
+
+    def _plain(self, layer: int) -> Plain:
+        return Plain(self._model.block_of(*divmod(layer, self._model.num_groups)))
+
+    def _masked(self, layer: int, z: Tensor) -> Tensor:
+        """Return rows of the mini-batch with the factors that the block multiplies its input by behind them."""
+        if self._shared is None:
+            return z
+        mask = self._model.mask_of(self._shared, layer % self._model.num_groups)
+        return torch.cat([z, mask[: z.size(0)].to(z)], 1)
+
+    def _others(self, layer: int, z: Tensor) -> Tensor:
+        """Return the input of a block at the nodes but the batch's, targets first [T + S, channels]."""
+        index, group = divmod(layer, self._model.num_groups)
+        table = index if group else index - 1
+        if self._last is None or self._last[0] != table:
+            targets, n_id = self._outward.num_targets, self._outward.n_id
+            self._last = None  # not the rows of two histories at a time
+            nodes = torch.cat([n_id[:targets], n_id[targets + self._batch.size :]])
+            self._last = table, self._histories[table].pull(nodes).to(z)
+        groups = self._last[1].chunk(self._model.num_groups, 1)
+        if layer == 1:
+            self._last = None
+        return self._unmasked(groups[group - 1] if group else first_input(groups))
+
+    def _unmasked(self, rows: Tensor) -> Tensor:
+        return rows if self._shared is None else torch.cat([rows, torch.ones_like(rows)], 1)
+
+    def _through_all(
+        self, layer: int, own: Tensor, given: Tensor, others: Tensor | None, model: LayeredGNN | Moved | None = None
+    ) -> Tensor | None:
+        """Return what comes back by all edges of the nodes outside.
+
+        Args:
+            layer: the block's number.
+            own: its input at the batch's nodes, with factors behind [B, channels].
+            given: W of the nodes outside [T, channels].
+            others: its input at all other nodes [T + S, channels]; ``None``: it does not matter.
+            model: gives the block.
+        """
+        targets = self._outward.num_targets
+        if others is None:
+            others = own.new_zeros(self._outward.n_id.numel() - own.size(0), own.size(1))
+        with torch.enable_grad():
+            own = own.detach().requires_grad_()
+            x = torch.cat([others[:targets], own, others[targets:]])
+            out = (model or self._view).run_layer(layer, x, self._edges.adj_t, self._inputs)
+            return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
+
+    def _observe(self, layer: int, like: Tensor) -> None:
+        """Find how a block's gradient is sent back, with drawn numbers, unless one of its kind is known."""
+        complete = self._outward.complete
+        index, group = divmod(layer, self._model.num_groups)
+        kind = kind_of(self._model.block_of(index, group)), complete
+        if kind not in self._ways.of_kinds:
+            like = self._masked(layer, like)
+            with self._plain(layer)():
+                self._ways.of_kinds[kind] = self._by_all_edges(layer, like) if complete else self._by_edges(layer, like)
+        way = self._ways.of_kinds[kind]
+        if way.form == Form.ANY and not complete:
+            raise NotImplementedError(
+                f"block {group} of layer {index} of {type(self._model).__name__} is none of {_SUMS}: what a source "
+                "does to a target depends on the target's other sources. Choose a convolution that sums (graphconv, "
+                "sage with aggr='sum', gcn without normalisation of its own), or give the loader "
+                'outward="complete", which brings all edges of the nodes outside'
+            )
+        self._ways.of_blocks[layer, complete] = way
+
+    def _by_edges(self, layer: int, like: Tensor) -> Way:
+        outward = self._outward
+        if WEIGHTS in self._model.conv_inputs:
+            outward = outward._replace(value=other_weights(layer, outward.value))
+        return way_of(self._view, layer, like, Edges(outward), self._inputs, self._blank)
+
+    def _by_all_edges(self, layer: int, like: Tensor) -> Way:
+        generator = torch.Generator().manual_seed(layer)
+        moved, own = Moved(self._view, generator), drawn_like(like, generator)
+        others = drawn_like(own.new_zeros(self._outward.n_id.numel() - own.size(0), own.size(1)), generator)
+        given = drawn_like(own.new_zeros(self._outward.num_targets, like.size(1) // (1 + self._view.masked)), generator)
+        found = [self._through_all(layer, own, given, each, moved) for each in (None, others)]
+        return Way(Form.ALL_EDGES if same(*found) else Form.ANY)
+
+
+@dataclass(frozen=True)
+class LayerCompensation:
+    """What goes along with the blocks of one layer.
+
+    Attributes:
+        of: the mini-batch's pass.
+        first: the number of the layer's first block.
+    """
+
+    of: BlockCompensation
+    first: int
+
+    def enter(self, group: int, z: Tensor) -> Tensor:
+        """Return a block's input [B, channels], whose gradient will be completed."""
+        layer = self.first + group
+        if not self.of.applies(layer, z):
+            return z
+        joined: Tensor = _Enter.apply(z, self.of, layer, autocast_now())  # type: ignore[no-untyped-call]
+        return joined
+
+    def leave(self, group: int, out: Tensor) -> Tensor:
+        """Return a block's output [B, channels], whose gradient will be written into its history."""
+        layer = self.first + group
+        if not (layer and torch.is_grad_enabled() and out.requires_grad):
+            return out
+        joined: Tensor = _Leave.apply(out, self.of, layer)  # type: ignore[no-untyped-call]
+        return joined
+
+
+class _Enter(torch.autograd.Function):
+    """The identity, whose gradient is completed by what comes through the nodes outside."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, of: BlockCompensation, layer: int, autocast: Any) -> Tensor:
+        ctx.of, ctx.layer, ctx.autocast = of, layer, autocast
+        ctx.save_for_backward(z)
+        return z.view_as(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (z,) = ctx.saved_tensors
+        with ctx.autocast():
+            found = ctx.of.outside(ctx.layer, z)
+        if found is not None:
+            rows, trust = found
+            grad = torch.addcmul(grad, rows.to(grad), trust.to(grad))
+        return grad, None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The identity, whose gradient is written into a history."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, of: BlockCompensation, layer: int) -> Tensor:
+        ctx.of, ctx.layer = of, layer
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.of.push(ctx.layer, grad)
+        return grad, None, None

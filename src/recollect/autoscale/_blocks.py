@@ -1,0 +1,125 @@
+"""The blocks of a blockwise network as layers of their own, and the edges that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recollect._verdicts import later
+from recollect.autoscale._adjacency import as_csr, edge_index_of, is_edge_index
+from recollect.autoscale._network import LayeredGNN, State
+
+if TYPE_CHECKING:
+    from recollect.autoscale._blockwise import BlockwiseGNN
+
+__all__ = ["WEIGHTS", "Blocks", "OneBlock", "edges_of", "first_input"]
+
+WEIGHTS = "edge_weight"
+"""What the weights of an adjacency are called among what blocks take."""
+
+
+class Blocks(LayeredGNN):
+    """The blocks of all layers as layers of their own: x is a block's input, and the stream is in the state.
+
+    What one returns is the next one's input. After the last block there is one layer more, which is the head.
+    """
+
+    def __init__(self, model: BlockwiseGNN) -> None:
+        super().__init__(model.num_layers * model.num_groups + 1)
+        self.model = model
+        self.inputs = model.inputs
+
+    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :class:`LayeredGNN`."""
+        model, size = self.model, adj_t.size(0)
+        index, group = divmod(layer, model.num_groups)
+        if index == model.num_layers:
+            return torch.cat(state["groups"], 1)
+        edge_index, args = edges_of(adj_t, model.conv_inputs, {name: state[name] for name in self.inputs})
+        if layer == 0:
+            model.look_at_parts(x, args)
+            groups = model.enter(x).chunk(model.num_groups, 1)
+            state["groups"] = [one[:size] for one in groups]
+            x = first_input(groups)
+        found = model.run_block(index, group, x, edge_index, args)[:size]
+        new = list(state["groups"])
+        new[group] = model.add(index, group, new[group], found)
+        state["groups"] = new
+        return new[group] if group < model.num_groups - 1 else first_input(new)
+
+    def readout(self, x: Tensor, state: State) -> Tensor:
+        """See :class:`LayeredGNN`."""
+        return self.model.classify(x)
+
+
+class OneBlock(LayeredGNN):
+    """Each block alone as a layer: from its input to what it adds to its group, for the adjacency's targets.
+
+    The number of a block is ``index * C + group``. Behind the channels of x stand the factors that the block multiplies
+    its input by, if there are any.
+
+    Args:
+        model: gives the blocks.
+        masked: whether x has factors.
+    """
+
+    def __init__(self, model: BlockwiseGNN, masked: bool = False) -> None:
+        super().__init__(model.num_layers * model.num_groups)
+        self.model = model
+        self.inputs = model.inputs
+        self.masked = masked
+        self._edges: dict[int, tuple[Tensor, Tensor]] = {}  # of each adjacency, for which blocks keep what they make
+
+    def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
+        """See :class:`LayeredGNN`."""
+        index, group = divmod(layer, self.model.num_groups)
+        if id(adj_t) not in self._edges:
+            self._edges[id(adj_t)] = adj_t, edge_index_of(adj_t)
+        _, edge_index = self._edges[id(adj_t)]
+        args = tuple(adj_t.values() if name == WEIGHTS else state[name] for name in self.model.conv_inputs)
+        z, mask = x.chunk(2, 1) if self.masked else (x, None)
+        return self.model.run_block(index, group, z, edge_index, args, mask)[: adj_t.size(0)]
+
+
+def first_input(groups: Sequence[Tensor]) -> Tensor:
+    """Return what the first block of a layer reads."""
+    return sum(groups[2:], start=groups[1])
+
+
+def _refuse_weights(numbers: list[list[Any]]) -> None:
+    if numbers[0][0]:
+        raise ValueError(
+            "the adjacency has weights other than 1, and the convolutions are given none; make the network with "
+            "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
+            "weights"
+        )
+
+
+def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the edges as blocks take them, and what they take beside.
+
+    Args:
+        graph: an adjacency in sparse CSR form, or an ``EdgeIndex``; in any other form it is left as it is.
+        names: of what blocks take, in order.
+        inputs: what the network was called with, by name.
+
+    Raises:
+        ValueError: something is missing, or nobody takes it; or the adjacency has weights that nobody takes.
+    """
+    given = dict(inputs)
+    if is_edge_index(graph) or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
+        adj_t = as_csr(graph, given.pop(WEIGHTS, None))
+        graph, given[WEIGHTS] = edge_index_of(adj_t), adj_t.values()
+        if WEIGHTS not in names:
+            later([(given[WEIGHTS] != 1).any().to(torch.int64)], _refuse_weights)
+    missing = [name for name in names if name not in given]
+    unknown = inputs.keys() - set(names)
+    if missing or unknown:
+        raise ValueError(
+            f"the network was made with inputs={tuple(names)}, and is to be called with these by name (missing: "
+            f"{', '.join(missing) or 'none'}; not among them: {', '.join(sorted(unknown)) or 'none'})"
+        )
+    return graph, tuple(given[name] for name in names)
