@@ -78,6 +78,7 @@ TOGETHER = {
     "messages/test_convolutions.py": "messages/_attention messages/_rules",
     "messages/test_products.py": "messages/_kernels",
     "models/test_rev_batches.py": "autoscale/_blockwise reversible/_beside",
+    "models/test_rev_compensation.py": "autoscale/_block_compensation autoscale/_block_refresh autoscale/_blocks",
     "models/test_pygas.py": "autoscale/models",
     "models/test_scalable_formulas.py": "models/_aggregate models/_appnp models/_gat models/_gcn models/_gcn2 "
     "models/_layers models/_pna models/_pna_layer models/_stack models/_whole",

@@ -1,7 +1,7 @@
 """Gradients that a mini-batch's nodes get through nodes outside of it, block by block.
 
-A layer of C blocks is y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_(i-1)). With V_i the loss' gradient by group i
-of what the layer returns, that by the output of block i is the gradient by y_i, on all ways in the layer and behind it:
+A layer of C blocks is y_1 = x_1 + f_1(x_2 + ... + x_C), y_i = x_i + f_i(y_(i-1)). With V_i the loss' gradient by group
+i of what the layer returns, that by the output of block i is that by y_i, on all ways in the layer and behind it:
 
     W_C = V_C,    W_i = V_i + (∂f_(i+1) / ∂y_i)ᵀ W_(i+1).
 
@@ -95,18 +95,24 @@ class BlockCompensation:
         self._done: set[int] = set()
         self._last: tuple[int, Tensor] | None = None  # rows of other nodes, of one history at a time
 
-    def of(self, index: int, like: Tensor) -> LayerCompensation:
-        """Return what goes along with the blocks of a layer, whose input is like these rows [B, hidden_channels].
+    def observe(self, like: Tensor) -> None:
+        """Find how gradients are sent back through all blocks, as far as that is not known.
+
+        Args:
+            like: what the stream's rows of the mini-batch look like [B, hidden_channels].
 
         Raises:
             NotImplementedError: a block is no sum over edges, and there are not all edges that it needs.
         """
-        groups = self._model.num_groups
+        groups, known = self._model.num_groups, self._ways.of_blocks
         if self._outward.num_targets:
-            for layer in range(max(index * groups, 1), (index + 1) * groups):
-                if (layer, self._outward.complete) not in self._ways.of_blocks:
+            for layer in range(1, self._model.num_layers * groups):
+                if (layer, self._outward.complete) not in known:
                     self._observe(layer, like.detach().chunk(groups, 1)[0])
-        return LayerCompensation(self, index * groups)
+
+    def of(self, index: int) -> LayerCompensation:
+        """Return what goes along with the blocks of a layer."""
+        return LayerCompensation(self, index * self._model.num_groups)
 
     def outside(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return what comes through the nodes outside to a block's input [B, channels], and by what factor it counts.

@@ -297,13 +297,14 @@ class BlockwiseGNN(ScalableGNN):
         if outward is not None and self.gradients is not None:
             ways = self._block_ways
             correction = BlockCompensation(self, self.gradients, self.tables, batch, outward, inputs, shared, ways)
+            correction.observe(x[: batch.size])
         own, before = x[: batch.size], x[batch.size :].clone()  # of which the first layer keeps the latter alone
         del x
         pulls, source = Pulls(), None
         for index, history in enumerate(self.tables):
             behind = self._exchange.halo_source(history, batch, pulls)
             after = self._exchange.pull(history, batch).to(own)
-            joint = None if correction is None else correction.of(index, own)
+            joint = None if correction is None else correction.of(index)
             around = Around(before, after, (source, behind), joint)
             own = self.run_stage(index, own, edge_index, shared, args, around)
             self._exchange.push(history, own, batch)
