@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from recollect.models._dropout import dropout_mask
 
 EXACT = 1e-12
 HIDDEN = 12
-SUMS = {
+SUMS: dict[str, dict[str, Any]] = {
     "graphconv": {"conv": "graphconv"},
     "sage of sums": {"conv": "sage", "conv_kwargs": {"aggr": "sum"}},
     "gcn": {
@@ -34,7 +35,7 @@ SUMS = {
         "inputs": ("edge_weight",),
     },
 }
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "sage": {"conv": "sage"},
     "gin": {"conv": "gin"},
     "gat": {"conv": "gat"},

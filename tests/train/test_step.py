@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
+from recollect.autoscale import Combination
 from recollect.train._config import parse
 from recollect.train._errors import UsageError
 from recollect.train._step import Step
@@ -149,6 +150,42 @@ def test_a_layer_that_is_no_sum_asks_for_all_edges(graph):
     step.fill()
     with pytest.raises(UsageError, match="compensate=complete"):
         step.train()
+
+
+@pytest.mark.parametrize(("edges", "form"), [("cut", "induced"), ("complete", "complete")])
+def test_rows_around_a_mini_batch_are_combined_as_the_settings_say(graph, edges, form):
+    options = [*PARTS, f"training.compensate={edges}", "training.combine=0.5", "training.combine_score=sin(x)"]
+    step = make(graph, options, "gcn")
+    assert step.network.combine == Combination(0.5, "sin(x)")
+    step.fill()
+    assert [batch.inputs[6].form for batch in step.batches] == [form] * len(list(step.batches))
+    assert step.train() > 0
+    found = {}
+    for alpha in ("null", "0", "1"):  # where nothing is combined gradients are those of histories alone
+        step = make(graph, [*PARTS, f"training.compensate={edges}", f"training.combine={alpha}"], "gcn")
+        assert step.network.combine == (None if alpha == "null" else Combination(float(alpha), "x^2"))
+        step.fill()
+        torch.manual_seed(0)
+        found[alpha] = torch.cat([grad.flatten() for grad in gradients_of_an_epoch(step)])
+    assert torch.allclose(found["0"], found["null"], atol=1e-6)
+    assert not torch.allclose(found["1"], found["null"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["training.combine=1"], "training.combine=1.0 is part of the correction .* add training.compensate=cut"),
+        (["training.compensate=cut", "training.combine=1.5"], "training.combine=1.5: must be at least 0 and at most 1"),
+        (["training.compensate=cut", "training.combine=-1"], "training.combine=-1.0: must be at least 0"),
+        (["training.compensate=cut", "training.combine_score=x"], "training.combine=1 .* as well, or leave it out"),
+        (["training.compensate=cut", "training.combine_score=y"], "training.combine_score: .*sin"),
+        (["model=pna_jk", "training.compensate=complete", "training.combine=1"], "model=pna_jk has no combined rows"),
+        (["model=revgnn", "training.compensate=cut", "training.combine=1"], "model=revgnn has no combined rows"),
+    ],
+)
+def test_what_does_not_go_with_combined_rows(options, message):
+    with pytest.raises(UsageError, match=message):
+        parse(["model=gcn", *PARTS, *options])
 
 
 @pytest.mark.parametrize(

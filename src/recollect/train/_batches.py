@@ -87,7 +87,7 @@ class PartBatches:
         shares: Shares | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        self._outward: Literal["cut", "complete"] | bool = training.compensate or False  # type: ignore[assignment]
+        self._outward = _outward_of(training)
         self._shares = shares
         if shares is None:
             self._loader = SubgraphLoader(
@@ -123,6 +123,15 @@ def evaluation_loader(graph: TrainingGraph, training: TrainingSettings, shares: 
         steps = shares.batches(training.parts_per_batch, shuffle=False)
         return SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps, generator=torch.Generator())
     return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, generator=torch.Generator())
+
+
+def _outward_of(training: TrainingSettings) -> Literal["cut", "induced", "complete"] | bool:
+    """Which edges to nodes outside mini-batches have."""
+    if training.compensate is None:
+        return False
+    if training.compensate == "complete":
+        return "complete"
+    return "cut" if training.combine is None else "induced"
 
 
 def _bounds(graph: TrainingGraph) -> Tensor:

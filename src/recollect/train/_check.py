@@ -147,6 +147,8 @@ def _training(settings: Settings) -> Iterator[str]:
             f"training.refresh_every={training.refresh_every} refreshes corrected histories: add "
             "training.compensate=cut (or complete); others are made exact by each evaluation"
         )
+    if training.combine is not None or training.combine_score != "x^2":
+        yield from _combination(settings)
     if training.edge_dropout and not model.weighs_edges:
         yield (
             f"training.edge_dropout={training.edge_dropout}: model={model.name} takes no notice of the edges' weights, "
@@ -162,17 +164,31 @@ def _training(settings: Settings) -> Iterator[str]:
             )
 
 
+def _combination(settings: Settings) -> Iterator[str]:
+    training, model = settings.training, settings.model
+    combine = f"training.combine={training.combine}"
+    if training.combine is None:
+        yield (
+            f"training.combine_score={training.combine_score} says how far rows are combined, and none are: give "
+            "training.combine=1 (or less) as well, or leave it out"
+        )
+    elif training.combine > 1:
+        yield f"{combine}: must be at least 0 and at most 1"
+    if not training.compensate:
+        yield f"{combine} is part of the correction of histories: add training.compensate=cut (or complete)"
+    if model.family == "reversible" or model.kind == "pna_jk":
+        yield (
+            f"{combine}: model={model.name} has no combined rows; leave it at null, or choose gcn, gat, gcn2, appnp, "
+            "pna or gin"
+        )
+
+
 def _nothing(settings: Settings) -> Iterator[str]:
     yield from ()
 
 
 def _parts(settings: Settings) -> Iterator[str]:
     training, model = settings.training, settings.model
-    if model.family == "reversible" and training.compensate:
-        yield (
-            f"training.compensate={training.compensate}: model={model.name} has no corrected histories: leave it at "
-            "null, or choose gcn, gcn2 or appnp; training=wholegraph has the exact gradient"
-        )
     if getattr(model, "conv", None) == "gcn" and getattr(model, "conv_kwargs", {}).get("normalize", True):
         yield (
             "training=autoscale: model.conv=gcn divides by the degrees of neighbours, which a mini-batch does not know "

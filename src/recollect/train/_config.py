@@ -135,7 +135,8 @@ def parse_override(text: str) -> Override:
         UsageError: it is none, or it adds or removes keys.
     """
     key, equals, value = text.partition("=")
-    if equals and about(key).path and value not in ("", "null") and value[0] not in "'\"":
+    stands = about(key).path or value in about(key).choices
+    if equals and stands and value not in ("", "null") and value[0] not in "'\"":
         quoted = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
         text = f'{key}="{quoted}"'
     try:

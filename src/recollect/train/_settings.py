@@ -213,6 +213,18 @@ class TrainingSettings:
         choices=("cut", "complete"),
         needs=_PARTS,
     )
+    combine: float | None = key(
+        "share, in [0, 1], of fresh rows in rows of nodes around a mini-batch, with compensate; null: not",
+        None,
+        low=0,
+        needs=_PARTS,
+    )
+    combine_score: str = key(
+        "what combine is multiplied by, of the share x of a node's edges that the mini-batch has",
+        "x^2",
+        choices=("1", "x", "x^2", "2x-x^2", "sin(x)"),
+        needs=_PARTS,
+    )
     refresh_every: int | None = key(
         "epochs between exact refreshes of all histories, with compensate; null: none", None, low=1, needs=_PARTS
     )

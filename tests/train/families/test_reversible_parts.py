@@ -98,6 +98,42 @@ def test_evaluation_fills_the_histories_and_is_that_of_the_whole_graph(graph, la
     assert max(seen[f"error_{layer}"] for layer in (1, 2, 3)) < 1e-5
 
 
+def gradients_of_an_epoch(step):
+    """The mean of its steps' gradients, as the parameters stay what they are."""
+    step.model.train()
+    number = 0
+    for inputs, target, rows in step.batches:
+        losses("multilabel", step.family.call(step.model, inputs)[rows], target[rows]).mean().backward()
+        number += 1
+    return [parameter.grad / number for parameter in step.network.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("conv", "edges"),
+    [
+        (["model.conv=graphconv"], "cut"),
+        (["model.conv=sage", "model.conv_kwargs.aggr=sum"], "cut"),
+        (["model.conv=sage"], "complete"),
+        (["model.conv=gat", "model.edge_features=true"], "complete"),
+    ],
+)
+def test_corrected_histories_give_the_whole_graphs_gradient_after_a_refresh(graph_maker, conv, edges):
+    graph = graph_maker("multilabel", "micro_f1", 3, edge_attr=True)
+    whole = gradients_of_an_epoch(make(graph, conv))
+    options = [*PARTS, f"training.compensate={edges}", "training.refresh_every=3"]
+    corrected = make(graph, [*conv, *options])
+    corrected.begin(1)
+    for found, expected in zip(gradients_of_an_epoch(corrected), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_are_no_sums_ask_for_all_edges(graph):
+    step = make(graph, [*PARTS, "training.compensate=cut"])
+    step.fill()
+    with pytest.raises(UsageError, match=r"training.compensate=complete is needed: block 1 of layer 0"):
+        step.train()
+
+
 def test_edge_features_reach_the_layers(graph_maker):
     graph = graph_maker("multilabel", "micro_f1", 3, edge_attr=True)
     options = ["model.conv=gat", "model.edge_features=true"]
@@ -158,7 +194,7 @@ def test_a_run_goes_on_as_the_unbroken_one_and_shows_its_histories(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["training.compensate=cut"], "training.compensate=cut: model=revgnn has no corrected histories"),
+        (["training.compensate=cut", *MANY], "training.compensate=cut takes one backward pass of one loss"),
         (["model.conv=gcn"], "model.conv=gcn divides by the degrees of neighbours"),
         (["devices=2"], "devices=2 needs a network whose histories can lie over processes, and model=revgnn has none"),
         (["training.edge_dropout=0.1"], "model=revgnn takes no notice of the edges' weights"),

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.autoscale import HistoryOptions, ScalableGNN, SubData, history_errors, permute, to_adj_t
+from recollect.autoscale import Combination, HistoryOptions, ScalableGNN, SubData, history_errors, permute, to_adj_t
 from recollect.distributed import Shares
 from recollect.train._batches import Batches, PartBatches, evaluation_loader
 from recollect.train._errors import UsageError
 from recollect.train._graph import ADJACENCY, TrainingGraph, cut
-from recollect.train._metrics import losses
+from recollect.train._metrics import known_labels, known_losses
 from recollect.train._room import check_room, histories_of
 from recollect.train._settings import ScalableSettings, Settings
 from recollect.train._team import team
 from recollect.train._text import histories_text, per_layer
 from recollect.train.families._family import Family
 
-__all__ = ["HistoriesFamily"]
+__all__ = ["PLAIN", "HistoriesFamily"]
 
-_PLAIN = 6  # arguments of a mini-batch: x, adj_t, batch_size, n_id, offset, count
+PLAIN = 6
+"""Arguments of a mini-batch: x, adj_t, batch_size, n_id, offset, count."""
 _NETWORKS: dict[str, Callable[..., ScalableGNN]] = {
     "appnp": models.APPNP,
     "gat": models.GAT,
@@ -119,27 +120,35 @@ class HistoriesFamily(Family):
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
         """Call it, with the edges to the nodes outside by name."""
-        if len(inputs) > _PLAIN:
-            try:
-                return cast(Tensor, model(*inputs[:_PLAIN], outward=inputs[_PLAIN]))
-            except NotImplementedError as error:
-                raise UsageError(f"training.compensate=complete is needed: {error}") from error
+        if len(inputs) > PLAIN:
+            return self.corrected(model, inputs[:PLAIN], {"outward": inputs[PLAIN]})
         return super().call(model, inputs)
+
+    def corrected(self, model: Callable[..., Any], inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        """Call it on a mini-batch whose gradients are corrected.
+
+        Raises:
+            UsageError: it needs edges that the mini-batch does not have.
+        """
+        try:
+            return cast(Tensor, model(*inputs, **named))
+        except NotImplementedError as error:
+            raise UsageError(f"training.compensate=complete is needed: {error}") from error
 
     def begin(self, network: nn.Module, graph: TrainingGraph, epoch: int) -> None:
         """Make all histories those of the parameters, before every so many epochs."""
         every = self.settings.training.refresh_every
         if not self.in_parts or not every or (epoch - 1) % every:
             return
-        number = int(graph.data.train_mask.sum())
+        number = int(known_labels(graph.task, graph.data.y[graph.data.train_mask]))
         training = self.settings.training
         batches = -(-training.num_parts // training.parts_per_batch)
 
         def loss(out: Tensor, sub: SubData) -> Tensor:
-            # As in training, where it is the mean over a mini-batch's own nodes: these are as many in each, about.
+            # As in training, where it is the mean over a mini-batch's own labels: these are as many in each, about.
             rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten().to(out.device)
             target = sub.data.y[: sub.batch_size].to(out.device)
-            return losses(graph.task, out[rows], target[rows]).sum() * (batches / number)
+            return known_losses(graph.task, out[rows], target[rows]).sum() * (batches / number)
 
         _with_histories(network).refresh(evaluation_loader(graph, training), loss)
 
@@ -223,6 +232,7 @@ class HistoriesFamily(Family):
             "history_dtype": getattr(torch, training.history_dtype),
             "history_path": Path(path).expanduser() if path else None,
             "compensate": training.compensate is not None,
+            "combine": None if training.combine is None else Combination(training.combine, training.combine_score),  # type: ignore[arg-type]
             "histories": HistoryOptions(process_group=self._shares),
         }
 

@@ -12,7 +12,7 @@ from recollect.autoscale import ScalableGNN
 from recollect.train._batches import Batches
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import RevGNNSettings, Settings
-from recollect.train.families._histories import HistoriesFamily
+from recollect.train.families._histories import PLAIN, HistoriesFamily
 from recollect.train.families._reversible import drift_of, edge_inputs, make_revgnn
 
 __all__ = ["ReversiblePartsFamily"]
@@ -39,7 +39,10 @@ class ReversiblePartsFamily(HistoriesFamily):
         """Call it, with what comes last by name."""
         names = cast(models.RevGNN, model).inputs
         first = len(inputs) - len(names)
-        return cast(Tensor, model(*inputs[:first], **dict(zip(names, inputs[first:], strict=True))))
+        named = dict(zip(names, inputs[first:], strict=True))
+        if first > PLAIN:
+            return self.corrected(model, inputs[:PLAIN], {"outward": inputs[PLAIN], **named})
+        return cast(Tensor, model(*inputs[:first], **named))
 
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible on parts, and on the whole graph with every activation kept."""
