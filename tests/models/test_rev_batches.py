@@ -377,8 +377,6 @@ def test_what_is_refused():
         make_model(conv="gcn")
     with pytest.raises(TypeError, match=r"history_dtype: .* need num_nodes="):
         make_model(num_nodes=None, history_dtype=torch.int8)
-    with pytest.raises(ValueError, match="compensate=True"):
-        make_model(compensate=True)
     with pytest.raises(ValueError, match="recompute=True"):
         make_model(recompute=True)
     data, _ = make_graph()

@@ -110,6 +110,7 @@ class BlockwiseGNN(ScalableGNN):
     """
 
     num_groups: int
+    _written_in = "run_block"
     _look: int | None = None  # of the network when it was checked
     _block_ways: BlockWays
 

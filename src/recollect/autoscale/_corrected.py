@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class CorrectedGNN(HistoryGNN):
     """
 
     gradients: GradientHistories | None
+    _written_in: ClassVar[str] = "forward_layer"
     _steady: Steady  # layers that do the same in training, as far as they are known
     _ways: dict[int, Way]  # of sending gradients back through each layer, as far as they are known
 
@@ -48,7 +49,7 @@ class CorrectedGNN(HistoryGNN):
         if self.compensate and not self.keep_histories:
             raise ValueError(
                 f"{type(self).__name__} has keep_histories=False, but compensate=True needs histories and layers that "
-                "are written in forward_layer alone"
+                f"are written in {self._written_in} alone"
             )
         self.keep_gradients()
 

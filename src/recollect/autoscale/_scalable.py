@@ -374,7 +374,7 @@ class ScalableGNN(CorrectedGNN):
         if self.compensate and not self._forward_is_by_layers():
             raise ValueError(
                 f"{type(self).__name__} has a forward of its own, but compensate=True needs histories and layers that "
-                "are written in forward_layer alone"
+                f"are written in {self._written_in} alone"
             )
         super()._make_histories()
 

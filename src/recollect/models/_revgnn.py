@@ -69,7 +69,8 @@ class RevGNN(BlockwiseGNN):
     :class:`~recollect.autoscale.ScalableGNN` does: ``model(batch.data.x, batch.data.adj_t, *batch[1:])``. A layer reads
     its input of the nodes around the mini-batch from the history of the layer before, and their partial outputs from
     its own. In backward the mini-batch's rows come back by inversion, and those around it are pulled again. So a step
-    needs the memory of one layer and one mini-batch, whatever the depth and the graph.
+    needs the memory of one layer and one mini-batch, whatever the depth and the graph. With ``compensate=True``
+    gradients that go through nodes outside are added block by block, from histories of gradients.
 
     Args:
         in_channels: of the node features.
@@ -96,7 +97,7 @@ class RevGNN(BlockwiseGNN):
         inputs: with ``num_nodes``, what each convolution gets after ``edge_index``; see
             :class:`~recollect.autoscale.BlockwiseGNN`.
         **histories: with ``num_nodes``, options of :class:`~recollect.autoscale.ScalableGNN` by name, from
-            ``pool_size`` on: ``history_dtype``, ``history_path``, ...
+            ``pool_size`` on: ``history_dtype``, ``history_path``, ``compensate``, ...; but for ``combine``.
 
     Shapes:
         - ``x``: [num_nodes, in_channels]; output: logits [num_nodes, out_channels]. Of a mini-batch, ``x`` is
@@ -225,12 +226,14 @@ class RevGNN(BlockwiseGNN):
                 sparse CSR form too, whose edges the convolutions get as ``edge_index``.
             *args: further arguments of the convolution (edge weights, edge features), given whole to every block. With
                 ``num_nodes``, ``batch_size``, ``n_id``, ``offset`` and ``count`` of a mini-batch.
-            **inputs: with ``num_nodes``, what ``inputs`` names.
+            **inputs: with ``num_nodes``, what ``inputs`` names; ``outward``, a mini-batch's ``data.outward``, with
+                ``compensate=True``.
 
         Raises:
             TypeError: ``x`` is no tensor.
             ValueError: a sparse adjacency is not that of the nodes in ``x``, such as a mini-batch's without
                 ``num_nodes``; or the mini-batch is not one of this graph, permuted. Nothing was written then.
+            NotImplementedError: ``compensate=True`` needs more edges of the nodes outside; nor then.
         """
         if not self.num_nodes:
             return self.on_whole(x, edge_index, args)
