@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from rev_batches_zoo import IN, NODES, OUT, call, make_graph, make_model
+from rev_batches_zoo import IN, NODES, OUT, Data, call, make_graph, make_model
+from torch import nn
 from torch_geometric.nn import GENConv
 
 from recollect.autogram import Engine
@@ -323,6 +324,35 @@ def test_how_gradients_are_sent_back_is_observed_for_each_kind_of_block(name):
     assert len(ways.of_kinds) <= 2  # modules and their copies
 
 
+class Largest(nn.Module):
+    """Takes the largest of the sources' rows, and nothing of a target without any."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.lin = nn.Linear(channels, channels)
+
+    def forward(self, x, edge_index):
+        index = edge_index[1][:, None].expand(-1, x.size(1))
+        return torch.zeros_like(x).scatter_reduce(0, index, self.lin(x)[edge_index[0]], "amax", include_self=False)
+
+
+def test_blocks_whose_other_sources_do_not_show_in_the_first_mini_batch():
+    """Of nodes 0 and 1 the nodes outside have one edge each, of nodes 2 and 3 others too."""
+    source = torch.tensor([0, 1, 2, 5, 3, 4, 4])
+    target = torch.tensor([2, 3, 4, 4, 5, 5, 1])
+    data = to_adj_t(Data(x=torch.randn(6, IN, dtype=torch.float64), edge_index=torch.stack([source, target])))
+    data.node_order = torch.arange(6)
+    model = make_model(3, hidden=HIDDEN, num_nodes=6, conv=Largest, compensate=True)
+    expected, rows, gradients = whole(model, data)
+    fill(model, rows, gradients)
+    ptr = torch.tensor([0, 2, 4, 6])
+    for part in range(3):
+        loader = SubgraphLoader(data, ptr, batch_sampler=[[part]], log=False, outward="complete")
+        step(model, next(iter(loader)))
+    assert set(model._block_ways.of_kinds.values()) == {Way(Form.ANY)}
+    assert error(gradients_of(model), expected) < EXACT
+
+
 def test_a_block_that_is_replaced_is_observed_again():
     data, ptr, model = make()
     epoch(model, data, ptr, True)
@@ -468,7 +498,7 @@ def test_state_copies_and_other_graphs():
 def test_memory_of_a_step_depends_neither_on_depth_nor_on_the_graph(outward, larger):
     def peak(num_layers=6, num_nodes=800):
         ring = torch.arange(num_nodes)
-        data = make_graph()[0].__class__(x=torch.randn(num_nodes, 4), edge_index=torch.stack([ring, ring.roll(1)]))
+        data = Data(x=torch.randn(num_nodes, 4), edge_index=torch.stack([ring, ring.roll(1)]))
         data = to_adj_t(data)
         data.node_order = ring
         torch.manual_seed(0)

@@ -28,7 +28,17 @@ from recollect.autoscale._blocks import WEIGHTS, OneBlock, first_input
 from recollect.autoscale._compensation import BACKWARD_TWICE, other_weights
 from recollect.autoscale._conditions import Plain, autocast_now, inputs_of
 from recollect.autoscale._network import LayeredGNN, State
-from recollect.autoscale._separable import Edges, Form, Moved, Way, drawn_like, same, transposed, way_of
+from recollect.autoscale._separable import (
+    Edges,
+    Form,
+    Moved,
+    Way,
+    drawn_like,
+    one_more_edge,
+    same,
+    transposed,
+    way_of,
+)
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
@@ -127,7 +137,7 @@ class BlockCompensation:
         with self._plain(layer)():
             if self._outward.complete:
                 others = None if way.form == Form.ALL_EDGES else self._others(layer, z)
-                found = self._through_all(layer, own, given, others)
+                found = _through_all(self._view, layer, own, given, others, self._edges.adj_t, self._inputs)
             else:
                 found = transposed(self._view, layer, way, own, given, self._edges, self._blank)
         return None if found is None else (found[:, : z.size(1)], self._gradients.trust(layer))
@@ -177,27 +187,6 @@ class BlockCompensation:
     def _unmasked(self, rows: Tensor) -> Tensor:
         return rows if self._shared is None else torch.cat([rows, torch.ones_like(rows)], 1)
 
-    def _through_all(
-        self, layer: int, own: Tensor, given: Tensor, others: Tensor | None, model: LayeredGNN | Moved | None = None
-    ) -> Tensor | None:
-        """Return what comes back by all edges of the nodes outside.
-
-        Args:
-            layer: the block's number.
-            own: its input at the batch's nodes, with factors behind [B, channels].
-            given: W of the nodes outside [T, channels].
-            others: its input at all other nodes [T + S, channels]; ``None``: it does not matter.
-            model: gives the block.
-        """
-        targets = self._outward.num_targets
-        if others is None:
-            others = own.new_zeros(self._outward.n_id.numel() - own.size(0), own.size(1))
-        with torch.enable_grad():
-            own = own.detach().requires_grad_()
-            x = torch.cat([others[:targets], own, others[targets:]])
-            out = (model or self._view).run_layer(layer, x, self._edges.adj_t, self._inputs)
-            return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
-
     def _observe(self, layer: int, like: Tensor) -> None:
         """Find how a block's gradient is sent back, with drawn numbers, unless one of its kind is known."""
         complete = self._outward.complete
@@ -224,12 +213,53 @@ class BlockCompensation:
         return way_of(self._view, layer, like, Edges(outward), self._inputs, self._blank)
 
     def _by_all_edges(self, layer: int, like: Tensor) -> Way:
+        """See whether rows of other nodes matter, where each node outside has an edge from one node more."""
+        outward, nodes = self._outward, self._outward.n_id.numel()
         generator = torch.Generator().manual_seed(layer)
-        moved, own = Moved(self._view, generator), drawn_like(like, generator)
-        others = drawn_like(own.new_zeros(self._outward.n_id.numel() - own.size(0), own.size(1)), generator)
-        given = drawn_like(own.new_zeros(self._outward.num_targets, like.size(1) // (1 + self._view.masked)), generator)
-        found = [self._through_all(layer, own, given, each, moved) for each in (None, others)]
+
+        def drawn(tensor: Tensor) -> Tensor:
+            return drawn_like(tensor, generator)
+
+        moved, own, targets = Moved(self._view, generator), drawn(like), outward.num_targets
+        others = drawn(own.new_zeros(nodes + 1 - own.size(0), own.size(1)))
+        given = drawn(own.new_zeros(targets, own.size(1) // (1 + self._view.masked)))
+        adj_t, with_more = one_more_edge(outward, outward.col.new_full((targets,), nodes), nodes + 1, drawn)
+        inputs = dict(self._inputs)
+        inputs |= {name: with_more(inputs[name]) for name in outward.edges.keys() & inputs.keys()}
+        for name in outward.nodes.keys() & inputs.keys():
+            inputs[name] = torch.cat([inputs[name], drawn(inputs[name][:1])])
+        found = [_through_all(moved, layer, own, given, each, adj_t, inputs) for each in (None, others)]
         return Way(Form.ALL_EDGES if same(*found) else Form.ANY)
+
+
+def _through_all(
+    model: LayeredGNN | Moved,
+    layer: int,
+    own: Tensor,
+    given: Tensor,
+    others: Tensor | None,
+    adj_t: Tensor,
+    inputs: State,
+) -> Tensor | None:
+    """Return what comes back by all edges of the nodes outside [B, channels].
+
+    Args:
+        model: gives the block.
+        layer: its number.
+        own: its input at the batch's nodes, with factors behind [B, channels].
+        given: W of the nodes outside [T, channels].
+        others: its input at all other nodes [T + S, channels]; ``None``: it does not matter.
+        adj_t: the edges [T, T + B + S].
+        inputs: what the block takes of them.
+    """
+    targets = given.size(0)
+    if others is None:
+        others = own.new_zeros(adj_t.size(1) - own.size(0), own.size(1))
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        x = torch.cat([others[:targets], own, others[targets:]])
+        out = model.run_layer(layer, x, adj_t, inputs)
+        return torch.autograd.grad(out, own, given.to(out), allow_unused=True)[0] if out.requires_grad else None
 
 
 @dataclass(frozen=True)

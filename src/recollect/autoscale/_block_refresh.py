@@ -74,10 +74,11 @@ class BlockSweep:
             own = sub.n_id[: sub.batch_size]
             rows = self._histories[-1].pull(own).to(self._parameter).requires_grad_()
             with torch.enable_grad():
-                (grad,) = torch.autograd.grad(self._loss(self._model.classify(rows), sub), rows)
+                (grad,) = torch.autograd.grad(self._loss(self._model.classify(rows), sub), rows, allow_unused=True)
             if found is None:
-                found = grad.new_zeros(self._num_nodes, grad.size(1))
-            found[own.to(found.device)] = grad
+                found = rows.new_zeros(self._num_nodes, rows.size(1), requires_grad=False)
+            if grad is not None:
+                found[own.to(found.device)] = grad
         if found is None:
             raise ValueError("the loader yields no mini-batch")
         return found

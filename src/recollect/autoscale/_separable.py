@@ -18,7 +18,19 @@ from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.loader._outward import Outward
 from recollect.messages import multiplied, shifted, sparse_csr
 
-__all__ = ["Blank", "Edges", "Form", "Moved", "Way", "drawn_like", "same", "through_sources", "transposed", "way_of"]
+__all__ = [
+    "Blank",
+    "Edges",
+    "Form",
+    "Moved",
+    "Way",
+    "drawn_like",
+    "one_more_edge",
+    "same",
+    "through_sources",
+    "transposed",
+    "way_of",
+]
 
 Blank = Callable[[int], State]
 """Makes a layer's state for so many targets."""
@@ -257,21 +269,9 @@ def _among_others(
     drawn: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
     """Return what :func:`transposed` does, with drawn rows of the targets, each with one more edge, from itself."""
-    targets = outward.num_targets
+    targets, nodes = outward.num_targets, outward.n_id.numel()
     each = torch.arange(targets, device=outward.col.device)
-    place = torch.cat([torch.arange(outward.col.numel(), device=each.device), outward.rowptr[1:] - 1])
-    order = place.argsort(stable=True)  # the edge from itself comes behind a target's others
-
-    def with_more(values: Tensor) -> Tensor:
-        more = values.new_zeros(targets, *values.shape[1:])
-        return torch.cat([values, drawn(more) + 0.5 if values.is_floating_point() else more])[order]
-
-    adj_t = sparse_csr(
-        outward.rowptr + torch.arange(targets + 1, device=each.device),
-        torch.cat([outward.col, each])[order],
-        with_more(outward.value),
-        (targets, outward.n_id.numel()),
-    )
+    adj_t, with_more = one_more_edge(outward, each, nodes, drawn)
     state = blank(targets)
     tree = Tree({name: value for name, value in state.items() if name not in outward.edges})
     other: State = tree.build([drawn(tensor) for tensor in tree.tensors])
@@ -281,6 +281,33 @@ def _among_others(
         x = torch.cat([drawn(own.new_zeros(targets, own.size(1))), own])
         out = model.run_layer(layer, x, adj_t, other)
         return torch.autograd.grad(out, own, given, allow_unused=True)[0] if out.requires_grad else None
+
+
+def one_more_edge(
+    outward: Outward, sources: Tensor, nodes: int, drawn: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the edges into nodes outside with one more for each, of a drawn weight, and what does so for attributes.
+
+    Args:
+        outward: the edges, by target.
+        sources: of those that are added [T].
+        nodes: how many there are.
+        drawn: draws numbers.
+
+    Returns:
+        An adjacency [T, nodes], and a function of attributes of the edges [E', ...] to those of its edges.
+    """
+    targets, device = outward.num_targets, outward.col.device
+    place = torch.cat([torch.arange(outward.col.numel(), device=device), outward.rowptr[1:] - 1])
+    order = place.argsort(stable=True)  # the edge that is added comes behind a target's others
+
+    def with_more(values: Tensor) -> Tensor:
+        more = values.new_zeros(targets, *values.shape[1:])
+        return torch.cat([values, drawn(more) + 0.5 if values.is_floating_point() else more])[order]
+
+    rowptr = outward.rowptr + torch.arange(targets + 1, device=device)
+    col = torch.cat([outward.col, sources])[order]
+    return sparse_csr(rowptr, col, with_more(outward.value), (targets, nodes)), with_more
 
 
 def drawn_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
