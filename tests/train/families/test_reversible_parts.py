@@ -170,16 +170,29 @@ def test_steps_are_measured_beside_the_whole_graph_with_everything_kept(graph):
     assert len(list(step.batches)) == 4
 
 
+GRAPH = [
+    *("dataset=sbm", "dataset.options.num_nodes=60", "dataset.options.num_labels=3"),
+    *("dataset.options.average_degree=4", "threads=1"),
+]
+
+
+def test_a_run_with_corrected_histories_goes_on_as_the_unbroken_one_where_they_are_refreshed(tmp_path):
+    words = [*GRAPH, *SMALL, *PARTS, "training.compensate=complete", "training.refresh_every=2", "patience=null"]
+    words += ["model.dropout=0.2", "measure.enabled=false"]
+    whole = train([*words, "epochs=4", f"run_dir={tmp_path / 'whole'}"])
+    train([*words, "epochs=2", f"run_dir={tmp_path / 'run'}"])
+    more = train([f"resume={tmp_path / 'run'}", "epochs=4"])
+    assert more["test_accuracy"] == whole["test_accuracy"]
+    assert more["histories"]["ages"] == whole["histories"]["ages"]
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "run")]
+    column = rows[0][0].split(",").index("loss")
+    losses_of = [[float(row.split(",")[column]) for row in run[1:]] for run in rows]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-6)
+    assert len(losses_of[0]) == 4
+
+
 def test_a_run_goes_on_as_the_unbroken_one_and_shows_its_histories(tmp_path):
-    words = [
-        "dataset=sbm",
-        "dataset.options.num_nodes=60",
-        "dataset.options.num_labels=3",
-        "dataset.options.average_degree=4",
-        "threads=1",
-        *SMALL,
-        *PARTS,
-    ]
+    words = [*GRAPH, *SMALL, *PARTS]
     words += [*MANY, "model.dropout=0.2", "patience=null", "measure.repeats=1"]
     whole = train([*words, "epochs=4", f"run_dir={tmp_path / 'whole'}"])
     train([*words, "epochs=2", f"run_dir={tmp_path / 'run'}"])
