@@ -17,6 +17,7 @@ input at the nodes outside is computed from features, and has a gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,7 @@ from recollect.autoscale._separable import (
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
+from recollect.messages import sparse_csr
 from recollect.messages.reach import kind_of
 
 if TYPE_CHECKING:
@@ -135,8 +137,10 @@ class BlockCompensation:
         given = self._gradients.pull(layer, self._outward.n_id[: self._outward.num_targets])
         own = self._masked(layer, z)
         with self._plain(layer)():
-            if self._outward.complete:
-                others = None if way.form == Form.ALL_EDGES else self._others(layer, z)
+            if way.form == Form.ALL_EDGES:
+                found = _through_all(self._view, layer, own, given, None, *self._merged)
+            elif way.form == Form.ANY:
+                others = self._others(layer, z)
                 found = _through_all(self._view, layer, own, given, others, self._edges.adj_t, self._inputs)
             else:
                 found = transposed(self._view, layer, way, own, given, self._edges, self._blank)
@@ -159,6 +163,17 @@ class BlockCompensation:
 
     def _blank(self, targets: int) -> State:
         return self._inputs
+
+    @cached_property
+    def _merged(self) -> tuple[Tensor, State]:
+        """All edges into the nodes outside, and inputs, with one node in the place of all that are further away."""
+        outward, known = self._outward, self._outward.num_targets + self._batch.size
+        if outward.n_id.numel() <= known + 1:
+            return self._edges.adj_t, self._inputs
+        size = outward.num_targets, known + 1
+        adj_t = sparse_csr(outward.rowptr, outward.col.clamp(max=known), outward.value, size)
+        of_nodes = outward.nodes.keys() & self._inputs.keys()
+        return adj_t, self._inputs | {name: self._inputs[name][: known + 1] for name in of_nodes}
 
     def _plain(self, layer: int) -> Plain:
         return Plain(self._model.block_of(*divmod(layer, self._model.num_groups)))
@@ -229,7 +244,11 @@ class BlockCompensation:
         for name in outward.nodes.keys() & inputs.keys():
             inputs[name] = torch.cat([inputs[name], drawn(inputs[name][:1])])
         found = [_through_all(moved, layer, own, given, each, adj_t, inputs) for each in (None, others)]
-        return Way(Form.ALL_EDGES if same(*found) else Form.ANY)
+        alike = same(*found)
+        if alike:  # and is it so where many of the other sources are one?
+            edges = (self._edges.adj_t, self._inputs), self._merged
+            alike = same(*(_through_all(moved, layer, own, given, None, *each) for each in edges))
+        return Way(Form.ALL_EDGES if alike else Form.ANY)
 
 
 def _through_all(
