@@ -349,6 +349,23 @@ def test_a_table_of_options_is_not_changed_by_what_is_said():
     assert (defaults()["model.conv_kwargs"], defaults()["optimizer.options.eps"]) == ({}, 1e-8)
 
 
+def test_a_file_of_an_older_run_has_the_values_that_new_keys_had(tmp_path):
+    settings = parse(["training=autoscale", "model=gcn"])
+    new = ("devices:", "memory_budget:", "  combine:", "  combine_score:")
+    lines = [line for line in write(settings).splitlines() if not line.startswith(new)]
+    assert len(lines) == len(write(settings).splitlines()) - 4
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(lines))
+    assert read(file) == settings
+
+
+@pytest.mark.parametrize("word", ["1", "x", "x^2", "2x-x^2", "sin(x)"])
+def test_words_that_a_key_knows_are_taken_as_they_stand(word):
+    words = ["model=gcn", "training=autoscale", "training.compensate=cut", "training.combine=1"]
+    settings = parse([*words, f"training.combine_score={word}"])
+    assert (settings.training.combine, settings.training.combine_score) == (1.0, word)
+
+
 @pytest.mark.parametrize("key", ["seed", "runs", "model.exact", "dataset.path", "training.name"])
 def test_a_file_of_a_run_that_lacks_a_key_is_refused(tmp_path, key):
     lines = write(parse([])).splitlines()

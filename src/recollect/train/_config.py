@@ -27,7 +27,10 @@ __all__ = ["changed", "defaults", "groups", "parse", "parse_override", "read", "
 Values = dict[str, Any]  # by key: "model.num_layers"
 
 _OWN = ("config", "resume", "run_dir")  # of one call, and not of what it begins with or goes on with
-_NEW = {**dict.fromkeys(_OWN), "devices": 1, "memory_budget": None}  # not in files of older runs
+_NEW = {  # not in files of older runs
+    **dict.fromkeys(_OWN),
+    **{"devices": 1, "memory_budget": None, "training.combine": None, "training.combine_score": "x^2"},
+}
 _LOST = object()
 
 
@@ -119,17 +122,19 @@ def read(path: Path) -> Settings:
         InvalidRunError: the file is not one of these.
     """
     try:
-        config = OmegaConf.create(_NEW | _loaded(path))
+        config = OmegaConf.create(_loaded(path))
         for key in keys(str(OmegaConf.select(config, "model.kind"))):
             if OmegaConf.select(config, key, default=_LOST) is _LOST:
-                raise UsageError(f"{key} is not there")
+                if key not in _NEW:
+                    raise UsageError(f"{key} is not there")
+                OmegaConf.update(config, key, _NEW[key])
         return _typed(config)
     except (UsageError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
 
 
 def parse_override(text: str) -> Override:
-    """Read an override, and take paths as they stand.
+    """Read an override, and take paths, and words that a key knows, as they stand.
 
     Raises:
         UsageError: it is none, or it adds or removes keys.
