@@ -7,7 +7,8 @@ Expressive Graph Neural Networks via Historical Embeddings", arXiv 2106.05609).
 """
 
 from recollect.autoscale._adjacency import add_self_loops, edge_index_of, normalize
-from recollect.autoscale._blockwise import Around, BlockwiseGNN
+from recollect.autoscale._blocks import Around
+from recollect.autoscale._blockwise import BlockwiseGNN
 from recollect.autoscale._combination import Combination
 from recollect.autoscale._get_data import GraphData, get_data
 from recollect.autoscale._making import HistoryOptions

@@ -1,8 +1,9 @@
-"""The blocks of a blockwise network as layers of their own, and the edges that they take."""
+"""The blocks of a blockwise network as layers of their own, the edges that they take, and the rows around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +12,51 @@ from torch import Tensor
 from recollect._verdicts import later
 from recollect.autoscale._adjacency import as_csr, edge_index_of, is_edge_index
 from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale.histories._rows_source import Rows
 
 if TYPE_CHECKING:
+    from recollect.autoscale._block_compensation import LayerCompensation
     from recollect.autoscale._blockwise import BlockwiseGNN
 
-__all__ = ["WEIGHTS", "Blocks", "OneBlock", "edges_of", "first_input"]
+__all__ = ["WEIGHTS", "Around", "Blocks", "OneBlock", "edges_of", "first_input"]
 
 WEIGHTS = "edge_weight"
 """What the weights of an adjacency are called among what blocks take."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a layer reads of the nodes around a mini-batch.
+
+    Attributes:
+        inputs: their rows of the layer's input [halo, hidden_channels].
+        outputs: and of its output; constants.
+        sources: what brings these back in backward; ``None``: they are kept.
+        compensation: with ``compensate=True``, what completes the gradients of the layer's blocks.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
+        >>> from recollect.models import RevGNN
+        >>> class Watched(RevGNN):
+        ...     def run_stage(self, index, x, edge_index, shared, args, around):
+        ...         found.append(around)
+        ...         return super().run_stage(index, x, edge_index, shared, args, around)
+        >>> data, in_channels, out_channels = get_data(None, "karate")
+        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
+        >>> batch = next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
+        >>> model, found = Watched(in_channels, 8, out_channels, num_layers=3, num_nodes=34), []
+        >>> model(batch.data.x, batch.data.adj_t, *batch[1:]).shape
+        torch.Size([17, 4])
+        >>> halo = len(batch.n_id) - batch.batch_size
+        >>> [tuple(around.outputs.shape) for around in found] == 3 * [(halo, 8)]
+        True
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    sources: tuple[Rows | None, Rows]
+    compensation: LayerCompensation | None = None
 
 
 class Blocks(LayeredGNN):

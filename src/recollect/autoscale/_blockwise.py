@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from recollect.autoscale._adjacency import as_csr, first_rows
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._block_compensation import BlockCompensation, BlockWays, LayerCompensation
+from recollect.autoscale._block_compensation import BlockCompensation, BlockWays
 from recollect.autoscale._block_refresh import BlockSweep
-from recollect.autoscale._blocks import WEIGHTS, Blocks, edges_of
+from recollect.autoscale._blocks import WEIGHTS, Around, Blocks, edges_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import (
     LayerWise,
@@ -31,48 +30,13 @@ from recollect.autoscale._scalable import ScalableGNN, TrueRows, unchanged
 from recollect.autoscale._stamp import GraphStamp, check_graph
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
-from recollect.autoscale.histories._rows_source import Pulls, Rows
+from recollect.autoscale.histories._rows_source import Pulls
 from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.messages.reach import look_of
 
-__all__ = ["Around", "BlockwiseGNN"]
-
-
-@dataclass(frozen=True)
-class Around:
-    """What a layer reads of the nodes around a mini-batch.
-
-    Attributes:
-        inputs: their rows of the layer's input [halo, hidden_channels].
-        outputs: and of its output; constants.
-        sources: what brings these back in backward; ``None``: they are kept.
-        compensation: with ``compensate=True``, what completes the gradients of the layer's blocks.
-
-    Example:
-        >>> import torch
-        >>> from recollect.autoscale import SubgraphLoader, get_data, partition, permute
-        >>> from recollect.models import RevGNN
-        >>> class Watched(RevGNN):
-        ...     def run_stage(self, index, x, edge_index, shared, args, around):
-        ...         found.append(around)
-        ...         return super().run_stage(index, x, edge_index, shared, args, around)
-        >>> data, in_channels, out_channels = get_data(None, "karate")
-        >>> perm, ptr = partition(data.adj_t, 2, "contiguous", log=False)
-        >>> batch = next(iter(SubgraphLoader(permute(data, perm, log=False), ptr, log=False)))
-        >>> model, found = Watched(in_channels, 8, out_channels, num_layers=3, num_nodes=34), []
-        >>> model(batch.data.x, batch.data.adj_t, *batch[1:]).shape
-        torch.Size([17, 4])
-        >>> halo = len(batch.n_id) - batch.batch_size
-        >>> [tuple(around.outputs.shape) for around in found] == 3 * [(halo, 8)]
-        True
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    sources: tuple[Rows | None, Rows]
-    compensation: LayerCompensation | None = None
+__all__ = ["BlockwiseGNN"]
 
 
 class BlockwiseGNN(ScalableGNN):
