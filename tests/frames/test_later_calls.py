@@ -1,6 +1,7 @@
 """What a region does in a later call, or leaves to a later moment, and what was found by breaking things."""
 
 import types
+import weakref
 
 import numpy
 import pytest
@@ -249,3 +250,195 @@ def test_values_beside_infinities_are_compared():
 
     with pytest.raises(RebuildError):
         recollect.checkpoint(region, double(4, 4) * 1).sum().backward()
+
+
+class Trains(nn.Module):
+    """Trains a part of itself in its forward pass: by gradients alone, or by an optimizer's steps."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.lin, self.own = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.optimizer = None if optimizer is None else optimizer(self.own.parameters(), 0.1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+            self.own(x.detach()).tanh().sum().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return self.lin(x).tanh() * self.own(x).detach()
+
+
+def _momentum(parameters, rate):
+    return torch.optim.SGD(parameters, rate, momentum=0.9)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Adam, _momentum])
+def test_a_backward_inside_a_region_counts_once(optimizer, early_stop):
+    def step(wrap):
+        module = Trains(optimizer)
+        options = {} if wrap is not recollect.checkpoint else {"early_stop": early_stop}
+        for _ in range(3):
+            wrap(module, double(3, 4), **options).sum().backward()
+        return [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+    assert_same(*both(step)[::-1])
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_backward_inside_a_function_counts_once(linear):
+    def step(wrap):
+        outer, inner = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+        def region(x):
+            y = inner(x.detach())
+            (y if linear else y.square()).sum().backward()
+            return outer(x).tanh()
+
+        for _ in range(2):
+            wrap(region, double(3, 4)).sum().backward()
+        return [p.grad for module in (outer, inner) for p in module.parameters()]
+
+    assert_same(*both(step)[::-1])
+
+
+def test_a_tensor_in_an_object_that_is_an_argument():
+    class Average:
+        def __init__(self):
+            self.value, self.runs = torch.zeros(3000, dtype=torch.float64), False
+
+        def update(self, h):
+            if self.runs:
+                self.value.lerp_(h.detach().mean().expand(3000), 0.5)
+
+    def step(wrap):
+        lin, average = nn.Linear(4, 4).double(), Average()
+
+        def region(x, average):
+            h = lin(x)
+            average.update(h)
+            return h.tanh()
+
+        for i in range(4):
+            average.runs = i > 0
+            wrap(region, double(3, 4), average).sum().backward()
+        return lin.weight.grad, average.value
+
+    assert_same(*both(step)[::-1])
+
+
+@pytest.mark.parametrize("where", ["attribute", "mapping"])
+def test_a_table_that_the_first_call_makes_and_the_second_updates(where):
+    class Averages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.held = nn.Linear(40, 40).double(), {} if where == "mapping" else None
+
+        def forward(self, x):
+            h = self.lin(x)
+            table = self.held.get("table") if where == "mapping" else self.held
+            if table is None:
+                table = h.new_zeros(40, 40)
+                if where == "mapping":
+                    self.held["table"] = table
+                else:
+                    self.held = table
+            else:
+                with torch.no_grad():
+                    table.mul_(0.5).add_(h[:1].T * h[:1])
+            return h * (1 + table.mean())
+
+    def step(wrap):
+        module = Averages()
+        for _ in range(4):
+            wrap(module, double(3, 40)).square().sum().backward()
+        return module.lin.weight.grad, module.held["table"] if where == "mapping" else module.held
+
+    assert_same(*both(step)[::-1])
+
+
+class Holder:
+    __slots__ = ("net",)
+
+    def __init__(self, net):
+        self.net = net
+
+
+KEPT_ALIVE = []  # what a weak reference is to
+HIDING = {  # how a network is kept in an attribute, and found again
+    "list": (lambda net: [net], lambda hidden: hidden[0]),
+    "mapping": (lambda net: {"net": net}, lambda hidden: hidden["net"]),
+    "object": (lambda net: types.SimpleNamespace(net=net), lambda hidden: hidden.net),
+    "slots": (Holder, lambda hidden: hidden.net),
+    "attribute": (lambda net: net, lambda hidden: hidden),
+    "function": (lambda net: lambda: net, lambda hidden: hidden()),
+    "method": (lambda net: net.forward, lambda hidden: hidden.__self__),
+    "reference": (weakref.ref, lambda hidden: hidden()),
+}
+
+
+class Hides(nn.Module):
+    """Has a momentum copy that is no submodule, and updates it on some calls."""
+
+    def __init__(self, how, every, replace):
+        super().__init__()
+        self.lin, self.every, self.replace, self.calls = nn.Linear(40, 40).double(), every, replace, 0
+        net = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40)).double().requires_grad_(False)
+        KEPT_ALIVE.append(net)
+        hide, self.found = HIDING[how]
+        object.__setattr__(self, "hidden", hide(net))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % self.every == 0:
+            with torch.no_grad():
+                net = self.found(self.hidden)
+                if self.replace:
+                    net[0].weight.data = net[0].weight.data.lerp(self.lin.weight, 0.5)
+                else:
+                    net[0].weight.lerp_(self.lin.weight, 0.5)
+                net[1].running_mean.add_(1)
+        return self.lin(x).tanh()
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("how", HIDING)
+def test_a_module_that_is_hidden_from_registration_is_written_once(how, every, replace):
+    def step(wrap):
+        module = Hides(how, every, replace)
+        net = module.found(module.hidden)
+        for _ in range(6):
+            wrap(module, double(5, 40)).sum().backward()
+        return [module.lin.weight.grad, net[0].weight, net[1].running_mean]
+
+    assert_same(*both(step)[::-1])
+
+
+def test_a_first_write_in_a_later_call_is_named():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.table, self.calls = nn.Linear(40, 40).double(), torch.ones(40, 40).double(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1:
+                self.table.mul_(2)
+            return (self.lin(x) @ self.table).tanh()
+
+    def step(wrap):
+        module = Late()
+        for i in range(3):
+            loss = wrap(module, double(3, 40)).sum()
+            if i == 1 and wrap is recollect.checkpoint:
+                with pytest.raises(RebuildError, match=r"wrote to a tensor of shape \[40, 40\] in a later call"):
+                    loss.backward()
+            else:
+                module.zero_grad()
+                loss.backward()
+        return module.lin.weight.grad, module.table
+
+    assert_same(*both(step)[::-1])

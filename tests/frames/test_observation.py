@@ -211,6 +211,27 @@ def _parameter(cell, h):
     return cell.lin(h) * cell.gain
 
 
+def _parameter_for_none(cell, h):
+    if cell.load is None:
+        cell.load = nn.Parameter(torch.randn(4))
+    return F.dropout(cell.lin(h) * cell.load, 0.2)
+
+
+def _layer(cell, h):
+    if cell.load is None:
+        cell.load = nn.Linear(4, 4)
+    return F.dropout(cell.load(h), 0.2)
+
+
+def _lists(cell, h):
+    if len(cell.layers) < 2:
+        cell.layers.append(nn.Linear(4, 4))
+        cell.gains.append(nn.Parameter(torch.randn(4)))
+    for layer, gain in zip(cell.layers, cell.gains, strict=True):
+        h = layer(h).tanh() * gain
+    return F.dropout(h, 0.2)
+
+
 def _deleted(cell, h):
     if hasattr(cell, "start"):
         cell.register_buffer("scale", cell.start.clone())
@@ -225,11 +246,47 @@ def _unset():
     return cell
 
 
+def _empty():
+    cell = Cell(_lists)
+    cell.layers, cell.gains = nn.ModuleList(), nn.ParameterList()
+    return cell
+
+
+def _plain(body):
+    cell = Cell(body)
+    cell.load = None
+    return cell
+
+
+def _no_parameter():
+    cell = Cell(_parameter_for_none)
+    cell.register_parameter("load", None)
+    return cell
+
+
 @each_source
 @pytest.mark.parametrize(
     "make",
-    [_unset, lambda: Cell(_registered), lambda: Cell(_parameter), lambda: Cell(_deleted, start=torch.ones(4))],
-    ids=["None", "buffer", "parameter", "deleted"],
+    [
+        _unset,
+        lambda: Cell(_registered),
+        lambda: Cell(_parameter),
+        lambda: Cell(_deleted, start=torch.ones(4)),
+        lambda: _plain(_parameter_for_none),
+        _no_parameter,
+        lambda: _plain(_layer),
+        _empty,
+    ],
+    ids=[
+        "None",
+        "buffer",
+        "parameter",
+        "deleted",
+        "parameter for None",
+        "parameter in its place",
+        "layer",
+        "lists",
+    ],
 )
 def test_what_is_born_in_the_forward(source, make):
     assert_right_over(source, make)

@@ -121,6 +121,8 @@ class _Complete(BaseException):
 
 
 def _unpack(packed: _Token | _Lasting) -> Tensor:
+    for recorder in local.recorders:  # of regions that are running
+        recorder.note_gradients()
     if isinstance(packed, _Token):
         return packed.frame.saved(packed.index)
     tensor = packed.tensor

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -21,12 +22,13 @@ from recollect.frames._snapshot import Snapshot
 from recollect.frames._state import PythonState, same_items
 from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
 
-__all__ = ["Buffer", "Changed", "Known", "Record", "Registered", "check_unread"]
+__all__ = ["Buffer", "Changed", "Known", "Record", "Registered", "Roster", "check_unread"]
 
 
 _NULL: AbstractContextManager[None] = nullcontext()
 
 Registered = tuple[dict[str, Any], str, Tensor]
+Roster = tuple[dict[str, Any], dict[str, bool]]
 Changed = tuple[str, Tensor, int]
 """What was changed in place (kind and name), the tensor, and the version that it had."""
 
@@ -114,15 +116,19 @@ class Record:
         constant: buffers that the run did not write to.
         writes: what it wrote to.
         snapshot: state, parameters and registries of a tree of modules, which come in addition where they are needed.
+        rosters: registries of parameters, with the names that they had before the run, and which stood for none.
+        graded: leaves, if the run has accumulated gradients of its own into some of them.
     """
 
     __slots__ = (
         "_brought",
         "_constant",
         "_flags",
+        "_graded",
         "_marks",
         "_parameters",
         "_registries",
+        "_rosters",
         "_snapshot",
         "_state",
         "_versions",
@@ -137,8 +143,12 @@ class Record:
         constant: list[Buffer],
         writes: list[Copy],
         snapshot: Snapshot | None = None,
+        rosters: Sequence[Roster] = (),
+        graded: Sequence[Tensor] = (),
     ) -> None:
         self._state = state
+        self._graded = graded
+        self._rosters = rosters
         self._snapshot = snapshot
         self._parameters = parameters
         self._registries = registries
@@ -151,8 +161,16 @@ class Record:
         self._brought = {key for copy in writes for key in copy.keys_brought_back()}
 
     def suspects(self) -> list[str]:
-        """Return the buffers that hold other values than in the first run, although no version says so."""
-        return [f"buffer {name!r} holds other values" for name, tensor, mark in self._marks if bits_of(tensor) != mark]
+        """Return buffers that hold other values although no version says so, and what was written without a copy."""
+        found = [f"buffer {name!r} holds other values" for name, tensor, mark in self._marks if bits_of(tensor) != mark]
+        for copy in self._writes:
+            tensor = copy.tensor()
+            if copy.then is None and tensor is not None:
+                found.append(
+                    f"it wrote to a tensor of shape {list(tensor.shape)} in a later call, and not in the first one, so "
+                    "that no copy of its old values was kept (from now on there is one: run the step again)"
+                )
+        return found
 
     def changed(self) -> list[Changed]:
         """Return the parameters and constant buffers that were changed in place since: kind and name, tensor, version.
@@ -211,8 +229,11 @@ class Record:
         kept: set[int] = set()
         if other and self._writes:
             kept = {key for _, _, parameter in self._parameters for key in place_of(parameter)}
+        rosters = [(registry, dict(registry)) for registry, _ in self._rosters]
         state = self._state.now()
-        toggled: list[Tensor] = []
+        # An early stop leaves out what the region would have put back itself.
+        standing = _Standing([*self._tensors(), *(buffer for _, buffer, _ in self._constant)])
+        gradients = [(leaf, leaf.grad, None if leaf.grad is None else leaf.grad.clone()) for leaf in self._graded]
         try:
             self._state.write_then(state)
             for copy in self._writes:
@@ -230,22 +251,29 @@ class Record:
             for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
                 if now is not then:
                     _register(registry, then)
+            for registry, names in self._rosters:
+                _take_back(registry, names)
             for registry, name, parameter in self._parameters:
-                present = registry.get(name)
-                if present is not parameter and _can_replace(present, parameter):
-                    parameters.append((registry, name, present))  # type: ignore[arg-type]
+                present = registry.get(name, _GONE)
+                if present is _GONE:
+                    registry[name] = parameter
+                elif present is not parameter and _can_replace(present, parameter):
+                    parameters.append((registry, name, present))
                     registry[name] = parameter
             for parameter, flag in zip(self._tensors(), self._flags, strict=True):
                 if parameter.requires_grad is not flag and parameter.is_leaf:
-                    toggled.append(parameter.requires_grad_(flag))
+                    parameter.requires_grad_(flag)
             with preserving_versions(counted):
                 yield
         finally:
-            for tensor in toggled:
-                tensor.requires_grad_(not tensor.requires_grad)
+            standing.write()
+            for leaf, gradient, held in gradients:
+                leaf.grad = gradient
+                if gradient is not None and held is not None:
+                    gradient.detach().copy_(held)
             for registry, name, tensor in reversed(parameters):
                 registry[name] = tensor
-            for registry, now in registries:
+            for registry, now in (*registries, *rosters):
                 if registry or now:
                     _register(registry, now)
             for copy, target, value in reversed(contents):
@@ -271,8 +299,44 @@ def _register(registry: dict[str, Any], values: dict[str, Any]) -> None:
     if len(registry) != len(values):
         for name in [name for name in registry if name not in values]:
             del registry[name]
+    if list(registry) != list(values):
+        registry.clear()
+        registry.update(values)
 
 
+def _take_back(registry: dict[str, Any], names: dict[str, bool]) -> None:
+    """Take parameters out of a registry that were not there under these names: the region made them, or makes them."""
+    for name in [name for name in registry if name not in names]:
+        del registry[name]
+    for name, is_none in names.items():
+        if is_none and registry.get(name) is not None:
+            registry[name] = None
+
+
+class _Standing:
+    """Of parameters and buffers, which memory they have and whether they require a gradient.
+
+    Args:
+        tensors: with or without history.
+    """
+
+    __slots__ = ("_flags", "_tensors", "_values")
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN and tensor.is_leaf]
+        self._flags = [tensor.requires_grad for tensor in self._tensors]
+        self._values = [tensor.data for tensor in self._tensors]
+
+    def write(self) -> None:
+        """Give them these again."""
+        for tensor, flag, value in zip(self._tensors, self._flags, self._values, strict=True):
+            if tensor.requires_grad is not flag:
+                tensor.requires_grad_(flag)
+            if tensor.layout is torch.strided and not tensor.is_set_to(value):
+                tensor.data = value
+
+
+_GONE = object()
 _PLAIN = {Tensor, nn.Parameter}  # torch.func.functional_call brings either
 
 

@@ -30,7 +30,7 @@ from recollect._torch import (
 )
 from recollect.frames._forward import Own
 from recollect.frames._modes import aside, local
-from recollect.frames._record import Buffer, Known, Record, Registered
+from recollect.frames._record import Buffer, Known, Record, Registered, Roster
 from recollect.frames._snapshot import Snapshot, snapshot_of
 from recollect.frames._state import PythonState, reached_by, tensors_named_by
 from recollect.frames._transform import Transformed
@@ -73,6 +73,11 @@ def _code_of(function: Any) -> types.CodeType | None:
 _FEW = 64
 # A tensor that is no buffer, with so many elements, is copied in case a later call is the first to write to it.
 _SMALL = 1024
+_NOTHING: dict[str, Any] = {}
+_FEW_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (
+    *_FEW_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 class Recorder:
@@ -84,9 +89,9 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters",
-        "_parts", "_places", "_ran", "_registries", "_runs", "_snapshot", "_state", "_storages", "_unknown", "_watches",
-        "_watching",
+        "_brought", "_buffers", "_entered", "_gradients", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named",
+        "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs", "_snapshot", "_state",
+        "_storages", "_unknown", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -105,6 +110,8 @@ class Recorder:
         # parameters.
         self._places: list[tuple[nn.Module | None, Tensor, Tensor, int, Tensor | None]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._rosters: list[Roster] = []
+        self._gradients: list[tuple[Tensor, Tensor | None, int]] | None = None  # when the region first asked for some
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
         self._watches: list[Watch] = []
         self._known: list[tuple[Known, Hashable]] = []  # entered while the mode was open, and in which state
@@ -139,12 +146,9 @@ class Recorder:
             elif isinstance(found, Tensor):
                 self._note_place(None, found)
             elif isinstance(found, nn.Module):
-                # A part of it may be used without being called as a module; of a large one that would be too many.
-                parts = list(itertools.islice(found.modules(), _FEW + 1))
-                if found is function and len(parts) <= _FEW:  # nothing runs before it that could give it others
+                parts = self._enter_all(found)
+                if found is function and parts:  # nothing runs before it that could give it others
                     self._parts = (id(found), [id(part) for part in parts])
-                for part in parts if len(parts) <= _FEW else [found]:
-                    self._enter(part)
 
     def __enter__(self) -> Recorder:
         if self._snapshot is not None:
@@ -204,6 +208,18 @@ class Recorder:
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
+    def _enter_all(self, module: nn.Module) -> list[nn.Module]:
+        """Note a module that may be used without being called, with its parts, which it returns if they are few."""
+        if id(module) in self._entered:
+            return []
+        parts = list(itertools.islice(module.modules(), _FEW + 1))
+        if len(parts) > _FEW:  # not all of them: those that run are noted then
+            self._enter(module)
+            return []
+        for part in parts:
+            self._enter(part)
+        return parts
+
     def _enter(self, module: nn.Module) -> None:
         if id(module) in self._entered:
             return
@@ -224,16 +240,34 @@ class Recorder:
             for tensor in (*self._state.tensors, *tensors_named_by(module)):
                 self._note_place(module, tensor)
             self._state.tensors.clear()
+            while self._state.modules:  # kept in a list, say, so that they are not registered
+                self._enter_all(self._state.modules.pop())
             if id(module) not in self._hooked:
                 for name, parameter in parameters.items():
                     if parameter is not None:
                         self._parameters.append((parameters, name, parameter))
                         self._note_place(module, parameter)
+                self._rosters.append((parameters, {name: p is None for name, p in parameters.items()}))
             self._registries.append((buffers, dict(buffers)))
-            if names["_modules"]:
-                self._registries.append((names["_modules"], dict(names["_modules"])))
+            hooks = _HOOKS if names["_forward_hooks"] or names["_forward_pre_hooks"] else _FEW_HOOKS
+            for key in ("_modules", *hooks):
+                registered = names[key]
+                self._registries.append((registered, dict(registered) if registered else _NOTHING))
         if buffers:
             self._note_buffers(module, buffers, buffers.items())
+
+    def note_gradients(self) -> None:
+        """Note the gradients that leaves have, as a backward pass begins inside the region."""
+        if self._gradients is None:
+            leaves = {id(tensor): tensor for _, tensor, *_ in self._places if tensor.requires_grad}.values()
+            self._gradients = [(leaf, leaf.grad, _version_of_gradient(leaf)) for leaf in leaves]
+
+    def _graded(self) -> list[Tensor]:
+        """Return the leaves, if the region has accumulated a gradient into any of them."""
+        noted = self._gradients or []
+        if all(leaf.grad is then and _version_of_gradient(leaf) == version for leaf, then, version in noted):
+            return []
+        return [leaf for leaf, _, _ in noted]
 
     def _note_place(self, module: nn.Module | None, tensor: Tensor) -> None:
         """Note where the values of a tensor are that the region may write to, or give others."""
@@ -298,7 +332,10 @@ class Recorder:
         copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
         writes = [Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
         writes.extend(copied.values())
-        return Record(self._state, self._parameters, self._registries, [], writes, self._snapshot)
+        graded = [leaf for leaf, _, _ in self._gradients or []]
+        return Record(
+            self._state, self._parameters, self._registries, [], writes, self._snapshot, self._rosters, graded
+        )
 
     def settle(self) -> Record:
         """Return what a rebuild must know; to be called when the region has run."""
@@ -342,15 +379,22 @@ class Recorder:
         self._state.settle()
         if self._keys is not None:
             self._keys.learn(self._named)
-        for known, training in self._known:  # not before: recorders of regions around this one look too
-            known.seen.add(training)
+        if self._known and not self._state.has_new_tensors():  # else: the next call may be the first to write to them
+            for known, training in self._known:  # not before: recorders of regions around this one look too
+                known.seen.add(training)
         self._known.clear()
         if self._unknown is not None and not self._watches and not is_faked():
             self._unknown.learn()
         for module in self._lazy:  # what they will stay
             parameters = vars(module)["_parameters"]
             self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
-        return Record(self._state, self._parameters, self._registries, constant, writes)
+        return Record(
+            self._state, self._parameters, self._registries, constant, writes, None, self._rosters, self._graded()
+        )
+
+
+def _version_of_gradient(leaf: Tensor) -> int:
+    return -1 if leaf.grad is None else version_of(leaf.grad)
 
 
 def _state_of(module: nn.Module) -> Hashable:

@@ -148,6 +148,7 @@ class Region:
         args, kwargs = arguments
         changed = [*changed, *record.changed()]
         watch = Watch(copies=False) if changed or self.rewatched else None
+        dtype = torch.get_default_dtype()
         outer, local.scope = local.scope, scope
         backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
@@ -166,6 +167,8 @@ class Region:
             ):
                 return (function or self.function)(*args, **kwargs)
         finally:
+            if torch.get_default_dtype() is not dtype:  # set by the region, and its end left out
+                torch.set_default_dtype(dtype)
             local.scope = outer
             local.backward = backward
             local.recorders = recorders

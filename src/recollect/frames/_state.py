@@ -30,8 +30,10 @@ _MANY = 1024
 _DEPTH = 3
 _FEW = 64
 _STEPS = 8  # from a function to what it names
+_HELD = 3  # from an argument to what it holds
 _REACH = 256  # objects in all
 
+_FOREIGN = ("torch.", "numpy")
 _ARRAY = 1 << 16  # elements; a larger one is a table
 
 _MISSING = object()
@@ -70,7 +72,7 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
     These are what it is bound to, its variables, and what these hold. The region may use a module without running it as
     one. It may also not use it: putting its attributes back does no harm, and nothing else is concluded from it.
     """
-    waiting = [(function, _STEPS), *((argument, 1) for argument in args)]
+    waiting = [(function, _STEPS), *((argument, _HELD) for argument in args)]
     seen: dict[int, Any] = {}
     while waiting and len(seen) < _REACH:
         value, steps = waiting.pop()
@@ -129,12 +131,14 @@ class PythonState:
 
     Attributes:
         tensors: those that were met, in containers and objects too, until somebody takes them.
+        modules: those that were met so, which no module has registered.
     """
 
-    __slots__ = ("_cells", "_seen", "_things", "tensors")
+    __slots__ = ("_cells", "_seen", "_things", "modules", "tensors")
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.modules: list[nn.Module] = []
         self._cells: list[_Cell] = []
         self._things: list[Any] = []
         self._seen: set[int] = set()
@@ -183,7 +187,10 @@ class PythonState:
         if kind is Tensor:
             self.tensors.append(value)
             return
-        if kind in ATOMS or isinstance(value, _CLOSED) or id(value) in self._seen:
+        if kind in ATOMS or id(value) in self._seen:
+            return
+        if isinstance(value, _CLOSED):
+            self.modules.extend(part for part in _behind(value) if isinstance(part, nn.Module))
             return
         self._seen.add(id(value))
         if _is_array(value):
@@ -208,17 +215,27 @@ class PythonState:
             self._things.append(_Set(value))
         elif isinstance(value, tuple):
             items = value
-        elif depth > 0 and not kind.__module__.startswith(("torch.", "numpy")):
+        elif depth > 0 and (isinstance(value, torch.optim.Optimizer) or not kind.__module__.startswith(_FOREIGN)):
             names = getattr(value, "__dict__", None)
             if type(names) is dict:
                 self.add_namespace(names, depth=depth - 1)
             slots = [name for base in kind.__mro__ for name in _slots_of(base)]
             if slots:
                 self._things.append(_Slots(value, slots))
+                items = [getattr(value, name, None) for name in slots]
         if depth > 0:
             for item in list(items):
                 if type(item) not in ATOMS:
                     self._add(item, depth - 1)
+
+    def has_new_tensors(self) -> bool:
+        """Whether an attribute, or an entry of a mapping, is a tensor that was none, as what a first call makes is."""
+        return any(
+            isinstance(value, Tensor) and not isinstance(_present(thing.then.get(name)), Tensor)
+            for thing in self._things
+            if type(thing) in (_Namespace, _Dict)
+            for name, value in thing.read().items()
+        )
 
     def now(self) -> list[Any]:
         """Return what is held now, for :meth:`write`."""
@@ -234,6 +251,24 @@ class PythonState:
         """Hold these again."""
         for thing, value in zip(reversed(self._things), reversed(values), strict=True):
             thing.write(value)
+
+
+def _behind(value: Any) -> Iterator[Any]:
+    """Yield a module, or what a function, a method, a partial or a weak reference stands for or is bound to."""
+    if isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from _behind(value.func)
+        yield from value.args
+        yield from value.keywords.values()
+    else:
+        yield value() if isinstance(value, weakref.ref) else value
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:

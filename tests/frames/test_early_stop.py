@@ -1,0 +1,192 @@
+"""A rebuild ends with the last tensor that is needed: what the region does for a while is over all the same."""
+
+import pytest
+import torch
+from seam_oracle import Wrap, assert_right, float64, results
+from torch import nn
+from torch.nn.utils import prune
+
+import recollect
+
+assert float64 is not None  # a fixture of every test here
+
+
+class Passing(nn.Module):
+    """Changes something, computes, and changes it back, with operations behind the last tensor that autograd saves."""
+
+    def __init__(self, begin, end):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("scale", torch.rand(4) + 1)
+        self.begin, self.end = begin, end
+
+    def forward(self, x):
+        held = self.begin(self)
+        y = self.b(self.a(x).tanh() * self.scale).sin()
+        self.end(self, held)
+        return y
+
+
+def _hook(cell):
+    return cell.a.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _hook_with_keywords(cell):
+    return cell.a.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
+
+
+def _other_memory(name):
+    def begin(cell):
+        tensor = cell.get_parameter(name) if name != "scale" else cell.scale
+        held, tensor.data = tensor.data, tensor.data.sign()
+        return tensor, held
+
+    return begin
+
+
+def _give_memory(cell, held):
+    tensor, data = held
+    tensor.data = data
+
+
+def _other_weight(cell):
+    held, cell.a.weight = cell.a.weight, cell.b.weight
+    return held
+
+
+def _plain_weight(cell):
+    held = cell.a.weight
+    del cell.a.weight
+    cell.a.weight = held * 2
+    return held
+
+
+def _give_weight(cell, held):
+    if "weight" in vars(cell.a):
+        del cell.a.weight
+    cell.a.weight = held
+
+
+def _other_layer(cell):
+    held, cell.a = cell.a, cell.b
+    return held
+
+
+def _half(cell):
+    torch.set_default_dtype(torch.float32)
+
+
+CHANGES = {
+    "hook": (_hook, lambda cell, hook: hook.remove()),
+    "hook with keywords": (_hook_with_keywords, lambda cell, hook: hook.remove()),
+    "data of a parameter": (_other_memory("a.weight"), _give_memory),
+    "data of a buffer": (_other_memory("scale"), _give_memory),
+    "frozen": (lambda cell: cell.a.requires_grad_(False), lambda cell, _: cell.a.requires_grad_(True)),
+    "parameter": (_other_weight, _give_weight),
+    "parameter as an attribute": (_plain_weight, _give_weight),
+    "submodule": (_other_layer, lambda cell, held: setattr(cell, "a", held)),
+    "default dtype": (_half, lambda cell, _: torch.set_default_dtype(torch.float64)),
+    "mode": (lambda cell: cell.eval(), lambda cell, _: cell.train()),
+}
+
+
+def _standing(cell):
+    """Return what must be as it was: the memory's values, flags, names and hooks."""
+    named = dict(cell.named_parameters())
+    names = "".join(sorted(named)) + str(torch.get_default_dtype())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in cell.modules())
+    shared = sum(m is n for m in (cell.a, cell.b) for n in (cell.a, cell.b))
+    flags = [float(named[name].requires_grad) for name in sorted(named)]
+    numbers = torch.tensor([hooks, shared, len(names), *flags, *names.encode()], dtype=torch.float64)
+    return [*(named[name] for name in sorted(named)), cell.scale, numbers]
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_region_changes_for_a_while_is_changed_back(change, early_stop):
+    def step(wrap):
+        if wrap.framed:
+            wrap = Wrap(True, early_stop=early_stop)
+        cell = Passing(*CHANGES[change])
+        for _ in range(3):
+            wrap(cell, torch.randn(3, 4)).square().sum().backward()
+        return [*results(cell), *_standing(cell)]
+
+    assert_right(step)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_function_that_changes_modules_for_a_while(change):
+    def step(wrap):
+        cell = Passing(lambda cell: None, lambda cell, held: None)
+        begin, end = CHANGES[change]
+
+        def region(x):
+            held = begin(cell)
+            y = cell(x)
+            end(cell, held)
+            return y
+
+        for _ in range(2):
+            wrap(region, torch.randn(3, 4)).square().sum().backward()
+        return [*results(cell), *_standing(cell)]
+
+    assert_right(step)
+
+
+def test_a_hook_that_is_taken_away_between_forward_and_backward():
+    def step(wrap):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        hook = net[1].register_forward_hook(lambda module, args, output: output * output)
+        y = wrap(net, torch.randn(3, 4))
+        hook.remove()
+        y.sum().backward()
+        assert not net[1]._forward_hooks
+        return results(net)
+
+    assert_right(step)
+
+
+def test_a_hook_that_takes_itself_away():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def once(module, args, output):
+                hook.remove()
+                return output * 3
+
+            hook = self.a.register_forward_hook(once)
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh()).sin()
+
+    def step(wrap):
+        net = Net()
+        for _ in range(2):
+            wrap(net, torch.randn(3, 4)).square().sum().backward()
+            assert not net.a._forward_hooks
+        return results(net)
+
+    assert_right(step)
+
+
+def test_a_weight_that_is_pruned_between_forward_and_backward():
+    def step(wrap):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        y = wrap(net, torch.randn(3, 4))
+        prune.l1_unstructured(net[0], "weight", 0.5)
+        z = wrap(net, torch.randn(3, 4))
+        y.sum().backward()
+        z.square().sum().backward()
+        assert list(net[0]._parameters) == ["bias", "weight_orig"]
+        return results(net)
+
+    assert_right(step)
+
+
+def test_an_early_stop_leaves_the_order_of_parameters():
+    net = Passing(_plain_weight, _give_weight)
+    recollect.checkpoint(net, torch.randn(3, 4)).sum().backward()
+    assert list(net.a._parameters) == ["bias", "weight"]
