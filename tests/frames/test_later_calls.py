@@ -442,3 +442,19 @@ def test_a_first_write_in_a_later_call_is_named():
         return module.lin.weight.grad, module.table
 
     assert_same(*both(step)[::-1])
+
+
+def test_gradients_of_a_part_that_runs_after_another_asked_for_some():
+    def step(wrap):
+        first, second = Trains(None), Trains(None)
+
+        def region(x):
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(first.own(x.detach()).tanh().sum(), first.own.weight)
+            return second(first.lin(x) + slope.sum())
+
+        for _ in range(2):
+            wrap(region, double(3, 4)).sum().backward()
+        return [p.grad for p in (*first.lin.parameters(), *second.parameters())]
+
+    assert_same(*both(step)[::-1])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import seam_between
 import seam_inside
+import seam_passing
 import seam_state
 import torch
 from seam_calls import CALLS, WIDTH, Call, reach
@@ -30,7 +31,7 @@ import recollect
 from recollect.frames import FrameError, couple
 
 ROWS = 6
-TABLES = (seam_state, seam_between, seam_inside)  # each adds its hazards to the table when it is imported
+TABLES = (seam_state, seam_between, seam_inside, seam_passing)  # each adds its hazards to the table when it is imported
 SOURCES = ("checkpoint", "inverse", "coupling")
 STEPS = ("backward", "twice", "subset", "double", "many", "accumulate", "evaluation")
 

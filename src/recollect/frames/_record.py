@@ -237,8 +237,6 @@ class Record:
         try:
             self._state.write_then(state)
             for copy in self._writes:
-                if kept and not kept.isdisjoint(copy.keys_brought_back()):
-                    continue
                 target = copy.target()
                 if target is None:
                     continue
@@ -246,7 +244,7 @@ class Record:
                 tensor = copy.tensor()
                 if tensor is not None and not tensor.is_inference():
                     counted.append(tensor)
-                if copy.then is not None:
+                if copy.then is not None and kept.isdisjoint(copy.keys_brought_back()):
                     target.copy_(copy.then)
             for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
                 if now is not then:
@@ -313,6 +311,10 @@ def _take_back(registry: dict[str, Any], names: dict[str, bool]) -> None:
             registry[name] = None
 
 
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    return place_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
 class _Standing:
     """Of parameters and buffers, which memory they have and whether they require a gradient.
 
@@ -332,7 +334,7 @@ class _Standing:
         for tensor, flag, value in zip(self._tensors, self._flags, self._values, strict=True):
             if tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
-            if tensor.layout is torch.strided and not tensor.is_set_to(value):
+            if tensor.layout is torch.strided and _lies(tensor) != _lies(value):
                 tensor.data = value
 
 

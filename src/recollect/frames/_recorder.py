@@ -74,9 +74,9 @@ _FEW = 64
 # A tensor that is no buffer, with so many elements, is copied in case a later call is the first to write to it.
 _SMALL = 1024
 _NOTHING: dict[str, Any] = {}
-_FEW_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_HOOKS = (
-    *_FEW_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+_REGISTRIES = (
+    "_modules", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
 
 
@@ -89,9 +89,9 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_gradients", "_hooked", "_keys", "_known", "_lazy", "_leaves", "_named",
-        "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs", "_snapshot", "_state",
-        "_storages", "_unknown", "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_graded_places", "_gradients", "_hidden", "_hooked", "_keys", "_known",
+        "_lazy", "_leaves", "_named", "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs",
+        "_snapshot", "_state", "_storages", "_unknown", "_watches", "_watching",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
@@ -101,6 +101,7 @@ class Recorder:
         # rebuild what they do, and the parameters that are there are used.
         self._hooked: set[int] = set()
         self._brought: set[int] = set()
+        self._hidden: set[int] = set()  # those that no module has registered, and have not run
         self._parts: tuple[int, list[int]] | None = None  # of the function, if it is a module
         self._state = PythonState()
         self._buffers: list[Buffer] = []
@@ -111,7 +112,9 @@ class Recorder:
         self._places: list[tuple[nn.Module | None, Tensor, Tensor, int, Tensor | None]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._rosters: list[Roster] = []
-        self._gradients: list[tuple[Tensor, Tensor | None, int]] | None = None  # when the region first asked for some
+        # Of leaves, when the region first asked for gradients after it met them.
+        self._gradients: dict[int, tuple[Tensor, Tensor | None, int]] = {}
+        self._graded_places = 0
         self._watching: list[tuple[Any, Watch]] = []  # who opened the mode, and the mode
         self._watches: list[Watch] = []
         self._known: list[tuple[Known, Hashable]] = []  # entered while the mode was open, and in which state
@@ -208,20 +211,23 @@ class Recorder:
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
-    def _enter_all(self, module: nn.Module) -> list[nn.Module]:
+    def _enter_all(self, module: nn.Module, hidden: bool = False) -> list[nn.Module]:
         """Note a module that may be used without being called, with its parts, which it returns if they are few."""
         if id(module) in self._entered:
             return []
         parts = list(itertools.islice(module.modules(), _FEW + 1))
         if len(parts) > _FEW:  # not all of them: those that run are noted then
-            self._enter(module)
+            self._enter(module, hidden)
             return []
         for part in parts:
-            self._enter(part)
+            self._enter(part, hidden)
         return parts
 
-    def _enter(self, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, hidden: bool = False) -> None:
         if id(module) in self._entered:
+            if not hidden and id(module) in self._hidden:  # it runs, and so what it has is read
+                self._hidden.discard(id(module))
+                self._note_parameters(vars(module)["_parameters"])
             return
         self._entered.add(id(module))
         names = vars(module)
@@ -241,30 +247,44 @@ class Recorder:
                 self._note_place(module, tensor)
             self._state.tensors.clear()
             while self._state.modules:  # kept in a list, say, so that they are not registered
-                self._enter_all(self._state.modules.pop())
+                self._enter_all(self._state.modules.pop(), hidden=True)
             if id(module) not in self._hooked:
-                for name, parameter in parameters.items():
+                for parameter in parameters.values():
                     if parameter is not None:
-                        self._parameters.append((parameters, name, parameter))
                         self._note_place(module, parameter)
+                if hidden:
+                    self._hidden.add(id(module))
+                else:
+                    self._note_parameters(parameters)
                 self._rosters.append((parameters, {name: p is None for name, p in parameters.items()}))
             self._registries.append((buffers, dict(buffers)))
-            hooks = _HOOKS if names["_forward_hooks"] or names["_forward_pre_hooks"] else _FEW_HOOKS
-            for key in ("_modules", *hooks):
+            for key in _REGISTRIES:
                 registered = names[key]
                 self._registries.append((registered, dict(registered) if registered else _NOTHING))
         if buffers:
             self._note_buffers(module, buffers, buffers.items())
 
+    def _note_parameters(self, parameters: dict[str, Any]) -> None:
+        self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
+
     def note_gradients(self) -> None:
-        """Note the gradients that leaves have, as a backward pass begins inside the region."""
-        if self._gradients is None:
-            leaves = {id(tensor): tensor for _, tensor, *_ in self._places if tensor.requires_grad}.values()
-            self._gradients = [(leaf, leaf.grad, _version_of_gradient(leaf)) for leaf in leaves]
+        """Note the gradients that leaves have, as a backward pass inside the region begins, or goes on."""
+        for _, tensor, *_ in self._places[self._graded_places :]:
+            if tensor.requires_grad and id(tensor) not in self._gradients:
+                self._gradients[id(tensor)] = tensor, tensor.grad, _version_of_gradient(tensor)
+        self._graded_places = len(self._places)
+
+    def _has_new_tensors(self) -> bool:
+        """Whether modules hold tensors, in attributes, mappings or as buffers, that they did not hold before."""
+        return self._state.has_new_tensors() or any(
+            isinstance(value, Tensor) and then.get(name) is None
+            for registry, then in self._registries
+            for name, value in registry.items()
+        )
 
     def _graded(self) -> list[Tensor]:
         """Return the leaves, if the region has accumulated a gradient into any of them."""
-        noted = self._gradients or []
+        noted = self._gradients.values()
         if all(leaf.grad is then and _version_of_gradient(leaf) == version for leaf, then, version in noted):
             return []
         return [leaf for leaf, _, _ in noted]
@@ -332,7 +352,7 @@ class Recorder:
         copied = {key: copy for watch in reversed(watches) for key, copy in watch.written.items()}
         writes = [Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
         writes.extend(copied.values())
-        graded = [leaf for leaf, _, _ in self._gradients or []]
+        graded = [leaf for leaf, _, _ in self._gradients.values()]
         return Record(
             self._state, self._parameters, self._registries, [], writes, self._snapshot, self._rosters, graded
         )
@@ -379,15 +399,14 @@ class Recorder:
         self._state.settle()
         if self._keys is not None:
             self._keys.learn(self._named)
-        if self._known and not self._state.has_new_tensors():  # else: the next call may be the first to write to them
+        if self._known and not self._has_new_tensors():  # else: the next call may be the first to write to them
             for known, training in self._known:  # not before: recorders of regions around this one look too
                 known.seen.add(training)
         self._known.clear()
         if self._unknown is not None and not self._watches and not is_faked():
             self._unknown.learn()
         for module in self._lazy:  # what they will stay
-            parameters = vars(module)["_parameters"]
-            self._parameters.extend((parameters, name, p) for name, p in parameters.items() if p is not None)
+            self._note_parameters(vars(module)["_parameters"])
         return Record(
             self._state, self._parameters, self._registries, constant, writes, None, self._rosters, self._graded()
         )
