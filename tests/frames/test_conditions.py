@@ -351,3 +351,18 @@ def test_random_branches_need_the_seed(seed):
         except RebuildError:
             failures += 1
     assert (failures == 0) is seed
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_region_that_seeds_the_generator_to_where_it_began(early_stop):
+    def region(x):
+        torch.manual_seed(17)
+        return (x * torch.rand(4)).sin()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    region(x)  # the generator is now where each further run ends
+    y = recollect.checkpoint(region, x * 1, early_stop=early_stop)
+    torch.rand(5)
+    before = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)

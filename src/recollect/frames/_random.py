@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recollect._torch import TorchDispatchMode, outside_modes
 
-__all__ = ["RandomState", "Randomness"]
+__all__ = ["RandomState", "Randomness", "undrawn"]
 
 States = list[tuple[torch.device, Tensor]]
 
@@ -90,6 +90,20 @@ def _replay(states: States) -> Iterator[None]:
             _write(device, state)
 
 
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Give the CPU's generator back the state that it had before the body, which draws nothing, or seeds it itself.
+
+    Not while other threads run regions: they would draw the same again.
+    """
+    before = _read(_CPU)
+    try:
+        yield
+    finally:
+        if _threads.none_beside() and not _are_equal(_read(_CPU), before):
+            _write(_CPU, before)
+
+
 class _Threads:
     """Which threads run regions at this moment.
 
@@ -117,6 +131,11 @@ class _Threads:
             if alone:
                 self._alone[thread] = self._alone.get(thread, 0) + 1
         return alone
+
+    def none_beside(self) -> bool:
+        """Whether no other thread runs a region."""
+        own = threading.get_ident()
+        return all(thread == own for thread in list(self._active))
 
     def leave(self, alone: bool) -> None:
         """End a region."""

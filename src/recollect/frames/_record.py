@@ -160,6 +160,11 @@ class Record:
         self._flags = [p.requires_grad for p in tensors]
         self._brought = {key for copy in writes for key in copy.keys_brought_back()}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but modules of torch's own ran, and they are as they were."""
+        return self._snapshot is not None
+
     def suspects(self) -> list[str]:
         """Return buffers that hold other values although no version says so, and what was written without a copy."""
         found = [f"buffer {name!r} holds other values" for name, tensor, mark in self._marks if bits_of(tensor) != mark]

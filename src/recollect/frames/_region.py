@@ -29,7 +29,7 @@ from recollect._torch import (
 from recollect.frames._certificate import Certificate, tolerance_of
 from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, local, save_nothing
-from recollect.frames._random import Randomness
+from recollect.frames._random import Randomness, undrawn
 from recollect.frames._record import Changed, Record, check_unread
 from recollect.frames._recorder import Recorder, entering, leaving
 from recollect.frames._watch import Watch
@@ -158,7 +158,7 @@ class Region:
                 # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
                 _seen_modules() if compiled_blocks_exist() else _NULL,
                 _NULL if self._conditions.hold() else self._conditions.again(),
-                _NULL if self._random is None else self._random.replayed(),
+                self._random.replayed() if self._random is not None else _NULL if record.is_plain else undrawn(),
                 record.put_back(other=function is not None),
                 _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
                 torch.enable_grad(),
