@@ -404,3 +404,29 @@ def test_what_layers_hold_anyway_does_not_count():
     ]  # inputs; the first is there anyway
     assert {row.strategy for row in plan.rows} == {"store"}
     assert plan.steps == 2  # the one that is measured, and one that shows that everything fits
+
+
+@pytest.mark.parametrize("holder", [nn.ModuleList, list, tuple])
+def test_units_that_are_given_as_modules(holder):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList(Block(4) for _ in range(3)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    gradients = []
+    for framed in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        if framed:
+            recollect.apply(net, net.blocks if holder is nn.ModuleList else holder(net.blocks))
+        net(torch.randn(5, 4)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(expected, found)
+    with pytest.raises(ValueError, match="matches none of its modules"):
+        recollect.apply(net, nn.Linear(4, 4))

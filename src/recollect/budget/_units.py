@@ -14,7 +14,7 @@ from recollect import invertible, reversible
 
 __all__ = ["Units", "find_units", "is_inverted"]
 
-Units = type | str | Callable[[nn.Module], bool] | Iterable[type | str]
+Units = type | str | nn.Module | Callable[[nn.Module], bool] | Iterable[type | str | nn.Module]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _INVERTIBLE = (invertible.Module, reversible.InvertibleModule)
@@ -29,7 +29,8 @@ def find_units(model: nn.Module, units: Units | None = None) -> dict[str, nn.Mod
 
     Args:
         model: where they are looked for.
-        units: what is a unit: a type, a name with ``*`` and ``?`` allowed, several of these, or a predicate of modules.
+        units: what is a unit: a type, a name with ``*`` and ``?`` allowed, a module of the model (of a ``ModuleList``
+            its children), several of these, or a predicate of modules.
 
     Raises:
         ValueError: there are none.
@@ -102,9 +103,12 @@ def _predicate(units: Any) -> Callable[[str, nn.Module], bool]:
         return lambda _, module: isinstance(module, units)
     if isinstance(units, str):
         return lambda name, _: fnmatchcase(name, units)
+    if isinstance(units, nn.Module):  # which can be called, and is no predicate
+        chosen = [units] if _can_be(units) else list(units.children())
+        return lambda _, module: any(module is one for one in chosen)
     if callable(units):
         return lambda _, module: bool(units(module))
     if isinstance(units, Iterable):
         parts = [_predicate(unit) for unit in units]
         return lambda name, module: any(part(name, module) for part in parts)
-    raise TypeError(f"units must be types, names, or a predicate of modules (got {units!r})")
+    raise TypeError(f"units must be types, names, modules, or a predicate of modules (got {units!r})")
