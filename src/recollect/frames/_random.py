@@ -100,8 +100,10 @@ def undrawn() -> Iterator[None]:
     try:
         yield
     finally:
-        if _threads.none_beside() and not _are_equal(_read(_CPU), before):
-            _write(_CPU, before)
+        if _threads.none_beside():
+            with outside_modes():
+                if not _are_equal(_state_of(_CPU), before):
+                    _write(_CPU, before)
 
 
 class _Threads:
