@@ -1,5 +1,7 @@
 """A rebuild ends with the last tensor that is needed: what the region does for a while is over all the same."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from seam_oracle import Wrap, assert_right, float64, results
@@ -115,19 +117,26 @@ def test_what_a_region_changes_for_a_while_is_changed_back(change, early_stop):
     assert_right(step)
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_function_that_changes_modules_for_a_while(change):
+def test_a_function_that_changes_modules_for_a_while(change, plain):
+    """Also modules of torch's types alone."""
+
     def step(wrap):
         cell = Passing(lambda cell: None, lambda cell, held: None)
+        if plain:
+            net = nn.Sequential(OrderedDict(a=cell.a, b=cell.b))
+            net.register_buffer("scale", cell.scale)
+            cell = net
         begin, end = CHANGES[change]
 
         def region(x):
             held = begin(cell)
-            y = cell(x)
+            y = cell.b(cell.a(x).tanh() * cell.scale).sin()
             end(cell, held)
             return y
 
-        for _ in range(2):
+        for _ in range(3):
             wrap(region, torch.randn(3, 4)).square().sum().backward()
         return [*results(cell), *_standing(cell)]
 
