@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import header_cases
 import pytest
 import torch
 import wire_cases
@@ -23,21 +24,28 @@ def test_what_differs_is_named_on_each_rank(assert_passed, case, world):
     assert_passed("wire_cases", world, case, CASES[world])
 
 
-HEADER = Header(7, "halo rows", route=3, channels=8, item=4, wants=5, sends=6, value=0.5)
+@needs_gloo
+@pytest.mark.parametrize("world", [2, 3], ids="world{}".format)
+@pytest.mark.parametrize("case", header_cases.CASES)
+def test_operations_of_engines_and_whole_graphs_begin_with_headers(assert_passed, case, world):
+    assert_passed("header_cases", world, case)
 
 
-@pytest.mark.parametrize("what", ["", "rows", "a" * 48, "a" * 100, "Zeilen für ä" * 8])
+HEADER = Header(7, "halo rows", route=3, channels=8, item=4, wants=5, sends=6, values=(0.5, 1.0, -2.0), failed=True)
+
+
+@pytest.mark.parametrize("what", ["", "rows", "a" * 176, "a" * 300, "Zeilen für ä" * 30])
 def test_a_header_has_one_size_and_comes_back(what):
     packed = replace(HEADER, what=what).pack()
-    assert len(packed) == HEADER_BYTES == 104
+    assert len(packed) == HEADER_BYTES == 256
     back = Header.unpack(packed)
     assert replace(back, what="") == replace(HEADER, what="")
     assert what.startswith(back.what)
-    assert len(back.what.encode()) >= min(len(what.encode()), 47)
+    assert len(back.what.encode()) >= min(len(what.encode()), 175)
 
 
 def test_headers_fit_where_every_condition_does():
-    theirs = replace(HEADER, wants=6, sends=5, value=2.0)
+    theirs = replace(HEADER, wants=6, sends=5, values=(2.0, 0.0, 0.0), failed=False)
     assert HEADER.fits(theirs)
     assert theirs.fits(HEADER)
     for name, value in {"number": 8, "what": "x", "route": 1, "channels": 9, "item": 8, "wants": 7, "sends": 4}.items():

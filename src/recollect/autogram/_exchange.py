@@ -176,7 +176,7 @@ class Exchange:
         seen = [_Status(numbers[0]) for numbers in headers]
         if _Status.FAILED in seen:
             self._is_over = True
-            raise_first(self.ranks.gather(self._text))
+            raise_first(self.ranks.gather(self._text, "errors within an engine"))
         for source, target in self._pairs():
             room = None
             if source is not None and seen[source] == _Status.FACTOR:

@@ -120,14 +120,18 @@ class Together:
         """
         with torch.no_grad():
             report, vector, job, parameters, error = self._look(output, what)
-            reports = self.ranks.gather(report)
+            reports = self.ranks.gather(report, "losses of an engine")
             if error is not None:
                 raise error
             self._compare(reports, parameters)
             counts = [report.losses for report in reports]
             own = slice(sum(counts[: self.ranks.rank]), sum(counts[: self.ranks.rank + 1]))
             assert vector is not None
-            values = torch.cat(self.ranks.gather_rows(vector.detach().flatten(), counts)) if max(counts) else vector
+            values = (
+                torch.cat(self.ranks.gather_rows(vector.detach().flatten(), counts, "values of losses"))
+                if max(counts)
+                else vector
+            )
             used = sorted(set().union(*(report.uses for report in reports)))
             square = self._square(vector, job, parameters, reports)
             found = Found(square.to(vector.dtype), values.detach(), own, vector, job, parameters, used, reports)
@@ -140,9 +144,12 @@ class Together:
             return found
 
     def weigh(self, found: Found, weighting: Callable[..., Tensor], on_overflow: str) -> Tensor:
-        """Return weights [M] of all losses: rank 0's, which are the others' too unless a weighting draws at random."""
-        weights, error = None, None
-        try:
+        """Return weights [M] of all losses: rank 0's, which are the others' too unless a weighting draws at random.
+
+        Raises:
+            SharesError: the weighting of another rank raised an error.
+        """
+        with self.ranks.wire.telling():
             check_weighting(weighting)
             check_overflow(on_overflow)
             if on_overflow == "pass" and not bool(found.square.isfinite().all()):
@@ -151,14 +158,8 @@ class Together:
                 residuals = (found.values,) if getattr(weighting, "takes_residuals", False) else ()
                 weights = weighting(found.square, *residuals)
                 check_weights(weights, found.values)
-        except Exception as raised:
-            error = raised
-        errors = self.ranks.gather(None if error is None else _text(error))
-        if error is not None:
-            raise error
-        raise_first(errors)
-        assert weights is not None
-        return self.ranks.spread(weights.detach().to(found.values).contiguous().clone())
+            given = weights.detach().to(found.values).contiguous().clone()
+        return self.ranks.spread(given, "weights of losses")
 
     def accumulate(self, found: Found, weights: Tensor) -> None:
         """Accumulate the gradient of all losses, weighted.
@@ -222,7 +223,7 @@ class Together:
         raise_first([report.error for report in reports])
         self.ranks.compare("what is asked", [report.what for report in reports])
         if len({report.table for report in reports}) > 1:
-            tables = self.ranks.gather(self._table(parameters))
+            tables = self.ranks.gather(self._table(parameters), "parameters of an engine")
             for rank, table in enumerate(tables):
                 pairs = zip(tables[0], table, strict=False)
                 first = next((pair for pair in pairs if pair[0] != pair[1]), None)
@@ -272,7 +273,7 @@ class Together:
         columns = exchange.columns(self.ranks.rank)
         square[columns] = exchange.block
         square[columns, columns] = own / 2  # its other half comes with the transpose
-        self.ranks.add_up(square)
+        self.ranks.add_up(square, "a Gramian")
         if job is not None:
             job.known.settled = True
         return square + square.mT
@@ -303,7 +304,7 @@ class Together:
             words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
             sums.append(parameter.detach().contiguous().view(-1).view(words).sum(dtype=torch.int64))
         own = torch.stack(sums).tolist() if sums else []
-        for rank, other in enumerate(self.ranks.gather(own)):
+        for rank, other in enumerate(self.ranks.gather(own, "bits of parameters")):
             for key, mine, theirs in zip(found.parameters, own, other, strict=True):
                 if mine != theirs:
                     raise SharesError(
@@ -327,7 +328,8 @@ class Together:
         if not inputs:
             return _Gradients({}, [], [])
         own = weights[found.own].to(found.vector).view(found.vector.shape)
-        grads = torch.autograd.grad(found.vector, inputs, own, retain_graph=retain, allow_unused=True)
+        with self.ranks.wire.telling():
+            grads = torch.autograd.grad(found.vector, inputs, own, retain_graph=retain, allow_unused=True)
         numbers = {key: number for number, key in enumerate(found.parameters)}
         pairs = [(leaf, grad) for leaf, grad in zip(others, grads[len(keys) :], strict=True) if grad is not None]
         by_number = {numbers[key]: grad for key, grad in zip(keys, grads, strict=False) if grad is not None}
@@ -335,7 +337,8 @@ class Together:
 
     def _totals(self, found: Found, grads: _Gradients) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradient of each parameter that is used, summed up over the ranks."""
-        return self.ranks.add_up_all(grads.by_number, found.used, list(found.parameters.values()))
+        kinds = list(found.parameters.values())
+        return self.ranks.add_up_all(grads.by_number, found.used, kinds, "gradients of losses")
 
     def _judge(self, found: Found, weights: Tensor, squared: Tensor) -> None:
         said = [report.circumstances for report in found.reports if report.losses]

@@ -106,8 +106,9 @@ class Sharded:
                     is_any = True
             else:
                 is_used = torch.tensor(grad is not None, device=parameter.device, dtype=torch.int32)
-                if int(ranks.add_up(is_used)):
-                    total = ranks.add_up(torch.zeros_like(parameter) if grad is None else grad.to_dense())
+                if int(ranks.add_up(is_used, "whether a gradient is used")):
+                    own = torch.zeros_like(parameter) if grad is None else grad.to_dense()
+                    total = ranks.add_up(own, "a gradient that nobody shards")
                     parameter.grad = total.div_(ranks.size)
                     whole += _square(parameter.grad).to(whole)
                     is_any = True
@@ -115,7 +116,7 @@ class Sharded:
             raise RuntimeError(
                 "fully_shard has reduced no gradient: an engine over ranks needs set_requires_gradient_sync(True)"
             )
-        return ranks.add_up(pieces) + whole
+        return ranks.add_up(pieces, "the size of a sharded gradient") + whole
 
 
 def _square(tensor: Tensor) -> Tensor:

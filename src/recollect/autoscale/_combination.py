@@ -25,6 +25,7 @@ from recollect.autoscale._conditions import autocast_now, blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank, Edges, Form, way_of
+from recollect.autoscale.loader._outward import Outward
 
 __all__ = ["Combination", "CombinedPass"]
 
@@ -116,6 +117,11 @@ class CombinedPass(Compensation):
         self._rows = {0: rows}  # by layer, its input for all nodes of `outward`
         self._of_targets = self._place < targets
 
+    @staticmethod
+    def _reads(outward: Outward) -> bool:
+        """See :class:`Compensation`: whatever the edges are, rows are combined with those of histories."""
+        return True
+
     def follow(self, layer: int, out: Tensor, before: State, state: State) -> tuple[Tensor, State]:
         """Take a layer's output for the batch, and run it for the nodes outside too.
 
@@ -143,8 +149,7 @@ class CombinedPass(Compensation):
             del self._rows[layer]
         self._state = after
         targets = self._outward.num_targets
-        n_id = self._outward.n_id
-        others = self._histories[layer].pull(torch.cat([n_id[:targets], n_id[self._known :]])).to(fresh)
+        others = self._outside.embeddings(layer).to(fresh)
         combined = torch.lerp(others[:targets], fresh, self._forward.to(fresh))
         self._rows[layer + 1] = torch.cat([combined, out.detach().to(fresh), others[targets:]])
         return out, state
@@ -186,11 +191,12 @@ class CombinedPass(Compensation):
     def _keep(self, layer: int, own: Tensor, fresh: Tensor | None) -> None:
         """Combine what the layer below is given for T, and push the batch's rows."""
         targets = self._outward.num_targets
-        if self._gradients.is_empty(layer):
+        known = self._outside.gradients(layer)
+        if known is None:
             old = own.new_zeros(targets, own.size(1))
         else:
-            old = self._gradients.pull(layer, self._outward.n_id[:targets]).to(own)
-            old = old * self._gradients.trust(layer).to(own)
+            rows, trust = known
+            old = rows.to(own) * trust.to(own)
         self._given[layer] = old if fresh is None else torch.lerp(old, fresh, self._backward.to(old))
         self._gradients.push(layer, own, self._batch.n_id[: self._batch.size], self._batch.rows)
 

@@ -24,6 +24,7 @@ from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._conditions import Plain, autocast_now, blank_of, inputs_of
 from recollect.autoscale._network import LayeredGNN, Stage, State
+from recollect.autoscale._outside import Outside
 from recollect.autoscale._separable import (
     Blank,
     Edges,
@@ -88,6 +89,9 @@ class Compensation:
         self._plain = Plain(model)
         self._gradients = gradients
         self._histories = histories
+        self._outside = Outside(
+            gradients, histories, outward, batch.size, torch.is_grad_enabled(), self._reads(outward)
+        )
         self._batch = batch
         self._outward = outward
         self._edges = Edges(outward)
@@ -98,6 +102,11 @@ class Compensation:
         self._steady = steady
         self._below: tuple[Tensor, _Step] | None = None  # the last layer's output, and what happens there
         self._cut: Tensor | None = None  # that of the layer below, if its graph ends there
+
+    @staticmethod
+    def _reads(outward: Outward) -> bool:
+        """Return whether embeddings of nodes outside are needed."""
+        return outward.complete
 
     def run(self, layer: int, stage: Stage, x: Tensor, before: State) -> tuple[Tensor, State]:
         """Run a layer, without a graph of its input if the gradient by it can be had without one.
@@ -173,18 +182,18 @@ class Compensation:
         """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
         autocast = autocast_now()
         way = self._way(layer, x, blank)
-        targets = self._outward.n_id[: self._outward.num_targets]
 
         def back(own: Tensor) -> tuple[Tensor, Tensor] | None:
-            if self._gradients.is_empty(layer):
+            known = self._outside.gradients(layer)
+            if known is None:
                 return None
-            given = self._gradients.pull(layer, targets)
+            given, trust = known
             with self._plain(), autocast():
                 if way.form == Form.ANY:
                     found = self._through_all(layer, own, given, blank)
                 else:
                     found = transposed(self._model, layer, way, own, given, self._edges, blank)
-            return None if found is None else (found, self._gradients.trust(layer))
+            return None if found is None else (found, trust)
 
         return back
 
@@ -192,13 +201,13 @@ class Compensation:
         """Return what takes the gradient of a layer's output, and the rows of its input, to their gradient."""
         autocast = autocast_now()
         way = self._ways[layer]
-        targets = self._outward.n_id[: self._outward.num_targets]
 
         def through(grad: Tensor, own: Tensor) -> Tensor | None:
             given = multiplied(self._inward, grad)
-            if targets.numel() and not self._gradients.is_empty(layer):
-                outside = multiplied(self._edges.all, self._gradients.pull(layer, targets).to(grad))
-                given = torch.addcmul(given, outside, self._gradients.trust(layer).to(grad))
+            known = self._outside.gradients(layer) if self._outward.num_targets else None
+            if known is not None:
+                rows, trust = known
+                given = torch.addcmul(given, multiplied(self._edges.all, rows.to(grad)), trust.to(grad))
             with self._plain(), autocast():
                 adj_t = self._edges.one_each(own.size(0))
                 return through_sources(self._model, layer, way, own, given, adj_t, blank)
@@ -265,8 +274,8 @@ class Compensation:
     ) -> Tensor | None:
         """Return the same of any layer, by all edges of the nodes outside; other sources come from the history."""
         outward = self._outward
-        targets, known = outward.num_targets, outward.num_targets + self._batch.size
-        others = self._histories[layer - 1].pull(torch.cat([outward.n_id[:targets], outward.n_id[known:]])).to(own)
+        targets = outward.num_targets
+        others = self._outside.embeddings(layer - 1).to(own)
         with torch.enable_grad():
             own = own.detach().requires_grad_()
             x = torch.cat([others[:targets], own, others[targets:]])

@@ -16,6 +16,7 @@ from recollect.autoscale._history_network import HistoryGNN
 from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.messages import values_of
@@ -41,8 +42,6 @@ class CorrectedGNN(HistoryGNN):
         """Fill the histories of embeddings, layer by layer."""
 
     def _make_histories(self) -> None:
-        if self.compensate and self.history_options.process_group is not None:
-            raise ValueError("compensate=True needs histories of gradients, which are not over ranks yet: leave it out")
         if self.combine is not None and not self.compensate:
             raise ValueError("combine= is part of the correction of histories: give compensate=True too")
         super()._make_histories()
@@ -59,8 +58,12 @@ class CorrectedGNN(HistoryGNN):
         self._ways, self._steady = {}, {}
         before, self.gradients = self._modules.get("gradients"), None
         if self.compensate:
+            table = self.tables[0].table if self.tables else None
+            shares = table.shares if isinstance(table, RankTable) else None
             widths = self._gradient_widths()
-            self.gradients = GradientHistories(self.num_nodes, widths, options.device, options.dtype, options.path)
+            self.gradients = GradientHistories(
+                self.num_nodes, widths, options.device, options.dtype, options.path, shares
+            )
             if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
                 self.gradients.to(before.place)
 

@@ -13,6 +13,7 @@ from recollect.autoscale._conditions import Plain
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["GradientSweep", "Loss"]
@@ -28,9 +29,12 @@ class GradientSweep:
     so; the nodes outside need no edges of their own. Held in memory are a gradient for each node and channel of two
     layers (and of those whose outputs stay in the state), and what the layers leave in their state, for all nodes.
 
+    Over ranks each has the rows of its own nodes, and takes as many mini-batches as every other: what a mini-batch adds
+    to the gradients of its halo goes to the ranks that own it.
+
     Args:
         model: gives the layers.
-        num_nodes: N.
+        num_nodes: N; over ranks, those of this one.
         loader: yields every node once in each of its passes, in the same mini-batches.
         histories: of the layers' outputs, exact.
         gradients: are written.
@@ -52,6 +56,9 @@ class GradientSweep:
         self._histories = histories
         self._gradients = gradients
         self._loss = loss
+        table = histories[0].table if histories else None
+        self._shares = table.shares if isinstance(table, RankTable) else None
+        self._first = 0 if self._shares is None else self._shares.nodes[0]
         self._parameter = next(iter(model.parameters()), torch.empty(0))
         self._found: dict[int, Tensor] = {}  # by layer, the loss' gradient by its output [N, channels]
         self._states: list[list[State]] = []  # by mini-batch and layer, what it begins with
@@ -67,19 +74,21 @@ class GradientSweep:
                         self._send_back(layer, number, sub)
                 found = self._found.pop(layer, None)
                 if found is not None:
-                    self._gradients.table(layer, found.size(1)).push(found)
+                    history = self._gradients.table(layer, found.size(1))
+                    history.write(found, history.table.everything)
         self._gradients.believe()
 
     def _send_back(self, layer: int, number: int, sub: SubData) -> None:
         """Add what one mini-batch's targets in a layer send to the layers below."""
         adj_t = first_rows(adjacency_of(sub.data).to(self._parameter.device), sub.batch_size)
         last = layer == self._model.num_layers - 1
+        n_id = sub.n_id.to("cpu", torch.int64)  # which ranks have which of them is then found out once
         if last:
-            self._states.append(self._states_of(sub, adj_t))
+            self._states.append(self._states_of(sub, n_id, adj_t))
         before = self._states[number][layer]
         tree = Tree(before)
         left = [(k, self._left[number].get(id(tensor))) for k, tensor in enumerate(tree.tensors)]
-        x = self._input(layer, sub).requires_grad_()
+        x = self._input(layer, sub, n_id).requires_grad_()
         with torch.enable_grad():
             tensors = list(tree.tensors)
             outputs = {}
@@ -88,20 +97,21 @@ class GradientSweep:
                     tensors[k] = outputs[earlier] = tensors[k].detach().requires_grad_()
             state: State = tree.build(tensors)
             out = self._model.run_layer(layer, x, adj_t, state)
-            own = sub.n_id[: sub.batch_size]
+            own = n_id[: sub.batch_size] - self._first
             if last:
                 value = self._loss(self._model.readout(out, state), sub)
             else:
-                value = (out * self._found[layer][own].to(out)).sum()
+                value = (out * self._found[layer][own.to(out.device)].to(out)).sum()
             asked = [x, *outputs.values(), *([out] if last else [])]
             grads = torch.autograd.grad(value, asked, allow_unused=True)
-        self._add(layer - 1, sub.n_id, x, grads[0])
+        if layer > 1:
+            self._add_around(layer - 1, n_id, x, grads[0])
         for earlier, grad in zip(outputs, grads[1:], strict=False):
             self._add(earlier, own, outputs[earlier], grad)
         if last:
             self._add(layer, own, out, grads[-1])
 
-    def _states_of(self, sub: SubData, adj_t: Tensor) -> list[State]:
+    def _states_of(self, sub: SubData, n_id: Tensor, adj_t: Tensor) -> list[State]:
         """Return what each layer begins with, by running those before it."""
         state: State = {name: sub.data[name] for name in self._model.inputs}
         states, left = [], {}
@@ -109,18 +119,30 @@ class GradientSweep:
             for layer in range(self._model.num_layers - 1):
                 states.append(state)
                 state = dict(state)
-                out = self._model.run_layer(layer, self._input(layer, sub), adj_t, state)
+                out = self._model.run_layer(layer, self._input(layer, sub, n_id), adj_t, state)
                 if layer and any(tensor is out for tensor in tensors_of(state)):
                     left[id(out)] = layer
         self._left.append(left)
         return [*states, state]
 
-    def _input(self, layer: int, sub: SubData) -> Tensor:
-        rows: Tensor = sub.data.x if layer == 0 else self._histories[layer - 1].pull(sub.n_id)
-        return rows.to(self._parameter.device) if layer == 0 else rows.to(self._parameter)
+    def _input(self, layer: int, sub: SubData, n_id: Tensor) -> Tensor:
+        if layer == 0:
+            features: Tensor = sub.data.x.to(self._parameter.device)
+            return features
+        return self._histories[layer - 1].begin_pull(n_id, "rows of a mini-batch")().to(self._parameter)
 
-    def _add(self, layer: int, n_id: Tensor, rows: Tensor, grad: Tensor | None) -> None:
+    def _add_around(self, layer: int, n_id: Tensor, rows: Tensor, grad: Tensor | None) -> None:
+        """Add the gradients of a mini-batch's rows, and of its halo's, where the nodes are."""
+        if self._shares is None:
+            self._add(layer, n_id, rows, grad)
+            return
+        values = torch.zeros_like(rows) if grad is None else grad
+        found = self._shares.route(n_id).give_back(values.detach(), "gradients of a mini-batch's halo")
+        for places, values in found:
+            self._add(layer, places, rows, values)
+
+    def _add(self, layer: int, own: Tensor, rows: Tensor, grad: Tensor | None) -> None:
         if layer not in self._found:
             self._found[layer] = rows.new_zeros(self._num_nodes, rows.size(1), requires_grad=False)
         if grad is not None:
-            self._found[layer].index_add_(0, n_id.to(rows.device), grad)
+            self._found[layer].index_add_(0, own.to(rows.device), grad)

@@ -2,7 +2,9 @@
 
 from torch import distributed
 
-from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed._group import SharesError
+from recollect.distributed._ranks import Ranks
+from recollect.distributed._routes import Coming as Coming
 from recollect.distributed._shares import Shares
 
 if distributed.is_available():

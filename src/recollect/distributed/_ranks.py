@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,33 +11,21 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["Ranks", "SharesError"]
+from recollect.distributed._group import Group, SharesError
+from recollect.distributed._wire import UNKNOWN, Wire
+
+__all__ = ["Ranks"]
 
 
 # Tensors are summed up over ranks so many bytes at a time.
 _BUCKET = 2**25
 
 
-class SharesError(ValueError):
-    """What ranks were given does not fit together; it is raised on every one of them.
+class Ranks(Group):
+    """A process group that is not kept alive, and what its ranks tell one another.
 
-    Example:
-        >>> import torch
-        >>> from torch import distributed as dist
-        >>> from recollect.distributed import Shares, SharesError
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> try:
-        ...     Shares(torch.tensor([0, 10, 30]), weights=[1.0])  # two parts
-        ... except SharesError as error:
-        ...     print(error)
-        ... finally:
-        ...     dist.destroy_process_group()
-        weights are [2], finite and not negative (got [1])
-    """
-
-
-class Ranks:
-    """A process group that is not kept alive, and what small things its ranks tell one another.
+    Each operation begins with headers, which are compared: where ranks call something else, each raises an error that
+    names both, and nothing is sent.
 
     Args:
         process_group: of torch.distributed; None: the default group.
@@ -45,6 +34,7 @@ class Ranks:
     Attributes:
         rank: of this process.
         size: how many there are, R.
+        wire: their exchanges.
 
     Raises:
         SharesError: this process is not in the group.
@@ -60,35 +50,24 @@ class Ranks:
     """
 
     def __init__(self, process_group: Any | None = None, owner: str = "this") -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError(
-                "torch.distributed is not initialized: start the script by torchrun, and call "
-                "torch.distributed.init_process_group('gloo') first"
-            )
-        # A group that outlives its end until the interpreter's ends the process by a signal: so none is kept here.
-        self._group = weakref.ref(dist.group.WORLD if process_group is None else process_group)
-        self._owner = owner
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if self.rank < 0:
-            raise SharesError("this process is not in the process group")
+        super().__init__(process_group, owner)
+        self.wire = Wire(self)
 
-    @property
-    def group(self) -> Any:
-        """The process group.
+    def gather(self, value: Any, what: str = "values of ranks") -> list[Any]:
+        """Return the values of all ranks, in their order.
+
+        Args:
+            value: small, and picklable.
+            what: they are, for the error.
 
         Raises:
-            RuntimeError: it was destroyed.
+            SharesError: on every rank, if one calls something else.
         """
-        group = self._group()
-        if group is None:
-            raise RuntimeError(f"the process group of {self._owner} was destroyed: make others")
-        return group
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in their order; small, and picklable."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        data, size = pickle.dumps(value), self.size
+        headers = self.wire.announce(what, wants=[UNKNOWN] * size, sends=[len(data)] * size).hear()
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.place)
+        found = self._gathered(own, [header.sends for header in headers])
+        return [pickle.loads(part.cpu().numpy().tobytes()) for part in found]
 
     def agree(self, what: str, value: Any) -> None:
         """Compare a value over the ranks.
@@ -98,9 +77,9 @@ class Ranks:
             value: small, and picklable.
 
         Raises:
-            SharesError: on every rank, if two differ.
+            SharesError: on every rank, if two differ, or one calls something else.
         """
-        self.compare(what, self.gather(value))
+        self.compare(what, self.gather(value, f"comparing {what}"))
 
     @staticmethod
     def compare(what: str, values: Sequence[Any]) -> None:
@@ -120,18 +99,28 @@ class Ranks:
                 "every rank must be given the same graph, parts and options"
             )
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks of a tensor of the same shape on each, in its memory."""
+    def add_up(self, tensor: Tensor, what: str = "a sum over ranks") -> Tensor:
+        """Return the sum over ranks of a tensor of the same shape on each, in its memory.
+
+        Args:
+            tensor: contiguous.
+            what: it is, for the error.
+
+        Raises:
+            SharesError: on every rank, if one calls something else, or has another number of elements, or type.
+        """
+        self._announce(what, tensor, tensor.numel())
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def spread(self, tensor: Tensor) -> Tensor:
-        """Return the tensor of rank 0, in the memory of each rank's own."""
+    def spread(self, tensor: Tensor, what: str = "a tensor of rank 0") -> Tensor:
+        """Return the tensor of rank 0, in the memory of each rank's own; arguments and errors as of :meth:`add_up`."""
+        self._announce(what, tensor, tensor.numel())
         dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
     def add_up_all(
-        self, own: Mapping[int, Tensor], numbers: Sequence[int], kinds: Sequence[Tensor]
+        self, own: Mapping[int, Tensor], numbers: Sequence[int], kinds: Sequence[Tensor], what: str = "sums over ranks"
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield sums over ranks of many tensors, with their numbers: a few megabytes at a time.
 
@@ -139,31 +128,46 @@ class Ranks:
             own: this rank's, by number; where there is none, it counts as zeros.
             numbers: of those that are wanted, the same on every rank.
             kinds: a tensor of the shape and dtype of each number.
+            what: they are, for the error.
+
+        Raises:
+            SharesError: on every rank, if one calls something else, or for other numbers of elements.
         """
+        size = sum(kinds[number].numel() for number in numbers)
+        self.wire.announce(f"{what}: {len(numbers)} tensors", channels=size, item=1).hear()
         for bucket in _buckets(numbers, kinds):
             parts = [own[k].to_dense() if k in own else torch.zeros_like(kinds[k]) for k in bucket]
-            flat = self.add_up(torch.cat([part.reshape(-1) for part in parts]))
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(flat, group=self.group)
             del parts
             for number, total in zip(bucket, torch.split(flat, [kinds[k].numel() for k in bucket]), strict=True):
                 yield number, total.view(kinds[number].shape)
 
-    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Return the rows [n_r, ...] of every rank, of which there are so many each, of one dtype."""
+    def gather_rows(self, rows: Tensor, counts: Sequence[int], what: str = "rows of all ranks") -> list[Tensor]:
+        """Return the rows [n_r, ...] of every rank, of one dtype.
+
+        Args:
+            rows: this rank's.
+            counts: how many each has.
+            what: they are, for the error.
+
+        Raises:
+            SharesError: on every rank, if one calls something else, or has rows of another width, or type.
+        """
+        self._announce(what, rows, math.prod(rows.shape[1:]))
+        return self._gathered(rows, counts)
+
+    def _announce(self, what: str, tensor: Tensor, channels: int) -> None:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        self.wire.announce(f"{what}, {kind}", channels=channels, item=tensor.element_size()).hear()
+
+    def _gathered(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
         most = max(counts)
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         all_rows = [rows.new_empty(padded.shape) for _ in counts]
         dist.all_gather(all_rows, padded, group=self.group)
         return [part[:count] for part, count in zip(all_rows, counts, strict=True)]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return self  # a process group cannot be copied
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"the process group of {self._owner} cannot be pickled; save what belongs to it without it, and make it "
-            "anew in the processes that load it"
-        )
 
 
 def _buckets(numbers: Sequence[int], kinds: Sequence[Tensor]) -> Iterator[list[int]]:

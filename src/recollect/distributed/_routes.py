@@ -7,9 +7,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recollect.distributed._wire import Exchange, Wire
+from recollect.distributed._wire import NONE, Exchange, Values, Wire
 
-__all__ = ["Route"]
+__all__ = ["Coming", "Route"]
+
+
+class Coming:
+    """Rows that are on their way; called once, it waits for them, and returns them.
+
+    Args:
+        exchange: brings them.
+        take: puts them together when they have come.
+    """
+
+    def __init__(self, exchange: Exchange, take: Callable[[], Tensor]) -> None:
+        self._exchange, self._take = exchange, take
+
+    def __call__(self) -> Tensor:
+        """Return the rows [rows, width].
+
+        Raises:
+            SharesError: ranks differ, or one has ended.
+        """
+        self._exchange.wait()
+        return self._take()
+
+    def values(self) -> list[Values]:
+        """Wait for the headers alone, and return the numbers that each rank said beside its rows [R]."""
+        return [header.values for header in self._exchange.hear()]
 
 
 class Route:
@@ -50,29 +75,29 @@ class Route:
         self.asked -= first
         self.num_rows = rows.numel()
 
-    def begin(self, table: Callable[[Tensor], Tensor], what: str) -> Callable[[], Tensor]:
+    def begin(self, table: Callable[[Tensor], Tensor], what: str, values: Values = NONE) -> Coming:
         """Begin to exchange the rows of one table; what is returned waits for them.
 
         Args:
             table: from numbers of this rank's rows [n] to the rows [n, width], as they are now.
             what: the rows are, for the error where ranks differ.
+            values: that all ranks are told beside them.
 
         Returns:
-            A function that returns the rows [num_rows, width], of the table's type.
+            What returns the rows [num_rows, width], of the table's type.
         """
         sent = table(self.asked).contiguous()
         own = table(self.own)
         came = sent.new_empty(len(self._places), sent.size(1))
-        exchange = self._send(what, sent, self._in, came, self._out)
+        exchange = self._send(what, sent, self._in, came, self._out, values)
 
         def take() -> Tensor:
-            exchange.wait()
             rows = came.new_empty(self.num_rows, came.size(1))
             rows[self._places] = came
             rows[self.inside] = own
             return rows
 
-        return self._wire.keep(take, exchange)
+        return self._wire.keep(Coming(exchange, take), exchange)
 
     def give_back(self, values: Tensor, what: str) -> list[tuple[Tensor, Tensor]]:
         """Send values for all rows to the ranks that own them.
@@ -91,7 +116,9 @@ class Route:
         parts = zip(torch.split(self.asked, self._in), torch.split(came, self._in), strict=True)
         return [*((rows, found) for rows, found in parts if rows.numel()), (self.own, values[self.inside])]
 
-    def _send(self, what: str, sent: Tensor, counts: list[int], came: Tensor, expected: list[int]) -> Exchange:
+    def _send(
+        self, what: str, sent: Tensor, counts: list[int], came: Tensor, expected: list[int], values: Values = NONE
+    ) -> Exchange:
         exchange = self._wire.announce(
             what,
             wants=expected,
@@ -99,6 +126,7 @@ class Route:
             route=self._number,
             channels=sent.size(1),
             item=sent.element_size(),
+            values=values,
         )
         self._wire.row_bytes += sent.numel() * sent.element_size()
         exchange.send(sent, counts, came, expected)

@@ -12,9 +12,9 @@ from torch.utils.data import Sampler
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._arguments import as_count
-from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed._group import SharesError
+from recollect.distributed._ranks import Ranks
 from recollect.distributed._routes import Route
-from recollect.distributed._wire import Wire
 
 __all__ = ["Shares"]
 
@@ -31,6 +31,7 @@ class Shares:
             of its own where ``DistributedDataParallel`` uses the default one beside it.
 
     Attributes:
+        ranks: of the group, and what they tell one another.
         rank: of this process in it.
         world_size: ranks in it, R.
         ptr: as given, on the CPU.
@@ -54,9 +55,9 @@ class Shares:
     def __init__(
         self, ptr: Tensor, weights: Tensor | Sequence[float] | None = None, process_group: Any | None = None
     ) -> None:
-        self._ranks = Ranks(process_group, "these Shares")
-        self._wire = Wire(self._ranks)
-        self.rank, self.world_size = self._ranks.rank, self._ranks.size
+        self.ranks = Ranks(process_group, "these Shares")
+        self._wire = self.ranks.wire
+        self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.ptr = torch.as_tensor(ptr).detach().to("cpu", torch.int64)
         self.agree("ptr", (list(self.ptr.shape), _digest(self.ptr)))
         parts = self.ptr.numel() - 1
@@ -81,7 +82,7 @@ class Shares:
         Raises:
             RuntimeError: it was destroyed.
         """
-        return self._ranks.group
+        return self.ranks.group
 
     @property
     def wire_bytes(self) -> int:
@@ -190,8 +191,7 @@ class Shares:
         Raises:
             SharesError: on every rank, if two differ, or one calls something else.
         """
-        self._wire.meet(f"comparing {what}")
-        self._ranks.agree(what, value)
+        self.ranks.agree(what, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shares:
         return self  # a process group cannot be copied

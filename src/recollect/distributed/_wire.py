@@ -1,8 +1,9 @@
 """Exchanges between ranks: each begins with a header of fixed size, which is compared before anything else counts.
 
 A header goes to every rank by one collective operation, the same for all kinds of exchanges. What follows goes from
-rank to rank under a tag that is made of the header: where two headers differ, what belongs to one of them never arrives
-in memory that was made for the other.
+rank to rank under a tag that is made of the header, or by a collective operation that begins when all headers have
+come: where two headers differ, what belongs to one of them never arrives in memory that was made for the other. A rank
+that cannot go on says so in the header of its next exchange.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ from __future__ import annotations
 import struct
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from recollect.distributed._ranks import Ranks, SharesError
+from recollect.distributed._group import Group, SharesError
 
-__all__ = ["HEADER_BYTES", "Exchange", "Header", "Wire"]
+__all__ = ["HEADER_BYTES", "NONE", "UNKNOWN", "Exchange", "Header", "Values", "Wire"]
 
-_LAYOUT = struct.Struct("<6qd48s")
+_TEXT = 176
+_LAYOUT = struct.Struct(f"<7q3d{_TEXT}s")
 HEADER_BYTES = _LAYOUT.size
-_UNKNOWN = -1
+UNKNOWN = -1
+Values = tuple[float, float, float]
+NONE = (0.0, 0.0, 0.0)
+_Take = TypeVar("_Take", bound=Callable[[], Tensor])
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,14 @@ class Header:
 
     Attributes:
         number: of the exchange among those of the rank, from 1; 0: nothing was said.
-        what: in words, of at most 48 bytes.
+        what: in words, of at most 176 bytes; of a rank that failed, why.
         route: number of the exchange that made the list of rows, or 0.
         channels: of a row.
         item: bytes of a number.
-        wants: rows, of the rank that is told.
+        wants: rows, of the rank that is told; -1: as many as that rank says that it sends.
         sends: rows, to the rank that is told; -1: as many as that rank says that it wants.
-        value: a number that is no condition.
+        values: numbers that are no condition.
+        failed: whether the rank cannot go on, whatever the exchange is.
     """
 
     number: int
@@ -48,24 +56,27 @@ class Header:
     item: int = 0
     wants: int = 0
     sends: int = 0
-    value: float = 0.0
+    values: Values = NONE
+    failed: bool = False
 
     def pack(self) -> bytes:
         """Return it as bytes, always as many."""
-        numbers = (self.number, self.route, self.channels, self.item, self.wants, self.sends)
-        return _LAYOUT.pack(*numbers, self.value, _short(self.what).encode())
+        numbers = (self.number, self.route, self.channels, self.item, self.wants, self.sends, self.failed)
+        return _LAYOUT.pack(*numbers, *self.values, _short(self.what).encode())
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
         """Return what was packed."""
-        number, route, channels, item, wants, sends, value, what = _LAYOUT.unpack(data)
-        return cls(number, what.rstrip(b"\0").decode(), route, channels, item, wants, sends, value)
+        number, route, channels, item, wants, sends, failed, *values, what = _LAYOUT.unpack(data)
+        first, second, third = values
+        words = what.rstrip(b"\0").decode()
+        return cls(number, words, route, channels, item, wants, sends, (first, second, third), bool(failed))
 
     def fits(self, other: Header) -> bool:
         """Return whether two ranks take part in the same exchange."""
 
         def same(sends: int, wants: int) -> bool:
-            return sends in (_UNKNOWN, wants)
+            return UNKNOWN in (sends, wants) or sends == wants
 
         mine, theirs = ((x.number, _short(x.what), x.route, x.channels, x.item) for x in (self, other))
         return mine == theirs and same(self.sends, other.wants) and same(other.sends, self.wants)
@@ -78,7 +89,7 @@ class Header:
     def __str__(self) -> str:
         rows = ""
         if self.item:
-            sends = "" if self.sends == _UNKNOWN else f", sends it {self.sends}"
+            sends = "" if self.sends == UNKNOWN else f", sends it {self.sends}"
             rows = f": {self.channels} x {self.item} bytes a row, wants {self.wants} rows of the other{sends}"
             rows += f", by the list of exchange {self.route}" if self.route else ""
         return f"exchange {self.number} ({_short(self.what)}{rows})"
@@ -90,7 +101,7 @@ class Wire:
     After one that failed there are no others: what ranks would go on with no longer fits together.
 
     Args:
-        ranks: of the group.
+        ranks: the group.
 
     Attributes:
         ranks: as given.
@@ -98,7 +109,7 @@ class Wire:
         row_bytes: bytes of rows that were sent to other ranks, without headers and row numbers.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Group) -> None:
         self.ranks = ranks
         self.number = 0
         self.row_bytes = 0
@@ -115,7 +126,8 @@ class Wire:
         route: int = 0,
         channels: int = 0,
         item: int = 0,
-        value: float = 0.0,
+        values: Values = NONE,
+        failed: bool = False,
     ) -> Exchange:
         """Begin an exchange, of which all ranks must say the same; its header is on its way when this returns.
 
@@ -126,7 +138,8 @@ class Wire:
             route: number of the exchange that made the list of rows.
             channels: of a row.
             item: bytes of a number.
-            value: a number that is no condition.
+            values: numbers that are no condition.
+            failed: whether this rank cannot go on.
 
         Raises:
             SharesError: an exchange has failed before.
@@ -135,9 +148,9 @@ class Wire:
         for _, exchange in [begun for begun in self._begun if begun[0]() is None]:
             exchange.wait()
         self.number += 1
-        header = Header(self.number, what, route, channels, item, value=value)
+        header = Header(self.number, what, route, channels, item, values=values, failed=failed)
         size = self.ranks.size
-        pairs = zip(wants or [0] * size, [_UNKNOWN if wants else 0] * size if sends is None else sends, strict=True)
+        pairs = zip(wants or [0] * size, [UNKNOWN if wants else 0] * size if sends is None else sends, strict=True)
         return Exchange(self, [replace(header, wants=w, sends=s) for w, s in pairs])
 
     def meet(self, what: str, value: float = 0.0) -> list[float]:
@@ -146,7 +159,28 @@ class Wire:
         Raises:
             SharesError: on every rank, if one is at another place, or has ended.
         """
-        return [header.value for header in self.announce(what, value=value).hear()]
+        return [header.values[0] for header in self.announce(what, values=(value, 0.0, 0.0)).hear()]
+
+    @contextmanager
+    def telling(self, settle: Callable[[], None] | None = None) -> Iterator[None]:
+        """Tell the other ranks of an error within, in the place of the next exchange, to which all of them come.
+
+        They raise a SharesError there, which names this rank and the error.
+
+        Args:
+            settle: waits for exchanges of this rank that are under way in another thread.
+        """
+        try:
+            yield
+        except SharesError:
+            raise  # the others have it too
+        except Exception as error:
+            if settle is not None:
+                settle()
+            # The caller has an error of its own, whatever becomes of this.
+            with suppress(SharesError, RuntimeError):
+                self.announce(f"{type(error).__name__}: {error}", failed=True).hear()
+            raise
 
     def check(self) -> None:
         """Raise a SharesError if an exchange has failed before."""
@@ -158,7 +192,7 @@ class Wire:
         self._broken = message
         return SharesError(message)
 
-    def keep(self, take: Callable[[], Tensor], exchange: Exchange) -> Callable[[], Tensor]:
+    def keep(self, take: _Take, exchange: Exchange) -> _Take:
         """Keep an exchange until it is over; where ``take`` is dropped, the next one waits for it."""
         self._begun.append((weakref.ref(take), exchange))
         return take
@@ -180,7 +214,7 @@ class Exchange:
         self._wire, self.headers = wire, headers
         self._rank = wire.ranks.rank
         data = b"".join(header.pack() for header in headers)
-        self._said = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._said = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(wire.ranks.place)
         self._heard = torch.zeros_like(self._said)
         self._told = dist.all_to_all_single(self._heard, self._said, group=wire.ranks.group, async_op=True)
         self._works: list[dist.Work | None] = []
@@ -196,7 +230,7 @@ class Exchange:
         """Wait for the headers of all ranks [R], and compare them.
 
         Raises:
-            SharesError: a rank is at another exchange, or says nothing.
+            SharesError: a rank cannot go on, is at another exchange, or says nothing.
         """
         self._wire.check()
         if self._headers is None:
@@ -205,9 +239,10 @@ class Exchange:
                 self._told.wait()
             except RuntimeError as error:
                 ended = error
-            heard = [Header.unpack(part.numpy().tobytes()) for part in self._heard.view(-1, HEADER_BYTES)]
+            heard = [Header.unpack(part.numpy().tobytes()) for part in self._heard.cpu().view(-1, HEADER_BYTES)]
+            self._check_failed(heard)
             for rank, (mine, theirs) in enumerate(zip(self.headers, heard, strict=True)):
-                if theirs.number and rank != self._rank and not theirs.fits(mine):
+                if theirs.number and rank != self._rank and not (mine.failed or theirs.fits(mine)):
                     raise self._wire.fail(self._difference(rank, mine, theirs)) from ended
             if ended is not None:
                 silent = [rank for rank, theirs in enumerate(heard) if not theirs.number and rank != self._rank]
@@ -256,6 +291,16 @@ class Exchange:
         self._memory.clear()
         self._wire.drop(self)
 
+    def _check_failed(self, heard: Sequence[Header]) -> None:
+        """Raise a SharesError if another rank cannot go on; the next exchange fits if no rows are under way."""
+        if self.headers[self._rank].failed:
+            return
+        for rank, theirs in enumerate(heard):
+            if theirs.failed:
+                message = f"rank {rank} could not go on, and so no other could: {theirs.what}"
+                is_in_step = not self._memory and all(each.number in (0, self.number) for each in heard)
+                raise SharesError(message) if is_in_step else self._wire.fail(message)
+
     def _difference(self, rank: int, mine: Header, theirs: Header) -> str:
         first, second = sorted([(self._rank, mine), (rank, theirs)], key=lambda side: side[0])
         return (
@@ -275,4 +320,4 @@ class Exchange:
 
 
 def _short(what: str) -> str:
-    return what.encode()[:48].decode(errors="ignore")
+    return what.encode()[:_TEXT].decode(errors="ignore")

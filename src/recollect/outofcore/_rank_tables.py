@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recollect.autoscale.histories import PlainRows, Where
-from recollect.distributed import Ranks, Shares, SharesError
+from recollect.autoscale.histories import PlainRows, Where, Worker
+from recollect.distributed import Shares, SharesError
 from recollect.frames import bits_of
 from recollect.outofcore._objectives import Criterion, SeveralLosses
 from recollect.outofcore._tables import Changes, Rows, Shape, Tables
@@ -139,34 +140,74 @@ class Team:
     """
 
     def __init__(self, shares: Shares, parameters: list[nn.Parameter]) -> None:
-        self.ranks, self._shares = Ranks(shares.group, "these Shares"), shares
+        self.ranks = shares.ranks
         self._parameters = parameters
         self._own = set(parameters)
 
-    def agree(self, state: Mapping[str, Any], trained: int) -> None:
-        """Compare what a step begins with.
+    def agree(self, what: str, state: Mapping[str, Any], trained: int) -> None:
+        """Compare what a step, a Gramian or an evaluation begins with.
+
+        Args:
+            what: it is.
+            state: fingerprints: ``graph``, by the names of its tensors, and ``model``; ``random`` and ``several`` of
+                what has losses.
+            trained: parts with nodes for training.
 
         Raises:
-            SharesError: on every rank, where it differs; or a rank has no node for training, for several losses.
+            SharesError: on every rank, where something differs, or one calls something else; or a rank has no node for
+                training, for several losses.
         """
-        self._shares.meet("a step over the whole graph")
-        self.ranks.agree("the network, its modes or the graph", state["model"])
-        self.ranks.agree("torch's random state", bits_of(state["random"]))
-        self.ranks.agree("the number of losses, one or several,", state["several"])
-        if state["several"] and not all(self.ranks.gather(trained > 0)):
+        random = None if "random" not in state else bits_of(state["random"])
+        several = state.get("several", False)
+        found = self.ranks.gather((state["graph"], state["model"], random, several, trained), f"{what} of a WholeGraph")
+        graphs, models, randoms, kinds, numbers = zip(*found, strict=True)
+        for name in graphs[0]:
+            self.ranks.compare(f"the graph's {name}", [graph.get(name) for graph in graphs])
+        self.ranks.compare("the graph", graphs)
+        self.ranks.compare("the network or its modes", models)
+        self.ranks.compare("torch's random state", randoms)
+        self.ranks.compare("the number of losses, one or several,", kinds)
+        if several and not all(numbers):
             raise SharesError(
                 "a rank has no node for training, and so does not know how many losses there are: with several losses, "
                 "permute the parts so that each rank has some"
             )
 
+    @contextmanager
+    def telling(self, worker: Worker) -> Iterator[None]:
+        """Tell the other ranks of an error within, which is followed by an exchange of all.
+
+        Args:
+            worker: makes exchanges beside.
+        """
+        with self.ranks.wire.telling(worker.drain):
+            yield
+
     def weights(self, weights: Tensor) -> Tensor:
         """Return those of rank 0, which are the others' too unless they are drawn at random."""
-        return self.ranks.spread(weights.detach().contiguous().clone())
+        return self.ranks.spread(weights.detach().contiguous().clone(), "weights of losses")
 
-    def any_of(self, parameters: Collection[nn.Parameter]) -> list[nn.Parameter]:
-        """Return those of the network's parameters that are among these on any rank."""
-        self._shares.meet("parameters that several layers reach")
-        found = self.ranks.gather([number for number, p in enumerate(self._parameters) if p in parameters])
+    def sum_of(self, losses: Tensor) -> Tensor:
+        """Return the sum over ranks of their losses [m]."""
+        return self.ranks.add_up(losses.detach().clone(), "losses of a whole graph")
+
+    def any_of(self, parameters: Collection[nn.Parameter], losses: int | None) -> list[nn.Parameter]:
+        """Return those of the network's parameters that are among these on any rank.
+
+        Args:
+            parameters: of this rank.
+            losses: how many there are, where that is known.
+
+        Raises:
+            SharesError: on every rank, where another has another number of losses.
+        """
+        own = [number for number, p in enumerate(self._parameters) if p in parameters]
+        said = self.ranks.gather((own, losses), "parameters that several layers reach")
+        found, counts = zip(*said, strict=True)
+        if len(set(counts)) > 1:
+            raise SharesError(
+                f"the criterion returned {', '.join(map(str, counts))} losses, by rank: it must return as many on each"
+            )
         return [self._parameters[number] for number in sorted(set().union(*found))]
 
     def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
@@ -177,7 +218,7 @@ class Team:
         self, loss: Tensor, gradients: Mapping[nn.Parameter, Tensor]
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """Return the loss and the gradients of all ranks."""
-        total = self.ranks.add_up(loss.detach().double())
+        total = self.sum_of(loss.double())
         return total.to(self._parameters[0].dtype), self.added_up(gradients)
 
     def added_up(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -187,10 +228,9 @@ class Team:
             SharesError: on every rank, where one has a gradient of a parameter that is not the network's, and another
                 has none.
         """
-        self._shares.meet("gradients of parameters")
         known = [*self._parameters, *(p for p in gradients if p not in self._own)]
         own = {number: gradients[p] for number, p in enumerate(known) if p in gradients}
-        shapes = self.ranks.gather({number: tuple(tensor.shape) for number, tensor in own.items()})
+        shapes = self.ranks.gather({n: tuple(tensor.shape) for n, tensor in own.items()}, "gradients of parameters")
         numbers = sorted(set().union(*shapes))
         foreign = [{n: s for n, s in each.items() if n >= len(self._parameters)} for each in shapes]
         if any(each != foreign[0] for each in foreign):
@@ -203,7 +243,7 @@ class Team:
         for number in numbers:
             shape = next(known[number] for known in shapes if number in known)
             kinds[number] = torch.empty((), dtype=kinds[number].dtype).expand(shape)
-        totals: Iterator[tuple[int, Tensor]] = self.ranks.add_up_all(own, numbers, kinds)
+        totals: Iterator[tuple[int, Tensor]] = self.ranks.add_up_all(own, numbers, kinds, "gradients")
         return {known[number]: total for number, total in totals}
 
 
@@ -223,7 +263,7 @@ class RankLosses(SeveralLosses):
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
         """Sum rows up over the ranks before they are squared; a step of all ranks."""
         parameters = list(parameters)
-        self.hold(self._team.any_of(self._held))
+        self.hold(self._team.any_of(self._held, self._number))
         over = {p: gradients[p] for p in parameters if self._left[p] <= 1 and p in gradients and p not in self._held}
         gradients.update(self._team.added_up(over))
         super().finish(parameters, gradients)

@@ -151,8 +151,14 @@ class WholeGraph:
             Reversible(model, graph, exact) if isinstance(model, RevGNN) else Layered(model, graph, keep_every)
         )
         every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
-        bits = () if store is None and shares is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
+        names = ["rows of edges", "edges", "x", "y", "train_mask", *edges]
+        bits = (
+            ()
+            if store is None and shares is None
+            else tuple((tuple(each.shape), str(each.dtype), bits_of(each)) for each in every)
+        )
         self._graph = (self._ptr.tolist(), inputs, bits)
+        self._graph_bits = dict(zip(names, bits, strict=False))
         shapes = self._network.tables(folder is not None)
         tables = Tables(self.num_nodes, shapes, folder) if shares is None else RankTables(shapes, shares)
         # Behind the tables, which no other process has open: its parts are not written over.
@@ -205,7 +211,7 @@ class WholeGraph:
         """
         check_weighting(weighting)
         with self._alone("step"):
-            state = self._begun(several=weighting is not None)
+            state = self._begun("a step", several=weighting is not None)
             if self._folder is not None:
                 self._space.tables.forget()
                 save(self._folder / "step.pt", state)
@@ -226,7 +232,7 @@ class WholeGraph:
         """
         with self._alone("compute_gramian"):
             self._check_finished("the Gramian")
-            self._begun(several=True)
+            self._begun("a Gramian", several=True)
             return self._several(criterion)[1]
 
     def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
@@ -264,9 +270,16 @@ class WholeGraph:
         with self._alone("evaluate"), in_evaluation(self.model):
             self._check_finished("an evaluation")
             self._network.check()
-            run = self._network.step(self._space, Run(None))
-            run.forward()
-            return torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
+            if self._team is not None:
+                state = {"graph": self._graph_bits, "model": self._digest()}
+                self._team.agree("an evaluation", state, len(self.parts.trained))
+            with self._telling():
+                run = self._network.step(self._space, Run(None))
+                run.forward()
+                logits = torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
+            if self._team is not None:
+                self._team.ranks.wire.meet("the end of an evaluation")
+            return logits
 
     # How.
 
@@ -293,14 +306,18 @@ class WholeGraph:
                 f"resume(criterion) first, or give it up by removing {self._folder}/step.pt"
             )
 
-    def _begun(self, several: bool) -> dict[str, Any]:
+    def _telling(self) -> contextlib.AbstractContextManager[None]:
+        """Let the other ranks know of an error within, where they would wait for this one."""
+        return contextlib.nullcontext() if self._team is None else self._team.telling(self._space.worker)
+
+    def _begun(self, what: str, several: bool) -> dict[str, Any]:
         """Return what a step begins with."""
         self._network.check()
         with DRAWING:
             random = torch.get_rng_state()
         state = {"random": random, "model": self._digest(), "several": several, "weighed": None}
         if self._team is not None:
-            self._team.agree(state, len(self.parts.trained))
+            self._team.agree(what, state | {"graph": self._graph_bits}, len(self.parts.trained))
         return state | {"name": secrets.randbits(62)}
 
     def _resume(self, criterion: Criterion, weighting: Weighting | None) -> Tensor:
@@ -328,7 +345,8 @@ class WholeGraph:
         """Do a step, or what is left of it."""
         if weighting is not None and state["weighed"] is None:
             losses, gramian = self._several(criterion)
-            weights = weigh(weighting, losses, gramian)
+            with self._telling():
+                weights = weigh(weighting, losses, gramian)
             if self._team is not None:
                 weights = self._team.weights(weights)
             with DRAWING:
@@ -360,7 +378,7 @@ class WholeGraph:
         objectives = SeveralLosses(criterion, uses) if self._team is None else self._team.losses(criterion, uses)
         step, losses = self._swept(Run(objectives))
         if self._team is not None:
-            losses = self._team.ranks.add_up(losses.clone())
+            losses = self._team.sum_of(losses)
         if step.gradients:
             names = ", ".join(name for name, p in self.model.named_parameters() if p in step.gradients)
             raise RuntimeError(f"{names}: used by a layer that did not use it on a small graph")
@@ -373,8 +391,9 @@ class WholeGraph:
         with DRAWING:
             self._network.draw()
             seed = int(torch.randint(2**62, (1,), generator=_beside()))
-        step = self._network.step(self._space, replace(run, seed=seed))
-        loss = step.run()
+        with self._telling():
+            step = self._network.step(self._space, replace(run, seed=seed))
+            loss = step.run()
         self.last_drift = step.drift
         return step, loss
 

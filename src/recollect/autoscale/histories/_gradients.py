@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import Selection
+from recollect.distributed import Coming, Shares
 
-__all__ = ["GradientHistories"]
+__all__ = ["Given", "GradientHistories"]
+
+Given = Callable[[], tuple[Tensor, Tensor] | None]
+"""Waits for rows of a history of gradients [nodes, channels]; returns them, and the factor by which they count."""
 
 _SAMPLE = 1_024
 """Rows of a push that are compared, at most."""
@@ -29,15 +35,20 @@ class GradientHistories(nn.Module):
 
     They are never part of ``state_dict``: those of a loaded model are zeros until they are pushed.
 
+    Over ranks a push is local, and what was compared in a step is told to all ranks in the headers of the next one's
+    pulls: a factor is made of what all compared before the step, and of what this rank has compared in it.
+
     Args:
         num_nodes: N.
         widths: of the outputs of all layers but the first, apart from the last one's, which is not known yet.
         device: of the tables; ``None`` is host memory.
         dtype: of the tables; float16, whose range gradients leave, becomes bfloat16.
         folder: of their files, if they lie in files.
+        shares: of the ranks over which the rows lie; ``None``: they are all here.
     """
 
     _sums: Tensor
+    _own: Tensor
 
     def __init__(
         self,
@@ -46,17 +57,21 @@ class GradientHistories(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         folder: str | Path | None = None,
+        shares: Shares | None = None,
     ) -> None:
         super().__init__()
         self._num_nodes = num_nodes
         self._place = device
         self._dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         self._folder = folder
+        self._shares = shares
+        self._told: dict[int, Coming] = {}  # by layer, what brings the other ranks' sums of the step before
         self._num_layers = len(widths) + 2
         self.tables = nn.ModuleList()
         for width in widths:
             self._append(width)
         self.register_buffer("_sums", torch.zeros(self._num_layers, 3, dtype=torch.float64), persistent=False)
+        self.register_buffer("_own", torch.zeros_like(self._sums), persistent=False)  # of this rank, not told yet
 
     def table(self, layer: int, width: int | None = None) -> History:
         """Return the history of a layer's output, from 1 on; that of the last layer is made with this width.
@@ -80,13 +95,56 @@ class GradientHistories(nn.Module):
         """On which device rows are compared."""
         return self._sums.device
 
-    def is_empty(self, layer: int) -> bool:
-        """Return whether nothing was pushed there yet."""
-        return len(self.tables) < layer or self.table(layer).table.clock.pushes == 0
+    def begin(self, n_id: Tensor) -> dict[int, Given]:
+        """Begin to pull the rows of these nodes in all layers.
 
-    def pull(self, layer: int, n_id: Tensor) -> Tensor:
-        """Return the rows of these nodes [nodes, channels]."""
-        return self.table(layer).pull(n_id)
+        Over ranks they are on their way from now on, as they are now, and all ranks call this together; else they are
+        read when they are asked for.
+
+        Args:
+            n_id: [nodes] int64.
+
+        Returns:
+            By layer, what returns them, called once; nothing where no rows were pushed yet.
+        """
+        if self._shares is None:
+            return {layer: self._later(layer, n_id) for layer in range(1, self._num_layers)}
+        n_id = n_id.cpu()
+        self._hear()
+        return {layer: self._sent(layer, n_id) for layer in range(1, len(self.tables) + 1)}
+
+    def _later(self, layer: int, n_id: Tensor) -> Given:
+        def pull() -> tuple[Tensor, Tensor] | None:
+            if len(self.tables) < layer or self.table(layer).table.clock.pushes == 0:
+                return None
+            return self.table(layer).pull(n_id), self.trust(layer)
+
+        return pull
+
+    def _sent(self, layer: int, n_id: Tensor) -> Given:
+        history = self.table(layer)
+        assert isinstance(history.table, RankTable)
+        both, old, new = self._own[layer].tolist()
+        coming = self._told[layer] = history.table.begin(n_id, f"gradients of layer {layer}", (both, old, new))
+        self._own[layer].zero_()
+
+        def take() -> tuple[Tensor, Tensor]:
+            rows = history.decoded(coming())
+            self._hear_of(layer)
+            return rows, self.trust(layer)
+
+        return take
+
+    def _hear(self) -> None:
+        """Take over what all ranks compared in the step before, if that is not done yet."""
+        for layer in list(self._told):
+            self._hear_of(layer)
+
+    def _hear_of(self, layer: int) -> None:
+        coming = self._told.pop(layer, None)
+        if coming is not None:
+            told = self._sums.new_tensor(coming.values()).sum(0)
+            self._sums[layer].mul_(_KEEP).add_(told)
 
     def push(self, layer: int, rows: Tensor, n_id: Tensor, where: Selection) -> None:
         """Write the rows of a mini-batch's nodes [B, channels], and compare them with those that were there.
@@ -100,22 +158,27 @@ class GradientHistories(nn.Module):
         history = self.table(layer, rows.size(1))
         if history.table.clock.pushes:
             every = max(-(-n_id.numel() // _SAMPLE), 1)
-            old = history.pull(n_id[::every]).flatten()
+            old = history.pull_own(n_id[::every].cpu()).flatten()
             new = rows[::every].to(old).flatten()
             sums = torch.stack([old.dot(new), old.dot(old), new.dot(new)])
-            self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
+            if self._shares is None:
+                self._sums[layer].mul_(_KEEP).add_(sums.to(self._sums))
+            else:
+                self._own[layer] += sums.to(self._own)
         history.write(rows, where)
 
     def trust(self, layer: int) -> Tensor:
         """Return by what factor old rows count, a scalar in [0, 1]; 1 where nothing was compared yet."""
-        both, old, new = self._sums[layer]
+        both, old, new = torch.add(self._own[layer], self._sums[layer], alpha=_KEEP)
         explained = both.clamp(min=0.0).square() / (old * new)
         trust = (both / old).clamp(0.0, 1.0) * (2 * explained - 1).clamp(0.0, 1.0)
         return torch.where(old * new > 0, trust, 1.0)
 
     def believe(self) -> None:
         """Forget what was compared: the rows are those of the present parameters."""
+        self._hear()
         self._sums.zero_()
+        self._own.zero_()
 
     def reset_parameters(self) -> None:
         """Set all rows to 0, never pushed."""
@@ -125,9 +188,14 @@ class GradientHistories(nn.Module):
 
     def _append(self, width: int) -> None:
         number = len(self.tables) + 1
-        path = None if self._folder is None else Path(self._folder) / f"{number}.gradients"
-        history = History(self._num_nodes, width, self._place, self._dtype, path)
+        rank = "" if self._shares is None else f".rank{self._shares.rank}"
+        path = None if self._folder is None else Path(self._folder) / f"{number}{rank}.gradients"
+        history = History(self._num_nodes, width, self._place, self._dtype, path, process_group=self._shares)
         # Whatever the model was moved to since it was made.
         if self.tables:
             history.to(self.table(1).out_device, self.table(1).out_dtype)
         self.tables.append(history)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._hear()
+        return vars(self)

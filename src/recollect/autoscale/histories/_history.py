@@ -209,21 +209,34 @@ class History(TableModule):
         return out
 
     @torch.no_grad()
-    def begin_pull(self, rows: Tensor) -> Callable[[], Tensor]:
+    def pull_own(self, where: Tensor) -> Tensor:
+        """Return rows by number [rows] int64 that this rank owns, if it is one of several; no other takes part."""
+        self.settle()
+        out = self._result.new_empty(where.numel(), self.embedding_dim)
+        self.table.read_own(where, out)
+        return out
+
+    @torch.no_grad()
+    def begin_pull(self, rows: Tensor, what: str = "halo rows of a mini-batch") -> Callable[[], Tensor]:
         """Begin to pull rows by number [rows] int64 on the CPU, checked already; the result waits for them.
 
         Of a history over ranks they are on their way until then; others are read at once when they are asked for.
+
+        Args:
+            rows: their numbers.
+            what: they are, for the error where ranks differ.
         """
         if not isinstance(self.table, RankTable):
             return lambda: self.pull(rows)
-        table, begun = self.table, self.table.begin(rows, "halo rows of a mini-batch")
+        begun = self.table.begin(rows, what)
+        return lambda: self.decoded(begun())
 
-        def take() -> Tensor:
-            out = self._result.new_empty(rows.numel(), self.embedding_dim)
-            table.decode(begun(), out)
-            return out
-
-        return take
+    def decoded(self, records: Tensor) -> Tensor:
+        """Return the rows [rows, embedding_dim] of records that came from ranks."""
+        assert isinstance(self.table, RankTable)
+        out = self._result.new_empty(records.size(0), self.embedding_dim)
+        self.table.decode(records, out)
+        return out
 
     @property
     def emb(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._selection import Selection, Slices, length, numbers_of
 from recollect.autoscale.histories._table import Table
-from recollect.distributed import Shares
+from recollect.distributed import Coming, Shares
 
 __all__ = ["RankTable"]
 
@@ -66,17 +66,22 @@ class RankTable(Table):
         else:
             self.codec.decode(records, out)
 
-    def begin(self, where: Tensor, what: str) -> Callable[[], Tensor]:
+    def read_own(self, where: Selection, out: Tensor) -> None:
+        """See :class:`Table`."""
+        self.own.read(self._local(where), out)
+
+    def begin(self, where: Tensor, what: str, values: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Coming:
         """Begin to read rows by number; the result waits for their records. All ranks call this together.
 
         Args:
             where: numbers [rows] int64, on the CPU.
             what: the rows are, for the error where ranks differ.
+            values: that all ranks are told beside them.
 
         Raises:
             SharesError: ranks differ, or one has ended; here, or where the result is waited for.
         """
-        return self.shares.route(where, what).begin(self._records, what)
+        return self.shares.route(where, what).begin(self._records, what, values)
 
     def ages(self, where: Selection) -> Tensor:
         """See :class:`Table`; of this rank's own rows."""

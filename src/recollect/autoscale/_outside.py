@@ -1,0 +1,68 @@
+"""What a mini-batch reads of nodes outside of it, for the gradients that go through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._ranks import RankTable
+from recollect.autoscale.loader._outward import Outward
+
+__all__ = ["Outside"]
+
+
+class Outside:
+    """Rows of a mini-batch's out-neighbours, and of what else their layers read.
+
+    Over ranks all of them are on their way from the beginning of the mini-batch on: ranks exchange in the same order
+    whatever their backward passes do, and rows are as they were before the step. Else they are read when they are asked
+    for.
+
+    Args:
+        gradients: histories of V_l.
+        histories: of z_l.
+        outward: the mini-batch's edges to nodes outside.
+        size: of the mini-batch, B.
+        trains: whether there will be a backward pass.
+        reads: whether embeddings will be read.
+    """
+
+    def __init__(
+        self,
+        gradients: GradientHistories,
+        histories: Iterable[History],
+        outward: Outward,
+        size: int,
+        trains: bool,
+        reads: bool,
+    ) -> None:
+        n_id, targets = outward.n_id, outward.num_targets
+        self._given = gradients.begin(n_id[:targets]) if trains else {}
+        others = torch.cat([n_id[:targets], n_id[targets + size :]]) if reads else None
+        self._rows = [] if others is None else [_rows(history, others) for history in histories]
+
+    def gradients(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return V_l of the out-neighbours [T, channels] and by what factor they count, once; or nothing is known."""
+        given = self._given.pop(layer, None)
+        return None if given is None else given()
+
+    def embeddings(self, layer: int) -> Tensor:
+        """Return z_l of the out-neighbours, and of the other nodes that they have edges from [T + S, channels]."""
+        return self._rows[layer]()
+
+
+def _rows(history: History, n_id: Tensor) -> Callable[[], Tensor]:
+    if not isinstance(history.table, RankTable):
+        return lambda: history.pull(n_id)
+    take, came = history.begin_pull(n_id.cpu(), "rows of nodes outside"), list[Tensor]()
+
+    def rows() -> Tensor:
+        if not came:
+            came.append(take())
+        return came[0]
+
+    return rows
