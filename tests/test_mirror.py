@@ -60,10 +60,11 @@ TOGETHER = {
     "data/test_raw.py": "data/_places",
     "data/test_registry.py": "data/_dataset",
     "device/test_verdicts.py": "_verdicts",
+    "distributed/test_compensations.py": "autoscale/_outside",
     "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",
     "distributed/test_whole_graphs.py": "outofcore/_rank_tables",
     "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks "
-    "distributed/_routes distributed/_shares",
+    "distributed/_group distributed/_routes distributed/_shares",
     "distributed/test_sharded.py": "budget/_ranks",
     "frames/sources/test_offload.py": "frames/sources/_file_store frames/sources/_host_store frames/sources/_stores",
     "frames/test_arguments.py": "_util/_tree frames/sources/_kept",

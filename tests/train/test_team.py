@@ -44,12 +44,21 @@ def test_two_processes_train_and_one_writes(tmp_path):
     assert read_history(both)[:3] == rows
 
 
+def test_two_processes_correct_histories(tmp_path):
+    """Refreshed before each step, they give the gradient of the whole graph."""
+    words, folders = [*SHORT, "epochs=3", "training.compensate=cut"], [tmp_path / "both", tmp_path / "one"]
+    train([*words, "training.refresh_every=1", "devices=2", f"run_dir={folders[0]}"])
+    train([*words, "training.parts_per_batch=2", f"run_dir={folders[1]}"])
+    losses = [[row["loss"] for row in read_history(folder)] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["training=full"], "need training=autoscale"),
         (["training.layerwise=false"], "need training.layerwise=true"),
-        (["training.compensate=cut"], "need training.compensate=null"),
+        (["training.errors_every=1"], "need training.errors_every=null"),
         (["objective=iwrm"], "need objective=mean"),
         (["runs=2"], "need runs=1"),
         (["devices=5"], "each needs a part, and training.num_parts=2"),

@@ -95,7 +95,7 @@ class PartBatches:
             )
         else:
             steps = shares.batches(training.parts_per_batch)
-            self._loader = SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps)
+            self._loader = SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps, outward=self._outward)
         self._edge_dropout = training.edge_dropout
         self._device = device
         self._names = names

@@ -95,9 +95,8 @@ def _devices(settings: Settings) -> Iterator[str]:
             f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
         )
     needed = (
-        "training=autoscale training.layerwise=true training.pool_size=null training.compensate=null "
-        "training.errors_every=null training.lipschitz=0 training.history_device=null,cpu objective=mean "
-        "device=cpu,auto runs=1"
+        "training=autoscale training.layerwise=true training.pool_size=null training.errors_every=null "
+        "training.lipschitz=0 training.history_device=null,cpu objective=mean device=cpu,auto runs=1"
     )
     if words := _lacking(settings, needed):
         yield f"devices={settings.devices}: several processes train on parts, and need {words}"

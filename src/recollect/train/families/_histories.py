@@ -141,16 +141,17 @@ class HistoriesFamily(Family):
         if not self.in_parts or not every or (epoch - 1) % every:
             return
         number = int(known_labels(graph.task, graph.data.y[graph.data.train_mask]))
-        training = self.settings.training
-        batches = -(-training.num_parts // training.parts_per_batch)
+        loader = evaluation_loader(graph, self.settings.training, self._shares)
+        batches = len(loader)  # of each process
 
         def loss(out: Tensor, sub: SubData) -> Tensor:
-            # As in training, where it is the mean over a mini-batch's own labels: these are as many in each, about.
+            # As in training, where it is the mean over a mini-batch's own labels, or over those of the mini-batches of
+            # all processes: these are as many in each step, about.
             rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten().to(out.device)
             target = sub.data.y[: sub.batch_size].to(out.device)
             return known_losses(graph.task, out[rows], target[rows]).sum() * (batches / number)
 
-        _with_histories(network).refresh(evaluation_loader(graph, training), loss)
+        _with_histories(network).refresh(loader, loss)
 
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
         """On the whole graph, or layer by layer on its parts. All histories are then those of the parameters."""
