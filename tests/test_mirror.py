@@ -64,7 +64,7 @@ TOGETHER = {
     "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",
     "distributed/test_whole_graphs.py": "outofcore/_rank_tables",
     "distributed/test_ranks.py": "autoscale/_parts_state autoscale/histories/_ranks "
-    "distributed/_group distributed/_routes distributed/_shares",
+    "autoscale/loader/_own distributed/_group distributed/_routes distributed/_shares",
     "distributed/test_sharded.py": "budget/_ranks",
     "frames/sources/test_offload.py": "frames/sources/_file_store frames/sources/_host_store frames/sources/_stores",
     "frames/test_arguments.py": "_util/_tree frames/sources/_kept",

@@ -18,7 +18,15 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from wire_cases import short_group
 
-from recollect.autoscale import Combination, HistoryOptions, ScalableGNN, SubgraphLoader, normalize, propagate
+from recollect.autoscale import (
+    Combination,
+    HistoryOptions,
+    ScalableGNN,
+    SubgraphLoader,
+    normalize,
+    own_graph,
+    propagate,
+)
 from recollect.distributed import Shares, SharesError
 from recollect.models import GCN, GCN2, GIN
 
@@ -130,6 +138,9 @@ def training(rank: int, world: int, kind: str, **options: Any) -> None:
     data, ptr, shares = ready(world)
     model, whole = made(make, shares, **options), made(make)
     loader: Any = SubgraphLoader(data, ptr, log=False, outward=edges)
+    own = loader
+    if edges == "cut":  # of others a rank needs more of the graph
+        own = SubgraphLoader(own_graph(data, shares, outward=True), ptr, log=False, outward=edges)
     model(loader=SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(shuffle=False)))
     whole(loader=SubgraphLoader(data, ptr, log=False))
     reference, loss = Reference(whole, loader), mean_loss(data)
@@ -139,7 +150,7 @@ def training(rank: int, world: int, kind: str, **options: Any) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         reference.step(ranks, loss)
-        batch = loader.collate_fn(ranks[rank])
+        batch = own.collate_fn(ranks[rank])
         loss(forward(model, batch), batch).backward()
         assert_close(added_up(model), gradients_of(whole), TOLERANCE, f"gradient of step {number}")
         for optimizer in optimizers:

@@ -24,6 +24,7 @@ from recollect.autoscale import (
     history_parts,
     load_history_parts,
     normalize,
+    own_graph,
     partition,
     permute,
     to_adj_t,
@@ -31,6 +32,7 @@ from recollect.autoscale import (
 from recollect.autoscale.histories._ranks import RankTable
 from recollect.data._foreign import require
 from recollect.distributed import Shares, SharesError
+from recollect.messages import rows_of
 from recollect.models import APPNP, GAT, GCN, GCN2
 
 Data = require("torch_geometric.data", extra="graph").Data
@@ -119,9 +121,10 @@ def compare(
     steps = [list(step) for epoch in range(2) for step in zip(*(ranks[epoch] for ranks in everyones), strict=True)]
     assert len({len(epoch) for ranks in everyones for epoch in ranks}) == 1
     assert sorted(part for ranks in everyones for group in ranks[0] for part in group) == list(range(PARTS))
-    loader = SubgraphLoader(data, ptr, log=False)
+    loader, own = SubgraphLoader(data, ptr, log=False), own_graph(data, shares)
+    mine_of = SubgraphLoader(own, ptr, log=False)
     evaluated = whole(loader=SubgraphLoader(data, ptr, log=False))
-    mine = model(loader=SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(shuffle=False)))
+    mine = model(loader=SubgraphLoader(own, ptr, log=False, batch_sampler=shares.batches(shuffle=False)))
     start, stop = shares.nodes
     assert_close(mine, evaluated[start:stop], TOLERANCE, "layer-wise inference")
 
@@ -131,7 +134,7 @@ def compare(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for number, ranks in enumerate(steps):
         optimizer.zero_grad()
-        batch = loader.collate_fn(ranks[rank])
+        batch = mine_of.collate_fn(ranks[rank])
         loss, count = loss_of(forward(parallel, batch), batch)
         (loss / count.clamp_min(1) * shares.scale(count)).backward()
         found = {name: p.grad for name, p in model.named_parameters()}
@@ -159,6 +162,70 @@ for _name, (_make, _prepare) in MODELS.items():
 def shares_of(history: History) -> Shares:
     """Of a history over ranks."""
     return cast(RankTable, history.table).shares
+
+
+@case
+def what_a_rank_holds_of_a_graph(rank: int, world: int) -> None:
+    """Its nodes' edges and rows, and those of their neighbours; its mini-batches are those of the whole graph."""
+    data, ptr = graph()
+    shares = Shares(ptr)
+    edges = data.adj_t.values().numel()
+    data.edge_attr = torch.randn(edges, 2, generator=torch.Generator().manual_seed(0))
+    data.anything = torch.rand(1, NODES) if rank else torch.rand(1, 3)
+    start, stop = shares.nodes
+    target, source = rows_of(data.adj_t), data.adj_t.col_indices()
+    into, out = (((nodes >= start) & (nodes < stop)) for nodes in (target, source))
+    for outward, kept in ((False, into), (True, into | out)):
+        own = own_graph(data, shares, outward=outward)
+        near = torch.cat([target[kept], source[kept], torch.arange(start, stop)]).unique()
+        assert torch.equal(own.nodes, near)
+        each_node = 8 * IN + 8 + 1 + 8 + 8 + 8  # x, y, train_mask, node_order, its number, where its edges begin
+        each_edge = 8 + 8 + 2 * 4  # source, weight, edge_attr
+        expected = near.numel() * each_node + 8 + int(kept.sum()) * each_edge + 8 * (PARTS + 1) + data.anything.nbytes
+        assert own.nbytes == expected
+        mine, whole = (SubgraphLoader(each, ptr, log=False, outward=outward) for each in (own, data))
+        assert list(mine.sampler) == list(range(len(shares.parts)))
+        for parts in shares.batches(2):
+            found, batch = mine.collate_fn(parts), whole.collate_fn(parts)
+            assert found.batch_size.graph == batch.batch_size.graph
+            for one, other in zip(found[1:], batch[1:], strict=True):
+                assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+            for name in ("x", "y", "train_mask", "edge_attr", "node_order"):
+                assert (name in found.data) == (name in batch.data)
+                assert name not in batch.data or torch.equal(found.data[name], batch.data[name])
+            assert torch.equal(found.data.adj_t.to_dense(), batch.data.adj_t.to_dense())
+            if outward:
+                for one, other in zip(found.data.outward, batch.data.outward, strict=True):
+                    assert str(one) == str(other)
+    kept_x = weakref.ref(data.x)
+    del data, whole, batch
+    gc.collect()
+    assert kept_x() is None
+    if world > 1:
+        with pytest.raises(ValueError, match="this rank's graph has the parts"):
+            mine.collate_fn([(shares.parts[-1] + 1) % PARTS])
+    with pytest.raises(ValueError, match="an own_graph of a rank has the edges to nodes outside with"):
+        SubgraphLoader(own, ptr, log=False, outward="complete")
+    with pytest.raises(ValueError, match="links may lie between parts of two ranks"):
+        SubgraphLoader(own, ptr, log=False, links=torch.zeros(2, 1, dtype=torch.int64))
+    data, _ = graph()
+    data.edge_label_index = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"data\.edge_label_index holds nodes by number"):
+        own_graph(data, shares)
+    del data.edge_label_index, data.node_order
+    with pytest.raises(ValueError, match="call permute"):
+        own_graph(data, shares)
+
+
+@case
+def a_rank_holds_its_part_of_a_ring(rank: int, world: int) -> None:
+    number, ring = 100 * world, torch.arange(100 * world)
+    data = to_adj_t(Data(x=torch.randn(number, 4), edge_index=torch.stack([ring, ring.roll(1)]), node_order=ring))
+    shares = Shares(torch.arange(0, number + 1, 50))
+    own = own_graph(data, shares)
+    assert own.data.adj_t.values().numel() == 100
+    assert own.nodes.numel() == (101 if world > 1 else 100)
+    assert own.data.x.untyped_storage().nbytes() == own.nodes.numel() * 4 * 4
 
 
 @case

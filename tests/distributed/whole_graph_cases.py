@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +191,28 @@ def tables_of_own_rows(rank: int, world: int) -> None:
         assert len(tables._tables[name].read((0, stop - start))) == stop - start
         assert tables._number == stop - start
     assert [part.number for part in (whole.parts[k] for k in range(len(whole.parts)))] == list(shares.parts)
+
+
+@case
+def what_a_rank_holds_of_the_graph(rank: int, world: int) -> None:
+    """Its parts' edges, features, labels and halos: the graph that was given may be deleted."""
+    data, ptr = a_graph(world)
+    shares, number = Shares(ptr, weights=torch.ones(len(ptr) - 1)), criterion_of(data)
+    (start, stop), mask, edges = shares.nodes, data.train_mask, data.edge_index
+    into = (edges[1] >= start) & (edges[1] < stop)
+    trained, model = int(mask[start:stop].sum()), GCN(data.num_nodes, 5, 6, 3, 3).double()
+    whole = WholeGraph(model, data, ptr, shares=shares)
+    held = [weakref.ref(each) for each in (data.x, data.y, data.edge_index)]
+    del data, edges
+    gc.collect()
+    assert [each() for each in held] == [None] * 3
+    parts = [whole.parts[k] for k in range(len(whole.parts))]
+    tensors = [t for p in parts for t in (p.halo, p.edge_index, p.x, p.y, p.train, *p.edges.values())]
+    halos = sum(p.halo.numel() for p in parts)
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == (
+        8 * halos + (2 * 8 + 4) * int(into.sum()) + 5 * 8 * (stop - start) + 2 * 8 * trained
+    )
+    assert whole.step(number).isfinite()
 
 
 @case

@@ -17,7 +17,7 @@ from recollect.autoscale._scalable import ScalableGNN
 from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 from recollect.autoscale.histories import AsyncIOPool, History, HistoryFileError, Rows, history_bytes
-from recollect.autoscale.loader import EvalSubgraphLoader, SubData, SubgraphLoader, permute, to_adj_t
+from recollect.autoscale.loader import EvalSubgraphLoader, SubData, SubgraphLoader, own_graph, permute, to_adj_t
 from recollect.autoscale.partitioning import Partition, PartitionQuality, metis, partition, partition_quality
 from recollect.messages import propagate, with_weights
 
@@ -49,6 +49,7 @@ __all__ = [
     "load_history_parts",
     "metis",
     "normalize",
+    "own_graph",
     "partition",
     "partition_quality",
     "permute",

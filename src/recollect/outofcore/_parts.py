@@ -132,8 +132,9 @@ class Parts:
             train = data.train_mask[start:stop].nonzero().view(-1).cpu()
             y = data.y[start:stop].cpu()[train]
             part = Part(number, start, stop, halo, edge_index, found, further, data.x[start:stop].cpu(), y, train)
+            if folder is not None or nodes is not None:
+                part = replace(part, x=part.x.clone())  # of a view, all would be written, or stay
             if folder is not None:
-                part = replace(part, x=part.x.clone())  # of a view, all would be written
                 self._files.append(_File(self._path(number), number))
                 self._files[-1].write({field.name: getattr(part, field.name) for field in fields(part)})
             memory -= part.nbytes

@@ -15,6 +15,7 @@ from recollect.autoscale.loader._attributes import Path, found_at, put, spelled
 from recollect.autoscale.loader._local import Entries
 from recollect.autoscale.loader._order import without_bounds
 from recollect.autoscale.loader._outward import OUTWARD, OutwardCut
+from recollect.autoscale.loader._own import OwnGraph
 from recollect.autoscale.loader._roles import Roles, roles_of
 from recollect.autoscale.loader._storage import graph_copy
 from recollect.autoscale.loader._sub_data import SubData
@@ -39,6 +40,7 @@ class Cut:
         adjacency: The form of the edges.
         kinds: What each tensor belongs to, where names do not say.
         outward: Which edges to the out-neighbours come with a mini-batch, see `Outward`.
+        own: What ``data`` and ``ptr`` are a part of; None: they are a whole graph's.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Cut:
         adjacency: Adjacency,
         kinds: Mapping[str, str] | None,
         outward: bool | str = False,
+        own: OwnGraph | None = None,
     ) -> None:
         if outward not in OUTWARD:
             raise ValueError(f"outward is {outward!r}, but must be one of {', '.join(map(repr, OUTWARD))}")
@@ -73,8 +76,14 @@ class Cut:
             data.adj_t.values(),
         )
         self._one_hop = OneHop(rowptr, col)
-        self.graph = GraphStamp.of(data.adj_t, data.node_order)
+        self._own = None if own is None else (own.parts, own.nodes)
+        self.graph = GraphStamp.of(data.adj_t, data.node_order) if own is None else own.graph
         form = OUTWARD[outward]
+        if own is not None and form is not None and (form != "cut" or not own.outward):
+            raise ValueError(
+                f"outward={outward!r}: an own_graph of a rank has the edges to nodes outside with own_graph(..., "
+                "outward=True), and those from nodes that are further away never"
+            )
         self._outward = form and OutwardCut(rowptr, col, self._value, *self._by_name(data), form)
         self._ptr = ptr
         self._edge_ptr = rowptr[ptr.to(rowptr.device)].cpu()
@@ -88,6 +97,7 @@ class Cut:
         chosen = torch.tensor(parts, dtype=torch.int64, device="cpu")
         chosen = chosen[self._ptr[chosen] < self._ptr[chosen + 1]]
         offset, end = self._ptr[chosen], self._ptr[chosen + 1]
+        count = end - offset
         nodes = Ranges(offset, end, self._value.device)
         edges = Ranges(self._edge_ptr[chosen], self._edge_ptr[chosen + 1], self._value.device)
         n_id, rowptr, col = self._one_hop(nodes, edges)
@@ -96,15 +106,23 @@ class Cut:
             num_rows = n_id.numel()
             rowptr = torch.cat([rowptr, rowptr[-1:].expand(num_rows - nodes.total)])
         adj_t = sparse_csr(rowptr, col, edges.take(self._value), (num_rows, n_id.numel()))
+        if self._own is not None:
+            if any(part not in self._own[0] for part in parts):
+                raise ValueError(f"this rank's graph has the parts {self._own[0]} (its sampler chose {list(parts)})")
+            offset = self._own[1][offset.to(n_id.device)].cpu()
         data = self._attributes(n_id, edges)
-        self._put_entries(data, chosen, offset, end - offset)
+        self._put_entries(data, chosen, offset, count)
         if self._adjacency == "csr":
             data.adj_t = adj_t
         else:
             data.edge_index, data.edge_weight = _edge_index(adj_t), adj_t.values()
         if self._outward:
             data.outward = self._outward(n_id[: nodes.total])
-        return SubData(data, BatchSize(nodes.total, self.graph), n_id, offset, end - offset)
+        if self._own is not None:
+            n_id = self._own[1][n_id]
+            if self._outward:
+                data.outward = data.outward._replace(n_id=self._own[1][data.outward.n_id])
+        return SubData(data, BatchSize(nodes.total, self.graph), n_id, offset, count)
 
     def _by_name(self, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
         """The tensors that belong to nodes and to edges row by row, by name, and the names of all others."""

@@ -17,6 +17,7 @@ from recollect.autoscale.loader._cut import Adjacency, Cut, check_permuted, chec
 from recollect.autoscale.loader._links import LinkCut, Links
 from recollect.autoscale.loader._order import to_adj_t
 from recollect.autoscale.loader._outward import OutwardEdges
+from recollect.autoscale.loader._own import OwnGraph
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -42,6 +43,7 @@ class SubgraphLoader(DataLoader[int]):
     Args:
         data: A graph that `permute` has brought into the order of the parts, with ``adj_t`` or ``edge_index``. Edges,
             weights and edge-level tensors are those of `to_adj_t`. Mini-batches are cut on the device that it lies on.
+            Or a rank's `own_graph`, whose samplers choose among its parts.
         ptr: [num_parts + 1] int64: part ``p`` holds the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
         batch_size: Parts in a mini-batch, at least 1.
         bipartite: ``adj_t`` is [B, B + halo], else [B + halo, B + halo] with empty rows for the halo.
@@ -91,7 +93,7 @@ class SubgraphLoader(DataLoader[int]):
 
     def __init__(
         self,
-        data: Data,
+        data: Data | OwnGraph,
         ptr: Tensor,
         batch_size: int = 1,
         bipartite: bool = True,
@@ -105,17 +107,23 @@ class SubgraphLoader(DataLoader[int]):
         **kwargs: Any,
     ) -> None:
         start = time.perf_counter()
+        own = data if isinstance(data, OwnGraph) else None
+        if isinstance(data, OwnGraph):
+            data, kinds = data.data, data.kinds | dict(kinds or {})
         check_data(data)
         batch_size = as_count("batch_size", batch_size, _PARTS)
         if "collate_fn" in kwargs:
             raise ValueError("a loader of mini-batches has a collate_fn of its own: leave it out")
         check_permuted(data)
         self.data = to_adj_t(data, kinds)
-        self.ptr, self.bipartite = checked_ptr(ptr, self.data.adj_t.size(0)), bipartite
+        num_nodes = self.data.adj_t.size(0) if own is None else own.graph.num_nodes
+        self.ptr, self.bipartite = checked_ptr(ptr, num_nodes), bipartite
         self.units: list[tuple[int, ...]] | None = None
         kinds = {name: kind for name, kind in (kinds or {}).items() if name.partition(".")[0] in self.data}
         cut: Any
         parts: Any
+        if links is not None and own is not None:
+            raise ValueError("links may lie between parts of two ranks: give the loader the whole graph")
         if links is not None:
             sorted_links, rest = Links.of(self.data, links, link_labels, self.ptr, kinds)
             cut = LinkCut(Cut(rest, self.ptr, bipartite, adjacency, kinds, outward), sorted_links)
@@ -124,10 +132,11 @@ class SubgraphLoader(DataLoader[int]):
         elif link_labels is not None:
             raise ValueError("link_labels go with links: give links=edge_label_index, [2, K], too")
         else:
-            cut = Cut(self.data, self.ptr, bipartite, adjacency, kinds, outward)
+            cut = Cut(self.data, self.ptr if own is None else own.ptr, bipartite, adjacency, kinds, outward, own)
             parts = range(self.ptr.numel() - 1)
             if kwargs.get("sampler") is None and kwargs.get("batch_sampler") is None:
                 parts = (self.ptr.diff() > 0).nonzero().squeeze(1).tolist()
+                parts = parts if own is None else [part for part in parts if part in own.parts]
         self.graph = cut.graph
         if log:
             _logger.info("prepared mini-batches of %d parts in %.2f s", len(parts), time.perf_counter() - start)
