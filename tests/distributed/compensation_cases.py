@@ -240,6 +240,21 @@ def ranks_that_differ(rank: int, world: int) -> None:
 
 
 @case
+def a_refresh_in_other_mini_batches(rank: int, world: int) -> None:
+    """Rows of one layer are not taken for those of another, as wide as it is."""
+    if world == 1:
+        return
+    data, ptr, shares = ready(world)
+    model = made(MODELS["gcn"][0], shares)
+    loader = SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(1 + (rank == 0), shuffle=False))
+    told = (
+        r"rank 0 at .*rows pulled by number, history 2: 8 x 8.*rank [1-3] at .*rows pulled by number, history 1: 8 x 8"
+    )
+    with pytest.raises(SharesError, match=told):
+        model.refresh(loader, mean_loss(data))
+
+
+@case
 def a_step_without_a_backward_pass(rank: int, world: int) -> None:
     """What a rank did not ask for comes all the same, and the next step is as ever; copies wait for nothing."""
     data, ptr, shares = ready(world)

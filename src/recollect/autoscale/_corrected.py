@@ -129,12 +129,13 @@ class CorrectedGNN(HistoryGNN):
         forward passes and a backward pass over the graph.
 
         Args:
-            loader: yields every node once, in the same mini-batches each time: an EvalSubgraphLoader.
+            loader: yields every node once, in the same mini-batches each time: an EvalSubgraphLoader. Over ranks, the
+                nodes of this one, in as many mini-batches as every other has.
             loss: from a mini-batch's output [B, out_channels] and the mini-batch to its loss, a scalar: as in training,
                 with the same factor for each node. Needed with ``compensate=True``.
 
         Returns:
-            The output [num_nodes, out_channels], as of :meth:`mini_inference`.
+            The output [num_nodes, out_channels], as of :meth:`mini_inference`; over ranks, of this rank's nodes.
 
         Raises:
             ValueError: ``loss`` is missing; see :meth:`mini_inference` too.

@@ -74,6 +74,7 @@ class Shares:
         self.bounds = _balanced(heavy, self.world_size)
         self._first = self.ptr[self.bounds]
         self._routes: Any = WeakTensorKeyDictionary()
+        self._tables = 0
 
     @property
     def group(self) -> Any:
@@ -172,6 +173,11 @@ class Shares:
 
     def _route(self, rows: Tensor, what: str) -> Route:
         return Route(rows, self.owners(rows), self.nodes[0], self._wire, what)
+
+    def next_table(self) -> int:
+        """Return the number of one more table whose rows lie with the ranks, which is the same on each."""
+        self._tables += 1
+        return self._tables
 
     def meet(self, what: str) -> None:
         """Wait until all ranks are at the same place, which has this name.

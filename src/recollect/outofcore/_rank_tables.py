@@ -48,7 +48,7 @@ class RankTables(Tables):
     def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
         """Return own rows in a row, and behind them others by number; a step of all ranks."""
         table, shares, own = self._tables[name], self._shares, where[1] - where[0]
-        came = shares.route(halo, _HALO).begin(table.read, _HALO)
+        came = shares.route(halo, _HALO).begin(table.read, f"{_HALO}, table {name}")
         rows = table.empty(own + halo.numel())
         table.read(_local(where, shares.nodes[0]), rows[:own])
         rows[own:] = came()
@@ -62,7 +62,8 @@ class RankTables(Tables):
             if not isinstance(each.where, Tensor):
                 self._add(each.table, each.source, _local(each.where, shares.nodes[0]), each.values)
                 continue
-            for rows, values in shares.route(each.where, _HALO).give_back(each.values, "gradients of a part's halo"):
+            what = f"gradients of a part's halo, table {each.table}"
+            for rows, values in shares.route(each.where, _HALO).give_back(each.values, what):
                 self._add(each.table, each.source, rows, values)
         for name, (start, stop) in changes.cleared:
             self[name].write((start, stop), self[name].empty(stop - start).zero_())

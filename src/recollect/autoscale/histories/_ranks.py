@@ -30,6 +30,7 @@ class RankTable(Table):
         super().__init__(own.codec, own.records, own.stamps, own.clock)
         self.own = own
         self.shares = shares
+        self._number = shares.next_table()
         self._graph: GraphStamp | None = None
 
     @property
@@ -81,7 +82,7 @@ class RankTable(Table):
         Raises:
             SharesError: ranks differ, or one has ended; here, or where the result is waited for.
         """
-        return self.shares.route(where, what).begin(self._records, what, values)
+        return self.shares.route(where, what).begin(self._records, f"{what}, history {self._number}", values)
 
     def ages(self, where: Selection) -> Tensor:
         """See :class:`Table`; of this rank's own rows."""
