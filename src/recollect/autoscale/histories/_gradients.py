@@ -95,6 +95,14 @@ class GradientHistories(nn.Module):
         """On which device rows are compared."""
         return self._sums.device
 
+    def is_empty(self, layer: int) -> bool:
+        """Return whether nothing was pushed there yet, by this rank."""
+        return len(self.tables) < layer or self.table(layer).table.clock.pushes == 0
+
+    def pull(self, layer: int, n_id: Tensor) -> Tensor:
+        """Return the rows of these nodes [nodes, channels]."""
+        return self.table(layer).pull(n_id)
+
     def begin(self, n_id: Tensor) -> dict[int, Given]:
         """Begin to pull the rows of these nodes in all layers.
 
@@ -115,9 +123,7 @@ class GradientHistories(nn.Module):
 
     def _later(self, layer: int, n_id: Tensor) -> Given:
         def pull() -> tuple[Tensor, Tensor] | None:
-            if len(self.tables) < layer or self.table(layer).table.clock.pushes == 0:
-                return None
-            return self.table(layer).pull(n_id), self.trust(layer)
+            return None if self.is_empty(layer) else (self.pull(layer, n_id), self.trust(layer))
 
         return pull
 
