@@ -346,7 +346,7 @@ def test_layers_of_one_width_and_two_types():
     assert names == set(expected)
     for name, gradient in gradients_of(model).items():
         assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
-    gradients = {name: dtype for name, (_, dtype) in whole._network.tables(False).items() if name.startswith("g")}
+    gradients = {name: dtype for name, (_, dtype) in whole._network.tables().items() if name.startswith("g")}
     assert set(gradients.values()) == {torch.float32, torch.float64}
     assert all(name.endswith(str(dtype).removeprefix("torch.")) for name, dtype in gradients.items())
 

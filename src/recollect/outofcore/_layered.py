@@ -18,8 +18,8 @@ from recollect.outofcore._checks import check_layered
 from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
-from recollect.outofcore._step import Run, Space, Step
-from recollect.outofcore._tables import Changes, Shape, Sum
+from recollect.outofcore._step import Run, Space, Step, sums
+from recollect.outofcore._tables import Changes, Shape
 
 __all__ = ["Layered"]
 
@@ -53,7 +53,7 @@ class Layered(Network):
             self.look = self._looked = look_at(model, self._probe)
         self._mode: Any = None
 
-    def tables(self, journaled: bool) -> dict[str, Shape]:
+    def tables(self) -> dict[str, Shape]:
         """See :class:`Network`."""
         found = {_FEATURES: self._features}
         for layer, seen in enumerate(self._looked.layers):
@@ -61,6 +61,12 @@ class Layered(Network):
         for leaf in self._looked.leaves:
             found[leaf.name] = found[f"g{leaf.name}"] = leaf.width, leaf.dtype
         return found
+
+    @property
+    def moved(self) -> list[str]:
+        """See :class:`Network`."""
+        layers, leaves = range(1, len(self._looked.layers) + 1), self._looked.leaves
+        return [*map(self.gradient, layers), *(f"g{leaf.name}" for leaf in leaves)]
 
     def input(self, layer: int) -> str:
         """Return the name of the table of a layer's input; those between two that are kept share theirs."""
@@ -138,6 +144,7 @@ class LayeredStep(Step):
         self._of, self._model = of, of.model
         self._layers = of.look.layers
         self._parameters = [p for p in of.model.parameters() if p.requires_grad]
+        self._places = space.tables.places(self.journaled)
 
     # Forward.
 
@@ -149,11 +156,12 @@ class LayeredStep(Step):
     def _rows(self, layer: int, part: Part) -> Read:
         """Read a layer's input for a part and its neighbours."""
         tables, where = self.space.tables, (part.start, part.stop)
-        x = tables.read(self._of.input(layer), where, part.halo)
+        x = tables.read((self._of.input(layer), 0), where, part.halo)
         return x, *filled(self._layers[layer], partial(self._leaf, part), part.edges)
 
     def _leaf(self, part: Part, leaf: Leaf) -> Tensor:
-        rows = self.space.tables.read(leaf.name, (part.start, part.stop), part.halo if leaf.around else part.halo[:0])
+        halo = part.halo if leaf.around else part.halo[:0]
+        rows = self.space.tables.read((leaf.name, 0), (part.start, part.stop), halo)
         return rows.view(-1, *leaf.shape)
 
     def _run(self, layer: int, part: Part, read: Read) -> tuple[Tensor, list[Tensor]]:
@@ -189,10 +197,10 @@ class LayeredStep(Step):
             self._reached([out, *new], [read[0], *(each for _, each in read[2])], self._layers[layer].used)
             self._mark(self._place(layer, part), out.detach())
         where = (part.start, part.stop)
-        changes = Changes([(self._of.input(layer + 1), where, out.detach())])
+        changes = Changes([((self._of.input(layer + 1), 0), where, out.detach())])
         if not again:
             changes.rows += [
-                (leaf.name, where, tensor.detach()[: part.size].reshape(part.size, -1))
+                ((leaf.name, 0), where, tensor.detach()[: part.size].reshape(part.size, -1))
                 for leaf, tensor in zip(self._layers[layer].new, new, strict=True)
             ]
         return changes
@@ -226,13 +234,13 @@ class LayeredStep(Step):
         first, *others = self._lose(part, lambda: logits[part.train], flat, self._parameters)
         found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
         where = (part.start, part.stop)
-        changes = Changes([(self._gradient(len(self._layers)), where, _flat(first))])
+        changes = Changes([(self._places.here(self._gradient(len(self._layers))), where, _flat(first))])
         for leaf in self._leaves():
             gradient = found.get(leaf.name)
             if gradient is not None and bool(gradient[part.size :].any()):
                 raise ValueError("the readout takes rows of neighbours out of the state, which are for layers alone")
             own = self._zeros(part, leaf.width) if gradient is None else _flat(gradient[: part.size])
-            changes.rows.append((self._leaf_gradient(leaf), where, own))
+            changes.rows.append((self._places.here(self._leaf_gradient(leaf)), where, own))
         return self._cleared(changes, len(self._layers) - 1, part)
 
     def _gradient(self, layer: int) -> str:
@@ -256,7 +264,7 @@ class LayeredStep(Step):
     def _cleared(self, changes: Changes, layer: int, part: Part) -> Changes:
         """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
         if layer > 0:
-            changes.cleared.append((self._gradient(layer), (part.start, part.stop)))
+            changes.cleared.append((self._places.here(self._gradient(layer)), (part.start, part.stop)))
         return changes
 
     # Backward.
@@ -271,12 +279,18 @@ class LayeredStep(Step):
                     self._pass(partial(self._rows, each), partial(self._forward, each, True))
             read = partial(self._rows_and_gradients, layer)
             self._pass(read, partial(self._backward, layer), self._layers[layer].used)
+            self._places.turn(self._changed_by(layer))
+
+    def _changed_by(self, layer: int) -> list[str]:
+        """Return the names of the tables to which a layer's backward adds."""
+        leaves = [leaf for leaf in self._layers[layer].state.tensors if isinstance(leaf, Leaf) and leaf.trains]
+        return [*([self._gradient(layer)] if layer else []), *map(self._leaf_gradient, leaves)]
 
     def _rows_and_gradients(self, layer: int, part: Part) -> tuple[Read, list[Tensor]]:
         tables, where = self.space.tables, (part.start, part.stop)
         names = [self._gradient(layer + 1)]
         names += [self._leaf_gradient(leaf) for leaf in self._layers[layer].new if leaf.trains]
-        return self._rows(layer, part), [tables[name].read(where) for name in names]
+        return self._rows(layer, part), [tables.at(self._places.here(name)).read(where) for name in names]
 
     def _backward(self, layer: int, part: Part, rows: tuple[Read, list[Tensor]]) -> Changes:
         read, gradients = rows
@@ -291,19 +305,14 @@ class LayeredStep(Step):
         parameters = self._reached(outputs, [read[0], *(each for _, each in read[2])], self._parameters)
         pulled = self.objectives.pull(outputs, gradients, inputs, parameters)
         self._add(parameters, pulled)
-        where, changes, found = (part.start, part.stop), Changes(), list(pulled.rows)
-        if layer and (first := found.pop(0)) is not None:
-            name, first = self._gradient(layer), _flat(first)
-            changes.added = [
-                Sum(name, where, first[: part.size], name),
-                Sum(name, part.halo, first[part.size :], name),
-            ]
-        for (leaf, _), gradient in zip(known, found, strict=True):
-            if gradient is not None:
-                name, gradient = self._leaf_gradient(leaf), _flat(gradient)
-                changes.added.append(Sum(name, where, gradient[: part.size], name))
-                if leaf.around:
-                    changes.added.append(Sum(name, part.halo, gradient[part.size :], name))
+        found: dict[str, Tensor] = {}
+        for name, value, gradient in zip(self._changed_by(layer), inputs, pulled.rows, strict=True):
+            if gradient is None:  # rows move all the same
+                gradient = value.new_zeros(value.size(0), self.objectives.width(value[:1].numel()), requires_grad=False)
+            found[name] = found[name] + _flat(gradient) if name in found else _flat(gradient)
+        changes = Changes()
+        for name, values in found.items():
+            changes.added += sums(self._places, name, part, values)
         return self._cleared(changes, layer - 1, part)
 
 

@@ -44,8 +44,13 @@ class Network(ABC):
     mark: int = 8
 
     @abstractmethod
-    def tables(self, journaled: bool) -> dict[str, Shape]:
-        """Return the tables of a step of one loss, by name; with those that it needs to be journaled."""
+    def tables(self) -> dict[str, Shape]:
+        """Return the tables of a step of one loss, by name."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> list[str]:
+        """The names of the tables that passes over the parts change, and not only write."""
 
     @abstractmethod
     def places(self, parts: int) -> int:

@@ -17,7 +17,7 @@ from recollect.autoscale.histories import PlainRows, Where
 from recollect.distributed import Ranks, Shares, SharesError
 from recollect.frames import bits_of
 from recollect.outofcore._objectives import Criterion, SeveralLosses
-from recollect.outofcore._tables import Changes, Rows, Shape, Tables
+from recollect.outofcore._tables import Changes, Shape, Table, Tables
 
 __all__ = ["RankTables", "Team", "check_shares"]
 
@@ -44,9 +44,13 @@ class RankTables(Tables):
     def __getitem__(self, name: str) -> PlainRows:
         return self._bits[name] if name in self._bits else _OwnRows(self._tables[name], self._shares.nodes[0])
 
-    def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
+    def at(self, table: Table) -> PlainRows:
+        """See :class:`Tables`; over ranks all is changed in place."""
+        return self[table[0]]
+
+    def read(self, at: Table, where: tuple[int, int], halo: Tensor) -> Tensor:
         """Return own rows in a row, and behind them others by number; a step of all ranks."""
-        table, shares, own = self._tables[name], self._shares, where[1] - where[0]
+        table, shares, own = self._tables[at[0]], self._shares, where[1] - where[0]
         came = shares.route(halo, _HALO).begin(table.read, _HALO)
         rows = table.empty(own + halo.numel())
         table.read(_local(where, shares.nodes[0]), rows[:own])
@@ -59,21 +63,11 @@ class RankTables(Tables):
         self._write(changes.rows)
         for each in changes.added:
             if not isinstance(each.where, Tensor):
-                self._add(each.table, each.source, _local(each.where, shares.nodes[0]), each.values)
+                self._tables[each.table[0]].add(_local(each.where, shares.nodes[0]), each.values)
                 continue
             for rows, values in shares.route(each.where, _HALO).give_back(each.values, "gradients of a part's halo"):
-                self._add(each.table, each.source, rows, values)
-        for name, (start, stop) in changes.cleared:
-            self[name].write((start, stop), self[name].empty(stop - start).zero_())
-
-    def _add(self, name: str, source: str, where: Where, values: Tensor) -> None:
-        if source != name:
-            raise NotImplementedError("over ranks there are no spare tables")
-        self._tables[name].add(where, values)
-
-    def _write(self, rows: list[Rows]) -> None:
-        for name, where, values in rows:
-            self[name].write(where, values)
+                self._tables[each.table[0]].add(rows, values)
+        self._clear(changes.cleared)
 
 
 class _OwnRows(PlainRows):

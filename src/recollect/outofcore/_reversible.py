@@ -19,8 +19,8 @@ from recollect.outofcore._checks import check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
-from recollect.outofcore._step import Run, Space, Step, trained
-from recollect.outofcore._tables import Changes, Shape, Slots, Sum
+from recollect.outofcore._step import Run, Space, Step, sums, trained
+from recollect.outofcore._tables import Changes, Shape, Table
 
 __all__ = ["Reversible"]
 
@@ -63,10 +63,14 @@ class Reversible(Network):
         """A group's."""
         return self._hidden // self.model.num_groups, self.dtype
 
-    def tables(self, journaled: bool) -> dict[str, Shape]:
+    @property
+    def moved(self) -> list[str]:
         """See :class:`Network`."""
-        slots = {kind: Slots(kind, self.model.num_groups, journaled) for kind in ("x", "g")}
-        found = {name: self.shape for each in slots.values() for name in each.names}
+        return [f"{kind}{group}" for kind in "xg" for group in range(self.model.num_groups)]
+
+    def tables(self) -> dict[str, Shape]:
+        """See :class:`Network`."""
+        found = dict.fromkeys(self.moved, self.shape)
         for mask in ("mask", "last_mask") if self.model.dropout > 0 else ():
             found[mask] = width_of(self._hidden), torch.uint8
         return found
@@ -78,9 +82,7 @@ class Reversible(Network):
     def settle(self, space: Space, graph: Graph) -> None:
         """See :class:`Network`."""
         self.bounds = space.parts.bounds
-        self.masks = {
-            name: Masks(space.tables[name], self._hidden) for name in self.tables(False) if name.endswith("mask")
-        }
+        self.masks = {name: Masks(space.tables[name], self._hidden) for name in self.tables() if name.endswith("mask")}
 
     def check(self) -> None:
         """See :class:`Network`."""
@@ -155,8 +157,7 @@ class ReversibleStep(Step):
     def __init__(self, of: Reversible, space: Space, run: Run) -> None:
         super().__init__(of.model, space, run)
         self._of, self._model = of, of.model
-        self._x = Slots("x", of.model.num_groups, self.journaled)
-        self._g = Slots("g", of.model.num_groups, self.journaled)
+        self._places = space.tables.places(self.journaled)
 
     # Forward.
 
@@ -166,7 +167,7 @@ class ReversibleStep(Step):
         for layer in range(self._model.num_layers):
             for group in range(self._model.num_groups):
                 self._pass(partial(self._rows, group), partial(self._forward, layer, group))
-                self._x.turn([group])
+                self._places.turn([f"x{group}"])
 
     def _embed(self, part: Part, _: None) -> Changes:
         with torch.set_grad_enabled(self.training):
@@ -175,7 +176,7 @@ class ReversibleStep(Step):
             self._reached([h], [], self._of.around())
         rows = self._entered(h.detach())
         where = (part.start, part.stop)
-        return Changes([(self._x.here(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
+        return Changes([(self._x(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
     def _entered(self, rows: Tensor) -> Tensor:
         lattice = self._of.lattice
@@ -188,13 +189,13 @@ class ReversibleStep(Step):
         """Read a group of a part, the block's input, and the factors of its dropout."""
         model, tables, where = self._model, self.space.tables, (part.start, part.stop)
         first, *others = self._inputs(group)
-        z = tables.read(self._x.here(first), where, part.halo)
+        z = tables.read(self._x(first), where, part.halo)
         for other in others:
-            z += tables.read(self._x.here(other), where, part.halo)
+            z += tables.read(self._x(other), where, part.halo)
         mask = None
         if model.training and model.shared_dropout and model.dropout > 0:
             mask = self._chunks(self._of.masks["mask"].read(part.n_id, self._of.dtype))[group]
-        return tables[self._x.here(group)].read(where), z, mask
+        return tables.at(self._x(group)).read(where), z, mask
 
     def _inputs(self, group: int) -> list[int]:
         """Return the groups whose sum is the input of a group's block."""
@@ -217,7 +218,11 @@ class ReversibleStep(Step):
             lattice.check(own, [own], [self._of.block(layer, group)], f"layer {layer}, block {group}: {{}}")
             if self.training:
                 self._mark(self._place(layer, group, part), y)
-        return Changes([(self._x.there(group, [group]), (part.start, part.stop), own)])
+        return Changes([(self._places.there(f"x{group}"), (part.start, part.stop), own)])
+
+    def _x(self, group: int) -> Table:
+        """Return the table of a group's activations, before the pass that is under way."""
+        return self._places.here(f"x{group}")
 
     def _place(self, layer: int, group: int, part: Part) -> int:
         return (layer * self._model.num_groups + group) * len(self.space.parts) + part.number
@@ -236,7 +241,7 @@ class ReversibleStep(Step):
     def groups_of(self, part: Part) -> Tensor:
         """Return the activations of a part's nodes [n, hidden_channels]."""
         tables, where = self.space.tables, (part.start, part.stop)
-        return torch.cat([tables[self._x.here(i)].read(where) for i in range(self._model.num_groups)], 1)
+        return torch.cat([tables.at(self._x(i)).read(where) for i in range(self._model.num_groups)], 1)
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
@@ -263,7 +268,7 @@ class ReversibleStep(Step):
             (gradient,) = self._lose(part, logits, [h], parameters)
             for i in range(model.num_groups):
                 width, dtype = self._of.shape
-                self.space.tables.make(self._gradient(i), (self.objectives.width(width), dtype))
+                self.space.tables.make(self._gradient(i)[0], (self.objectives.width(width), dtype))
             where = (part.start, part.stop)
             chunks = self._chunks(gradient)
             return Changes([(self._gradient(i), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
@@ -271,8 +276,12 @@ class ReversibleStep(Step):
         self._pass(read, compute, parameters, self.space.parts.trained_first)
         return self._lost()
 
-    def _gradient(self, group: int) -> str:
-        return self.objectives.table(self._g.here(group))
+    def _gradient(self, group: int) -> Table:
+        """Return the table of a group's gradient, before the pass that is under way."""
+        return self._places.here(self._name(group))
+
+    def _name(self, group: int) -> str:
+        return self.objectives.table(f"g{group}")
 
     # Backward.
 
@@ -283,8 +292,7 @@ class ReversibleStep(Step):
                 parameters = self._of.inside(layer, group)
                 compute = partial(self._backward, layer, group, parameters)
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
-                self._x.turn([group])
-                self._g.turn(self._inputs(group))
+                self._places.turn([f"x{group}", *map(self._name, self._inputs(group))])
         self._errors = self._norms = 0.0
         self._pass(self._read_first, self._leave, self._of.around())
         self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
@@ -307,21 +315,13 @@ class ReversibleStep(Step):
         self._add(parameters, pulled)
         where = (part.start, part.stop)
         own = own - y.detach() if lattice is None else lattice.inverse(own, y.detach())[0]
-        changes = Changes([(self._x.there(group, [group]), where, own)])
+        changes = Changes([(self._places.there(f"x{group}"), where, own)])
         if pulled.rows[0] is not None:
             found = pulled.rows[0].flatten(1)
         else:
             found = z.new_zeros(z.size(0), self.objectives.width(z.size(1)), requires_grad=False)
-        inputs, before = self._inputs(group), int((part.halo < part.start).sum())  # parts come in order
-        for other in inputs:
-            here, there = self._gradient(other), self.objectives.table(self._g.there(other, inputs))
-            changes.added.append(Sum(there, where, found[: part.size], here))
-            around = found[part.size :]
-            if here == there:
-                changes.added.append(Sum(here, part.halo, around, here))
-            else:  # what comes before has moved already
-                changes.added.append(Sum(there, part.halo[:before], around[:before], there))
-                changes.added.append(Sum(here, part.halo[before:], around[before:], here))
+        for other in self._inputs(group):
+            changes.added += sums(self._places, self._name(other), part, found)
         return changes
 
     def _again(self, layer: int, group: int, part: Part, mask: Tensor | None, z: Tensor) -> Tensor:
@@ -329,11 +329,11 @@ class ReversibleStep(Step):
             return self._evaluate(layer, group, part, z.requires_grad_(), mask).detach()
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
-        return self._rows(group, part), self.space.tables[self._gradient(group)].read((part.start, part.stop))
+        return self._rows(group, part), self.space.tables.at(self._gradient(group)).read((part.start, part.stop))
 
     def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
         tables, where = self.space.tables, (part.start, part.stop)
-        found = [tables[self._gradient(i)].read(where) for i in range(self._model.num_groups)]
+        found = [tables.at(self._gradient(i)).read(where) for i in range(self._model.num_groups)]
         width = found[0].size(1) // self.objectives.width(1)
         rows = [each.view(part.size, -1, width) for each in found]
         return self.groups_of(part), torch.cat(rows, -1).flatten(1)

@@ -20,9 +20,9 @@ from recollect.outofcore._journal import Sums
 from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
 from recollect.outofcore._parts import Part, Parts
-from recollect.outofcore._tables import Changes, Tables
+from recollect.outofcore._tables import Changes, Places, Sum, Tables
 
-__all__ = ["Run", "Space", "Step", "trained"]
+__all__ = ["Run", "Space", "Step", "sums", "trained"]
 
 _FOREIGN = -1  # in place of the number of a parameter that is not the network's
 
@@ -290,6 +290,27 @@ class Step(ABC):
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
                 f"from torch's generators alone, and use deterministic operations{or_else}"
             )
+
+
+def sums(places: Places, name: str, part: Part, values: Tensor) -> list[Sum]:
+    """Return what adds to rows of a table in a pass that changes it, over all parts in their order.
+
+    Args:
+        places: of the tables.
+        name: of the table.
+        part: which part it is.
+        values: for its nodes, and for those of its halo, or for its nodes alone.
+    """
+    here, there, where = places.here(name), places.there(name), (part.start, part.stop)
+    found = [Sum(there, where, values[: part.size], here)]
+    if values.size(0) == part.size:
+        return found
+    around = values[part.size :]
+    if here == there:
+        return [*found, Sum(here, part.halo, around, here)]
+    before = int((part.halo < part.start).sum())  # has moved already
+    found.append(Sum(there, part.halo[:before], around[:before], there))
+    return [*found, Sum(here, part.halo[before:], around[before:], here)]
 
 
 def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

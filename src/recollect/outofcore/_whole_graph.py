@@ -153,8 +153,12 @@ class WholeGraph:
         every = [data.adj_t.crow_indices(), data.adj_t.col_indices(), data.x, data.y, data.train_mask, *edges.values()]
         bits = () if store is None and shares is None else tuple((tuple(each.shape), bits_of(each)) for each in every)
         self._graph = (self._ptr.tolist(), inputs, bits)
-        shapes = self._network.tables(folder is not None)
-        tables = Tables(self.num_nodes, shapes, folder) if shares is None else RankTables(shapes, shares)
+        shapes, spare = self._network.tables(), 0 if folder is None else int(self._ptr.diff().max())
+        tables = (
+            Tables(self.num_nodes, shapes, folder, self._network.moved, spare)
+            if shares is None
+            else RankTables(shapes, shares)
+        )
         # Behind the tables, which no other process has open: its parts are not written over.
         nodes = None if shares is None else shares.nodes
         parts_folder = None if folder is None else folder / "parts"
