@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,14 @@ class Layered(Network):
         """See :class:`Network`."""
         layers, leaves = range(1, len(self._looked.layers) + 1), self._looked.leaves
         return [*map(self.gradient, layers), *(f"g{leaf.name}" for leaf in leaves)]
+
+    @property
+    def row_bytes(self) -> int:
+        """See :class:`Network`."""
+        rows = [layer.output for layer in self._looked.layers] + [
+            (each.width, each.dtype) for each in self._looked.leaves
+        ]
+        return max(width * dtype.itemsize for width, dtype in rows)
 
     def input(self, layer: int) -> str:
         """Return the name of the table of a layer's input; those between two that are kept share theirs."""
@@ -231,40 +240,47 @@ class LayeredStep(Step):
             logits = self._model.readout(x.requires_grad_(), state)
         flat = [x, *(rows for _, rows in trained)]
         self._reached([logits], flat, self._of.look.readout.used)
-        first, *others = self._lose(part, lambda: logits[part.train], flat, self._parameters)
-        found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
         where = (part.start, part.stop)
-        changes = Changes([(self._places.here(self._gradient(len(self._layers))), where, _flat(first))])
-        for leaf in self._leaves():
-            gradient = found.get(leaf.name)
-            if gradient is not None and bool(gradient[part.size :].any()):
-                raise ValueError("the readout takes rows of neighbours out of the state, which are for layers alone")
-            own = self._zeros(part, leaf.width) if gradient is None else _flat(gradient[: part.size])
-            changes.rows.append((self._places.here(self._leaf_gradient(leaf)), where, own))
-        return self._cleared(changes, len(self._layers) - 1, part)
 
-    def _gradient(self, layer: int) -> str:
+        def changes() -> Iterator[Changes]:
+            for block, (first, *others) in self._lose(part, lambda: logits[part.train], flat, self._parameters):
+                found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
+                rows = [(self._gradient(len(self._layers), block), first)]
+                for leaf in self._leaves():
+                    gradient = found.get(leaf.name)
+                    if gradient is not None and bool(gradient[part.size :].any()):
+                        raise ValueError(
+                            "the readout takes rows of neighbours out of the state, which are for layers alone"
+                        )
+                    own = self._zeros(part, leaf.width, block) if gradient is None else gradient[: part.size]
+                    rows.append((self._leaf_gradient(leaf, block), own))
+                each = Changes([(self._places.here(name), where, values) for name, values in rows])
+                yield self._cleared(each, len(self._layers) - 1, part, block)
+
+        return self._by_blocks(Changes(), changes())
+
+    def _gradient(self, layer: int, block: range) -> str:
         """Return the name of the table of the gradient of a layer's input, which there is."""
-        name = self.objectives.table(self._of.gradient(layer))
-        width, dtype = self._layers[layer - 1].output
-        self.space.tables.make(name, (self.objectives.width(width), dtype))
-        return name
+        return self._made(self._of.gradient(layer), self._layers[layer - 1].output, block)
 
-    def _leaf_gradient(self, leaf: Leaf) -> str:
-        name = self.objectives.table(f"g{leaf.name}")
-        self.space.tables.make(name, (self.objectives.width(leaf.width), leaf.dtype))
+    def _leaf_gradient(self, leaf: Leaf, block: range) -> str:
+        return self._made(f"g{leaf.name}", (leaf.width, leaf.dtype), block)
+
+    def _made(self, name: str, shape: Shape, block: range) -> str:
+        name, (width, dtype) = self.objectives.table(name, block), shape
+        self.space.tables.make(name, (self.objectives.width(width, block), dtype))
         return name
 
     def _leaves(self) -> list[Leaf]:
         return [leaf for leaf in self._of.look.leaves if leaf.trains]
 
-    def _zeros(self, part: Part, width: int) -> Tensor:
-        return torch.zeros(part.size, self.objectives.width(width), dtype=self._of.dtype, device="cpu")
+    def _zeros(self, part: Part, width: int, block: range) -> Tensor:
+        return torch.zeros(part.size, self.objectives.width(width, block), dtype=self._of.dtype, device="cpu")
 
-    def _cleared(self, changes: Changes, layer: int, part: Part) -> Changes:
+    def _cleared(self, changes: Changes, layer: int, part: Part, block: range) -> Changes:
         """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
         if layer > 0:
-            changes.cleared.append((self._places.here(self._gradient(layer)), (part.start, part.stop)))
+            changes.cleared.append((self._places.here(self._gradient(layer, block)), (part.start, part.stop)))
         return changes
 
     # Backward.
@@ -279,18 +295,21 @@ class LayeredStep(Step):
                     self._pass(partial(self._rows, each), partial(self._forward, each, True))
             read = partial(self._rows_and_gradients, layer)
             self._pass(read, partial(self._backward, layer), self._layers[layer].used)
-            self._places.turn(self._changed_by(layer))
+            self._places.turn(name for block in self.objectives.blocks for name in self._changed_by(layer, block))
 
-    def _changed_by(self, layer: int) -> list[str]:
+    def _changed_by(self, layer: int, block: range) -> list[str]:
         """Return the names of the tables to which a layer's backward adds."""
         leaves = [leaf for leaf in self._layers[layer].state.tensors if isinstance(leaf, Leaf) and leaf.trains]
-        return [*([self._gradient(layer)] if layer else []), *map(self._leaf_gradient, leaves)]
+        first = [self._gradient(layer, block)] if layer else []
+        return [*first, *(self._leaf_gradient(leaf, block) for leaf in leaves)]
 
     def _rows_and_gradients(self, layer: int, part: Part) -> tuple[Read, list[Tensor]]:
-        tables, where = self.space.tables, (part.start, part.stop)
-        names = [self._gradient(layer + 1)]
-        names += [self._leaf_gradient(leaf) for leaf in self._layers[layer].new if leaf.trains]
-        return self._rows(layer, part), [tables.at(self._places.here(name)).read(where) for name in names]
+        return self._rows(layer, part), self._read_gradients(layer, part, self.objectives.blocks[0])
+
+    def _read_gradients(self, layer: int, part: Part, block: range) -> list[Tensor]:
+        names = [self._gradient(layer + 1, block)]
+        names += [self._leaf_gradient(leaf, block) for leaf in self._layers[layer].new if leaf.trains]
+        return [self.space.tables.at(self._places.here(name)).read((part.start, part.stop)) for name in names]
 
     def _backward(self, layer: int, part: Part, rows: tuple[Read, list[Tensor]]) -> Changes:
         read, gradients = rows
@@ -303,17 +322,27 @@ class LayeredStep(Step):
         known = [(leaf, each) for leaf, each in read[2] if leaf.trains]
         inputs = ([read[0]] if layer else []) + [each for _, each in known]
         parameters = self._reached(outputs, [read[0], *(each for _, each in read[2])], self._parameters)
-        pulled = self.objectives.pull(outputs, gradients, inputs, parameters)
-        self._add(parameters, pulled)
+
+        def changes() -> Iterator[Changes]:
+            for block in self.objectives.blocks:
+                each = self._read_gradients(layer, part, block) if block.start else gradients
+                pulled = self.objectives.pull(outputs, each, inputs, parameters, block)
+                self._add(parameters, pulled, block)
+                yield self._cleared(self._added(layer, part, block, inputs, pulled.rows), layer - 1, part, block)
+
+        return self._by_blocks(Changes(), changes())
+
+    def _added(
+        self, layer: int, part: Part, block: range, inputs: list[Tensor], gradients: list[Tensor | None]
+    ) -> Changes:
+        """Return what is added to the gradients of a layer's inputs."""
         found: dict[str, Tensor] = {}
-        for name, value, gradient in zip(self._changed_by(layer), inputs, pulled.rows, strict=True):
+        for name, value, gradient in zip(self._changed_by(layer, block), inputs, gradients, strict=True):
             if gradient is None:  # rows move all the same
-                gradient = value.new_zeros(value.size(0), self.objectives.width(value[:1].numel()), requires_grad=False)
+                width = self.objectives.width(value[:1].numel(), block)
+                gradient = value.new_zeros(value.size(0), width, requires_grad=False)
             found[name] = found[name] + _flat(gradient) if name in found else _flat(gradient)
-        changes = Changes()
-        for name, values in found.items():
-            changes.added += sums(self._places, name, part, values)
-        return self._cleared(changes, layer - 1, part)
+        return Changes(added=[each for name, rows in found.items() for each in sums(self._places, name, part, rows)])
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class Network(ABC):
     def moved(self) -> list[str]:
         """The names of the tables that passes over the parts change, and not only write."""
 
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """The bytes of a node's gradients of one loss that an operation holds."""
+
     @abstractmethod
     def places(self, parts: int) -> int:
         """Return how many computations of a forward pass are compared in backward."""

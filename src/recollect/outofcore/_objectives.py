@@ -41,14 +41,18 @@ class Objectives(Protocol):
     def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the losses of a part, from its training nodes' logits and labels."""
 
-    def width(self, width: int) -> int:
-        """Return the entries of a row of gradients, for rows of so many entries."""
+    @property
+    def blocks(self) -> list[range]:
+        """Which losses go together: the gradients of others are not held meanwhile."""
 
-    def table(self, name: str) -> str:
-        """Return the name of a table of gradients."""
+    def width(self, width: int, block: range) -> int:
+        """Return the entries of a row of a block's gradients, for rows of so many entries."""
 
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
-        """Return the gradients of a part's losses."""
+    def table(self, name: str, block: range) -> str:
+        """Return the name of a table of a block's gradients."""
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
+        """Return the gradients of a block of a part's losses; blocks come in their order."""
 
     def pull(
         self,
@@ -56,8 +60,17 @@ class Objectives(Protocol):
         gradients: Sequence[Tensor],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
-        """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on."""
+        """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on.
+
+        Blocks come in their order; the graph of the outputs is freed with the last one.
+        """
+
+    def add(
+        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
+    ) -> None:
+        """Add a block's gradient of a parameter to those that are known."""
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take notice of parameters whose gradients come in passes that were not counted."""
@@ -110,17 +123,22 @@ class OneLoss:
             )
         return loss
 
-    def width(self, width: int) -> int:
+    @property
+    def blocks(self) -> list[range]:
+        """See :class:`Objectives`."""
+        return [range(1)]
+
+    def width(self, width: int, block: range) -> int:
         """See :class:`Objectives`."""
         return width
 
-    def table(self, name: str) -> str:
+    def table(self, name: str, block: range) -> str:
         """See :class:`Objectives`."""
         return name
 
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
         """See :class:`Objectives`."""
-        return self.pull([losses], [torch.ones_like(losses)], rows, parameters)
+        return self.pull([losses], [torch.ones_like(losses)], rows, parameters, block)
 
     def pull(
         self,
@@ -128,6 +146,7 @@ class OneLoss:
         gradients: Sequence[Tensor],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
         """See :class:`Objectives`."""
         seeds = [
@@ -135,6 +154,13 @@ class OneLoss:
         ]
         found = _grad(outputs, rows, parameters, seeds, False)
         return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
+
+    def add(
+        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
+    ) -> None:
+        """See :class:`Objectives`; what a journal may be about to write is not changed in place."""
+        known = gradients.get(parameter)
+        gradients[parameter] = gradient.clone() if known is None else known + gradient
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """See :class:`Objectives`."""
@@ -155,13 +181,15 @@ class SeveralLosses:
     Args:
         criterion: the losses [m] of a part.
         uses: how many passes bring gradients of each parameter.
+        fit: how many losses go together, at the most.
 
     Attributes:
         gramian: of what was finished so far [m, m] float64.
     """
 
-    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> None:
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int) -> None:
         self._criterion = criterion
+        self._fit = fit
         self._left = Counter(uses)
         self._held: dict[nn.Parameter, None] = {}
         self._squared: set[nn.Parameter] = set()
@@ -182,17 +210,28 @@ class SeveralLosses:
             self.gramian = torch.zeros(self._number, self._number, dtype=torch.float64, device="cpu")
         return losses
 
-    def width(self, width: int) -> int:
+    @property
+    def blocks(self) -> list[range]:
         """See :class:`Objectives`."""
-        return width * self.number
+        return [range(k, min(k + self._fit, self.number)) for k in range(0, self.number, self._fit)]
 
-    def table(self, name: str) -> str:
+    def width(self, width: int, block: range) -> int:
         """See :class:`Objectives`."""
-        return f"{name}x{self.number}"
+        return width * len(block)
 
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+    def table(self, name: str, block: range) -> str:
         """See :class:`Objectives`."""
-        return self._pull([losses], [[one] for one in torch.eye(self.number, dtype=losses.dtype)], rows, parameters)
+        return f"{name}x{len(block)}.{block.start}"
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
+        """See :class:`Objectives`."""
+
+        def seed(loss: int) -> list[Tensor]:
+            one = torch.zeros_like(losses)
+            one[loss] = 1
+            return [one]
+
+        return self._pull([losses], seed, rows, parameters, block)
 
     def pull(
         self,
@@ -200,37 +239,48 @@ class SeveralLosses:
         gradients: Sequence[Tensor],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
         """See :class:`Objectives`."""
-        flat = [g.view(g.size(0), self.number, -1) for g in gradients]
-        seeds = [
-            [g[:, i].reshape(o.shape).to(o.dtype) for g, o in zip(flat, outputs, strict=True)]
-            for i in range(self.number)
-        ]
-        return self._pull(outputs, seeds, rows, parameters)
+        flat = [g.view(g.size(0), len(block), -1) for g in gradients]
+
+        def seed(loss: int) -> list[Tensor]:
+            place = loss - block.start
+            return [g[:, place].reshape(o.shape).to(o.dtype) for g, o in zip(flat, outputs, strict=True)]
+
+        return self._pull(outputs, seed, rows, parameters, block)
 
     def _pull(
         self,
         outputs: Sequence[Tensor],
-        seeds: Sequence[Sequence[Tensor]],
+        seed: Callable[[int], list[Tensor]],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
         # One loss after the other: on a CPU batched gradients are no faster, and not every function has them.
         inputs = [*rows, *parameters]
         found: list[Tensor | None] = [None] * len(inputs)
-        for i, seed in enumerate(seeds):
-            gradients = _grad(outputs, rows, parameters, seed, i < self.number - 1)
+        for loss in block:
+            gradients = _grad(outputs, rows, parameters, seed(loss), loss < self.number - 1)
             for k, (gradient, value) in enumerate(zip(gradients, inputs, strict=True)):
                 if gradient is None:
                     continue
                 dim = 1 if k < len(rows) else 0
                 if found[k] is None:
                     shape = list(value.shape)
-                    shape.insert(dim, self.number)
+                    shape.insert(dim, len(block))
                     found[k] = value.new_zeros(shape, requires_grad=False)
-                found[k].select(dim, i).copy_(gradient)  # type: ignore[union-attr]
+                found[k].select(dim, loss - block.start).copy_(gradient)  # type: ignore[union-attr]
         return Pulled(found[: len(rows)], found[len(rows) :])
+
+    def add(
+        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
+    ) -> None:
+        """See :class:`Objectives`."""
+        if parameter not in gradients:
+            gradients[parameter] = gradient.new_zeros(self.number, *gradient.shape[1:])
+        gradients[parameter][block.start : block.stop] += gradient
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """See :class:`Objectives`."""

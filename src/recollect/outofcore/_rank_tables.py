@@ -163,9 +163,9 @@ class Team:
         found = self.ranks.gather([number for number, p in enumerate(self._parameters) if p in parameters])
         return [self._parameters[number] for number in sorted(set().union(*found))]
 
-    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
-        """Return what makes the Gramian of several losses."""
-        return RankLosses(criterion, uses, self)
+    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int) -> RankLosses:
+        """Return what makes the Gramian of several losses, of which so many go together."""
+        return RankLosses(criterion, uses, fit, self)
 
     def summed(
         self, loss: Tensor, gradients: Mapping[nn.Parameter, Tensor]
@@ -207,11 +207,12 @@ class RankLosses(SeveralLosses):
     Args:
         criterion: the losses [m] of a part.
         uses: how many passes bring gradients of each parameter.
+        fit: how many losses go together, at the most.
         team: of the ranks.
     """
 
-    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], team: Team) -> None:
-        super().__init__(criterion, uses)
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int, team: Team) -> None:
+        super().__init__(criterion, uses, fit)
         self._team = team
 
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:

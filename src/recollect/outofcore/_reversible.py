@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ class Reversible(Network):
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
         self.mark = 8 if digits is not None else 64  # bytes of a sum of bits, or of a note of eight numbers
-        self._hidden = model.project.out_features
+        self.hidden = model.project.out_features
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
         self._features = graph.data.x[:_FEATURES].cpu().clone()
@@ -61,18 +62,23 @@ class Reversible(Network):
     @property
     def shape(self) -> Shape:
         """A group's."""
-        return self._hidden // self.model.num_groups, self.dtype
+        return self.hidden // self.model.num_groups, self.dtype
 
     @property
     def moved(self) -> list[str]:
         """See :class:`Network`."""
         return [f"{kind}{group}" for kind in "xg" for group in range(self.model.num_groups)]
 
+    @property
+    def row_bytes(self) -> int:
+        """See :class:`Network`."""
+        return self.hidden * self.dtype.itemsize
+
     def tables(self) -> dict[str, Shape]:
         """See :class:`Network`."""
         found = dict.fromkeys(self.moved, self.shape)
         for mask in ("mask", "last_mask") if self.model.dropout > 0 else ():
-            found[mask] = width_of(self._hidden), torch.uint8
+            found[mask] = width_of(self.hidden), torch.uint8
         return found
 
     def places(self, parts: int) -> int:
@@ -82,7 +88,7 @@ class Reversible(Network):
     def settle(self, space: Space, graph: Graph) -> None:
         """See :class:`Network`."""
         self.bounds = space.parts.bounds
-        self.masks = {name: Masks(space.tables[name], self._hidden) for name in self.tables() if name.endswith("mask")}
+        self.masks = {name: Masks(space.tables[name], self.hidden) for name in self.tables() if name.endswith("mask")}
 
     def check(self) -> None:
         """See :class:`Network`."""
@@ -265,23 +271,29 @@ class ReversibleStep(Step):
             def logits() -> Tensor:
                 return model.classify(h[part.train], None if mask is None else mask[part.train])
 
-            (gradient,) = self._lose(part, logits, [h], parameters)
-            for i in range(model.num_groups):
-                width, dtype = self._of.shape
-                self.space.tables.make(self._gradient(i)[0], (self.objectives.width(width), dtype))
+            def changes() -> Iterator[Changes]:
+                for block, (gradient,) in self._lose(part, logits, [h], parameters):
+                    chunks = self._chunks(gradient.view(part.size, -1, self._of.hidden))
+                    yield Changes([(self._made(i, block), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
+
             where = (part.start, part.stop)
-            chunks = self._chunks(gradient)
-            return Changes([(self._gradient(i), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
+            return self._by_blocks(Changes(), changes())
 
         self._pass(read, compute, parameters, self.space.parts.trained_first)
         return self._lost()
 
-    def _gradient(self, group: int) -> Table:
+    def _gradient(self, group: int, block: range) -> Table:
         """Return the table of a group's gradient, before the pass that is under way."""
-        return self._places.here(self._name(group))
+        return self._places.here(self._name(group, block))
 
-    def _name(self, group: int) -> str:
-        return self.objectives.table(f"g{group}")
+    def _made(self, group: int, block: range) -> Table:
+        """Return it, and make it if there is none."""
+        (width, dtype), table = self._of.shape, self._gradient(group, block)
+        self.space.tables.make(table[0], (self.objectives.width(width, block), dtype))
+        return table
+
+    def _name(self, group: int, block: range) -> str:
+        return self.objectives.table(f"g{group}", block)
 
     # Backward.
 
@@ -292,16 +304,17 @@ class ReversibleStep(Step):
                 parameters = self._of.inside(layer, group)
                 compute = partial(self._backward, layer, group, parameters)
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
-                self._places.turn([f"x{group}", *map(self._name, self._inputs(group))])
+                inputs = [self._name(i, block) for i in self._inputs(group) for block in self.objectives.blocks]
+                self._places.turn([f"x{group}", *inputs])
         self._errors = self._norms = 0.0
-        self._pass(self._read_first, self._leave, self._of.around())
+        self._pass(self.groups_of, self._leave, self._of.around())
         self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
 
     def _backward(
         self, layer: int, group: int, parameters: list[nn.Parameter], part: Part, rows: tuple[Read, Tensor]
     ) -> Changes:
         lattice = self._of.lattice
-        (own, z, mask), gradient = rows
+        (own, z, mask), first = rows
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
         place, name = self._place(layer, group, part), f"layer {layer}, block {group}"
@@ -311,42 +324,43 @@ class ReversibleStep(Step):
             again = partial(self._again, layer, group, part, mask)
             check_noted(name, self._noted(place, torch.float64), z, y, again)
         parameters = self._reached([y], [z], parameters)
-        pulled = self.objectives.pull([y], [gradient], [z], parameters)
-        self._add(parameters, pulled)
         where = (part.start, part.stop)
         own = own - y.detach() if lattice is None else lattice.inverse(own, y.detach())[0]
-        changes = Changes([(self._places.there(f"x{group}"), where, own)])
-        if pulled.rows[0] is not None:
-            found = pulled.rows[0].flatten(1)
-        else:
-            found = z.new_zeros(z.size(0), self.objectives.width(z.size(1)), requires_grad=False)
-        for other in self._inputs(group):
-            changes.added += sums(self._places, self._name(other), part, found)
-        return changes
+
+        def changes() -> Iterator[Changes]:
+            for block in self.objectives.blocks:
+                gradient = self._read_gradient(group, block, part) if block.start else first
+                pulled = self.objectives.pull([y], [gradient], [z], parameters, block)
+                self._add(parameters, pulled, block)
+                if pulled.rows[0] is not None:
+                    found = pulled.rows[0].flatten(1)
+                else:
+                    found = z.new_zeros(z.size(0), self.objectives.width(z.size(1), block), requires_grad=False)
+                names = [self._name(other, block) for other in self._inputs(group)]
+                yield Changes(added=[each for name in names for each in sums(self._places, name, part, found)])
+
+        return self._by_blocks(Changes([(self._places.there(f"x{group}"), where, own)]), changes())
 
     def _again(self, layer: int, group: int, part: Part, mask: Tensor | None, z: Tensor) -> Tensor:
         with torch.enable_grad():
             return self._evaluate(layer, group, part, z.requires_grad_(), mask).detach()
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
-        return self._rows(group, part), self.space.tables.at(self._gradient(group)).read((part.start, part.stop))
+        return self._rows(group, part), self._read_gradient(group, self.objectives.blocks[0], part)
 
-    def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
-        tables, where = self.space.tables, (part.start, part.stop)
-        found = [tables.at(self._gradient(i)).read(where) for i in range(self._model.num_groups)]
-        width = found[0].size(1) // self.objectives.width(1)
-        rows = [each.view(part.size, -1, width) for each in found]
-        return self.groups_of(part), torch.cat(rows, -1).flatten(1)
+    def _read_gradient(self, group: int, block: range, part: Part) -> Tensor:
+        return self.space.tables.at(self._gradient(group, block)).read((part.start, part.stop))
 
-    def _leave(self, part: Part, rows: tuple[Tensor, Tensor]) -> Changes:
-        found, gradient = rows
+    def _leave(self, part: Part, found: Tensor) -> Changes:
         parameters = self._of.around()
         with torch.enable_grad():
             h = self._model.embed(part.x)
-            true = self._entered(h).detach()
-            self._errors += float((found - true).square().sum())
-            self._norms += float(true.square().sum())
-            parameters = self._reached([h], [], parameters)
-            if parameters:
-                self._add(parameters, self.objectives.pull([h], [gradient], [], parameters))
+        true = self._entered(h).detach()
+        self._errors += float((found - true).square().sum())
+        self._norms += float(true.square().sum())
+        parameters = self._reached([h], [], parameters)
+        for block in self.objectives.blocks if parameters else ():
+            groups = [self._read_gradient(i, block, part) for i in range(self._model.num_groups)]
+            gradient = torch.cat([rows.view(part.size, -1, self._of.shape[0]) for rows in groups], -1).flatten(1)
+            self._add(parameters, self.objectives.pull([h], [gradient], [], parameters, block), block)
         return Changes()

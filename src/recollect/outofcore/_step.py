@@ -210,16 +210,34 @@ class Step(ABC):
             for number, value in changes.state["gradients"]:
                 self._sums.write(number, value)
 
-    def _add(self, parameters: Sequence[nn.Parameter], pulled: Pulled) -> None:
-        """Add gradients of parameters up over parts."""
+    def _add(self, parameters: Sequence[nn.Parameter], pulled: Pulled, block: range) -> None:
+        """Add a block of losses' gradients of parameters up over parts."""
         for parameter, gradient in zip(parameters, pulled.parameters, strict=True):
             if gradient is None:
                 continue
-            known = self.gradients.get(parameter)
-            self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+            self.objectives.add(self.gradients, parameter, gradient, block)
             self._touched[parameter] = None
         # Of the pass over the parts that is under way; they are not changed in place.
         self._changed = [(self._numbers[p], self.gradients[p]) for p in self._touched if p in self._numbers]
+
+    def _by_blocks(self, first: Changes, rest: Iterator[Changes]) -> Changes:
+        """Do at once what blocks of losses change, but for the last one, so that one of them is held at a time.
+
+        Args:
+            first: what else the operation does.
+            rest: what it does for each block, which is computed when it is asked for.
+
+        Returns:
+            What is left to be done.
+        """
+        for number, changes in enumerate(rest):
+            if number < len(self.objectives.blocks) - 1:  # by the thread that reads and writes, in whose order ranks exchange rows
+                self.space.worker.submit(self.space.tables.apply, changes, False).result()
+                continue
+            first.rows += changes.rows
+            first.added += changes.added
+            first.cleared += changes.cleared
+        return first
 
     def _reached(
         self, outputs: Sequence[Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
@@ -233,9 +251,9 @@ class Step(ABC):
 
     def _lose(
         self, part: Part, logits: Callable[[], Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor]:
-        """Add a part's losses up, and return their gradients for rows [rows, ..., width]."""
-        found: list[Tensor | None] = [None] * len(rows)
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """Add a part's losses up, and yield their gradients for rows [rows, ..., width], for each block of losses."""
+        losses: Tensor | None = None
         if (
             not part.train.numel() and self._loss is None and self.space.shares is None
         ):  # those with training nodes come first
@@ -243,15 +261,23 @@ class Step(ABC):
         if part.train.numel():
             with torch.enable_grad():
                 losses = self.objectives.losses_of(logits(), part.y)
-                parameters = self._reached([losses], rows, parameters)
-                pulled = self.objectives.start(losses, rows, parameters)
+            parameters = self._reached([losses], rows, parameters)
             self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
-            self._add(parameters, pulled)
-            found = pulled.rows
-        return [
-            each.new_zeros(each.size(0), self.objectives.width(1), *each.shape[1:]) if one is None else one
-            for one, each in zip(found, rows, strict=True)
-        ]
+        for block in self.objectives.blocks:
+            found: list[Tensor | None] = [None] * len(rows)
+            if losses is not None:
+                pulled = self.objectives.start(losses, rows, parameters, block)
+                self._add(parameters, pulled, block)
+                found = pulled.rows
+            yield (
+                block,
+                [
+                    each.new_zeros(each.size(0), self.objectives.width(each[:1].numel(), block), requires_grad=False)
+                    if one is None
+                    else one.flatten(1)
+                    for one, each in zip(found, rows, strict=True)
+                ],
+            )
 
     def _lost(self) -> Tensor:
         """Return the losses, summed up over all parts."""

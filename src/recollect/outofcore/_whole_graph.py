@@ -68,6 +68,8 @@ class WholeGraph:
             with what convolutions make of their edges.
         keep_every: s: the input of every s-th layer is kept, and those between are computed again in backward; not of a
             RevGNN.
+        row_bytes: with several losses, bytes of a part's rows of gradients that an operation holds at once: so many
+            losses go together, and at the least one. It computes a part once for all of them.
         shares: of several processes, made of the same ``ptr``: each has the rows of its own nodes, computes its own
             parts, and all call each method together. The loss and ``.grad`` are those of the whole graph on every rank,
             ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, and no
@@ -124,9 +126,10 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
         keep_every: int = 1,
+        row_bytes: int = 2**26,
         shares: Shares | None = None,
     ) -> None:
-        keep_every = as_count("keep_every", keep_every)
+        keep_every, self._row_bytes = as_count("keep_every", keep_every), as_count("row_bytes", row_bytes)
         inputs = inputs_of(model, tuple(inputs), keep_every)
         check_graph(data, inputs)
         self.model = model
@@ -361,7 +364,11 @@ class WholeGraph:
     def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
         uses = self._network.uses()
-        objectives = SeveralLosses(criterion, uses) if self._team is None else self._team.losses(criterion, uses)
+        largest = int(self._ptr.diff().max()) * self._network.row_bytes
+        fit = max(1, self._row_bytes // largest)
+        objectives = (
+            SeveralLosses(criterion, uses, fit) if self._team is None else self._team.losses(criterion, uses, fit)
+        )
         step, losses = self._swept(Run(objectives))
         if self._team is not None:
             losses = self._team.ranks.add_up(losses.clone())
