@@ -19,7 +19,7 @@ from recollect.outofcore._checks import check_layered
 from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
-from recollect.outofcore._step import Run, Space, Step, sums
+from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Changes, Shape
 
 __all__ = ["Layered"]
@@ -342,7 +342,8 @@ class LayeredStep(Step):
                 width = self.objectives.width(value[:1].numel(), block)
                 gradient = value.new_zeros(value.size(0), width, requires_grad=False)
             found[name] = found[name] + _flat(gradient) if name in found else _flat(gradient)
-        return Changes(added=[each for name, rows in found.items() for each in sums(self._places, name, part, rows)])
+        where, places = (part.start, part.stop), self._places
+        return Changes(added=[each for name in found for each in places.sums(name, where, part.halo, found[name])])
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +12,18 @@ from torch import Tensor, nn
 from recollect.autogram import Certificate
 from recollect.outofcore._leaves import without_hooks
 
-__all__ = ["Criterion", "Objectives", "OneLoss", "Pulled", "SeveralLosses", "Weighed", "Weighting", "certify", "weigh"]
+__all__ = [
+    "Criterion",
+    "Objectives",
+    "OneLoss",
+    "Pulled",
+    "Weighed",
+    "Weighting",
+    "as_vector",
+    "certify",
+    "gradients_of",
+    "weigh",
+]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Weighting = Callable[..., Tensor]
@@ -82,7 +92,7 @@ class Objectives(Protocol):
         """Take notice that all passes are over."""
 
 
-def _grad(
+def gradients_of(
     outputs: Sequence[Tensor],
     rows: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -115,7 +125,7 @@ class OneLoss:
         """See :class:`Objectives`: a scalar."""
         loss = self._criterion(logits, y)
         if self._weights is not None:
-            return _vector(loss, self._weights.numel()) @ self._weights.to(loss)
+            return as_vector(loss, self._weights.numel()) @ self._weights.to(loss)
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
                 f"criterion(logits, y) must return a scalar, the sum over a part's nodes (got {_described(loss)}); a "
@@ -152,7 +162,7 @@ class OneLoss:
         seeds = [
             gradient.reshape(output.shape).to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)
         ]
-        found = _grad(outputs, rows, parameters, seeds, False)
+        found = gradients_of(outputs, rows, parameters, seeds, False)
         return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
 
     def add(
@@ -170,139 +180,6 @@ class OneLoss:
 
     def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """See :class:`Objectives`."""
-
-
-class SeveralLosses:
-    """The Gramian of several losses' gradients.
-
-    Each parameter's m rows are squared, and given up, after the last pass that brings some of them; those of parameters
-    that are reached in other passes too, at the end.
-
-    Args:
-        criterion: the losses [m] of a part.
-        uses: how many passes bring gradients of each parameter.
-        fit: how many losses go together, at the most.
-
-    Attributes:
-        gramian: of what was finished so far [m, m] float64.
-    """
-
-    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int) -> None:
-        self._criterion = criterion
-        self._fit = fit
-        self._left = Counter(uses)
-        self._held: dict[nn.Parameter, None] = {}
-        self._squared: set[nn.Parameter] = set()
-        self._number: int | None = None
-        self.gramian: Tensor | None = None
-
-    @property
-    def number(self) -> int:
-        """How many losses there are; known when the first part's are."""
-        assert self._number is not None
-        return self._number
-
-    def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See :class:`Objectives`: [m]."""
-        losses = _vector(self._criterion(logits, y), self._number)
-        if self._number is None:
-            self._number = losses.numel()
-            self.gramian = torch.zeros(self._number, self._number, dtype=torch.float64, device="cpu")
-        return losses
-
-    @property
-    def blocks(self) -> list[range]:
-        """See :class:`Objectives`."""
-        return [range(k, min(k + self._fit, self.number)) for k in range(0, self.number, self._fit)]
-
-    def width(self, width: int, block: range) -> int:
-        """See :class:`Objectives`."""
-        return width * len(block)
-
-    def table(self, name: str, block: range) -> str:
-        """See :class:`Objectives`."""
-        return f"{name}x{len(block)}.{block.start}"
-
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
-        """See :class:`Objectives`."""
-
-        def seed(loss: int) -> list[Tensor]:
-            one = torch.zeros_like(losses)
-            one[loss] = 1
-            return [one]
-
-        return self._pull([losses], seed, rows, parameters, block)
-
-    def pull(
-        self,
-        outputs: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter],
-        block: range,
-    ) -> Pulled:
-        """See :class:`Objectives`."""
-        flat = [g.view(g.size(0), len(block), -1) for g in gradients]
-
-        def seed(loss: int) -> list[Tensor]:
-            place = loss - block.start
-            return [g[:, place].reshape(o.shape).to(o.dtype) for g, o in zip(flat, outputs, strict=True)]
-
-        return self._pull(outputs, seed, rows, parameters, block)
-
-    def _pull(
-        self,
-        outputs: Sequence[Tensor],
-        seed: Callable[[int], list[Tensor]],
-        rows: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter],
-        block: range,
-    ) -> Pulled:
-        # One loss after the other: on a CPU batched gradients are no faster, and not every function has them.
-        inputs = [*rows, *parameters]
-        found: list[Tensor | None] = [None] * len(inputs)
-        for loss in block:
-            gradients = _grad(outputs, rows, parameters, seed(loss), loss < self.number - 1)
-            for k, (gradient, value) in enumerate(zip(gradients, inputs, strict=True)):
-                if gradient is None:
-                    continue
-                dim = 1 if k < len(rows) else 0
-                if found[k] is None:
-                    shape = list(value.shape)
-                    shape.insert(dim, len(block))
-                    found[k] = value.new_zeros(shape, requires_grad=False)
-                found[k].select(dim, loss - block.start).copy_(gradient)  # type: ignore[union-attr]
-        return Pulled(found[: len(rows)], found[len(rows) :])
-
-    def add(
-        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
-    ) -> None:
-        """See :class:`Objectives`."""
-        if parameter not in gradients:
-            gradients[parameter] = gradient.new_zeros(self.number, *gradient.shape[1:])
-        gradients[parameter][block.start : block.stop] += gradient
-
-    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See :class:`Objectives`."""
-        self._held.update(dict.fromkeys(parameters))
-
-    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
-        """See :class:`Objectives`."""
-        for parameter in parameters:
-            self._left[parameter] -= 1
-            if self._left[parameter] <= 0 and parameter in gradients and parameter not in self._held:
-                self._square(parameter, gradients)
-
-    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        """See :class:`Objectives`; what is left after this was squared too early."""
-        for parameter in [each for each in gradients if each not in self._squared]:
-            self._square(parameter, gradients)
-
-    def _square(self, parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
-        rows = gradients.pop(parameter).reshape(self.number, -1)
-        assert self.gramian is not None
-        self.gramian += (rows @ rows.T).double()
-        self._squared.add(parameter)
 
 
 @dataclass(frozen=True)
@@ -363,7 +240,7 @@ _ADVICE = (
 )
 
 
-def _vector(losses: object, number: int | None) -> Tensor:
+def as_vector(losses: object, number: int | None) -> Tensor:
     """Return the losses of a part, or say that they are no vector."""
     if not isinstance(losses, Tensor) or losses.dim() != 1 or losses.numel() != (number or losses.numel() or 1):
         raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from recollect.autoscale.histories import PlainRows, Where
 from recollect.distributed import Ranks, Shares, SharesError
 from recollect.frames import bits_of
-from recollect.outofcore._objectives import Criterion, SeveralLosses
+from recollect.outofcore._objectives import Criterion
+from recollect.outofcore._several import SeveralLosses
 from recollect.outofcore._tables import Changes, Shape, Table, Tables
 
 __all__ = ["RankTables", "Team", "check_shares"]

@@ -20,7 +20,7 @@ from recollect.outofcore._checks import check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
-from recollect.outofcore._step import Run, Space, Step, sums, trained
+from recollect.outofcore._step import Run, Space, Step, trained
 from recollect.outofcore._tables import Changes, Shape, Table
 
 __all__ = ["Reversible"]
@@ -337,7 +337,9 @@ class ReversibleStep(Step):
                 else:
                     found = z.new_zeros(z.size(0), self.objectives.width(z.size(1), block), requires_grad=False)
                 names = [self._name(other, block) for other in self._inputs(group)]
-                yield Changes(added=[each for name in names for each in sums(self._places, name, part, found)])
+                yield Changes(
+                    added=[each for name in names for each in self._places.sums(name, where, part.halo, found)]
+                )
 
         return self._by_blocks(Changes([(self._places.there(f"x{group}"), where, own)]), changes())
 

@@ -20,9 +20,9 @@ from recollect.outofcore._journal import Sums
 from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
 from recollect.outofcore._parts import Part, Parts
-from recollect.outofcore._tables import Changes, Places, Sum, Tables
+from recollect.outofcore._tables import Changes, Tables
 
-__all__ = ["Run", "Space", "Step", "sums", "trained"]
+__all__ = ["Run", "Space", "Step", "trained"]
 
 _FOREIGN = -1  # in place of the number of a parameter that is not the network's
 
@@ -231,7 +231,9 @@ class Step(ABC):
             What is left to be done.
         """
         for number, changes in enumerate(rest):
-            if number < len(self.objectives.blocks) - 1:  # by the thread that reads and writes, in whose order ranks exchange rows
+            if (
+                number < len(self.objectives.blocks) - 1
+            ):  # by the thread that reads and writes, in whose order ranks exchange rows
                 self.space.worker.submit(self.space.tables.apply, changes, False).result()
                 continue
             first.rows += changes.rows
@@ -316,27 +318,6 @@ class Step(ABC):
                 f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
                 f"from torch's generators alone, and use deterministic operations{or_else}"
             )
-
-
-def sums(places: Places, name: str, part: Part, values: Tensor) -> list[Sum]:
-    """Return what adds to rows of a table in a pass that changes it, over all parts in their order.
-
-    Args:
-        places: of the tables.
-        name: of the table.
-        part: which part it is.
-        values: for its nodes, and for those of its halo, or for its nodes alone.
-    """
-    here, there, where = places.here(name), places.there(name), (part.start, part.stop)
-    found = [Sum(there, where, values[: part.size], here)]
-    if values.size(0) == part.size:
-        return found
-    around = values[part.size :]
-    if here == there:
-        return [*found, Sum(here, part.halo, around, here)]
-    before = int((part.halo < part.start).sum())  # has moved already
-    found.append(Sum(there, part.halo[:before], around[:before], there))
-    return [*found, Sum(here, part.halo[before:], around[before:], here)]
 
 
 def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

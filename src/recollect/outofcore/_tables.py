@@ -195,6 +195,25 @@ class Places:
         """Return it as it is behind a pass that changes it."""
         return name, (self._begin.get(name, 0) - self._by) % self._rows
 
+    def sums(self, name: str, where: tuple[int, int], halo: Tensor, values: Tensor) -> list[Sum]:
+        """Return what adds to rows of a table in a pass that changes it, over all parts in their order.
+
+        Args:
+            name: of the table.
+            where: the nodes of a part.
+            halo: its neighbours, ascending.
+            values: for its nodes, and for those of its halo, or for its nodes alone.
+        """
+        here, there, own = self.here(name), self.there(name), where[1] - where[0]
+        found, around = [Sum(there, where, values[:own], here)], values[own:]
+        if not around.size(0):
+            return found
+        if here == there:
+            return [*found, Sum(here, halo, around, here)]
+        before = int((halo < where[0]).sum())  # has moved already
+        found.append(Sum(there, halo[:before], around[:before], there))
+        return [*found, Sum(here, halo[before:], around[before:], here)]
+
     def turn(self, changed: Iterable[str]) -> None:
         """Take notice that a pass is over, which changed some tables."""
         self._begin.update([self.there(name) for name in dict.fromkeys(changed)])

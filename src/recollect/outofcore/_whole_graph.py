@@ -34,10 +34,11 @@ from recollect.outofcore._checks import (
 from recollect.outofcore._layered import Layered
 from recollect.outofcore._leaves import accumulate
 from recollect.outofcore._network import Graph, Network
-from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
+from recollect.outofcore._objectives import Criterion, OneLoss, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
 from recollect.outofcore._rank_tables import RankTables, Team, check_shares
 from recollect.outofcore._reversible import Reversible
+from recollect.outofcore._several import SeveralLosses
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
 
