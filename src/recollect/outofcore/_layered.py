@@ -16,11 +16,12 @@ from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import Probe, kind_of
 from recollect.outofcore._checks import check_layered
-from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at
+from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at, watch
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Changes, Shape
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Layered"]
 
@@ -126,6 +127,10 @@ class Layered(Network):
     def draw(self) -> None:
         """Nothing is drawn for the whole graph: what layers draw, they draw for each part."""
 
+    def watch(self, writes: Writes) -> None:
+        """See :class:`Network`."""
+        watch(self.model, self._probe, self.look, writes)
+
     def uses(self) -> Counter[nn.Parameter]:
         """See :class:`Network`."""
         return Counter(p for each in (*self.look.layers, self.look.readout) for p in each.used)
@@ -183,7 +188,8 @@ class LayeredStep(Step):
         given = {id(tensor) for tensor in Tree(state).tensors}
         after = dict(state)
         adj_t = adjacency_of_edges(part.edge_index, part.edges[_WEIGHTS], x.size(0), part.size)
-        with self._drawn(layer, part.number), torch.set_grad_enabled(self.training):
+        again = self._writes.again(f"layer {layer}")
+        with self._drawn(layer, part.number), torch.set_grad_enabled(self.training), again:
             out = self._model.run_layer(layer, x, adj_t, after)
         check_others(f"layer {layer}", list(others_of(after)), self._layers[layer].others)
         new = [tensor for tensor in Tree(after).tensors if id(tensor) not in given]
@@ -236,7 +242,8 @@ class LayeredStep(Step):
     def _turn(self, part: Part, read: Read) -> Changes:
         x, state, known = read
         trained = [(leaf, rows.requires_grad_()) for leaf, rows in known if leaf.trains]
-        with self._drawn(len(self._layers), part.number), torch.enable_grad():
+        last = len(self._layers)
+        with self._drawn(last, part.number), torch.enable_grad(), self._writes.again(f"layer {last}"):
             logits = self._model.readout(x.requires_grad_(), state)
         flat = [x, *(rows for _, rows in trained)]
         self._reached([logits], flat, self._of.look.readout.used)

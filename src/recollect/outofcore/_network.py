@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Shape
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Graph", "Network"]
 
@@ -77,6 +78,10 @@ class Network(ABC):
     @abstractmethod
     def draw(self) -> None:
         """Draw what a step draws for the whole graph."""
+
+    @abstractmethod
+    def watch(self, writes: Writes) -> None:
+        """Run what writes buffers once, in the network's order."""
 
     @abstractmethod
     def uses(self) -> Counter[nn.Parameter]:

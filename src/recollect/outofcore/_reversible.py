@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from recollect._modules import in_evaluation
 from recollect.frames import Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
+from recollect.messages.reach import DRAWING, Constant
 from recollect.models import RevGNN
-from recollect.outofcore._blocks import Blocks
+from recollect.outofcore._blocks import Blocks, dtype_of, place_of
 from recollect.outofcore._checks import check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step, trained
 from recollect.outofcore._tables import Changes, Shape, Table
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Reversible"]
 
@@ -47,7 +49,7 @@ class Reversible(Network):
         self.model = model
         own = model.layer(0).exact
         self.exact = check_exact(own if own is not False and exact is True else exact)
-        self.dtype = model.project.weight.dtype
+        self.dtype = dtype_of(model)
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
         self.mark = 8 if digits is not None else 64  # bytes of a sum of bits, or of a note of eight numbers
@@ -99,9 +101,9 @@ class Reversible(Network):
                 f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
                 "another WholeGraph"
             )
-        if model.project.weight.dtype != self.dtype:
+        if dtype_of(model) != self.dtype:
             raise ValueError(
-                f"the network is in {model.project.weight.dtype} now, and was in {self.dtype} when the WholeGraph was "
+                f"the network is in {dtype_of(model)} now, and was in {self.dtype} when the WholeGraph was "
                 "made: make another WholeGraph"
             )
         self.check_norms()
@@ -118,6 +120,22 @@ class Reversible(Network):
         if model.shared_dropout:
             self.masks["mask"].draw(self.bounds)
         self.masks["last_mask"].draw(self.bounds)
+
+    def watch(self, writes: Writes) -> None:
+        """See :class:`Network`."""
+        model = self.model
+        buffers = [buffer for module in model.around() for buffer in module.buffers()]
+
+        def run(what: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+            with DRAWING, torch.random.fork_rng(devices=[]), Constant():
+                what(rows)
+
+        if buffers:
+            writes.watch("embed", buffers, partial(run, model.embed, self._features))
+        self.blocks.watch(writes)
+        if buffers:
+            rows = torch.ones(1, self.hidden, dtype=self.dtype, device="cpu")
+            writes.watch("classify", buffers, partial(run, model.classify, rows))
 
     def uses(self) -> Counter[nn.Parameter]:
         """See :class:`Network`."""
@@ -176,7 +194,7 @@ class ReversibleStep(Step):
                 self._places.turn([f"x{group}"])
 
     def _embed(self, part: Part, _: None) -> Changes:
-        with torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.training), self._writes.again("embed"):
             h = self._model.embed(part.x)
         if self.training:
             self._reached([h], [], self._of.around())
@@ -221,7 +239,7 @@ class ReversibleStep(Step):
             own = own + y
         else:
             (own,) = lattice(own, y)
-            lattice.check(own, [own], [self._of.block(layer, group)], f"layer {layer}, block {group}: {{}}")
+            lattice.check(own, [own], [self._of.block(layer, group)], f"{place_of(layer, group)}: {{}}")
             if self.training:
                 self._mark(self._place(layer, group, part), y)
         return Changes([(self._places.there(f"x{group}"), (part.start, part.stop), own)])
@@ -240,7 +258,7 @@ class ReversibleStep(Step):
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         own = for_targets(part.size) if of.blocks.computed_alone(layer, group) else contextlib.nullcontext()
-        with own, self._drawn(layer, group, part.number):
+        with own, self._drawn(layer, group, part.number), self._writes.again(place_of(layer, group)):
             y: Tensor = of.block(layer, group)(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
@@ -269,7 +287,8 @@ class ReversibleStep(Step):
             h, mask = rows[0].requires_grad_(), rows[1]
 
             def logits() -> Tensor:
-                return model.classify(h[part.train], None if mask is None else mask[part.train])
+                with self._writes.again("classify"):
+                    return model.classify(h[part.train], None if mask is None else mask[part.train])
 
             def changes() -> Iterator[Changes]:
                 for block, (gradient,) in self._lose(part, logits, [h], parameters):
@@ -317,7 +336,7 @@ class ReversibleStep(Step):
         (own, z, mask), first = rows
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
-        place, name = self._place(layer, group, part), f"layer {layer}, block {group}"
+        place, name = self._place(layer, group, part), place_of(layer, group)
         if lattice is not None:
             self._compare(place, y.detach(), name, ", or exact=False")
         else:
@@ -355,7 +374,7 @@ class ReversibleStep(Step):
 
     def _leave(self, part: Part, found: Tensor) -> Changes:
         parameters = self._of.around()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._writes.again("embed"):
             h = self._model.embed(part.x)
         true = self._entered(h).detach()
         self._errors += float((found - true).square().sum())

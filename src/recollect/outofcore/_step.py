@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._tables import Changes, Tables
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Run", "Space", "Step", "trained"]
 
@@ -57,12 +58,14 @@ class Run:
         seed: of what is drawn for a part.
         name: a number that no other step has; ``None``: it is not written down, and cannot go on in another process.
         journal: the state after the last operation that was done by an earlier process.
+        writes: what the forward pass writes into buffers.
     """
 
     objectives: Objectives | None
     seed: int = 0
     name: int | None = None
     journal: dict[str, Any] | None = None
+    writes: Writes = field(default_factory=Writes)
 
 
 class Step(ABC):
@@ -82,7 +85,7 @@ class Step(ABC):
 
     def __init__(self, model: nn.Module, space: Space, run: Run) -> None:
         self.space = space
-        self._objectives = run.objectives
+        self._objectives, self._writes = run.objectives, run.writes
         self._seed = run.seed
         self._operation = 0
         self._done = -1 if run.journal is None else int(run.journal["operation"])

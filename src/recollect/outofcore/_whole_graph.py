@@ -41,6 +41,7 @@ from recollect.outofcore._reversible import Reversible
 from recollect.outofcore._several import SeveralLosses
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
+from recollect.outofcore._writes import Writes
 
 __all__ = ["WholeGraph"]
 
@@ -50,7 +51,7 @@ class WholeGraph:
 
     ``step`` leaves in ``.grad`` what one backward pass over the whole graph would. Memory holds the parameters and a
     few parts with their neighbours; tables lie in host memory or in files. A RevGNN has two for each group: 8 N C bytes
-    in float32 for N nodes and C channels, whatever the depth. Other networks have one for each layer's input, two of
+    in float32 for N nodes and C channels, whatever the depth, and in files the rows of one part more. Other networks have one for each layer's input, two of
     gradients, and two for what layers leave in their state.
 
     Args:
@@ -184,11 +185,13 @@ class WholeGraph:
         """Do forward and backward over the whole graph; return the loss, or the losses.
 
         Gradients are added to ``.grad`` when all is done, of all parameters that were reached, the criterion's own too;
-        hooks on parameters are called then. After an error gradients are as before.
+        hooks on parameters are called then. Buffers that layers write (a power iteration of ``spectral_norm``) are
+        written once, as by the network itself. After an error gradients and buffers are as before.
 
         With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
         losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass with m rows for each
-        node: m N C entries for each table of gradients. A layer's rows of parameters are squared when the layer is
+        node: m N C entries for each table of gradients. As many losses as ``row_bytes`` allows are held at a time, and
+        one part is computed once for all. A layer's rows of parameters are squared when the layer is
         done. Then the weighted gradient takes a step of its own, with the same random numbers. Both are compared,
         wᵀ G w = ‖Jᵀ w‖².
 
@@ -204,8 +207,9 @@ class WholeGraph:
 
         Raises:
             TypeError: ``weighting`` cannot be called, or returns no tensor.
-            ValueError: batch normalisation in training mode, which goes over all nodes at once; the network was changed
-                into one for which this was not made; the criterion, or the weighting, returns another shape.
+            ValueError: batch normalisation in training mode, which goes over all nodes at once; a layer writes into a
+                buffer what depends on its rows; the network was changed into one for which this was not made; the
+                criterion, or the weighting, returns another shape.
             RuntimeError: another step or evaluation is under way.
             RebuildError: a block did not compute the same bits again.
             GramianError: the gradient is not of the size that the Gramian says.
@@ -235,7 +239,8 @@ class WholeGraph:
         with self._alone("compute_gramian"):
             self._check_finished("the Gramian")
             self._begun(several=True)
-            return self._several(criterion)[1]
+            with self._writing() as writes:
+                return self._several(criterion, writes)[1]
 
     def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
@@ -334,8 +339,24 @@ class WholeGraph:
         self, state: dict[str, Any], criterion: Criterion, weighting: Weighting | None, journal: dict[str, Any] | None
     ) -> Tensor:
         """Do a step, or what is left of it."""
+        with self._writing() as writes:
+            return self._run_on(state, criterion, weighting, Run(None, journal=journal, writes=writes))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writes]:
+        """Let the network write its buffers once; after an error they are as before."""
+        writes = Writes()
+        try:
+            self._network.watch(writes)
+            yield writes
+        except BaseException:
+            writes.undo()
+            raise
+        writes.settle()
+
+    def _run_on(self, state: dict[str, Any], criterion: Criterion, weighting: Weighting | None, run: Run) -> Tensor:
         if weighting is not None and state["weighed"] is None:
-            losses, gramian = self._several(criterion)
+            losses, gramian = self._several(criterion, run.writes)
             weights = weigh(weighting, losses, gramian)
             if self._team is not None:
                 weights = self._team.weights(weights)
@@ -347,8 +368,8 @@ class WholeGraph:
         weighed = None if state["weighed"] is None else Weighed(**state["weighed"])
         objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
         name = None if self._folder is None else state["name"]
-        run, loss = self._swept(Run(objectives, name=name, journal=journal))
-        gradients = run.gradients
+        step, loss = self._swept(replace(run, objectives=objectives, name=name))
+        gradients = step.gradients
         if self._team is not None:
             loss, gradients = self._team.summed(loss, gradients)
         if weighed is not None:
@@ -362,7 +383,7 @@ class WholeGraph:
         self._space.tables.forget()
         return loss
 
-    def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    def _several(self, criterion: Criterion, writes: Writes) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
         uses = self._network.uses()
         largest = int(self._ptr.diff().max()) * self._network.row_bytes
@@ -370,7 +391,7 @@ class WholeGraph:
         objectives = (
             SeveralLosses(criterion, uses, fit) if self._team is None else self._team.losses(criterion, uses, fit)
         )
-        step, losses = self._swept(Run(objectives))
+        step, losses = self._swept(Run(objectives, writes=writes))
         if self._team is not None:
             losses = self._team.ranks.add_up(losses.clone())
         if step.gradients:
