@@ -51,8 +51,8 @@ class WholeGraph:
 
     ``step`` leaves in ``.grad`` what one backward pass over the whole graph would. Memory holds the parameters and a
     few parts with their neighbours; tables lie in host memory or in files. A RevGNN has two for each group: 8 N C bytes
-    in float32 for N nodes and C channels, whatever the depth, and in files the rows of one part more. Other networks have one for each layer's input, two of
-    gradients, and two for what layers leave in their state.
+    in float32 for N nodes and C channels, whatever the depth, and in files the rows of one part more. Other networks
+    have one for each layer's input, two of gradients, and two for what layers leave in their state.
 
     Args:
         model: a RevGNN, or another ScalableGNN without a ``forward`` of its own, in float32 or float64, on the CPU.
