@@ -147,7 +147,8 @@ class _Observer:
     def put(self, buffers: Mapping[str, Tensor]) -> None:
         """Put buffers back."""
         for name, value in buffers.items():
-            self._values[name].copy_(value)
+            if not torch.equal(self._values[name], value):  # a graph may hold those that stay
+                self._values[name].copy_(value)
 
     def used(self, outputs: list[Tensor]) -> list[nn.Parameter]:
         """Return the parameters that outputs depend on."""
@@ -220,10 +221,10 @@ def _looked_at(model: ScalableGNN, probe: Probe) -> Look:
         check = _Check(observer, index, name, x, (before, leaves, names), numbers, (buffers, written))
         after = Tree(state)
         fresh = [tensor for tensor in after.tensors if id(tensor) not in known]
+        used = observer.used([out, *fresh])
         around = check.compare(parts, out, fresh, after)
         observer.put(written)
         writes = _other(buffers, written) is not None
-        used = observer.used([out, *fresh])
         before.tensors = names
         if index is None:
             return Look(layers, Readout(before, used, writes))
