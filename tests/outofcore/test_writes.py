@@ -156,7 +156,30 @@ def test_a_step_whose_process_ended_goes_on(at, tmp_path, monkeypatch):
     assert_close(buffers_of(again.model), buffers_of(whole.model), rtol=0, atol=0)
 
 
-class Counting(SAGEConv):
+class Counting(nn.Module):
+    """Counts its calls in a buffer, in evaluation too."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = SAGEConv(channels, channels)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, edge_index):
+        self.calls += 1
+        return self.conv(x, edge_index) * (1 + self.calls)
+
+
+def test_calls_are_those_of_the_network_itself():
+    data = a_graph()
+    model = RevGNN(7, 8, 4, 3, 2, Counting, exact=True).double()
+    whole, twin = WholeGraph(model, data, PTR), copy.deepcopy(model)
+    assert_close(whole_step(whole, data), plain_step(twin, data), rtol=1e-10, atol=1e-10)
+    expected = twin.eval()(data.x, data.edge_index)
+    assert_close(whole.evaluate(), expected.detach(), rtol=1e-10, atol=1e-10)
+    assert {int(value) for value in buffers_of(model).values()} == {2}
+
+
+class Averaging(SAGEConv):
     """Keeps a mean of what it sees."""
 
     def __init__(self, channels):
@@ -171,7 +194,7 @@ class Counting(SAGEConv):
 
 def test_what_depends_on_the_rows_is_refused_in_training():
     data = a_graph()
-    model = RevGNN(7, 8, 4, 3, 2, Counting, exact=True).double()
+    model = RevGNN(7, 8, 4, 3, 2, Averaging, exact=True).double()
     whole = WholeGraph(model, data, PTR)
     with pytest.raises(ValueError, match=r"buffer conv\.mean what depends on the rows"):
         whole.step(sum_of_losses(data))

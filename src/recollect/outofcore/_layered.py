@@ -230,7 +230,8 @@ class LayeredStep(Step):
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
         x, state, _ = self._last(part)
-        return self._model.readout(x, state)
+        with self._writes.again(f"layer {len(self._layers)}"):
+            return self._model.readout(x, state)
 
     # The loss.
 

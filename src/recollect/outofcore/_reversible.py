@@ -269,7 +269,8 @@ class ReversibleStep(Step):
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
-        return self._model.classify(self.groups_of(part))
+        with self._writes.again("classify"):
+            return self._model.classify(self.groups_of(part))
 
     # The loss.
 

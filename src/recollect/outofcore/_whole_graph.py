@@ -277,9 +277,10 @@ class WholeGraph:
         with self._alone("evaluate"), in_evaluation(self.model):
             self._check_finished("an evaluation")
             self._network.check()
-            run = self._network.step(self._space, Run(None))
-            run.forward()
-            return torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
+            with self._writing() as writes:
+                run = self._network.step(self._space, Run(None, writes=writes))
+                run.forward()
+                return torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
 
     # How.
 
