@@ -9,9 +9,10 @@
 
 The network is a RevGNN with SAGE convolutions, the graph blocks of 500 nodes with 10 edges a node, of which 1 in 100
 leads out of its block. All three: reversible layers, mini-batches with histories (int8, in files), UPGrad by the
-engine's Gramian. Depth alone: reversible layers on the whole graph. Graph alone: mini-batches with histories, every
-activation kept. Objectives alone: the engine, on the whole graph with every activation kept. Plain has none of them.
-Where there is no engine the Jacobian is explicit, a backward pass for each of its rows.
+engine's Gramian, the head and the losses of 8 labels at a time. Depth alone: reversible layers on the whole graph.
+Graph alone: mini-batches with histories, every activation kept. Objectives alone: the engine, on the whole graph with
+every activation kept. Plain has none of them. Where there is no engine the Jacobian is explicit, a backward pass for
+each of its rows.
 
 Peaks are of tensors of a step, above parameters, gradients, the graph and the histories. A system's peak at other sizes
 is estimated from its smallest one: activations in proportion to the layers (where they are kept) and to the nodes
@@ -34,12 +35,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench import _axes_accuracy as real
 from bench._axes_figure import draw
 from bench._harness import peak_bytes, settings
 from bench._report import Target, finish, header, results_file, show, table
 from bench.outofcore import FEATURES, make_graph
+from recollect import checkpoint
 from recollect.aggregation import UPGradWeighting
 from recollect.autogram import Engine
 from recollect.autoscale import SubgraphLoader, to_adj_t
@@ -47,6 +50,7 @@ from recollect.models import RevGNN
 
 CPU = torch.device("cpu")
 PARTS_OF = 500  # nodes
+LABELS = 8  # whose logits are there at once, where all three are together
 AGAIN = 5.0  # seconds below which a step is taken twice: the first also looks at the losses' graph
 Row = dict[str, Any]
 
@@ -115,6 +119,24 @@ def explicit(losses: Tensor, parameters: Sequence[Tensor]) -> None:
         parameter.grad.add_(part.view_as(parameter))
 
 
+class Trunk(RevGNN):
+    """A RevGNN without its head, whose logits come with the losses, a block of objectives at a time."""
+
+    def classify(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        out: Tensor = self.norm(x).relu()
+        return out
+
+
+def losses_in_blocks(head: torch.nn.Linear, h: Tensor, target: Tensor, block: int) -> Tensor:
+    """The loss of each label [m], from a head's input; logits of a block of labels are computed again in backward."""
+
+    def losses(h: Tensor, start: int) -> Tensor:
+        labels = slice(start, start + block)
+        return real.label_losses(F.linear(h, head.weight[labels], head.bias[labels]), target[:, labels])
+
+    return torch.cat([checkpoint(losses, h, start) for start in range(0, target.size(1), block)])
+
+
 def step_of(
     system: System, size: Size, data: Any, options: argparse.Namespace, folder: Path
 ) -> tuple[RevGNN, Callable[[], None], Callable[[], None]]:
@@ -124,7 +146,9 @@ def step_of(
     if system.graph:
         histories = {"num_nodes": size.nodes, "history_dtype": torch.int8, "history_path": folder}
     shape = (FEATURES, options.channels, size.objectives, size.layers)
-    model = RevGNN(*shape, disable=not system.depth, task="multilabel", **histories)
+    in_blocks = system.depth and system.graph and system.objectives
+    kind = Trunk if in_blocks else RevGNN
+    model = kind(*shape, disable=not system.depth, task="multilabel", **histories)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -138,8 +162,12 @@ def step_of(
 
     target = data.y[: options.batch if system.graph else size.nodes].float()
 
+    def losses_of() -> Tensor:
+        out = model(*inputs)
+        return losses_in_blocks(model.head, out, target, LABELS) if in_blocks else real.label_losses(out, target)
+
     def step() -> None:
-        losses = real.label_losses(model(*inputs), target)
+        losses = losses_of()
         if size.objectives == 1:
             losses.sum().backward()
         elif system.objectives:
@@ -147,7 +175,7 @@ def step_of(
         else:
             explicit(losses, parameters)
 
-    return model, step, lambda: real.label_losses(model(*inputs), target).sum().backward()
+    return model, step, lambda: losses_of().sum().backward()
 
 
 def estimate(system: System, size: Size, first: Row, number: int) -> tuple[float, float]:

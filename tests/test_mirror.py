@@ -86,6 +86,7 @@ TOGETHER = {
     "models/test_without_torch_geometric.py": "models/_convs",
     "outofcore/test_files.py": "outofcore/_journal outofcore/_tables",
     "outofcore/test_layered.py": "outofcore/_layers",
+    "outofcore/test_objectives.py": "outofcore/_several",
     "outofcore/test_reach.py": "messages/reach outofcore/_blocks",
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_network outofcore/_parts outofcore/_reversible "
     "outofcore/_step",

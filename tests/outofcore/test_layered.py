@@ -269,7 +269,9 @@ def test_what_nodes_have_is_not_given_to_layers():
 
 
 class Writing(models.GCN):
-    """Keeps a mean of its rows in a buffer, in training."""
+    """Keeps a mean of its rows in a buffer, in training, or how often it was called."""
+
+    of_rows = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -277,7 +279,7 @@ class Writing(models.GCN):
 
     def forward_layer(self, layer, x, adj_t, state):
         if self.training:
-            self.mean.mul_(0.9).add_(0.1)
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean() if self.of_rows else 0.1)
         return super().forward_layer(layer, x, adj_t, state)
 
 
@@ -292,13 +294,16 @@ class Telling(models.GCN):
         return super().forward_layer(layer, x, adj_t, state) * (1 + float(state["scale"]))
 
 
-def test_buffers_that_layers_write_are_refused_in_training_alone():
+def test_buffers_into_which_layers_write_what_depends_on_rows_are_refused_in_training_alone():
     data = a_data()
     model = Writing(N, 7, 6, 4, 3).double()
     whole = WholeGraph(model, data, PTR)
     with pytest.raises(ValueError, match="layer 0 of the Writing writes to the buffer mean"):
         whole.step(sum_of_losses(data))
     assert model.mean == 0
+    model.of_rows = False
+    whole.step(sum_of_losses(data))
+    assert_close(model.mean, torch.tensor(1 - 0.9**3, dtype=torch.float64))  # once for each layer
     model.eval()
     assert_close(whole.evaluate(), model(data.x, data.adj_t).detach(), rtol=1e-10, atol=1e-10)
 
@@ -346,7 +351,7 @@ def test_layers_of_one_width_and_two_types():
     assert names == set(expected)
     for name, gradient in gradients_of(model).items():
         assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
-    gradients = {name: dtype for name, (_, dtype) in whole._network.tables(False).items() if name.startswith("g")}
+    gradients = {name: dtype for name, (_, dtype) in whole._network.tables().items() if name.startswith("g")}
     assert set(gradients.values()) == {torch.float32, torch.float64}
     assert all(name.endswith(str(dtype).removeprefix("torch.")) for name, dtype in gradients.items())
 

@@ -11,6 +11,7 @@ from whole_graph_zoo import N, a_graph, losses_by_label, plain_jacobian, sum_of_
 
 from recollect.aggregation import UPGradWeighting
 from recollect.autogram import GramianError
+from recollect.memory import peak_memory
 from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
 from recollect.outofcore._tables import Tables
@@ -51,7 +52,8 @@ def compare(whole, data, *args, weighting=None):
 def test_gramians_of_every_convolution(conv, groups):
     data = a_graph(labels=5)
     options = {"conv_kwargs": {"norm": "layer"}} if conv == "gen" else {}
-    compare(WholeGraph(a_model(data, conv, groups, dropout=0.3, **options), data, PTR), data)
+    model = a_model(data, conv, groups, dropout=0.3, **options)
+    compare(WholeGraph(model, data, PTR, row_bytes=2 * 8 * 4 * groups * 30), data)  # losses in twos and a rest
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -67,6 +69,31 @@ def test_gramians_under_all_settings(tied, exact, in_files, tmp_path):
     model.requires_grad_(True)
     compare(whole, data)
     assert not whole.unfinished
+
+
+@pytest.mark.parametrize("row_bytes", [1, 2**26])
+def test_losses_in_blocks(row_bytes, tmp_path):
+    """Each block has tables of its own; the Gramian has the products of losses of different ones."""
+    data = a_graph(labels=5)
+    whole = WholeGraph(a_model(data, dropout=0.3), data, PTR, tmp_path, row_bytes=row_bytes)
+    compare(whole, data)
+    names = {path.stem for path in tmp_path.glob("g0x*.table")}
+    assert names == ({f"g0x1.{loss}" for loss in range(5)} if row_bytes == 1 else {"g0x5.0"})
+
+
+def test_memory_does_not_grow_with_the_losses():
+    """But for their rows of parameters, their logits and their Gramian: here for less than half a loss more each."""
+
+    def peak(labels):
+        data = a_graph(600, 2400, torch.float32, labels)
+        whole = WholeGraph(RevGNN(7, 64, labels, 2), data, torch.tensor([0, 300, 600]), row_bytes=1)
+        whole.compute_gramian(losses_by_label(data))
+        rows = 4 * labels * max(p.numel() for p in whole.model.parameters())
+        with peak_memory("cpu") as memory:
+            whole.compute_gramian(losses_by_label(data))
+        return memory.peak_bytes - 3 * rows
+
+    assert peak(24) < 1.2 * peak(2)
 
 
 def test_no_loss_of_the_first_part():

@@ -10,11 +10,12 @@ import pytest
 import torch
 from whole_graph_zoo import N, a_graph, sum_of_losses, whole_step
 
+from recollect.autoscale.histories import PlainRows
 from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
 from recollect.outofcore._tables import Tables
 
-PTR = torch.tensor([0, 30, 60, N])
+PTR = torch.tensor([0, 13, 60, N])  # parts of other sizes than the room that a pass moves rows by
 
 
 def a_whole(path, groups=2) -> tuple[WholeGraph, object]:
@@ -32,7 +33,7 @@ OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
 """For each part: the projection, blocks forward, the loss, blocks backward, the projection again."""
 
 
-@pytest.mark.parametrize("when", ["in the midst of rows", "after the journal", "after all"])
+@pytest.mark.parametrize("when", ["in the midst of rows", "in the midst of sums", "after the journal", "after all"])
 @pytest.mark.parametrize(
     ("at", "groups"),
     [*((at, 2) for at in [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS]), (20, 4), (50, 4), (53, 4), (60, 4)],
@@ -42,18 +43,20 @@ def test_after_each_kind_of_operation(at, groups, when, tmp_path, monkeypatch):
     expected = whole_step(whole, data)
 
     broken, data = a_whole(tmp_path / "broken", groups)
-    finished, write, finish = [0], Tables._write, Tables._finish
+    finished, writes, write, finish = [0], [0], Tables._write, Tables._finish
 
     def stop(self, rows, cleared):
         finished[0] += 1
         if finished[0] == at and when == "after the journal":
             raise Killed
         finish(self, rows, cleared)
+        writes[0] = 0
         if finished[0] == at and when == "after all":
             raise Killed
 
     def tear(self, rows):
-        if finished[0] == at - 1 and when == "in the midst of rows":
+        writes[0] += 1
+        if finished[0] == at - 1 and (writes[0], when) in [(1, "in the midst of rows"), (2, "in the midst of sums")]:
             write(self, [(name, where, torch.full_like(values, torch.nan)) for name, where, values in rows])
             raise Killed
         write(self, rows)
@@ -76,6 +79,17 @@ def test_after_each_kind_of_operation(at, groups, when, tmp_path, monkeypatch):
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
     assert torch.equal(torch.rand(1), expected[2])
     assert not again.unfinished
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_files_have_the_rows_of_one_part_beside_those_of_the_tables(groups, tmp_path):
+    """8 (N + M) C bytes, whatever the depth: a pass moves the rows that it changes by the M of the largest part."""
+    whole, data = a_whole(tmp_path / "whole", groups)
+    whole.step(sum_of_losses(data))
+    rows = PlainRows(N + 47, 8 // groups, torch.float32, tmp_path / "rows")
+    sizes = [path.stat().st_size for path in (tmp_path / "whole").glob("[xg][0-9].table")]
+    assert sizes == [(tmp_path / "rows").stat().st_size] * 2 * groups
+    del rows
 
 
 def test_there_is_nothing_to_resume(tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ __all__ = [
 # Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
 # CPU one after the other is as fast.
 _SMALL = {"cpu": 0, "cuda": 2**20}
+
+# Gradients of so many elements are taken one by one from a pass, which otherwise holds them a second time. (Below that
+# it would save little, and a call for each parameter takes time.)
+_ROW = 2**16
 
 Declines = frozenset[tuple[int, str]]
 """Captures, and names of parameters of theirs, for which a rule gave nothing."""
@@ -290,6 +295,7 @@ class _InTurn(Passes):
         factors: int = sum(job.graph.nodes[capture].call.elements for capture in self._plan.rules)
         dense = sum(parameters[key].numel() for key in self._plan.dense)
         self.held = job.dtype.itemsize * (dense + factors)
+        self._large = dense > _ROW
 
     def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
         job = self.job
@@ -298,12 +304,15 @@ class _InTurn(Passes):
             cotangent = torch.zeros_like(job.output, memory_format=torch.contiguous_format)  # some gradients may be it
             cotangent.view(-1)[row] = 1
             is_last = turn == len(chosen) - 1 and len(chosen) == self.count
-            grads = sweep.run(job.output, job.recorder, cotangent, retain=job.retains(self._plan, is_last))
+            take = partial(_take_row, total, turn) if self._large else None
+            retain = job.retains(self._plan, is_last)
+            grads = sweep.run(job.output, job.recorder, cotangent, retain=retain, take=take)
             if sweep.declined:
                 return frozenset(sweep.declined)
-            for key, grad in zip(self._plan.dense, grads, strict=True):
+            for key, grad in zip(self._plan.dense, grads, strict=take is None):
                 if grad is not None:
                     total.take_row(key, turn, grad)
+            del grads, cotangent  # before the next pass brings others
         return None
 
 
@@ -328,6 +337,10 @@ class _AtOnce(Passes):
 
     def run(self, total: Sum, chosen: Sequence[int]) -> Declines | None:
         return _rows_at_once(self.job, self._plan, self._sweep(total, self._plan, None), total)
+
+
+def _take_row(total: Sum, turn: int, parameter: int, grad: Tensor) -> None:
+    total.take_row(parameter, turn, grad)
 
 
 def _rows_at_once(job: Job, plan: Plan, sweep: Sweep, total: Sum) -> Declines | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from recollect._torch import graph_task_id
 from recollect.autogram._capture import Recorder
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows, form_rows
 from recollect.autogram._inputs import shared, with_rows
@@ -21,6 +23,9 @@ from recollect.autogram._sums import Gather
 from recollect.autogram._walk import Graph
 
 __all__ = ["Sweep"]
+
+Take = Callable[[int, Tensor], None]
+"""Takes a parameter's id, and its gradient."""
 
 
 class Sweep:
@@ -58,7 +63,13 @@ class Sweep:
         self._beyond: dict[tuple[int, int], tuple[Target, Tensor]] = {}
 
     def run(
-        self, output: Tensor, recorder: Recorder, cotangent: Tensor, at_once: int | None = None, retain: bool = True
+        self,
+        output: Tensor,
+        recorder: Recorder,
+        cotangent: Tensor,
+        at_once: int | None = None,
+        retain: bool = True,
+        take: Take | None = None,
     ) -> list[Tensor | None]:
         """Run one pass, and return the gradients of the parameters whose rows autograd computes.
 
@@ -68,16 +79,46 @@ class Sweep:
             cotangent: the losses' gradients.
             at_once: how many cotangents there are, one behind the other, whose passes run at once.
             retain: whether the graph stays.
+            take: is given each of these gradients when it is there, after which it is not held, nor returned. (Autograd
+                itself holds all of them until the pass is over.)
         """
         self._at_once = at_once
         inputs = [recorder.leaf, *(self._parameters[k] for k in self._plan.targets(self._graph))]
-        with self._watching(recorder):
+        with self._watching(recorder), self._taking(take):
             grads = torch.autograd.grad(
                 output, inputs, cotangent, retain_graph=retain, allow_unused=True, is_grads_batched=at_once is not None
             )
         self._go_beyond()
         self._gather.end_pass()
+        if take is not None:
+            return []
         return list(grads[1 : 1 + len(self._plan.dense)])
+
+    @contextmanager
+    def _taking(self, take: Take | None) -> Iterator[None]:
+        """Hand on gradients of parameters as the pass brings them."""
+        task: list[int] = []  # this pass: a hook on a parameter is called in those of other threads, and within, too
+        handles: list[Any] = []
+
+        def began(grads: Any) -> None:
+            task[:] = [graph_task_id()]
+
+        def hook(parameter: int, grad: Tensor) -> Tensor | None:
+            if [graph_task_id()] != task or take is None:
+                return None
+            take(parameter, grad)
+            return grad.new_zeros(()).expand(grad.shape) if grad.layout == torch.strided else None
+
+        try:
+            if take is not None:
+                handles.append(self._graph.nodes[0].register_prehook(began))
+                for parameter in self._plan.dense:
+                    leaf: Any = self._parameters[parameter]
+                    handles.append(leaf.register_hook(partial(hook, parameter)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _watching(self, recorder: Recorder) -> Iterator[None]:

@@ -27,6 +27,7 @@ __all__ = [
     "goes_by_rows",
     "kind_of",
     "look_of",
+    "module_of",
     "same",
     "settings_of",
     "some_rows",
@@ -53,6 +54,8 @@ class Reach:
         near_alone: near, and convolutions can be computed for the part's nodes alone.
         further_alone: the same with the edges into their neighbours.
         ordered: what it returns depends on the order of the edges into a node.
+        writes: it writes buffers, and the same values for all rows: a power iteration of its weights, say.
+        varied: the name of a buffer into which it writes other values for other rows; ``None``: there is none.
     """
 
     near: bool
@@ -60,6 +63,8 @@ class Reach:
     near_alone: bool
     further_alone: bool
     ordered: bool
+    writes: bool = False
+    varied: str | None = None
 
     def alone(self, further: bool) -> bool:
         """Return whether convolutions can be computed for the part's nodes alone."""
@@ -159,7 +164,7 @@ class Probe:
         Raises:
             ValueError: it can be computed for a whole graph, and not for a part.
         """
-        block = _moved(block, self._generator)
+        block = _Rewound(_moved(block, self._generator))
         right = {False: True, True: True}  # by whether edges into the neighbours are there
         alone = dict(right)
         ordered = False
@@ -191,7 +196,13 @@ class Probe:
                 right[with_further] &= same(found, whole)
                 alone[with_further] = alone[with_further] and _is_alone(block, own, part.edge_index, part.edges, whole)
         near, further = right[False], right[True]
-        return Reach(near, further, near and alone[False], further and alone[True], ordered)
+        alone = {False: near and alone[False], True: further and alone[True]}
+        return Reach(near, further, alone[False], alone[True], ordered, bool(block.written), block.varied)
+
+    @torch.enable_grad()
+    def run(self, block: Any) -> None:
+        """Run a block itself on the graph; what it draws are constants."""
+        _run(block, self.rows, self.edge_index, self.edges, Constant())
 
     def _at(self, nodes: int, block: Any) -> bool:
         """Return whether a block does for so many nodes what it does for one more, which has no edges."""
@@ -209,6 +220,43 @@ class Probe:
         return same(*found)
 
 
+class _Rewound:
+    """A block each of whose runs begins with the same buffers.
+
+    Attributes:
+        written: what the first run wrote, by name.
+        varied: the name of a buffer into which another run wrote something else.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+        self._before = {name: value.clone() for name, value in module_of(block).named_buffers()}
+        self.written: dict[str, Tensor] | None = None
+        self.varied: str | None = None
+
+    def rewind(self) -> dict[str, Tensor]:
+        """Put the buffers back, and return them."""
+        buffers = {name: each for name, each in module_of(self._block).named_buffers() if name in self._before}
+        for name, value in buffers.items():
+            value.copy_(self._before[name])
+        return buffers
+
+    def __call__(self, *args: Any) -> Any:
+        buffers = self.rewind()
+        out = self._block(*args)
+        written = {name: each.clone() for name, each in buffers.items() if not _equal(each, self._before[name])}
+        if self.written is None:
+            self.written = written
+        for name in self.written.keys() | written.keys():
+            if not _equal(self.written.get(name, self._before[name]), written.get(name, self._before[name])):
+                self.varied = name
+        return out
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def same(found: Tensor, true: Tensor) -> bool:
     """Return whether two results are the same up to rounding."""
     if found.shape != true.shape:
@@ -218,23 +266,40 @@ def same(found: Tensor, true: Tensor) -> bool:
     return bool((found - true).abs().max() <= tolerance * true.abs().max())
 
 
-def goes_by_rows(run: Callable[..., Tensor], *rows: Tensor | None) -> bool:
+def goes_by_rows(run: Callable[..., Tensor], *rows: Tensor | None, module: nn.Module) -> bool:
     """Return whether what a function returns for some rows depends on no other rows, nor on their number.
 
     Args:
         run: the function.
         rows: its arguments, each [24, channels]; ``None`` stays what it is.
+        module: whose buffers it may write; they stay as they are.
 
     Raises:
-        ValueError: it cannot be computed for some of the rows.
+        ValueError: it cannot be computed for some of the rows, or writes what depends on them.
     """
     with DRAWING, Constant(), torch.no_grad():
-        whole = run(*rows)
+        rewound = _Rewound(_Called(run, module))
+        whole = rewound(*rows)
         try:
-            part = run(*(None if each is None else each[_PART] for each in rows))
+            part = rewound(*(None if each is None else each[_PART] for each in rows))
         except Exception as error:
             raise ValueError(f"it cannot be computed for some of the rows alone: {error}") from error
+        finally:
+            rewound.rewind()
+    if rewound.varied is not None:
+        raise ValueError(f"it writes to the buffer {rewound.varied} what depends on the rows")
     return same(part, whole[_PART])
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A function that runs a module."""
+
+    run: Callable[..., Tensor]
+    module: nn.Module
+
+    def __call__(self, *rows: Tensor | None) -> Tensor:
+        return self.run(*rows)
 
 
 def some_rows(x: Tensor) -> Tensor:

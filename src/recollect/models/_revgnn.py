@@ -265,6 +265,10 @@ class RevGNN(BlockwiseGNN):
         """See :class:`~recollect.autoscale.BlockwiseGNN`."""
         return [(f"layers.{name}", layer) for name, layer in self.layers.named_children()]
 
+    def around(self) -> list[nn.Module]:
+        """Return what :meth:`embed` and :meth:`classify` may use: all but the layers and the histories."""
+        return [child for child in self.children() if child is not self.layers and child is not self.histories]
+
     def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
         """See, on a small graph, whether the edges into a node are all that blocks need; and what goes row by row."""
         self.check_rows(x)
@@ -282,9 +286,10 @@ class RevGNN(BlockwiseGNN):
         weight, x = self.project.weight, some_rows(x)
         h = torch.randn(x.size(0), weight.size(0), generator=torch.Generator().manual_seed(0)).to(weight)
         mask = torch.ones_like(h) if self.training and self.dropout > 0 else None
+        own = nn.ModuleList(self.around())
         for method, rows in (("embed", (x,)), ("classify", (h, mask))):
             try:
-                by_rows = goes_by_rows(getattr(self, method), *rows)
+                by_rows = goes_by_rows(getattr(self, method), *rows, module=own)
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__}.{method}: {error}") from error
             if not by_rows:

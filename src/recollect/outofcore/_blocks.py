@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+
 from recollect._modules import in_evaluation
-from recollect.messages.reach import Probe, Reach, kind_of
+from recollect.messages.reach import Probe, Reach, kind_of, module_of
 from recollect.models import RevGNN
 from recollect.outofcore._network import Graph
+from recollect.outofcore._writes import Writes
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "dtype_of", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,16 @@ class _Observed:
     name: str
     kind: tuple[Any, ...]
     reach: Reach
+
+
+def dtype_of(model: RevGNN) -> torch.dtype:
+    """Return the type of a network's stream; to look at a weight itself may compute it, and write a buffer."""
+    return next(model.project.parameters()).dtype
+
+
+def place_of(layer: int, group: int) -> str:
+    """Return the name of a block."""
+    return f"layer {layer}, block {group}"
 
 
 class Blocks:
@@ -38,14 +52,16 @@ class Blocks:
         self._model = model
         self._in_order = graph.in_order
         width, nodes = model.project.out_features // model.num_groups, graph.data.num_nodes
-        self._probe = Probe(graph.edges, width, model.project.weight.dtype, nodes)
+        self._probe = Probe(graph.edges, width, dtype_of(model), nodes)
         self._kinds: dict[tuple[Any, ...], bool] = {}  # whether convolutions can be computed for a part's nodes alone
+        self._writing: set[tuple[Any, ...]] = set()  # kinds that write buffers
         self._kind_at: dict[tuple[int, int], tuple[Any, ...]] = {}
         with in_evaluation(model):
             observed = self._observe(every=True)
         self._refuse([each for each in observed if not (each.reach.near or each.reach.further)])
         # What is refused in training mode alone, such as batch normalisation, is refused in a step.
-        observed += [each for each in self._observe(every=True) if each.reach.near or each.reach.further]
+        training = self._observe(every=True)
+        observed += [e for e in training if (e.reach.near or e.reach.further) and e.reach.varied is None]
         self.further = not all(each.reach.near for each in observed)
         self._accept(observed)
 
@@ -61,6 +77,14 @@ class Blocks:
         """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
         return self._kinds.get(self._kind_at[layer, group], False)
 
+    def watch(self, writes: Writes) -> None:
+        """Run each block that writes buffers once, in the network's order."""
+        for index in range(self._model.num_layers):
+            for group, block in enumerate(self._model.layer(index)._blocks()):
+                if self._kind_at.get((index, group)) in self._writing:
+                    buffers = list(module_of(block).buffers())
+                    writes.watch(place_of(index, group), buffers, partial(self._probe.run, block))
+
     def _observe(self, every: bool = False) -> list[_Observed]:
         """Return what blocks need: one of each new kind, or all."""
         found, known = [], set(self._kinds)
@@ -74,7 +98,7 @@ class Blocks:
                     continue
                 kind = self._kind_at[index, group] = kind_of(block)
                 if kind not in known or every:
-                    name = f"layer {index}, block {group} ({type(getattr(block, 'module', block)).__name__})"
+                    name = f"{place_of(index, group)} ({type(getattr(block, 'module', block)).__name__})"
                     found.append(_Observed(name, kind, self._reach(block, name, brief=kind in known)))
                     known.add(kind)
         return found
@@ -99,6 +123,13 @@ class Blocks:
                     "data.edge_index their sources do not ascend, as they do in parts: sort them first, for example "
                     "by torch_geometric.utils.sort_edge_index(edge_index, sort_by_row=False)"
                 )
+            if each.reach.varied is not None:
+                raise ValueError(
+                    f"{each.name} writes to its buffer {each.reach.varied} what depends on the rows that it gets, and "
+                    "parts have other rows than the graph: keep such statistics outside of layers, or evaluate the "
+                    "network (model.eval())"
+                )
+        self._writing |= {each.kind for each in observed if each.reach.writes}
         for each in observed:
             self._kinds[each.kind] = each.reach.alone(further) and self._kinds.get(each.kind, True)
 

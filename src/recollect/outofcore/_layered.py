@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,12 @@ from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import Probe, kind_of
 from recollect.outofcore._checks import check_layered
-from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at
+from recollect.outofcore._layers import Leaf, Look, State, check_others, filled, look_at, watch
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step
-from recollect.outofcore._tables import Changes, Shape, Sum
+from recollect.outofcore._tables import Changes, Shape
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Layered"]
 
@@ -53,7 +55,7 @@ class Layered(Network):
             self.look = self._looked = look_at(model, self._probe)
         self._mode: Any = None
 
-    def tables(self, journaled: bool) -> dict[str, Shape]:
+    def tables(self) -> dict[str, Shape]:
         """See :class:`Network`."""
         found = {_FEATURES: self._features}
         for layer, seen in enumerate(self._looked.layers):
@@ -61,6 +63,20 @@ class Layered(Network):
         for leaf in self._looked.leaves:
             found[leaf.name] = found[f"g{leaf.name}"] = leaf.width, leaf.dtype
         return found
+
+    @property
+    def moved(self) -> list[str]:
+        """See :class:`Network`."""
+        layers, leaves = range(1, len(self._looked.layers) + 1), self._looked.leaves
+        return [*map(self.gradient, layers), *(f"g{leaf.name}" for leaf in leaves)]
+
+    @property
+    def row_bytes(self) -> int:
+        """See :class:`Network`."""
+        rows = [layer.output for layer in self._looked.layers] + [
+            (each.width, each.dtype) for each in self._looked.leaves
+        ]
+        return max(width * dtype.itemsize for width, dtype in rows)
 
     def input(self, layer: int) -> str:
         """Return the name of the table of a layer's input; those between two that are kept share theirs."""
@@ -111,6 +127,10 @@ class Layered(Network):
     def draw(self) -> None:
         """Nothing is drawn for the whole graph: what layers draw, they draw for each part."""
 
+    def watch(self, writes: Writes) -> None:
+        """See :class:`Network`."""
+        watch(self.model, self._probe, self.look, writes)
+
     def uses(self) -> Counter[nn.Parameter]:
         """See :class:`Network`."""
         return Counter(p for each in (*self.look.layers, self.look.readout) for p in each.used)
@@ -138,6 +158,7 @@ class LayeredStep(Step):
         self._of, self._model = of, of.model
         self._layers = of.look.layers
         self._parameters = [p for p in of.model.parameters() if p.requires_grad]
+        self._places = space.tables.places(self.journaled)
 
     # Forward.
 
@@ -149,11 +170,12 @@ class LayeredStep(Step):
     def _rows(self, layer: int, part: Part) -> Read:
         """Read a layer's input for a part and its neighbours."""
         tables, where = self.space.tables, (part.start, part.stop)
-        x = tables.read(self._of.input(layer), where, part.halo)
+        x = tables.read((self._of.input(layer), 0), where, part.halo)
         return x, *filled(self._layers[layer], partial(self._leaf, part), part.edges)
 
     def _leaf(self, part: Part, leaf: Leaf) -> Tensor:
-        rows = self.space.tables.read(leaf.name, (part.start, part.stop), part.halo if leaf.around else part.halo[:0])
+        halo = part.halo if leaf.around else part.halo[:0]
+        rows = self.space.tables.read((leaf.name, 0), (part.start, part.stop), halo)
         return rows.view(-1, *leaf.shape)
 
     def _run(self, layer: int, part: Part, read: Read) -> tuple[Tensor, list[Tensor]]:
@@ -166,7 +188,8 @@ class LayeredStep(Step):
         given = {id(tensor) for tensor in Tree(state).tensors}
         after = dict(state)
         adj_t = adjacency_of_edges(part.edge_index, part.edges[_WEIGHTS], x.size(0), part.size)
-        with self._drawn(layer, part.number), torch.set_grad_enabled(self.training):
+        again = self._writes.again(f"layer {layer}")
+        with self._drawn(layer, part.number), torch.set_grad_enabled(self.training), again:
             out = self._model.run_layer(layer, x, adj_t, after)
         check_others(f"layer {layer}", list(others_of(after)), self._layers[layer].others)
         new = [tensor for tensor in Tree(after).tensors if id(tensor) not in given]
@@ -189,10 +212,10 @@ class LayeredStep(Step):
             self._reached([out, *new], [read[0], *(each for _, each in read[2])], self._layers[layer].used)
             self._mark(self._place(layer, part), out.detach())
         where = (part.start, part.stop)
-        changes = Changes([(self._of.input(layer + 1), where, out.detach())])
+        changes = Changes([((self._of.input(layer + 1), 0), where, out.detach())])
         if not again:
             changes.rows += [
-                (leaf.name, where, tensor.detach()[: part.size].reshape(part.size, -1))
+                ((leaf.name, 0), where, tensor.detach()[: part.size].reshape(part.size, -1))
                 for leaf, tensor in zip(self._layers[layer].new, new, strict=True)
             ]
         return changes
@@ -207,7 +230,8 @@ class LayeredStep(Step):
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
         x, state, _ = self._last(part)
-        return self._model.readout(x, state)
+        with self._writes.again(f"layer {len(self._layers)}"):
+            return self._model.readout(x, state)
 
     # The loss.
 
@@ -219,44 +243,52 @@ class LayeredStep(Step):
     def _turn(self, part: Part, read: Read) -> Changes:
         x, state, known = read
         trained = [(leaf, rows.requires_grad_()) for leaf, rows in known if leaf.trains]
-        with self._drawn(len(self._layers), part.number), torch.enable_grad():
+        last = len(self._layers)
+        with self._drawn(last, part.number), torch.enable_grad(), self._writes.again(f"layer {last}"):
             logits = self._model.readout(x.requires_grad_(), state)
         flat = [x, *(rows for _, rows in trained)]
         self._reached([logits], flat, self._of.look.readout.used)
-        first, *others = self._lose(part, lambda: logits[part.train], flat, self._parameters)
-        found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
         where = (part.start, part.stop)
-        changes = Changes([(self._gradient(len(self._layers)), where, _flat(first))])
-        for leaf in self._leaves():
-            gradient = found.get(leaf.name)
-            if gradient is not None and bool(gradient[part.size :].any()):
-                raise ValueError("the readout takes rows of neighbours out of the state, which are for layers alone")
-            own = self._zeros(part, leaf.width) if gradient is None else _flat(gradient[: part.size])
-            changes.rows.append((self._leaf_gradient(leaf), where, own))
-        return self._cleared(changes, len(self._layers) - 1, part)
 
-    def _gradient(self, layer: int) -> str:
+        def changes() -> Iterator[Changes]:
+            for block, (first, *others) in self._lose(part, lambda: logits[part.train], flat, self._parameters):
+                found = {leaf.name: gradient for (leaf, _), gradient in zip(trained, others, strict=True)}
+                rows = [(self._gradient(len(self._layers), block), first)]
+                for leaf in self._leaves():
+                    gradient = found.get(leaf.name)
+                    if gradient is not None and bool(gradient[part.size :].any()):
+                        raise ValueError(
+                            "the readout takes rows of neighbours out of the state, which are for layers alone"
+                        )
+                    own = self._zeros(part, leaf.width, block) if gradient is None else gradient[: part.size]
+                    rows.append((self._leaf_gradient(leaf, block), own))
+                each = Changes([(self._places.here(name), where, values) for name, values in rows])
+                yield self._cleared(each, len(self._layers) - 1, part, block)
+
+        return self._by_blocks(Changes(), changes())
+
+    def _gradient(self, layer: int, block: range) -> str:
         """Return the name of the table of the gradient of a layer's input, which there is."""
-        name = self.objectives.table(self._of.gradient(layer))
-        width, dtype = self._layers[layer - 1].output
-        self.space.tables.make(name, (self.objectives.width(width), dtype))
-        return name
+        return self._made(self._of.gradient(layer), self._layers[layer - 1].output, block)
 
-    def _leaf_gradient(self, leaf: Leaf) -> str:
-        name = self.objectives.table(f"g{leaf.name}")
-        self.space.tables.make(name, (self.objectives.width(leaf.width), leaf.dtype))
+    def _leaf_gradient(self, leaf: Leaf, block: range) -> str:
+        return self._made(f"g{leaf.name}", (leaf.width, leaf.dtype), block)
+
+    def _made(self, name: str, shape: Shape, block: range) -> str:
+        name, (width, dtype) = self.objectives.table(name, block), shape
+        self.space.tables.make(name, (self.objectives.width(width, block), dtype))
         return name
 
     def _leaves(self) -> list[Leaf]:
         return [leaf for leaf in self._of.look.leaves if leaf.trains]
 
-    def _zeros(self, part: Part, width: int) -> Tensor:
-        return torch.zeros(part.size, self.objectives.width(width), dtype=self._of.dtype, device="cpu")
+    def _zeros(self, part: Part, width: int, block: range) -> Tensor:
+        return torch.zeros(part.size, self.objectives.width(width, block), dtype=self._of.dtype, device="cpu")
 
-    def _cleared(self, changes: Changes, layer: int, part: Part) -> Changes:
+    def _cleared(self, changes: Changes, layer: int, part: Part, block: range) -> Changes:
         """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
         if layer > 0:
-            changes.cleared.append((self._gradient(layer), (part.start, part.stop)))
+            changes.cleared.append((self._places.here(self._gradient(layer, block)), (part.start, part.stop)))
         return changes
 
     # Backward.
@@ -271,12 +303,21 @@ class LayeredStep(Step):
                     self._pass(partial(self._rows, each), partial(self._forward, each, True))
             read = partial(self._rows_and_gradients, layer)
             self._pass(read, partial(self._backward, layer), self._layers[layer].used)
+            self._places.turn(name for block in self.objectives.blocks for name in self._changed_by(layer, block))
+
+    def _changed_by(self, layer: int, block: range) -> list[str]:
+        """Return the names of the tables to which a layer's backward adds."""
+        leaves = [leaf for leaf in self._layers[layer].state.tensors if isinstance(leaf, Leaf) and leaf.trains]
+        first = [self._gradient(layer, block)] if layer else []
+        return [*first, *(self._leaf_gradient(leaf, block) for leaf in leaves)]
 
     def _rows_and_gradients(self, layer: int, part: Part) -> tuple[Read, list[Tensor]]:
-        tables, where = self.space.tables, (part.start, part.stop)
-        names = [self._gradient(layer + 1)]
-        names += [self._leaf_gradient(leaf) for leaf in self._layers[layer].new if leaf.trains]
-        return self._rows(layer, part), [tables[name].read(where) for name in names]
+        return self._rows(layer, part), self._read_gradients(layer, part, self.objectives.blocks[0])
+
+    def _read_gradients(self, layer: int, part: Part, block: range) -> list[Tensor]:
+        names = [self._gradient(layer + 1, block)]
+        names += [self._leaf_gradient(leaf, block) for leaf in self._layers[layer].new if leaf.trains]
+        return [self.space.tables.at(self._places.here(name)).read((part.start, part.stop)) for name in names]
 
     def _backward(self, layer: int, part: Part, rows: tuple[Read, list[Tensor]]) -> Changes:
         read, gradients = rows
@@ -289,22 +330,28 @@ class LayeredStep(Step):
         known = [(leaf, each) for leaf, each in read[2] if leaf.trains]
         inputs = ([read[0]] if layer else []) + [each for _, each in known]
         parameters = self._reached(outputs, [read[0], *(each for _, each in read[2])], self._parameters)
-        pulled = self.objectives.pull(outputs, gradients, inputs, parameters)
-        self._add(parameters, pulled)
-        where, changes, found = (part.start, part.stop), Changes(), list(pulled.rows)
-        if layer and (first := found.pop(0)) is not None:
-            name, first = self._gradient(layer), _flat(first)
-            changes.added = [
-                Sum(name, where, first[: part.size], name),
-                Sum(name, part.halo, first[part.size :], name),
-            ]
-        for (leaf, _), gradient in zip(known, found, strict=True):
-            if gradient is not None:
-                name, gradient = self._leaf_gradient(leaf), _flat(gradient)
-                changes.added.append(Sum(name, where, gradient[: part.size], name))
-                if leaf.around:
-                    changes.added.append(Sum(name, part.halo, gradient[part.size :], name))
-        return self._cleared(changes, layer - 1, part)
+
+        def changes() -> Iterator[Changes]:
+            for block in self.objectives.blocks:
+                each = self._read_gradients(layer, part, block) if block.start else gradients
+                pulled = self.objectives.pull(outputs, each, inputs, parameters, block)
+                self._add(parameters, pulled, block)
+                yield self._cleared(self._added(layer, part, block, inputs, pulled.rows), layer - 1, part, block)
+
+        return self._by_blocks(Changes(), changes())
+
+    def _added(
+        self, layer: int, part: Part, block: range, inputs: list[Tensor], gradients: list[Tensor | None]
+    ) -> Changes:
+        """Return what is added to the gradients of a layer's inputs."""
+        found: dict[str, Tensor] = {}
+        for name, value, gradient in zip(self._changed_by(layer, block), inputs, gradients, strict=True):
+            if gradient is None:  # rows move all the same
+                width = self.objectives.width(value[:1].numel(), block)
+                gradient = value.new_zeros(value.size(0), width, requires_grad=False)
+            found[name] = found[name] + _flat(gradient) if name in found else _flat(gradient)
+        where, places = (part.start, part.stop), self._places
+        return Changes(added=[each for name in found for each in places.sums(name, where, part.halo, found[name])])
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import DRAWING, Constant, Cut, Probe, same
 from recollect.outofcore._tables import Shape
+from recollect.outofcore._writes import Writes
 
-__all__ = ["Layer", "Leaf", "Look", "Readout", "check_others", "filled", "look_at"]
+__all__ = ["Layer", "Leaf", "Look", "Readout", "check_others", "filled", "look_at", "watch"]
 
 State = dict[str, Any]
 _WEIGHTS = "edge_weight"
@@ -52,10 +54,12 @@ class Readout:
     Attributes:
         state: before it; in the places of its tensors stand leaves, and names of what edges have.
         used: the parameters that it uses.
+        writes: whether it writes buffers, which then do not depend on the rows.
     """
 
     state: Tree
     used: list[nn.Parameter]
+    writes: bool
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,11 @@ class _Observer:
     """A network with moved parameters, since those that begin at zero hide what they multiply."""
 
     def __init__(self, model: ScalableGNN, probe: Probe) -> None:
-        self._runner = _Runner(model)
+        self.model, self._runner = model, _Runner(model)
         generator = torch.Generator().manual_seed(1)
         own = tuple(f"{name}." for name, child in model.named_children() if child is model.histories)
         self._values: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: list[str] = []
         self.parameters: dict[str, nn.Parameter] = {}
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(own):
@@ -124,7 +128,7 @@ class _Observer:
                 if value.requires_grad:
                     self.parameters[f"model.{name}"] = value
             else:
-                self._buffers[f"model.{name}"] = moved.clone()
+                self._buffers.append(f"model.{name}")
             self._values[f"model.{name}"] = moved
         self.probe = probe
 
@@ -135,12 +139,16 @@ class _Observer:
             out: Tensor = torch.func.functional_call(self._runner, self._values, (layer, x, adj_t, state))
         return out, draws.whole_numbers
 
-    def written(self) -> str | None:
-        """Return the name of a buffer that a layer has written to, if there is one."""
-        for name, value in self._buffers.items():
-            if not torch.equal(self._values[name], value):
-                return name.removeprefix("model.")
-        return None
+    def buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers."""
+        return {name: self._values[name].clone() for name in self._buffers}
+
+    @torch.no_grad()
+    def put(self, buffers: Mapping[str, Tensor]) -> None:
+        """Put buffers back."""
+        for name, value in buffers.items():
+            if not torch.equal(self._values[name], value):  # a graph may hold those that stay
+                self._values[name].copy_(value)
 
     def used(self, outputs: list[Tensor]) -> list[nn.Parameter]:
         """Return the parameters that outputs depend on."""
@@ -150,6 +158,28 @@ class _Observer:
             return []
         found = torch.autograd.grad([each.sum() for each in outputs], moved, allow_unused=True)
         return [p for p, each in zip(self.parameters.values(), found, strict=True) if each is not None]
+
+
+def watch(model: ScalableGNN, probe: Probe, look: Look, writes: Writes) -> None:
+    """Run all layers once on a small graph, if some of them write buffers, and take notice of what they write."""
+    steps: list[Readout] = [*look.layers, look.readout]
+    if not any(step.writes for step in steps):
+        return
+    modules = [child for child in model.children() if child is not model.histories]
+    own = [*model.buffers(recurse=False), *(buffer for module in modules for buffer in module.buffers())]
+    buffers = list({id(buffer): buffer for buffer in own}.values())
+    nodes = probe.rows.size(0)
+    adj_t = adjacency_of_edges(probe.edge_index, probe.edges[_WEIGHTS], nodes, nodes)
+    x, state = probe.rows, {name: value for name, value in probe.edges.items() if name != _WEIGHTS}
+
+    def run(layer: int) -> None:
+        nonlocal x
+        with DRAWING, torch.random.fork_rng(devices=[]), torch.enable_grad(), Constant():
+            last = layer == model.num_layers
+            x = (model.readout(x, state) if last else model.run_layer(layer, x, adj_t, state)).detach()
+
+    for layer in range(len(steps)):
+        writes.watch(f"layer {layer}", buffers, partial(run, layer))
 
 
 def look_at(model: ScalableGNN, probe: Probe) -> Look:
@@ -185,38 +215,35 @@ def _looked_at(model: ScalableGNN, probe: Probe) -> Look:
         known = {id(leaf): name for leaf, name in zip(leaves, names, strict=True)}
         given = before.build(leaves)
         state = dict(given)
+        buffers = observer.buffers()
         out, numbers = observer.run(index, x, adj_t, state)
-        _refuse_writes(f"{name} of the {type(model).__name__}", observer)
-        check = _Check(observer, index, name, x, (before, leaves, names), numbers)
+        written = observer.buffers()
+        check = _Check(observer, index, name, x, (before, leaves, names), numbers, (buffers, written))
         after = Tree(state)
         fresh = [tensor for tensor in after.tensors if id(tensor) not in known]
-        around = check.compare(parts, out, fresh, after)
         used = observer.used([out, *fresh])
+        around = check.compare(parts, out, fresh, after)
+        observer.put(written)
+        writes = _other(buffers, written) is not None
         before.tensors = names
         if index is None:
-            return Look(layers, Readout(before, used))
+            return Look(layers, Readout(before, used, writes))
         new: list[Leaf] = []
         for tensor, wide in zip(fresh, around, strict=True):
             label = f"s{index}.{len(new)}"
             new.append(Leaf(label, tuple(tensor.shape[1:]), tensor.dtype, wide, tensor.requires_grad))
             known[id(tensor)] = new[-1]
-        layers.append(Layer(before, used, new, (out.size(1), out.dtype), list(others_of(state))))
+        layers.append(Layer(before, used, writes, new, (out.size(1), out.dtype), list(others_of(state))))
         x = out
     raise AssertionError
 
 
-def _refuse_writes(name: str, observer: _Observer) -> None:
-    """Refuse what a part that is computed twice would change twice.
-
-    Raises:
-        ValueError: a buffer was written.
-    """
-    written = observer.written()
-    if written:
-        raise ValueError(
-            f"{name} writes to the buffer {written}: parts are computed one after the other, and again in backward, "
-            "and each would write. Keep such statistics outside of layers, or evaluate the network (model.eval())"
-        )
+def _other(buffers: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a buffer with other values."""
+    for name, value in buffers.items():
+        if not bool(((value == others[name]) | (value.isnan() & others[name].isnan())).all()):
+            return name.removeprefix("model.")
+    return None
 
 
 def check_others(name: str, left: list[Any], seen: list[Any]) -> None:
@@ -247,6 +274,7 @@ class _Check:
     x: Tensor
     state: tuple[Tree, list[Tensor], list[Any]]
     whole_numbers: bool
+    buffers: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     def compare(self, parts: list[Cut], out: Tensor, fresh: list[Tensor], after: Tree) -> list[bool]:
         """Compare it with what it is part by part; return which new tensors have rows of the neighbours too."""
@@ -262,7 +290,15 @@ class _Check:
             given = {id(each) for each in chosen}
             state = before.build(chosen)
             rows = n_id[:size] if self.layer is None else n_id
+            self.observer.put(self.buffers[0])
             found, _ = self.observer.run(self.layer, self.x[rows], own, state)
+            written = _other(self.buffers[1], self.observer.buffers())
+            if written is not None:
+                raise ValueError(
+                    f"{self.name} of the {type(self.observer.model).__name__} writes to the buffer {written} what "
+                    "depends on its rows: parts have other rows than the graph. Keep such statistics outside of "
+                    "layers, or evaluate the network (model.eval())"
+                )
             left = [tensor for tensor in Tree(state).tensors if id(tensor) not in given]
             if len(left) != len(fresh):
                 raise self._refused(
@@ -289,7 +325,7 @@ class _Check:
         return [each == {True} for each in around]
 
     def _refused(self, what: str) -> ValueError:
-        model = type(self.observer._runner.model).__name__
+        model = type(self.observer.model).__name__
         return ValueError(
             f"{self.name} of the {model} {what}, so that it cannot be computed part by part. Make each convolution a "
             "layer of its own, use norms over channels (LayerNorm), and leave rows of nodes in the state alone"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Shape
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Graph", "Network"]
 
@@ -44,8 +45,18 @@ class Network(ABC):
     mark: int = 8
 
     @abstractmethod
-    def tables(self, journaled: bool) -> dict[str, Shape]:
-        """Return the tables of a step of one loss, by name; with those that it needs to be journaled."""
+    def tables(self) -> dict[str, Shape]:
+        """Return the tables of a step of one loss, by name."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> list[str]:
+        """The names of the tables that passes over the parts change, and not only write."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """The bytes of a node's gradients of one loss that an operation holds."""
 
     @abstractmethod
     def places(self, parts: int) -> int:
@@ -67,6 +78,10 @@ class Network(ABC):
     @abstractmethod
     def draw(self) -> None:
         """Draw what a step draws for the whole graph."""
+
+    @abstractmethod
+    def watch(self, writes: Writes) -> None:
+        """Run what writes buffers once, in the network's order."""
 
     @abstractmethod
     def uses(self) -> Counter[nn.Parameter]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +12,18 @@ from torch import Tensor, nn
 from recollect.autogram import Certificate
 from recollect.outofcore._leaves import without_hooks
 
-__all__ = ["Criterion", "Objectives", "OneLoss", "Pulled", "SeveralLosses", "Weighed", "Weighting", "certify", "weigh"]
+__all__ = [
+    "Criterion",
+    "Objectives",
+    "OneLoss",
+    "Pulled",
+    "Weighed",
+    "Weighting",
+    "as_vector",
+    "certify",
+    "gradients_of",
+    "weigh",
+]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Weighting = Callable[..., Tensor]
@@ -41,14 +51,18 @@ class Objectives(Protocol):
     def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the losses of a part, from its training nodes' logits and labels."""
 
-    def width(self, width: int) -> int:
-        """Return the entries of a row of gradients, for rows of so many entries."""
+    @property
+    def blocks(self) -> list[range]:
+        """Which losses go together: the gradients of others are not held meanwhile."""
 
-    def table(self, name: str) -> str:
-        """Return the name of a table of gradients."""
+    def width(self, width: int, block: range) -> int:
+        """Return the entries of a row of a block's gradients, for rows of so many entries."""
 
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
-        """Return the gradients of a part's losses."""
+    def table(self, name: str, block: range) -> str:
+        """Return the name of a table of a block's gradients."""
+
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
+        """Return the gradients of a block of a part's losses; blocks come in their order."""
 
     def pull(
         self,
@@ -56,8 +70,17 @@ class Objectives(Protocol):
         gradients: Sequence[Tensor],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
-        """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on."""
+        """Return the gradients of what the outputs, whose gradients are given as they lie in tables, depend on.
+
+        Blocks come in their order; the graph of the outputs is freed with the last one.
+        """
+
+    def add(
+        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
+    ) -> None:
+        """Add a block's gradient of a parameter to those that are known."""
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take notice of parameters whose gradients come in passes that were not counted."""
@@ -69,7 +92,7 @@ class Objectives(Protocol):
         """Take notice that all passes are over."""
 
 
-def _grad(
+def gradients_of(
     outputs: Sequence[Tensor],
     rows: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -102,7 +125,7 @@ class OneLoss:
         """See :class:`Objectives`: a scalar."""
         loss = self._criterion(logits, y)
         if self._weights is not None:
-            return _vector(loss, self._weights.numel()) @ self._weights.to(loss)
+            return as_vector(loss, self._weights.numel()) @ self._weights.to(loss)
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
                 f"criterion(logits, y) must return a scalar, the sum over a part's nodes (got {_described(loss)}); a "
@@ -110,17 +133,22 @@ class OneLoss:
             )
         return loss
 
-    def width(self, width: int) -> int:
+    @property
+    def blocks(self) -> list[range]:
+        """See :class:`Objectives`."""
+        return [range(1)]
+
+    def width(self, width: int, block: range) -> int:
         """See :class:`Objectives`."""
         return width
 
-    def table(self, name: str) -> str:
+    def table(self, name: str, block: range) -> str:
         """See :class:`Objectives`."""
         return name
 
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
+    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter], block: range) -> Pulled:
         """See :class:`Objectives`."""
-        return self.pull([losses], [torch.ones_like(losses)], rows, parameters)
+        return self.pull([losses], [torch.ones_like(losses)], rows, parameters, block)
 
     def pull(
         self,
@@ -128,13 +156,21 @@ class OneLoss:
         gradients: Sequence[Tensor],
         rows: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        block: range,
     ) -> Pulled:
         """See :class:`Objectives`."""
         seeds = [
             gradient.reshape(output.shape).to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)
         ]
-        found = _grad(outputs, rows, parameters, seeds, False)
+        found = gradients_of(outputs, rows, parameters, seeds, False)
         return Pulled(list(found[: len(rows)]), list(found[len(rows) :]))
+
+    def add(
+        self, gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor, block: range
+    ) -> None:
+        """See :class:`Objectives`; what a journal may be about to write is not changed in place."""
+        known = gradients.get(parameter)
+        gradients[parameter] = gradient.clone() if known is None else known + gradient
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """See :class:`Objectives`."""
@@ -144,115 +180,6 @@ class OneLoss:
 
     def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """See :class:`Objectives`."""
-
-
-class SeveralLosses:
-    """The Gramian of several losses' gradients.
-
-    Each parameter's m rows are squared, and given up, after the last pass that brings some of them; those of parameters
-    that are reached in other passes too, at the end.
-
-    Args:
-        criterion: the losses [m] of a part.
-        uses: how many passes bring gradients of each parameter.
-
-    Attributes:
-        gramian: of what was finished so far [m, m] float64.
-    """
-
-    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> None:
-        self._criterion = criterion
-        self._left = Counter(uses)
-        self._held: dict[nn.Parameter, None] = {}
-        self._squared: set[nn.Parameter] = set()
-        self._number: int | None = None
-        self.gramian: Tensor | None = None
-
-    @property
-    def number(self) -> int:
-        """How many losses there are; known when the first part's are."""
-        assert self._number is not None
-        return self._number
-
-    def losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See :class:`Objectives`: [m]."""
-        losses = _vector(self._criterion(logits, y), self._number)
-        if self._number is None:
-            self._number = losses.numel()
-            self.gramian = torch.zeros(self._number, self._number, dtype=torch.float64, device="cpu")
-        return losses
-
-    def width(self, width: int) -> int:
-        """See :class:`Objectives`."""
-        return width * self.number
-
-    def table(self, name: str) -> str:
-        """See :class:`Objectives`."""
-        return f"{name}x{self.number}"
-
-    def start(self, losses: Tensor, rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Pulled:
-        """See :class:`Objectives`."""
-        return self._pull([losses], [[one] for one in torch.eye(self.number, dtype=losses.dtype)], rows, parameters)
-
-    def pull(
-        self,
-        outputs: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter],
-    ) -> Pulled:
-        """See :class:`Objectives`."""
-        flat = [g.view(g.size(0), self.number, -1) for g in gradients]
-        seeds = [
-            [g[:, i].reshape(o.shape).to(o.dtype) for g, o in zip(flat, outputs, strict=True)]
-            for i in range(self.number)
-        ]
-        return self._pull(outputs, seeds, rows, parameters)
-
-    def _pull(
-        self,
-        outputs: Sequence[Tensor],
-        seeds: Sequence[Sequence[Tensor]],
-        rows: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter],
-    ) -> Pulled:
-        # One loss after the other: on a CPU batched gradients are no faster, and not every function has them.
-        inputs = [*rows, *parameters]
-        found: list[Tensor | None] = [None] * len(inputs)
-        for i, seed in enumerate(seeds):
-            gradients = _grad(outputs, rows, parameters, seed, i < self.number - 1)
-            for k, (gradient, value) in enumerate(zip(gradients, inputs, strict=True)):
-                if gradient is None:
-                    continue
-                dim = 1 if k < len(rows) else 0
-                if found[k] is None:
-                    shape = list(value.shape)
-                    shape.insert(dim, self.number)
-                    found[k] = value.new_zeros(shape, requires_grad=False)
-                found[k].select(dim, i).copy_(gradient)  # type: ignore[union-attr]
-        return Pulled(found[: len(rows)], found[len(rows) :])
-
-    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See :class:`Objectives`."""
-        self._held.update(dict.fromkeys(parameters))
-
-    def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:
-        """See :class:`Objectives`."""
-        for parameter in parameters:
-            self._left[parameter] -= 1
-            if self._left[parameter] <= 0 and parameter in gradients and parameter not in self._held:
-                self._square(parameter, gradients)
-
-    def close(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        """See :class:`Objectives`; what is left after this was squared too early."""
-        for parameter in [each for each in gradients if each not in self._squared]:
-            self._square(parameter, gradients)
-
-    def _square(self, parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
-        rows = gradients.pop(parameter).reshape(self.number, -1)
-        assert self.gramian is not None
-        self.gramian += (rows @ rows.T).double()
-        self._squared.add(parameter)
 
 
 @dataclass(frozen=True)
@@ -313,7 +240,7 @@ _ADVICE = (
 )
 
 
-def _vector(losses: object, number: int | None) -> Tensor:
+def as_vector(losses: object, number: int | None) -> Tensor:
     """Return the losses of a part, or say that they are no vector."""
     if not isinstance(losses, Tensor) or losses.dim() != 1 or losses.numel() != (number or losses.numel() or 1):
         raise ValueError(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from recollect.autoscale.histories import PlainRows, Where, Worker
 from recollect.distributed import Shares, SharesError
 from recollect.frames import bits_of
-from recollect.outofcore._objectives import Criterion, SeveralLosses
-from recollect.outofcore._tables import Changes, Rows, Shape, Tables
+from recollect.outofcore._objectives import Criterion
+from recollect.outofcore._several import SeveralLosses
+from recollect.outofcore._tables import Changes, Shape, Table, Tables
 
 __all__ = ["RankTables", "Team", "check_shares"]
 
@@ -45,10 +46,14 @@ class RankTables(Tables):
     def __getitem__(self, name: str) -> PlainRows:
         return self._bits[name] if name in self._bits else _OwnRows(self._tables[name], self._shares.nodes[0])
 
-    def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
+    def at(self, table: Table) -> PlainRows:
+        """See :class:`Tables`; over ranks all is changed in place."""
+        return self[table[0]]
+
+    def read(self, at: Table, where: tuple[int, int], halo: Tensor) -> Tensor:
         """Return own rows in a row, and behind them others by number; a step of all ranks."""
-        table, shares, own = self._tables[name], self._shares, where[1] - where[0]
-        came = shares.route(halo, _HALO).begin(table.read, f"{_HALO}, table {name}")
+        table, shares, own = self._tables[at[0]], self._shares, where[1] - where[0]
+        came = shares.route(halo, _HALO).begin(table.read, f"{_HALO}, table {at[0]}")
         rows = table.empty(own + halo.numel())
         table.read(_local(where, shares.nodes[0]), rows[:own])
         rows[own:] = came()
@@ -60,22 +65,12 @@ class RankTables(Tables):
         self._write(changes.rows)
         for each in changes.added:
             if not isinstance(each.where, Tensor):
-                self._add(each.table, each.source, _local(each.where, shares.nodes[0]), each.values)
+                self._tables[each.table[0]].add(_local(each.where, shares.nodes[0]), each.values)
                 continue
-            what = f"gradients of a part's halo, table {each.table}"
+            what = f"gradients of a part's halo, table {each.table[0]}"
             for rows, values in shares.route(each.where, _HALO).give_back(each.values, what):
-                self._add(each.table, each.source, rows, values)
-        for name, (start, stop) in changes.cleared:
-            self[name].write((start, stop), self[name].empty(stop - start).zero_())
-
-    def _add(self, name: str, source: str, where: Where, values: Tensor) -> None:
-        if source != name:
-            raise NotImplementedError("over ranks there are no spare tables")
-        self._tables[name].add(where, values)
-
-    def _write(self, rows: list[Rows]) -> None:
-        for name, where, values in rows:
-            self[name].write(where, values)
+                self._tables[each.table[0]].add(rows, values)
+        self._clear(changes.cleared)
 
 
 class _OwnRows(PlainRows):
@@ -211,9 +206,9 @@ class Team:
             )
         return [self._parameters[number] for number in sorted(set().union(*found))]
 
-    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter]) -> RankLosses:
-        """Return what makes the Gramian of several losses."""
-        return RankLosses(criterion, uses, self)
+    def losses(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int) -> RankLosses:
+        """Return what makes the Gramian of several losses, of which so many go together."""
+        return RankLosses(criterion, uses, fit, self)
 
     def summed(
         self, loss: Tensor, gradients: Mapping[nn.Parameter, Tensor]
@@ -254,11 +249,12 @@ class RankLosses(SeveralLosses):
     Args:
         criterion: the losses [m] of a part.
         uses: how many passes bring gradients of each parameter.
+        fit: how many losses go together, at the most.
         team: of the ranks.
     """
 
-    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], team: Team) -> None:
-        super().__init__(criterion, uses)
+    def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int, team: Team) -> None:
+        super().__init__(criterion, uses, fit)
         self._team = team
 
     def finish(self, parameters: Iterable[nn.Parameter], gradients: dict[nn.Parameter, Tensor]) -> None:

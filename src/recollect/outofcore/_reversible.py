@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from recollect._modules import in_evaluation
 from recollect.frames import Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
+from recollect.messages.reach import DRAWING, Constant
 from recollect.models import RevGNN
-from recollect.outofcore._blocks import Blocks
+from recollect.outofcore._blocks import Blocks, dtype_of, place_of
 from recollect.outofcore._checks import check_network, check_rows
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
 from recollect.outofcore._step import Run, Space, Step, trained
-from recollect.outofcore._tables import Changes, Shape, Slots, Sum
+from recollect.outofcore._tables import Changes, Shape, Table
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Reversible"]
 
@@ -46,11 +49,11 @@ class Reversible(Network):
         self.model = model
         own = model.layer(0).exact
         self.exact = check_exact(own if own is not False and exact is True else exact)
-        self.dtype = model.project.weight.dtype
+        self.dtype = dtype_of(model)
         digits = digits_of(self.exact, self.dtype)
         self.lattice = None if digits is None else Lattice(digits)
         self.mark = 8 if digits is not None else 64  # bytes of a sum of bits, or of a note of eight numbers
-        self._hidden = model.project.out_features
+        self.hidden = model.project.out_features
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
         self._features = graph.data.x[:_FEATURES].cpu().clone()
@@ -61,14 +64,23 @@ class Reversible(Network):
     @property
     def shape(self) -> Shape:
         """A group's."""
-        return self._hidden // self.model.num_groups, self.dtype
+        return self.hidden // self.model.num_groups, self.dtype
 
-    def tables(self, journaled: bool) -> dict[str, Shape]:
+    @property
+    def moved(self) -> list[str]:
         """See :class:`Network`."""
-        slots = {kind: Slots(kind, self.model.num_groups, journaled) for kind in ("x", "g")}
-        found = {name: self.shape for each in slots.values() for name in each.names}
+        return [f"{kind}{group}" for kind in "xg" for group in range(self.model.num_groups)]
+
+    @property
+    def row_bytes(self) -> int:
+        """See :class:`Network`."""
+        return self.hidden * self.dtype.itemsize
+
+    def tables(self) -> dict[str, Shape]:
+        """See :class:`Network`."""
+        found = dict.fromkeys(self.moved, self.shape)
         for mask in ("mask", "last_mask") if self.model.dropout > 0 else ():
-            found[mask] = width_of(self._hidden), torch.uint8
+            found[mask] = width_of(self.hidden), torch.uint8
         return found
 
     def places(self, parts: int) -> int:
@@ -78,9 +90,7 @@ class Reversible(Network):
     def settle(self, space: Space, graph: Graph) -> None:
         """See :class:`Network`."""
         self.bounds = space.parts.bounds
-        self.masks = {
-            name: Masks(space.tables[name], self._hidden) for name in self.tables(False) if name.endswith("mask")
-        }
+        self.masks = {name: Masks(space.tables[name], self.hidden) for name in self.tables() if name.endswith("mask")}
 
     def check(self) -> None:
         """See :class:`Network`."""
@@ -91,9 +101,9 @@ class Reversible(Network):
                 f"dropout={model.dropout} was set after the WholeGraph was made, which has no room for masks: make "
                 "another WholeGraph"
             )
-        if model.project.weight.dtype != self.dtype:
+        if dtype_of(model) != self.dtype:
             raise ValueError(
-                f"the network is in {model.project.weight.dtype} now, and was in {self.dtype} when the WholeGraph was "
+                f"the network is in {dtype_of(model)} now, and was in {self.dtype} when the WholeGraph was "
                 "made: make another WholeGraph"
             )
         self.check_norms()
@@ -110,6 +120,22 @@ class Reversible(Network):
         if model.shared_dropout:
             self.masks["mask"].draw(self.bounds)
         self.masks["last_mask"].draw(self.bounds)
+
+    def watch(self, writes: Writes) -> None:
+        """See :class:`Network`."""
+        model = self.model
+        buffers = [buffer for module in model.around() for buffer in module.buffers()]
+
+        def run(what: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+            with DRAWING, torch.random.fork_rng(devices=[]), Constant():
+                what(rows)
+
+        if buffers:
+            writes.watch("embed", buffers, partial(run, model.embed, self._features))
+        self.blocks.watch(writes)
+        if buffers:
+            rows = torch.ones(1, self.hidden, dtype=self.dtype, device="cpu")
+            writes.watch("classify", buffers, partial(run, model.classify, rows))
 
     def uses(self) -> Counter[nn.Parameter]:
         """See :class:`Network`."""
@@ -155,8 +181,7 @@ class ReversibleStep(Step):
     def __init__(self, of: Reversible, space: Space, run: Run) -> None:
         super().__init__(of.model, space, run)
         self._of, self._model = of, of.model
-        self._x = Slots("x", of.model.num_groups, self.journaled)
-        self._g = Slots("g", of.model.num_groups, self.journaled)
+        self._places = space.tables.places(self.journaled)
 
     # Forward.
 
@@ -166,16 +191,16 @@ class ReversibleStep(Step):
         for layer in range(self._model.num_layers):
             for group in range(self._model.num_groups):
                 self._pass(partial(self._rows, group), partial(self._forward, layer, group))
-                self._x.turn([group])
+                self._places.turn([f"x{group}"])
 
     def _embed(self, part: Part, _: None) -> Changes:
-        with torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.training), self._writes.again("embed"):
             h = self._model.embed(part.x)
         if self.training:
             self._reached([h], [], self._of.around())
         rows = self._entered(h.detach())
         where = (part.start, part.stop)
-        return Changes([(self._x.here(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
+        return Changes([(self._x(i), where, chunk) for i, chunk in enumerate(self._chunks(rows))])
 
     def _entered(self, rows: Tensor) -> Tensor:
         lattice = self._of.lattice
@@ -188,13 +213,13 @@ class ReversibleStep(Step):
         """Read a group of a part, the block's input, and the factors of its dropout."""
         model, tables, where = self._model, self.space.tables, (part.start, part.stop)
         first, *others = self._inputs(group)
-        z = tables.read(self._x.here(first), where, part.halo)
+        z = tables.read(self._x(first), where, part.halo)
         for other in others:
-            z += tables.read(self._x.here(other), where, part.halo)
+            z += tables.read(self._x(other), where, part.halo)
         mask = None
         if model.training and model.shared_dropout and model.dropout > 0:
             mask = self._chunks(self._of.masks["mask"].read(part.n_id, self._of.dtype))[group]
-        return tables[self._x.here(group)].read(where), z, mask
+        return tables.at(self._x(group)).read(where), z, mask
 
     def _inputs(self, group: int) -> list[int]:
         """Return the groups whose sum is the input of a group's block."""
@@ -214,10 +239,14 @@ class ReversibleStep(Step):
             own = own + y
         else:
             (own,) = lattice(own, y)
-            lattice.check(own, [own], [self._of.block(layer, group)], f"layer {layer}, block {group}: {{}}")
+            lattice.check(own, [own], [self._of.block(layer, group)], f"{place_of(layer, group)}: {{}}")
             if self.training:
                 self._mark(self._place(layer, group, part), y)
-        return Changes([(self._x.there(group, [group]), (part.start, part.stop), own)])
+        return Changes([(self._places.there(f"x{group}"), (part.start, part.stop), own)])
+
+    def _x(self, group: int) -> Table:
+        """Return the table of a group's activations, before the pass that is under way."""
+        return self._places.here(f"x{group}")
 
     def _place(self, layer: int, group: int, part: Part) -> int:
         return (layer * self._model.num_groups + group) * len(self.space.parts) + part.number
@@ -229,18 +258,19 @@ class ReversibleStep(Step):
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
         own = for_targets(part.size) if of.blocks.computed_alone(layer, group) else contextlib.nullcontext()
-        with own, self._drawn(layer, group, part.number):
+        with own, self._drawn(layer, group, part.number), self._writes.again(place_of(layer, group)):
             y: Tensor = of.block(layer, group)(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
 
     def groups_of(self, part: Part) -> Tensor:
         """Return the activations of a part's nodes [n, hidden_channels]."""
         tables, where = self.space.tables, (part.start, part.stop)
-        return torch.cat([tables[self._x.here(i)].read(where) for i in range(self._model.num_groups)], 1)
+        return torch.cat([tables.at(self._x(i)).read(where) for i in range(self._model.num_groups)], 1)
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
-        return self._model.classify(self.groups_of(part))
+        with self._writes.again("classify"):
+            return self._model.classify(self.groups_of(part))
 
     # The loss.
 
@@ -258,21 +288,32 @@ class ReversibleStep(Step):
             h, mask = rows[0].requires_grad_(), rows[1]
 
             def logits() -> Tensor:
-                return model.classify(h[part.train], None if mask is None else mask[part.train])
+                with self._writes.again("classify"):
+                    return model.classify(h[part.train], None if mask is None else mask[part.train])
 
-            (gradient,) = self._lose(part, logits, [h], parameters)
-            for i in range(model.num_groups):
-                width, dtype = self._of.shape
-                self.space.tables.make(self._gradient(i), (self.objectives.width(width), dtype))
+            def changes() -> Iterator[Changes]:
+                for block, (gradient,) in self._lose(part, logits, [h], parameters):
+                    chunks = self._chunks(gradient.view(part.size, -1, self._of.hidden))
+                    yield Changes([(self._made(i, block), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
+
             where = (part.start, part.stop)
-            chunks = self._chunks(gradient)
-            return Changes([(self._gradient(i), where, chunk.flatten(1)) for i, chunk in enumerate(chunks)])
+            return self._by_blocks(Changes(), changes())
 
         self._pass(read, compute, parameters, self.space.parts.trained_first)
         return self._lost()
 
-    def _gradient(self, group: int) -> str:
-        return self.objectives.table(self._g.here(group))
+    def _gradient(self, group: int, block: range) -> Table:
+        """Return the table of a group's gradient, before the pass that is under way."""
+        return self._places.here(self._name(group, block))
+
+    def _made(self, group: int, block: range) -> Table:
+        """Return it, and make it if there is none."""
+        (width, dtype), table = self._of.shape, self._gradient(group, block)
+        self.space.tables.make(table[0], (self.objectives.width(width, block), dtype))
+        return table
+
+    def _name(self, group: int, block: range) -> str:
+        return self.objectives.table(f"g{group}", block)
 
     # Backward.
 
@@ -283,70 +324,65 @@ class ReversibleStep(Step):
                 parameters = self._of.inside(layer, group)
                 compute = partial(self._backward, layer, group, parameters)
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
-                self._x.turn([group])
-                self._g.turn(self._inputs(group))
+                inputs = [self._name(i, block) for i in self._inputs(group) for block in self.objectives.blocks]
+                self._places.turn([f"x{group}", *inputs])
         self._errors = self._norms = 0.0
-        self._pass(self._read_first, self._leave, self._of.around())
+        self._pass(self.groups_of, self._leave, self._of.around())
         self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
 
     def _backward(
         self, layer: int, group: int, parameters: list[nn.Parameter], part: Part, rows: tuple[Read, Tensor]
     ) -> Changes:
         lattice = self._of.lattice
-        (own, z, mask), gradient = rows
+        (own, z, mask), first = rows
         with torch.enable_grad():
             y = self._evaluate(layer, group, part, z.requires_grad_(), mask)
-        place, name = self._place(layer, group, part), f"layer {layer}, block {group}"
+        place, name = self._place(layer, group, part), place_of(layer, group)
         if lattice is not None:
             self._compare(place, y.detach(), name, ", or exact=False")
         else:
             again = partial(self._again, layer, group, part, mask)
             check_noted(name, self._noted(place, torch.float64), z, y, again)
         parameters = self._reached([y], [z], parameters)
-        pulled = self.objectives.pull([y], [gradient], [z], parameters)
-        self._add(parameters, pulled)
         where = (part.start, part.stop)
         own = own - y.detach() if lattice is None else lattice.inverse(own, y.detach())[0]
-        changes = Changes([(self._x.there(group, [group]), where, own)])
-        if pulled.rows[0] is not None:
-            found = pulled.rows[0].flatten(1)
-        else:
-            found = z.new_zeros(z.size(0), self.objectives.width(z.size(1)), requires_grad=False)
-        inputs, before = self._inputs(group), int((part.halo < part.start).sum())  # parts come in order
-        for other in inputs:
-            here, there = self._gradient(other), self.objectives.table(self._g.there(other, inputs))
-            changes.added.append(Sum(there, where, found[: part.size], here))
-            around = found[part.size :]
-            if here == there:
-                changes.added.append(Sum(here, part.halo, around, here))
-            else:  # what comes before has moved already
-                changes.added.append(Sum(there, part.halo[:before], around[:before], there))
-                changes.added.append(Sum(here, part.halo[before:], around[before:], here))
-        return changes
+
+        def changes() -> Iterator[Changes]:
+            for block in self.objectives.blocks:
+                gradient = self._read_gradient(group, block, part) if block.start else first
+                pulled = self.objectives.pull([y], [gradient], [z], parameters, block)
+                self._add(parameters, pulled, block)
+                if pulled.rows[0] is not None:
+                    found = pulled.rows[0].flatten(1)
+                else:
+                    found = z.new_zeros(z.size(0), self.objectives.width(z.size(1), block), requires_grad=False)
+                names = [self._name(other, block) for other in self._inputs(group)]
+                yield Changes(
+                    added=[each for name in names for each in self._places.sums(name, where, part.halo, found)]
+                )
+
+        return self._by_blocks(Changes([(self._places.there(f"x{group}"), where, own)]), changes())
 
     def _again(self, layer: int, group: int, part: Part, mask: Tensor | None, z: Tensor) -> Tensor:
         with torch.enable_grad():
             return self._evaluate(layer, group, part, z.requires_grad_(), mask).detach()
 
     def _rows_and_gradient(self, group: int, part: Part) -> tuple[Read, Tensor]:
-        return self._rows(group, part), self.space.tables[self._gradient(group)].read((part.start, part.stop))
+        return self._rows(group, part), self._read_gradient(group, self.objectives.blocks[0], part)
 
-    def _read_first(self, part: Part) -> tuple[Tensor, Tensor]:
-        tables, where = self.space.tables, (part.start, part.stop)
-        found = [tables[self._gradient(i)].read(where) for i in range(self._model.num_groups)]
-        width = found[0].size(1) // self.objectives.width(1)
-        rows = [each.view(part.size, -1, width) for each in found]
-        return self.groups_of(part), torch.cat(rows, -1).flatten(1)
+    def _read_gradient(self, group: int, block: range, part: Part) -> Tensor:
+        return self.space.tables.at(self._gradient(group, block)).read((part.start, part.stop))
 
-    def _leave(self, part: Part, rows: tuple[Tensor, Tensor]) -> Changes:
-        found, gradient = rows
+    def _leave(self, part: Part, found: Tensor) -> Changes:
         parameters = self._of.around()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._writes.again("embed"):
             h = self._model.embed(part.x)
-            true = self._entered(h).detach()
-            self._errors += float((found - true).square().sum())
-            self._norms += float(true.square().sum())
-            parameters = self._reached([h], [], parameters)
-            if parameters:
-                self._add(parameters, self.objectives.pull([h], [gradient], [], parameters))
+        true = self._entered(h).detach()
+        self._errors += float((found - true).square().sum())
+        self._norms += float(true.square().sum())
+        parameters = self._reached([h], [], parameters)
+        for block in self.objectives.blocks if parameters else ():
+            groups = [self._read_gradient(i, block, part) for i in range(self._model.num_groups)]
+            gradient = torch.cat([rows.view(part.size, -1, self._of.shape[0]) for rows in groups], -1).flatten(1)
+            self._add(parameters, self.objectives.pull([h], [gradient], [], parameters, block), block)
         return Changes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
 from recollect.outofcore._parts import Part, Parts
 from recollect.outofcore._tables import Changes, Tables
+from recollect.outofcore._writes import Writes
 
 __all__ = ["Run", "Space", "Step", "trained"]
 
@@ -57,12 +58,14 @@ class Run:
         seed: of what is drawn for a part.
         name: a number that no other step has; ``None``: it is not written down, and cannot go on in another process.
         journal: the state after the last operation that was done by an earlier process.
+        writes: what the forward pass writes into buffers.
     """
 
     objectives: Objectives | None
     seed: int = 0
     name: int | None = None
     journal: dict[str, Any] | None = None
+    writes: Writes = field(default_factory=Writes)
 
 
 class Step(ABC):
@@ -82,7 +85,7 @@ class Step(ABC):
 
     def __init__(self, model: nn.Module, space: Space, run: Run) -> None:
         self.space = space
-        self._objectives = run.objectives
+        self._objectives, self._writes = run.objectives, run.writes
         self._seed = run.seed
         self._operation = 0
         self._done = -1 if run.journal is None else int(run.journal["operation"])
@@ -210,16 +213,36 @@ class Step(ABC):
             for number, value in changes.state["gradients"]:
                 self._sums.write(number, value)
 
-    def _add(self, parameters: Sequence[nn.Parameter], pulled: Pulled) -> None:
-        """Add gradients of parameters up over parts."""
+    def _add(self, parameters: Sequence[nn.Parameter], pulled: Pulled, block: range) -> None:
+        """Add a block of losses' gradients of parameters up over parts."""
         for parameter, gradient in zip(parameters, pulled.parameters, strict=True):
             if gradient is None:
                 continue
-            known = self.gradients.get(parameter)
-            self.gradients[parameter] = gradient.clone() if known is None else known + gradient
+            self.objectives.add(self.gradients, parameter, gradient, block)
             self._touched[parameter] = None
         # Of the pass over the parts that is under way; they are not changed in place.
         self._changed = [(self._numbers[p], self.gradients[p]) for p in self._touched if p in self._numbers]
+
+    def _by_blocks(self, first: Changes, rest: Iterator[Changes]) -> Changes:
+        """Do at once what blocks of losses change, but for the last one, so that one of them is held at a time.
+
+        Args:
+            first: what else the operation does.
+            rest: what it does for each block, which is computed when it is asked for.
+
+        Returns:
+            What is left to be done.
+        """
+        for number, changes in enumerate(rest):
+            if (
+                number < len(self.objectives.blocks) - 1
+            ):  # by the thread that reads and writes, in whose order ranks exchange rows
+                self.space.worker.submit(self.space.tables.apply, changes, False).result()
+                continue
+            first.rows += changes.rows
+            first.added += changes.added
+            first.cleared += changes.cleared
+        return first
 
     def _reached(
         self, outputs: Sequence[Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
@@ -233,9 +256,9 @@ class Step(ABC):
 
     def _lose(
         self, part: Part, logits: Callable[[], Tensor], rows: Sequence[Tensor], parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor]:
-        """Add a part's losses up, and return their gradients for rows [rows, ..., width]."""
-        found: list[Tensor | None] = [None] * len(rows)
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """Add a part's losses up, and yield their gradients for rows [rows, ..., width], for each block of losses."""
+        losses: Tensor | None = None
         if (
             not part.train.numel() and self._loss is None and self.space.shares is None
         ):  # those with training nodes come first
@@ -243,15 +266,23 @@ class Step(ABC):
         if part.train.numel():
             with torch.enable_grad():
                 losses = self.objectives.losses_of(logits(), part.y)
-                parameters = self._reached([losses], rows, parameters)
-                pulled = self.objectives.start(losses, rows, parameters)
+            parameters = self._reached([losses], rows, parameters)
             self._loss = losses.detach() if self._loss is None else self._loss + losses.detach()
-            self._add(parameters, pulled)
-            found = pulled.rows
-        return [
-            each.new_zeros(each.size(0), self.objectives.width(1), *each.shape[1:]) if one is None else one
-            for one, each in zip(found, rows, strict=True)
-        ]
+        for block in self.objectives.blocks:
+            found: list[Tensor | None] = [None] * len(rows)
+            if losses is not None:
+                pulled = self.objectives.start(losses, rows, parameters, block)
+                self._add(parameters, pulled, block)
+                found = pulled.rows
+            yield (
+                block,
+                [
+                    each.new_zeros(each.size(0), self.objectives.width(each[:1].numel(), block), requires_grad=False)
+                    if one is None
+                    else one.flatten(1)
+                    for one, each in zip(found, rows, strict=True)
+                ],
+            )
 
     def _lost(self) -> Tensor:
         """Return the losses, summed up over all parts."""

@@ -12,6 +12,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from torch import Tensor
 from recollect.autoscale.histories import HistoryFileError, PlainRows, Where
 from recollect.outofcore._journal import Journal
 
-__all__ = ["Changes", "Rows", "Shape", "Slots", "Sum", "Tables", "load", "save", "unpacked"]
+__all__ = ["Changes", "Places", "Rows", "Shape", "Sum", "Table", "Tables", "load", "save", "unpacked"]
 
 _CHECKSUM = struct.Struct("<I")
-Rows = tuple[str, Where, Tensor]
-"""A table by name, rows of it, and values."""
+Table = tuple[str, int]
+"""A table by name, and the place in its file where its rows begin; see :class:`Places`."""
+Rows = tuple[Table, Where, Tensor]
+"""A table, rows of it, and values."""
 Shape = tuple[int, torch.dtype]
 """Entries in a row, and their type."""
 
@@ -36,16 +39,16 @@ class Sum:
     """Values that are added to rows.
 
     Attributes:
-        table: where the sum lies, by name.
+        table: where the sum lies.
         where: which rows.
         values: what is added.
-        source: the table of what it is added to: the same, or another one.
+        source: the table of what it is added to: the same, or the one that it was before the pass.
     """
 
-    table: str
+    table: Table
     where: Where
     values: Tensor
-    source: str
+    source: Table
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Changes:
 
     rows: list[Rows] = field(default_factory=list)
     added: list[Sum] = field(default_factory=list)
-    cleared: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
+    cleared: list[tuple[Table, tuple[int, int]]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,12 +75,17 @@ class Tables:
         rows: N.
         shapes: of the tables, by name.
         folder: of the files and the journal; ``None``: in memory.
+        moved: the names of tables that passes move; see :class:`Places`.
+        spare: how many rows these have beside N.
     """
 
-    def __init__(self, rows: int, shapes: dict[str, Shape], folder: Path | None) -> None:
+    def __init__(
+        self, rows: int, shapes: dict[str, Shape], folder: Path | None, moved: Collection[str] = (), spare: int = 0
+    ) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._number, self._folder = rows, folder
+        self._moved, self.spare = frozenset(moved), spare
         self._journal = None if folder is None else Journal(folder)
         self._tables: dict[str, PlainRows] = {}
         for name, shape in shapes.items():
@@ -87,14 +95,24 @@ class Tables:
         """Make a table, unless there is one."""
         if name not in self._tables:
             path = None if self._folder is None else self._folder / f"{name}.table"
-            self._tables[name] = PlainRows(self._number, *shape, path)
+            number = self._number + (self.spare if name in self._moved else 0)
+            self._tables[name] = PlainRows(number, *shape, path)
 
     def __getitem__(self, name: str) -> PlainRows:
         return self._tables[name]
 
-    def read(self, name: str, where: tuple[int, int], halo: Tensor) -> Tensor:
+    def at(self, table: Table) -> PlainRows:
+        """Return a table's rows."""
+        name, begin = table
+        return self[name] if name not in self._moved else _Ring(self[name], self._number + self.spare, begin)
+
+    def places(self, journaled: bool) -> Places:
+        """Return where tables begin, in a step that has not begun."""
+        return Places(self._number + self.spare, self.spare if journaled else 0)
+
+    def read(self, at: Table, where: tuple[int, int], halo: Tensor) -> Tensor:
         """Return some rows in a row, and behind them others by number."""
-        table, own = self._tables[name], where[1] - where[0]
+        table, own = self.at(at), where[1] - where[0]
         rows = table.empty(own + halo.numel())
         table.read(where, rows[:own])
         table.read(halo, rows[own:])
@@ -106,7 +124,7 @@ class Tables:
         if self._journal is None or not journaled:
             for each in changes.added:
                 if each.source == each.table:
-                    self._tables[each.table].add(each.where, each.values)
+                    self.at(each.table).add(each.where, each.values)
                 else:
                     self._write([self._summed(each)])
             self._clear(changes.cleared)
@@ -122,9 +140,10 @@ class Tables:
         if entry is None:
             return None
         rows = [
-            (name, where if isinstance(where, Tensor) else tuple(where), each) for name, where, each in entry["rows"]
+            (tuple(table), where if isinstance(where, Tensor) else tuple(where), each)
+            for table, where, each in entry["rows"]
         ]
-        self._finish(rows, [(name, tuple(where)) for name, where in entry["cleared"]])
+        self._finish(rows, [(tuple(table), tuple(where)) for table, where in entry["cleared"]])
         state: dict[str, Any] = entry["state"]
         return state
 
@@ -134,53 +153,108 @@ class Tables:
             self._journal.clear()
 
     def _summed(self, each: Sum) -> Rows:
-        return each.table, each.where, self._tables[each.source].read(each.where).add_(each.values)
+        return each.table, each.where, self.at(each.source).read(each.where).add_(each.values)
 
-    def _finish(self, rows: list[Rows], cleared: list[tuple[str, tuple[int, int]]]) -> None:
+    def _finish(self, rows: list[Rows], cleared: list[tuple[Table, tuple[int, int]]]) -> None:
         """Do what is in the journal."""
         self._write(rows)
         self._clear(cleared)
 
     def _write(self, rows: list[Rows]) -> None:
-        for name, where, values in rows:
-            self._tables[name].write(where, values)
+        for table, where, values in rows:
+            self.at(table).write(where, values)
 
-    def _clear(self, cleared: list[tuple[str, tuple[int, int]]]) -> None:
-        for name, (start, stop) in cleared:
-            table = self._tables[name]
-            table.write((start, stop), table.empty(stop - start).zero_())
+    def _clear(self, cleared: list[tuple[Table, tuple[int, int]]]) -> None:
+        for table, (start, stop) in cleared:
+            rows = self.at(table)
+            rows.write((start, stop), rows.empty(stop - start).zero_())
 
 
-class Slots:
-    """Which table each group is in: those that a pass changes go from one table to a spare one, which changes places.
+class Places:
+    """Where the rows of tables begin, each of which is a ring of more rows than N.
 
-    So what an operation reads stays until its pass is over. Without spare tables all is changed in place.
+    A pass over the parts, in their order, writes the new rows of those that it changes so many places before the old
+    ones. If these are as many as the largest part has, a part's new rows lie where old rows of parts before it were, or
+    where there were none: what an operation reads stays until the operation behind it is under way. So a table that is
+    changed in a pass takes the room of one part more, and not that of another table.
 
     Args:
-        kind: "x", of activations, of which a pass changes one group, or "g", of gradients, of which it may change all
-            but one.
-        groups: how many there are.
-        spare: whether there are spare tables.
+        rows: of a ring: N, and those of the largest part.
+        by: those of the largest part; 0: all is changed in place.
     """
 
-    def __init__(self, kind: str, groups: int, spare: bool) -> None:
-        number = (1 if kind == "x" else max(1, groups - 1)) if spare else 0
-        self.names = [f"{kind}{i}" for i in range(groups + number)]
-        self._at, self._spare = list(range(groups)), list(range(groups, groups + number))
+    def __init__(self, rows: int, by: int) -> None:
+        self._rows, self._by = rows, by
+        self._begin: dict[str, int] = {}
 
-    def here(self, group: int) -> str:
-        """Return the table in which a group is before a pass."""
-        return self.names[self._at[group]]
+    def here(self, name: str) -> Table:
+        """Return a table as it is before a pass."""
+        return name, self._begin.get(name, 0)
 
-    def there(self, group: int, changed: list[int]) -> str:
-        """Return the table in which it is behind the pass, which changes some groups."""
-        return self.names[self._spare[changed.index(group)]] if self._spare else self.here(group)
+    def there(self, name: str) -> Table:
+        """Return it as it is behind a pass that changes it."""
+        return name, (self._begin.get(name, 0) - self._by) % self._rows
 
-    def turn(self, changed: list[int]) -> None:
-        """Take notice that a pass is over."""
-        if self._spare:
-            for place, group in enumerate(changed):
-                self._at[group], self._spare[place] = self._spare[place], self._at[group]
+    def sums(self, name: str, where: tuple[int, int], halo: Tensor, values: Tensor) -> list[Sum]:
+        """Return what adds to rows of a table in a pass that changes it, over all parts in their order.
+
+        Args:
+            name: of the table.
+            where: the nodes of a part.
+            halo: its neighbours, ascending.
+            values: for its nodes, and for those of its halo, or for its nodes alone.
+        """
+        here, there, own = self.here(name), self.there(name), where[1] - where[0]
+        found, around = [Sum(there, where, values[:own], here)], values[own:]
+        if not around.size(0):
+            return found
+        if here == there:
+            return [*found, Sum(here, halo, around, here)]
+        before = int((halo < where[0]).sum())  # has moved already
+        found.append(Sum(there, halo[:before], around[:before], there))
+        return [*found, Sum(here, halo[before:], around[before:], here)]
+
+    def turn(self, changed: Iterable[str]) -> None:
+        """Take notice that a pass is over, which changed some tables."""
+        self._begin.update([self.there(name) for name in dict.fromkeys(changed)])
+
+
+class _Ring(PlainRows):
+    """Rows that begin somewhere in a ring."""
+
+    def __init__(self, rows: PlainRows, length: int, begin: int) -> None:
+        self._plain, self._length, self._begin = rows, length, begin
+
+    def empty(self, rows: int) -> Tensor:
+        """See :class:`PlainRows`."""
+        return self._plain.empty(rows)
+
+    def read(self, where: Where, out: Tensor | None = None) -> Tensor:
+        """See :class:`PlainRows`."""
+        number = where.numel() if isinstance(where, Tensor) else where[1] - where[0]
+        out = self.empty(number) if out is None else out
+        for rows, place in self._pieces(where):
+            self._plain.read(place, out[rows])
+        return out
+
+    def write(self, where: Where, values: Tensor) -> None:
+        """See :class:`PlainRows`."""
+        for rows, place in self._pieces(where):
+            self._plain.write(place, values[rows])
+
+    def add(self, where: Where, values: Tensor) -> None:
+        """See :class:`PlainRows`."""
+        for rows, place in self._pieces(where):
+            self._plain.add(place, values[rows])
+
+    def _pieces(self, where: Where) -> list[tuple[slice, Where]]:
+        """Return which of some rows lie where."""
+        if isinstance(where, Tensor):
+            return [(slice(None), (where + self._begin) % self._length)]
+        first, number = (where[0] + self._begin) % self._length, where[1] - where[0]
+        left = min(number, self._length - first)
+        pieces: list[tuple[slice, Where]] = [(slice(0, left), (first, first + left))]
+        return pieces if left == number else [*pieces, (slice(left, number), (0, number - left))]
 
 
 def save(path: Path, value: Any) -> None:

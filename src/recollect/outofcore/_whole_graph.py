@@ -34,12 +34,14 @@ from recollect.outofcore._checks import (
 from recollect.outofcore._layered import Layered
 from recollect.outofcore._leaves import accumulate
 from recollect.outofcore._network import Graph, Network
-from recollect.outofcore._objectives import Criterion, OneLoss, SeveralLosses, Weighed, Weighting, certify, weigh
+from recollect.outofcore._objectives import Criterion, OneLoss, Weighed, Weighting, certify, weigh
 from recollect.outofcore._parts import Parts
 from recollect.outofcore._rank_tables import RankTables, Team, check_shares
 from recollect.outofcore._reversible import Reversible
+from recollect.outofcore._several import SeveralLosses
 from recollect.outofcore._step import Run, Space, Step
 from recollect.outofcore._tables import Tables, load, save
+from recollect.outofcore._writes import Writes
 
 __all__ = ["WholeGraph"]
 
@@ -49,8 +51,8 @@ class WholeGraph:
 
     ``step`` leaves in ``.grad`` what one backward pass over the whole graph would. Memory holds the parameters and a
     few parts with their neighbours; tables lie in host memory or in files. A RevGNN has two for each group: 8 N C bytes
-    in float32 for N nodes and C channels, whatever the depth. Other networks have one for each layer's input, two of
-    gradients, and two for what layers leave in their state.
+    in float32 for N nodes and C channels, whatever the depth, and in files the rows of one part more. Other networks
+    have one for each layer's input, two of gradients, and two for what layers leave in their state.
 
     Args:
         model: a RevGNN, or another ScalableGNN without a ``forward`` of its own, in float32 or float64, on the CPU.
@@ -68,6 +70,8 @@ class WholeGraph:
             with what convolutions make of their edges.
         keep_every: s: the input of every s-th layer is kept, and those between are computed again in backward; not of a
             RevGNN.
+        row_bytes: with several losses, bytes of a part's rows of gradients that an operation holds at once: so many
+            losses go together, and at the least one. It computes a part once for all of them.
         shares: of several processes, made of the same ``ptr``: each has the rows of its own nodes, computes its own
             parts, and all call each method together. The loss and ``.grad`` are those of the whole graph on every rank,
             ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, and no
@@ -124,9 +128,10 @@ class WholeGraph:
         inputs: tuple[str, ...] = (),
         memory: int = 128 << 20,
         keep_every: int = 1,
+        row_bytes: int = 2**26,
         shares: Shares | None = None,
     ) -> None:
-        keep_every = as_count("keep_every", keep_every)
+        keep_every, self._row_bytes = as_count("keep_every", keep_every), as_count("row_bytes", row_bytes)
         inputs = inputs_of(model, tuple(inputs), keep_every)
         check_graph(data, inputs)
         self.model = model
@@ -159,8 +164,12 @@ class WholeGraph:
         )
         self._graph = (self._ptr.tolist(), inputs, bits)
         self._graph_bits = dict(zip(names, bits, strict=False))
-        shapes = self._network.tables(folder is not None)
-        tables = Tables(self.num_nodes, shapes, folder) if shares is None else RankTables(shapes, shares)
+        shapes, spare = self._network.tables(), 0 if folder is None else int(self._ptr.diff().max())
+        tables = (
+            Tables(self.num_nodes, shapes, folder, self._network.moved, spare)
+            if shares is None
+            else RankTables(shapes, shares)
+        )
         # Behind the tables, which no other process has open: its parts are not written over.
         nodes = None if shares is None else shares.nodes
         parts_folder = None if folder is None else folder / "parts"
@@ -182,11 +191,13 @@ class WholeGraph:
         """Do forward and backward over the whole graph; return the loss, or the losses.
 
         Gradients are added to ``.grad`` when all is done, of all parameters that were reached, the criterion's own too;
-        hooks on parameters are called then. After an error gradients are as before.
+        hooks on parameters are called then. Buffers that layers write (a power iteration of ``spectral_norm``) are
+        written once, as by the network itself. After an error gradients and buffers are as before.
 
         With a weighting there are m losses, and the gradient is Jᵀ w, of weights w that it makes of the Gramian of the
         losses' gradients (arXiv 2406.16232). The Gramian takes a forward pass, and a backward pass with m rows for each
-        node: m N C entries for each table of gradients. A layer's rows of parameters are squared when the layer is
+        node: m N C entries for each table of gradients. As many losses as ``row_bytes`` allows are held at a time, and
+        one part is computed once for all. A layer's rows of parameters are squared when the layer is
         done. Then the weighted gradient takes a step of its own, with the same random numbers. Both are compared,
         wᵀ G w = ‖Jᵀ w‖².
 
@@ -202,8 +213,9 @@ class WholeGraph:
 
         Raises:
             TypeError: ``weighting`` cannot be called, or returns no tensor.
-            ValueError: batch normalisation in training mode, which goes over all nodes at once; the network was changed
-                into one for which this was not made; the criterion, or the weighting, returns another shape.
+            ValueError: batch normalisation in training mode, which goes over all nodes at once; a layer writes into a
+                buffer what depends on its rows; the network was changed into one for which this was not made; the
+                criterion, or the weighting, returns another shape.
             RuntimeError: another step or evaluation is under way.
             RebuildError: a block did not compute the same bits again.
             GramianError: the gradient is not of the size that the Gramian says.
@@ -233,7 +245,8 @@ class WholeGraph:
         with self._alone("compute_gramian"):
             self._check_finished("the Gramian")
             self._begun("a Gramian", several=True)
-            return self._several(criterion)[1]
+            with self._writing() as writes:
+                return self._several(criterion, writes)[1]
 
     def resume(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Go on with a step whose process ended, and return its loss: the same numbers as without the break.
@@ -273,8 +286,8 @@ class WholeGraph:
             if self._team is not None:
                 state = {"graph": self._graph_bits, "model": self._digest()}
                 self._team.agree("an evaluation", state, len(self.parts.trained))
-            with self._telling():
-                run = self._network.step(self._space, Run(None))
+            with self._writing() as writes, self._telling():
+                run = self._network.step(self._space, Run(None, writes=writes))
                 run.forward()
                 logits = torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
             if self._team is not None:
@@ -343,8 +356,24 @@ class WholeGraph:
         self, state: dict[str, Any], criterion: Criterion, weighting: Weighting | None, journal: dict[str, Any] | None
     ) -> Tensor:
         """Do a step, or what is left of it."""
+        with self._writing() as writes:
+            return self._run_on(state, criterion, weighting, Run(None, journal=journal, writes=writes))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writes]:
+        """Let the network write its buffers once; after an error they are as before."""
+        writes = Writes()
+        try:
+            self._network.watch(writes)
+            yield writes
+        except BaseException:
+            writes.undo()
+            raise
+        writes.settle()
+
+    def _run_on(self, state: dict[str, Any], criterion: Criterion, weighting: Weighting | None, run: Run) -> Tensor:
         if weighting is not None and state["weighed"] is None:
-            losses, gramian = self._several(criterion)
+            losses, gramian = self._several(criterion, run.writes)
             with self._telling():
                 weights = weigh(weighting, losses, gramian)
             if self._team is not None:
@@ -357,8 +386,8 @@ class WholeGraph:
         weighed = None if state["weighed"] is None else Weighed(**state["weighed"])
         objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
         name = None if self._folder is None else state["name"]
-        run, loss = self._swept(Run(objectives, name=name, journal=journal))
-        gradients = run.gradients
+        step, loss = self._swept(replace(run, objectives=objectives, name=name))
+        gradients = step.gradients
         if self._team is not None:
             loss, gradients = self._team.summed(loss, gradients)
         if weighed is not None:
@@ -372,11 +401,15 @@ class WholeGraph:
         self._space.tables.forget()
         return loss
 
-    def _several(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    def _several(self, criterion: Criterion, writes: Writes) -> tuple[Tensor, Tensor]:
         """Return several losses [m] and their Gramian [m, m]."""
         uses = self._network.uses()
-        objectives = SeveralLosses(criterion, uses) if self._team is None else self._team.losses(criterion, uses)
-        step, losses = self._swept(Run(objectives))
+        largest = int(self._ptr.diff().max()) * self._network.row_bytes
+        fit = max(1, self._row_bytes // largest)
+        objectives = (
+            SeveralLosses(criterion, uses, fit) if self._team is None else self._team.losses(criterion, uses, fit)
+        )
+        step, losses = self._swept(Run(objectives, writes=writes))
         if self._team is not None:
             losses = self._team.sum_of(losses)
         if step.gradients:

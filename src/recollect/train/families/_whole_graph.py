@@ -50,7 +50,8 @@ class WholeGraphFamily(ReversibleFamily):
 
     def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
         """Say what the tables will take."""
-        return f"tables: {tables_text(self._tables(graph.data.num_nodes, graph.num_classes))}"
+        assert graph.ptr is not None  # as _edges returned it
+        return f"tables: {tables_text(self._tables(graph.ptr.diff().tolist(), graph.num_classes))}"
 
     def own_step(self, network: nn.Module, graph: TrainingGraph, objective: Objective) -> Callable[[], Tensor] | None:
         """A step over all parts, of one objective or of one for each label."""
@@ -72,15 +73,16 @@ class WholeGraphFamily(ReversibleFamily):
     ) -> dict[str, Any]:
         """What the tables take."""
         assert self._whole is not None
-        return {"tables": self._tables(self._whole.num_nodes, cast(models.RevGNN, network).head.out_features)}
+        sizes = [stop - start for start, stop in self._whole.parts.bounds]
+        return {"tables": self._tables(sizes, cast(models.RevGNN, network).head.out_features)}
 
-    def _tables(self, num_nodes: int, num_classes: int) -> dict[str, Any]:
+    def _tables(self, sizes: Sequence[int], num_classes: int) -> dict[str, Any]:
         """Return what tables hold for each node: activations and a gradient, and one for each of several objectives."""
-        store, channels, groups = self.settings.training.store, self.own.hidden_channels, self.own.num_groups
-        spare = groups if store else 0  # in files, groups that change have a second place: one of x, all but one of g
+        store, channels = self.settings.training.store, self.own.hidden_channels
         several = 0 if self.settings.objective.name == "mean" else num_classes * channels
-        numbers, place = channels // groups * (2 * groups + spare) + several, store or "memory"
-        return {"rows": num_nodes, "numbers": numbers, "bytes": 4 * num_nodes * numbers, "place": place}
+        numbers, rows = 2 * channels + several, sum(sizes)
+        spare = 2 * channels * max(sizes) if store else 0  # in files, with the rows of the largest part once more
+        return {"rows": rows, "numbers": numbers, "bytes": 4 * (rows * numbers + spare), "place": store or "memory"}
 
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
         """Part by part too."""
