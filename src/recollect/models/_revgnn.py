@@ -13,7 +13,7 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale import Around, BlockwiseGNN
 from recollect.frames import Lattice, digits_of
-from recollect.messages.reach import Probe, goes_by_rows, kind_of, some_rows
+from recollect.messages.reach import Probe, goes_by_rows, kind_of, other_numbers, some_rows
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -295,7 +295,7 @@ class RevGNN(BlockwiseGNN):
 
     def _check_blocks(self, args: tuple[Any, ...]) -> None:
         weight, known = self.project.weight, set[Any]()
-        edges = {str(place): _others(value.detach().cpu(), place) for place, value in enumerate(args)}
+        edges = {str(place): other_numbers(value.detach().cpu(), place) for place, value in enumerate(args)}
         probe = Probe(edges, weight.size(0) // self.num_groups, weight.dtype)
         for index in range(len(self.layers)):
             for group in range(self.num_groups):
@@ -376,11 +376,3 @@ class RevGNN(BlockwiseGNN):
         if not (self.shared_dropout and self.training and self.dropout > 0):
             return None
         return dropout_mask(x, self.dropout)
-
-
-def _others(value: Tensor, seed: int) -> Tensor:
-    """What edges have, with other numbers for 0 and 1: those of this mini-batch's edges may be others in the next."""
-    if not value.is_floating_point():
-        return value
-    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / 2 + 0.25
-    return torch.where((value == 0) | (value == 1), drawn.to(value.dtype), value)
