@@ -61,7 +61,7 @@ class CorrectedGNN(HistoryGNN):
         if self.compensate:
             widths = self._gradient_widths()
             self.gradients = GradientHistories(self.num_nodes, widths, options.device, options.dtype, options.path)
-            if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
+            if isinstance(before, GradientHistories):  # those of a network that this is a copy of
                 self.gradients.to(before.place)
 
     def _gradient_widths(self) -> list[int]:

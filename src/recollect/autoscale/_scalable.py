@@ -377,7 +377,8 @@ class ScalableGNN(CorrectedGNN):
             history.extend(num_nodes)
             history.graph = None  # it has edges to and from the new nodes
         self.num_nodes = num_nodes
-        self.keep_gradients()
+        if self.gradients is not None:
+            self.gradients.extend(num_nodes)
         return None if loader is None else self.mini_inference(loader)
 
     def _make_histories(self) -> None:
