@@ -208,6 +208,11 @@ class BlockwiseGNN(ScalableGNN):
                 self._look = look
             self._block_ways = BlockWays()
 
+    def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
+        """See :meth:`ScalableGNN.extend`."""
+        self._look = None
+        return super().extend(num_nodes, loader)
+
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.
 

@@ -379,6 +379,7 @@ class ScalableGNN(CorrectedGNN):
         self.num_nodes = num_nodes
         if self.gradients is not None:
             self.gradients.extend(num_nodes)
+            self._ways, self._steady = {}, {}
         return None if loader is None else self.mini_inference(loader)
 
     def _make_histories(self) -> None:
