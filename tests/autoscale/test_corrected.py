@@ -66,6 +66,31 @@ def test_copies_go_their_own_way_and_states_leave_gradients_out():
     assert model.gradients.trust(2) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"history_path": "folder"}], ids=["memory", "file"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_new_nodes_are_appended(options, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, data = make("gcn", 3, compensate=True, **options), make_data()
+    if trained:
+        epoch(model, data, True)
+    grown, ptr = copy.copy(data), torch.cat([PTR, PTR[-1:] + 2])
+    dense = torch.zeros(PTR[-1] + 2, PTR[-1] + 2, dtype=torch.float64)
+    dense[:-2, :-2], dense[-2:, ::7], dense[::9, -2:] = data.adj_t.to_dense(), 0.5, 0.25
+    grown.adj_t, grown.node_order = dense.to_sparse_csr(), torch.arange(len(dense))
+    grown.x, grown.node_share = (torch.cat([value, value[:2].sin()]) for value in (data.x, data.node_share))
+    del grown.edge_attr
+    model.extend(len(dense))
+    assert model.gradients.trust(1) == 1
+    assert model.gradients.is_empty(1)
+    loader = EvalSubgraphLoader(grown, ptr, log=False)
+    model.refresh(loader, lambda out, batch: loss_of(out, batch.data.node_share[: batch.batch_size]))
+    for batch in SubgraphLoader(grown, ptr, 2, log=False, outward=True):
+        loss_of(run(model, batch), batch.data.node_share[: batch.batch_size]).backward()
+    found = gradients_of(model)
+    loss_of(model(grown.x, grown.adj_t), grown.node_share).backward()
+    assert error(found, gradients_of(model)) < 1e-9
+
+
 def test_autocast_reaches_the_nodes_outside():
     data = make_data()
     model = make("gcn", 3, compensate=True, history_dtype=torch.float32).float()

@@ -294,3 +294,67 @@ def test_a_batch_of_graphs():
     assert torch.equal(data.get_example(1).x, graphs[1].x)
     for batch in SubgraphLoader(to_adj_t(found), ptr_of(4, 4)):
         assert torch.equal(batch.data.batch, found.batch[batch.n_id])
+
+
+class Rooted(Data):
+    def __inc__(self, key, value, *args, **kwargs):
+        return self.num_nodes if key == "root" else super().__inc__(key, value, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("root_index", 3),
+        ("center_idx", np.int64(3)),
+        ("seed_index", [3, 5]),
+        ("seed_nodes", {3, 5}),
+        ("train_idx", np.array([3, 5])),
+        ("face", ((0,), (1,), (2,))),
+        ("groups", {"few": {"first_index": [3]}}),
+        ("split_idx", {"train": [3], "test": (4, 5)}),
+        ("root", 3),
+        ("root", [[3], [5]]),
+    ],
+)
+@both_forms
+def test_nodes_in_anything_but_tensors_are_refused(form, name, value):
+    data = form(with_attributes(Rooted, **{name: value}))
+    with pytest.raises(TypeError, match=rf"data.{name} is of type .* kinds={{'{name}': 'graph'}}"):
+        permute(data, PERM, log=False)
+    kept = permute(data, PERM, log=False, kinds={name: "graph"})
+    assert np.array_equal(kept[name], value)
+    with pytest.raises(TypeError, match="may hold nodes by number"):
+        permute(data, PERM, log=False, kinds={name: "index"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_nodes_of_parts", 3),
+        ("names", ["a", "b"]),
+        ("idx_name", "third"),
+        ("share_index", 0.5),
+        ("depth", 3),
+        ("is_index", True),
+        ("layers", [[3, 4], [5]]),
+        ("chance", {"a": 8, "b": None}),
+    ],
+)
+def test_other_values_stay_what_they_are(name, value):
+    assert permute(with_attributes(Rooted, **{name: value}), PERM, log=False)[name] == value
+
+
+@pytest.mark.parametrize("shape", [(16, 2), (2, 5), (5, 2)])
+@pytest.mark.parametrize("path", [("train_edges",), ("split", "edge"), ("split_idx", "train")])
+def test_integers_that_may_be_nodes_are_asked_about(shape, path):
+    nodes, name = torch.arange(2 * max(shape)).view(shape) % 8, ".".join(path)
+    data = ring()
+    data[path[0]] = nodes if len(path) == 1 else {path[1]: nodes}
+    if path[0] == "split_idx":
+        data[path[0]] = {path[1]: nodes.flatten()[:5]}
+    with pytest.raises(ValueError, match=rf"data.{name} has shape .* 'index'"):
+        permute(data, PERM, log=False)
+    moved = permute(data, PERM, log=False, kinds={name: "index"})
+    found = moved[path[0]] if len(path) == 1 else moved[path[0]][path[1]]
+    before = data[path[0]] if len(path) == 1 else data[path[0]][path[1]]
+    assert torch.equal(found, INVERSE[before])

@@ -327,7 +327,40 @@ def test_new_nodes_are_appended_and_their_rows_filled(options, tmp_path, monkeyp
         model.extend(25)
 
 
+@pytest.mark.parametrize("options", [{}, {"history_path": "folder"}], ids=["memory", "file"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda state: torch.load(_saved(state))], ids=["copied", "saved"])
+def test_a_state_says_whose_its_histories_are(options, again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, data = Mean(save_histories=True), make_graph()
+    model(loader=EvalSubgraphLoader(data, PTR))
+    state = again(model.state_dict())
+    other = Mean(**options or {"save_histories": True})
+    other.load_state_dict(state)
+    assert all(history.graph == GraphStamp.of(data.adj_t, data.node_order) for history in other.histories)
+    run(other, batches(data)[0])
+    before = tables(other)
+    with pytest.raises(ValueError, match="another graph"):
+        run(other, batches(other_graph(NODES)[0])[0])
+    assert_same(tables(other), before)
+    earlier = Mean(save_histories=True)  # a state that does not say it
+    earlier.load_state_dict({name: value for name, value in state.items() if not name.endswith(".graph")})
+    assert [history.graph for history in earlier.histories] == [None] * 3
+
+
+def _saved(state):
+    torch.save(state, "state.pt")
+    return "state.pt"
+
+
 # Stamps.
+
+
+@pytest.mark.parametrize("edges", [0, 5, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("order", [None, 0, 3, 2**64 - 1])
+def test_stamps_as_numbers(edges, order):
+    stamp = GraphStamp(7, edges, order)
+    assert GraphStamp.from_numbers(stamp.numbers()) == stamp
+    assert GraphStamp.from_numbers(torch.zeros(3, dtype=torch.int64)) is None
 
 
 def test_stamps_tell_graphs_apart_and_do_not_see_how_they_are_kept():

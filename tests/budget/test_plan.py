@@ -61,6 +61,31 @@ def test_the_measured_peak_is_within_the_budget_and_gradients_are_plain(share):
     assert all("forward" not in vars(part) for part in model.modules())
 
 
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
+def test_layers_that_are_one_and_the_same_are_units(container):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.blocks = nn.Linear(16, 32), container([block] * 6) if lists else container(*[block] * 6)
+            self.last = nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            for part in self.blocks:
+                x = part(x)
+            return self.last(x)
+
+    block, lists = Block(32), container is nn.ModuleList
+    model, x = Tied().double(), torch.randn(256, 16, dtype=torch.float64)
+    expected, budget = gradients(model, x), peak_of(model, x) // 2
+    plan = recollect.plan(model, x, budget=budget)
+    assert [row.unit for row in plan.rows] == ["blocks.0"] * 6
+    with plan:
+        assert peak_of(model, x) <= budget
+        for found, plain in zip(gradients(model, x), expected, strict=True):
+            torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
+
+
 def test_an_impossible_budget_is_an_error_with_the_least_peak():
     model, x = network(), torch.randn(256, 16, dtype=torch.float64)
     with pytest.raises(BudgetError, match="the least peak that was measured") as caught:

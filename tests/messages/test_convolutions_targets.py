@@ -64,6 +64,16 @@ def test_degrees_count_all_edges():
     assert_close(convolve(conv, x, edge_index), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [*CONVS, "gcn, which takes no pair"])
+def test_without_edges(name):
+    conv = CONVS[name]() if name in CONVS else GCNConv(CHANNELS, CHANNELS)
+    edge_index, block = torch.empty(2, 0, dtype=torch.int64), Block(conv).double()
+    x = torch.randn(N, CHANNELS, dtype=torch.float64)
+    with for_targets(TARGETS):
+        found = convolve(block, x, edge_index)
+    assert_close(found, convolve(block, x, edge_index)[:TARGETS], rtol=1e-12, atol=1e-12)
+
+
 def test_it_ends_with_the_body_and_counts_in_its_thread_alone():
     edge_index, conv = into_targets(), SAGEConv(CHANNELS, CHANNELS)
     x = torch.randn(N, CHANNELS)

@@ -301,6 +301,40 @@ def test_blocks_are_looked_at_once(monkeypatch):
     assert len(looks) == 1
 
 
+@pytest.mark.parametrize("first", ["no edges", "edges of weight 0", "edges of weight 1"])
+def test_blocks_are_looked_at_whatever_the_first_mini_batch_has(first):
+    """A convolution that divides by degrees, weighted ones, of neighbours, and one that does so by their logarithms."""
+    generator = torch.Generator().manual_seed(0)
+    edge_index = torch.randint(10, NODES, (2, 120), generator=generator)
+    weight = torch.rand(120, dtype=torch.float64, generator=generator) + 0.5
+    if first != "no edges":
+        into = torch.randint(NODES, (2, 20), generator=generator) % torch.tensor([[NODES], [10]])
+        edge_index = torch.cat([edge_index, into], 1)
+        weight = torch.cat([weight, torch.full((20,), float(first[-1]), dtype=torch.float64)])
+    x = torch.randn(NODES, IN, dtype=torch.float64, generator=generator)
+    data = to_adj_t(Data(x=x, edge_index=edge_index, edge_weight=weight))
+    data.node_order = torch.arange(NODES)
+    kinds = [lambda c: geometric.GCNConv(c, c)] if first != "edges of weight 1" else [LogDegrees]
+    for conv in kinds:
+        model = make_model(conv=conv, inputs=("edge_weight",)).eval()
+        whole = model(data.x, data.adj_t)  # fills the histories
+        first_batch, second_batch, *_ = SubgraphLoader(data, torch.arange(0, NODES + 1, 10))
+        with pytest.raises(ValueError, match="neighbours' degrees"):  # noqa: PT012 - in the first or the second
+            close([call(model, first_batch)], [whole[:10]])
+            call(model, second_batch)
+
+
+class LogDegrees(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.lin = nn.Linear(channels, channels)
+
+    def forward(self, x, edge_index, edge_weight):
+        source, target = edge_index
+        degree = x.new_zeros(x.size(0)).index_add_(0, target, edge_weight.abs().log().abs())
+        return self.lin(torch.zeros_like(x).index_add_(0, target, x[source] * degree[source, None]))
+
+
 class Twice(nn.Module):
     def __init__(self, channels):
         super().__init__()

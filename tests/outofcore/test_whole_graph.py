@@ -35,6 +35,16 @@ def test_gradients_of_every_convolution(conv, groups):
     compare(whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data))
 
 
+@pytest.mark.parametrize("conv", ["sage", "gcn", "gin", "gat"])
+@pytest.mark.parametrize("edges", ["none into a part", "none at all"])
+def test_parts_without_edges(conv, edges):
+    data = a_graph()
+    kept = (data.edge_index >= 20).all(0) if edges == "none into a part" else torch.zeros(data.num_edges).bool()
+    data.edge_index = data.edge_index[:, kept]
+    model = a_model(data, conv, exact=True)
+    compare(whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("exact", [False, True, 30])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recollect.autoscale import ScalableGNN
+from recollect.autoscale import ScalableGNN, propagate, to_adj_t, with_weights
 from recollect.data import load
 from recollect.models import GCN, RevGNN
 from recollect.train import FitResult, InvalidRunError, TrainingError, UsageError, fit, train
@@ -118,6 +119,38 @@ def test_a_network_with_histories_trains_on_parts(graph, tmp_path, made):
     assert result.summary["histories"]["layers"] == 1
     assert result.peak_bytes_plain > 0
     assert float(rows(tmp_path)[0]["age_1"]) > 0
+
+
+class OfEdges(ScalableGNN):
+    """Sums over edges with weights that are made of what the edges have."""
+
+    inputs = ("edge_attr",)
+
+    def __init__(self, num_nodes, compensate=False):
+        super().__init__(num_nodes, hidden_channels=8, num_layers=2, compensate=compensate)
+        self.layers = nn.ModuleList([nn.Linear(34, 8), nn.Linear(8, 4)])
+        self.gate = nn.Linear(2, 1)
+
+    def forward_layer(self, layer, x, adj_t, state):
+        weights = self.gate(state["edge_attr"]).squeeze(1)
+        return propagate(with_weights(adj_t, weights), self.layers[layer](x))
+
+
+@pytest.mark.parametrize("compensate", [None, "cut"])
+def test_layers_get_what_they_take_of_edges(graph, tmp_path, compensate):
+    data = copy.copy(graph.data)
+    data.edge_attr = torch.rand(data.num_edges, 2)
+    histories = {"num_parts": 4, "parts_per_batch": 2, "compensate": compensate}
+    model = OfEdges(34, compensate is not None)
+    words = ["measure.repeats=1", "threads=1", "training.errors_every=1"]
+    result = fit(model, data, epochs=2, histories=histories, out=tmp_path / "run", overrides=words)
+    whole = to_adj_t(data)
+    logits = model.eval()(whole.x, whole.adj_t, edge_attr=whole.edge_attr)
+    share = (logits.argmax(1) == data.y)[data.test_mask].double().mean()
+    assert result.test_accuracy == pytest.approx(float(share))
+    for other, adjacency in ((data, "loops"), (graph.data, "plain")):
+        with pytest.raises(UsageError, match="layers of the OfEdges need edge_attr"):
+            fit(OfEdges(34), other, histories=histories | {"adjacency": adjacency}, out=tmp_path / "none")
 
 
 def test_objectives_are_chosen(graph, tmp_path):

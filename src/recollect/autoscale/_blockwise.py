@@ -199,13 +199,19 @@ class BlockwiseGNN(ScalableGNN):
     # What derives from it.
 
     def look_at_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
-        """Call :meth:`check_parts` if that was not done for the network as it is now."""
+        """Call :meth:`check_parts` if that was not done for the network as it is now, on edges."""
         look = look_of(part for name, part in self.named_children() if name not in ("histories", "gradients"))
         if look != self._look:
             with evaluating(self):
                 self.check_parts(x, args)
-            self._look = look
+            if all(value.size(0) for value in args):  # without edges nothing is seen of what blocks do with them
+                self._look = look
             self._block_ways = BlockWays()
+
+    def extend(self, num_nodes: int, loader: Iterable[SubData] | None = None) -> Tensor | None:
+        """See :meth:`ScalableGNN.extend`."""
+        self._look = None
+        return super().extend(num_nodes, loader)
 
     def forward(self, x: Tensor, edge_index: Any, *args: Any, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Return the network's output for a whole graph, or for a mini-batch; see :meth:`ScalableGNN.forward`.

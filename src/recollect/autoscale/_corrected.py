@@ -64,7 +64,7 @@ class CorrectedGNN(HistoryGNN):
             self.gradients = GradientHistories(
                 self.num_nodes, widths, options.device, options.dtype, options.path, shares
             )
-            if isinstance(before, GradientHistories):  # those of another size, or of a network that this is a copy of
+            if isinstance(before, GradientHistories):  # those of a network that this is a copy of
                 self.gradients.to(before.place)
 
     def _gradient_widths(self) -> list[int]:

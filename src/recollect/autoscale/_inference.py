@@ -195,7 +195,10 @@ class LayerWise:
         given = {name: data[name] for name in self._model.inputs}
         state = given | self._take_state(layer, batch)
         x = data.x if take is None else take().to(self._device, self._dtype)
-        out = self._model.run_layer(layer, x, first_rows(adj_t, batch.size), state)
+        own = first_rows(adj_t, batch.size)
+        if layer == 0:
+            self._model.look_at_layers(x, own, given)
+        out = self._model.run_layer(layer, x, own, state)
         self._dtype = out.dtype
         if layer < self._model.num_layers - 1:
             kept = {name: value for name, value in state.items() if name not in given}

@@ -87,6 +87,18 @@ class LayeredGNN(nn.Module):
             )
         return out if out.size(0) == adj_t.size(0) else out[: adj_t.size(0)]
 
+    def look_at_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any]) -> None:
+        """Refuse layers that need more than a mini-batch has, before the first one.
+
+        Args:
+            x: features of a mini-batch and its halo.
+            adj_t: its edges [targets, sources].
+            inputs: what the state begins with.
+
+        Raises:
+            ValueError: there is such a layer.
+        """
+
     def conclude(self, state: dict[str, Any]) -> None:
         """Take notice of what the layers left in their state, at the end of a pass over the whole graph or a batch.
 

@@ -16,6 +16,7 @@ from recollect.autoscale._combination import CombinedPass
 from recollect.autoscale._corrected import CorrectedGNN
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._inference import LayerWise, States, Tables, check_layerwise, evaluating
+from recollect.autoscale._locality import check_locality
 from recollect.autoscale._making import fresh_histories
 from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_graph, take_graph
 from recollect.autoscale.histories._history import History
@@ -105,6 +106,8 @@ class ScalableGNN(CorrectedGNN):
         >>> out.shape
         torch.Size([4, 4])
     """
+
+    _looked_at: tuple[int, ...] | None = None  # the parts of the network when its layers were looked at
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -209,6 +212,7 @@ class ScalableGNN(CorrectedGNN):
             return self.run_layers(x, adj_t, inputs, unchanged if self.training else self._fill)
         batch.check_inputs(x, adj_t)
         own = first_rows(adj_t, batch.size)
+        self.look_at_layers(x, own, inputs)
         correction = self.correction(batch, outward, inputs, x, own)
         if isinstance(correction, CombinedPass):
             return self.run_layers(x, own, inputs, correction.between, None, correction.follow)
@@ -221,6 +225,12 @@ class ScalableGNN(CorrectedGNN):
             None if correction is None else correction.follow,
             None if correction is None else correction.run,
         )
+
+    def look_at_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any]) -> None:
+        """See :class:`LayeredGNN`; done again when a part of the network is another one."""
+        look = tuple(map(id, self._modules.values()))
+        if look != self._looked_at and not torch.compiler.is_compiling() and check_locality(self, x, adj_t, inputs):
+            self._looked_at = look
 
     def push_and_pull(
         self,
@@ -367,7 +377,9 @@ class ScalableGNN(CorrectedGNN):
             history.extend(num_nodes)
             history.graph = None  # it has edges to and from the new nodes
         self.num_nodes = num_nodes
-        self.keep_gradients()
+        if self.gradients is not None:
+            self.gradients.extend(num_nodes)
+            self._ways, self._steady = {}, {}
         return None if loader is None else self.mini_inference(loader)
 
     def _make_histories(self) -> None:

@@ -52,6 +52,20 @@ class GraphStamp:
             order = _wrapped(order)
         return cls(adj_t.size(0), _wrapped(edges), order)
 
+    def numbers(self) -> Tensor:
+        """Return what `from_numbers` makes the stamp of, [4] int64 on the CPU."""
+        known = [self.edges, self.order or 0]
+        found = [self.num_nodes, int(self.order is not None), *(n - 2**64 if n >= 2**63 else n for n in known)]
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def from_numbers(cls, numbers: Tensor) -> GraphStamp | None:
+        """Make a stamp of :meth:`numbers`; ``None``: these are none."""
+        if numbers.dtype != torch.int64 or numbers.shape != (4,):
+            return None
+        num_nodes, ordered, edges, order = numbers.tolist()
+        return cls(num_nodes, _wrapped(edges), _wrapped(order) if ordered else None)
+
     def is_of(self, other: GraphStamp) -> bool:
         """Return whether both can be of one graph in one order, as far as both are known."""
         same = (self.num_nodes, self.edges) == (other.num_nodes, other.edges)

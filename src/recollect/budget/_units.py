@@ -78,7 +78,8 @@ def _repeats(module: nn.Module) -> bool:
     """Whether a module is a container in which a type of layers is repeated."""
     if not isinstance(module, _CONTAINERS):
         return False
-    kinds = Counter(type(child) for child in module.children())
+    # Unlike children(), with a layer as often as it is there: tied ones are a layer that is repeated.
+    kinds = Counter(type(child) for child in module._modules.values() if child is not None)
     return any(number > 1 for number in kinds.values())
 
 

@@ -197,6 +197,10 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
             edges = edges_of(edge_index, x.size(0), _RUNNING.targets)
             if edges.inside:  # the convolution says what is wrong
                 return rule(conv, x, Sources(edges, edge_index))
+        if _RUNNING.targets is not None and given is not None and _has_no_edges(given[1]):
+            # Products are made for edges, and a convolution that goes by products elsewhere need not take a pair.
+            out = type(conv).forward(conv, *args, **kwargs)
+            return out[: _RUNNING.targets] if isinstance(out, Tensor) else out
         if _RUNNING.targets is not None and args and type(args[0]) is Tensor:
             args = ((args[0], args[0][: _RUNNING.targets]), *args[1:])
     return type(conv).forward(conv, *args, **kwargs)
@@ -275,6 +279,10 @@ def _is_untouched(conv: nn.Module) -> bool:
     if any(not _is_ours(own[name]) for name in methods) or own.get("_compiled_call_impl") is not None:
         return False
     return not any(value for name, value in own.items() if name.endswith("_hooks"))
+
+
+def _has_no_edges(edge_index: Any) -> bool:
+    return isinstance(edge_index, Tensor) and edge_index.numel() == 0
 
 
 def _are_plain(x: Any, edge_index: Any) -> bool:

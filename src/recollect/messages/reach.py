@@ -28,6 +28,7 @@ __all__ = [
     "kind_of",
     "look_of",
     "module_of",
+    "other_numbers",
     "same",
     "settings_of",
     "some_rows",
@@ -306,6 +307,14 @@ def some_rows(x: Tensor) -> Tensor:
     """Return 24 rows of a tensor, for :func:`goes_by_rows`."""
     generator = torch.Generator().manual_seed(0)
     return x[torch.randint(x.size(0), (_ROWS,), generator=generator).to(x.device)]
+
+
+def other_numbers(value: Tensor, seed: int) -> Tensor:
+    """What edges have, with other numbers for 0 and 1: those of this mini-batch's edges may be others in the next."""
+    if not value.is_floating_point():
+        return value
+    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / 2 + 0.25
+    return torch.where((value == 0) | (value == 1), drawn.to(value.dtype), value)
 
 
 def copied(block: Any, shared: Iterable[nn.Module] = ()) -> Any:

@@ -13,7 +13,7 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale import Around, BlockwiseGNN
 from recollect.frames import Lattice, digits_of
-from recollect.messages.reach import Probe, goes_by_rows, kind_of, some_rows
+from recollect.messages.reach import Probe, goes_by_rows, kind_of, other_numbers, some_rows
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -300,7 +300,7 @@ class RevGNN(BlockwiseGNN):
 
     def _check_blocks(self, args: tuple[Any, ...]) -> None:
         weight, known = self.project.weight, set[Any]()
-        edges = {str(place): value.detach().cpu() for place, value in enumerate(args)}
+        edges = {str(place): other_numbers(value.detach().cpu(), place) for place, value in enumerate(args)}
         probe = Probe(edges, weight.size(0) // self.num_groups, weight.dtype)
         for index in range(len(self.layers)):
             for group in range(self.num_groups):

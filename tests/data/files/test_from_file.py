@@ -160,6 +160,32 @@ def test_matlab(tmp_path: Path) -> None:
     same(from_file(tmp_path / "g.mat"), split=False)
 
 
+def test_numbers_of_nodes_in_matlab_may_count_from_one(tmp_path: Path) -> None:
+    file, inner = tmp_path / "g.mat", EDGES[:, (EDGES > 0).all(0)]
+    split = {f"{part}_idx": np.flatnonzero(k == PARTS) for k, part in enumerate(("train", "val", "test"))}
+    scipy.io.savemat(file, {"edges": EDGES.T.astype(float), "y": CLASSES, "x": X, **split})
+    same(from_file(file))
+    scipy.io.savemat(file, {"edges": inner.T, "y": CLASSES, "x": X, **split})  # the split names the node 0
+    assert pairs(from_file(file)) == sorted(inner.T.tolist())
+    ones = {name: nodes + 1.0 for name, nodes in split.items()}
+    for arrays in ({"edges": inner.T}, {"edge_index": EDGES + 1.0}, {"adj": sp.eye(N).tocsc(), **ones}):
+        scipy.io.savemat(file, {"y": CLASSES, "x": X, **arrays})
+        with pytest.raises(InvalidFileError, match=r"names no node 0, .*write the edges as a sparse matrix adj"):
+            from_file(file)
+
+
+@pytest.mark.parametrize("name", ["labels", "features", "split"])
+def test_an_empty_line_in_one_column_may_be_a_row(name: str, tmp_path: Path) -> None:
+    tables = {"edges": "0,1\n\n1,0\n", "labels": "a\nb\na\n", "features": "1\n2\n3\n", "split": "train\nval\ntest\n"}
+    for table, text in tables.items():
+        (tmp_path / f"{table}.csv").write_text("\n" + text + "\n\n")
+    assert from_file(tmp_path).data.num_nodes == 3
+    first, *rest = tables[name].splitlines()
+    (tmp_path / f"{name}.csv").write_text("\n".join([first, "", *rest[1:], rest[0]]))
+    with pytest.raises(InvalidFileError, match=rf"{name}.csv, line 2: is empty, .*write nan for what is unknown"):
+        from_file(tmp_path)
+
+
 @pytest.mark.parametrize("directed", [True, False])
 def test_graphml(directed: bool, tmp_path: Path) -> None:
     written = nx.DiGraph() if directed else nx.Graph()

@@ -192,6 +192,13 @@ class GradientHistories(nn.Module):
         for layer in range(1, len(self.tables) + 1):
             self.table(layer).reset_parameters()
 
+    def extend(self, num_nodes: int) -> None:
+        """Have rows for so many nodes; all are 0 then, never pushed."""
+        self._num_nodes = num_nodes
+        for layer in range(1, len(self.tables) + 1):
+            self.table(layer).extend(num_nodes)
+        self.reset_parameters()
+
     def _append(self, width: int) -> None:
         number = len(self.tables) + 1
         rank = "" if self._shares is None else f".rank{self._shares.rank}"

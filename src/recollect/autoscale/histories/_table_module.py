@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._table import STATE, Table
 
 __all__ = ["TableModule"]
+
+_GRAPH = "graph"
 
 
 class TableModule(nn.Module):
@@ -65,10 +68,13 @@ class TableModule(nn.Module):
         if self.save_histories:
             self.settle()
             destination.update({prefix + name: value for name, value in self.table.state().items()})
+            if self.table.graph is not None:
+                destination[f"{prefix}{_GRAPH}"] = self.table.graph.numbers()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         _, _, missing_keys, _, error_msgs = arguments
         found = {name: state_dict.pop(prefix + name) for name in STATE if prefix + name in state_dict}
+        graph = state_dict.pop(f"{prefix}{_GRAPH}", None)  # earlier states do not say whose the rows are
         if found or self.save_histories:
             missing_keys.extend(prefix + name for name in STATE if name not in found)
         if len(found) == len(STATE):
@@ -76,6 +82,8 @@ class TableModule(nn.Module):
             problem = self.table.load(found)
             if problem:
                 error_msgs.append(f"{prefix}{problem}")
+            elif graph is not None:
+                self.table.graph = GraphStamp.from_numbers(graph)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import numbers
+from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["Path", "found_at", "leaves", "put", "spelled"]
+__all__ = ["Path", "found_at", "leaves", "put", "spelled", "whole_numbers"]
 
 Path = tuple[str | int, ...]
 """The name of an attribute, then keys and positions in the containers that it is made of."""
@@ -35,6 +36,24 @@ def _holds_tensors(value: Any) -> bool:
         return False
     items = value.values() if isinstance(value, Mapping) else value
     return any(isinstance(item, Tensor) or _holds_tensors(item) for item in items)
+
+
+def whole_numbers(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The whole numbers, and lists and arrays of them, that something which holds no tensor is made of, by path."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from whole_numbers(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple, Set)):
+        if any(True for item in value for _ in whole_numbers(item)):
+            yield path, value
+    elif _is_whole(value):
+        yield path, value
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, (bool, Tensor)):
+        return False
+    return isinstance(value, numbers.Integral) or getattr(getattr(value, "dtype", None), "kind", None) in ("i", "u")
 
 
 def _replaced(value: Any, path: Path, new: Any) -> Any:

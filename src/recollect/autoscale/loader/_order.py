@@ -101,7 +101,9 @@ def permute(data: Data, perm: Tensor, log: bool = True, kinds: Mapping[str, str]
 
     Anything else belongs to the graph as a whole. If it has as many rows as there are nodes or edges nevertheless, that
     may be chance, and is an error until ``kinds`` says what it is; so are integers with ``idx`` or ``nodes`` in their
-    name. Rows lie along ``data.__cat_dim__(name)``. The inner name counts in a dictionary, then the outer ones.
+    name, or in that of what they lie in, and pairs of integers that are called ``edges``. Nodes by number are in
+    tensors: lists, arrays and numbers of Python that may hold some, by such a name or by rule 2, are refused. Rows lie
+    along ``data.__cat_dim__(name)``. The inner name counts in a dictionary, then the outer ones.
 
     Args:
         data: The graph. It is not changed.

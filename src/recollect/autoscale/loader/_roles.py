@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from recollect.autoscale.loader._attributes import Path, leaves, spelled
+from recollect.autoscale.loader._attributes import Path, leaves, spelled, whole_numbers
 from recollect.autoscale.loader._checks import STRUCTURE, check_data, check_nodes, structure_of
 from recollect.autoscale.loader._probe import Declarations
 
@@ -29,6 +30,8 @@ _NODE_NAMES = frozenset({
 _EDGE_NAMES = frozenset({"edge_attr", "edge_weight", "edge_type", "e_id"})
 _LIKE_NODES = re.compile(r"node_.+|.+_mask|z|normal|.+_pe|(x|feat|pos|y)(_.+|\d+)")
 _LIKE_NUMBERS = re.compile(r".*idx.*|(.+_)?nodes?")
+_LIKE_PAIRS = re.compile(r"(.+_)?edges?")
+_COUNTS = re.compile(r"(num|n)_.+")
 _BOUNDS = re.compile(r"(.+_)?ptr")
 
 
@@ -91,7 +94,7 @@ def roles_of(data: Data, kinds: Mapping[str, str] | None = None, edges_alone: bo
         check_nodes("edge_index", structure, num_nodes)
     declared = Declarations(data, num_nodes, _NODE_NAMES)
     doubtful = {num_edges} if edges_alone else {num_nodes, num_edges}
-    sorter = _Sorter(found, num_nodes, num_edges, declared, dict(kinds or {}), doubtful)
+    sorter = _Sorter(found, num_nodes, num_edges, declared, dict(kinds or {}), doubtful, edges_alone)
     roles = {path: role for path, value in found.items() if (role := sorter(path, value)) is not None}
     return Roles(num_nodes, num_edges, name, roles)
 
@@ -133,8 +136,9 @@ class _Sorter:
         declared: Declarations,
         kinds: dict[str, str],
         doubtful: Set[int],
+        edges_alone: bool,
     ) -> None:
-        self._doubtful = doubtful
+        self._doubtful, self._edges_alone = doubtful, edges_alone
         self._found, self._declared, self._kinds = found, declared, kinds
         self._sizes = {"node": num_nodes, "edge": num_edges}
         self._indices: dict[Path, int] = {}
@@ -148,6 +152,8 @@ class _Sorter:
         if not isinstance(value, Tensor):
             if given != "graph":
                 self._check_not_rows(path, value)
+            if given != "graph" and not self._edges_alone:
+                self._check_not_numbers(path, value, told=given == "index")
             return None
         dim, own_dim = self._declared.dim(_name(path), value)
         if given is not None:
@@ -215,6 +221,8 @@ class _Sorter:
         if name in _EDGE_NAMES:
             return "edge"
         names = [part for part in reversed(path) if isinstance(part, str)]
+        if _may_be_numbers(path, value):
+            return None
         if size == edges and any("edge" in part for part in names):
             return "edge"
         if size == nodes and any(_LIKE_NODES.fullmatch(part) and "edge" not in part for part in names):
@@ -250,8 +258,7 @@ class _Sorter:
         sizes = value.shape if value.layout != torch.strided else () if dim is None else (value.size(dim),)
         if any(size in self._doubtful for size in sizes):
             self._ask(path, value, "and nothing but its size says what it belongs to, which may be chance")
-        number = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-        if dim is not None and number and _LIKE_NUMBERS.fullmatch(_name(path)):
+        if dim is not None and _may_be_numbers(path, value):
             name = spelled(path)
             raise ValueError(
                 f"data.{name} has shape {tuple(value.shape)} and may hold nodes by number, which get new numbers: say "
@@ -292,6 +299,20 @@ class _Sorter:
                 f"belongs to the graph as a whole, say so with kinds={{{name!r}: 'graph'}}"
             )
 
+    def _check_not_numbers(self, path: Path, value: Any, told: bool) -> None:
+        """Nodes by number in anything but tensors would keep their old numbers without a word."""
+        for inner, item in whole_numbers(value):
+            names = [part for part in (*path, *inner) if isinstance(part, str) and not _COUNTS.fullmatch(part)]
+            single = isinstance(item, numbers.Integral)
+            alike = any("idx" in name if single else _LIKE_NUMBERS.fullmatch(name) for name in names)
+            if not (told or alike or (names and self._declared.increment(names[-1], _LIKE_ONE) != "nothing")):
+                continue
+            name = spelled(path)
+            raise TypeError(
+                f"data.{name} is of type {type(value).__name__} and may hold nodes by number, which get new numbers: "
+                f"make it a tensor, torch.as_tensor(...), or, if it holds none, say so with kinds={{{name!r}: 'graph'}}"
+            )
+
     def _check_kinds(self) -> None:
         known = {spelled(path[:k]) for path in self._found for k in range(1, len(path) + 1)}
         indices = {name for name in known if "index" in name or self._kinds.get(name) == "index"}
@@ -302,6 +323,18 @@ class _Sorter:
                     f"of a tensor of nodes whose entries it goes with, for attributes of data; it has "
                     f"{', '.join(sorted(known))}"
                 )
+
+
+def _may_be_numbers(path: Path, value: Tensor) -> bool:
+    """Whether a tensor, by its type and a name on its path, may hold nodes: one each, or in pairs."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return False
+    names = [part for part in path if isinstance(part, str)]
+    pairs = value.dim() == 2 and 2 in value.shape and _LIKE_PAIRS.fullmatch(names[-1])
+    return bool(pairs) or any(_LIKE_NUMBERS.fullmatch(name) for name in names)
+
+
+_LIKE_ONE = torch.zeros(1, dtype=torch.int64)
 
 
 def _name(path: Path) -> str:

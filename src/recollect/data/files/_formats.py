@@ -132,7 +132,23 @@ def read_mat(path: Path) -> Found:
     except Exception as error:  # whatever SciPy raises on a damaged file
         raise InvalidFileError(f"{path} cannot be read as a Matlab file ({type(error).__name__}: {error})") from error
     arrays = {name: _matlab(name, value) for name, value in variables.items() if not name.startswith("__")}
+    _check_first_number(arrays, str(path))
     return from_arrays(arrays, str(path))
+
+
+def _check_first_number(arrays: Mapping[str, Any], source: str) -> None:
+    """Refuse numbers of nodes without a 0: Matlab counts from 1, others write its files too, and nothing says which."""
+    given = {name: array for name, array in arrays.items() if _numbers_nodes(name) and np.size(array)}
+    if given and all(array.dtype.kind in "iu" and int(array.min()) > 0 for array in given.values()):
+        name = next(iter(given))
+        raise InvalidFileError(
+            f"{source}: {name} names no node 0, so that nodes may be numbered from 0 or, as in Matlab, from 1; write "
+            f"the edges as a sparse matrix adj, and the split as train_mask, val_mask and test_mask"
+        )
+
+
+def _numbers_nodes(name: str) -> bool:
+    return name in (*NAMES["edges"], *NAMES["edge_index"]) or name.endswith(("idx", "_index"))
 
 
 def _matlab(name: str, value: Any) -> Any:
@@ -142,7 +158,7 @@ def _matlab(name: str, value: Any) -> Any:
     is_list = name not in (*NAMES["x"], *NAMES["edges"], *NAMES["edge_index"], *NAMES["adjacency"])
     if is_list and value.ndim == 2 and 1 in value.shape:
         value = value.reshape(-1)
-    is_number = name in (*NAMES["edges"], *NAMES["edge_index"]) or name.endswith(("mask", "masks", "idx", "_index"))
+    is_number = _numbers_nodes(name) or name.endswith(("mask", "masks"))
     if is_number and value.dtype.kind == "f" and bool((value == np.floor(value)).all()):
         return value.astype(np.int64)
     if value.dtype.kind == "O":  # a cell array of words

@@ -40,12 +40,13 @@ def from_file(
       node), perhaps ``split.csv`` (``train``, ``val`` or ``test``); or ``edges.csv`` and ``nodes.csv`` with headers.
       Where nodes have names, the column ``id`` has them. ``.tsv`` stands for tabs, ``.txt`` for white space.
     * ``.graphml``: attributes ``class`` (or ``y``), perhaps ``split``, and numbers, which are features.
-    * ``.mat``, up to version 7: ``adj`` (or ``network``), ``features``, ``labels`` (or ``group``).
+    * ``.mat``, up to version 7: ``adj`` (or ``network``), ``features``, ``labels`` (or ``group``). Numbers of nodes
+      count from 0, and are refused where none is 0.
 
     Labels in one column are classes, in several columns zeros and ones of a label each; unknown ones are NaN, or empty
-    in a table. Nodes without a known label are in no part of the split. Without a split one is made, 60 / 20 / 20 % of
-    each class; with several labels, of the nodes of each rarest label. Multi-label graphs are scored by average
-    precision. Weights are ``edge_weight``, and ``edge_attr`` too where the edges have no other features.
+    in a table of several columns. Nodes without a known label are in no part of the split. Without a split one is made,
+    60 / 20 / 20 % of each class; with several labels, of the nodes of each rarest label. Multi-label graphs are scored
+    by average precision. Weights are ``edge_weight``, and ``edge_attr`` too where the edges have no other features.
 
     Args:
         path: The file or folder; or the table for each of ``edges``, ``features``, ``labels``, ``split``, ``nodes``.

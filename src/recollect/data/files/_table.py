@@ -94,6 +94,8 @@ def read_table(path: Path) -> Table:
     separator = _SEPARATORS[path.suffix.lower()]
     rows: list[list[str]] = []
     lines: list[int] = []
+    empty: list[int] = []  # lines, but for those at the end
+    waiting: list[int] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=separator or "\t", strict=True)
@@ -101,7 +103,10 @@ def read_table(path: Path) -> Table:
                 if separator is None:
                     cells = " ".join(cells).split()
                 cells = [cell.strip() for cell in cells]
-                if cells not in ([], [""]) and (rows or not cells[0].startswith("#")):
+                if cells in ([], [""]):
+                    waiting.append(reader.line_num)
+                elif rows or not cells[0].startswith("#"):
+                    empty, waiting = [*empty, *(waiting if rows else [])], []
                     rows.append(cells)
                     lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -114,6 +119,11 @@ def read_table(path: Path) -> Table:
                 f"{path}, line {line}: has {len(cells)} cells, and line {lines[0]} has {len(rows[0])}; each line must "
                 f"have as many"
             )
+    if len(rows[0]) == 1 and empty:
+        raise InvalidFileError(
+            f"{path}, line {empty[0]}: is empty, which in a table of one column may be a row; write nan for what is "
+            f"unknown, or remove the line"
+        )
     if len(rows[0]) == 1 and separator == "," and any(mark in rows[0][0] for mark in ";\t"):
         raise InvalidFileError(f"{path}, line {lines[0]}: cells of a .csv file stand between commas, of a .tsv, tabs")
     return Table(path, rows, lines)

@@ -48,6 +48,7 @@ class HistoriesFamily(Family):
     def __init__(self, settings: Settings, make: Callable[[TrainingGraph], nn.Module] | None = None) -> None:
         super().__init__(settings)
         self._make = make
+        self._named: tuple[str, ...] = ()  # what a network of one's own takes of each edge beside a weight
         self.in_parts = settings.training.name == "autoscale"
         self.by_layers = self.in_parts and settings.training.layerwise
         self._prepared: TrainingGraph | None = None  # before it was placed
@@ -56,7 +57,15 @@ class HistoriesFamily(Family):
 
     def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
         if self._make is not None:
-            return _with_histories(self._make(graph))
+            network = _with_histories(self._make(graph))
+            self._named = network.inputs
+            if missing := [name for name in self._named if name not in graph.data]:
+                raise UsageError(
+                    f"the layers of the {type(network).__name__} need {', '.join(missing)}, and the graph as it was "
+                    "prepared has none: give it edge_attr [num_edges, D], and leave the adjacency plain: edges that "
+                    "are added have no attributes"
+                )
+            return network
         if not self.in_parts:
             return self._build(graph, keep_histories=False)
         if self._team.size > 1 and graph.ptr is not None:
@@ -65,7 +74,7 @@ class HistoriesFamily(Family):
 
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
         """Features and adjacency."""
-        return graph.data.x, graph.data.adj_t
+        return graph.data.x, graph.data.adj_t, *(graph.data[name] for name in self._named)
 
     def modes(self, network: nn.Module) -> list[str]:
         """On parts with histories and on the whole graph, or the latter alone."""
@@ -74,18 +83,20 @@ class HistoriesFamily(Family):
     def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
         """``adj_t`` in the place of ``edge_index``; for training on parts, nodes in the order of the parts."""
         ptr = None
-        if "edge_attr" in data and "edge_attr" not in self.names(data):
+        adjacency = getattr(self.settings.model, "adjacency", "plain")
+        kept = self._make is not None and adjacency == "plain"  # a network of one's own may take it
+        if "edge_attr" in data and "edge_attr" not in self.names(data) and not kept:
             del data.edge_attr
         data = to_adj_t(data)
         if self.in_parts:
             perm, ptr = cut(self.settings.training, data.adj_t)
             data = permute(data, perm)
-        data.adj_t = ADJACENCY[getattr(self.settings.model, "adjacency", "plain")](data.adj_t)
+        data.adj_t = ADJACENCY[adjacency](data.adj_t)
         return data, ptr
 
     def names(self, data: Any) -> tuple[str, ...]:
         """What the network takes of a graph by name, beside features and adjacency."""
-        return ()
+        return self._named
 
     def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
         """Say what the histories will take, and refuse them where there is no room; nothing is allocated."""
@@ -119,10 +130,12 @@ class HistoriesFamily(Family):
         return super().batches(network, graph, device)
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
-        """Call it, with the edges to the nodes outside by name."""
-        if len(inputs) > PLAIN:
-            return self.corrected(model, inputs[:PLAIN], {"outward": inputs[PLAIN]})
-        return super().call(model, inputs)
+        """Call it, with the edges to the nodes outside by name, and what its layers take of edges."""
+        first = len(inputs) - len(self._named)
+        named = dict(zip(self._named, inputs[first:], strict=True))
+        if first > PLAIN:
+            return self.corrected(model, inputs[:PLAIN], {"outward": inputs[PLAIN], **named})
+        return cast(Tensor, model(*inputs[:first], **named))
 
     def corrected(self, model: Callable[..., Any], inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         """Call it on a mini-batch whose gradients are corrected.
