@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
+from recollect.autogram._products import are_by_onednn, batched_product
 from recollect.autogram._square import Space, on_one_another
 
-__all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "places_of", "slab_pieces", "tile"]
+__all__ = [
+    "block_pieces",
+    "entries_of",
+    "even",
+    "group_pieces",
+    "picked_pieces",
+    "places_of",
+    "slab_pieces",
+    "tile",
+    "whole_pieces",
+]
 
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
 _TALL = 128
@@ -42,9 +53,7 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
         space: returns memory [m, columns] to be written; a piece is there until the next one is asked for.
     """
     m = factor.num_rows
-    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
-    if left.shape[2] < right.shape[2]:
-        left, right = right, left  # columns may come in any order
+    left, right = _sides(factor)  # columns may come in any order
     a, b = left.shape[2], right.shape[2]
     height, width = tile(a, b, elements)
     right = right.to(space.dtype).expand(m, -1, -1)
@@ -56,6 +65,33 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
             rows = space(math.prod(shape))
             torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
             yield rows
+
+
+def whole_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor] | None:
+    """Do the same with all of the longer side's elements in each piece; None where that takes longer.
+
+    oneDNN wants one side in one piece, and takes less time for it the more elements the other has.
+    """
+    left, right = (side.expand(factor.num_rows, -1, -1).mT for side in _sides(factor))  # [m, a, T], [m, b, T]
+    a, b = left.shape[1], right.shape[1]
+    width = _alike(b, max(1, min(b, elements // a)))
+    if left.dtype != space.dtype or not are_by_onednn(right[:, :width], left):
+        return None
+
+    def pieces() -> Iterator[Tensor]:
+        for start in range(0, b, width):
+            part = right[:, start : start + width]
+            rows = space(part.shape[1] * a)
+            batched_product(part, left, torch.unflatten(rows, 1, (part.shape[1], a)))
+            yield rows
+
+    return pieces()
+
+
+def _sides(factor: Outer) -> tuple[Tensor, Tensor]:
+    """Return both sides of the only group, [m or 1, T, elements], the longer one first."""
+    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
+    return (right, left) if left.shape[2] < right.shape[2] else (left, right)
 
 
 def tile(a: int, b: int, elements: int) -> tuple[int, int]:

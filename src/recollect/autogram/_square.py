@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recollect.autogram._products import is_by_onednn, product
+
 __all__ = ["Space", "SquareSum", "of_device", "on_one_another", "padded_zeros", "wide"]
 
 # The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
@@ -126,10 +128,14 @@ class SquareSum:
         split = torch.unflatten(rows[:, :done], 1, (parts, done // parts)).transpose(0, 1)  # [parts, m, n / parts]
         for start in range(0, m, width):
             block = self._lower[start:, start : start + width]
+            below, across = rows[start:], rows[start : start + width]
+            if is_by_onednn(below, across):
+                block += product(below, across)
+                continue
             if done:
                 block += (split[:, start:] @ split[:, start : start + width].mT).sum(0)
             if done < n:
-                block.addmm_(rows[start:, done:], rows[start : start + width, done:].mT)
+                block.addmm_(below[:, done:], across[:, done:].mT)
 
     def add_products(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
         """Add (a bᵀ) ∘ (c dᵀ) of left = (a, b) [m, p] and right = (c, d) [m, q], of which the lower half counts."""
@@ -140,8 +146,11 @@ class SquareSum:
             block = self._lower[start:, start : start + width]
             products = []
             for (first, second), space in zip((left, right), spaces, strict=True):
-                product = space[: block.numel()].view(block.shape)
-                products.append(torch.mm(first[start:], second[start : start + width].mT, out=product))
+                below, across = first[start:], second[start : start + width]
+                if is_by_onednn(below, across):
+                    products.append(product(below, across))
+                else:
+                    products.append(torch.mm(below, across.mT, out=space[: block.numel()].view(block.shape)))
             block.addcmul_(*products)
 
     def add_block(self, block: Tensor, rows: slice, columns: slice) -> None:

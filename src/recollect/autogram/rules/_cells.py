@@ -40,6 +40,9 @@ class Slopes:
     inner: Tensor | None = None
 
 
+Step = Callable[[int, Tensor, Tensor | None], Tensor | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A kind of recurrence.
@@ -53,8 +56,9 @@ class Cell:
         slopes: (gates before their functions [T, r, N, W], hidden states before each step [T, r, N, H], the cell at
             first [r, N, H] if there is one, steps in order, whether a projection follows) -> slopes. The gates are
             overwritten.
-        back: (slopes, step, gradient of the hidden state [m, N, H], of the cell, where to write the gates' gradient
-            [m, N, W]) -> what of the gradient goes past the gates; the cell's gradient is changed in place.
+        back: (slopes, where to write the gates' gradients [T, m, N, W]) -> a function (step, gradient of the hidden
+            state [m, N, H], of the cell) -> what of the gradient goes past the gates. It writes a step's gradients of
+            the gates, and changes the cell's gradient in place.
     """
 
     hidden: Callable[..., tuple[Tensor, ...]]
@@ -62,7 +66,7 @@ class Cell:
     apart: int
     states: int
     slopes: Callable[[Tensor, Tensor, Tensor | None, range, bool], Slopes]
-    back: Callable[[Slopes, int, Tensor, Tensor | None, Tensor], Tensor | None]
+    back: Callable[[Slopes, Tensor], Step]
 
 
 def _tanh_slopes(gates: Tensor, *_: Any) -> Slopes:
@@ -74,8 +78,13 @@ def _relu_slopes(gates: Tensor, *_: Any) -> Slopes:
     return Slopes(gates.gt_(0))
 
 
-def _plain_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> None:
-    torch.mul(slopes.gates[t], dh, out=out)
+def _plain_back(slopes: Slopes, out: Tensor) -> Step:
+    gates, outs = slopes.gates.unbind(), out.unbind()
+
+    def back(t: int, dh: Tensor, _: Tensor | None) -> None:
+        torch.mul(gates[t], dh, out=outs[t])
+
+    return back
 
 
 def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, projects: bool) -> Slopes:
@@ -88,8 +97,10 @@ def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, p
     cells = first.new_empty(shape[0] + 1, *shape[1:])
     before, after = (cells[:-1], cells[1:]) if order.step > 0 else (cells[1:], cells[:-1])
     before[order[0]] = first
+    steps = [part.unbind() for part in (f, before, after, i, g)]
     for t in order:
-        torch.mul(f[t], before[t], out=after[t]).addcmul_(i[t], g[t])
+        forget, old, new, entry, candidate = (part[t] for part in steps)
+        torch.mul(forget, old, out=new).addcmul_(entry, candidate)
     carry = f.clone()
     _of_sigmoid.grad_input(before, f, grad_input=f)
     slope = _of_tanh(i, g)
@@ -102,16 +113,23 @@ def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, p
     return Slopes(gates, carry, slope, inner)
 
 
-def _lstm_back(slopes: Slopes, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> None:
-    assert dc is not None
+def _lstm_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.carry is not None
     assert slopes.cell is not None
-    dc.addcmul_(dh, slopes.cell[t])
-    size = dc.shape[-1]
-    by_gate, out = (torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates[t], out))
-    torch.mul(by_gate[..., :3, :], dc.unsqueeze(-2), out=out[..., :3, :])
-    torch.mul(by_gate[..., 3, :], dh, out=out[..., 3, :])
-    dc.mul_(slopes.carry[t])
+    size = slopes.carry.shape[-1]
+    blocks = [torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates, out)]
+    three, by_cell = [one[..., :3, :].unbind() for one in blocks]
+    last, by_hidden = [one[..., 3, :].unbind() for one in blocks]
+    carry, cell = slopes.carry.unbind(), slopes.cell.unbind()
+
+    def back(t: int, dh: Tensor, dc: Tensor | None) -> None:
+        assert dc is not None
+        dc.addcmul_(dh, cell[t])
+        torch.mul(three[t], dc.unsqueeze(-2), out=by_cell[t])
+        torch.mul(last[t], dh, out=by_hidden[t])
+        dc.mul_(carry[t])
+
+    return back
 
 
 def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
@@ -127,11 +145,16 @@ def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
     return Slopes(gates, carry)
 
 
-def _gru_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> Tensor:
+def _gru_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.carry is not None
-    by_gate, out = (torch.unflatten(tensor, -1, (4, dh.shape[-1])) for tensor in (slopes.gates[t], out))
-    torch.mul(by_gate, dh.unsqueeze(-2), out=out)
-    return dh * slopes.carry[t]
+    carry = slopes.carry.unbind()
+    by_gate, outs = (torch.unflatten(one, -1, (4, carry[0].shape[-1])).unbind() for one in (slopes.gates, out))
+
+    def back(t: int, dh: Tensor, _: Tensor | None) -> Tensor:
+        torch.mul(by_gate[t], dh.unsqueeze(-2), out=outs[t])
+        return dh * carry[t]
+
+    return back
 
 
 CELLS = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
+from recollect.autogram._products import product
 from recollect.autogram.rules._cells import CELLS
 from recollect.autogram.rules._view import needs, wide
 
@@ -45,8 +46,14 @@ class Direction:
             raise NotCovered("parametrized weights of a recurrent layer")
         return wide(weight.detach()), None if bias is None else wide(bias.detach())
 
-    def ahead(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Return the hidden states [T, r, N, H] of inputs [T, r, N, I] and a first state [r, N, H], () for zeros."""
+    def ahead(self, x: Tensor, state: Sequence[Tensor], known: Tensor | None) -> Tensor:
+        """Return the hidden states [T, r, N, H].
+
+        Args:
+            x: the inputs [T, r, N, I].
+            state: the first state, [r, N, H] each; () for zeros.
+            known: the hidden states, where somebody has kept them.
+        """
         gates, hidden = self._from_hidden.shape
         sizes = (hidden, gates // self._cell.gates)[: self._cell.states]
         steps, rows, elements, _ = x.shape
@@ -57,8 +64,10 @@ class Direction:
         states = x.new_empty(steps + 1, rows, elements, hidden)
         self._before, after = (states[1:], states[:-1]) if self._backward else (states[:-1], states[1:])
         self._before[self._order[0]] = self._first[0]
-        found = self._run(x.expand(-1, rows, -1, -1).flatten(1, 2)).view_as(after)
-        after.copy_(found.flip(0) if self._backward else found)
+        if known is None:
+            found = self._run(x.expand(-1, rows, -1, -1).flatten(1, 2)).view_as(after)
+            known = found.flip(0) if self._backward else found
+        after.copy_(known)
         return after
 
     def _run(self, x: Tensor) -> Tensor:
@@ -94,20 +103,25 @@ class Direction:
         )
         dc = rest[0] if rest else None
         outputs = None if self._projection is None else dh.new_empty(len(found), *dh.shape)
+        back, shape = cell.back(slopes, found), dh.shape
+        steps = None if grads is None else grads.contiguous().unbind()
         for t in reversed(self._order):
-            if grads is not None:
-                dh = dh.add_(grads[t])
+            if steps is not None:
+                dh = dh.add_(steps[t])
             inner = dh
             if outputs is not None and self._projection is not None:
                 outputs[t] = dh
                 inner = dh @ self._projection
-            past = cell.back(slopes, t, inner, dc, found[t])
-            step = by_hidden[t].flatten(0, 1)
-            dh = dh.new_empty(dh.shape) if past is None else past
-            dh.view(-1, dh.shape[-1]).addmm_(step, self._from_hidden, beta=0 if past is None else 1)
+            past = back(t, inner, dc)
+            dh = product(by_hidden[t].flatten(0, 1), self._from_hidden.mT).view(shape)
+            if past is not None:
+                dh += past
         self._inner, self._by_output, self._by_hidden = slopes.inner, outputs, by_hidden
         self._by_input = torch.roll(found[..., : width - apart], -apart, -1) if apart else by_hidden
-        return None if is_lowest else self._by_input @ self._from_input
+        if is_lowest:
+            return None
+        by_input = product(self._by_input.flatten(0, 2), self._from_input.mT)
+        return by_input.view(*found.shape[:3], -1)
 
     @property
     def _size(self) -> int:
@@ -119,16 +133,15 @@ class Direction:
         apart, together = self._cell.apart * self._size, (self._cell.gates - self._cell.apart) * self._size
         before = self._before.flatten(0, 2)
         x = self._x.expand(-1, self._before.shape[1], -1, -1).reshape(len(before), -1)
-        gates = before.new_empty(len(before), 2 * apart + together)
         none = before.new_zeros(len(self._from_hidden))
         of_input, of_hidden = (none if bias is None else bias for bias in (self._input_bias, self._hidden_bias))
         shared, own = slice(0, together), slice(together, None)
-        both = gates[:, apart : apart + together]
-        torch.addmm(of_input[shared] + of_hidden[shared], x, self._from_input[shared].mT, out=both)
-        both.addmm_(before, self._from_hidden[shared].mT)
+        weights = torch.cat([self._from_input[shared], self._from_hidden[shared]], 1)
+        gates = product(torch.cat([x, before], 1), weights).add_(of_input[shared] + of_hidden[shared])
         if apart:
-            torch.addmm(of_input[own], x, self._from_input[own].mT, out=gates[:, :apart])
-            torch.addmm(of_hidden[own], before, self._from_hidden[own].mT, out=gates[:, apart + together :])
+            first = product(x, self._from_input[own]).add_(of_input[own])
+            last = product(before, self._from_hidden[own]).add_(of_hidden[own])
+            gates = torch.cat([first, gates, last], 1)
         return gates.view(*self._before.shape[:3], -1)
 
     def factors(self) -> dict[str, Factor]:
@@ -152,5 +165,5 @@ class Direction:
 
 
 def _positions(tensor: Tensor) -> Tensor:
-    """Return [T, r, N, d] as [r, positions, one group, d]."""
-    return tensor.transpose(0, 1).flatten(1, 2).unsqueeze(2)
+    """Return [T, r, N, d] as [r, positions, one group, d], each row in one piece."""
+    return tensor.transpose(0, 1).flatten(1, 2).contiguous().unsqueeze(2)
