@@ -22,9 +22,11 @@ _CALL, _LAID = 3 * 2**18, 12
 _COPIED, _TURNED = 24, 48
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return A Bᵀ [m, n] of matrices A [m, k] and B [n, k]."""
-    return _onednn(left, right) if is_by_onednn(left, right) else left @ right.mT
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return A Bᵀ [m, n] of matrices A [m, k] and B [n, k], with a vector [n] that is added to each row."""
+    if is_by_onednn(left, right):
+        return _onednn(left, right, bias)
+    return left @ right.mT if bias is None else torch.addmm(bias, left, right.mT)
 
 
 def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -80,6 +82,6 @@ def _has_operation() -> bool:
     return vectors and has and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(left: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right, None, "none", [], "")
+def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right, bias, "none", [], "")
     return found

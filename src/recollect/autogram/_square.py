@@ -121,21 +121,21 @@ class SquareSum:
         width = of_device(_WIDTH, self.device)
         if m > 4 * width:
             width *= 2
-        elif m <= width:
+        if is_by_onednn(rows, rows[:width]):
+            for start in range(0, m, width):
+                self._lower[start:, start : start + width] += product(rows[start:], rows[start : start + width])
+            return
+        if m <= width:
             width //= 2
         parts = of_device(_PARTS, self.device) if n >= _LONG and m <= _FEW else 1
         done = n // parts * parts if parts > 1 else 0
         split = torch.unflatten(rows[:, :done], 1, (parts, done // parts)).transpose(0, 1)  # [parts, m, n / parts]
         for start in range(0, m, width):
             block = self._lower[start:, start : start + width]
-            below, across = rows[start:], rows[start : start + width]
-            if is_by_onednn(below, across):
-                block += product(below, across)
-                continue
             if done:
                 block += (split[:, start:] @ split[:, start : start + width].mT).sum(0)
             if done < n:
-                block.addmm_(below[:, done:], across[:, done:].mT)
+                block.addmm_(rows[start:, done:], rows[start : start + width, done:].mT)
 
     def add_products(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
         """Add (a bᵀ) ∘ (c dᵀ) of left = (a, b) [m, p] and right = (c, d) [m, q], of which the lower half counts."""

@@ -28,10 +28,10 @@ class Slopes:
     """What gradients are multiplied with on their way back through the gates.
 
     Attributes:
-        gates: of the gates, [T, r, N, W].
-        carry: of the state before, past the gates, [T, r, N, H]; None where nothing goes past.
-        cell: of the cell after by the hidden state, [T, r, N, H]; LSTM only.
-        inner: the hidden state before it is projected, [T, r, N, H]; only where it is.
+        gates: of the gates, [r, T, N, W].
+        carry: of the state before, past the gates, [r, T, N, H]; None where nothing goes past.
+        cell: of the cell after by the hidden state, [r, T, N, H]; LSTM only.
+        inner: the hidden state before it is projected, [r, T, N, H]; only where it is.
     """
 
     gates: Tensor
@@ -53,10 +53,10 @@ class Cell:
         apart: how many of these, the last ones, do not just add up what input and hidden state give them. The input's
             part stands in front of the others, the hidden state's behind them: there are ``gates + apart`` blocks.
         states: how many tensors the state has: (h,), of an LSTM (h, c).
-        slopes: (gates before their functions [T, r, N, W], hidden states before each step [T, r, N, H], the cell at
+        slopes: (gates before their functions [r, T, N, W], hidden states before each step [r, T, N, H], the cell at
             first [r, N, H] if there is one, steps in order, whether a projection follows) -> slopes. The gates are
             overwritten.
-        back: (slopes, where to write the gates' gradients [T, m, N, W]) -> a function (step, gradient of the hidden
+        back: (slopes, where to write the gates' gradients [m, T, N, W]) -> a function (step, gradient of the hidden
             state [m, N, H], of the cell) -> what of the gradient goes past the gates. It writes a step's gradients of
             the gates, and changes the cell's gradient in place.
     """
@@ -69,8 +69,19 @@ class Cell:
     back: Callable[[Slopes, Tensor], Step]
 
 
+def _tanh_(x: Tensor) -> Tensor:
+    """Apply tanh in place: tanh x = e / (e + 2) with e = exp 2x - 1, which is exact to rounding for small x too.
+
+    (Measured on a CPU: a third of the time that torch's own takes.)
+    """
+    if not x.is_cpu:
+        return x.tanh_()
+    e = x.mul_(2).clamp_(max=40).expm1_()  # tanh 20 is 1 in float64
+    return e.div_(e + 2)
+
+
 def _tanh_slopes(gates: Tensor, *_: Any) -> Slopes:
-    h = gates.tanh_()
+    h = _tanh_(gates)
     return Slopes(h.square_().neg_().add_(1))
 
 
@@ -79,7 +90,7 @@ def _relu_slopes(gates: Tensor, *_: Any) -> Slopes:
 
 
 def _plain_back(slopes: Slopes, out: Tensor) -> Step:
-    gates, outs = slopes.gates.unbind(), out.unbind()
+    gates, outs = slopes.gates.unbind(1), out.unbind(1)
 
     def back(t: int, dh: Tensor, _: Tensor | None) -> None:
         torch.mul(gates[t], dh, out=outs[t])
@@ -91,13 +102,12 @@ def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, p
     assert first is not None
     i, f, g, o = gates.chunk(4, -1)
     gates[..., : 2 * i.shape[-1]].sigmoid_()
-    g.tanh_()
+    _tanh_(g)
     o.sigmoid_()
-    shape = (len(gates), *first.shape)
-    cells = first.new_empty(shape[0] + 1, *shape[1:])
-    before, after = (cells[:-1], cells[1:]) if order.step > 0 else (cells[1:], cells[:-1])
-    before[order[0]] = first
-    steps = [part.unbind() for part in (f, before, after, i, g)]
+    cells = first.new_empty(len(first), len(order) + 1, *first.shape[1:])
+    before, after = (cells[:, :-1], cells[:, 1:]) if order.step > 0 else (cells[:, 1:], cells[:, :-1])
+    before[:, order[0]] = first
+    steps = [part.unbind(1) for part in (f, before, after, i, g)]
     for t in order:
         forget, old, new, entry, candidate = (part[t] for part in steps)
         torch.mul(forget, old, out=new).addcmul_(entry, candidate)
@@ -106,7 +116,7 @@ def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, p
     slope = _of_tanh(i, g)
     _of_sigmoid.grad_input(g, i, grad_input=i)
     g.copy_(slope)
-    bounded = after.tanh_()
+    bounded = _tanh_(after)
     inner = o * bounded if projects else None
     _of_tanh.grad_input(o, bounded, grad_input=slope)
     _of_sigmoid.grad_input(bounded, o, grad_input=o)
@@ -118,9 +128,9 @@ def _lstm_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.cell is not None
     size = slopes.carry.shape[-1]
     blocks = [torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates, out)]
-    three, by_cell = [one[..., :3, :].unbind() for one in blocks]
-    last, by_hidden = [one[..., 3, :].unbind() for one in blocks]
-    carry, cell = slopes.carry.unbind(), slopes.cell.unbind()
+    three, by_cell = [one[..., :3, :].unbind(1) for one in blocks]
+    last, by_hidden = [one[..., 3, :].unbind(1) for one in blocks]
+    carry, cell = slopes.carry.unbind(1), slopes.cell.unbind(1)
 
     def back(t: int, dh: Tensor, dc: Tensor | None) -> None:
         assert dc is not None
@@ -135,7 +145,7 @@ def _lstm_back(slopes: Slopes, out: Tensor) -> Step:
 def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
     n, r, z, hidden_n = gates.chunk(4, -1)  # what goes into the candidate n stands apart, r times the hidden's
     gates[..., n.shape[-1] : 3 * n.shape[-1]].sigmoid_()
-    n.addcmul_(r, hidden_n).tanh_()
+    _tanh_(n.addcmul_(r, hidden_n))
     carry = z.clone()
     _of_sigmoid.grad_input(before - n, z, grad_input=z)
     _of_tanh.grad_input(1 - carry, n, grad_input=n)
@@ -147,8 +157,8 @@ def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
 
 def _gru_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.carry is not None
-    carry = slopes.carry.unbind()
-    by_gate, outs = (torch.unflatten(one, -1, (4, carry[0].shape[-1])).unbind() for one in (slopes.gates, out))
+    carry = slopes.carry.unbind(1)
+    by_gate, outs = (torch.unflatten(one, -1, (4, carry[0].shape[-1])).unbind(1) for one in (slopes.gates, out))
 
     def back(t: int, dh: Tensor, _: Tensor | None) -> Tensor:
         torch.mul(by_gate[t], dh.unsqueeze(-2), out=outs[t])

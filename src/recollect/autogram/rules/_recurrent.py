@@ -63,12 +63,9 @@ def recurrent(
     batched = x.ndim == 4
 
     def steps_first(tensor: Tensor) -> Tensor:
-        tensor = wide(tensor)
         if not batched:
-            tensor = tensor.unsqueeze(2)
-        elif layer.batch_first:
-            tensor = tensor.transpose(1, 2)
-        return tensor.transpose(0, 1)
+            return wide(tensor).unsqueeze(2)
+        return wide(tensor.transpose(1, 2) if layer.batch_first else tensor)
 
     def layers_first(tensor: Tensor) -> Tensor:
         return wide(tensor if batched else tensor.unsqueeze(2)).transpose(0, 1)
@@ -95,9 +92,12 @@ def recurrent_cell(layer: nn.RNNCellBase, inputs: tuple[Any, ...], grads: tuple[
     def one_layer(tensor: Tensor) -> Tensor:
         return wide(tensor if x.ndim == 3 else tensor.unsqueeze(1)).unsqueeze(0)
 
+    def one_step(tensor: Tensor) -> Tensor:
+        return one_layer(tensor).transpose(0, 1)
+
     steps = Direction(layer, _mode(layer), "", False)
     return _run(
-        [[steps]], one_layer(x), [one_layer(h) for h in _state(given)], None, [_of(one_layer, g) for g in grads], None
+        [[steps]], one_step(x), [one_layer(h) for h in _state(given)], None, [_of(one_layer, g) for g in grads], None
     )
 
 
@@ -129,16 +129,16 @@ def _run(
 
     Args:
         stack: for each layer, its directions.
-        x: [T, r, N, I].
+        x: [r, T, N, I].
         states: the first states of all directions of all layers, [L D, r, N, H]; empty for zeros.
-        grad: the output's gradient, [T, m, N, D H]; None for zeros.
+        grad: the output's gradient, [m, T, N, D H]; None for zeros.
         ends: the gradients of the last states, [L D, m, N, H]; None for zeros.
-        output: the hidden states of the last layer's only direction, [T, r, N, H], where they were kept.
+        output: the hidden states of the last layer's only direction, [r, T, N, H], where they were kept.
     """
     given = [one for one in (grad, *ends) if one is not None]
     if not given:
         return {}
-    m, width = given[0].shape[1], len(stack[0])
+    m, width = (grad.shape[0] if grad is not None else given[0].shape[1]), len(stack[0])
     for k, directions in enumerate(stack):
         known = output if k == len(stack) - 1 and width == 1 else None
         after = [one.ahead(x, tuple(h[k * width + j] for h in states), known) for j, one in enumerate(directions)]
