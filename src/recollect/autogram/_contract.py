@@ -20,9 +20,9 @@ from recollect.autogram._pieces import (
     entries_of,
     even,
     group_pieces,
+    onednn_pieces,
     picked_pieces,
     slab_pieces,
-    whole_pieces,
 )
 from recollect.autogram._products import product
 from recollect.autogram._square import Space, SquareSum, of_device, wide
@@ -116,7 +116,7 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
         _add_pairs(total, factor)
     elif G == 1:
         elements = max(1, _elements_at_once(total, factor.left.numel() + factor.right.numel()) // m)
-        pieces = whole_pieces(factor, elements, total.space) or slab_pieces(factor, elements, total.space)
+        pieces = onednn_pieces(factor, elements, total.space) or slab_pieces(factor, elements, total.space)
         for piece in pieces:
             total.add_product(piece)
     else:

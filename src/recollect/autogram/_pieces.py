@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
-from recollect.autogram._products import are_by_onednn, batched_product
+from recollect.autogram._products import batched_gain, batched_product
 from recollect.autogram._square import Space, on_one_another
 
 __all__ = [
@@ -18,11 +18,11 @@ __all__ = [
     "entries_of",
     "even",
     "group_pieces",
+    "onednn_pieces",
     "picked_pieces",
     "places_of",
     "slab_pieces",
     "tile",
-    "whole_pieces",
 ]
 
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
@@ -67,25 +67,30 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
             yield rows
 
 
-def whole_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor] | None:
-    """Do the same with all of the longer side's elements in each piece; None where that takes longer.
-
-    oneDNN wants one side in one piece, and takes less time for it the more elements the other has.
-    """
-    left, right = (side.expand(factor.num_rows, -1, -1).mT for side in _sides(factor))  # [m, a, T], [m, b, T]
-    a, b = left.shape[1], right.shape[1]
-    width = _alike(b, max(1, min(b, elements // a)))
-    if left.dtype != space.dtype or not are_by_onednn(right[:, :width], left):
+def onednn_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor] | None:
+    """Do the same by oneDNN, which takes one side whole, a part of the other; None where that takes longer."""
+    sides = [side.expand(factor.num_rows, -1, -1).mT for side in _sides(factor)]  # [m, a, T], [m, b, T]
+    if any(side.dtype != space.dtype for side in sides):
+        return None
+    cuts = [_cut(*sides, elements), _cut(*reversed(sides), elements)]
+    cut, whole = max(cuts, key=lambda pair: batched_gain(pair[0][0], pair[1]))
+    if batched_gain(cut[0], whole) <= 0:
         return None
 
     def pieces() -> Iterator[Tensor]:
-        for start in range(0, b, width):
-            part = right[:, start : start + width]
-            rows = space(part.shape[1] * a)
-            batched_product(part, left, torch.unflatten(rows, 1, (part.shape[1], a)))
+        for part in cut:
+            shape = (part.shape[1], whole.shape[1])
+            rows = space(math.prod(shape))
+            batched_product(part, whole, torch.unflatten(rows, 1, shape))
             yield rows
 
     return pieces()
+
+
+def _cut(cut: Tensor, whole: Tensor, elements: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return a side in equal parts, so that a piece has about so many elements of one row, and the other side."""
+    size = _alike(cut.shape[1], max(1, min(cut.shape[1], elements // whole.shape[1])))
+    return cut.split(size, 1), whole
 
 
 def _sides(factor: Outer) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
-from recollect.autogram._products import product
+from recollect.autogram._products import has_onednn, product
 from recollect.autogram.rules._cells import CELLS
 from recollect.autogram.rules._view import needs, wide
 
@@ -59,7 +59,7 @@ class Direction:
         rows, steps, elements, _ = x.shape
         rows = max(rows, *(h.shape[0] for h in state), 1)
         self._first = [h.expand(rows, -1, -1) for h in state] or [x.new_zeros(rows, elements, size) for size in sizes]
-        self._x = x.expand(rows, -1, -1, -1)
+        self._x = x
         self._order = range(steps)[:: -1 if self._backward else 1]
         states = x.new_empty(rows, steps + 1, elements, hidden)
         past, after = (slice(1, None), slice(-1)) if self._backward else (slice(-1), slice(1, None))
@@ -76,7 +76,7 @@ class Direction:
         laid = [part.view_as(weight) for part, weight in zip(flat, given, strict=True)]
         state = [h.flatten(0, 1).unsqueeze(0) for h in self._first]
         first = state if self._cell.states > 1 else state[0]
-        x = self._x.transpose(0, 1)
+        x = self._x.expand(len(self._first[0]), -1, -1, -1).transpose(0, 1)
         given_x = (x.flip(0) if self._backward else x).flatten(1, 2)  # [T, r N, I]
         found = self._cell.hidden(given_x, first, laid, self._input_bias is not None, 1, 0.0, False, False, False)[0]
         found = found.view(*x.shape[:3], -1)
@@ -130,7 +130,7 @@ class Direction:
     def _gates(self) -> Tensor:
         """Return what goes into the gates, [r, T, N, blocks], the input's own first and the hidden state's last."""
         together = (self._cell.gates - self._cell.apart) * self._size
-        x, before = (tensor.flatten(0, 2) for tensor in (self._x, self._before))
+        x, before = (t.flatten(0, 2) for t in (self._x.expand(len(self._before), -1, -1, -1), self._before))
         none = before.new_zeros(len(self._from_hidden))
         of_input, of_hidden = (none if bias is None else bias for bias in (self._input_bias, self._hidden_bias))
         shared, own = slice(0, together), slice(together, None)
@@ -151,25 +151,39 @@ class Direction:
         return gates.view(*self._before.shape[:3], -1)
 
     def factors(self) -> dict[str, Factor]:
-        """Return the Jacobians of this direction's parameters."""
+        """Return the Jacobians of this direction's parameters; gradients that were found are gone then."""
         factors: dict[str, Factor] = {}
+        by_input, by_hidden = self._by_input, self._by_hidden
         sums: dict[int, Tensor] = {}
+        for which, grads in (("ih", by_input), ("hh", by_hidden)):
+            name = f"bias_{which}{self._suffix}"
+            if needs(self._layer, name):
+                sums[id(grads)] = rows = grads.sum((1, 2)) if id(grads) not in sums else sums[id(grads)]
+                factors[name] = Rows(rows)
+        left = _positions_last(by_hidden) if by_input is by_hidden else None
         for which, grads, inputs in (
-            ("ih", self._by_input, self._x),
-            ("hh", self._by_hidden, self._before),
+            ("ih", by_input, self._x),
+            ("hh", by_hidden, self._before),
             ("hr", self._by_output, self._inner),
         ):
             name = f"weight_{which}{self._suffix}"
             if needs(self._layer, name) and grads is not None and inputs is not None:
-                factors[name] = Outer(_positions(grads), _positions(inputs), self._layer.get_parameter(name).shape)
-            name = f"bias_{which}{self._suffix}"
-            if needs(self._layer, name) and grads is not None:
-                known = sums.get(id(grads))
-                sums[id(grads)] = rows = grads.sum((1, 2)) if known is None else known
-                factors[name] = Rows(rows)
+                side = _positions(grads) if left is None or grads is not by_hidden else left
+                factors[name] = Outer(side, _positions(inputs), self._layer.get_parameter(name).shape)
         return factors
 
 
 def _positions(tensor: Tensor) -> Tensor:
     """Return [r, T, N, d] as [r, positions, one group, d]."""
     return tensor.flatten(1, 2).unsqueeze(2)
+
+
+def _positions_last(tensor: Tensor) -> Tensor:
+    """Return the same with the elements of a position far apart, in the memory of the tensor, as oneDNN wants it."""
+    rows = tensor.flatten(1, 2)
+    if not has_onednn(rows) or not tensor.is_contiguous():
+        return rows.unsqueeze(2)
+    turned = rows.view(rows.shape[0], rows.shape[2], rows.shape[1])
+    for row, to in zip(rows.unbind(), turned.unbind(), strict=True):
+        to.copy_(row.mT.contiguous())
+    return turned.mT.unsqueeze(2)
