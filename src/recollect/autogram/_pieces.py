@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
-from recollect.autogram._products import batched_gain, batched_product
+from recollect.autogram._products import CALL, batched_gain, batched_product
 from recollect.autogram._square import Space, on_one_another
 
 __all__ = [
@@ -69,10 +69,13 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
 
 def onednn_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor] | None:
     """Do the same by oneDNN, which takes one side whole, a part of the other; None where that takes longer."""
+    _, T, _, a = factor.left.shape
+    if T * min(a * factor.right.shape[3], elements) <= CALL:
+        return None
     sides = [side.expand(factor.num_rows, -1, -1).mT for side in _sides(factor)]  # [m, a, T], [m, b, T]
     if any(side.dtype != space.dtype for side in sides):
         return None
-    cuts = [_cut(*sides, elements), _cut(*reversed(sides), elements)]
+    cuts = [_cut(sides[0], sides[1], elements), _cut(sides[1], sides[0], elements)]
     cut, whole = max(cuts, key=lambda pair: batched_gain(pair[0][0], pair[1]))
     if batched_gain(cut[0], whole) <= 0:
         return None
@@ -90,7 +93,7 @@ def onednn_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor
 def _cut(cut: Tensor, whole: Tensor, elements: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return a side in equal parts, so that a piece has about so many elements of one row, and the other side."""
     size = _alike(cut.shape[1], max(1, min(cut.shape[1], elements // whole.shape[1])))
-    return cut.split(size, 1), whole
+    return torch.split(cut, size, 1), whole
 
 
 def _sides(factor: Outer) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,11 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["batched_gain", "batched_product", "has_onednn", "is_by_onednn", "product"]
+__all__ = ["CALL", "batched_gain", "batched_product", "has_onednn", "is_by_onednn", "product"]
 
 # What oneDNN takes longer for, in multiplications that the time is worth. (Measured: a call 11 microseconds, an element
 # of the right side that is laid anew 0.2 ns, a multiplication 15 ps less than by the other library.)
-_CALL, _LAID = 3 * 2**18, 12
+CALL, _LAID = 3 * 2**18, 12
 # The same for an element that is copied to where it belongs, and for one of the left side that is made contiguous.
 _COPIED, _TURNED = 24, 48
 
@@ -40,6 +40,8 @@ def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def is_by_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether :func:`product` of these is by oneDNN."""
+    if left.numel() * right.shape[0] <= CALL:
+        return False
     return _is_for_onednn(left, right) and _gain(left, right) > 0
 
 
@@ -48,7 +50,7 @@ def batched_gain(left: Tensor, right: Tensor) -> int:
 
     Copying products to where they belong is counted.
     """
-    if not _is_for_onednn(left, right):
+    if left.shape[1:].numel() * right.shape[1] <= CALL or not _is_for_onednn(left, right):
         return 0
     return max(0, _gain(left[0], right[0]) - _COPIED * left.shape[1] * right.shape[1])
 
@@ -57,7 +59,7 @@ def _gain(left: Tensor, right: Tensor) -> int:
     """Return how many multiplications the time is worth that oneDNN saves in a product."""
     (m, k), n = left.shape, len(right)
     turned = 0 if left.is_contiguous() else _TURNED * m * k
-    return m * n * k - _CALL - _LAID * n * k - turned if _is_dense(right) else -1
+    return m * n * k - CALL - _LAID * n * k - turned if _is_dense(right) else -1
 
 
 def has_onednn(tensor: Tensor) -> bool:

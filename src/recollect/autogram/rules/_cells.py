@@ -70,14 +70,16 @@ class Cell:
 
 
 def _tanh_(x: Tensor) -> Tensor:
-    """Apply tanh in place: tanh x = e / (e + 2) with e = exp 2x - 1, which is exact to rounding for small x too.
+    """Apply tanh in place, to [r, T, ..]: e / (e + 2) with e = exp 2x - 1, which is exact to rounding for small x too.
 
     (Measured on a CPU: a third of the time that torch's own takes.)
     """
     if not x.is_cpu:
         return x.tanh_()
-    e = x.mul_(2).clamp_(max=40).expm1_()  # tanh 20 is 1 in float64
-    return e.div_(e + 2)
+    for part in x.chunk(8, 1):  # little memory at once
+        e = part.mul_(2).clamp_(max=40).expm1_()  # tanh 20 is 1 in float64
+        e.div_(e + 2)
+    return x
 
 
 def _tanh_slopes(gates: Tensor, *_: Any) -> Slopes:

@@ -145,9 +145,12 @@ class Direction:
             gates = product(torch.cat([x, before], 1), torch.cat([from_input, from_hidden], 1), bias)
         else:
             gates = product(x, from_input, bias).addmm_(before, from_hidden.mT)
-        if together < len(self._from_hidden):
-            first = product(x, self._from_input[own], of_input[own])
-            gates = torch.cat([first, gates, product(before, self._from_hidden[own], of_hidden[own])], 1)
+        apart = len(self._from_hidden) - together
+        if apart:
+            all_gates = gates.new_empty(len(gates), together + 2 * apart)
+            all_gates[:, apart : apart + together], gates = gates, all_gates
+            gates[:, :apart] = product(x, self._from_input[own], of_input[own])
+            gates[:, apart + together :] = product(before, self._from_hidden[own], of_hidden[own])
         return gates.view(*self._before.shape[:3], -1)
 
     def factors(self) -> dict[str, Factor]:
@@ -160,15 +163,16 @@ class Direction:
             if needs(self._layer, name):
                 sums[id(grads)] = rows = grads.sum((1, 2)) if id(grads) not in sums else sums[id(grads)]
                 factors[name] = Rows(rows)
-        left = _positions_last(by_hidden) if by_input is by_hidden else None
-        for which, grads, inputs in (
-            ("ih", by_input, self._x),
-            ("hh", by_hidden, self._before),
-            ("hr", self._by_output, self._inner),
+        same = by_input is by_hidden
+        left = _positions_last(by_hidden) if same else _positions(by_hidden)
+        by_output = None if self._by_output is None else _positions(self._by_output)
+        for which, side, inputs in (
+            ("ih", left if same else _positions(by_input), self._x),
+            ("hh", left, self._before),
+            ("hr", by_output, self._inner),
         ):
             name = f"weight_{which}{self._suffix}"
-            if needs(self._layer, name) and grads is not None and inputs is not None:
-                side = _positions(grads) if left is None or grads is not by_hidden else left
+            if needs(self._layer, name) and side is not None and inputs is not None:
                 factors[name] = Outer(side, _positions(inputs), self._layer.get_parameter(name).shape)
         return factors
 
@@ -181,9 +185,9 @@ def _positions(tensor: Tensor) -> Tensor:
 def _positions_last(tensor: Tensor) -> Tensor:
     """Return the same with the elements of a position far apart, in the memory of the tensor, as oneDNN wants it."""
     rows = tensor.flatten(1, 2)
-    if not has_onednn(rows) or not tensor.is_contiguous():
+    if rows.shape[1] == 1 or not has_onednn(rows) or not tensor.is_contiguous():
         return rows.unsqueeze(2)
     turned = rows.view(rows.shape[0], rows.shape[2], rows.shape[1])
     for row, to in zip(rows.unbind(), turned.unbind(), strict=True):
-        to.copy_(row.mT.contiguous())
+        to.copy_(row.mT.clone(memory_format=torch.contiguous_format))
     return turned.mT.unsqueeze(2)
