@@ -16,8 +16,9 @@ from torch import Tensor
 __all__ = ["CALL", "batched_gain", "batched_product", "has_onednn", "is_by_onednn", "product"]
 
 # What oneDNN takes longer for, in multiplications that the time is worth. (Measured: a call 11 microseconds, an element
-# of the right side that is laid anew 0.2 ns, a multiplication 15 ps less than by the other library.)
-CALL, _LAID = 3 * 2**18, 12
+# of the right side that is laid anew 0.2 ns, or 0.4 ns if it is transposed for that, a multiplication 15 ps less than by
+# the other library.)
+CALL, _LAID, _TRANSPOSED = 3 * 2**18, 12, 28
 # The same for an element that is copied to where it belongs, and for one of the left side that is made contiguous.
 _COPIED, _TURNED = 24, 48
 
@@ -58,8 +59,11 @@ def batched_gain(left: Tensor, right: Tensor) -> int:
 def _gain(left: Tensor, right: Tensor) -> int:
     """Return how many multiplications the time is worth that oneDNN saves in a product."""
     (m, k), n = left.shape, len(right)
-    turned = 0 if left.is_contiguous() else _TURNED * m * k
-    return m * n * k - CALL - _LAID * n * k - turned if _is_dense(right) else -1
+    if not _is_dense(right):
+        return -1
+    laid = (_LAID if right.mT.is_contiguous() else _TRANSPOSED) * n * k
+    turned = 0 if left.is_contiguous() else (_LAID if left.stride(1) == 1 else _TURNED) * m * k
+    return m * n * k - CALL - laid - turned
 
 
 def has_onednn(tensor: Tensor) -> bool:
