@@ -138,7 +138,8 @@ def test_the_bound_bounds():
     (held, first), (streamed, second) = measure(2**28), measure(2**24)
     assert held > 34e6
     assert streamed < 18e6
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    norms = first.diagonal().sqrt()
+    assert ((first - second).abs() / (norms[:, None] * norms)).max() < 1e-5
 
 
 class Inner(torch.autograd.Function):

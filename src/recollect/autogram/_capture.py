@@ -45,9 +45,21 @@ class Call:
         elements: of inputs and outputs together.
         shapes: of the tensors among the inputs.
         stand_ins: tensors of the inputs' forms with one element each, where no values of theirs are kept.
+        has_output: whether the first output is kept too.
     """
 
-    __slots__ = ("_condition", "_constants", "_spec", "elements", "entry", "layer", "shapes", "sources", "stand_ins")
+    __slots__ = (
+        "_condition",
+        "_constants",
+        "_spec",
+        "elements",
+        "entry",
+        "has_output",
+        "layer",
+        "shapes",
+        "sources",
+        "stand_ins",
+    )
 
     def __init__(self, layer: nn.Module, entry: Entry, inputs: tuple[Any, ...], tensors: list[Tensor]) -> None:
         self.layer = layer
@@ -59,6 +71,7 @@ class Call:
         self._constants: list[Any] | None = None
         self._spec: TreeSpec | None = None
         self.stand_ins: tuple[Tensor, ...] | None = None
+        self.has_output = False
         if not (len(inputs) == 1 and isinstance(inputs[0], Tensor)):
             leaves, self._spec = tree_flatten(inputs)
             self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -67,8 +80,8 @@ class Call:
         """Whether the layer was set to training or evaluation since, or a tensor of its was replaced or written to."""
         return _condition(self.layer) != self._condition
 
-    def inputs(self, node: Any) -> tuple[Any, ...]:
-        """Return the layer's arguments, with the tensors that the capture's node has kept.
+    def kept(self, node: Any) -> tuple[tuple[Any, ...], Tensor | None]:
+        """Return the layer's arguments, with the tensors that the capture's node has kept, and the output if it is.
 
         Raises:
             NotCovered: a tensor was changed in place behind the layer, as it may be where autograd has no need of it.
@@ -79,7 +92,9 @@ class Call:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise NotCovered(f"an input of {type(self.layer).__name__} was changed in place") from error
-        return self.arguments(tensors)
+        if not self.has_output:
+            return self.arguments(tensors), None
+        return self.arguments(tensors[:-1]), tensors[-1]
 
     def arguments(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Return the layer's arguments with these tensors."""
@@ -102,8 +117,9 @@ class Capture(torch.autograd.Function):
         ctx.recorder = recorder
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[tensor.detach() for tensor in inputs])
-        return tuple(output.detach() for output in outputs)
+        handed = tuple(output.detach() for output in outputs)
+        ctx.save_for_backward(*[tensor.detach() for tensor in inputs], *handed[: int(call.has_output)])
+        return handed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -185,6 +201,7 @@ class Recorder:
         if not outputs or not all(type(leaf) is Tensor and leaf.requires_grad for leaf in outputs):
             return None
         call.elements += sum(leaf.numel() for leaf in outputs)
+        call.has_output = call.entry.has_output is not None and call.entry.has_output(outputs[0])
         captured = Capture.apply(self.leaf, self, call, tensors, *outputs)  # type: ignore[no-untyped-call]
         for k, tensor in zip(places, captured, strict=True):
             leaves[k] = tensor

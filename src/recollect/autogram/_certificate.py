@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recollect._devices import widened, widest
+from recollect._devices import forms_of, widened, widest
 from recollect._verdicts import later, settle
 from recollect.autogram._choice import Choice
 from recollect.autogram._passes import Job
@@ -111,11 +111,15 @@ class Certificate:
             self.skipped += 1
             return
         device = sides[0].device
+        numbers = torch.stack([widened(side.to(device)) for side in sides])
+        if forms_of(device).reads_at_once:
+            self._judge(numbers.tolist(), tolerance, names, advice)
+            return
 
         def judge(numbers: list[list[float]]) -> None:
             self._judge(numbers[0], tolerance, names, advice)
 
-        later([torch.stack([widened(side.to(device)) for side in sides])], judge)
+        later([numbers], judge)
 
     def settle(self) -> None:
         """Wait for the devices, and give all verdicts; the same as :func:`recollect.frames.settle`.

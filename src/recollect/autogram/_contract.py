@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows, alike, form_rows, merge, row_elements
-from recollect.autogram._pieces import block_pieces, entries_of, even, group_pieces, picked_pieces, slab_pieces
+from recollect.autogram._pieces import (
+    block_pieces,
+    entries_of,
+    even,
+    group_pieces,
+    onednn_pieces,
+    picked_pieces,
+    slab_pieces,
+)
+from recollect.autogram._products import product
 from recollect.autogram._square import Space, SquareSum, of_device, wide
 
 __all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]
@@ -91,10 +100,10 @@ def _add_formed(total: SquareSum, factors: Sequence[Factor]) -> None:
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         first = form_rows(factors, rows).to(total.dtype)
-        total.add_block(first @ first.mT, rows, rows)
+        total.add_block(product(first, first), rows, rows)
         for j in range(rows.stop, m, step):
             below = slice(j, min(j + step, m))
-            total.add_block(form_rows(factors, below).to(total.dtype) @ first.mT, below, rows)
+            total.add_block(product(form_rows(factors, below).to(total.dtype), first), below, rows)
 
 
 def _add_outer(total: SquareSum, factor: Outer) -> None:
@@ -106,8 +115,9 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
     if _has_few_positions(factor):
         _add_pairs(total, factor)
     elif G == 1:
-        elements = _elements_at_once(total, factor.left.numel() + factor.right.numel()) // m
-        for piece in slab_pieces(factor, max(1, elements), total.space):
+        elements = max(1, _elements_at_once(total, factor.left.numel() + factor.right.numel()) // m)
+        pieces = onednn_pieces(factor, elements, total.space) or slab_pieces(factor, elements, total.space)
+        for piece in pieces:
             total.add_product(piece)
     else:
         step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
@@ -176,8 +186,9 @@ def _pairs(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], rows: slic
         first, second = (
             some if some.shape[1] == 1 else some[:, part] for some, part in zip(side, (rows, columns), strict=True)
         )
-        product = first.flatten(1, 2) @ second.flatten(1, 2).mT
-        products.append(product.view(len(first), *first.shape[1:3], *second.shape[1:3]))  # [G, n, T, n', T']
+        both = first.flatten(1, 2), second.flatten(1, 2)
+        found = product(both[0][0], both[1][0]) if len(first) == 1 else both[0] @ both[1].mT
+        products.append(found.view(len(first), *first.shape[1:3], *second.shape[1:3]))  # [G, n, T, n', T']
     return (products[0] * products[1]).sum((0, 2, 4))
 
 
@@ -248,7 +259,7 @@ def _cross_formed(block: Tensor, first: Sequence[Factor], second: Sequence[Facto
 
 
 def _multiply(block: Tensor, first: Tensor, second: Tensor) -> None:
-    block.addmm_(first.to(block.dtype), second.to(block.dtype).mT)
+    block += product(first.to(block.dtype), second.to(block.dtype))
 
 
 def _step(block: Tensor, elements: int) -> int:

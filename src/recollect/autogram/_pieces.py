@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
+from recollect.autogram._products import CALL, batched_gain, batched_product
 from recollect.autogram._square import Space, on_one_another
 
-__all__ = ["block_pieces", "entries_of", "even", "group_pieces", "picked_pieces", "places_of", "slab_pieces", "tile"]
+__all__ = [
+    "block_pieces",
+    "entries_of",
+    "even",
+    "group_pieces",
+    "onednn_pieces",
+    "picked_pieces",
+    "places_of",
+    "slab_pieces",
+    "tile",
+]
 
 # How many elements of the larger side a piece has at least, if it can: a matrix product likes tall results.
 _TALL = 128
@@ -42,9 +53,7 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
         space: returns memory [m, columns] to be written; a piece is there until the next one is asked for.
     """
     m = factor.num_rows
-    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
-    if left.shape[2] < right.shape[2]:
-        left, right = right, left  # columns may come in any order
+    left, right = _sides(factor)  # columns may come in any order
     a, b = left.shape[2], right.shape[2]
     height, width = tile(a, b, elements)
     right = right.to(space.dtype).expand(m, -1, -1)
@@ -56,6 +65,41 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
             rows = space(math.prod(shape))
             torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
             yield rows
+
+
+def onednn_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor] | None:
+    """Do the same by oneDNN, which takes one side whole, a part of the other; None where that takes longer."""
+    _, T, _, a = factor.left.shape
+    if T * min(a * factor.right.shape[3], elements) <= CALL:
+        return None
+    sides = [side.expand(factor.num_rows, -1, -1).mT for side in _sides(factor)]  # [m, a, T], [m, b, T]
+    if any(side.dtype != space.dtype for side in sides):
+        return None
+    cuts = [_cut(sides[0], sides[1], elements), _cut(sides[1], sides[0], elements)]
+    cut, whole = max(cuts, key=lambda pair: batched_gain(pair[0][0], pair[1]))
+    if batched_gain(cut[0], whole) <= 0:
+        return None
+
+    def pieces() -> Iterator[Tensor]:
+        for part in cut:
+            shape = (part.shape[1], whole.shape[1])
+            rows = space(math.prod(shape))
+            batched_product(part, whole, torch.unflatten(rows, 1, shape))
+            yield rows
+
+    return pieces()
+
+
+def _cut(cut: Tensor, whole: Tensor, elements: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return a side in equal parts, so that a piece has about so many elements of one row, and the other side."""
+    size = _alike(cut.shape[1], max(1, min(cut.shape[1], elements // whole.shape[1])))
+    return torch.split(cut, size, 1), whole
+
+
+def _sides(factor: Outer) -> tuple[Tensor, Tensor]:
+    """Return both sides of the only group, [m or 1, T, elements], the longer one first."""
+    left, right = factor.left.squeeze(2), factor.right.squeeze(2)
+    return (right, left) if left.shape[2] < right.shape[2] else (left, right)
 
 
 def tile(a: int, b: int, elements: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,11 +106,14 @@ class Entry:
         sharing: see :class:`Sharing`; None: no axis is known of.
         constant: parameters whose Jacobian does not depend on the inputs' values, such as biases. Where no others are
             trained, the rule gets tensors of the inputs' forms, and their values are not kept.
+        has_output: whether this first output of the layer is kept by autograd in any case; then the rule gets it as a
+            fourth argument, with rows as the inputs have them, or None where it has no gradient. None: never.
     """
 
     rule: Rule
     sharing: Sharing | None = None
     constant: frozenset[str] = frozenset()
+    has_output: Callable[[Tensor], bool] | None = None
 
 
 class Registry:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recollect.autogram._products import is_by_onednn, product
+
 __all__ = ["Space", "SquareSum", "of_device", "on_one_another", "padded_zeros", "wide"]
 
 # The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
@@ -119,7 +121,11 @@ class SquareSum:
         width = of_device(_WIDTH, self.device)
         if m > 4 * width:
             width *= 2
-        elif m <= width:
+        if is_by_onednn(rows, rows[:width]):
+            for start in range(0, m, width):
+                self._lower[start:, start : start + width] += product(rows[start:], rows[start : start + width])
+            return
+        if m <= width:
             width //= 2
         parts = of_device(_PARTS, self.device) if n >= _LONG and m <= _FEW else 1
         done = n // parts * parts if parts > 1 else 0
@@ -140,8 +146,11 @@ class SquareSum:
             block = self._lower[start:, start : start + width]
             products = []
             for (first, second), space in zip((left, right), spaces, strict=True):
-                product = space[: block.numel()].view(block.shape)
-                products.append(torch.mm(first[start:], second[start : start + width].mT, out=product))
+                below, across = first[start:], second[start : start + width]
+                if is_by_onednn(below, across):
+                    products.append(product(below, across))
+                else:
+                    products.append(torch.mm(below, across.mT, out=space[: block.numel()].view(block.shape)))
             block.addcmul_(*products)
 
     def add_block(self, block: Tensor, rows: slice, columns: slice) -> None:

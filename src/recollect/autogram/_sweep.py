@@ -160,18 +160,23 @@ class Sweep:
 
     def _apply(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
         call = node.call
-        inputs = call.inputs(node)
+        inputs, output = call.kept(node)
+        whole = shared((output,))
         if self._layouts is None:
             rows = shared(inputs)
             grads = tuple(None if grad is None else self._with_rows(grad) for grad in grads)
         else:
             split = self._plan.inputs[capture]
             rows = shared(inputs) if split is None else with_rows(inputs, split)
+            if split is not None and output is not None:
+                layout = self._layouts.found[capture][0]
+                whole = (None if layout is None else layout.rows(output),)
             grads = tuple(
                 None if grad is None or layout is None else layout.masks(grad) if split is None else layout.rows(grad)
                 for grad, layout in zip(grads, self._layouts.found[capture], strict=True)
             )
-        factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads)
+        more = whole if call.has_output else ()
+        factors: Mapping[str, Factor] = call.entry.rule(call.layer, rows, grads, *more)
         return factors
 
     def _with_rows(self, grad: Tensor) -> Tensor:

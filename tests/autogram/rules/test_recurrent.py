@@ -3,11 +3,13 @@
 import pytest
 import torch
 from factor_oracle import dense
-from rule_oracle import apply, batch_form, check, rows_form
+from rule_oracle import apply, batch_form, check, rows_form, split
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from recollect.autogram import Engine
 from recollect.autogram._factors import NotCovered
+from recollect.autogram.rules._recurrent import keeps_output, recurrent
 
 LAYERS = {
     "rnn": lambda **o: nn.RNN(3, 4, **o),
@@ -122,6 +124,33 @@ def test_an_lstm_has_one_product_a_step():
         return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") for event in record.events())
 
     assert count(9) - count(5) == 4
+
+
+@pytest.mark.parametrize("option", ["plain", "batch first", "layers"])
+def test_hidden_states_that_were_kept_are_not_computed_again(option):
+    layer = LAYERS["lstm"](**OPTIONS[option])
+    x = sequence(layer).float()
+    output = layer(x)[0]
+    assert keeps_output(output)
+    _, views, grads = batch_form(layer, (x,), batch_axes(layer))
+    kept = split(output, batch_axes(layer)[0])
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        found = recurrent(layer, views, tuple(grads), kept)
+    assert sum(event.name == "aten::lstm" for event in record.events()) == layer.num_layers - 1
+    for name, factor in recurrent(layer, views, tuple(grads)).items():
+        torch.testing.assert_close(dense(found[name]), dense(factor))
+
+
+def test_an_engine_runs_an_lstm_once():
+    layer = nn.LSTM(3, 4, batch_first=True)
+    engine = Engine(layer, certify_every=0)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        losses = layer(torch.randn(BATCH, STEPS, 3))[0].square().sum((1, 2))
+        gramian = engine.compute_gramian(losses)
+    assert sum(event.name == "aten::lstm" for event in record.events()) == 1
+    rows = [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for loss in losses]
+    jacobian = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows]).double()
+    torch.testing.assert_close(gramian.double(), jacobian @ jacobian.T, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_between_layers_is_not_covered():

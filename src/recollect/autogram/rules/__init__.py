@@ -33,7 +33,7 @@ from recollect.autogram.rules._norm import (
     layer_norm,
     rms_norm,
 )
-from recollect.autogram.rules._recurrent import recurrent, recurrent_cell, recurrent_sharing
+from recollect.autogram.rules._recurrent import keeps_output, recurrent, recurrent_cell, recurrent_sharing
 from recollect.autogram.rules._scale import prelu, prelu_sharing
 from recollect.autogram.rules._view import along_batch, along_positions
 
@@ -71,7 +71,7 @@ RULES: dict[type[nn.Module] | str, Entry] = {
     nn.Embedding: Entry(embedding, along_positions(lambda layer: 0)),
     nn.EmbeddingBag: Entry(embedding_bag, embedding_bag_sharing),
     nn.RNN: Entry(recurrent, recurrent_sharing),
-    nn.LSTM: Entry(recurrent, recurrent_sharing),
+    nn.LSTM: Entry(recurrent, recurrent_sharing, has_output=keeps_output),
     nn.GRU: Entry(recurrent, recurrent_sharing),
     nn.RNNCell: Entry(recurrent_cell, along_batch(2)),
     nn.LSTMCell: Entry(recurrent_cell, along_batch(2)),

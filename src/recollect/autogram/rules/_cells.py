@@ -28,16 +28,19 @@ class Slopes:
     """What gradients are multiplied with on their way back through the gates.
 
     Attributes:
-        gates: of the gates, [T, r, N, W].
-        carry: of the state before, past the gates, [T, r, N, H]; None where nothing goes past.
-        cell: of the cell after by the hidden state, [T, r, N, H]; LSTM only.
-        inner: the hidden state before it is projected, [T, r, N, H]; only where it is.
+        gates: of the gates, [r, T, N, W].
+        carry: of the state before, past the gates, [r, T, N, H]; None where nothing goes past.
+        cell: of the cell after by the hidden state, [r, T, N, H]; LSTM only.
+        inner: the hidden state before it is projected, [r, T, N, H]; only where it is.
     """
 
     gates: Tensor
     carry: Tensor | None = None
     cell: Tensor | None = None
     inner: Tensor | None = None
+
+
+Step = Callable[[int, Tensor, Tensor | None], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,12 @@ class Cell:
         apart: how many of these, the last ones, do not just add up what input and hidden state give them. The input's
             part stands in front of the others, the hidden state's behind them: there are ``gates + apart`` blocks.
         states: how many tensors the state has: (h,), of an LSTM (h, c).
-        slopes: (gates before their functions [T, r, N, W], hidden states before each step [T, r, N, H], the cell at
+        slopes: (gates before their functions [r, T, N, W], hidden states before each step [r, T, N, H], the cell at
             first [r, N, H] if there is one, steps in order, whether a projection follows) -> slopes. The gates are
             overwritten.
-        back: (slopes, step, gradient of the hidden state [m, N, H], of the cell, where to write the gates' gradient
-            [m, N, W]) -> what of the gradient goes past the gates; the cell's gradient is changed in place.
+        back: (slopes, where to write the gates' gradients [m, T, N, W]) -> a function (step, gradient of the hidden
+            state [m, N, H], of the cell) -> what of the gradient goes past the gates. It writes a step's gradients of
+            the gates, and changes the cell's gradient in place.
     """
 
     hidden: Callable[..., tuple[Tensor, ...]]
@@ -62,11 +66,24 @@ class Cell:
     apart: int
     states: int
     slopes: Callable[[Tensor, Tensor, Tensor | None, range, bool], Slopes]
-    back: Callable[[Slopes, int, Tensor, Tensor | None, Tensor], Tensor | None]
+    back: Callable[[Slopes, Tensor], Step]
+
+
+def _tanh_(x: Tensor) -> Tensor:
+    """Apply tanh in place, to [r, T, ..]: e / (e + 2) with e = exp 2x - 1, which is exact to rounding for small x too.
+
+    (Measured on a CPU: a third of the time that torch's own takes.)
+    """
+    if not x.is_cpu:
+        return x.tanh_()
+    for part in x.chunk(8, 1):  # little memory at once
+        e = part.mul_(2).clamp_(max=40).expm1_()  # tanh 20 is 1 in float64
+        e.div_(e + 2)
+    return x
 
 
 def _tanh_slopes(gates: Tensor, *_: Any) -> Slopes:
-    h = gates.tanh_()
+    h = _tanh_(gates)
     return Slopes(h.square_().neg_().add_(1))
 
 
@@ -74,50 +91,63 @@ def _relu_slopes(gates: Tensor, *_: Any) -> Slopes:
     return Slopes(gates.gt_(0))
 
 
-def _plain_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> None:
-    torch.mul(slopes.gates[t], dh, out=out)
+def _plain_back(slopes: Slopes, out: Tensor) -> Step:
+    gates, outs = slopes.gates.unbind(1), out.unbind(1)
+
+    def back(t: int, dh: Tensor, _: Tensor | None) -> None:
+        torch.mul(gates[t], dh, out=outs[t])
+
+    return back
 
 
 def _lstm_slopes(gates: Tensor, _: Tensor, first: Tensor | None, order: range, projects: bool) -> Slopes:
     assert first is not None
     i, f, g, o = gates.chunk(4, -1)
     gates[..., : 2 * i.shape[-1]].sigmoid_()
-    g.tanh_()
+    _tanh_(g)
     o.sigmoid_()
-    shape = (len(gates), *first.shape)
-    cells = first.new_empty(shape[0] + 1, *shape[1:])
-    before, after = (cells[:-1], cells[1:]) if order.step > 0 else (cells[1:], cells[:-1])
-    before[order[0]] = first
+    cells = first.new_empty(len(first), len(order) + 1, *first.shape[1:])
+    before, after = (cells[:, :-1], cells[:, 1:]) if order.step > 0 else (cells[:, 1:], cells[:, :-1])
+    before[:, order[0]] = first
+    steps = [part.unbind(1) for part in (f, before, after, i, g)]
     for t in order:
-        torch.mul(f[t], before[t], out=after[t]).addcmul_(i[t], g[t])
+        forget, old, new, entry, candidate = (part[t] for part in steps)
+        torch.mul(forget, old, out=new).addcmul_(entry, candidate)
     carry = f.clone()
     _of_sigmoid.grad_input(before, f, grad_input=f)
     slope = _of_tanh(i, g)
     _of_sigmoid.grad_input(g, i, grad_input=i)
     g.copy_(slope)
-    bounded = after.tanh_()
+    bounded = _tanh_(after)
     inner = o * bounded if projects else None
     _of_tanh.grad_input(o, bounded, grad_input=slope)
     _of_sigmoid.grad_input(bounded, o, grad_input=o)
     return Slopes(gates, carry, slope, inner)
 
 
-def _lstm_back(slopes: Slopes, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> None:
-    assert dc is not None
+def _lstm_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.carry is not None
     assert slopes.cell is not None
-    dc.addcmul_(dh, slopes.cell[t])
-    size = dc.shape[-1]
-    by_gate, out = (torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates[t], out))
-    torch.mul(by_gate[..., :3, :], dc.unsqueeze(-2), out=out[..., :3, :])
-    torch.mul(by_gate[..., 3, :], dh, out=out[..., 3, :])
-    dc.mul_(slopes.carry[t])
+    size = slopes.carry.shape[-1]
+    blocks = [torch.unflatten(tensor, -1, (4, size)) for tensor in (slopes.gates, out)]
+    three, by_cell = [one[..., :3, :].unbind(1) for one in blocks]
+    last, by_hidden = [one[..., 3, :].unbind(1) for one in blocks]
+    carry, cell = slopes.carry.unbind(1), slopes.cell.unbind(1)
+
+    def back(t: int, dh: Tensor, dc: Tensor | None) -> None:
+        assert dc is not None
+        dc.addcmul_(dh, cell[t])
+        torch.mul(three[t], dc.unsqueeze(-2), out=by_cell[t])
+        torch.mul(last[t], dh, out=by_hidden[t])
+        dc.mul_(carry[t])
+
+    return back
 
 
 def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
     n, r, z, hidden_n = gates.chunk(4, -1)  # what goes into the candidate n stands apart, r times the hidden's
     gates[..., n.shape[-1] : 3 * n.shape[-1]].sigmoid_()
-    n.addcmul_(r, hidden_n).tanh_()
+    _tanh_(n.addcmul_(r, hidden_n))
     carry = z.clone()
     _of_sigmoid.grad_input(before - n, z, grad_input=z)
     _of_tanh.grad_input(1 - carry, n, grad_input=n)
@@ -127,11 +157,16 @@ def _gru_slopes(gates: Tensor, before: Tensor, *_: Any) -> Slopes:
     return Slopes(gates, carry)
 
 
-def _gru_back(slopes: Slopes, t: int, dh: Tensor, _: Tensor | None, out: Tensor) -> Tensor:
+def _gru_back(slopes: Slopes, out: Tensor) -> Step:
     assert slopes.carry is not None
-    by_gate, out = (torch.unflatten(tensor, -1, (4, dh.shape[-1])) for tensor in (slopes.gates[t], out))
-    torch.mul(by_gate, dh.unsqueeze(-2), out=out)
-    return dh * slopes.carry[t]
+    carry = slopes.carry.unbind(1)
+    by_gate, outs = (torch.unflatten(one, -1, (4, carry[0].shape[-1])).unbind(1) for one in (slopes.gates, out))
+
+    def back(t: int, dh: Tensor, _: Tensor | None) -> Tensor:
+        torch.mul(by_gate[t], dh.unsqueeze(-2), out=outs[t])
+        return dh * carry[t]
+
+    return back
 
 
 CELLS = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autogram._factors import Blocks, Factor, Outer
+from recollect.autogram._products import batched_product
 from recollect.autogram._square import of_device
 from recollect.autogram.rules._view import bias_rows, needs, wide
 
@@ -159,7 +160,7 @@ class _Call:
             chosen = slice(rows.start + start, rows.start + start + len(out))
             left, right = (side.expand(len(out), -1, -1, -1) for side in (self._left(chosen), self._right(chosen)))
             first, second = (right, left) if turned else (left, right)
-            torch.bmm(first.flatten(0, 1), second.flatten(0, 1).mT, out=out.flatten(0, 1))
+            batched_product(first.flatten(0, 1), second.flatten(0, 1), out.flatten(0, 1))
         return (formed.mT if turned else formed).reshape(n, *sizes)
 
     def _cut(self, part: slice) -> _Call:

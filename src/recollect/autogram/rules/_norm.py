@@ -87,5 +87,7 @@ def _affine(layer: nn.Module, normed: Tensor, grad: Tensor, *kept: int) -> dict[
     """Return the factors of ``weight`` and ``bias``, which have the dimensions ``kept`` of what was normalised."""
     factors = bias_rows(layer, grad, *kept)
     if needs(layer, "weight"):
-        factors["weight"] = Rows(sum_to(wide(grad) * normed, kept))
+        grad = wide(grad)
+        in_place = normed.shape == grad.shape and normed.dtype == grad.dtype  # nobody else has what was normalised
+        factors["weight"] = Rows(sum_to(normed.mul_(grad) if in_place else grad * normed, kept))
     return factors
