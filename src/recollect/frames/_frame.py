@@ -202,7 +202,7 @@ class Frame(Scope):
         # operation that may still fill them.
         self._small: list[tuple[int, Tensor, int, int]] = []
         self._small_size = 0
-        self._holds = False  # whether they may be held: nobody counts who holds their memory
+        self._holds = False  # whether they may be held: nobody counts who holds their memory, or the operations
         # What was read in this run, with the error found: autograd may save a tensor for several operations.
         self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
@@ -229,7 +229,7 @@ class Frame(Scope):
                 devices.add(tensor.device)
             if marks:
                 self._given.update(place_of(tensor))
-        self._holds = self._certify is True and marks and local.policy is None
+        self._holds = self._certify is True and marks and local.policy is None and not self._region.has_contexts
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
