@@ -347,7 +347,8 @@ class Frame(Scope):
                 if small and (self._small_size + size > MOST or small[0][1].dtype is not tensor.dtype):
                     self._mark_small()
                 self._small_size += size
-                self._small.append((index, tensor, version, -1 if at_once else sequence()))
+                # Without what the region may do to the tensor itself: give it other memory for a while.
+                self._small.append((index, tensor.detach(), version, -1 if at_once else sequence()))
             elif at_once:
                 with aside():
                     self._marks[index] = self._mark(tensor)
