@@ -19,7 +19,8 @@ used                                                         for                
 ``torch.autograd.variable.Variable._execution_engine``       a callback when backward ends             1.0
 ``torch.autograd._get_sequence_nr``, ``Node._sequence_nr``   which nodes a region made                 2.1
 ``..grad_mode._unsafe_preserve_version_counter``             writes that are undone                    2.0
-``torch._C._EnableTorchFunction``                            subclasses in a rebuild                   2.0
+``torch._C._EnableTorchFunction``,                           subclasses in a rebuild                   2.0
+``_is_torch_function_enabled``
 ``torch._C.DisableTorchFunctionSubclass``                    what subclasses are underneath            2.0
 ``torch._subclasses.FakeTensor``                             whether a tensor has values               2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
@@ -33,6 +34,8 @@ used                                                         for                
 ``..fsdp._fully_shard``: ``RegisterPostBackwardFunction``,   an engine of sharded parameters           2.9
 ``_get_fsdp_state``, ``reshard_after_backward``
 ``_CachedTorchDispatchMode.storage``                         selective checkpoints, more than once     2.13
+``torch._foreach_copy_``                                     many small copies in one call             2.1
+``torch._C._nn.flatten_dense_tensors``                       many small tensors in one call            1.10
 ``torch._C._SetExcludeDispatchKeyGuard``                     versions of what a dispatch mode keeps     1.13
 ============================================================ ========================================= =====
 """
@@ -64,9 +67,11 @@ __all__ = [
     "TorchDispatchMode",
     "cached_parametrizations",
     "compiled_blocks_exist",
+    "copy_into",
     "counted_alias",
     "default_device",
     "enabled_overrides",
+    "flattened",
     "graph_task_id",
     "has_global_hooks",
     "hooks_are_enabled",
@@ -77,12 +82,14 @@ __all__ = [
     "is_recorded",
     "is_traceable_wrapper_subclass",
     "is_transformed",
+    "modes_are_open",
     "node_sequence",
     "opened_by_pytree",
     "outputs_come_first_hand",
     "outside_functorch",
     "outside_modes",
     "outside_transforms",
+    "overrides_are_enabled",
     "parametrizations_as",
     "preserving_versions",
     "saved_tensor_hooks",
@@ -133,7 +140,11 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def is_in_transform() -> bool:
     """Return whether saved-tensor hooks do not exist here: in torch.func, forward mode and under torch.jit.trace."""
-    return transform_level_is_open() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+    return (
+        _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def is_recorded() -> bool:
@@ -188,17 +199,27 @@ def enabled_overrides() -> AbstractContextManager[Any]:
     return context
 
 
+def overrides_are_enabled() -> bool:
+    """Return whether subclasses override operations here."""
+    enabled: bool = torch._C._is_torch_function_enabled()
+    return enabled
+
+
 def without_overrides() -> AbstractContextManager[Any]:
     """Return a context in which subclasses do not override operations: they are plain tensors there."""
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
 
 
+def modes_are_open() -> bool:
+    """Return whether a dispatch mode is open here."""
+    number: int = torch._C._len_torch_dispatch_stack()
+    return number > 0
+
+
 def outside_modes() -> AbstractContextManager[Any]:
     """Return a context without dispatch modes, for what recollect does for itself: fake tensors are no states."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return nullcontext()
-    return _disable_current_modes()
+    return _disable_current_modes() if modes_are_open() else nullcontext()
 
 
 def is_faked() -> bool:
@@ -216,6 +237,12 @@ def shape_of(tensor: Tensor) -> torch.Size:
     if tensor.is_nested and tensor.layout is torch.strided:
         return torch.Size(tensor._nested_tensor_size().flatten().tolist())
     return tensor.shape
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of strided tensors in one row."""
+    row: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return row
 
 
 # The graph.
@@ -253,6 +280,16 @@ def preserving_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any
         return nullcontext()
     preserving: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tuple(tensors))
     return preserving
+
+
+def copy_into(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors of their shapes, one after the other."""
+    kinds = {*map(type, targets), *map(type, values)}
+    if len(targets) > 1 and kinds == {Tensor}:
+        torch._foreach_copy_(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def counted_alias(tensor: Tensor) -> Tensor:
@@ -379,7 +416,7 @@ def has_global_hooks() -> bool:
     """Return whether hooks of somebody else, of engines too, run before or after every module's forward."""
     before: Any = _module._global_forward_pre_hooks
     after: Any = _module._global_forward_hooks
-    return any(len(hooks) > (_WATCHING in hooks) for hooks in (before, after))
+    return len(before) > (_WATCHING in before) or len(after) > (_WATCHING in after)
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
@@ -443,15 +480,13 @@ class ScaledProductBackends:
     __slots__ = ("_enabled", "_order")
 
     def __init__(self) -> None:
-        self._enabled = tuple([getter() for getter in self._GETTERS])
+        self._enabled = [getter() for getter in self._GETTERS]
         self._order: list[int] = torch._C._get_sdp_priority_order()
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, ScaledProductBackends) and self._enabled == other._enabled and self._order == other._order
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+    def hold(self) -> bool:
+        """Return whether these are allowed now, in this order."""
+        enabled = [getter() for getter in self._GETTERS]
+        return enabled == self._enabled and torch._C._get_sdp_priority_order() == self._order
 
     def set(self) -> None:
         """Allow these again."""

@@ -183,7 +183,7 @@ def _judge(sent: _Sent) -> None:
 
 def outstanding() -> bool:
     """Whether there are verdicts that nobody has been told of."""
-    return bool(_waiting or _raised or any(list(_collected.values())))
+    return bool(_waiting or _raised or (_collected and any(list(_collected.values()))))
 
 
 def arrive() -> None:

@@ -183,6 +183,22 @@ def test_noise_that_an_operation_fills_after_it_was_saved(training, certify):
     assert_same(*both(step)[::-1])
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bias": False}, {"bidirectional": True}], ids=str)
+def test_a_workspace_whose_bytes_are_not_all_written(kind, options):
+    """oneDNN's recurrent layers in bfloat16 save memory of their own form, with bytes that nobody has written."""
+
+    def step(wrap):
+        module = kind(12, 8, batch_first=True, **options)
+        x = double(5, 7, 12).detach().float().requires_grad_()
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                wrap(module, x)[0].float().square().sum().backward()
+        return (x.grad, *(parameter.grad for parameter in module.parameters()))
+
+    assert_same(*both(step)[::-1])
+
+
 def test_operations_that_save_other_tensors_while_they_are_watched():
     def step(wrap):
         x = double(10, 2, 5)
@@ -458,3 +474,60 @@ def test_gradients_of_a_part_that_runs_after_another_asked_for_some():
         return [p.grad for p in (*first.lin.parameters(), *second.parameters())]
 
     assert_same(*both(step)[::-1])
+
+
+def counted(layers, x):
+    for layer in layers:
+        layer.count += 1
+        x = layer(x).sin() * layer.count
+    return x
+
+
+def with_names_that_come_and_go(layers, x):
+    for layer in layers:
+        if hasattr(layer, "extra"):
+            del layer.extra
+            x = x * 2
+        else:
+            layer.extra = 3.0
+        x = layer(x).sin()
+    return x
+
+
+def swapped(layers, x):
+    layers[0].weight, layers[1].weight = layers[1].weight, layers[0].weight
+    for layer in layers:
+        x = layer(x).sin()
+    return x
+
+
+def given_other_data(layers, x):
+    for layer in layers:
+        layer.weight.data = layer.weight.data * 1.1
+        x = F.linear(x, layer.weight * 1).sin()
+    return x
+
+
+@pytest.mark.parametrize("function", [counted, with_names_that_come_and_go, swapped, given_other_data])
+def test_what_a_function_does_to_layers_of_torch_that_it_names(function):
+    """Their attributes, registers and memory begin again with what they were, and are afterwards what they were."""
+    names = []
+
+    def step(wrap):
+        layers = [nn.Linear(4, 4).double() for _ in range(3)]
+        for layer in layers:
+            layer.count = 0
+        found = []
+        for i in range(4):
+            x = double(5, 4)
+            y = wrap(lambda t: function(layers, t), x)
+            if i == 2:
+                layers[1].count += 10
+            y.sum().backward()
+            found.append(x.grad)
+        names.append([sorted(vars(layer)) for layer in layers])
+        counts = torch.tensor([float(layer.count) for layer in layers])
+        return (*found, counts, *(p for layer in layers for p in (layer.weight, layer.weight.grad)))
+
+    assert_same(*both(step)[::-1])
+    assert names[0] == names[1]

@@ -101,8 +101,10 @@ def checkpoint(
             raise TypeError(f"inverse must be a function of the outputs (got {inverse!r})")
     if source is not None and not isinstance(source, Source):
         raise TypeError(f"source must be a recollect.frames.Source, such as Offload() (got {source!r})")
-    check_certify(certify)
-    _say_once(use_reentrant=use_reentrant or None, determinism_check=determinism_check, debug=debug or None)
+    if certify is not True:
+        check_certify(certify)
+    if use_reentrant or determinism_check is not None or debug:
+        _say_once(use_reentrant=use_reentrant or None, determinism_check=determinism_check, debug=debug or None)
     if preserve_rng_state is not None:
         seed = preserve_rng_state
     if not enabled or not frames_apply():

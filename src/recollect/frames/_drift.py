@@ -133,7 +133,9 @@ class DriftProbe:
         self._samples: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for tensor in parts_of(tensors):
-                index = _sample(tensor.numel()).to(tensor.device)
+                index = _sample(tensor.numel())
+                if not tensor.is_cpu:
+                    index = index.to(tensor.device)
                 self._samples.append((index, torch.take(tensor.detach(), index)))
 
     def measure(self, tensors: Sequence[Tensor]) -> None:
@@ -160,11 +162,21 @@ def _drift_of(squares: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _square_of(tensor: Tensor) -> Tensor:
     """Return the sum of the squares in double precision, where the device has it."""
+    if tensor.is_cpu and tensor.is_floating_point():
+        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+        return norm * norm
     wide = widened(tensor.abs() if tensor.is_complex() else tensor)
     return torch.dot(wide, wide)
 
 
+def _drawn() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.randint(2**62, (_SAMPLES,), generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+_positions = _drawn()
+
+
 def _sample(size: int) -> Tensor:
     """Return random positions among ``size``: always the same, and without moving the training's random numbers."""
-    generator = torch.Generator().manual_seed(size)
-    return torch.randint(max(size, 1), (min(size, _SAMPLES),), generator=generator, device="cpu")
+    return _positions[: min(size, _SAMPLES)].remainder(max(size, 1))

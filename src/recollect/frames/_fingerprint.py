@@ -23,8 +23,8 @@ from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform, without_overrides
 
 __all__ = [
-    "PROJECTIONS", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite", "is_late",
-    "late_parts", "norm_of", "on_host",
+    "PROJECTIONS", "TAME", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite",
+    "is_late", "late_parts", "norm_of", "on_host", "plain_values",
 ]  # fmt: skip
 
 # A prime, so that whole rows or samples never fall on one another.
@@ -34,9 +34,10 @@ PROJECTIONS = 4
 
 # Sampled elements, where reading all of them would cost more than it proves, and what is read in whole all the same.
 _SAMPLES = _PERIOD
-_FEW = 4 * _PERIOD
+_MANY = 4 * _PERIOD
 
-_TAME = 1e6  # projections above it may be of large numbers such as those of masks
+TAME = 1e6
+"""Projections above it may be of large numbers such as those of masks."""
 _LONG = 1 << 22  # products are summed up in their own precision
 _WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
 
@@ -86,7 +87,7 @@ def fingerprint(
     if values is None:
         return None
     if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
-        values = _sample_of(values) if values.numel() > _FEW else values
+        values = _sample_of(values) if values.numel() > _MANY else values
         values = values.contiguous() if values.is_floating_point() else values.float()
     bits: int | Tensor = 0
     if exact or not values.is_floating_point():
@@ -122,12 +123,15 @@ def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
         or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
     ):
         return None
-    flat = tensor.detach()
-    if order is None and not tensor.is_contiguous():
-        order = _order_of(tensor)
+    flat = tensor.detach() if tensor.requires_grad else tensor
+    contiguous = flat.is_contiguous()
+    if order is None and not contiguous:
+        order = _order_of(flat)
     if order is not None:
-        flat = flat.permute(order)
-    numbers: list[float] = torch.mv(_columns(dtype, _CPU, size), flat.reshape(-1)).tolist()
+        flat = flat.permute(order).reshape(-1)
+    elif flat.dim() != 1:
+        flat = flat.view(-1)
+    numbers: list[float] = torch.mv(_columns(dtype, _CPU, size), flat).tolist()
     return numbers, order
 
 
@@ -138,8 +142,9 @@ def _kinds_of(values: Tensor) -> Tensor:
 
 def _is_tame(projections: list[float], tensor: Tensor) -> bool:
     """Whether no element can be so large that others do not count beside it."""
-    most = (_TAME if tensor.dtype is not torch.float16 else _TAME / 1e3) + 10 * tensor.numel()
-    return all(abs(one) < most for one in projections)
+    most = (TAME if tensor.dtype is not torch.float16 else TAME / 1e3) + 10 * tensor.numel()
+    a, b, c, d = projections[:PROJECTIONS]
+    return -most < a < most and -most < b < most and -most < c < most and -most < d < most
 
 
 def _is_apart(projections: list[float], tensor: Tensor, like: Fingerprint | None) -> bool:
@@ -272,6 +277,11 @@ def _values_of(tensor: Tensor, order: Order = None) -> Values:
     if order is None and not tensor.is_contiguous():
         order = _order_of(tensor)
     return (tensor if order is None else tensor.permute(order)), order
+
+
+def plain_values(tensor: Tensor) -> Tensor | None:
+    """Return a strided tensor with a tensor's values where they stand; ``None`` if it has none."""
+    return _values_of(tensor.detach() if tensor.requires_grad else tensor, tuple(range(tensor.dim())))[0]
 
 
 def _order_of(tensor: Tensor) -> tuple[int, ...]:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._arguments import Certify
-from recollect._torch import enabled_overrides, graph_task_id, node_sequence, sequence, shape_of
+from recollect._torch import enabled_overrides, graph_task_id, node_sequence, overrides_are_enabled, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
 from recollect._verdicts import look, outstanding
 from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
+from recollect.frames._joint import FEWEST, MOST, Joint, is_small
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Recorder
@@ -168,9 +169,9 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live",
-        "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled",
-        "_tokens", "_unmarked",
+        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_holds", "_largest",
+        "_live", "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved",
+        "_small", "_small_size", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -192,11 +193,16 @@ class Frame(Scope):
         self._early_stop = early_stop and not held.whole
         self._parent = enclosing()
         self._metas: list[Meta] = []
-        self._marks: list[Fingerprint | None] = []
+        self._marks: list[Fingerprint | Joint | None] = []
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
+        # Small tensors of one dtype, whose fingerprints are taken together: with their indices and versions, and the
+        # operation that may still fill them.
+        self._small: list[tuple[int, Tensor, int, int]] = []
+        self._small_size = 0
+        self._holds = False  # whether they may be held: nobody counts who holds their memory, or the operations
         # What was read in this run, with the error found: autograd may save a tensor for several operations.
         self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
@@ -214,34 +220,47 @@ class Frame(Scope):
         self._live = arguments
         self._held.begins(self._region)
         given = tensors_among(*arguments)
-        devices = {tensor.device for tensor in given}
-        versions = [version_of(tensor) for tensor in given]
-        if self._certify and not self._drifts:
-            self._given = {key for tensor in given for key in place_of(tensor)}
+        devices: set[torch.device] = set()  # beside the CPU
+        marks = self._certify and not self._drifts
+        versions = []
+        for tensor in given:
+            versions.append(version_of(tensor))
+            if not tensor.is_cpu:
+                devices.add(tensor.device)
+            if marks:
+                self._given.update(place_of(tensor))
+        self._holds = self._certify is True and marks and local.policy is None and not self._region.has_contexts
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
             output = self._region.first(arguments, devices, self, hooks, self._take)
-            self._mark_earlier(end=True)
+            if self._unmarked:
+                self._mark_earlier(end=True)
+            if self._small:
+                self._mark_small(end=True)
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
+            self._small.clear()
             self._read.clear()
-        self._given = set()
+        self._given.clear()
         if not self._drifts:
-            self._changes = next(
-                (shape_of(t) for t, v in zip(given, versions, strict=True) if version_of(t) != v), None
-            )
-        outputs = _tensors_in(output)
-        kept = []
-        for reference, version, index in self._saved:
-            tensor = reference()
-            if tensor is not None:
+            for tensor, version in zip(given, versions, strict=True):
                 if version_of(tensor) != version:
-                    self._spoiled[index] = shape_of(tensor)
+                    self._changes = shape_of(tensor)
+                    break
+        outputs = _tensors_in(output)
+        returned = {id(tensor) for tensor in outputs}
+        kept = []
+        for one in self._saved:
+            reference, version, index = one
+            saved = reference()
+            if saved is not None:
+                if version_of(saved) != version:
+                    self._spoiled[index] = shape_of(saved)
                 # What the region made is its callers' to change: a rebuild makes it anew.
-                if not any(tensor is o for o in outputs):
-                    kept.append((reference, version, index))
+                if id(saved) not in returned:
+                    kept.append(one)
         self._saved = kept
         if self.needed:
             before = _Before([t.grad_fn for t in given if not t.is_leaf])
@@ -299,25 +318,38 @@ class Frame(Scope):
         self._rebuilt = {}
 
     def _pack(self, tensor: Tensor) -> _Token | _Lasting:
-        index = len(self._tokens)
+        tokens = self._tokens
+        index = len(tokens)
         self._metas.append((shape_of(tensor), tensor.dtype, tensor.device))
+        self._marks.append(None)
         # Of a view (a Linear saves its transposed weight), the tensor that it is a view of.
         base = tensor if tensor.is_leaf else tensor._base
-        lasts = base is not None and base.is_leaf and base.requires_grad and not self._is_released(base)
-        if lasts or (self._recorder is not None and self._recorder.is_lasting(tensor)):
-            self._tokens.append(None)
-            self._marks.append(None)
+        if (
+            base is not None
+            and base.is_leaf
+            and base.requires_grad
+            and (local.policy is None or not self._is_released(base))
+        ) or (self._recorder is not None and self._recorder.is_lasting(tensor)):
+            tokens.append(None)
             return _Lasting(self._region, tensor)
-        self._saved.append((weakref.ref(tensor), version_of(tensor), index))
+        version = version_of(tensor)
+        self._saved.append((weakref.ref(tensor), version, index))
         token = _Token(self, index)
-        self._tokens.append(weakref.ref(token))
-        self._marks.append(None)
+        tokens.append(weakref.ref(token))
         if self._certify:
             if self._unmarked:
                 self._mark_earlier()
             if self._given and self._is_given(tensor):
-                pass  # it comes back with the arguments
-            elif tensor.requires_grad or local.keeping:
+                return token  # it comes back with the arguments
+            at_once = tensor.requires_grad or local.keeping
+            if self._holds and is_small(tensor):
+                small, size = self._small, tensor.numel()
+                if small and (self._small_size + size > MOST or small[0][1].dtype is not tensor.dtype):
+                    self._mark_small()
+                self._small_size += size
+                # Without what the region may do to the tensor itself: give it other memory for a while.
+                self._small.append((index, tensor.detach(), version, -1 if at_once else sequence()))
+            elif at_once:
                 with aside():
                     self._marks[index] = self._mark(tensor)
             else:
@@ -335,13 +367,41 @@ class Frame(Scope):
         """
         unmarked = self._unmarked
         if unmarked and (end or unmarked[-1][2] != sequence()):
-            filled = self._recorder.filled if self._recorder is not None else ()
+            filled = self._recorder.unsettled if self._recorder is not None else ()
             with aside():
                 for index, tensor, _ in unmarked:
                     if filled and not filled.isdisjoint(place_of(tensor)):
                         continue  # noise that an operation fills, or in evaluation leaves as it was
                     self._marks[index] = self._mark(tensor)
             unmarked.clear()
+
+    def _mark_small(self, end: bool = False) -> None:
+        """Take the fingerprints of the small tensors that are held; of those that may still be filled alone, later."""
+        filled = self._recorder.unsettled if self._recorder is not None else ()
+        running = -2 if end else sequence()
+        held, self._small, self._small_size = self._small, [], 0
+        tensors: dict[int, Tensor] = {}
+        for index, tensor, version, operation in held:
+            if operation == running:
+                self._unmarked.append((index, tensor, operation))
+            elif filled and not filled.isdisjoint(place_of(tensor)):
+                continue
+            elif version_of(tensor) != version:
+                self._spoiled[index] = shape_of(tensor)
+            elif tensor.untyped_storage().nbytes() > 0:
+                tensors[index] = tensor
+        with aside():
+            alone = [*tensors]
+            if len(tensors) >= FEWEST:
+                joint = Joint(tensors)
+                alone = joint.wild()
+                together = [index for index in tensors if index not in alone] if alone else tensors
+                if alone and together:
+                    joint = Joint({index: tensors[index] for index in together})
+                for index in together:
+                    self._marks[index] = joint
+            for index in alone:
+                self._marks[index] = self._mark(tensors[index])
 
     def _mark(self, tensor: Tensor) -> Fingerprint | None:
         memory = self._memory_of(tensor)
@@ -371,7 +431,7 @@ class Frame(Scope):
 
     def _is_released(self, tensor: Tensor) -> bool:
         """Whether a leaf may lose its values after the forward, so that it cannot be held in place of a rebuild."""
-        return local.policy is not None and self._live is not None and any(tensor is a for a in tensors_of(self._live))
+        return self._live is not None and any(tensor is a for a in tensors_of(self._live))
 
     def _guard(self, output: Tensor, begin: int, before: _Before) -> None:
         """Make a second backward through freed saved tensors an error that names the module.
@@ -404,20 +464,22 @@ class Frame(Scope):
         node.register_prehook(refuse_if_freed)
 
     def _rebuild(self, whole: bool = False) -> tuple[dict[int, Tensor], list[Tensor]]:
-        with enabled_overrides():
-            try:
-                return self._run_again(whole)
-            except RebuildError as error:
-                if self._region.watched and not self._region.rewatched and not self._held.whole:
-                    self._region.rewatched = True  # some operations save other tensors under a dispatch mode
-                    try:
-                        return self._run_again(whole)
-                    except RebuildError:
-                        self._region.rewatched = False
-                suspects = self._suspects()
-                if not suspects:
-                    raise
-                raise RebuildError(f"{error}. Found: {', '.join(suspects)}") from error
+        if not overrides_are_enabled():
+            with enabled_overrides():
+                return self._rebuild(whole)
+        try:
+            return self._run_again(whole)
+        except RebuildError as error:
+            if self._region.watched and not self._region.rewatched and not self._held.whole:
+                self._region.rewatched = True  # some operations save other tensors under a dispatch mode
+                try:
+                    return self._run_again(whole)
+                except RebuildError:
+                    self._region.rewatched = False
+            suspects = self._suspects()
+            if not suspects:
+                raise
+            raise RebuildError(f"{error}. Found: {', '.join(suspects)}") from error
 
     def _suspects(self) -> list[str]:
         """Find out what differs, after a rebuild that did."""
@@ -435,15 +497,19 @@ class Frame(Scope):
                 f"{self._region.name}: its input of shape {list(self._changes)} was changed in place by itself, so "
                 "that it cannot run again from it; change a copy instead (x = x + 1, not x += 1)"
             )
+        if running is not None and self._small:
+            self._mark_small()
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
         changed = [] if running is not None else self._held.changed()
         self._check_saved(needed, changed)
         self._parent.now_rebuilds(self, together=self._held.followed)
+        leaves = _leaves_among(arguments) if running is None and self._held.makes_leaves else []
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
         graph: list[weakref.ref[_Emptied]] = []
         waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation; see _mark_earlier
+        small: dict[int, Tensor] = {}  # compared when the region has run
         gross = 0.0
         early = (self._early_stop and not whole) or running is not None
         last = max(needed, default=-1) if early else -1
@@ -473,9 +539,16 @@ class Frame(Scope):
                     if waiting and waiting[-1][2] != sequence():
                         compare()
                     at_once = tensor.requires_grad or local.keeping > 0
-                    if self._marks[count] is not None and at_once:
-                        gross = max(gross, self._certify_one(count, bare))
-                    elif self._marks[count] is not None:
+                    mark = self._marks[count]
+                    if mark is None:
+                        pass
+                    elif type(mark) is Joint:
+                        small[count] = bare
+                    elif at_once:
+                        error = self._certify_one(count, bare)
+                        if error > gross:
+                            gross = error
+                    else:
                         waiting.append((count, bare, sequence()))
                     collected[count] = bare
                     versions[count] = version_of(bare)
@@ -512,7 +585,10 @@ class Frame(Scope):
                     f"{self._region.name}: it changes in place a tensor of shape {list(bare.shape)} that backward "
                     "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
                 )
-        compare()
+        if waiting:
+            compare()
+        if small:
+            self._certify_small(small)
         self._read.clear()
         if is_whole and running is None:
             if count != len(self._metas):
@@ -520,8 +596,9 @@ class Frame(Scope):
             self._held.compared(gross)
             self._held.evaluated(output)
         # else: a gradient taken inside the region itself, the rest of which has not run yet
-        if running is None and self._held.makes_leaves:
-            _empty(arguments)
+        del arguments, output
+        for leaf in leaves:
+            _empty(leaf)
         self._rebuilt = collected
         return collected, returned
 
@@ -537,7 +614,7 @@ class Frame(Scope):
     def _certify_one(self, index: int, tensor: Tensor) -> float:
         """Compare what is handed out with what autograd saved; return the relative error."""
         then = self._marks[index]
-        if then is None:
+        if then is None or isinstance(then, Joint):
             return 0.0
         with aside():
             if is_late(then):
@@ -553,6 +630,17 @@ class Frame(Scope):
         else:
             self._certificate.figures.note(error)
         return error
+
+    def _certify_small(self, tensors: dict[int, Tensor]) -> None:
+        """Compare small tensors, whose fingerprints were taken together, with what autograd saved."""
+        figures = self._certificate.figures
+        with aside():
+            for joint in dict.fromkeys([self._marks[index] for index in tensors]):
+                assert isinstance(joint, Joint)
+                equal, unequal = joint.compare(tensors)
+                figures.equal += equal
+                for index, error in unequal:
+                    self._acceptance(index)(error)
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
         memory = self._memory_of(tensor)
@@ -593,7 +681,7 @@ class Frame(Scope):
         if norm == math.inf:
             return True
         if self._largest is None:
-            norms = map(norm_of, self._marks)
+            norms = [norm_of(mark) for mark in self._marks if not isinstance(mark, Joint)]
             self._largest = max(one for one in norms if one != math.inf)
         return norm >= 1e-2 * self._largest
 
@@ -661,13 +749,20 @@ def _tensors_in(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(tensors_of(output))
 
 
-def _empty(arguments: Arguments) -> None:
-    """Take the memory of the leaves that a rebuild began with: a graph that the region leaves behind holds them."""
-    for tensor in tensors_among(*arguments):
-        if type(tensor) is not Tensor or not tensor.requires_grad or not tensor.is_leaf or tensor.is_nested:
-            continue
-        if tensor.layout is torch.strided and tensor.device.type != "meta":
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+def _leaves_among(arguments: Arguments) -> list[weakref.ref[Tensor]]:
+    """Return the leaves that a rebuild begins with, and that can be emptied."""
+    return [
+        weakref.ref(tensor)
+        for tensor in tensors_among(*arguments)
+        if type(tensor) is Tensor and tensor.requires_grad and tensor.is_leaf and not tensor.is_nested
+    ]
+
+
+def _empty(leaf: weakref.ref[Tensor]) -> None:
+    """Take the memory of a leaf that is still there: a graph that the region has left behind holds it."""
+    tensor = leaf()
+    if tensor is not None and tensor.layout is torch.strided and tensor.device.type != "meta":
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def devices_of(arguments: Any) -> set[torch.device]:

@@ -231,13 +231,12 @@ def frames_apply() -> bool:
         >>> frames_apply()
         True
     """
-    if torch.compiler.is_compiling():
-        return False
     return (
-        torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and local.dry == 0
         and local.keeping_everything == 0
+        and not torch.is_inference_mode_enabled()
         and hooks_are_enabled()
         and not is_in_transform()
     )

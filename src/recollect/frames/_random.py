@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._torch import TorchDispatchMode, outside_modes
+from recollect._torch import TorchDispatchMode, modes_are_open, outside_modes
 
 __all__ = ["RandomState", "Randomness", "undrawn"]
 
@@ -29,6 +29,14 @@ def _state_of(device: torch.device) -> Tensor:
         return torch.default_generator.get_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
+
+
+def _states_of(devices: Iterable[torch.device]) -> States:
+    """Return the state of the CPU's generator, and of those of other devices."""
+    if not devices and not modes_are_open():
+        return [(_CPU, torch.default_generator.get_state())]
+    with outside_modes():
+        return [(device, _state_of(device)) for device in _with_generators(devices)]
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
@@ -69,8 +77,7 @@ class RandomState:
     __slots__ = ("states",)
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        with outside_modes():
-            self.states: States = [(device, _state_of(device)) for device in _with_generators(devices)]
+        self.states = _states_of(devices)
 
     def replayed(self) -> AbstractContextManager[None]:
         """Draw in the body what was drawn after this moment; the generators go on as if nothing had happened."""
@@ -119,7 +126,8 @@ class _Threads:
 
     def __init__(self) -> None:
         self.drawing = threading.RLock()
-        self._ended = threading.Condition()
+        self._lock = threading.RLock()
+        self._ended = threading.Condition(self._lock)
         self._active: dict[int, int] = {}  # thread: how many regions it runs
         self._alone: dict[int, int] = {}  # thread: how many of these use the process's generators
         self._waiting = 0
@@ -127,9 +135,10 @@ class _Threads:
     def enter(self) -> bool:
         """Begin a region; return whether it may use the process's generators."""
         thread = threading.get_ident()
-        with self._ended:  # nobody may look between the two
-            self._active[thread] = self._active.get(thread, 0) + 1
-            alone = len(self._active) == 1
+        active = self._active
+        with self._lock:  # nobody may look between the two
+            active[thread] = active.get(thread, 0) + 1
+            alone = len(active) == 1
             if alone:
                 self._alone[thread] = self._alone.get(thread, 0) + 1
         return alone
@@ -142,12 +151,13 @@ class _Threads:
     def leave(self, alone: bool) -> None:
         """End a region."""
         thread = threading.get_ident()
-        _decrease(self._active, thread)
-        if alone:
-            _decrease(self._alone, thread)
-            if self._waiting:
-                with self._ended:
-                    self._ended.notify_all()
+        for counts in (self._active, self._alone) if alone else (self._active,):
+            counts[thread] -= 1
+            if not counts[thread]:
+                del counts[thread]
+        if alone and self._waiting:
+            with self._ended:
+                self._ended.notify_all()
 
     def wait_for_others(self) -> None:
         """Wait until no other thread uses the process's generators."""
@@ -160,12 +170,6 @@ class _Threads:
                 self._ended.wait_for(lambda: all(thread == own for thread in list(self._alone)), self.patience)
             finally:
                 self._waiting -= 1
-
-
-def _decrease(counts: dict[int, int], key: int) -> None:
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
 
 
 def _is_foreign() -> bool:
@@ -237,12 +241,12 @@ class Randomness:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._devices = devices
         self._stream: _OwnStream | None = None
-        self._before: RandomState | None = None
+        self._before: States | None = None
         self.states: States = []
 
     def __enter__(self) -> Randomness:
         if _threads.enter():
-            self._before = RandomState(self._devices)
+            self._before = _states_of(self._devices)
         else:
             self._stream = _OwnStream(None)
             self._stream.__enter__()  # type: ignore[no-untyped-call]
@@ -256,18 +260,21 @@ class Randomness:
             _threads.leave(alone=False)
         elif self._before is not None:
             # Generators that nobody drew from are forgotten: a region without randomness then costs nothing.
-            with outside_modes():
-                self.states = [(d, s) for d, s in self._before.states if not _are_equal(s, _state_of(d))]
-            self._before = None
+            before, self._before = self._before, None
+            now = _states_of(self._devices)
+            for one, (_, state) in zip(before, now, strict=True):
+                if not _are_equal(one[1], state):
+                    self.states.append(one)
             _threads.leave(alone=True)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw in the body what was drawn in the first run; the generators go on as if nothing had happened."""
-        if self._stream is not None or self._before is not None:  # the first run lasts
-            states = list(self._stream.first.items()) if self._stream is not None else self._before.states  # type: ignore[union-attr]
-        else:
-            states = self.states
+        states = self.states
+        if self._stream is not None:  # the first run lasts
+            states = list(self._stream.first.items())
+        elif self._before is not None:
+            states = self._before
         alone = _threads.enter()
         try:
             with _replay(states) if alone else _OwnStream(states):

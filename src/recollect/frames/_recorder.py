@@ -139,7 +139,10 @@ class Recorder:
         if not isinstance(function, nn.Module):
             self._state.add_variables(function)
         code = _code_of(function)
-        self._keys = None if code is None else _functions_known.setdefault(code, Known())
+        if code is not None:
+            self._keys = _functions_known.get(code)
+            if self._keys is None:
+                self._keys = _functions_known[code] = Known()
         self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
         for found in reached_by(function, arguments):
             if self._keys is not None and not isinstance(found, Tensor) and not self._keys.knows(found):
@@ -341,10 +344,10 @@ class Recorder:
         return bool(self._watches)
 
     @property
-    def filled(self) -> set[int]:
-        """Storages that operations fill after autograd has saved them."""
+    def unsettled(self) -> set[int]:
+        """Storages whose contents do not follow from what was computed; see :class:`Watch`."""
         watches = [*self._watches, *(watch for _, watch in self._watching)]
-        return set().union(*(watch.filled for watch in watches)) if watches else set()
+        return set().union(*(watch.unsettled for watch in watches)) if watches else set()
 
     def so_far(self) -> Record:
         """Return what a rebuild must know while the region has not run to its end."""
@@ -381,7 +384,7 @@ class Recorder:
         if self._snapshot is not None:
             return Record(self._state, [], [], constant, writes, self._snapshot)
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
-        if more or self.filled:
+        if more or self.unsettled:
             writes.extend(more)
             for known, _ in self._known:
                 known.watched = True

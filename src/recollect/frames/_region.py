@@ -80,6 +80,11 @@ class Region:
         return describe(self.function)
 
     @property
+    def has_contexts(self) -> bool:
+        """Whether it runs under contexts that were given with it, which may count its operations."""
+        return self._contexts is not None
+
+    @property
     def tolerance(self) -> float:
         """The relative error that is rounding in the type that autocast computed in; 0.0 without autocast."""
         return self._conditions.tolerance() if self._conditions is not None else 0.0
@@ -253,7 +258,7 @@ class _Conditions:
             and not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast)
             and self._parametrizations is None
             and cached_parametrizations() is None
-            and self._attention == ScaledProductBackends()
+            and self._attention.hold()
         )
 
     @contextmanager
@@ -274,9 +279,8 @@ class _Conditions:
             torch.set_default_dtype(self._dtype)
         if default_device() != self._device:
             stack.enter_context(self._device or torch.device("cpu"))
-        now = ScaledProductBackends()
-        if now != self._attention:
-            stack.callback(now.set)
+        if not self._attention.hold():
+            stack.callback(ScaledProductBackends().set)
             self._attention.set()
         if self._parametrizations is not None or cached_parametrizations() is not None:
             stack.enter_context(parametrizations_as(self._parametrizations))

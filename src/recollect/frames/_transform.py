@@ -168,5 +168,6 @@ class NewGroup:
         """Return X_i for the block's output, and note both."""
         with torch.no_grad():
             self.returned = output.detach()
-            self.old = transform.inverse(self.value, self.returned)[0].to(self._dtype)
+            old = transform.inverse(self.value, self.returned)[0]
+            self.old = old if old.dtype is self._dtype else old.to(self._dtype)
         return self.old.detach().requires_grad_(self._requires_grad)

@@ -91,7 +91,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         read: keys of the storages that were read.
         written: storages that were written, by key, with what they held before.
-        filled: storages that operations fill after autograd has saved them.
+        unsettled: storages whose contents do not follow from what was computed: operations fill them after autograd has
+            saved them, or leave some of their bytes as they were.
     """
 
     @classmethod
@@ -103,7 +104,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
         self.written: dict[int, Copy] = {}
-        self.filled: set[int] = set()  # made by the body, saved by an operation, and filled by it then
+        self.unsettled: set[int] = set()
         self._made: set[int] = set()
         self._copies = copies
 
@@ -121,12 +122,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _LIFT_FRESH:  # torch.tensor(...): its argument was made a moment ago, unseen
             self._made |= inputs
         if func._schema.name in _FILLING:
-            self.filled.update(key for value in args[1:2] for key in place_of(value))
+            self.unsettled.update(key for value in args[1:2] for key in place_of(value))
         outside = inputs - self._made
         if outside:
             self.read |= outside
             self._note_writes(func, args, kwargs, outside)
         out = func(*args, **kwargs)
+        position = _WORKSPACES.get(func._schema.name)
+        if position is not None:
+            self.unsettled.update(place_of(out[position]))
         self._made.update(key for key in map(key_of, storages_within(out)) if key not in inputs)
         return out
 
@@ -151,3 +155,6 @@ _PLAIN_DISPATCH = Tensor.__torch_dispatch__
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 # Operations that autograd lets save an argument before they fill it (the second).
 _FILLING = frozenset(["aten::rrelu_with_noise", "aten::rrelu_with_noise_"])
+# Operations that hand memory of their own form to their backward, and do not write every byte of it: which of their
+# outputs it is.
+_WORKSPACES = {"aten::mkldnn_rnn_layer": 3, "aten::_cudnn_rnn": 3, "aten::miopen_rnn": 3}

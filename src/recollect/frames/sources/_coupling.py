@@ -484,9 +484,7 @@ class _CouplingStage(Stage):
         while self._level > index + 1:
             self._invert_one()
         groups, block = self._groups, self.blocks[index]
-        with torch.no_grad():
-            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-        z = block.input.fresh(z)
+        z = block.input.fresh(self._given(index))
         self._new = NewGroup(groups[index], *block.group)
         args, kwargs = unchanged(block.arguments, block.region.function)
         return (z, self._new, *args), kwargs
@@ -597,7 +595,12 @@ class _CouplingStage(Stage):
         )
 
     def _input_of(self, index: int) -> Tensor:
+        return self.blocks[index].input.give(self._given(index))
+
+    def _given(self, index: int) -> Tensor:
+        """Return what a block is given, for the groups as they are now."""
         groups = self._groups
+        if index > 0 or len(groups) == 2:
+            return groups[index - 1] if index > 0 else groups[1]
         with torch.no_grad():
-            z = groups[index - 1] if index > 0 else functools.reduce(torch.add, groups[1:])
-            return self.blocks[index].input.give(z)
+            return functools.reduce(torch.add, groups[1:])

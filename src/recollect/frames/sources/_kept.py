@@ -34,10 +34,10 @@ class KeptTensor:
     def __init__(self, tensor: Tensor) -> None:
         self._requires_grad = tensor.requires_grad
         self._version = version_of(tensor)
-        self._attributes = attributes_of(tensor)
+        self._attributes = attributes_of(tensor) if self._requires_grad else None
         self._unpack: Callable[[Any], Tensor] | None = None
         # A tensor without history is kept as the object it is, for those who cache by identity, and a parameter too.
-        if isinstance(tensor, nn.Parameter):
+        if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
             self._requires_grad = False
         bare = tensor.detach() if self._requires_grad else tensor
         hooks = saved_tensor_hooks()
@@ -46,8 +46,11 @@ class KeptTensor:
         else:
             local.keeping += 1
             try:
-                with torch.no_grad():
+                if getattr(hooks[0], "__module__", None) == "recollect.frames._frame":  # which computes nothing with it
                     self._packed = hooks[0](bare)
+                else:
+                    with torch.no_grad():
+                        self._packed = hooks[0](bare)
             finally:
                 local.keeping -= 1
             self._unpack = hooks[1]
@@ -121,9 +124,13 @@ class KeptArguments:
 
     def __init__(self, arguments: Arguments, skip: frozenset[int] = frozenset()) -> None:
         args, kwargs = arguments
-        self._alone = None
+        self._alone: KeptTensor | None = None
+        self._tree: Tree | None
         if len(args) == 1 and not kwargs and not skip and isinstance(args[0], Tensor):  # most calls
             self._alone = KeptTensor(args[0])
+            return
+        if not args and not kwargs:
+            self._tree = None
             return
         if skip:
             args = tuple(None if i in skip else arg for i, arg in enumerate(args))
@@ -136,6 +143,8 @@ class KeptArguments:
         """Return the arguments again; see :meth:`KeptTensor.get`."""
         if self._alone is not None:
             return (self._alone.get(function, "input", changed),), {}
+        if self._tree is None:
+            return (), {}
         arguments: Arguments = self._tree.build([kept.get(function, "input", changed) for kept in self._tree.tensors])
         return arguments
 
@@ -210,6 +219,13 @@ class Layout:
         Expanded layouts (elements that share memory) cannot be written to; they stay dense, and so do tensors that are
         not strided, and subclasses where memory has gaps.
         """
+        if (
+            type(tensor) is Tensor
+            and tensor.dtype is self.dtype
+            and self._placements is None
+            and (self._strides is None or tensor.stride() == self._strides)
+        ):
+            return tensor.detach()
         with torch.no_grad():
             tensor = tensor.detach().to(self.dtype)
             if self._placements is not None and tensor.placements != self._placements:  # type: ignore[attr-defined]
@@ -224,7 +240,9 @@ class Layout:
 
     def fresh(self, tensor: Tensor) -> Tensor:
         """Return the values as a leaf in this layout, with the flags and attributes."""
-        fresh = self.give(tensor).detach().requires_grad_(self.requires_grad)
+        fresh = self.give(tensor)
+        if fresh is tensor or self.requires_grad:
+            fresh = fresh.detach().requires_grad_(self.requires_grad)
         if self.attributes:
             fresh.__dict__.update(self.attributes)
         return fresh
