@@ -190,3 +190,19 @@ def test_a_model_that_cannot_be_called_leaves_no_folder(graph, tmp_path, monkeyp
     with pytest.raises(UsageError, match=r"returned logits \[34, 3\], and the graph has 34 nodes and 4 classes"):
         fit(Net(34, 3), graph, epochs=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)], ids=str)
+def test_features_have_the_type_of_the_parameters(graph, tmp_path, dtype, rtol):
+    model, oracle, data = Net().to(dtype), Net().to(dtype), graph.data
+    fit(model, graph, epochs=1, lr=0.05, out=tmp_path, overrides=[*QUIET, "warmup_epochs=0"])
+    loss = F.cross_entropy(oracle(data.x.to(dtype), data.edge_index)[data.train_mask], data.y[data.train_mask])
+    assert float(rows(tmp_path)[0]["loss"]) == pytest.approx(float(loss.detach()), rel=rtol)
+    assert graph.data.x.dtype is torch.float32
+    assert model.head.weight.dtype is dtype
+
+
+def test_fewer_parts_than_a_usual_step_takes_are_all_taken(graph, tmp_path):
+    model = GCN(34, 34, 8, 4, num_layers=2)
+    fit(model, graph, epochs=1, histories={"num_parts": 3}, out=tmp_path, overrides=QUIET)
+    assert "parts_per_batch: 3" in (tmp_path / "config.yaml").read_text()

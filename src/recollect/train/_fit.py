@@ -14,9 +14,9 @@ from recollect._util._sizes import as_size
 from recollect.train._config import changed, parse
 from recollect.train._errors import UsageError
 from recollect.train._folder import RunFolder, extend, reopen
-from recollect.train._given import as_dataset
+from recollect.train._given import as_dataset, in_type_of
 from recollect.train._run import CHANGEABLE, to_the_end
-from recollect.train._settings import DatasetSettings
+from recollect.train._settings import DatasetSettings, TrainingSettings
 from recollect.train._single import in_folder
 from recollect.train._summary import read_summary
 from recollect.train.families import own_family
@@ -96,7 +96,7 @@ def fit(
             ``y``, classes [N], of which -1 is unknown, or labels [N, K] of zeros and ones; ``train_mask``, ``val_mask``
             and ``test_mask`` [N], or else 60, 20 and 20 percent of each class are drawn with ``seed``. Masks [N, S] of
             several splits are refused: choose one. It is read as `recollect.data.from_data` does, but classes keep
-            their numbers.
+            their numbers. Features and weights of edges get the type of the model's parameters.
         epochs: at most, in all; by default 200.
         lr: learning rate of AdamW; by default 0.005.
         objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in
@@ -151,7 +151,7 @@ def fit(
         words = [*words, *_words(lr, objective, histories), *overrides]
         settings = parse(["model=import", "patience=null", *([] if epochs else ["epochs=200"]), *words])
         folder = None
-    graph = as_dataset(data, settings.seed, console)
+    graph = in_type_of(model, as_dataset(data, settings.seed, console))
     if folder is None:
         settings = replace(
             settings,
@@ -182,10 +182,12 @@ def _words(
 ) -> list[str]:
     words = [] if lr is None else [f"optimizer.lr={lr}"]
     if objective is not None:
-        keys = {"name": objective} if isinstance(objective, str) else dict(objective)
+        keys: dict[str, Any] = {"name": objective} if isinstance(objective, str) else dict(objective)
         words += [f"objective={keys.pop('name', 'iwrm')}", *(f"objective.{key}={value}" for key, value in keys.items())]
     if histories:
         keys = {} if histories is True else dict(histories)
+        if isinstance(parts := keys.get("num_parts"), int) and parts > 0:  # the usual number, or all if these are fewer
+            keys.setdefault("parts_per_batch", min(parts, TrainingSettings.parts_per_batch))
         words += ["training=autoscale"]
         for key, value in keys.items():
             words.append(f"{'model' if key == 'adjacency' else 'training'}.{key}={'null' if value is None else value}")

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.data import GraphDataset, InvalidFileError, from_data
 from recollect.train._errors import UsageError
 
-__all__ = ["as_dataset"]
+__all__ = ["as_dataset", "in_type_of"]
 
 
 def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
@@ -59,6 +59,19 @@ def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
     for name, value in graph.data.to_dict().items():
         made[name] = value
     return replace(graph, name="data", data=made, num_classes=classes)
+
+
+def in_type_of(model: nn.Module, graph: GraphDataset) -> GraphDataset:
+    """Give a graph's features and weights the type of the parameters, if these have one; labels stay what they are."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(types) != 1 or types == {graph.data.x.dtype}:
+        return graph
+    data, dtype = graph.data.clone(), types.pop()
+    for name in ("x", "edge_attr", "edge_weight"):
+        value = data.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            data[name] = value.to(dtype)
+    return replace(graph, data=data)
 
 
 def _labelled(data: Any) -> tuple[Any, Literal["multilabel", "auto"]]:
