@@ -23,7 +23,7 @@ from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, 
 from recollect.frames._joint import FEWEST, MOST, Joint, is_small
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
-from recollect.frames._recorder import Recorder
+from recollect.frames._recorder import Noted, Recorder
 from recollect.frames._region import Region
 from recollect.frames._watch import attributes_of, place_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source, hand_on
@@ -211,7 +211,7 @@ class Frame(Scope):
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
         self._given: set[int] = set()  # keys of the arguments' storages, while the forward runs
-        self._recorder: Recorder | None = None  # while the forward runs
+        self._recorder: Recorder | Noted | None = None  # while the forward runs
 
     def run(self, arguments: Arguments) -> Any:
         """Run the region for the first time, on its arguments, and drop what autograd saves in it."""
@@ -272,7 +272,7 @@ class Frame(Scope):
             hand_on(self, outputs)
         return output
 
-    def _take(self, recorder: Recorder) -> None:
+    def _take(self, recorder: Recorder | Noted) -> None:
         self._recorder = recorder
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,23 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recollect._storages import storages_of
-from recollect._torch import (
-    preserving_versions,
-)
+from recollect._torch import copy_into, preserving_versions
 from recollect.frames._errors import InPlaceError
 from recollect.frames._fingerprint import bits_of
 from recollect.frames._modes import aside
-from recollect.frames._snapshot import Snapshot
+from recollect.frames._snapshot import Registered, Roster, Snapshot
 from recollect.frames._state import PythonState, same_items
 from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
 
-__all__ = ["Buffer", "Changed", "Known", "Record", "Registered", "Roster", "check_unread"]
+__all__ = ["Buffer", "Changed", "Known", "Record", "check_unread"]
 
-
-_NULL: AbstractContextManager[None] = nullcontext()
-
-Registered = tuple[dict[str, Any], str, Tensor]
-Roster = tuple[dict[str, Any], dict[str, bool]]
 Changed = tuple[str, Tensor, int]
 """What was changed in place (kind and name), the tensor, and the version that it had."""
 
@@ -72,7 +66,7 @@ class Buffer:
         self.tensor = tensor
         self.known = known
         self.version = version_of(tensor)
-        self.was_lazy = is_lazy(tensor)
+        self.was_lazy = type(tensor) is not Tensor and is_lazy(tensor)
         self.place = None if self.was_lazy else place_of(tensor)
         self.then: Tensor | None = None
         self.mark: Any = None
@@ -115,9 +109,10 @@ class Record:
         registries: of buffers and submodules, with what they held before the run.
         constant: buffers that the run did not write to.
         writes: what it wrote to.
-        snapshot: state, parameters and registries of a tree of modules, which come in addition where they are needed.
+        snapshots: of trees of modules, whose state, parameters and registries come in addition where they are needed.
         rosters: registries of parameters, with the names that they had before the run, and which stood for none.
         graded: leaves, if the run has accumulated gradients of its own into some of them.
+        plain: nothing ran but a module of torch's own, of which there is the snapshot.
     """
 
     __slots__ = (
@@ -127,9 +122,10 @@ class Record:
         "_graded",
         "_marks",
         "_parameters",
+        "_plain",
         "_registries",
         "_rosters",
-        "_snapshot",
+        "_snapshots",
         "_state",
         "_versions",
         "_writes",
@@ -142,28 +138,37 @@ class Record:
         registries: list[tuple[dict[str, Any], dict[str, Any]]],
         constant: list[Buffer],
         writes: list[Copy],
-        snapshot: Snapshot | None = None,
+        snapshots: Sequence[Snapshot] = (),
         rosters: Sequence[Roster] = (),
         graded: Sequence[Tensor] = (),
+        plain: bool = False,
     ) -> None:
         self._state = state
         self._graded = graded
         self._rosters = rosters
-        self._snapshot = snapshot
+        self._snapshots = snapshots
+        self._plain = plain
         self._parameters = parameters
         self._registries = registries
-        self._constant = [(b.name, b.tensor, version_of(b.tensor)) for b in constant if not is_lazy(b.tensor)]
-        self._marks = [(b.name, b.tensor, b.mark) for b in constant if b.mark is not None]
+        self._constant: list[Changed] = []
+        self._marks: list[tuple[str, Tensor, Any]] = []
+        for buffer in constant:
+            if not is_lazy(buffer.tensor):
+                self._constant.append((buffer.name, buffer.tensor, version_of(buffer.tensor)))
+            if buffer.mark is not None:
+                self._marks.append((buffer.name, buffer.tensor, buffer.mark))
         self._writes = writes
-        tensors = [p for _, _, p in parameters] if snapshot is None else snapshot.parameters
+        tensors = self._tensors()
         self._versions = _versions_of(tensors)
-        self._flags = [p.requires_grad for p in tensors]
-        self._brought = {key for copy in writes for key in copy.keys_brought_back()}
+        self._flags = [*map(_requires_grad, tensors)]
+        self._brought: set[int] = set()
+        for copy in writes:
+            self._brought.update(copy.keys_brought_back())
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but modules of torch's own ran, and they are as they were."""
-        return self._snapshot is not None
+        return self._plain and bool(self._snapshots)
 
     def suspects(self) -> list[str]:
         """Return buffers that hold other values although no version says so, and what was written without a copy."""
@@ -190,46 +195,60 @@ class Record:
                 for (_, name, parameter), version in zip(self._parameters, self._versions, strict=True)
                 if version_of(parameter) != version and self._brought.isdisjoint(place_of(parameter))
             ]
-        changed.extend(
-            (f"buffer {name!r}", buffer, version)
-            for name, buffer, version in self._constant
-            if version_of(buffer) != version
-        )
+        for name, buffer, version in self._constant:
+            if version_of(buffer) != version:
+                changed.append((f"buffer {name!r}", buffer, version))
         return changed
 
     def _tensors(self) -> list[Tensor]:
-        return [p for _, _, p in self._parameters] if self._snapshot is None else self._snapshot.parameters
+        """Return the parameters: those of snapshots come last, which is where they are when they are written out."""
+        snapshots = self._snapshots
+        if len(snapshots) == 1 and not self._parameters:
+            return snapshots[0].parameters
+        found = [p for _, _, p in self._parameters]
+        for snapshot in snapshots:
+            found.extend(snapshot.parameters)
+        return found
 
     def _spread(self) -> None:
-        """Write out what the snapshot holds."""
-        if self._snapshot is not None:
-            self._parameters, self._registries = self._snapshot.spread(self._state)
-            self._snapshot = None
+        """Write out what the snapshots hold."""
+        for snapshot in self._snapshots:
+            parameters, registries, rosters = snapshot.spread(self._state)
+            self._parameters = [*self._parameters, *parameters]
+            self._registries = [*self._registries, *registries]
+            self._rosters = [*self._rosters, *rosters]
+        self._snapshots = ()
 
-    def put_back(self, other: bool = False) -> AbstractContextManager[None]:
+    def put_back(self, other: bool = False) -> AbstractContextManager[None] | None:
         """Give the body what the first run began with; afterwards everything is as it was before the body.
+
+        ``None`` where a module of torch's own has that already: it changes nothing for a while.
 
         Args:
             other: the body is another function, the region's inverse: parameters that the first run has set
                 (initialised by the data) are as it has left them.
         """
-        snapshot = self._snapshot
-        if snapshot is not None and (
-            other or not snapshot.holds() or [p.requires_grad for p in snapshot.parameters] != self._flags
-        ):
-            self._spread()
-        elif snapshot is not None and not self._writes:
-            return _NULL
+        if self._snapshots:
+            if (
+                other
+                or not all(snapshot.holds() for snapshot in self._snapshots)
+                or [*map(_requires_grad, self._tensors())] != self._flags
+            ):
+                self._spread()
+            elif self._plain and not self._writes:
+                return None
         return self._writing(other)
 
     @contextmanager
     def _writing(self, other: bool) -> Iterator[None]:
+        snapshots = self._snapshots  # these hold
         registries = [
             (registry, then if not (registry or then) or same_items(registry, then) else dict(registry))
             for registry, then in self._registries
         ]
         parameters: list[Registered] = []
         contents: list[tuple[Copy, Tensor, Tensor]] = []
+        before: list[tuple[Tensor, Tensor]] = []
         counted: list[Tensor] = []
         kept: set[int] = set()
         if other and self._writes:
@@ -250,7 +269,8 @@ class Record:
                 if tensor is not None and not tensor.is_inference():
                     counted.append(tensor)
                 if copy.then is not None and kept.isdisjoint(copy.keys_brought_back()):
-                    target.copy_(copy.then)
+                    before.append((target, copy.then))
+            copy_into([target for target, _ in before], [then for _, then in before])
             for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
                 if now is not then:
                     _register(registry, then)
@@ -279,16 +299,36 @@ class Record:
             for registry, now in (*registries, *rosters):
                 if registry or now:
                     _register(registry, now)
-            for copy, target, value in reversed(contents):
-                target.copy_(value)
+            contents.reverse()
+            copy_into([target for _, target, _ in contents], [value for _, _, value in contents])
+            for copy, target, _ in contents:
                 copy.lead_to(target)
+            for snapshot in snapshots:
+                if not snapshot.holds():
+                    _write_back(snapshot)
             self._versions = _versions_of(self._tensors())
             self._state.write(state)
 
 
+_requires_grad = attrgetter("requires_grad")
+_version = attrgetter("_version")
+
+
+def _write_back(snapshot: Snapshot) -> None:
+    """Let a tree of modules hold again what it held."""
+    state = PythonState()
+    parameters, registries, rosters = snapshot.spread(state)
+    state.write_then(state.now())
+    held: dict[int, dict[str, Any]] = {id(registry): dict.fromkeys(names) for registry, names in rosters}
+    for registry, name, parameter in parameters:
+        held[id(registry)][name] = parameter
+    for registry, then in (*registries, *((registry, held[id(registry)]) for registry, _ in rosters)):
+        _register(registry, then)
+
+
 def _versions_of(tensors: list[Tensor]) -> list[int]:
     try:
-        return [tensor._version for tensor in tensors]
+        return [*map(_version, tensors)]
     except RuntimeError:
         return [version_of(tensor) for tensor in tensors]
 

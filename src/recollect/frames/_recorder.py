@@ -12,7 +12,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,13 +30,13 @@ from recollect._torch import (
 )
 from recollect.frames._forward import Own
 from recollect.frames._modes import aside, local
-from recollect.frames._record import Buffer, Known, Record, Registered, Roster
-from recollect.frames._snapshot import Snapshot, snapshot_of
+from recollect.frames._record import Buffer, Known, Record
+from recollect.frames._snapshot import HOOKS, Registered, Roster, Snapshot, held_by, snapshot_of
 from recollect.frames._state import PythonState, reached_by, tensors_named_by
 from recollect.frames._transform import Transformed
 from recollect.frames._watch import Copy, Watch, place_of, version_of
 
-__all__ = ["Recorder", "entering", "leaving"]
+__all__ = ["Noted", "Recorder", "entering", "leaving", "recorder_of"]
 
 
 _modules_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
@@ -74,10 +74,73 @@ _FEW = 64
 # A tensor that is no buffer, with so many elements, is copied in case a later call is the first to write to it.
 _SMALL = 1024
 _NOTHING: dict[str, Any] = {}
-_REGISTRIES = (
-    "_modules", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
+_REGISTRIES = ("_modules", *HOOKS)
+
+
+def recorder_of(function: Callable[..., Any], arguments: Iterable[Any]) -> Recorder | Noted:
+    """Return what records the first run of a region: noted is enough where nothing is to be learned from a call.
+
+    Args:
+        function: what the region runs.
+        arguments: what it is called with, for objects among them.
+    """
+    root = function
+    if type(function) is Transformed:
+        root = function.owner if function.runs_owner_alone else function
+    elif type(function) is Own:
+        root = function.module
+    snapshot = snapshot_of(root, arguments) if isinstance(root, nn.Module) else None
+    if snapshot is not None and snapshot.is_known:
+        return Noted(snapshot)
+    return Recorder(function, arguments, snapshot)
+
+
+class Noted:
+    """A module of torch's own of which a call teaches nothing; what a :class:`Recorder` does else.
+
+    Args:
+        snapshot: what it holds.
+    """
+
+    __slots__ = ("_buffers", "_snapshot", "_storages")
+
+    has_watched = False
+    unsettled: frozenset[int] = frozenset()
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._buffers: list[Buffer] = []
+        self._storages: set[int] = set()
+        for module in snapshot.buffered:
+            known = _known_module(module)
+            buffers = vars(module)["_buffers"]
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    self._buffers.append(Buffer(module, buffers, name, buffer, known))
+                    self._storages.update(place_of(buffer))
+
+    def __enter__(self) -> Noted:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return
+
+    def is_lasting(self, tensor: Tensor) -> bool:
+        """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
+        return bool(self._storages) and not self._storages.isdisjoint(place_of(tensor))
+
+    def so_far(self) -> Record:
+        """Return what a rebuild must know while the region has not run to its end."""
+        writes = [Copy(buffer.tensor, buffer.then) for buffer in self._buffers if buffer.then is not None]
+        return Record(PythonState(), [], [], [], writes, [self._snapshot], plain=True)
+
+    def settle(self) -> Record:
+        """Return what a rebuild must know; to be called when the region has run."""
+        constant: list[Buffer] = []
+        writes: list[Copy] = []
+        if self._buffers:
+            constant, writes, _ = _settled(self._buffers, {})
+        return Record(PythonState(), [], [], constant, writes, [self._snapshot], plain=True)
 
 
 class Recorder:
@@ -86,15 +149,18 @@ class Recorder:
     Args:
         function: what the region runs.
         arguments: what it is called with, for objects among them.
+        snapshot: what the region holds, if that says all once a call was observed.
     """
 
     __slots__ = (
         "_brought", "_buffers", "_entered", "_graded_places", "_gradients", "_hidden", "_hooked", "_keys", "_known",
         "_lazy", "_leaves", "_named", "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs",
-        "_snapshot", "_state", "_storages", "_unknown", "_watches", "_watching",
+        "_snapshots", "_state", "_storages", "_unknown", "_watches", "_watching",
     )  # fmt: skip
 
-    def __init__(self, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arguments: Iterable[Any], snapshot: Snapshot | None = None
+    ) -> None:
         self._entered: set[int] = set()
         self._ran: set[int] = set()  # those that ran, and their parts
         # Modules whose parameters hooks may bring and take away, and the storages of what they brought: hooks do in a
@@ -107,9 +173,9 @@ class Recorder:
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()  # of buffers
         self._parameters: list[Registered] = []
-        # Tensors that are no buffers, where their values are, their versions, and copies of small ones that are no
-        # parameters.
-        self._places: list[tuple[nn.Module | None, Tensor, Tensor, int, Tensor | None]] = []
+        # Tensors that are no buffers, where their values are and the keys of that, their versions, and copies of small
+        # ones that are no parameters.
+        self._places: list[tuple[nn.Module | None, Tensor, Tensor, tuple[int, ...], int, Tensor | None]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._rosters: list[Roster] = []
         # Of leaves, when the region first asked for gradients after it met them.
@@ -121,21 +187,8 @@ class Recorder:
         self._lazy: list[nn.Module] = []
         self._runs = self._leaves = False  # whether it observes, and also when modules have run
         self._keys: Known | None = None
-        # What the region holds, if that says all; and the same where a call must be observed before it does.
-        self._snapshot: Snapshot | None = None
-        self._unknown: Snapshot | None = None
-        root = function.owner if type(function) is Transformed and function.runs_owner_alone else function
-        if type(function) is Own:
-            root = function.module
-        if isinstance(root, nn.Module):
-            snapshot = snapshot_of(root, arguments)
-            if snapshot is not None and snapshot.is_known:
-                self._snapshot = snapshot
-                for module in snapshot.buffered:
-                    buffers = vars(module)["_buffers"]
-                    self._note_buffers(module, buffers, buffers.items())
-                return
-            self._unknown = snapshot
+        self._snapshots: list[Snapshot] = []  # of modules that a function names, if their dictionaries say all
+        self._unknown = snapshot
         if not isinstance(function, nn.Module):
             self._state.add_variables(function)
         code = _code_of(function)
@@ -144,6 +197,7 @@ class Recorder:
             if self._keys is None:
                 self._keys = _functions_known[code] = Known()
         self._named: list[Any] = []  # objects that the function names, if it was not watched with them before
+        modules: list[nn.Module] = []
         for found in reached_by(function, arguments):
             if self._keys is not None and not isinstance(found, Tensor) and not self._keys.knows(found):
                 self._named.append(found)
@@ -152,13 +206,14 @@ class Recorder:
             elif isinstance(found, Tensor):
                 self._note_place(None, found)
             elif isinstance(found, nn.Module):
-                parts = self._enter_all(found)
-                if found is function and parts:  # nothing runs before it that could give it others
-                    self._parts = (id(found), [id(part) for part in parts])
+                modules.append(found)
+        if modules and (isinstance(function, nn.Module) or not self._note_together(modules)):
+            for module in modules:
+                parts = self._enter_all(module)
+                if module is function and parts:  # nothing runs before it that could give it others
+                    self._parts = (id(module), [id(part) for part in parts])
 
     def __enter__(self) -> Recorder:
-        if self._snapshot is not None:
-            return self
         if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
             self._open_watch(self)
         local.recorders.append(self)
@@ -175,8 +230,6 @@ class Recorder:
             watch_leaving(leaving)
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._snapshot is not None:
-            return
         unwatch_modules()
         self._runs = False
         if self._leaves:
@@ -213,6 +266,21 @@ class Recorder:
                     self._brought.update(place_of(parameter))
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
+
+    def _note_together(self, modules: list[nn.Module]) -> bool:
+        """Note modules and their parts with all that they hold in one go; return whether they are all plain."""
+        snapshot = held_by(modules)
+        if snapshot is None:
+            return False
+        self._entered.update(map(id, snapshot.parts))
+        self._snapshots.append(snapshot)
+        for part in snapshot.parts:
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    self._note_place(part, parameter)
+        for part in snapshot.buffered:
+            self._note_buffers(part, part._buffers, part._buffers.items())
+        return True
 
     def _enter_all(self, module: nn.Module, hidden: bool = False) -> list[nn.Module]:
         """Note a module that may be used without being called, with its parts, which it returns if they are few."""
@@ -279,10 +347,14 @@ class Recorder:
 
     def _has_new_tensors(self) -> bool:
         """Whether modules hold tensors, in attributes, mappings or as buffers, that they did not hold before."""
-        return self._state.has_new_tensors() or any(
-            isinstance(value, Tensor) and then.get(name) is None
-            for registry, then in self._registries
-            for name, value in registry.items()
+        return (
+            self._state.has_new_tensors()
+            or any(snapshot.has_new_tensors() for snapshot in self._snapshots)
+            or any(
+                isinstance(value, Tensor) and then.get(name) is None
+                for registry, then in self._registries
+                for name, value in registry.items()
+            )
         )
 
     def _graded(self) -> list[Tensor]:
@@ -298,7 +370,7 @@ class Recorder:
             with aside():
                 small = type(tensor) is Tensor and tensor.numel() <= _SMALL
                 copy = tensor.detach().clone() if small else None
-                self._places.append((module, tensor, tensor.data, version_of(tensor), copy))
+                self._places.append((module, tensor, tensor.data, place_of(tensor), version_of(tensor), copy))
 
     def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
         known = _known_module(module)
@@ -357,42 +429,27 @@ class Recorder:
         writes.extend(copied.values())
         graded = [leaf for leaf, _, _ in self._gradients.values()]
         return Record(
-            self._state, self._parameters, self._registries, [], writes, self._snapshot, self._rosters, graded
+            self._state, self._parameters, self._registries, [], writes, self._snapshots, self._rosters, graded
         )
 
     def settle(self) -> Record:
         """Return what a rebuild must know; to be called when the region has run."""
-        writes: list[Copy] = []
-        constant: list[Buffer] = []
-        covered: set[int] = set()
         copied: dict[int, Copy] = {}
         for watch in reversed(self._watches):
             copied.update((key, copy) for key, copy in watch.written.items() if key not in self._brought)
-        for buffer in self._buffers:
-            if is_lazy(buffer.tensor):
-                continue  # its module has not run
-            keys = set(place_of(buffer.tensor)) | set(buffer.place or ())
-            covered |= keys
-            if not buffer.is_written() and not any(key in copied for key in keys):
-                constant.append(buffer)
-                continue
-            buffer.known.written.add(buffer.name)
-            if buffer.then is not None or not any(key in copied for key in keys):
-                writes.append(Copy(buffer.tensor, buffer.then))
-            else:
-                writes.extend(copied[key] for key in keys if key in copied)
-        if self._snapshot is not None:
-            return Record(self._state, [], [], constant, writes, self._snapshot)
+        constant, writes, covered = _settled(self._buffers, copied)
         more = [copy for key, copy in copied.items() if key not in covered and copy.target() is not None]
         if more or self.unsettled:
             writes.extend(more)
             for known, _ in self._known:
                 known.watched = True
-        for module, tensor, then, version, copy in self._places:
+        for module, tensor, then, place, version, copy in self._places:
+            replaced = place_of(tensor) != place
+            if not replaced and version_of(tensor) == version:
+                continue
             if module is not None and id(module) in self._hooked:
                 continue
-            replaced = place_of(tensor) != place_of(then)
-            if replaced or (version_of(tensor) != version and not any(key in copied for key in place_of(tensor))):
+            if replaced or not any(key in copied for key in place_of(tensor)):
                 writes.append(Copy(tensor, then if replaced else copy))
                 for known, _ in self._known:
                     known.watched = True
@@ -411,8 +468,35 @@ class Recorder:
         for module in self._lazy:  # what they will stay
             self._note_parameters(vars(module)["_parameters"])
         return Record(
-            self._state, self._parameters, self._registries, constant, writes, None, self._rosters, self._graded()
-        )
+            self._state, self._parameters, self._registries, constant, writes, self._snapshots, self._rosters,
+            self._graded(),
+        )  # fmt: skip
+
+
+def _settled(buffers: Iterable[Buffer], copied: Mapping[int, Copy]) -> tuple[list[Buffer], list[Copy], set[int]]:
+    """Return which buffers a call only read, what it wrote to, and the keys of all their storages.
+
+    Args:
+        buffers: from before the call.
+        copied: what else is known of what storages held.
+    """
+    writes: list[Copy] = []
+    constant: list[Buffer] = []
+    covered: set[int] = set()
+    for buffer in buffers:
+        if is_lazy(buffer.tensor):
+            continue  # its module has not run
+        keys = {*place_of(buffer.tensor), *(buffer.place or ())}
+        covered |= keys
+        if not buffer.is_written() and copied.keys().isdisjoint(keys):
+            constant.append(buffer)
+            continue
+        buffer.known.written.add(buffer.name)
+        if buffer.then is not None or copied.keys().isdisjoint(keys):
+            writes.append(Copy(buffer.tensor, buffer.then))
+        else:
+            writes.extend(copied[key] for key in keys if key in copied)
+    return constant, writes, covered
 
 
 def _version_of_gradient(leaf: Tensor) -> int:

@@ -31,7 +31,7 @@ from recollect.frames._errors import RebuildError, describe
 from recollect.frames._modes import Scope, local, save_nothing
 from recollect.frames._random import Randomness, undrawn
 from recollect.frames._record import Changed, Record, check_unread
-from recollect.frames._recorder import Recorder, entering, leaving
+from recollect.frames._recorder import Noted, Recorder, entering, leaving, recorder_of
 from recollect.frames._watch import Watch
 from recollect.frames.sources._source import Arguments
 
@@ -72,7 +72,7 @@ class Region:
         self._conditions: _Conditions | None = None
         self._random: Randomness | None = None
         self._record: Record | None = None
-        self._recorder: Recorder | None = None  # while the first run lasts
+        self._recorder: Recorder | Noted | None = None  # while the first run lasts
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ class Region:
         devices: set[torch.device],
         scope: Scope,
         hooks: AbstractContextManager[Any],
-        take: Callable[[Recorder], None] | None = None,
+        take: Callable[[Recorder | Noted], None] | None = None,
     ) -> Any:
         """Run the region for the first time.
 
@@ -108,7 +108,7 @@ class Region:
         """
         args, kwargs = arguments
         self._conditions = _Conditions(devices)
-        recorder = self._recorder = Recorder(self.function, (*args, *kwargs.values()))
+        recorder = self._recorder = recorder_of(self.function, (*args, *kwargs.values()) if kwargs else args)
         if take is not None:
             take(recorder)
         draws = self._random = Randomness(devices) if self.seed and not is_faked() else None
@@ -158,19 +158,8 @@ class Region:
         backward, local.backward = local.backward, 1
         recorders, local.recorders = local.recorders, []  # of regions that are running: what runs now is none of theirs
         try:
-            with (
-                outside_transforms() if is_batched() else _NULL,
-                # Hooks that tell nobody anything: compiled blocks depend on whether there are some.
-                _seen_modules() if compiled_blocks_exist() else _NULL,
-                _NULL if self._conditions.hold() else self._conditions.again(),
-                self._random.replayed() if self._random is not None else _NULL if record.is_plain else undrawn(),
-                record.put_back(other=function is not None),
-                _NULL if self._contexts is None or function is not None else _repeatable(self._contexts[1]),
-                torch.enable_grad(),
-                hooks,
-                _NULL if watch is None else watch,
-            ):
-                return (function or self.function)(*args, **kwargs)
+            surroundings = self._surroundings(record, other=function is not None)
+            return _run_within(surroundings, (hooks, watch), function or self.function, args, kwargs)
         finally:
             if torch.get_default_dtype() is not dtype:  # set by the region, and its end left out
                 torch.set_default_dtype(dtype)
@@ -179,6 +168,26 @@ class Region:
             local.recorders = recorders
             if watch is not None:
                 check_unread(self.name, changed, watch)
+
+    def _surroundings(self, record: Record, other: bool) -> list[AbstractContextManager[Any]]:
+        """Return what a repetition needs around it, in order: nothing, where all is as it was in the first run."""
+        found: list[AbstractContextManager[Any]] = []
+        if is_batched():
+            found.append(outside_transforms())
+        if compiled_blocks_exist():  # hooks that tell nobody anything: compiled blocks depend on whether there are some
+            found.append(_seen_modules())
+        if self._conditions is not None and not self._conditions.hold():
+            found.append(self._conditions.again())
+        if self._random is not None:
+            found.append(self._random.replayed())
+        elif not record.is_plain:
+            found.append(undrawn())
+        put_back = record.put_back(other)
+        if put_back is not None:
+            found.append(put_back)
+        if self._contexts is not None and not other:
+            found.append(_repeatable(self._contexts[1]))
+        return found
 
     def suspects(self, arguments: Arguments, scope: Scope) -> list[str]:
         """Return what a repetition that computes something else may be due to; runs the region once more."""
@@ -204,6 +213,30 @@ def _states_of_others() -> dict[str, Any]:
 
 
 _NULL: AbstractContextManager[Any] = nullcontext()
+
+
+def _run_within(
+    surroundings: Sequence[AbstractContextManager[Any]],
+    within: tuple[AbstractContextManager[Any], AbstractContextManager[Any] | None],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a function with gradients.
+
+    Args:
+        surroundings: of this, the first of them the outermost.
+        within: saved-tensor hooks, and a mode that sees its operations.
+        function: what is run.
+        args: its arguments.
+        kwargs: its arguments by name.
+    """
+    if surroundings:
+        with surroundings[0]:
+            return _run_within(surroundings[1:], within, function, args, kwargs)
+    hooks, watch = within
+    with torch.enable_grad(), hooks, watch or _NULL:
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -241,10 +274,11 @@ class _Conditions:
     __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
 
     def __init__(self, devices: set[torch.device]) -> None:
-        types = {"cpu", *(d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type))}
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(types)
-        ]
+        self._autocast = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
+        if devices:
+            types = {d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type)}
+            for kind in sorted(types):
+                self._autocast.append((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
         self._dtype = torch.get_default_dtype()
         self._device = default_device()
         self._attention = ScaledProductBackends()
@@ -255,11 +289,18 @@ class _Conditions:
         return (
             self._device is default_device() is None
             and self._dtype is torch.get_default_dtype()
-            and not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast)
+            and not self._casts()
             and self._parametrizations is None
             and cached_parametrizations() is None
             and self._attention.hold()
         )
+
+    def _casts(self) -> bool:
+        """Whether autocast is on, now or then."""
+        for kind, enabled, _ in self._autocast:  # noqa: SIM110  (any() takes twice as long)
+            if enabled or torch.is_autocast_enabled(kind):
+                return True
+        return False
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -11,9 +11,9 @@ import itertools
 import sys
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from recollect._util._tree import ATOMS
 from recollect.frames._forward import Forward
 from recollect.frames._state import PythonState
 
-__all__ = ["Snapshot", "snapshot_of"]
+__all__ = ["HOOKS", "Registered", "Roster", "Snapshot", "held_by", "snapshot_of"]
 
 _PARTS = 64
 _RENEWALS = 16  # of an outline: a module that changes all the time is observed
@@ -32,7 +32,22 @@ _PARAMETERS = frozenset([nn.Parameter, type(None)])
 _BUFFERS = frozenset([Tensor, type(None)])
 _INERT = ATOMS | {Tensor, nn.Parameter}
 
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""Registries of a module's hooks of the forward pass."""
+
 Dicts = list[dict[str, Any]]
+Registered = tuple[dict[str, Any], str, Tensor]
+"""A registry of parameters, a name in it, and the parameter."""
+Roster = tuple[dict[str, Any], dict[str, bool]]
+"""A registry of parameters, with its names, and which of them stood for none."""
+
+_forward_of = attrgetter("forward")
+_parameters_of, _buffers_of, _modules_of, _training_of = map(
+    itemgetter, ("_parameters", "_buffers", "_modules", "training")
+)
 
 
 def snapshot_of(module: nn.Module, arguments: Iterable[Any]) -> Snapshot | None:
@@ -42,14 +57,23 @@ def snapshot_of(module: nn.Module, arguments: Iterable[Any]) -> Snapshot | None:
         module: about to run.
         arguments: what it is called with.
     """
-    if not _is_own(type(module)) or not _INERT.issuperset(map(type, arguments)) or has_global_hooks():
+    if not _INERT.issuperset(map(type, arguments)) or has_global_hooks():
         return None
     if default_device() is not None:  # or another mode that sees all functions
         return None
-    outline = _outlines.get(module)
+    return held_by([module])
+
+
+def held_by(modules: Sequence[nn.Module]) -> Snapshot | None:
+    """Return what modules hold if they and their parts are torch's own and hold plain values; ``None`` if not."""
+    first = modules[0]
+    if not _is_own(type(first)):
+        return None
+    outlines = _outlines if len(modules) == 1 else _outlines_of_several
+    outline = outlines.get(first)
     if outline is None:
-        outline = _outlines[module] = _Outline()
-    return outline.fill(module)
+        outline = outlines[first] = _Outline()
+    return outline.fill(modules)
 
 
 def _is_own(kind: type) -> bool:
@@ -84,61 +108,73 @@ def _is_plain(value: Any) -> bool:
 
 
 class _Outline:
-    """Names and types in the dictionaries of a tree of modules, as they were found to be plain.
+    """Names and types in the dictionaries of trees of modules, as they were found to be plain.
 
     Attributes:
         known: the training flags of all parts with which a call was observed that taught nothing.
+        hooks: where among a snapshot's values the hooks of the forward pass are.
     """
 
-    __slots__ = ("_children", "_keys", "_others", "_parts", "_renewals", "_sizes", "_types", "known")
+    __slots__ = (
+        "_children", "_forwards", "_keys", "_kinds", "_others", "_parts", "_renewals", "_roots", "_sizes", "_types",
+        "hooks", "known",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.known: set[tuple[bool, ...]] = set()
         self._renewals = _RENEWALS
-        self._parts: list[weakref.ref[nn.Module]] | None = None  # but the root
+        self._parts: list[weakref.ref[nn.Module]] | None = None
+        self._roots: list[int] = []  # which of them the trees begin with
+        self._kinds: list[type] = []
+        self._forwards: list[Any] = []  # of these, as long as nobody gives them others
         self._sizes: list[int] = []
         self._keys: list[str] = []
         self._types: list[type] = []
         self._others: list[tuple[int, str]] = []  # attributes whose type does not say all
         self._children: list[int] = []
+        self.hooks: list[int] = []
 
-    def fill(self, root: nn.Module) -> Snapshot | None:
-        """Return what a tree holds now, if it is plain."""
-        snapshot = self._matched(root)
+    def fill(self, roots: Sequence[nn.Module]) -> Snapshot | None:
+        """Return what trees hold now, if they are plain."""
+        snapshot = self._matched(roots)
         while snapshot is None and self._renewals > 0:
             self._renewals -= 1
             self.known.clear()
-            if not self._draw(root):
+            if not self._draw(roots):
                 return None
-            snapshot = self._matched(root)
+            snapshot = self._matched(roots)
         return snapshot
 
-    def _matched(self, root: nn.Module) -> Snapshot | None:
+    def _matched(self, roots: Sequence[nn.Module]) -> Snapshot | None:
         if self._parts is None:
             return None
-        parts: list[Any] = [root, *[reference() for reference in self._parts]]
-        if not all(map(_is_own, map(type, parts))):
+        parts: list[Any] = [reference() for reference in self._parts]
+        if len(roots) != len(self._roots) or not all(map(is_, roots, map(parts.__getitem__, self._roots))):
+            return None
+        kinds = [*map(type, parts)]
+        if kinds != self._kinds or not all(map(is_, map(_forward_of, kinds), self._forwards)):
             return None
         snapshot = Snapshot(self, parts)
-        names = snapshot.names
-        if snapshot.sizes != self._sizes or snapshot.keys != self._keys:
+        values = snapshot.values
+        if snapshot.sizes != self._sizes or snapshot.keys != self._keys or [*map(type, values)] != self._types:
             return None
-        if [*map(type, snapshot.values)] != self._types:
+        if any(map(values.__getitem__, self.hooks)):
             return None
-        if any(n["_forward_hooks"] or n["_forward_pre_hooks"] for n in names):
-            return None
-        if not all(_is_plain(names[i][name]) for i, name in self._others):
+        if self._others and not all(_is_plain(snapshot.names[i][name]) for i, name in self._others):
             return None
         # The submodules come last.
         expected = [None if i < 0 else parts[i] for i in self._children]
-        if expected and not all(map(is_, snapshot.values[-len(expected) :], expected)):
+        if expected and not all(map(is_, values[-len(expected) :], expected)):
             return None
         return snapshot
 
-    def _draw(self, root: nn.Module) -> bool:
-        """Look at a tree; return whether it is plain."""
+    def _draw(self, roots: Sequence[nn.Module]) -> bool:
+        """Look at trees; return whether they are plain."""
         self._parts = None
-        parts = list(itertools.islice(root.modules(), _PARTS + 1))
+        parts: list[nn.Module] = []
+        for root in roots:
+            parts.extend(itertools.islice(root.modules(), _PARTS + 1))
+        parts = list({id(part): part for part in parts}.values())
         if len(parts) > _PARTS or not all(map(_is_own, map(type, parts))):
             return False
         places = {id(part): i for i, part in enumerate(parts)}
@@ -166,36 +202,53 @@ class _Outline:
         self._others, self._children = others, children
         snapshot = Snapshot(self, parts)
         self._sizes, self._keys, self._types = snapshot.sizes, snapshot.keys, [*map(type, snapshot.values)]
-        self._parts = [weakref.ref(part) for part in parts[1:]]
+        self._kinds = [*map(type, parts)]
+        self._forwards = [*map(_forward_of, self._kinds)]
+        own = snapshot.keys[: sum(snapshot.sizes[: len(parts)])]
+        self.hooks = [i for i, name in enumerate(own) if name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._parts = [weakref.ref(part) for part in parts]
+        self._roots = [places[id(root)] for root in roots]
         return True
 
 
 _outlines: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()
+_outlines_of_several: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()  # by the first
 _forwards: dict[type, Any] = {}
 
 
 class Snapshot:
-    """What the dictionaries of a tree of modules hold at one moment.
+    """What the dictionaries of trees of modules hold at one moment.
 
     Attributes:
+        parts: the modules.
         parameters: all of them, each as often as it is registered.
         buffered: the modules that have buffers.
     """
 
-    __slots__ = ("_flags", "_outline", "buffered", "keys", "names", "parameters", "sizes", "values")
+    __slots__ = (
+        "_dicts", "_flags", "_hooks", "_outline", "buffered", "keys", "names", "parameters", "parts", "sizes", "values",
+    )  # fmt: skip
 
     def __init__(self, outline: _Outline, parts: list[nn.Module]) -> None:
         self._outline = outline
-        self.names: Dicts = [*map(vars, parts)]
-        registered = [n["_parameters"] for n in self.names]
-        buffers = [n["_buffers"] for n in self.names]
-        dicts = [*self.names, *registered, *buffers, *[n["_modules"] for n in self.names]]
-        self.sizes = [*map(len, dicts)]
+        self._hooks = outline.hooks  # the outline may be drawn anew
+        self.parts = parts
+        names: Dicts = [*map(vars, parts)]
+        self.names = names
+        buffers = [*map(_buffers_of, names)]
+        dicts = [*names, *map(_parameters_of, names), *buffers, *map(_modules_of, names)]
+        self._dicts = dicts
+        sizes = [*map(len, dicts)]
+        self.sizes = sizes
         self.keys: list[str] = [*chain.from_iterable(dicts)]
-        self.values: list[Any] = [*chain.from_iterable(map(dict.values, dicts))]
-        self.parameters: list[Tensor] = [p for d in registered for p in d.values() if p is not None]
-        self.buffered = [part for part, d in zip(parts, buffers, strict=True) if d]
-        self._flags: tuple[bool, ...] = tuple([n["training"] for n in self.names])
+        values: list[Any] = [*chain.from_iterable(map(dict.values, dicts))]
+        self.values = values
+        number = len(parts)
+        start = sum(sizes[:number])
+        registered = values[start : start + sum(sizes[number : 2 * number])]
+        self.parameters: list[Tensor] = [p for p in registered if p is not None]
+        self.buffered = [part for part, d in zip(parts, buffers, strict=True) if d] if any(buffers) else []
+        self._flags: tuple[bool, ...] = tuple(map(_training_of, names))
 
     @property
     def is_known(self) -> bool:
@@ -208,39 +261,56 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        names = self.names
-        dicts = [*names]
-        for kind in _REGISTRIES:
-            dicts.extend([n[kind] for n in names])
+        # Where all values are the same objects, the registries are the same dictionaries.
+        dicts, values = self._dicts, self.values
         now = [*chain.from_iterable(map(dict.values, dicts))]
         return (
-            len(now) == len(self.values)
-            and all(map(is_, now, self.values))
+            len(now) == len(values)
+            and all(map(is_, now, values))
+            and not any(map(values.__getitem__, self._hooks))
             and [*map(len, dicts)] == self.sizes
             and [*chain.from_iterable(dicts)] == self.keys
         )
 
-    def spread(self, state: PythonState) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[tuple[Any, Any]]]:
-        """Return the parameters with where they are registered, and the other registries with what they held.
+    def has_new_tensors(self) -> bool:
+        """Whether an attribute or a buffer is a tensor that was none."""
+        if self.holds():
+            return False
+        number = len(self.parts)
+        held = self._held()
+        return any(
+            isinstance(value, Tensor) and not isinstance(then.get(name), Tensor)
+            for i, then in enumerate(held)
+            if not number <= i < 2 * number
+            for name, value in self._dicts[i].items()
+        )
 
-        Args:
-            state: is given the attributes.
-        """
+    def _held(self) -> Dicts:
+        """Return the dictionaries as they were."""
         at, held = 0, []
         for size in self.sizes:
             held.append(dict(zip(self.keys[at : at + size], self.values[at : at + size], strict=True)))
             at += size
+        return held
+
+    def spread(self, state: PythonState) -> tuple[list[Registered], list[tuple[Any, Any]], list[Roster]]:
+        """Return the parameters with where they are registered, the other registries with what they held, and rosters.
+
+        Args:
+            state: is given the attributes.
+        """
         number = len(self.names)
+        held = self._held()
         wholes, registered, buffers, children = (held[i : i + number] for i in range(0, 4 * number, number))
-        parameters, registries = [], []
+        parameters: list[Registered] = []
+        registries: list[tuple[Any, Any]] = []
+        rosters: list[Roster] = []
         for i, whole in enumerate(wholes):
             state.add_noted(self.names[i], whole, STANDARD_ATTRIBUTES)
             registry = whole["_parameters"]
             parameters.extend([(registry, name, p) for name, p in registered[i].items() if p is not None])
+            rosters.append((registry, {name: p is None for name, p in registered[i].items()}))
             registries.append((whole["_buffers"], buffers[i]))
-            if children[i]:
-                registries.append((whole["_modules"], children[i]))
-        return parameters, registries
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+            registries.append((whole["_modules"], children[i]))
+            registries.extend([(whole[kind], {}) for kind in HOOKS])
+        return parameters, registries, rosters
