@@ -274,10 +274,11 @@ class Recorder:
             return False
         self._entered.update(map(id, snapshot.parts))
         self._snapshots.append(snapshot)
-        for part in snapshot.parts:
-            for parameter in part._parameters.values():
-                if parameter is not None:
-                    self._note_place(part, parameter)
+        with aside():
+            for part in snapshot.parts:
+                for p in part._parameters.values():
+                    if p is not None and p.is_leaf:
+                        self._places.append((part, p, p.data, place_of(p), version_of(p), None))
         for part in snapshot.buffered:
             self._note_buffers(part, part._buffers, part._buffers.items())
         return True

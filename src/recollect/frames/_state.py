@@ -14,6 +14,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum, auto
 from operator import is_
 from typing import Any
 
@@ -72,40 +73,76 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
     These are what it is bound to, its variables, and what these hold. The region may use a module without running it as
     one. It may also not use it: putting its attributes back does no harm, and nothing else is concluded from it.
     """
-    waiting = [(function, _STEPS), *((argument, _HELD) for argument in args)]
+    waiting = [(function, _STEPS), *[(argument, _HELD) for argument in args]]
     seen: dict[int, Any] = {}
     while waiting and len(seen) < _REACH:
         value, steps = waiting.pop()
-        if type(value) in ATOMS or id(value) in seen:
+        kind = _kind_of(type(value))
+        if kind is _Kind.ATOM or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, (nn.Module, torch.Generator, Tensor)):
+        if kind is _Kind.OTHER:  # it may pass for something else, as proxies do
+            kind = next((found for found, kinds in _KINDS if isinstance(value, kinds)), kind)
+        if kind is _Kind.NAMED:
             yield value
         elif steps == 0:
             continue
-        elif isinstance(value, (list, tuple, dict)):
+        elif kind is _Kind.CONTAINER:
             if len(value) <= _FEW:
                 items = value.values() if isinstance(value, dict) else value
-                waiting.extend((item, steps - 1) for item in items)
-        elif isinstance(value, types.MethodType):
+                waiting.extend([(item, steps - 1) for item in items])
+        elif kind is _Kind.METHOD:
             waiting.extend([(value.__self__, steps), (value.__func__, steps)])
-        elif isinstance(value, types.FunctionType):
-            waiting.extend((part, steps - 1) for part in _variables_of(value))
-        elif isinstance(value, functools.partial):
-            waiting.extend((part, steps - 1) for part in (value.func, *value.args, *value.keywords.values()))
+        elif kind is _Kind.FUNCTION:
+            if value.__closure__ is not None or not str(value.__module__).startswith("recollect."):
+                waiting.extend([(part, steps - 1) for part in _variables_of(value)])
+        elif kind is _Kind.PARTIAL:
+            waiting.extend([(part, steps - 1) for part in (value.func, *value.args, *value.keywords.values())])
         elif type(value).__module__.partition(".")[0] == "recollect" and hasattr(value, "owner"):  # around a block
             waiting.append((value.owner, steps))
         elif steps > 1 and not isinstance(value, _CLOSED) and not type(value).__module__.startswith("torch"):
             yield value
             names = getattr(value, "__dict__", None)
             if type(names) is dict and len(names) <= _FEW:
-                waiting.extend((item, steps - 1) for item in names.values())
+                waiting.extend([(item, steps - 1) for item in names.values()])
+
+
+class _Kind(Enum):
+    """How a value is looked into."""
+
+    ATOM = auto()
+    NAMED = auto()
+    CONTAINER = auto()
+    METHOD = auto()
+    FUNCTION = auto()
+    PARTIAL = auto()
+    OTHER = auto()
+
+
+_NAMED = (nn.Module, torch.Generator, Tensor)
+_KINDS: list[tuple[_Kind, tuple[type, ...]]] = [
+    (_Kind.NAMED, _NAMED),
+    (_Kind.CONTAINER, (list, tuple, dict)),
+    (_Kind.METHOD, (types.MethodType,)),
+    (_Kind.FUNCTION, (types.FunctionType,)),
+    (_Kind.PARTIAL, (functools.partial,)),
+]
+
+
+def _find_kind(kind: type) -> _Kind:
+    if kind in ATOMS:
+        return _Kind.ATOM
+    return next((found for found, bases in _KINDS if issubclass(kind, bases)), _Kind.OTHER)
+
+
+_kind_of: Callable[[Any], _Kind] = functools.lru_cache(maxsize=1024)(_find_kind)
 
 
 def _variables_of(function: types.FunctionType) -> Iterator[Any]:
     """Yield the values of a function's variables from outside: defaults, closure, some of its globals."""
     yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
+    if function.__kwdefaults__:
+        yield from function.__kwdefaults__.values()
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -113,8 +150,12 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
             continue
     names = function.__globals__
     for name in function.__code__.co_names:
-        if isinstance(names.get(name), (nn.Module, torch.Generator, Tensor)):
-            yield names[name]
+        value = names.get(name)
+        if value is None:
+            continue
+        kind = _kind_of(type(value))
+        if kind is _Kind.NAMED or (kind is _Kind.OTHER and isinstance(value, _NAMED)):
+            yield value
 
 
 def tensors_named_by(module: nn.Module) -> Iterator[Tensor]:
