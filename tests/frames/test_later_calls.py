@@ -508,7 +508,65 @@ def given_other_data(layers, x):
     return x
 
 
-@pytest.mark.parametrize("function", [counted, with_names_that_come_and_go, swapped, given_other_data])
+def with_a_hook_more(layers, x):
+    for layer in layers:
+        if len(layer._forward_hooks) < 2:
+            layer.register_forward_hook(lambda module, args, output: output * 1.5)
+        x = layer(x).sin()
+    return x
+
+
+def with_a_parameter_made(layers, x):
+    for layer in layers:
+        if not hasattr(layer, "gain"):
+            layer.gain = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        x = F.dropout(layer(x), 0.2) * layer.gain
+    return x
+
+
+def with_a_buffer_made_and_updated(layers, x):
+    for layer in layers:
+        if "total" not in layer._buffers:
+            layer.register_buffer("total", torch.zeros((), dtype=torch.float64))
+        layer.total += 1
+        x = layer(x).sin() * layer.total
+    return x
+
+
+def with_a_table_made_and_updated(layers, x):
+    for layer in layers:
+        if not hasattr(layer, "table"):
+            layer.table = torch.zeros(4, dtype=torch.float64)
+        else:
+            layer.table.add_(1)
+        x = layer(x).sin() + layer.table * x
+    return x
+
+
+def with_a_layer_more(layers, x):
+    for layer in layers:
+        if not layer._modules:
+            layer.inner = nn.Linear(4, 4).double()
+        x = layer.inner(layer(x)).sin()
+    return x
+
+
+def updated(layers, x):
+    with torch.no_grad():
+        for layer in layers:
+            layer.bias.mul_(0.9)
+    for layer in layers:
+        x = layer(x).sin() * layer.bias.detach()
+    return x
+
+
+FUNCTIONS = [
+    counted, with_names_that_come_and_go, swapped, given_other_data, with_a_hook_more, with_a_parameter_made,
+    with_a_buffer_made_and_updated, with_a_table_made_and_updated, with_a_layer_more, updated,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_a_function_does_to_layers_of_torch_that_it_names(function):
     """Their attributes, registers and memory begin again with what they were, and are afterwards what they were."""
     names = []
@@ -525,9 +583,10 @@ def test_what_a_function_does_to_layers_of_torch_that_it_names(function):
                 layers[1].count += 10
             y.sum().backward()
             found.append(x.grad)
-        names.append([sorted(vars(layer)) for layer in layers])
+        names.append([(sorted(vars(layer)), len(layer._forward_hooks)) for layer in layers])
         counts = torch.tensor([float(layer.count) for layer in layers])
-        return (*found, counts, *(p for layer in layers for p in (layer.weight, layer.weight.grad)))
+        held = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+        return (*found, counts, *held, *(p.grad for layer in layers for p in layer.parameters() if p.grad is not None))
 
     assert_same(*both(step)[::-1])
     assert names[0] == names[1]

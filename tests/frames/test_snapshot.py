@@ -230,7 +230,11 @@ def new_attribute(module):
     module[0].note = "something"
 
 
-CHANGES = (other_p, evaluation, other_parameter, other_part, frozen, new_attribute)
+def new_hook(module):
+    module[0].register_forward_hook(lambda module, args, output: output * 3)
+
+
+CHANGES = (other_p, evaluation, other_parameter, other_part, frozen, new_attribute, new_hook)
 
 
 def held(module):
