@@ -67,7 +67,6 @@ __all__ = [
     "TorchDispatchMode",
     "cached_parametrizations",
     "compiled_blocks_exist",
-    "copy_into",
     "counted_alias",
     "default_device",
     "enabled_overrides",
@@ -280,16 +279,6 @@ def preserving_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any
         return nullcontext()
     preserving: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tuple(tensors))
     return preserving
-
-
-def copy_into(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copy values into tensors of their shapes, one after the other."""
-    kinds = {*map(type, targets), *map(type, values)}
-    if len(targets) > 1 and kinds == {Tensor}:
-        torch._foreach_copy_(targets, values)
-        return
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
 
 
 def counted_alias(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recollect._storages import storages_of
-from recollect._torch import copy_into, preserving_versions
+from recollect._torch import preserving_versions
 from recollect.frames._errors import InPlaceError
 from recollect.frames._fingerprint import bits_of
 from recollect.frames._modes import aside
@@ -248,7 +248,6 @@ class Record:
         ]
         parameters: list[Registered] = []
         contents: list[tuple[Copy, Tensor, Tensor]] = []
-        before: list[tuple[Tensor, Tensor]] = []
         counted: list[Tensor] = []
         kept: set[int] = set()
         if other and self._writes:
@@ -269,8 +268,7 @@ class Record:
                 if tensor is not None and not tensor.is_inference():
                     counted.append(tensor)
                 if copy.then is not None and kept.isdisjoint(copy.keys_brought_back()):
-                    before.append((target, copy.then))
-            copy_into([target for target, _ in before], [then for _, then in before])
+                    target.copy_(copy.then)
             for (registry, then), (_, now) in zip(self._registries, registries, strict=True):
                 if now is not then:
                     _register(registry, then)
@@ -299,9 +297,8 @@ class Record:
             for registry, now in (*registries, *rosters):
                 if registry or now:
                     _register(registry, now)
-            contents.reverse()
-            copy_into([target for _, target, _ in contents], [value for _, _, value in contents])
-            for copy, target, _ in contents:
+            for copy, target, value in reversed(contents):
+                target.copy_(value)
                 copy.lead_to(target)
             for snapshot in snapshots:
                 if not snapshot.holds():
