@@ -143,6 +143,31 @@ def test_a_function_that_changes_modules_for_a_while(change, plain):
     assert_right(step)
 
 
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_buffer_that_has_other_memory_for_a_while_among_many_small_tensors(early_stop):
+    """Fingerprints of small tensors are taken together, later: of the memory that was saved."""
+
+    def step(wrap):
+        if wrap.framed:
+            wrap = Wrap(True, early_stop=early_stop)
+        cell = Passing(lambda cell: None, lambda cell, held: None)
+        begin, end = CHANGES["data of a buffer"]
+
+        def region(x):
+            held = begin(cell)
+            for _ in range(12):
+                x = x.sin() * cell.scale
+            end(cell, held)
+            return x
+
+        x = torch.randn(3, 4, requires_grad=True)
+        for _ in range(3):
+            wrap(region, x * 1).square().sum().backward()
+        return [x.grad, *_standing(cell)]
+
+    assert_right(step)
+
+
 def test_a_hook_that_is_taken_away_between_forward_and_backward():
     def step(wrap):
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))

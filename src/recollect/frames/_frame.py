@@ -543,7 +543,7 @@ class Frame(Scope):
                     if mark is None:
                         pass
                     elif type(mark) is Joint:
-                        small[count] = bare
+                        small[count] = tensor.detach()  # as in the first run; see _pack
                     elif at_once:
                         error = self._certify_one(count, bare)
                         if error > gross:
