@@ -102,7 +102,10 @@ def reached_by(function: Any, args: Iterable[Any]) -> Iterator[Any]:
             waiting.append((value.owner, steps))
         elif steps > 1 and not isinstance(value, _CLOSED) and not type(value).__module__.startswith("torch"):
             yield value
-            names = getattr(value, "__dict__", None)
+            try:
+                names = getattr(value, "__dict__", None)
+            except Exception:  # an object that nobody may look into
+                continue
             if type(names) is dict and len(names) <= _FEW:
                 waiting.extend([(item, steps - 1) for item in names.values()])
 
