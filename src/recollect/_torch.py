@@ -34,8 +34,6 @@ used                                                         for                
 ``..fsdp._fully_shard``: ``RegisterPostBackwardFunction``,   an engine of sharded parameters           2.9
 ``_get_fsdp_state``, ``reshard_after_backward``
 ``_CachedTorchDispatchMode.storage``                         selective checkpoints, more than once     2.13
-``torch._foreach_copy_``                                     many small copies in one call             2.1
-``torch._C._nn.flatten_dense_tensors``                       many small tensors in one call            1.10
 ``torch._C._SetExcludeDispatchKeyGuard``                     versions of what a dispatch mode keeps     1.13
 ============================================================ ========================================= =====
 """
@@ -70,7 +68,6 @@ __all__ = [
     "counted_alias",
     "default_device",
     "enabled_overrides",
-    "flattened",
     "graph_task_id",
     "has_global_hooks",
     "hooks_are_enabled",
@@ -236,12 +233,6 @@ def shape_of(tensor: Tensor) -> torch.Size:
     if tensor.is_nested and tensor.layout is torch.strided:
         return torch.Size(tensor._nested_tensor_size().flatten().tolist())
     return tensor.shape
-
-
-def flattened(tensors: list[Tensor]) -> Tensor:
-    """Return the elements of strided tensors in one row."""
-    row: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
-    return row
 
 
 # The graph.

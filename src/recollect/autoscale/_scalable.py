@@ -22,6 +22,7 @@ from recollect.autoscale._stamp import BatchSize, GraphStamp, belongs, check_gra
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
+from recollect.frames import in_backward
 
 __all__ = ["ScalableGNN", "TrueRows", "unchanged"]
 
@@ -227,7 +228,9 @@ class ScalableGNN(CorrectedGNN):
         )
 
     def look_at_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any]) -> None:
-        """See :class:`LayeredGNN`; done again when a part of the network is another one."""
+        """See :class:`LayeredGNN`; done again when a part of the network is another one, in no step that is tried."""
+        if in_backward():
+            return
         look = tuple(map(id, self._modules.values()))
         if look != self._looked_at and not torch.compiler.is_compiling() and check_locality(self, x, adj_t, inputs):
             self._looked_at = look

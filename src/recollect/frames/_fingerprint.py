@@ -23,8 +23,8 @@ from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform, without_overrides
 
 __all__ = [
-    "PROJECTIONS", "TAME", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite",
-    "is_late", "late_parts", "norm_of", "on_host", "plain_values",
+    "PROJECTIONS", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite",
+    "is_late", "late_parts", "norm_of", "on_host",
 ]  # fmt: skip
 
 # A prime, so that whole rows or samples never fall on one another.
@@ -36,7 +36,7 @@ PROJECTIONS = 4
 _SAMPLES = _PERIOD
 _MANY = 4 * _PERIOD
 
-TAME = 1e6
+_TAME = 1e6
 """Projections above it may be of large numbers such as those of masks."""
 _LONG = 1 << 22  # products are summed up in their own precision
 _WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
@@ -142,7 +142,7 @@ def _kinds_of(values: Tensor) -> Tensor:
 
 def _is_tame(projections: list[float], tensor: Tensor) -> bool:
     """Whether no element can be so large that others do not count beside it."""
-    most = (TAME if tensor.dtype is not torch.float16 else TAME / 1e3) + 10 * tensor.numel()
+    most = (_TAME if tensor.dtype is not torch.float16 else _TAME / 1e3) + 10 * tensor.numel()
     a, b, c, d = projections[:PROJECTIONS]
     return -most < a < most and -most < b < most and -most < c < most and -most < d < most
 
@@ -277,11 +277,6 @@ def _values_of(tensor: Tensor, order: Order = None) -> Values:
     if order is None and not tensor.is_contiguous():
         order = _order_of(tensor)
     return (tensor if order is None else tensor.permute(order)), order
-
-
-def plain_values(tensor: Tensor) -> Tensor | None:
-    """Return a strided tensor with a tensor's values where they stand; ``None`` if it has none."""
-    return _values_of(tensor.detach() if tensor.requires_grad else tensor, tuple(range(tensor.dim())))[0]
 
 
 def _order_of(tensor: Tensor) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from recollect._verdicts import look, outstanding
 from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
-from recollect.frames._joint import FEWEST, MOST, Joint, is_small
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Noted, Recorder
@@ -169,9 +168,9 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_holds", "_largest",
-        "_live", "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved",
-        "_small", "_small_size", "_spoiled", "_tokens", "_unmarked",
+        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live",
+        "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled",
+        "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -193,16 +192,11 @@ class Frame(Scope):
         self._early_stop = early_stop and not held.whole
         self._parent = enclosing()
         self._metas: list[Meta] = []
-        self._marks: list[Fingerprint | Joint | None] = []
+        self._marks: list[Fingerprint | None] = []
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
-        # Small tensors of one dtype, whose fingerprints are taken together: with their indices and versions, and the
-        # operation that may still fill them.
-        self._small: list[tuple[int, Tensor, int, int]] = []
-        self._small_size = 0
-        self._holds = False  # whether they may be held: nobody counts who holds their memory, or the operations
         # What was read in this run, with the error found: autograd may save a tensor for several operations.
         self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
@@ -229,19 +223,15 @@ class Frame(Scope):
                 devices.add(tensor.device)
             if marks:
                 self._given.update(place_of(tensor))
-        self._holds = self._certify is True and marks and local.policy is None and not self._region.has_contexts
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
             output = self._region.first(arguments, devices, self, hooks, self._take)
             if self._unmarked:
                 self._mark_earlier(end=True)
-            if self._small:
-                self._mark_small(end=True)
         finally:
             self._live = self._recorder = None
             self._unmarked.clear()
-            self._small.clear()
             self._read.clear()
         self._given.clear()
         if not self._drifts:
@@ -342,14 +332,7 @@ class Frame(Scope):
             if self._given and self._is_given(tensor):
                 return token  # it comes back with the arguments
             at_once = tensor.requires_grad or local.keeping
-            if self._holds and is_small(tensor):
-                small, size = self._small, tensor.numel()
-                if small and (self._small_size + size > MOST or small[0][1].dtype is not tensor.dtype):
-                    self._mark_small()
-                self._small_size += size
-                # Without what the region may do to the tensor itself: give it other memory for a while.
-                self._small.append((index, tensor.detach(), version, -1 if at_once else sequence()))
-            elif at_once:
+            if at_once:
                 with aside():
                     self._marks[index] = self._mark(tensor)
             else:
@@ -374,34 +357,6 @@ class Frame(Scope):
                         continue  # noise that an operation fills, or in evaluation leaves as it was
                     self._marks[index] = self._mark(tensor)
             unmarked.clear()
-
-    def _mark_small(self, end: bool = False) -> None:
-        """Take the fingerprints of the small tensors that are held; of those that may still be filled alone, later."""
-        filled = self._recorder.unsettled if self._recorder is not None else ()
-        running = -2 if end else sequence()
-        held, self._small, self._small_size = self._small, [], 0
-        tensors: dict[int, Tensor] = {}
-        for index, tensor, version, operation in held:
-            if operation == running:
-                self._unmarked.append((index, tensor, operation))
-            elif filled and not filled.isdisjoint(place_of(tensor)):
-                continue
-            elif version_of(tensor) != version:
-                self._spoiled[index] = shape_of(tensor)
-            elif tensor.untyped_storage().nbytes() > 0:
-                tensors[index] = tensor
-        with aside():
-            alone = [*tensors]
-            if len(tensors) >= FEWEST:
-                joint = Joint(tensors)
-                alone = joint.wild()
-                together = [index for index in tensors if index not in alone] if alone else tensors
-                if alone and together:
-                    joint = Joint({index: tensors[index] for index in together})
-                for index in together:
-                    self._marks[index] = joint
-            for index in alone:
-                self._marks[index] = self._mark(tensors[index])
 
     def _mark(self, tensor: Tensor) -> Fingerprint | None:
         memory = self._memory_of(tensor)
@@ -497,8 +452,6 @@ class Frame(Scope):
                 f"{self._region.name}: its input of shape {list(self._changes)} was changed in place by itself, so "
                 "that it cannot run again from it; change a copy instead (x = x + 1, not x += 1)"
             )
-        if running is not None and self._small:
-            self._mark_small()
         arguments = self._inputs() if running is None else running
         needed = {i for i, token in enumerate(self._tokens) if token is not None and token() is not None}
         changed = [] if running is not None else self._held.changed()
@@ -509,7 +462,6 @@ class Frame(Scope):
         versions: dict[int, int] = {}
         graph: list[weakref.ref[_Emptied]] = []
         waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation; see _mark_earlier
-        small: dict[int, Tensor] = {}  # compared when the region has run
         gross = 0.0
         early = (self._early_stop and not whole) or running is not None
         last = max(needed, default=-1) if early else -1
@@ -539,11 +491,8 @@ class Frame(Scope):
                     if waiting and waiting[-1][2] != sequence():
                         compare()
                     at_once = tensor.requires_grad or local.keeping > 0
-                    mark = self._marks[count]
-                    if mark is None:
+                    if self._marks[count] is None:
                         pass
-                    elif type(mark) is Joint:
-                        small[count] = tensor.detach()  # as in the first run; see _pack
                     elif at_once:
                         error = self._certify_one(count, bare)
                         if error > gross:
@@ -587,8 +536,6 @@ class Frame(Scope):
                 )
         if waiting:
             compare()
-        if small:
-            self._certify_small(small)
         self._read.clear()
         if is_whole and running is None:
             if count != len(self._metas):
@@ -614,7 +561,7 @@ class Frame(Scope):
     def _certify_one(self, index: int, tensor: Tensor) -> float:
         """Compare what is handed out with what autograd saved; return the relative error."""
         then = self._marks[index]
-        if then is None or isinstance(then, Joint):
+        if then is None:
             return 0.0
         with aside():
             if is_late(then):
@@ -630,17 +577,6 @@ class Frame(Scope):
         else:
             self._certificate.figures.note(error)
         return error
-
-    def _certify_small(self, tensors: dict[int, Tensor]) -> None:
-        """Compare small tensors, whose fingerprints were taken together, with what autograd saved."""
-        figures = self._certificate.figures
-        with aside():
-            for joint in dict.fromkeys([self._marks[index] for index in tensors]):
-                assert isinstance(joint, Joint)
-                equal, unequal = joint.compare(tensors)
-                figures.equal += equal
-                for index, error in unequal:
-                    self._acceptance(index)(error)
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
         memory = self._memory_of(tensor)
@@ -681,7 +617,7 @@ class Frame(Scope):
         if norm == math.inf:
             return True
         if self._largest is None:
-            norms = [norm_of(mark) for mark in self._marks if not isinstance(mark, Joint)]
+            norms = [norm_of(mark) for mark in self._marks]
             self._largest = max(one for one in norms if one != math.inf)
         return norm >= 1e-2 * self._largest
 

@@ -80,11 +80,6 @@ class Region:
         return describe(self.function)
 
     @property
-    def has_contexts(self) -> bool:
-        """Whether it runs under contexts that were given with it, which may count its operations."""
-        return self._contexts is not None
-
-    @property
     def tolerance(self) -> float:
         """The relative error that is rounding in the type that autocast computed in; 0.0 without autocast."""
         return self._conditions.tolerance() if self._conditions is not None else 0.0
