@@ -65,9 +65,9 @@ def random_of_others(world: World, width: int) -> Piece:
     def body(cell, h):
         h = cell.lin(h)
         if kind == "numpy":
-            return h * float(np.random.rand())  # noqa: NPY002
+            return (h * float(np.random.rand())).sin()  # noqa: NPY002  (saved; else drawn anew without a word)
         if kind == "python":
-            return h * random.random()
+            return (h * random.random()).sin()
         if kind == "rows":
             return h[random.sample(range(len(h)), len(h))]
         return h * float(cell.generator.random())
