@@ -41,13 +41,13 @@ def _with_buffer(cell: Any) -> Iterator[None]:
 
 
 def _with_weight(cell: Any) -> Iterator[None]:
-    held, cell.lin.weight = cell.lin.weight, cell.other.weight
+    held, cell.lin.weight = cell.lin.weight, cell.second.weight
     yield
     cell.lin.weight = held
 
 
 def _with_layer(cell: Any) -> Iterator[None]:
-    held, cell.lin = cell.lin, cell.other
+    held, cell.lin = cell.lin, cell.second
     yield
     cell.lin = held
 
@@ -79,13 +79,13 @@ def changed_for_a_while(world: World, width: int) -> Piece:
         whiles = [change(cell) for change in chosen]
         for one in whiles:
             next(one)
-        h = cell.drop((cell.lin(h) * cell.scale).tanh() + cell.other(h)).sin()
+        h = cell.drop((cell.lin(h) * cell.scale).tanh() + cell.second(h)).sin()
         for one in reversed(whiles):
             next(one, None)
         return h
 
-    other = nn.Linear(width, width)
-    return world.cell(width, body, other=other, scale=torch.rand(width) + 0.5, drop=nn.Dropout(0.2))
+    second = nn.Linear(width, width)  # no method of modules is called so, as one is by the name of a device
+    return world.cell(width, body, second=second, scale=torch.rand(width) + 0.5, drop=nn.Dropout(0.2))
 
 
 @hazard(weight=2)
