@@ -239,7 +239,8 @@ class _Rewound:
         """Put the buffers back, and return them."""
         buffers = {name: each for name, each in module_of(self._block).named_buffers() if name in self._before}
         for name, value in buffers.items():
-            value.copy_(self._before[name])
+            if not _equal(value, self._before[name]):  # a graph that is there already may need the others as they are
+                value.copy_(self._before[name])
         return buffers
 
     def __call__(self, *args: Any) -> Any:
