@@ -29,7 +29,6 @@ from torch.nn.parameter import is_lazy
 
 import recollect
 from recollect.frames import FrameError, couple
-from recollect.frames._recorder import _functions_known
 
 ROWS = 6
 TABLES = (seam_state, seam_between, seam_inside, seam_passing)  # each adds its hazards to the table when it is imported
@@ -235,7 +234,6 @@ class _Execution:
         np.random.seed(seed % 1000)  # noqa: NPY002
         random.seed(seed)
         GLOBALS.clear()
-        _functions_known.clear()  # of what the codes of earlier programs wrote: a program must fail by itself, or not
         self.world = World(rng, wrap, autocast)
         self.builder = _Builder(self.world, only, sources)
         if autocast:

@@ -157,7 +157,8 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
         if value is None:
             continue
         kind = _kind_of(type(value))
-        if kind is _Kind.NAMED or (kind is _Kind.OTHER and isinstance(value, _NAMED)):
+        # A container too: a module in it whose forward is called directly tells nobody that it runs.
+        if kind is _Kind.NAMED or kind is _Kind.CONTAINER or (kind is _Kind.OTHER and isinstance(value, _NAMED)):
             yield value
 
 
