@@ -128,14 +128,36 @@ def test_a_first_mini_batch_without_edges_says_nothing():
         call(model, second)
 
 
-def test_a_layer_that_takes_the_place_of_another_is_looked_at_too():
+def others_in_a_list(model):
+    model.parts = nn.ModuleList([*model.parts[:2], FURTHER["a norm over nodes"]().double()])
+
+
+def another_in_the_list(model):
+    model.parts[2] = FURTHER["a norm over nodes"]().double()
+
+
+def a_setting(model):
+    model.parts[2].conv.normalize = True
+
+
+@pytest.mark.parametrize("change", [others_in_a_list, another_in_the_list, a_setting])
+def test_what_changes_in_layers_is_looked_at(change):
     data, ptr = a_graph()
-    model = Net(NEAR["mean"]).eval()
+    model = Net(lambda: Conv(geometric.GCNConv(C, C, normalize=False), pair=False)).eval()
     batch = next(iter(SubgraphLoader(data, ptr, log=False)))
     call(model, batch)
-    model.parts = nn.ModuleList([*model.parts[:2], FURTHER["a norm over nodes"]().double()])
+    change(model)
     with pytest.raises(ValueError, match="layer 2 of the Net"):
         call(model, batch)
+
+
+def test_layers_that_stay_are_looked_at_once(monkeypatch):
+    data, ptr = a_graph()
+    model, looks = Net(NEAR["mean"]), []
+    monkeypatch.setattr("recollect.autoscale._scalable.check_locality", lambda *args: looks.append(args) or True)
+    for batch in SubgraphLoader(data, ptr, log=False):
+        call(model, batch).sum().backward()
+    assert len(looks) == 1
 
 
 class Remembering(Net):

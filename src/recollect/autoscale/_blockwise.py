@@ -34,7 +34,6 @@ from recollect.autoscale.histories._rows_source import Pulls
 from recollect.autoscale.histories._selection import numbers_of
 from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
-from recollect.messages.reach import look_of
 
 __all__ = ["BlockwiseGNN"]
 
@@ -75,7 +74,6 @@ class BlockwiseGNN(ScalableGNN):
 
     num_groups: int
     _written_in = "run_block"
-    _look: int | None = None  # of the network when it was checked
     _block_ways: BlockWays
 
     def __init__(
@@ -200,7 +198,7 @@ class BlockwiseGNN(ScalableGNN):
 
     def look_at_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
         """Call :meth:`check_parts` if that was not done for the network as it is now, on edges."""
-        look = look_of(part for name, part in self.named_children() if name not in ("histories", "gradients"))
+        look = self._look_of_parts()
         if look != self._look:
             with evaluating(self):
                 self.check_parts(x, args)

@@ -23,6 +23,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.frames import in_backward
+from recollect.messages.reach import look_of
 
 __all__ = ["ScalableGNN", "TrueRows", "unchanged"]
 
@@ -108,7 +109,7 @@ class ScalableGNN(CorrectedGNN):
         torch.Size([4, 4])
     """
 
-    _looked_at: tuple[int, ...] | None = None  # the parts of the network when its layers were looked at
+    _look: int | None = None  # of the network's parts when its layers were looked at
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -229,11 +230,15 @@ class ScalableGNN(CorrectedGNN):
 
     def look_at_layers(self, x: Tensor, adj_t: Tensor, inputs: dict[str, Any]) -> None:
         """See :class:`LayeredGNN`; done again when a part of the network is another one, in no step that is tried."""
-        if in_backward():
+        if in_backward() or torch.compiler.is_compiling():
             return
-        look = tuple(map(id, self._modules.values()))
-        if look != self._looked_at and not torch.compiler.is_compiling() and check_locality(self, x, adj_t, inputs):
-            self._looked_at = look
+        look = self._look_of_parts()
+        if look != self._look and check_locality(self, x, adj_t, inputs):
+            self._look = look
+
+    def _look_of_parts(self) -> int:
+        """Return a number that changes with the parts of the network, and with what is set in them."""
+        return look_of(part for name, part in self.named_children() if name not in ("histories", "gradients"))
 
     def push_and_pull(
         self,
