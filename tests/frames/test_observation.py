@@ -539,6 +539,42 @@ def test_other_networks_of_the_same_object_are_stepped(source):
 
 
 @each_source
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_a_region_inside_another_puts_back_the_other_does_not_read(source, learns):
+    """It has gradients of its own on the way: the inner region is rebuilt while the outer one runs."""
+
+    def step(wrap):
+        net, critic, norm = nn.Linear(4, 4), nn.Linear(4, 1), nn.BatchNorm1d(4)
+        table = {"generator": [net], "others": [critic, norm]}
+        for parameter in (*critic.parameters(), *norm.parameters()):
+            parameter.grad = torch.ones_like(parameter)
+
+        def inner(h):
+            return table["generator"][0](h).tanh()
+
+        def block(h):
+            z = h.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = wrap(inner, z).sin().square().sum()
+                if learns:
+                    loss.backward()
+                    g = z.grad
+                else:
+                    (g,) = torch.autograd.grad(loss, z)
+            return inner(h) + 0.1 * g
+
+        y = wrap.over(source, block, data(source))
+        with torch.no_grad():
+            critic.weight.add_(1)
+            norm.weight.add_(1)
+            norm.running_mean.add_(1)
+        y.square().sum().backward()
+        return results(net, critic, norm)
+
+    assert_right(step)
+
+
+@each_source
 def test_an_expert_that_was_not_chosen_is_stepped(source):
     class Experts(nn.Module):
         def __init__(self):

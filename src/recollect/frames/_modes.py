@@ -20,7 +20,7 @@ from recollect.frames._errors import FrameError
 
 __all__ = [
     "Scope", "aside", "backward_mode", "dry_mode", "enclosing", "frames_apply", "in_backward", "in_dry_mode",
-    "keep_everything", "local", "save_nothing",
+    "keep_everything", "local", "observed", "save_nothing",
 ]  # fmt: skip
 
 
@@ -86,6 +86,18 @@ class aside:  # noqa: N801  (a context manager, many times in a step)
 
     def __exit__(self, *exc_info: object) -> None:
         local.aside -= 1
+
+
+class observed:  # noqa: N801
+    """What runs in the body, inside :class:`aside`, is again what a region does."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        local.aside -= 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        local.aside += 1
 
 
 def enclosing() -> Scope:

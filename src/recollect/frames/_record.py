@@ -16,7 +16,7 @@ from recollect._storages import storages_of
 from recollect._torch import preserving_versions
 from recollect.frames._errors import InPlaceError
 from recollect.frames._fingerprint import bits_of
-from recollect.frames._modes import aside
+from recollect.frames._modes import aside, observed
 from recollect.frames._snapshot import Registered, Roster, Snapshot
 from recollect.frames._state import PythonState, same_items
 from recollect.frames._watch import Copy, Watch, key_of, place_of, version_of
@@ -241,6 +241,10 @@ class Record:
 
     @contextmanager
     def _writing(self, other: bool) -> Iterator[None]:
+        with aside():
+            yield from self._exchanging(other)
+
+    def _exchanging(self, other: bool) -> Iterator[None]:
         snapshots = self._snapshots  # these hold
         registries = [
             (registry, then if not (registry or then) or same_items(registry, then) else dict(registry))
@@ -284,7 +288,7 @@ class Record:
             for parameter, flag in zip(self._tensors(), self._flags, strict=True):
                 if parameter.requires_grad is not flag and parameter.is_leaf:
                     parameter.requires_grad_(flag)
-            with preserving_versions(counted):
+            with observed(), preserving_versions(counted):
                 yield
         finally:
             standing.write()
