@@ -9,10 +9,12 @@ import torch
 from seam_oracle import float64
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
 from recollect.frames import InPlaceError, RebuildError
 from recollect.frames._recorder import Recorder, recorder_of
+from recollect.frames._snapshot import _STILL
 
 assert float64 is not None  # a fixture of every test here
 
@@ -331,3 +333,95 @@ def test_a_rebuild_ends_where_the_next_frame_keeps_its_input(depth):
         h = h.sin()
     h.sum().backward()
     assert torch.equal(x.grad, expected.grad)
+
+
+# Random numbers.
+
+ARGUMENTS = {
+    nn.ModuleDict: (), nn.ModuleList: (), nn.Sequential: (), nn.Unflatten: (1, (1, 4)), nn.Linear: (4, 4),
+    nn.Bilinear: (4, 4, 4), nn.Embedding: (4, 4), nn.BatchNorm1d: (4,), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (4,),
+    nn.InstanceNorm1d: (4,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (4,), nn.GroupNorm: (2, 4),
+    nn.LayerNorm: (4,), nn.RMSNorm: (4,), nn.AvgPool1d: (2,), nn.AvgPool2d: (2,), nn.AvgPool3d: (2,),
+    nn.MaxPool1d: (2,), nn.MaxPool2d: (2,), nn.MaxPool3d: (2,), nn.AdaptiveAvgPool1d: (2,), nn.AdaptiveAvgPool2d: (2,),
+    nn.AdaptiveAvgPool3d: (2,), nn.ConstantPad1d: (1, 0.5), nn.ConstantPad2d: (1, 0.5), nn.ZeroPad2d: (1,),
+    nn.PixelShuffle: (2,), nn.Upsample: (8,), nn.Softmax: (-1,), nn.LogSoftmax: (-1,),
+}  # fmt: skip
+
+
+class Draws(TorchDispatchMode):
+    """Counts operations, and those that draw random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.random = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.all += 1
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def inputs_of(kind):
+    name = kind.__name__
+    if kind is nn.Embedding:
+        return (torch.tensor([0, 3]),)
+    if kind is nn.Bilinear:
+        return torch.rand(4, 4), torch.rand(4, 4)
+    spatial = 3 if name.endswith("3d") else 2 if name.endswith("2d") or kind is nn.PixelShuffle else 1
+    if name == "Linear" or name == "LayerNorm" or name == "RMSNorm":
+        return (torch.rand(3, 4),)
+    return (torch.rand(3, 4, *[6] * spatial),)
+
+
+@pytest.mark.parametrize("kind", sorted(_STILL - {nn.ModuleList, nn.ModuleDict}, key=str))
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_that_count_as_still_draw_nothing(kind, training):
+    arguments = ARGUMENTS.get(kind, (4, 4, 3) if "Conv" in kind.__name__ else ())
+    module = kind(*arguments).train(training)
+    inputs = inputs_of(kind)
+    before = torch.get_rng_state()
+    with Draws() as draws:
+        module(*inputs)
+    assert not draws.random
+    assert torch.equal(torch.get_rng_state(), before)
+    if arguments and kind is not nn.Sequential:
+        assert draws.all > 0
+
+
+def test_the_count_sees_a_module_that_draws():
+    with Draws() as draws:
+        nn.Dropout(0.5)(torch.rand(3))
+    assert draws.random
+
+
+@pytest.mark.parametrize("make", [norms, convolutions, net])
+def test_known_modules_whose_parts_draw_nothing_have_no_random_state(make):
+    module = warmed(make())
+    draws = any(isinstance(part, nn.Dropout) for part in module.modules())
+    assert recorder_of(module, (data(),)).may_draw is draws
+
+
+class Noise(TorchDispatchMode):
+    """Adds noise to what Linear layers return."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out + torch.rand_like(out) if func is torch.ops.aten.addmm.default else out
+
+
+def test_noise_of_a_mode_around_known_modules_is_that_of_the_forward():
+    results = []
+    for framed in (False, True):
+        module = warmed(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))
+        with torch.no_grad():
+            for i, parameter in enumerate(module.parameters()):
+                parameter.fill_(0.1 * (i + 1))
+        x = data()
+        torch.manual_seed(3)
+        with Noise():
+            y = call(module, x, framed)
+            y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -23,6 +23,7 @@ from recollect._torch import (
     STANDARD_ATTRIBUTES,
     compiled_blocks_exist,
     is_faked,
+    modes_are_open,
     unwatch_leaving,
     unwatch_modules,
     watch_leaving,
@@ -100,15 +101,19 @@ class Noted:
 
     Args:
         snapshot: what it holds.
+
+    Attributes:
+        may_draw: whether a call may draw random numbers.
     """
 
-    __slots__ = ("_buffers", "_snapshot", "_storages")
+    __slots__ = ("_buffers", "_snapshot", "_storages", "may_draw")
 
     has_watched = False
     unsettled: frozenset[int] = frozenset()
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self.may_draw = not snapshot.is_still or modes_are_open()
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()
         for module in snapshot.buffered:
@@ -157,6 +162,8 @@ class Recorder:
         "_lazy", "_leaves", "_named", "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs",
         "_snapshots", "_state", "_storages", "_unknown", "_watches", "_watching",
     )  # fmt: skip
+
+    may_draw = True
 
     def __init__(
         self, function: Callable[..., Any], arguments: Iterable[Any], snapshot: Snapshot | None = None

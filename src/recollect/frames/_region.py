@@ -106,7 +106,7 @@ class Region:
         recorder = self._recorder = recorder_of(self.function, (*args, *kwargs.values()) if kwargs else args)
         if take is not None:
             take(recorder)
-        draws = self._random = Randomness(devices) if self.seed and not is_faked() else None
+        draws = self._random = Randomness(devices) if self.seed and recorder.may_draw and not is_faked() else None
         outer, local.scope = local.scope, scope
         local.first_call += 1
         try:

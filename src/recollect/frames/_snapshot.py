@@ -32,6 +32,21 @@ _PARAMETERS = frozenset([nn.Parameter, type(None)])
 _BUFFERS = frozenset([Tensor, type(None)])
 _INERT = ATOMS | {Tensor, nn.Parameter}
 
+# Modules that draw no random numbers, whatever their settings are.
+_STILL: frozenset[type] = frozenset(
+    getattr(nn, name)
+    for name in (
+        "Sequential", "ModuleList", "ModuleDict", "Identity", "Flatten", "Unflatten", "Linear", "Bilinear", "Embedding",
+        "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "BatchNorm1d",
+        "BatchNorm2d", "BatchNorm3d", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm",
+        "RMSNorm", "CELU", "ELU", "GELU", "GLU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid",
+        "LogSoftmax", "Mish", "PReLU", "ReLU", "ReLU6", "SELU", "Sigmoid", "SiLU", "Softmax", "Softplus", "Softsign",
+        "Tanh", "AvgPool1d", "AvgPool2d", "AvgPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d", "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "ConstantPad1d", "ConstantPad2d", "ZeroPad2d", "PixelShuffle",
+        "Upsample",
+    )
+)  # fmt: skip
+
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -113,11 +128,12 @@ class _Outline:
     Attributes:
         known: the training flags of all parts with which a call was observed that taught nothing.
         hooks: where among a snapshot's values the hooks of the forward pass are.
+        is_still: whether none of the parts draws random numbers.
     """
 
     __slots__ = (
         "_children", "_forwards", "_keys", "_kinds", "_others", "_parts", "_renewals", "_roots", "_sizes", "_types",
-        "hooks", "known",
+        "hooks", "is_still", "known",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -133,6 +149,7 @@ class _Outline:
         self._others: list[tuple[int, str]] = []  # attributes whose type does not say all
         self._children: list[int] = []
         self.hooks: list[int] = []
+        self.is_still = False
 
     def fill(self, roots: Sequence[nn.Module]) -> Snapshot | None:
         """Return what trees hold now, if they are plain."""
@@ -203,6 +220,7 @@ class _Outline:
         snapshot = Snapshot(self, parts)
         self._sizes, self._keys, self._types = snapshot.sizes, snapshot.keys, [*map(type, snapshot.values)]
         self._kinds = [*map(type, parts)]
+        self.is_still = _STILL.issuperset(self._kinds)
         self._forwards = [*map(_forward_of, self._kinds)]
         own = snapshot.keys[: sum(snapshot.sizes[: len(parts)])]
         self.hooks = [i for i, name in enumerate(own) if name in ("_forward_hooks", "_forward_pre_hooks")]
@@ -254,6 +272,11 @@ class Snapshot:
     def is_known(self) -> bool:
         """Whether nothing is to be learned from a call."""
         return self._flags in self._outline.known
+
+    @property
+    def is_still(self) -> bool:
+        """Whether a call draws no random numbers."""
+        return self._outline.is_still
 
     def learn(self) -> None:
         """Note that a call has taught nothing."""
