@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
 from recollect.budget import BudgetError
+from recollect.budget._plan import Plan
 from recollect.budget._treatment import Applied, Treated
 from recollect.frames import Kept
 from recollect.memory import peak_memory
@@ -139,6 +140,31 @@ def test_planning_takes_five_steps_at_most_and_alike_units_are_measured_once():
     assert plan.peak <= budget
     assert plan.steps <= 5
     assert runs <= 100 + 40 + 4 * 2 * 100  # one forward pass, one unit in every way, four steps with all rebuilds
+
+
+@pytest.mark.parametrize("more", [0.02, 0.1, 0.2])
+def test_peaks_above_the_estimates_leave_little_of_the_budget(monkeypatch, more):
+    """A step takes more than was estimated, by so much of the budget: the choice is near it, and not the least."""
+    model, x = nn.Sequential(*[Block(32) for _ in range(24)]), torch.randn(256, 32)
+    budget, measured = int(peak_of(model, x) * 0.7), Plan._verify
+
+    def verify(plan, rows):
+        return measured(plan, rows) + int(more * budget)
+
+    monkeypatch.setattr(Plan, "_verify", verify)
+    plan = recollect.plan(model, x, budget=budget, loss=torch.sum)
+    assert 0.85 * budget <= plan.peak <= budget
+    assert plan.steps <= 5
+
+
+def test_what_adds_time_says_so_also_where_bytes_alone_decide():
+    model, x = network(), torch.randn(256, 16, dtype=torch.float64)
+    with pytest.raises(BudgetError) as error:
+        recollect.plan(model, x, budget=1)
+    plan = recollect.plan(model, x, budget=error.value.least)
+    assert plan.peak <= error.value.least
+    assert plan.seconds < 10.0
+    assert all((row.seconds > 0.0) == (row.strategy != "store") for row in plan.rows)
 
 
 def test_products_that_were_written_to_are_computed_again():

@@ -8,8 +8,8 @@ import torch
 
 from recollect.budget._cost import Cost
 from recollect.budget._measure import Call, Measured
-from recollect.budget._problem import problem_of
-from recollect.budget._solve import Problem, Region, least, lengths_of, solve
+from recollect.budget._problem import problem_of, timed
+from recollect.budget._solve import Problem, Region, least, lengths_of, room_of, solve
 
 
 def brute(problem, at=0, kept=0):
@@ -60,7 +60,7 @@ def cost(draw):
     selective = (draw.randint(1, 15), seconds * draw.random()) if draw.random() < 0.5 else None
     offloaded = seconds + draw.random() if draw.random() < 0.3 else None
     inverted = seconds * (1 + draw.random()) if draw.random() < 0.3 else None
-    return Cost(forward, backward, seconds, seconds + 0.1, draw.random() < 0.8, selective, offloaded, inverted)
+    return Cost(forward, backward, seconds, draw.random() < 0.8, selective, offloaded, inverted)
 
 
 def calls(draw, number):
@@ -113,7 +113,7 @@ def ways(calls, at):
             return
         built += one.kept
         moment = max(moment, built + max(one.cost.forward, one.cost.backward))
-        seconds += before.cost.again
+        seconds += before.cost.seconds
         yield last - at + 1, Region("checkpoint", call.input, moment, seconds + one.cost.seconds)
 
 
@@ -137,7 +137,7 @@ def test_optimal_for_calls_with_transient_bytes_and_gradients(seed):
     assert (found is None) == (expected == float("inf"))
     if found is not None:
         assert found.seconds == pytest.approx(expected)
-        assert peak_of(measured, found.regions) <= budget
+        assert budget - room_of(problem_of(measured, budget), found) == peak_of(measured, found.regions) <= budget
 
 
 def test_the_least_budget_is_the_least_and_the_same_each_time():
@@ -150,6 +150,19 @@ def test_the_least_budget_is_the_least_and_the_same_each_time():
         slower = [replace(c, cost=c.cost and replace(c.cost, seconds=3 * draw.random())) for c in measured.calls]
         again = Measured(slower, measured.outside)
         assert least(lambda budget, m=again: problem_of(m, budget, timed=False), 1000) == (high, choice)
+
+
+def test_a_choice_that_was_made_without_times_gets_those_of_its_regions():
+    for seed in range(20):
+        draw = random.Random(seed)
+        measured = Measured(calls(draw, 6), outside=0)
+        _, bytewise = least(lambda budget, m=measured: problem_of(m, budget, timed=False), 1000)
+        choice, at = timed(measured, bytewise), 0
+        for (length, region), (_, other) in zip(choice.regions, bytewise.regions, strict=True):
+            assert (length, region) in list(ways(measured.calls, at))
+            assert replace(region, seconds=other.seconds) == other
+            at += length
+        assert choice.seconds == pytest.approx(sum(region.seconds for _, region in choice.regions))
 
 
 def test_a_thousand_units_take_few_steps(monkeypatch):

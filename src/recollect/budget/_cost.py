@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,7 +37,6 @@ class Cost:
     forward: int
     backward: int
     seconds: float
-    again: float
     repeats: bool
     selective: tuple[int, float] | None = None
     offloaded: float | None = None
@@ -65,7 +65,7 @@ class Options:
 def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: Options, known: int) -> Cost | None:
     """Run a unit in every way that comes into question; return ``None`` if it can only be stored."""
     tensors = arguments.tensors
-    times = 2 if known < 8 else 1
+    times = 5 if known < 4 else 3 if known < 8 else 1
     kept = {s._cdata for t in tensors for s in storages_of(t)}
     measured: list[int] = []
 
@@ -97,9 +97,13 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
 
         return call
 
-    def best(function: Callable[..., Any]) -> float:
-        run(function)
-        return min(run(function) for _ in range(times))
+    def rebuilt() -> float:
+        with torch.no_grad():
+            start = time.perf_counter()
+            args, kwargs = arguments.build(tensors)
+            own(*args, **kwargs)
+            _wait(options.device)
+            return time.perf_counter() - start
 
     try:
         run(own, meter=True)
@@ -109,15 +113,13 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
     except (FrameError, RuntimeError):  # a part of its graph was made before it was called, by a hook or another unit
         return None
     peak, current, _, backward = measured
-    plain = min(run(own) for _ in range(times))
-    with torch.no_grad():
-        start = time.perf_counter()
-        args, kwargs = arguments.build(tensors)
-        own(*args, **kwargs)
-        _wait(options.device)
-        again = time.perf_counter() - start
+    ways: dict[str, Callable[[], float]] = {
+        "plain": functools.partial(run, own),
+        "again": rebuilt,
+        "checkpoint": functools.partial(run, framed(Kept())),
+    }
     try:
-        seconds = max(0.0, best(framed(Kept())) - plain)
+        ways["checkpoint"]()
         settle()
     except FrameError:
         return None
@@ -127,18 +129,32 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         repeats = True
     except FrameError:
         repeats = False
-    selective = None
+    kept_products = 0
     if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
-        duration = best(framed(Kept(), selective=True))
+        ways["selective"] = functools.partial(run, framed(Kept(), selective=True))
         measured.clear()
         run(framed(Kept(), selective=True), meter=True)
-        selective = max(0, measured[1] - measured[2]), max(0.0, duration - plain)
-    offloaded = None if options.offload is None else max(0.0, best(framed(options.offload)) - plain)
-    inverted = None
+        kept_products = max(0, measured[1] - measured[2])
+    if options.offload is not None:
+        ways["offload"] = functools.partial(run, framed(options.offload))
     if is_inverted(module):
-        inverted = max(0.0, best(as_set) - plain)
+        ways["invert"] = functools.partial(run, as_set)
+    for name in ("offload", "invert"):
+        if name in ways:
+            ways[name]()
+    # In turns, so that what else the machine does is the same for all of them.
+    taken = [[way() for way in ways.values()] for _ in range(times)]
+    best = {name: min(column) for name, column in zip(ways, zip(*taken, strict=True), strict=True)}
+    plain, again = best.pop("plain"), best.pop("again")
+    # What runs again takes as long as before, whatever the clock says; and nothing but storing costs nothing.
+    least = {"checkpoint": again, "offload": again, "invert": again}
+    added = {name: max(found - plain, least.get(name, 0.01 * again)) for name, found in best.items()}
     transient = max(0, peak - current)
-    return Cost(transient, backward, seconds, max(seconds, again), repeats, selective, offloaded, inverted)
+    return Cost(
+        transient, backward, added["checkpoint"], repeats,
+        (kept_products, added["selective"]) if "selective" in added else None,
+        added.get("offload"), added.get("invert"),
+    )  # fmt: skip
 
 
 def _followed(function: Callable[..., Any]) -> Callable[..., Any]:

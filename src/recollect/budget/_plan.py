@@ -11,10 +11,10 @@ from torch import nn
 from recollect.budget._bytes import in_words
 from recollect.budget._cost import Options
 from recollect.budget._measure import Measured, measure
-from recollect.budget._problem import problem_of
+from recollect.budget._problem import problem_of, storing, timed
 from recollect.budget._ranks import Outcome, of_all_ranks
-from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of, storing
-from recollect.budget._solve import least, solve
+from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of
+from recollect.budget._solve import Choice, least, room_of, solve
 from recollect.budget._step import Step, apart, is_within
 from recollect.budget._treatment import Applied, Treated
 from recollect.budget._units import is_inverted
@@ -27,7 +27,7 @@ __all__ = ["BudgetError", "BudgetWarning", "OnExceed", "Plan"]
 
 OnExceed = Literal["warn", "replan", "raise"]
 _CORRECTIONS = 3
-_FINE = 64  # by such a part of the budget less is looked for, where the choice was too much
+_MARGINS = (0, 1, 4, 16)  # 64ths of the budget that are left free in addition, after so many choices were too much
 _NUMBERS = 3  # larger numbers among the arguments made no difference so often: they are not looked at
 _ENOUGH = 0.95  # of the budget in use, above which no correction looks for more
 
@@ -197,39 +197,37 @@ class Plan:
         return measured
 
     def _search(self, measured: Measured) -> None:
-        target, found, over = self.budget, None, False
+        """Choose, measure a step, and choose again by how far its peak was from the estimate, a few times."""
+        budget, target, overs, found = self.budget, self.budget, 0, None
         tried: list[tuple[Row, ...]] = []
-        if self._kept <= self.budget:  # moments are estimated from above: everything may fit all the same
-            tried, over = [storing(measured)], True
-            peak = self._verify(tried[0])
-            if peak <= self.budget:
-                self.peak, self.seconds = peak, 0.0
-                return
-        for _ in range(1 + _CORRECTIONS - len(tried)):
-            rows = self._choose(measured, target)
-            while over and rows in tried:  # what was too much is not tried again, but something that takes less
-                target -= max(1, self.budget // _FINE)
-                rows = self._choose(measured, target)
-            if rows is None or rows in tried:
-                break
+        # Moments are estimated from above: everything may fit all the same.
+        choice = storing(measured) if self._kept <= budget else None
+        while len(tried) <= _CORRECTIONS:
+            choice = choice or solve(problem_of(measured, target))
+            is_smallest = choice is None and not tried
+            if is_smallest:
+                choice, rows, peak = self._smallest(measured)
+            else:
+                rows = () if choice is None else rows_of(measured, choice)
+                if choice is None or rows in tried or (found and seconds_of(rows) >= seconds_of(found[1])):
+                    break
+                peak = self._verify(rows)
             tried.append(rows)
-            peak = self._verify(rows)
-            over = peak > self.budget
-            if over:
-                target -= peak - self.budget + 1
-                continue
-            if found is None or seconds_of(rows) < seconds_of(found[1]):
+            estimate = target - room_of(problem_of(measured, target), choice)
+            if peak > budget:
+                overs += 1
+                target = estimate - (peak - budget) - _MARGINS[overs - 1] * budget // 64 - 1
+            else:
                 found = peak, rows
-            if seconds_of(rows) == 0.0 or peak >= _ENOUGH * self.budget:
-                break
-            target += self.budget - peak
-        self.peak, self.rows = found if found is not None else self._smallest(measured)
+                target = estimate + (budget - peak)
+                if seconds_of(rows) == 0.0 or (peak >= _ENOUGH * budget and not is_smallest):
+                    break
+            choice = None
+        if found is None:
+            _, rows, peak = self._smallest(measured)
+            found = peak, rows
+        self.peak, self.rows = found
         self.seconds = seconds_of(self.rows)
-
-    @staticmethod
-    def _choose(measured: Measured, budget: int) -> tuple[Row, ...] | None:
-        choice = solve(problem_of(measured, budget))
-        return None if choice is None else rows_of(measured, choice)
 
     def _verify(self, rows: tuple[Row, ...]) -> int:
         """Return the peak of a real step with this choice."""
@@ -238,13 +236,14 @@ class Plan:
         with Applied(self._treated()):
             return self._step.peak()
 
-    def _smallest(self, measured: Measured) -> tuple[int, tuple[Row, ...]]:
-        """Return the choice of the least peak, if it is within the budget."""
+    def _smallest(self, measured: Measured) -> tuple[Choice, tuple[Row, ...], int]:
+        """Return the choice of the least peak, its rows and that peak, if it is within the budget."""
         bound = 2 * (measured.outside + sum(c.kept + c.input + c.gradients for c in measured.calls)) + (1 << 20)
         bound += 2 * max((max(c.cost.forward, c.cost.backward) for c in measured.calls if c.cost), default=0)
         found = least(lambda budget: problem_of(measured, budget, timed=False), bound)
         assert found is not None
-        rows = rows_of(measured, found[1])
+        choice = timed(measured, found[1])
+        rows = rows_of(measured, choice)
         peak = self._verify(rows)
         inverted = inverting(rows, measured)
         if peak > self.budget and inverted != rows:  # what an inverse takes is estimated from above
@@ -259,7 +258,7 @@ class Plan:
                 "backward. Lower are smaller batches, units of smaller parts (units=), and offload=folder",
                 peak,
             )
-        return peak, rows
+        return choice, rows, peak
 
     def _treated(self) -> list[Forward]:
         strategies: dict[str, set[str]] = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import torch
 
 from recollect.budget._measure import Call, Measured
-from recollect.budget._solve import Problem, Region
+from recollect.budget._solve import Choice, Problem, Region
 
-__all__ = ["problem_of"]
+__all__ = ["problem_of", "storing", "timed"]
 
 
 def problem_of(measured: Measured, budget: int, timed: bool = True) -> Problem:
@@ -32,6 +33,25 @@ def problem_of(measured: Measured, budget: int, timed: bool = True) -> Problem:
         return found if timed or found is None else _untimed(found)
 
     return Problem(alone, limits, budget - measured.outside, row)
+
+
+def storing(measured: Measured) -> Choice:
+    """Return the choice that stores everything."""
+    regions = [_alone(call)[0] for call in measured.calls]
+    return Choice(tuple((1, region) for region in regions), 0.0, sum(region.keeps for region in regions))
+
+
+def timed(measured: Measured, choice: Choice) -> Choice:
+    """Return a choice that was made without times, with those of its regions."""
+    calls, regions = measured.calls, list[tuple[int, Region]]()
+    rows, unit = _Rows(calls, sys.maxsize), 0
+    for length, region in choice.regions:
+        alone = {way.strategy: way for way in _alone(calls[unit])}
+        found = alone[region.strategy] if length == 1 else rows.region(unit, length)
+        assert found is not None
+        regions.append((length, found))
+        unit += length
+    return Choice(tuple(regions), sum(region.seconds for _, region in regions), choice.kept)
 
 
 def _alone(call: Call) -> list[Region]:
@@ -90,7 +110,7 @@ class _Rows:
             if cost is not None and cost.repeats and after.cost is not None and after.chained:
                 self._end[index] = self._end[index + 1]
         costs = [call.cost for call in calls]
-        self._seconds = [0.0, *itertools.accumulate(0.0 if cost is None else cost.again for cost in costs)]
+        self._seconds = [0.0, *itertools.accumulate(0.0 if cost is None else cost.seconds for cost in costs)]
         self._kept = torch.tensor([call.kept for call in calls])
         self._worst = torch.tensor([0 if cost is None else max(cost.forward, cost.backward) for cost in costs])
         self._start = -1
@@ -111,5 +131,5 @@ class _Rows:
         moment = self._moments[length - 1]
         if self._calls[start].input + moment > self._budget:
             return None
-        seconds = self._seconds[last] - self._seconds[start] + cost.seconds
+        seconds = self._seconds[last + 1] - self._seconds[start]
         return Region("checkpoint", self._calls[start].input, moment, seconds)

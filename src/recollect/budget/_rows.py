@@ -8,7 +8,7 @@ from recollect.budget._bytes import in_words
 from recollect.budget._measure import Measured
 from recollect.budget._solve import Choice
 
-__all__ = ["Row", "inverting", "lines_of", "rows_of", "seconds_of", "storing"]
+__all__ = ["Row", "inverting", "lines_of", "rows_of", "seconds_of"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ def rows_of(measured: Measured, choice: Choice) -> tuple[Row, ...]:
             seconds = region.seconds / length
             rows.append(Row(call.name, call.kept, strategy, keeps, seconds))
     return tuple(rows)
-
-
-def storing(measured: Measured) -> tuple[Row, ...]:
-    """Return the rows with every unit stored."""
-    return tuple(Row(call.name, call.kept, "store", call.kept, 0.0) for call in measured.calls)
 
 
 def inverting(rows: tuple[Row, ...], measured: Measured) -> tuple[Row, ...]:

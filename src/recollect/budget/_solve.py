@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Choice", "Problem", "Region", "least", "solve"]
+__all__ = ["Choice", "Problem", "Region", "least", "room_of", "solve"]
 
 _BUCKETS = 4096
 _MANY = 500
@@ -136,6 +136,16 @@ def solve(problem: Problem, buckets: int = _BUCKETS) -> Choice | None:
         at, place = at - length, place - math.ceil(region.keeps / size)
     regions.reverse()
     return Choice(tuple(regions), sum(r.seconds for _, r in regions), sum(r.keeps for _, r in regions))
+
+
+def room_of(problem: Problem, choice: Choice) -> int:
+    """Return how many bytes more there could be at every moment."""
+    room, kept, unit = problem.end - choice.kept, 0, 0
+    for length, region in choice.regions:
+        kept += region.keeps
+        room = min(room, problem.limits[unit] - kept - region.moment)
+        unit += length
+    return room
 
 
 def least(problem: Callable[[int], Problem], high: int) -> tuple[int, Choice] | None:
