@@ -598,6 +598,109 @@ def test_a_table_that_is_not_read_changes(source):
     assert_right_over(source, make, between=lambda m: m.table.add_(1))
 
 
+# What modules hold as attributes lives on, and is handed out as it is.
+
+
+class Masked(nn.Module):
+    """Multiplies by tensors that it holds: an attribute, one in a list, and a view of a larger one."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.scale = nn.Linear(4, 4), torch.rand(4)
+        self.more, self.large = [torch.rand(16, 4)], torch.rand(64, 4)
+
+    def forward(self, h):
+        return (self.lin(h).tanh() * self.scale * self.more[0] * self.large[8:24]).sin()
+
+
+@each_source
+def test_attributes_that_are_replaced_afterwards(source):
+    def change(module):
+        module.scale, module.more, module.large = torch.zeros(4), [torch.zeros(16, 4)], torch.zeros(64, 4)
+
+    assert_right_over(source, Masked, between=change)
+
+
+@each_source
+def test_attributes_that_are_changed_afterwards_are_refused(source):
+    def step(wrap, change):
+        torch.manual_seed(0)
+        module = Masked()
+        loss = wrap.over(source, module, data(source)).square().sum()
+        change(module)
+        loss.backward()
+
+    for change in (lambda m: m.scale.zero_(), lambda m: m.more[0].add_(1), lambda m: m.large[10].mul_(2)):
+        with pytest.raises(recollect.frames.FrameError, match=r"Masked|swap"):
+            step(Wrap(True), change)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            step(Wrap(False), change)
+
+
+def test_attributes_need_no_fingerprints():
+    module, certificate = Masked(), recollect.frames.Certificate()
+    for _ in range(3):
+        certificate.reset()
+        x = data()
+        y = recollect.frames.run_frame(module, (x,), {}, recollect.frames.Kept(), certificate=certificate)
+        y.sum().backward()
+        assert certificate.equal == 2  # what tanh returns and what sin is given; the factors are the module's
+
+
+@each_source
+def test_an_attribute_that_is_the_argument(source):
+    class Storing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.seen = nn.Linear(4, 4), torch.zeros(1)
+
+        def forward(self, h):
+            return (self.lin(self.seen).tanh() * self.seen).sin() * h
+
+    def step(wrap):
+        module = Storing()
+        x = torch.randn(16, 4, requires_grad=True)
+        module.seen = x.detach()
+        y = wrap.over(source, module, x if source == "checkpoint" else torch.cat([x, x], -1))
+        module.seen = torch.ones(1)
+        y.square().sum().backward()
+        return [x.grad, *results(module)]
+
+    assert_right(step)
+
+
+@each_source
+@pytest.mark.parametrize("way", ["in place", "data", "replaced"])
+def test_an_attribute_that_the_region_itself_moves(source, way):
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.scale = nn.Linear(4, 4), torch.ones(4)
+
+        def forward(self, h):
+            h = self.lin(h)
+            moved = 0.9 * self.scale + 0.1 * h.detach().abs().mean(0)
+            if way == "in place":
+                self.scale.copy_(moved)
+            elif way == "data":
+                self.scale.data.copy_(moved)
+            else:
+                self.scale = moved
+            return (h * self.scale).tanh()
+
+    def step(wrap):
+        module, found = Moving(), []
+        for _ in range(3):
+            x = data(source)
+            y = wrap.over(source, module, x)
+            found += torch.autograd.grad(y.square().sum(), list(module.parameters()))
+            found.append(module.scale.clone())
+        return found
+
+    # An inverse runs the block before it is looked whether somebody has changed what the block saved.
+    (assert_right_or_refused if (source, way) == ("inverse", "in place") else assert_right)(step)
+
+
 @each_source
 def test_a_step_on_weights_that_the_region_read_is_refused(source):
     module, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()), data(source)

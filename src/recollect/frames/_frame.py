@@ -127,7 +127,7 @@ def _unpack(packed: _Token | _Lasting) -> Tensor:
         return packed.frame.saved(packed.index)
     tensor = packed.tensor
     if version_of(tensor) != packed.version:
-        kind = "parameter" if tensor.requires_grad else "buffer"
+        kind = "parameter" if tensor.requires_grad else "buffer or attribute"
         raise InPlaceError(
             f"{packed.region.name}: a {kind} of shape {list(tensor.shape)} was changed in place between the "
             f"forward pass (version {packed.version}) and backward (version {version_of(tensor)}), most often "

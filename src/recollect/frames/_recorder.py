@@ -158,9 +158,9 @@ class Recorder:
     """
 
     __slots__ = (
-        "_brought", "_buffers", "_entered", "_graded_places", "_gradients", "_hidden", "_hooked", "_keys", "_known",
-        "_lazy", "_leaves", "_named", "_parameters", "_parts", "_places", "_ran", "_registries", "_rosters", "_runs",
-        "_snapshots", "_state", "_storages", "_unknown", "_watches", "_watching",
+        "_brought", "_buffers", "_entered", "_found", "_graded_places", "_gradients", "_held", "_hidden", "_hooked",
+        "_keys", "_known", "_lazy", "_leaves", "_named", "_parameters", "_parts", "_places", "_ran", "_registries",
+        "_rosters", "_runs", "_snapshots", "_state", "_storages", "_unknown", "_watches", "_watching",
     )  # fmt: skip
 
     may_draw = True
@@ -179,6 +179,8 @@ class Recorder:
         self._state = PythonState()
         self._buffers: list[Buffer] = []
         self._storages: set[int] = set()  # of buffers
+        self._held: dict[int, int] = {}  # storages of other tensors that modules hold, with their versions
+        self._found: set[int] = set()  # storages of arguments, and of what the function names
         self._parameters: list[Registered] = []
         # Tensors that are no buffers, where their values are and the keys of that, their versions, and copies of small
         # ones that are no parameters.
@@ -378,7 +380,12 @@ class Recorder:
             with aside():
                 small = type(tensor) is Tensor and tensor.numel() <= _SMALL
                 copy = tensor.detach().clone() if small else None
-                self._places.append((module, tensor, tensor.data, place_of(tensor), version_of(tensor), copy))
+                place, version = place_of(tensor), version_of(tensor)
+                self._places.append((module, tensor, tensor.data, place, version, copy))
+                if module is None:
+                    self._found.update(place)
+                elif type(tensor) is Tensor:
+                    self._held.update(dict.fromkeys(place, version))
 
     def _note_buffers(self, module: nn.Module, registry: Any, buffers: Iterable[tuple[str, Tensor | None]]) -> None:
         known = _known_module(module)
@@ -405,10 +412,15 @@ class Recorder:
             self._known.append((self._keys, True))
 
     def is_lasting(self, tensor: Tensor) -> bool:
-        """Whether a tensor that autograd saves is a part of a buffer, and lives on anyway."""
-        if not self._storages and not self._lazy:
+        """Whether a tensor that autograd saves is a part of what modules hold, and lives on anyway."""
+        if not self._storages and not self._lazy and not self._held:
             return False
         keys = place_of(tensor)
+        # What the region has written to before is saved as that has left it, which a rebuild brings about again.
+        if self._held and keys and self._found.isdisjoint(keys):
+            version = version_of(tensor)
+            if all(self._held.get(key, -1) == version for key in keys):
+                return True
         if not self._storages.isdisjoint(keys):
             return True
         return bool(self._lazy) and any(
