@@ -12,7 +12,7 @@ from device.compare import there, waits
 from device.emulation import watch
 from recollect.autogram import Engine, GramianError, Rows, gradient_noise_scale
 from recollect.autogram import _engine as engine_module
-from recollect.autogram._factors import form_rows
+from recollect.autogram._factors import form_rows, held_elements
 from recollect.autogram._registry import Entry, Registry
 from recollect.autogram.rules import RULES
 from recollect.frames import settle
@@ -213,6 +213,73 @@ class TestAnIndex:
                 engine.compute_gramian(network(x)[torch.tensor([0, 3], device=other)].sum(1))
                 engine.compute_gramian(F.cross_entropy(network(x), target, reduction="none"))
         assert log.where == []
+
+
+class Bags(nn.Module):
+    """Bags of different lengths, two of them empty."""
+
+    def __init__(self, last=False, weighted=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.EmbeddingBag(9, 3, include_last_offset=last, **options)
+        ends = [0, 3, 3, 8, 11, 11] + [11] * last
+        self.register_buffer("offsets", torch.tensor(ends))
+        self.register_buffer("weights", torch.linspace(0.5, 1.5, 11) if weighted else None)
+
+    def forward(self, index):
+        return self.layer(index, self.offsets, self.weights)
+
+
+class TestBagsAtOffsets:
+    """How many lookups a bag has is a value of the device, which nobody reads."""
+
+    INDEX = torch.tensor([1, 1, 2, 0, 4, 2, 2, 3, 8, 8, 2])
+
+    @pytest.mark.parametrize("batch_dim", [0, None])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            *({"mode": mode, "padding_idx": padding} for mode in ("sum", "mean", "max") for padding in (None, 2)),
+            {"mode": "sum", "weighted": True, "padding_idx": 2},
+            {"mode": "mean", "last": True},
+            {"mode": "max", "last": True},
+            {"mode": "sum", "last": True, "weighted": True},
+        ],
+        ids=str,
+    )
+    def test_values_and_waits(self, other, options, batch_dim):
+        network, index = Bags(**options).double(), self.INDEX
+        expected = jacobian_gramian(network, index)
+        network, index = network.to(other), there(index)
+        engine = Engine(network, batch_dim=batch_dim)
+        torch.testing.assert_close(engine.compute_gramian(losses(network, index)).cpu(), expected)
+        torch.testing.assert_close(engine.compute_norms(losses(network, index)).cpu(), expected.diag().sqrt())
+
+        def calls():
+            found = losses(network, index)
+            engine.compute_gramian(found[:3], found[3:])
+            engine.compute_gramian(losses(network, index))
+            engine.compute_norms(losses(network, index))
+            engine.backward(losses(network, index), lambda gramian: torch.ones_like(gramian[0]))
+
+        assert waits(calls) == []
+        settle()
+        assert engine.certificate.checks > 0
+
+    def test_no_lookups_at_all(self, other):
+        layer, none = nn.EmbeddingBag(5, 3, mode="sum").double().to(other), torch.zeros(0, dtype=torch.long).to(other)
+        engine, offsets = Engine(layer), torch.zeros(4, dtype=torch.long, device=other)
+        for _ in range(2):
+            assert not engine.compute_gramian(layer(none, offsets).sum(1)).any()
+            assert not engine.compute_norms(layer(none, offsets).sum(1)).any()
+
+    def test_memory_is_that_of_the_lookups(self, other):
+        """And not that of as many for each bag as the longest has, or as there are."""
+        layer = nn.EmbeddingBag(50, 4, mode="sum").to(other)
+        index, grads = torch.arange(300, device=other) % 50, torch.randn(100, 1, 4, device=other)
+        offsets = torch.arange(100, device=other) * 2
+        factor = RULES[nn.EmbeddingBag].rule(layer, (index[None], offsets[None]), (grads,))["weight"]
+        assert held_elements([factor]) == 300 * 5
 
 
 def test_a_wrong_rule_is_found_late(other, monkeypatch):
