@@ -168,5 +168,5 @@ def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

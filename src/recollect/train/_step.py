@@ -65,11 +65,11 @@ class Step:
             rows: of the plan that the run had before.
 
         Raises:
-            UsageError: the network has no units, or the device's memory cannot be measured.
+            UsageError: the network has no units, or there are mini-batches.
             TrainingError: the budget cannot be met.
         """
-        if self.fabric.device.type not in ("cpu", "cuda") or not isinstance(self.own, FullBatch):
-            raise UsageError(f"memory_budget={budget} needs training=full on the CPU or a CUDA device")
+        if not isinstance(self.own, FullBatch):
+            raise UsageError(f"memory_budget={budget} needs training=full")
         inputs, target, chosen = self.own.largest()
 
         def loss(*given: Any) -> Tensor:
