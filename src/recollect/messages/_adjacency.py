@@ -305,7 +305,10 @@ class Edges:
         self.num_nodes = num_nodes
         self.num_targets = num_targets
         self.state = _state_of(edge_index)
-        self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes if inside is None else inside
+        if inside is None:
+            low, high = torch.stack(torch.aminmax(edge_index)).tolist()  # in one wait for a device
+            inside = low >= 0 and high < num_nodes
+        self.inside = inside
         self.adjacencies: dict[Hashable, Tensor] = {}
 
     def adj_t(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
