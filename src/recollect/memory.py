@@ -141,8 +141,9 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
     On CUDA, the figure is the allocator's peak in the block minus what was allocated at entry. The
     allocator's peak statistic is reset.
 
-    On the CPU and other accelerators, it is the largest number of bytes of tensor storages that were allocated since entry and alive
-    at the same time. Each storage counts once, however many views it has, with its size at the moment
+    On the CPU and other accelerators, it is the largest number of bytes of tensor storages that were allocated
+    since entry and alive at the same time. Each storage counts once, however many views it has, with its size
+    at the moment
     (`resize_`, also of the storage itself, is followed), from the operation that returns it until it dies;
     sparse tensors count with their indices and values. Tensors that autograd saves, gradients, and all that
     backward allocates are seen. Not seen are: buffers inside a single operation's kernel; what is made without
