@@ -26,8 +26,7 @@ Data = pytest.importorskip("torch_geometric.data").Data
 
 NODES, IN, OUT = 24, 5, 3
 PTR = torch.tensor([0, 7, 15, NODES])
-# On a device torch has no reduction by rows to the largest and smallest; all others are tried.
-AGGREGATION = {"aggregators": ["mean", "std", "sum", "var"], "scalers": ["identity", "attenuation"]}
+AGGREGATION = {"aggregators": ["max", "mean", "min", "std", "sum", "var"], "scalers": ["identity", "attenuation"]}
 
 # For each public model: how it is made, and how its graph is prepared.
 SCALABLE = {
