@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from device.compare import assert_same, there, waits
 from device.emulation import watch
+from recollect._devices import FORMS, OTHERS
 from recollect.autoscale import (
     Around,
     AsyncIOPool,
@@ -38,7 +39,7 @@ PTR = torch.tensor([0, 7, 15, NODES])
 DOUBLE = {"history_dtype": torch.float64}
 
 # For each name: options of a GCN's histories. With a folder they lie in files.
-FORMS = {
+KINDS = {
     "float64": DOUBLE,
     "int8": {"history_dtype": torch.int8},
     "bfloat16": {"history_dtype": torch.bfloat16},
@@ -49,7 +50,7 @@ FORMS = {
 }
 OUTWARD = {"corrected": True, "combined": "induced"}
 PLACES = ["host", "device", "file"]
-CASES = [(form, place) for form in FORMS for place in PLACES if (form, place) != ("pool", "device")]
+CASES = [(form, place) for form in KINDS for place in PLACES if (form, place) != ("pool", "device")]
 each = pytest.mark.parametrize(("form", "place"), CASES, ids=lambda value: value)
 
 
@@ -66,7 +67,7 @@ def make_graph(prepare=normalize):
 def gcn(form, place="host", folder=None, **options):
     where = {"host": {}, "device": {"device": "other"}, "file": {"history_path": folder}}[place]
     torch.manual_seed(0)
-    return GCN(NODES, IN, 6, OUT, num_layers=LAYERS, **FORMS[form], **where, **options).double()
+    return GCN(NODES, IN, 6, OUT, num_layers=LAYERS, **KINDS[form], **where, **options).double()
 
 
 def batches(form, data=None, parts=1):
@@ -172,9 +173,10 @@ class Blocks(RevGNN):
         self.double()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "forms"), [("host", "others"), ("device", "cuda"), ("file", "cuda")])
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
-def test_a_network_of_blocks(other, place, corrected, tmp_path):
+def test_a_network_of_blocks(other, place, forms, corrected, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, other, OTHERS if forms == "others" else FORMS[forms])
     assert issubclass(Blocks, BlockwiseGNN)
     where = {"host": {}, "device": {"device": other}, "file": {"history_path": tmp_path}}[place]
     form = "corrected" if corrected else "float64"

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from device.compare import assert_same, there
+from device.compare import assert_same
 from device.emulation import watch
 from recollect import messages
+from recollect._devices import FORMS
 from recollect.messages import (
     adjacency_of_edges,
     check_csr,
@@ -119,7 +120,10 @@ def test_what_is_refused(other):
         extreme(adj_t, x, "max")
 
 
-def test_convolutions(other):
+@pytest.mark.parametrize("forms", ["others", "cuda"])
+def test_convolutions(other, forms, monkeypatch):
+    if forms == "cuda":
+        monkeypatch.setitem(FORMS, other, FORMS["cuda"])
     conv_of = pytest.importorskip("torch_geometric.nn").SAGEConv
     torch.manual_seed(0)
     conv, edge_index = conv_of(4, 3).double(), torch.stack([SOURCE, TARGET])
@@ -131,8 +135,11 @@ def test_convolutions(other):
     with for_targets(3):
         assert_same([convolve(conv, x, few)[:3]], [expected[:3]])
     made = made_of(edge_index)
-    if made is not None:  # what a device that has products keeps of the edges
+    assert (made is not None) == (forms == "cuda")  # where a convolution is products, they are kept with the edges
+    if made is not None:
         again = edge_index.clone()
         take_made(again, made)
-        assert made_of(again) is not None
-    assert there(SOURCE).device.type == other
+        with watch() as log:
+            found = convolve(conv, x, again)
+        assert log.where == []
+        assert_same([found], [expected])
