@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from device.emulation import device, watch
+from recollect._devices import FORMS
 from recollect.cli import main
 from recollect.data import load
 from recollect.models import GCN, RevGNN
@@ -56,6 +57,12 @@ each = pytest.mark.parametrize("name", RUNS)
 def run(folder, *settings):
     assert main(["train", *TINY, *settings, f"run_dir={folder}"]) == 0
     return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def forms(other, monkeypatch):
+    """The device gets the forms that CUDA gets, of convolutions too."""
+    monkeypatch.setitem(FORMS, other, FORMS["cuda"])
 
 
 @pytest.fixture
@@ -173,6 +180,7 @@ def test_a_run_goes_on_with_the_same_random_numbers(other, tmp_path, monkeypatch
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
-def test_a_device_that_is_not_there_is_refused(capsys, tmp_path):
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "present", False)
     assert main(["train", *TINY, "device=other", f"run_dir={tmp_path}"]) == 2
     assert "choose from: auto, cpu, cuda" in capsys.readouterr().err
