@@ -50,7 +50,7 @@ FLOORS = {
     "_util": floor("_torch"),
     "_ledger": floor("_storages _torch"),
     "memory": floor("_heap _ledger _storages"),
-    "_verdicts": floor("_torch"),
+    "_verdicts": floor("_torch _transfer"),
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
     "distributed": floor("_arguments"),
     "autogram": floor("_devices _parameters _torch _verdicts distributed"),
