@@ -148,7 +148,9 @@ class _Probe:
         return memory.peak_bytes
 
     def _wait(self) -> None:
-        if self.device.type != "cpu":
+        if self.device.type == "mps":
+            torch.mps.synchronize()  # of which there is one
+        elif self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
 
 

@@ -71,7 +71,7 @@ def embedding_bag(
     index = index.flatten(1)
     weights = _weights(layer, index, bag, present, count, scales)
     if offsets is not None and grad.shape[1] < count:  # every row has a bag of its own
-        if grad.shape[1] > 1:
+        if grad.shape[1] > 1 or len(grad) != count:
             raise NotCovered("several bags with offsets for each element of the batch")
         found = grad[bag, 0] * weights[0]
         return {"weight": Lookups(found, index[0], bag, count, layer.num_embeddings)}
