@@ -141,7 +141,7 @@ def test_a_model_of_ones_own(other, make, histories, tmp_path):
         assert isinstance(result, FitResult)
         assert result.summary["device"] == place
         assert next(model.parameters()).device.type == place
-        result = fit(model, load("karate"), epochs=5, histories=histories, resume=tmp_path / place)
+        result = fit(model, load("karate"), epochs=5, resume=tmp_path / place)
         assert (result.epochs, result.summary["device"]) == (5, place)
         found.append(losses_of(tmp_path / place))
     assert len(found[1]) == 5
