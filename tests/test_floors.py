@@ -63,7 +63,9 @@ FLOORS = {
         "_arguments _devices _modules _parameters _transfer _util _verdicts frames messages data distributed",
         "torch_geometric pymetis kaminpar",
     ),
-    "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
+    "models": floor(
+        "_arguments _devices _parameters frames messages invertible reversible autoscale", "torch_geometric"
+    ),
     "outofcore": floor(
         "_torch _util _arguments _modules autogram distributed frames messages reversible autoscale models"
     ),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autogram._square import wide
 
 __all__ = [
@@ -163,7 +164,7 @@ def entries_of(*factors: Picked | Lookups) -> list[Picked | Lookups]:
     On other devices than the CPU with no more entries than lookups: how many were looked up would have to be read.
     """
     index = torch.cat([factor.index.flatten() for factor in factors])
-    if not index.is_cpu and factors[0].num_entries <= index.numel():
+    if not forms_of(index.device).reads_at_once and factors[0].num_entries <= index.numel():
         return list(factors)
     number, places = places_of(index)
     parts = torch.split(places, [factor.index.numel() for factor in factors])
@@ -180,7 +181,7 @@ def places_of(keys: Tensor) -> tuple[int, Tensor]:
         How many there are, or on other devices than the CPU, where that would have to be read, K; and the number of
         each key [K].
     """
-    if keys.is_cpu:
+    if forms_of(keys.device).reads_at_once:
         found, places = torch.unique(keys, return_inverse=True)
         return len(found), places
     ordered, order = keys.sort()
@@ -190,7 +191,7 @@ def places_of(keys: Tensor) -> tuple[int, Tensor]:
 def lookup_pieces(factor: Picked | Lookups, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield J [m, columns] for so many of the entries at a time."""
     flat = laid_out(factor)
-    if not flat.grad.is_cpu:
+    if not forms_of(flat.grad.device).reads_at_once:
         yield from _unread_pieces(flat, max(1, min(step, flat.num_entries)), dtype)
         return
     m, d = flat.num_rows, flat.shape[1]
