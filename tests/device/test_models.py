@@ -258,3 +258,27 @@ def test_a_step_of_revgnn_under_autocast(other):
     assert isinstance(model, nn.Module)
     assert_same(found[1], found[0], 5e-2)
     settle()
+
+
+def test_losses_and_predictions_of_labels(other):
+    torch.manual_seed(0)
+    model, y = RevGNN(IN, 16, OUT, 2, task="multilabel").double(), torch.randint(2, (NODES, OUT)).double()
+    out = model(features(), edges())
+    on_device = copy.deepcopy(model).to(other)
+    found = on_device(there(features()), there(edges()))
+    assert_same([on_device.loss(found, there(y)), on_device.predict(found)], [model.loss(out, y), model.predict(out)])
+
+
+def test_the_smoothness_of_gin(other):
+    model, data = make("GIN")
+    on_device, graph = copy.deepcopy(model).to(other), copy.copy(data).to(other)
+    torch.manual_seed(5)
+    on_device(graph.x, graph.adj_t)
+    loss = on_device.lipschitz_loss()
+    torch.manual_seed(5)
+    on_device(graph.x, graph.adj_t)
+    assert_same([on_device.lipschitz_loss()], [loss])
+    gradients = torch.autograd.grad(loss, list(on_device.parameters()), allow_unused=True)
+    assert any(grad is not None and bool(grad.any()) for grad in gradients)
+    on_device.reset_parameters()
+    assert {parameter.device.type for parameter in on_device.parameters()} == {other}
