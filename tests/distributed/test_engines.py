@@ -3,10 +3,10 @@
 import engine_cases
 import pytest
 import torch
+from torch import distributed as dist
 
 from recollect.autogram._exchange import _one, _ordered
 from recollect.autogram._factors import Lookups, Picked, Rows, form_rows
-from torch import distributed as dist
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 
