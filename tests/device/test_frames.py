@@ -15,8 +15,6 @@ from recollect import frames
 from recollect.frames import (
     Add,
     DriftGauge,
-    FrameError,
-    GraphFreedError,
     Inverse,
     Kept,
     Lattice,
@@ -219,9 +217,6 @@ def test_modes(other):
     y = recollect.checkpoint(net, x)
     y.sum().backward()
     assert calls == [other] * 5
-    with pytest.raises(GraphFreedError):
-        y.sum().backward()
-    assert issubclass(GraphFreedError, FrameError)
 
 
 def test_regions_called_directly(other):

@@ -17,6 +17,7 @@ NOT_TRIED = {
     "types, and values without tensors": "Arguments Conflict DRIFT_THRESHOLD Factor GraphData Held Made Partition "
     "PartitionQuality PeakMemory Rule Sharing Transform check_exact described digits_of history_bytes "
     "map_large_blocks Forward",
+    "errors in a hook of autograd end the process of the emulation": "FrameError GraphFreedError",
     "errors that do not depend on a device": "HistoryFileError InPlaceError InvalidRunError NonFiniteLossError "
     "OffloadError ReleasedTensorError SharesError TrainingError UsageError",
     "graphs are read into host memory": "GraphDataset InvalidFileError InvalidRawFilesError MissingDependencyError "
