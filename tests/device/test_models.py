@@ -26,7 +26,7 @@ Data = pytest.importorskip("torch_geometric.data").Data
 
 NODES, IN, OUT = 24, 5, 3
 PTR = torch.tensor([0, 7, 15, NODES])
-AGGREGATION = {"aggregators": ["max", "mean", "min", "std", "sum", "var"], "scalers": ["identity", "attenuation"]}
+AGGREGATION = {"aggregators": ["max", "mean", "min", "std", "sum", "var"], "scalers": ["attenuation"]}
 
 # For each public model: how it is made, and how its graph is prepared.
 SCALABLE = {
