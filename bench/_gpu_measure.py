@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ Make = Callable[[], Callable[[], Any]]
 FAILURES = (UnavailableError, RuntimeError, ValueError, NotImplementedError, TypeError)
 
 _SYNCHRONIZES = "called a synchronizing"
+_MEASURED = "what is measured"
 
 
 def host_waits(function: Callable[[], Any], device: torch.device) -> int | None:
@@ -43,6 +44,34 @@ def host_waits(function: Callable[[], Any], device: torch.device) -> int | None:
     return sum(_SYNCHRONIZES in str(one.message) for one in caught)
 
 
+def profiled_waits(function: Callable[[], Any], device: torch.device) -> int | None:
+    """How often the host waits in one call, as the profiler sees it: for streams, events or the device.
+
+    Returns:
+        None on other devices than CUDA, and where the profiler does not run.
+    """
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities) as profile, torch.profiler.record_function(_MEASURED):
+            function()
+    except RuntimeError:
+        return None
+    return synchronizations(profile.events())
+
+
+def synchronizations(events: Iterable[Any] | None) -> int:
+    """How many of a profile's events are waits of the host, of those in the range of what is measured."""
+    events = list(events or ())
+    ranges = [event.time_range for event in events if event.name == _MEASURED]
+    return sum(
+        any(part.start <= event.time_range.start <= part.end for part in ranges)
+        for event in events
+        if event.name.endswith("Synchronize")
+    )
+
+
 def compare(makers: Mapping[str, Make], repeats: int, device: torch.device, warm_up: int = 2) -> Row:
     """Measure functions that do the same, taking turns.
 
@@ -54,9 +83,10 @@ def compare(makers: Mapping[str, Make], repeats: int, device: torch.device, warm
 
     Returns:
         By name: `seconds` (median), `all_seconds`, `peak_bytes` (of the allocator, above what was there before; CUDA
-        alone), `waits`; and `skipped`, with reasons.
+        alone), `waits` (by torch's sync debug mode), `profiled_waits` (by the profiler; CUDA alone); and `skipped`,
+        with reasons.
     """
-    row: Row = {"skipped": {}, "peak_bytes": {}, "waits": {}}
+    row: Row = {"skipped": {}, "peak_bytes": {}, "waits": {}, "profiled_waits": {}}
     functions: dict[str, Callable[[], Any]] = {}
     for name, make in makers.items():
         try:
@@ -64,6 +94,7 @@ def compare(makers: Mapping[str, Make], repeats: int, device: torch.device, warm
             for _ in range(warm_up):
                 function()
             row["waits"][name] = host_waits(function, device)
+            row["profiled_waits"][name] = profiled_waits(function, device)
             row["peak_bytes"][name] = peak_bytes(function, device) if device.type == "cuda" else None
         except FAILURES as error:
             row["skipped"][name] = reason(error)
@@ -87,9 +118,10 @@ def comparison(title: str, row: Row) -> str:
             show(row["seconds"][name], ".3f", 1e-3),
             show(row["peak_bytes"].get(name), ".1f", MIB),
             show(row["waits"].get(name), ".0f"),
+            show(row["profiled_waits"].get(name), ".0f"),
         ]
         for name in row["seconds"]
     ]
-    body += [[name, "-", "-", "-"] for name in row["skipped"]]
-    lines = [title, table(["", "ms", "peak, MiB", "waits"], body)]
+    body += [[name, *"----"] for name in row["skipped"]]
+    lines = [title, table(["", "ms", "peak, MiB", "waits", "profiled"], body)]
     return "\n".join(lines + [f"  {name}: {why}" for name, why in row["skipped"].items()])

@@ -7,8 +7,9 @@
 Parts: forms of operations that differ by device (docs/gpu.md); a deep reversible step beside torch's checkpoint and
 torch_geometric; which steps repeat bit for bit; histories on the card, on the host and in files, with pools and
 without; Gramians beside torchjd. Times are medians of repeats, the systems taking turns; peaks are the allocator's;
-waits of the host are counted by torch's sync debug mode. A part that would begin after --minutes is left out. A JSON
-file goes into bench/results after each part, with the reason for every number that is missing.
+waits of the host are counted by torch's sync debug mode, and on CUDA by the profiler too. A part that would begin after
+--minutes is left out. A JSON file goes into bench/results after each part, with the reason for every number that is
+missing.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ with warnings.catch_warnings():  # torch_geometric warns on its own import
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
     from bench import _gpu_parts as parts
     from bench import gpu
-from bench._gpu_measure import compare, comparison, host_waits, ratios
+from bench._gpu_measure import compare, comparison, host_waits, profiled_waits, ratios, synchronizations
 
 from recollect.frames import settle
 
@@ -116,6 +117,24 @@ def test_waits_are_counted() -> None:
         host_waits(lambda: 1 // 0, OTHER)
     assert emulation.device.sync_debug_mode == "default"
     assert host_waits(lambda: None, torch.device("cpu")) is None
+
+
+def test_waits_of_a_profile() -> None:
+    def event(name: str, start: float, end: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [
+        event("cudaDeviceSynchronize", 0, 1),  # the profiler's own, before and behind
+        event("what is measured", 2, 9),
+        event("aten::item", 3, 4),
+        event("cudaMemcpyAsync", 3, 3.1),
+        event("cudaStreamSynchronize", 3.2, 4),
+        event("hipEventSynchronize", 5, 6),
+        event("cudaDeviceSynchronize", 10, 11),
+    ]
+    assert synchronizations(events) == 2
+    assert synchronizations(None) == 0
+    assert profiled_waits(lambda: None, OTHER) is None
 
 
 def test_who_fails_is_told_and_the_others_are_measured() -> None:

@@ -50,7 +50,7 @@ FLOORS = {
     "_util": floor("_torch"),
     "_ledger": floor("_storages _torch"),
     "memory": floor("_heap _ledger _storages"),
-    "_verdicts": floor("_torch"),
+    "_verdicts": floor("_torch _transfer"),
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
     "distributed": floor("_arguments"),
     "autogram": floor("_devices _parameters _torch _verdicts distributed"),
@@ -63,7 +63,9 @@ FLOORS = {
         "_arguments _devices _modules _parameters _transfer _util _verdicts frames messages data distributed",
         "torch_geometric pymetis kaminpar",
     ),
-    "models": floor("_arguments _parameters frames messages invertible reversible autoscale", "torch_geometric"),
+    "models": floor(
+        "_arguments _devices _parameters frames messages invertible reversible autoscale", "torch_geometric"
+    ),
     "outofcore": floor(
         "_torch _util _arguments _modules autogram distributed frames messages reversible autoscale models"
     ),

@@ -19,7 +19,7 @@ TOGETHER = {
     "aggregation/test_state.py": "aggregation/_cr_mogm",
     "autogram/rules/test_recurrent.py": "autogram/rules/_cells autogram/rules/_steps",
     "autogram/rules/test_table.py": "autogram/rules/_view",
-    "autogram/test_contract.py": "autogram/_factors autogram/_pieces autogram/_square",
+    "autogram/test_contract.py": "autogram/_factors autogram/_lookups autogram/_pieces autogram/_square",
     "autogram/test_engine.py": "autogram/_checks autogram/_sweep",
     "autogram/test_independence.py": "autogram/_structure",
     "autogram/test_operations.py": "autogram/_index",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from recollect._transfer import Buffer, Buffers, Lane, Streams, streams_of
+import recollect
+from recollect._transfer import Buffer, Buffers, Fetch, Lane, Streams, streams_of
 from recollect.autoscale import AsyncIOPool, History
 
 CPU = torch.device("cpu")
@@ -264,3 +267,75 @@ def test_cuda():
         assert torch.equal(out, x.cpu())
         result = streams.send(buffer.view((4096, 512), torch.float32).copy_(out), buffer)
         assert torch.equal(streams.receive(result, buffer.in_use), x)
+
+
+class Asked:
+    """A device with events that are over when they have been asked twice; it writes down what is asked of it."""
+
+    def __init__(self, streams: bool) -> None:
+        self.log: list[str] = []
+        if streams:
+            self.current_stream = lambda device: f"the stream of {device}"
+
+    def Event(self) -> Asked.Marker:  # noqa: N802
+        self.log.append("event")
+        return Asked.Marker(self.log)
+
+    class Marker:
+        def __init__(self, log: list[str]) -> None:
+            self.log, self.asked = log, 0
+
+        def record(self, stream: str = "the only one") -> None:
+            self.log.append(f"record on {stream}")
+
+        def query(self) -> bool:
+            self.asked += 1
+            self.log.append("query")
+            return self.asked > 1
+
+        def synchronize(self) -> None:
+            self.log.append("synchronize")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_late_values_have_an_event_behind_their_copy(streams: bool) -> None:
+    backend, values = Asked(streams), torch.tensor([1.0, 2.0])
+    fetch = Fetch(values, backend)
+    where = "the stream of cpu" if streams else "the only one"
+    assert taken(backend.log) == ["event", f"record on {where}"]
+    values.zero_()  # what the device does next
+    assert fetch.is_late
+    assert not fetch.is_here()
+    assert fetch.is_here()
+    assert taken(backend.log) == ["query", "query"]
+    assert fetch.read().tolist() == [1.0, 2.0]
+    assert taken(backend.log) == ["query"]
+
+
+def test_who_reads_early_waits_for_the_event() -> None:
+    backend = Asked(streams=True)
+    fetch = Fetch(torch.tensor([1.0, 2.0]), backend)
+    taken(backend.log)
+    assert fetch.read().tolist() == [1.0, 2.0]
+    assert taken(backend.log) == ["query", "synchronize"]
+
+
+def test_values_on_the_cpu_are_there() -> None:
+    fetch = Fetch(torch.tensor([1.0]))
+    assert (fetch.is_late, fetch.is_here(), fetch.read().item()) == (False, True, 1.0)
+
+
+def test_streams_events_and_pinned_copies_are_in_this_file_alone() -> None:
+    """But for what allocates: tables and copies that are pinned themselves."""
+    source = Path(recollect.__file__).parent
+    told = {
+        "streams": r"\.Stream\(|\.Event\(|record_stream|wait_stream|record_event",
+        "pinned": r"pin_memory=|pin_memory\(\)",
+    }
+    found = {
+        kind: {str(file.relative_to(source)) for file in source.rglob("*.py") if re.search(words, file.read_text())}
+        for kind, words in told.items()
+    }
+    assert found["streams"] == {"_transfer.py"}
+    allocating = {"autoscale/histories/_memory.py", "frames/sources/_offload.py", "frames/sources/_stores.py"}
+    assert found["pinned"] == {"_transfer.py", *allocating}

@@ -19,7 +19,8 @@ class Forms:
     """How a kind of device computes what has several forms.
 
     Attributes:
-        reads_at_once: the host reads a number without waiting for other work: verdicts are given on the spot.
+        reads_at_once: the host reads a number without waiting for other work: verdicts are given on the spot, and
+            sizes may depend on values, as in `torch.unique`.
         float64: whether it has numbers of double precision.
         double_sums: sums over many pieces of float32 go in float64, which costs nothing there.
         dot_norms: a norm is the root of scalar products, which are faster than torch's norm.
@@ -29,6 +30,7 @@ class Forms:
             ``torch.sparse.sampled_addmm``; elsewhere rows are gathered in blocks.
         wide_blocks: such a block may be as large as the features, as each block is some programs to start.
         convolutions: convolutions of torch_geometric are computed by products with the adjacency.
+        packed_dropout: dropout of `recollect.models` draws four elements from one random number.
     """
 
     reads_at_once: bool
@@ -40,6 +42,7 @@ class Forms:
     sampled_products: bool
     wide_blocks: bool
     convolutions: bool
+    packed_dropout: bool
 
 
 OTHERS = Forms(
@@ -52,6 +55,7 @@ OTHERS = Forms(
     sampled_products=False,
     wide_blocks=True,
     convolutions=False,
+    packed_dropout=False,
 )
 
 FORMS = {
@@ -65,6 +69,7 @@ FORMS = {
         sampled_products=True,
         wide_blocks=False,
         convolutions=True,
+        packed_dropout=True,
     ),
     "cuda": replace(OTHERS, convolutions=True),
     "mps": replace(OTHERS, float64=False),

@@ -23,6 +23,7 @@ from recollect._torch import TorchDispatchMode, uncompiled
 __all__ = ["StorageLedger"]
 
 _PLAIN_DISPATCH = Tensor.__torch_dispatch__
+_CPU = torch.device("cpu")
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 
@@ -36,17 +37,21 @@ class _Entry(weakref.ref[UntypedStorage]):
 
 
 class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the CPU bytes of storages that operations of this thread allocate while the ledger is open.
+    """Counts the bytes of storages on one device that operations of this thread allocate while the ledger is open.
 
     A storage counts from the operation that first returns it until it dies. One that goes into an operation
     before it ever came out of one existed before the ledger, or was made without an operation (read from
     a file), and counts only with the bytes by which it grows.
 
     What torch.compile has compiled runs as it was written: compiled code does not show its operations.
+
+    Args:
+        device: whose storages count; without an index, those of all devices of its type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self._entries: dict[int, _Entry] = {}
         # Deaths are reported at any moment, in whichever thread drops the last reference: a queue keeps their
         # order and needs no lock.
@@ -111,7 +116,8 @@ class StorageLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, storage: UntypedStorage, base: int) -> None:
         """Bring a storage's entry up to date; `base` are the bytes not to count where it is seen first."""
-        if storage.device.type != "cpu":
+        place = storage.device
+        if place.type != self._device.type or self._device.index not in (None, place.index):
             return
         key, nbytes = storage._cdata, storage.nbytes()
         entry = self._entries.get(key)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Buffers", "Event", "Lane", "Streams", "streams_of"]
+__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Streams", "streams_of"]
 
 _T = TypeVar("_T")
 
@@ -73,6 +73,47 @@ class Lane:
     def lend(self, memory: Tensor, stream: Any) -> None:
         """Let a stream use memory that was allocated on another one: it is given to nobody else before that is over."""
         memory.record_stream(stream)
+
+
+class Fetch:
+    """Values on their way to the host, beside what their device does next, in the order of its current stream.
+
+    Where a device has no events nobody knows when a copy is over, and to read the values waits for it.
+
+    Args:
+        values: on any device; on the CPU they are there.
+        backend: torch's module of the device; ``None``: what torch has for it.
+    """
+
+    def __init__(self, values: Tensor, backend: Any = None) -> None:
+        self._host, self._event = values, None
+        device = values.device
+        if backend is None and device.type != "cpu":
+            backend = torch.get_device_module(device)
+        if hasattr(backend, "Event"):
+            pinned = device.type == "cuda"
+            self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=pinned)
+            self._host.copy_(values, non_blocking=True)
+            self._event = backend.Event()
+            if hasattr(backend, "current_stream"):
+                self._event.record(backend.current_stream(device))  # of the values' device, of several
+            else:
+                self._event.record()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is something to wait for."""
+        return self._event is not None
+
+    def is_here(self) -> bool:
+        """Whether reading waits for nothing."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> Tensor:
+        """Return the values on the host, and wait if they are not there."""
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        return self._host.cpu()
 
 
 class Buffer:

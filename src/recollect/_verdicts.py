@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recollect._torch import graph_task_id, outside_modes, when_backward_ends
+from recollect._transfer import Fetch
 
 __all__ = ["arrive", "later", "look", "outstanding", "settle"]
 
@@ -33,38 +34,15 @@ class _Copy:
     """Numbers of one device on their way to the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        first = tensors[0]
-        dtype = first.dtype
+        dtype = tensors[0].dtype
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        joined = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
         self._sizes = [tensor.numel() for tensor in tensors]
-        self._host, self._event = joined, None
-        backend: Any = None if first.device.type == "cpu" else torch.get_device_module(first.device)
-        if backend is not None and hasattr(backend, "Event"):  # without events, nobody knows when a copy is over
-            pinned = first.device.type == "cuda"
-            self._host = torch.empty(joined.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-            self._host.copy_(joined, non_blocking=True)
-            self._event = backend.Event()
-            if hasattr(backend, "current_stream"):
-                self._event.record(backend.current_stream(first.device))  # of the tensors' device, of several
-            else:
-                self._event.record()
-
-    @property
-    def is_late(self) -> bool:
-        """Whether there is something to wait for."""
-        return self._event is not None
-
-    def is_here(self) -> bool:
-        """Whether reading waits for nothing."""
-        return self._event is None or bool(self._event.query())
+        self.fetch = Fetch(torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]))
 
     def read(self) -> Numbers:
         """Return the numbers of each tensor, and wait if they are not here."""
-        if self._event is not None and not self._event.query():
-            self._event.synchronize()
-        return [part.tolist() for part in torch.split(self._host.cpu(), self._sizes)]
+        return [part.tolist() for part in torch.split(self.fetch.read(), self._sizes)]
 
 
 class _Sent:
@@ -81,7 +59,7 @@ class _Sent:
 
     def is_here(self) -> bool:
         """Whether all numbers have arrived."""
-        return all(copy.is_here() for _, copy in self._copies)
+        return all(copy.fetch.is_here() for _, copy in self._copies)
 
     def judge(self) -> list[Exception]:
         """Give the verdicts, and return what they raised."""
@@ -93,7 +71,7 @@ class _Sent:
             try:
                 verdict([numbers[key] for key in keys])
             except Exception as error:
-                if any(copy.is_late for _, copy in self._copies):
+                if any(copy.fetch.is_late for _, copy in self._copies):
                     error.add_note(
                         "It was found when numbers came from the device, which nothing waits for: it may concern the "
                         "gradients of an earlier step"

@@ -1,10 +1,10 @@
-"""Measured peak memory: the CUDA allocator's peak, and on the CPU the exact bytes of live tensors.
+"""Measured peak memory: the CUDA allocator's peak, and elsewhere the exact bytes of live tensors.
 
     with peak_memory("cpu") as memory:
         loss(model(x), y).backward()
     print(memory.peak_bytes, "bytes beside the", tensor_bytes(model), "of the model")
 
-Both devices report what was allocated *above what was live at entry*: parameters, inputs and gradients that
+All devices report what was allocated *above what was live at entry*: parameters, inputs and gradients that
 are there before the block are not in the figure, `tensor_bytes` counts them.
 """
 
@@ -123,7 +123,7 @@ class PeakMemory:
             raise RuntimeError("this peak_memory() measures, and cannot be entered inside itself: make another one")
         self._meters = {}
         for device in self._devices:
-            meter: _Meter = StorageLedger() if device.type == "cpu" else _AllocatorMeter(device.index)
+            meter: _Meter = _AllocatorMeter(device.index) if device.type == "cuda" else StorageLedger(device)
             meter.__enter__()
             self._meters[str(device)] = meter
         self._open = True
@@ -141,8 +141,9 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
     On CUDA, the figure is the allocator's peak in the block minus what was allocated at entry. The
     allocator's peak statistic is reset.
 
-    On the CPU, it is the largest number of bytes of tensor storages that were allocated since entry and alive
-    at the same time. Each storage counts once, however many views it has, with its size at the moment
+    On the CPU and other accelerators, it is the largest number of bytes of tensor storages that were allocated
+    since entry and alive at the same time. Each storage counts once, however many views it has, with its size
+    at the moment
     (`resize_`, also of the storage itself, is followed), from the operation that returns it until it dies;
     sparse tensors count with their indices and values. Tensors that autograd saves, gradients, and all that
     backward allocates are seen. Not seen are: buffers inside a single operation's kernel; what is made without
@@ -150,19 +151,20 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
     code compiled by `torch.compile`. Storages from before the entry count only with the bytes by which they
     grow, and their death takes nothing off.
 
-    Measuring on the CPU costs tens of microseconds per operation, and changes no result. It can change one
+    Counting costs tens of microseconds per operation, and changes no result. It can change one
     allocation: under any dispatch mode autograd sums the gradients of a tensor with several uses into a new
     tensor, where otherwise it may reuse one of them, so the figure can be one such gradient too high.
 
     Args:
-        device: The device to measure: "cpu", "cuda", "cuda:1", a `torch.device`, or a CUDA device's number.
-            `None` measures the CPU and every visible CUDA device; `peak_bytes` is the sum of their peaks.
+        device: The device to measure: "cpu", "cuda", "cuda:1", another accelerator that torch finds, a
+            `torch.device`, or a CUDA device's number. `None` measures the CPU and the accelerators, of CUDA every
+            visible one; `peak_bytes` is the sum of their peaks.
 
     Returns:
         A context manager with `peak_bytes` and `current_bytes` (during and after the block) and `by_device`.
 
     Raises:
-        ValueError: The device is neither the CPU nor a CUDA device.
+        ValueError: The device is neither the CPU nor an accelerator that is there.
         RuntimeError: A CUDA device is asked for and there is none with this number.
 
     Example:
@@ -176,13 +178,20 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
         32000
     """
     cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = torch.accelerator.current_accelerator(check_available=True)
+    others = [torch.device(found.type)] if found is not None and found.type != "cuda" else []
     if device is None:
-        return PeakMemory([torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices))])
+        return PeakMemory([torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices)), *others])
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "cpu":
         return PeakMemory([torch.device("cpu")])
+    if device.type in [other.type for other in others]:
+        return PeakMemory([device])
     if device.type != "cuda":
-        raise ValueError(f"peak_memory() got the device {str(device)!r}: it measures 'cpu' and 'cuda' devices")
+        raise ValueError(
+            f"peak_memory() got the device {str(device)!r}: it measures 'cpu' and 'cuda' devices, and another "
+            "accelerator where torch.accelerator finds one"
+        )
     index = device.index
     if cuda_devices and index is None:
         index = torch.cuda.current_device()

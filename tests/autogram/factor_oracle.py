@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows
+from recollect.autogram._factors import Blocks, Factor, Lookups, Outer, Picked, Rows
 from recollect.autogram._square import wide
 
 
@@ -24,6 +24,9 @@ def dense(factor: Factor) -> Tensor:
             for row, index, grad in zip(jacobian, factor.index.expand(factor.num_rows, -1), factor.grad, strict=True):
                 row.index_add_(0, index, grad)
             return jacobian
+        case Lookups():
+            jacobian = factor.grad.new_zeros(factor.num_rows, *factor.shape)
+            return jacobian.index_put_((factor.owner, factor.index), factor.grad, accumulate=True)
         case Blocks():
             whole = slice(0, factor.shape[factor.axis])
             return torch.cat([factor.form(slice(i, i + 1), whole) for i in range(factor.num_rows)])

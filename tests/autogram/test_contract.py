@@ -9,7 +9,8 @@ from factor_oracle import dense
 
 from recollect.autogram import _contract, _pieces, _square
 from recollect.autogram._contract import add_gramian, gramian
-from recollect.autogram._factors import Blocks, Outer, Picked, Rows, join, merge
+from recollect.autogram._factors import Blocks, Lookups, Outer, Picked, Rows, join, merge
+from recollect.autogram._lookups import padded
 from recollect.autogram._square import SquareSum
 from recollect.autogram._sums import WholeSum
 
@@ -31,6 +32,12 @@ def outer(m, T, G, a, b, shared="", dtype=torch.float64):
 def picked(m, T, d, entries, shared=False):
     index = torch.randint(entries, (1 if shared else m, T), generator=torch.Generator().manual_seed(m))
     return Picked(draw(m, T, d), index, entries)
+
+
+def lookups(m, K, d, entries):
+    generator = torch.Generator().manual_seed(m)
+    index, owner = (torch.randint(high, (K,), generator=generator) for high in (entries, m))
+    return Lookups(draw(K, d), index, owner, m, entries)
 
 
 def blocks(m, *shape, axis=0):
@@ -61,6 +68,9 @@ FACTORS = {
     "picked": picked(5, 7, 3, 11),
     "picked, with one index for all": picked(5, 7, 3, 11, shared=True),
     "picked from a large table": picked(3, 4, 2, 10_000),
+    "lookups in different numbers": lookups(5, 17, 3, 11),
+    "lookups of a large table": lookups(3, 6, 2, 10_000),
+    "no lookups": lookups(3, 0, 2, 4),
     "blocks": blocks(7, 3, 4),
     "blocks of another axis": blocks(7, 3, 6, 2, axis=1),
     "one row": outer(1, 3, 1, 4, 5),
@@ -84,6 +94,8 @@ SUMS = {
     "outer products of other layouts": [outer(4, 2, 1, 6, 5), outer(4, 2, 5, 3, 2)],
     "rows": [Rows(draw(4, 6)), Rows(draw(4, 6) + 1)],
     "lookups": [picked(4, 3, 5, 6), picked(4, 2, 5, 6, shared=True)],
+    "lookups in different numbers": [lookups(4, 9, 5, 6), picked(4, 2, 5, 6, shared=True), lookups(4, 3, 5, 6)],
+    "lookups and an outer product": [lookups(4, 9, 5, 6), outer(4, 2, 1, 6, 5)],
     "a lookup and an outer product": [picked(4, 3, 5, 6), outer(4, 2, 1, 6, 5)],
     "all kinds": [picked(4, 3, 5, 6), outer(4, 2, 1, 6, 5), Rows(draw(4, 6, 5)), blocks(4, 6, 5)],
 }
@@ -144,6 +156,18 @@ def test_joining_objectives(name):
     else:
         rows = torch.cat([written_out(factor)] * 2)
         torch.testing.assert_close(gramian([joined]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+def test_joining_lookups_of_different_numbers():
+    parts = [picked(3, 4, 5, 6), lookups(4, 9, 5, 6), picked(2, 7, 5, 6, shared=True)]
+    for some in (parts, [parts[0], parts[2]]):
+        rows = torch.cat([written_out(part) for part in some])
+        torch.testing.assert_close(gramian([join(some)]), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [lookups(5, 17, 3, 11), lookups(3, 0, 2, 4)])
+def test_padding_lookups_of_different_numbers(factor):
+    assert torch.equal(written_out(padded(factor)), written_out(factor))
 
 
 def test_joining_does_not_repeat_what_is_shared():

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from graph_zoo import every_graph, ptr_of, scattered
+from torch_geometric.data import Data
 
 from recollect.autoscale import SubgraphLoader, permute, to_adj_t
 from recollect.messages import rows_of
@@ -94,8 +95,25 @@ def test_outward_edges_move_and_travel_with_the_batch():
     data = to_adj_t(permute(scattered(), torch.arange(40), log=False))
     outward = cut(data, [0], True).data.outward
     moved = cut(data, [0], True).to("meta").data.outward
-    assert {moved.n_id.device.type, moved.value.device.type, moved.nodes["x"].device.type} == {"meta"}
+    assert {moved.col.device.type, moved.value.device.type, moved.nodes["x"].device.type} == {"meta"}
+    assert torch.equal(moved.n_id, outward.n_id)  # by which histories are addressed, from the host
     assert moved.num_targets == outward.num_targets
     copied = pickle.loads(pickle.dumps(cut(data, [0], True))).data.outward
     assert torch.equal(copied.value, outward.value)
     assert type(copied) is type(outward)
+
+
+@pytest.mark.parametrize("edges", [4, 200], ids=["few", "many"])
+def test_rows_that_have_edges_to_the_outside_are_told_if_they_are_few(edges):
+    generator = torch.Generator().manual_seed(0)
+    data = Data(x=torch.zeros(40, 2), edge_index=torch.randint(40, (2, edges), generator=generator))
+    data = to_adj_t(permute(data, torch.arange(40), log=False))
+    for parts in ([0], [1, 2]):
+        batch = cut(data, parts, True)
+        outward = batch.data.outward
+        rows = outward.rowptr.diff().nonzero().squeeze(1)
+        if 2 * len(rows) < batch.batch_size:
+            assert torch.equal(outward.near, rows)
+        else:
+            assert outward.near is None
+        assert cut(data, parts, "complete").data.outward.near is None

@@ -548,7 +548,7 @@ def _register() -> None:
         aten.impl(name, functools.partial(_run, _overload(name)), "PrivateUse1")
     # Torch would give its kernel an output of the result's size, of which the CPU's makes another one meanwhile.
     aten.impl("mse_loss", functools.partial(_run, _overload("mse_loss")), "PrivateUse1")
-    for name in ("mm", "addmm"):  # torch would make their results sparse
+    for name in ("mm", "addmm", "clone"):  # torch would make their results sparse, and copy into one by parts
         aten.impl(name, functools.partial(_run, _overload(name)), "SparseCsrPrivateUse1")
     aten.impl("copy_", _copy, "PrivateUse1")
     for key in ("PrivateUse1", "SparseCsrPrivateUse1"):

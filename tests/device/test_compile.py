@@ -9,6 +9,7 @@ from torch import nn
 from device.compare import assert_same, gradients, there, waits
 from recollect import invertible as inn
 from recollect.autogram import Engine
+from recollect.frames import settle
 from recollect.models import RevGNN
 from recollect.reversible import GroupAddRev
 
@@ -114,3 +115,45 @@ def test_an_engine_over_a_compiled_network(other):
 
     assert_same([gramian(whole)], [gramian(network)])
     assert waits(lambda: gramian(whole)) == []
+
+
+@pytest.mark.parametrize("conv", ["sage", "gin"])
+def test_a_step_of_revgnn_with_compiled_blocks(other, conv):
+    pytest.importorskip("torch_geometric")
+    x, edge_index = torch.randn(NODES, 5, dtype=torch.float64).to(other), there(edges())
+    y, found = torch.arange(NODES, device=other) % 3, []
+    for wrap in (False, True):
+        model = net(conv, dropout=0.3).to(other)
+        for module in model.modules():
+            if wrap and type(module).__name__ == "_Block":
+                module.compile(backend="eager", fullgraph=True)
+        torch.manual_seed(5)
+        found.append(gradients(model, x, edge_index))
+    assert_same(found[1], found[0])
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        model.loss(model(x, edge_index), y).backward()
+        optimizer.step()
+
+    assert waits(step, times=3) == []
+    settle()
+
+
+def test_a_step_of_couplings_with_compiled_blocks(other):
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(3):
+        kept = inn.AffineCoupling(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4)), nn.Linear(2, 4))
+        layers.append(inn.AffineCoupling(*(compiled(block) for block in kept.blocks)))
+    model = inn.Sequential(*layers).to(other)
+    optimizer, x = torch.optim.Adam(model.parameters()), torch.randn(6, 4, device=other)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    assert waits(step, times=3) == []
+    settle()

@@ -10,9 +10,23 @@ from torch.nn import functional as F
 
 from device.compare import there, waits
 from device.emulation import watch
-from recollect.autogram import Engine, GramianError, Rows, gradient_noise_scale
+from recollect.aggregation import UPGrad
+from recollect.autogram import (
+    Blocks,
+    Certificate,
+    Engine,
+    GramianError,
+    NoiseScale,
+    NotCovered,
+    Outer,
+    Picked,
+    Rows,
+    clip_weights,
+    gradient_noise_scale,
+    register_rule,
+)
 from recollect.autogram import _engine as engine_module
-from recollect.autogram._factors import form_rows
+from recollect.autogram._factors import form_rows, held_elements
 from recollect.autogram._registry import Entry, Registry
 from recollect.autogram.rules import RULES
 from recollect.frames import settle
@@ -215,6 +229,73 @@ class TestAnIndex:
         assert log.where == []
 
 
+class Bags(nn.Module):
+    """Bags of different lengths, two of them empty."""
+
+    def __init__(self, last=False, weighted=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.EmbeddingBag(9, 3, include_last_offset=last, **options)
+        ends = [0, 3, 3, 8, 11, 11] + [11] * last
+        self.register_buffer("offsets", torch.tensor(ends))
+        self.register_buffer("weights", torch.linspace(0.5, 1.5, 11) if weighted else None)
+
+    def forward(self, index):
+        return self.layer(index, self.offsets, self.weights)
+
+
+class TestBagsAtOffsets:
+    """How many lookups a bag has is a value of the device, which nobody reads."""
+
+    INDEX = torch.tensor([1, 1, 2, 0, 4, 2, 2, 3, 8, 8, 2])
+
+    @pytest.mark.parametrize("batch_dim", [0, None])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            *({"mode": mode, "padding_idx": padding} for mode in ("sum", "mean", "max") for padding in (None, 2)),
+            {"mode": "sum", "weighted": True, "padding_idx": 2},
+            {"mode": "mean", "last": True},
+            {"mode": "max", "last": True},
+            {"mode": "sum", "last": True, "weighted": True},
+        ],
+        ids=str,
+    )
+    def test_values_and_waits(self, other, options, batch_dim):
+        network, index = Bags(**options).double(), self.INDEX
+        expected = jacobian_gramian(network, index)
+        network, index = network.to(other), there(index)
+        engine = Engine(network, batch_dim=batch_dim)
+        torch.testing.assert_close(engine.compute_gramian(losses(network, index)).cpu(), expected)
+        torch.testing.assert_close(engine.compute_norms(losses(network, index)).cpu(), expected.diag().sqrt())
+
+        def calls():
+            found = losses(network, index)
+            engine.compute_gramian(found[:3], found[3:])
+            engine.compute_gramian(losses(network, index))
+            engine.compute_norms(losses(network, index))
+            engine.backward(losses(network, index), lambda gramian: torch.ones_like(gramian[0]))
+
+        assert waits(calls) == []
+        settle()
+        assert engine.certificate.checks > 0
+
+    def test_no_lookups_at_all(self, other):
+        layer, none = nn.EmbeddingBag(5, 3, mode="sum").double().to(other), torch.zeros(0, dtype=torch.long).to(other)
+        engine, offsets = Engine(layer), torch.zeros(4, dtype=torch.long, device=other)
+        for _ in range(2):
+            assert not engine.compute_gramian(layer(none, offsets).sum(1)).any()
+            assert not engine.compute_norms(layer(none, offsets).sum(1)).any()
+
+    def test_memory_is_that_of_the_lookups(self, other):
+        """And not that of as many for each bag as the longest has, or as there are."""
+        layer = nn.EmbeddingBag(50, 4, mode="sum").to(other)
+        index, grads = torch.arange(300, device=other) % 50, torch.randn(100, 1, 4, device=other)
+        offsets = torch.arange(100, device=other) * 2
+        factor = RULES[nn.EmbeddingBag].rule(layer, (index[None], offsets[None]), (grads,))["weight"]
+        assert held_elements([factor]) == 300 * 5
+
+
 def test_a_wrong_rule_is_found_late(other, monkeypatch):
     network, x = make(nn.Linear)
     network, x = network.to(other), there(x)
@@ -242,4 +323,130 @@ def test_a_wrong_rule_is_found_late(other, monkeypatch):
 def test_the_noise_scale(other):
     network, x = make(nn.Linear)
     gramian = jacobian_gramian(network, x)
-    assert gradient_noise_scale(there(gramian)) == gradient_noise_scale(gramian)
+    on_device = there(gramian)
+    with watch() as log:
+        scale = gradient_noise_scale(on_device)
+    assert isinstance(scale, NoiseScale)
+    assert scale == gradient_noise_scale(gramian)
+    assert log.syncs == 1, log.where
+    norms, mean = gramian.diag().sqrt(), gramian.mean().sqrt()
+    on_device = there([norms, mean])
+    with watch() as log:
+        scale = gradient_noise_scale(norms=on_device[0], mean_norm=on_device[1])
+    assert scale == gradient_noise_scale(norms=norms, mean_norm=mean)
+    assert log.syncs == 1, log.where
+
+
+def test_clipped_gradients(other):
+    network, x = make(nn.Linear)
+    norms = jacobian_gramian(network, x).diag().sqrt()
+    bound = float(norms.median())
+    network, x, expected = network.to(other), there(x), clip_weights(norms, bound)
+    engine = Engine(network)
+    with watch() as log:
+        weights = clip_weights(engine.compute_norms(losses(network, x)), bound)
+    torch.testing.assert_close(weights.cpu(), expected)
+    assert log.syncs <= 1, log.where  # whether the norms are finite
+    settle()
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.heads = nn.Linear(4, 6), nn.ModuleList(nn.Linear(6, 1) for _ in range(3))
+        self.double()
+
+    def losses(self, x):
+        z = self.first(x).tanh()
+        return torch.stack([(head(z) - k).square().mean() for k, head in enumerate(self.heads)])
+
+
+def test_tasks_with_heads_of_their_own(other):
+    model, x = Encoder(), torch.randn(5, 4, dtype=torch.float64)
+    Engine(model.first).mtl_backward(model.losses(x), list(model.heads), UPGrad())
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.to(other).zero_grad()
+    engine, x = Engine(model.first), there(x)
+
+    def step():
+        model.zero_grad()
+        engine.mtl_backward(model.losses(x), list(model.heads), UPGrad())
+
+    assert len(waits(step, times=2)) == 2  # the weighting's
+    for parameter, one in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu(), one, rtol=1e-9, atol=1e-9)
+    settle()
+
+
+def test_features_in_the_place_of_parameters(other):
+    model, x = Encoder(), torch.randn(5, 4, dtype=torch.float64)
+    found = []
+    for place in ("cpu", other):
+        model, x = model.to(place), x.to(place)
+        z = model.first(x).tanh().detach().requires_grad_()
+        each = torch.stack([(head(z) - k).square().mean() for k, head in enumerate(model.heads)])
+        found.append(Engine(features=z).compute_gramian(each).cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(1, 2, 3))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+FACTORS = {
+    "Rows": lambda x, grad: Rows((x * grad).flatten(1, -2).sum(1) if x.dim() > 2 else x * grad),
+    "Outer": lambda x, grad: Outer((x * grad).view(len(x), 1, 1, 3), torch.ones_like(x[:, :1]).view(-1, 1, 1, 1),
+                                   torch.Size((3,))),
+    "Blocks": lambda x, grad: Blocks(len(x), torch.Size((3,)), lambda rows, part: (x * grad)[rows, part], 3),
+    "NotCovered": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_a_rule_of_ones_own(other, kind, monkeypatch):
+    def rule(layer, inputs, grads):
+        if kind == "NotCovered":
+            raise NotCovered
+        return {"weight": FACTORS[kind](inputs[0].flatten(0, -2), grads[0].flatten(0, -2))}
+
+    monkeypatch.setattr(engine_module, "_REGISTRY", Registry(dict(RULES)))
+    register_rule(Scaled, rule, sharing=lambda layer, inputs, axes: axes)
+    network, x = Scaled().double(), torch.randn(4, 3, dtype=torch.float64)
+    expected = jacobian_gramian(network, x)
+    network, x = network.to(other), there(x)
+    engine = Engine(network)
+    torch.testing.assert_close(engine.compute_gramian(losses(network, x)).cpu(), expected)
+    if kind != "NotCovered":
+        assert waits(lambda: engine.compute_gramian(losses(network, x))) == []
+    settle()
+    assert isinstance(engine.certificate, Certificate)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 3))
+
+    def forward(self, index):
+        return self.weight[index]
+
+
+def test_a_rule_for_a_table_of_ones_own(other, monkeypatch):
+    def rule(layer, inputs, grads):
+        return {"weight": Picked(grads[0].flatten(1, -2), inputs[0].flatten(1), 7)}
+
+    monkeypatch.setattr(engine_module, "_REGISTRY", Registry(dict(RULES)))
+    register_rule(Table, rule, sharing=lambda layer, inputs, axes: axes)
+    network, index = Table().double(), numbers(7, 4, 2)()
+    expected = jacobian_gramian(network, index)
+    network, index = network.to(other), there(index)
+    engine = Engine(network)
+    torch.testing.assert_close(engine.compute_gramian(losses(network, index)).cpu(), expected)
+    assert waits(lambda: engine.compute_gramian(losses(network, index))) == []
+    settle()

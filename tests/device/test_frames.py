@@ -10,17 +10,34 @@ from torch.nn import functional as F
 
 import recollect
 from device.compare import assert_same, gradients, there, waits
+from device.emulation import watch
 from recollect import frames
 from recollect.frames import (
+    Add,
+    DriftGauge,
     Inverse,
     Kept,
+    Lattice,
     Offload,
+    Others,
     Previous,
+    RandomState,
     RebuildError,
     Source,
+    bits_of,
     certificate_of_process,
     couple,
+    couple_by,
+    devices_of,
+    frames_apply,
+    gradients_of,
+    keep_everything,
+    run_frame,
+    run_invertible,
     settle,
+    trial,
+    uncouple,
+    uncouple_by,
 )
 
 
@@ -179,3 +196,83 @@ def test_double_backward(other):
 
     expected = second(copy.deepcopy(net), x.clone(), lambda network, h: network(h))
     assert_same(second(net.to(other), there(x), recollect.checkpoint), expected)
+
+
+def test_modes(other):
+    linear, x, calls = nn.Linear(8, 8).to(other), torch.randn(6, 8, device=other, requires_grad=True), []
+
+    def net(h):
+        calls.append(h.device.type)
+        return linear(h).sin()
+
+    with recollect.dry_mode():
+        assert recollect.in_dry_mode()
+        assert_same([recollect.checkpoint(net, x)], [net(x)])
+    with keep_everything():
+        assert not frames_apply()
+        recollect.checkpoint(net, x).sum().backward()
+    assert calls == [other] * 3
+    with recollect.backward_mode():
+        assert recollect.in_backward()
+    y = recollect.checkpoint(net, x)
+    y.sum().backward()
+    assert calls == [other] * 5
+
+
+def test_regions_called_directly(other):
+    net, x = Block(8, 0.0).double().to(other), torch.randn(6, 8, dtype=torch.float64).to(other)
+    expected = gradients(net, x)
+    assert_same(gradients(net, x, call=lambda h: run_frame(net, (h,), {}, Kept())), expected)
+    swap, gauge = Swap(8, 0.0).double().to(other), DriftGauge("Swap")
+    expected = gradients(swap, x)
+    found = gradients(swap, x, call=lambda h: run_invertible(swap, swap.inverse, (h,), gauge=gauge))
+    assert_same(found, expected)
+    settle()
+    assert gauge.last < 1e-12
+
+
+@pytest.mark.parametrize("transform", [Add(), Lattice(20)], ids=["Add", "Lattice"])
+def test_couplings_and_back(other, transform):
+    blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
+    x = (torch.randn(6, 8, dtype=torch.float64) * 2**20).round() / 2**20
+    expected = gradients(blocks, x, call=lambda h: couple_by(transform, blocks, h, [(), ()])[0])
+    blocks.to(other)
+    assert_same(gradients(blocks, there(x), call=lambda h: couple_by(transform, blocks, h, [(), ()])[0]), expected)
+    y, _ = couple_by(transform, blocks, there(x), [(), ()])
+    assert_same([uncouple_by(transform, blocks, y, [(), ()])[0]], [x])
+    assert_same([uncouple(blocks, couple(blocks, there(x), [(), ()]), [(), ()])], [x])
+    settle()
+
+
+def test_steps_that_are_tried_leave_nothing(other):
+    norm = nn.BatchNorm1d(8).to(other)
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).to(other), torch.randn(6, 8, device=other)
+    before = [value.clone() for value in norm.state_dict().values()]
+    state = torch.get_device_module(other).get_rng_state()
+    others = Others(net)
+    with trial(net, [torch.device(other)]), others.noted():
+        loss = norm(net(x)).square().sum()
+        with gradients_of(loss):
+            loss.backward()
+    others.put_back()
+    assert [parameter.grad for parameter in net.parameters()] == [None, None]
+    assert torch.equal(torch.get_device_module(other).get_rng_state(), state)
+    assert_same(list(norm.state_dict().values()), before)
+
+
+def test_random_state(other):
+    x = torch.ones(3, device=other)
+    assert devices_of([x]) == {x.device}
+    state = RandomState(devices_of([x]))
+    first, host = torch.rand(3, device=other), torch.rand(3)
+    with state.replayed():
+        assert_same([torch.rand(3, device=other)], [first])
+        assert torch.equal(torch.rand(3), host)
+
+
+def test_sums_of_bits(other):
+    x = torch.randn(6, 8).to(other)
+    with watch() as log:
+        bits = bits_of(x)
+    assert log.where == []
+    assert int(bits) == bits_of(x.cpu()) != int(bits_of(x + 1))

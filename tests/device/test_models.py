@@ -26,8 +26,7 @@ Data = pytest.importorskip("torch_geometric.data").Data
 
 NODES, IN, OUT = 24, 5, 3
 PTR = torch.tensor([0, 7, 15, NODES])
-# On a device torch has no reduction by rows to the largest and smallest; all others are tried.
-AGGREGATION = {"aggregators": ["mean", "std", "sum", "var"], "scalers": ["identity", "attenuation"]}
+AGGREGATION = {"aggregators": ["max", "mean", "min", "std", "sum", "var"], "scalers": ["attenuation"]}
 
 # For each public model: how it is made, and how its graph is prepared.
 SCALABLE = {
@@ -167,8 +166,16 @@ def gradients_of(model, x, edge_index):
     return [out, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
 
 
+@pytest.fixture(params=["others", "cuda"])
+def forms(other, request, monkeypatch):
+    """The forms that a device gets of which nothing is known, and those that CUDA gets."""
+    if request.param == "cuda":
+        monkeypatch.setitem(FORMS, other, FORMS["cuda"])
+    return request.param
+
+
 @each_conv
-def test_revgnn(other, conv):
+def test_revgnn(other, conv, forms):
     model, x, edge_index = rev(conv), features(), edges()
     expected = gradients_of(model, x, edge_index)
     on_device = copy.deepcopy(model).to(other)
@@ -214,7 +221,7 @@ def test_weights_that_nobody_takes_are_refused_when_the_verdict_is_there(other):
 
 @each_conv
 @pytest.mark.parametrize("shared", [True, False], ids=["one mask", "own masks"])
-def test_revgnn_replays_dropout_of_the_device(other, conv, shared):
+def test_revgnn_replays_dropout_of_the_device(other, conv, shared, forms):
     model, x, edge_index = rev(conv, dropout=0.3, shared_dropout=shared).to(other), there(features()), there(edges())
     found = []
     for model.disable in (True, False):
@@ -225,12 +232,9 @@ def test_revgnn_replays_dropout_of_the_device(other, conv, shared):
 
 
 @each_conv
-def test_a_step_of_revgnn_does_not_wait(other, conv, monkeypatch):
-    if conv in (
-        "gat",
-        "gcn",
-    ):  # called as they are, torch_geometric's layers pick self-loops out of the edges each time
-        monkeypatch.setitem(FORMS, other, FORMS["cuda"])
+def test_a_step_of_revgnn_does_not_wait(other, conv, forms):
+    if forms == "others" and conv in ("gat", "gcn"):
+        pytest.skip("called as they are, torch_geometric's layers pick self-loops out of the edges each time")
     model, x, edge_index = rev(conv, dropout=0.3).to(other), there(features()), there(edges())
     y = torch.arange(NODES, device=other) % OUT
     optimizer = torch.optim.Adam(model.parameters())
@@ -254,3 +258,27 @@ def test_a_step_of_revgnn_under_autocast(other):
     assert isinstance(model, nn.Module)
     assert_same(found[1], found[0], 5e-2)
     settle()
+
+
+def test_losses_and_predictions_of_labels(other):
+    torch.manual_seed(0)
+    model, y = RevGNN(IN, 16, OUT, 2, task="multilabel").double(), torch.randint(2, (NODES, OUT)).double()
+    out = model(features(), edges())
+    on_device = copy.deepcopy(model).to(other)
+    found = on_device(there(features()), there(edges()))
+    assert_same([on_device.loss(found, there(y)), on_device.predict(found)], [model.loss(out, y), model.predict(out)])
+
+
+def test_the_smoothness_of_gin(other):
+    model, data = make("GIN")
+    on_device, graph = copy.deepcopy(model).to(other), copy.copy(data).to(other)
+    torch.manual_seed(5)
+    on_device(graph.x, graph.adj_t)
+    loss = on_device.lipschitz_loss()
+    torch.manual_seed(5)
+    on_device(graph.x, graph.adj_t)
+    assert_same([on_device.lipschitz_loss()], [loss])
+    gradients = torch.autograd.grad(loss, list(on_device.parameters()), allow_unused=True)
+    assert any(grad is not None and bool(grad.any()) for grad in gradients)
+    on_device.reset_parameters()
+    assert {parameter.device.type for parameter in on_device.parameters()} == {other}

@@ -5,31 +5,61 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from device.emulation import device, watch
+from recollect._devices import FORMS
 from recollect.cli import main
+from recollect.data import load
+from recollect.models import GCN, RevGNN
+from recollect.train import FitResult, fit
 from recollect.train._step import Step
 from recollect.train._trainer import Trainer
 
 pytest.importorskip("torch_geometric")
 pytest.importorskip("lightning_fabric")
 
-TINY = ("dataset=karate", "model.num_layers=3", "model.hidden_channels=8", "epochs=3", "threads=1")
+TINY = (
+    "dataset=karate", "model.num_layers=3", "model.hidden_channels=8", "epochs=3", "threads=1", "measure.enabled=false",
+)  # fmt: skip
 PARTS = ("training=autoscale", "training.num_parts=3", "training.parts_per_batch=1", "training.partition=random")
+LABELS = ("dataset=sbm", "dataset.options.num_labels=3")
+HOST = "training.history_device=cpu"
+# For each run: its settings, and how many steps an epoch has.
 RUNS = {
-    "revgnn": (),
-    "revgnn with dropout": ("model.dropout=0.3",),
-    "revgnn in bfloat16": ("precision=bf16-mixed",),
-    "gcn": ("model=gcn",),
-    "gcn on parts": ("model=gcn", *PARTS),
-    "gcn on parts, histories on the host": ("model=gcn", *PARTS, "training.history_device=cpu"),
+    "revgnn": ((), 1),
+    "revgnn with dropout": (("model.dropout=0.3",), 1),
+    "revgnn in bfloat16": (("precision=bf16-mixed",), 1),
+    "revgnn, clipped": (("clip_norm=1",), 1),
+    "revgnn within a budget": (("memory_budget=60kB",), 1),
+    "revgnn on parts, corrected": (("model.conv=graphconv", *PARTS, "training.compensate=cut"), 3),
+    "gcn": (("model=gcn",), 1),
+    "gcn on parts": (("model=gcn", *PARTS), 3),
+    "gcn on parts, corrected": (("model=gcn", *PARTS, "training.compensate=cut", "training.refresh_every=2"), 3),
+    "gcn on parts, combined": (("model=gcn", *PARTS, "training.compensate=cut", "training.combine=0.5"), 3),
+    "gcn on parts, evaluated by layers": (("model=gcn", *PARTS, "training.layerwise=true"), 3),
+    "gcn on parts of dropped edges": (("model=gcn", *PARTS, "training.edge_dropout=0.3"), 3),
+    "gin on parts, smoothed": (("model=gin", *PARTS, "training.lipschitz=0.1", "model.options.noise=0.1"), 3),
+    "gcn on parts, histories on the host": (("model=gcn", *PARTS, HOST), 3),
+    "gcn on parts, pool": (("model=gcn", *PARTS, HOST, "training.pool_size=2"), 3),
+    "losses of nodes": (("model=gcn", "objective=iwrm"), 1),
+    "losses of nodes on parts": (("model=gcn", "objective=iwrm", *PARTS), 3),
+    "losses of labels on parts": (("model=gcn", "objective=multitask", *LABELS, *PARTS), 3),
+    "losses of nodes, revgnn": (("objective=iwrm", "objective.weighting=mgda"), 1),
 }
+LOOKED_AT = ("revgnn", "corrected", "combined")
 each = pytest.mark.parametrize("name", RUNS)
 
 
 def run(folder, *settings):
     assert main(["train", *TINY, *settings, f"run_dir={folder}"]) == 0
     return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def forms(other, monkeypatch):
+    """The device gets the forms that CUDA gets, of convolutions too."""
+    monkeypatch.setitem(FORMS, other, FORMS["cuda"])
 
 
 @pytest.fixture
@@ -47,28 +77,72 @@ def steps(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("objective", ["iwrm", "multitask"])
-def test_many_objectives_wait_once_a_step(other, objective, tmp_path, steps):
-    graph = ["dataset=sbm", "dataset.options.num_labels=3"] if objective == "multitask" else []
-    run(tmp_path, "device=other", "model=gcn", f"objective={objective}", "measure.enabled=false", *graph)
-    for where in steps:  # of one step an epoch, and the epoch's loss
-        assert len(where) == 2, where
-        assert "_objective.py" in where[0]
-        assert "_step.py" in where[1]
-
-
 @each
-def test_a_run(other, name, tmp_path, steps):
+def test_a_run_waits_once_a_step_at_most(other, name, tmp_path, steps):
+    """With one loss, once an epoch, for its value; with several, in each step for the Gramian."""
     device.lag = 10**6
-    summary = run(tmp_path, "device=other", *RUNS[name])
+    settings, number = RUNS[name]
+    summary = run(tmp_path, "device=other", *settings)
     assert summary["device"] == summary["device_name"] == other
     assert summary["epochs"] == len(steps) == 3
-    for where in steps:
+    for epoch, where in enumerate(steps):
         own = where
-        if name.endswith("host"):  # rows on the host are copied
+        if HOST in settings:  # rows on the host are copied
             own = [one for one in own if not one.startswith("copy_ at")]
-        assert len(own) == 1
-        assert "_step.py" in own[0]
+        if epoch == 0 and any(each in name for each in LOOKED_AT):  # once, at edges that are new, and at what layers do
+            continue
+        assert len(own) == (number if "losses" in name else 1), own
+        assert all(("_objective.py" if "losses" in name else "_step.py") in one for one in own)
+
+
+def test_costs_are_measured_there(other, tmp_path):
+    """And leave the random numbers as they are."""
+    measured = ("measure.enabled=true", "measure.repeats=1", "measure.depths=[3]", "model.dropout=0.3")
+    found = run(tmp_path / "measured", "device=other", *measured)
+    assert 0 < found["peak_bytes"] < found["peak_bytes_plain"]
+    device.manual_seed(0)
+    run(tmp_path / "not", "device=other", "model.dropout=0.3")
+    assert losses_of(tmp_path / "measured") == losses_of(tmp_path / "not")
+
+
+def test_a_budget_is_kept(other, tmp_path):
+    summary = run(tmp_path, "device=other", "memory_budget=20kB", "model.num_layers=6", "model=gcn")
+    assert summary["memory_budget"]["peak_bytes"] <= 20_000
+    assert summary["memory_budget"]["bytes"] == 20_000
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(34, 4)
+
+    def forward(self, x, edge_index):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "histories"),
+    [
+        (Own, None),
+        (lambda: RevGNN(34, 8, 4, num_layers=2), None),
+        (lambda: GCN(34, 34, 8, 4, num_layers=2), {"num_parts": 2, "parts_per_batch": 1}),
+    ],
+    ids=["own", "revgnn", "gcn on parts"],
+)
+def test_a_model_of_ones_own(other, make, histories, tmp_path):
+    found = []
+    for place in ("cpu", other):
+        torch.manual_seed(0)
+        model, settings = make(), (f"device={place}", "measure.enabled=false")
+        result = fit(model, load("karate"), epochs=3, histories=histories, out=tmp_path / place, overrides=settings)
+        assert isinstance(result, FitResult)
+        assert result.summary["device"] == place
+        assert next(model.parameters()).device.type == place
+        result = fit(model, load("karate"), epochs=5, resume=tmp_path / place)
+        assert (result.epochs, result.summary["device"]) == (5, place)
+        found.append(losses_of(tmp_path / place))
+    assert len(found[1]) == 5
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def losses_of(folder):
@@ -76,9 +150,9 @@ def losses_of(folder):
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("name", ["revgnn", "gcn", "gcn on parts"])
+@pytest.mark.parametrize("name", ["revgnn", "gcn", "gcn on parts, combined", "losses of nodes"])
 def test_it_learns_what_the_cpu_does(other, name, tmp_path):
-    settings = ("measure.enabled=false", "model.dropout=0", *RUNS[name])
+    settings = ("model.dropout=0", *RUNS[name][0])
     there = run(tmp_path / "there", "device=other", *settings)
     here = run(tmp_path / "here", "device=cpu", *settings)
     assert losses_of(tmp_path / "there") == pytest.approx(losses_of(tmp_path / "here"), rel=1e-4)
@@ -106,6 +180,7 @@ def test_a_run_goes_on_with_the_same_random_numbers(other, tmp_path, monkeypatch
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
-def test_a_device_that_is_not_there_is_refused(capsys, tmp_path):
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "present", False)
     assert main(["train", *TINY, "device=other", f"run_dir={tmp_path}"]) == 2
     assert "choose from: auto, cpu, cuda" in capsys.readouterr().err

@@ -14,14 +14,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows, alike, form_rows, merge, row_elements
+from recollect.autogram._factors import (
+    Blocks,
+    Factor,
+    Lookups,
+    Outer,
+    Picked,
+    Rows,
+    alike,
+    form_rows,
+    merge,
+    row_elements,
+)
+from recollect.autogram._lookups import entries_of, lookup_pieces
 from recollect.autogram._pieces import (
     block_pieces,
-    entries_of,
     even,
     group_pieces,
     onednn_pieces,
-    picked_pieces,
     slab_pieces,
 )
 from recollect.autogram._products import product
@@ -61,10 +71,10 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
     only = factors[0] if len(factors) == 1 else None
     if isinstance(only, Outer):
         _add_outer(total, only)
-    elif isinstance(only, Picked):
+    elif isinstance(only, Picked | Lookups):
         (entries,) = entries_of(only)
         step = max(1, of_device(_PIECE, total.device) // (only.num_rows * only.shape[1] * total.dtype.itemsize))
-        for piece in picked_pieces(entries, step, total.dtype):
+        for piece in lookup_pieces(entries, step, total.dtype):
             total.add_product(piece)
     elif isinstance(only, Blocks):
         at_once = _elements_at_once(total, only.sources) * only.shape[only.axis]
@@ -77,7 +87,7 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
 def _values(factor: Factor) -> Tensor:
     if isinstance(factor, Outer):
         return factor.left
-    if isinstance(factor, Picked):
+    if isinstance(factor, Picked | Lookups):
         return factor.grad
     return form_rows([factor], slice(0, 1))
 
@@ -206,10 +216,10 @@ def add_cross(block: Tensor, first: Sequence[Factor], second: Sequence[Factor]) 
             case Outer() as one, Outer() as other if alike(one, other):
                 _cross_outer(block, one, other)
                 return
-            case Picked() as one, Picked() as other:
+            case (Picked() | Lookups()) as one, (Picked() | Lookups()) as other:
                 step = _step(block, one.shape[1])
                 for pair in zip(
-                    *(picked_pieces(some, step, block.dtype) for some in entries_of(one, other)), strict=True
+                    *(lookup_pieces(some, step, block.dtype) for some in entries_of(one, other)), strict=True
                 ):
                     _multiply(block, *pair)
                 return

@@ -9,7 +9,7 @@ parameters in different orders; where the order is the same, nothing is held for
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from recollect.autogram._contract import add_cross
-from recollect.autogram._factors import Blocks, Factor, Outer, Picked, Rows, as_rows, held_elements, merge
+from recollect.autogram._factors import Blocks, Factor, Lookups, Outer, Picked, Rows, as_rows, held_elements, merge
+from recollect.autogram._lookups import padded
 from recollect.autogram._sums import WholeSum
 from recollect.distributed import Ranks, SharesError
 
@@ -27,6 +28,7 @@ __all__ = ["Exchange", "RankSum"]
 _PART = 2**26
 _DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 _FIELDS = 20
+_Sent = Rows | Outer | Picked | Blocks
 
 
 class _Status(IntEnum):
@@ -106,7 +108,7 @@ class Exchange:
     device: torch.device
     block: Tensor = field(init=False)
     sent: int = field(init=False, default=0)
-    _mine: dict[int, Factor] = field(init=False, default_factory=dict)
+    _mine: dict[int, _Sent] = field(init=False, default_factory=dict)
     _theirs: dict[int, list[tuple[int, _Parcel]]] = field(init=False, default_factory=dict)
     _awaited: dict[int, int] = field(init=False, default_factory=dict)
     _text: str | None = field(init=False, default=None)
@@ -269,9 +271,9 @@ def raise_first(errors: Sequence[str | None]) -> None:
             raise SharesError(f"rank {rank} could not go on, and so no other could: {text}")
 
 
-def _one(factors: Sequence[Factor], shape: torch.Size) -> Factor:
+def _one(factors: Sequence[Factor], shape: torch.Size) -> _Sent:
     """Return one factor for several, in the form that takes the least room."""
-    merged = merge(factors)
+    merged = [padded(factor) if isinstance(factor, Lookups) else factor for factor in merge(factors)]
     only = merged[0]
     if len(merged) == 1 and (
         isinstance(only, (Rows, Blocks)) or held_elements(merged) <= only.num_rows * shape.numel()
@@ -280,7 +282,7 @@ def _one(factors: Sequence[Factor], shape: torch.Size) -> Factor:
     return as_rows(merged, shape)
 
 
-def _parcels(parameter: int, factor: Factor) -> Iterator[_Parcel]:
+def _parcels(parameter: int, factor: _Sent) -> Iterator[_Parcel]:
     """Yield what is sent of a Jacobian, step by step."""
     if isinstance(factor, Outer):
         yield _whole(parameter, _Kind.OUTER, factor.left, factor.right)
@@ -317,7 +319,7 @@ def _ranges(count: int, width: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, count)
 
 
-def _factor(parcel: _Parcel, shape: torch.Size) -> Factor:
+def _factor(parcel: _Parcel, shape: torch.Size) -> Outer | Picked:
     """Return what another rank has sent."""
     first, second = parcel.tensors
     return Outer(first, second, shape) if parcel.kind == _Kind.OUTER else Picked(first, second, shape[0])
@@ -333,6 +335,8 @@ def _ordered(factor: Factor, places: Tensor) -> Factor:
         return Outer(pick(factor.left), pick(factor.right), factor.shape)
     if isinstance(factor, Picked):
         return Picked(factor.grad[places], pick(factor.index), factor.num_entries)
+    if isinstance(factor, Lookups):
+        return replace(factor, owner=places.argsort()[factor.owner])
     if isinstance(factor, Rows):
         return Rows(factor.values[places])
     whole, form = slice(0, factor.num_rows), factor.form

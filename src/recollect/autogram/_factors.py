@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recollect.autogram._lookups import Lookups, Picked, form_lookups, join_lookups, merge_lookups
 from recollect.autogram._square import wide
 
 __all__ = [
     "Blocks",
     "Factor",
+    "Lookups",
     "NotCovered",
     "Outer",
     "Picked",
@@ -121,40 +123,6 @@ class Outer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Picked:
-    """Rows of a table that were looked up: J[i, index[i, t], :] is the sum of grad[i, t, :] over such t.
-
-    Attributes:
-        grad: [m, T, d].
-        index: [m or 1, T], of integers below ``num_entries``. A lookup whose gradient is dropped (padding) has zeros
-            in ``grad``.
-        num_entries: how many rows of d elements the parameter [num_entries, d] has.
-
-    Example:
-        >>> import torch
-        >>> from recollect.autogram import Picked
-        >>> words = torch.tensor([[0, 3], [2, 2]])  # which rows of a table of 7 each of 2 losses has looked up
-        >>> factor = Picked(torch.ones(2, 2, 4), words, num_entries=7)
-        >>> factor.num_rows, factor.shape
-        (2, torch.Size([7, 4]))
-    """
-
-    grad: Tensor
-    index: Tensor
-    num_entries: int
-
-    @property
-    def num_rows(self) -> int:
-        """The number of objectives, m."""
-        return self.grad.shape[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """The parameter's shape."""
-        return torch.Size((self.num_entries, self.grad.shape[-1]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
     """A Jacobian that is formed a piece at a time, for where the whole, or what leads to it, is too much to hold.
 
@@ -189,7 +157,7 @@ class Blocks:
     sources: int | None = None
 
 
-Factor = Rows | Outer | Picked | Blocks
+Factor = Rows | Outer | Picked | Lookups | Blocks
 """One of the forms in which a rule gives a parameter's Jacobian."""
 
 
@@ -214,10 +182,8 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
 def _merge_two(first: Factor, second: Factor) -> Factor | None:
     if isinstance(first, Rows) and isinstance(second, Rows):
         return Rows(first.values + second.values)
-    if isinstance(first, Picked) and isinstance(second, Picked):
-        return Picked(
-            torch.cat([first.grad, second.grad], 1), _lay_behind(first.index, second.index), first.num_entries
-        )
+    if isinstance(first, Picked | Lookups) and isinstance(second, Picked | Lookups):
+        return merge_lookups(first, second)
     if isinstance(first, Outer) and isinstance(second, Outer) and alike(first, second):
         left, right = _lay_behind(first.left, second.left), _lay_behind(first.right, second.right)
         return Outer(left, right, first.shape)
@@ -253,10 +219,8 @@ def join(parts: Sequence[Factor]) -> Factor | None:
                 return Outer(_stack(lefts, outers), rights[0], outers[0].shape)
             left = lefts[0] if _is_shared(lefts) else _stack(lefts, outers)
             return Outer(left, _stack(rights, outers), outers[0].shape)
-    if all(isinstance(part, Picked) for part in parts):
-        picked = [part for part in parts if isinstance(part, Picked)]
-        index = torch.cat([part.index.expand(part.num_rows, -1) for part in picked])
-        return Picked(torch.cat([part.grad for part in picked]), index, picked[0].num_entries)
+    if all(isinstance(part, Picked | Lookups) for part in parts):
+        return join_lookups([part for part in parts if isinstance(part, Picked | Lookups)])
     return None
 
 
@@ -303,7 +267,7 @@ def held_elements(factors: Sequence[Factor]) -> int:
 def _held(factor: Factor) -> int:
     if isinstance(factor, Outer):
         return factor.left.numel() + factor.right.numel()
-    if isinstance(factor, Picked):
+    if isinstance(factor, Picked | Lookups):
         return factor.grad.numel() + factor.index.numel()
     return factor.values.numel() if isinstance(factor, Rows) else 0
 
@@ -315,8 +279,8 @@ def _form(factor: Factor, rows: slice) -> Tensor:
     if isinstance(factor, Blocks):
         formed = factor.form(rows, slice(0, factor.shape[factor.axis]))
         return formed.flatten(1).to(wide(formed.dtype))
-    if isinstance(factor, Picked):
-        return _form_picked(factor, rows)
+    if isinstance(factor, Picked | Lookups):
+        return form_lookups(factor, rows)
     return _form_outer(factor, rows)
 
 
@@ -325,14 +289,6 @@ def _form_outer(factor: Outer, rows: slice) -> Tensor:
     dtype = wide(left.dtype, right.dtype)
     product = left.to(dtype).permute(0, 2, 3, 1) @ right.to(dtype).transpose(1, 2)  # [n or 1, G, a, b]
     return product.flatten(1).expand(rows.stop - rows.start, -1)
-
-
-def _form_picked(factor: Picked, rows: slice) -> Tensor:
-    grad, index = factor.grad[rows], _pick(factor.index, rows)
-    n, T, d = grad.shape
-    formed = grad.new_zeros(n * factor.num_entries, d, dtype=wide(grad.dtype))
-    places = index + factor.num_entries * torch.arange(n, device=index.device).unsqueeze(1)
-    return formed.index_add_(0, places.flatten(), grad.reshape(n * T, d).to(formed.dtype)).view(n, -1)
 
 
 def _pick(side: Tensor, rows: slice) -> Tensor:

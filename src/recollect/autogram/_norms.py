@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Factor, Outer, Picked, Rows, form_rows, merge, row_elements
-from recollect.autogram._pieces import places_of
+from recollect.autogram._factors import Factor, Lookups, Outer, Picked, Rows, form_rows, merge, row_elements
+from recollect.autogram._lookups import laid_out, places_of
 from recollect.autogram._square import of_device
 
 __all__ = ["squared_norms"]
@@ -36,8 +36,8 @@ def squared_norms(factors: Sequence[Factor], dtype: torch.dtype, device: torch.d
         return _squares(only.values, dtype)
     if isinstance(only, Outer):
         return _of_outer(only, dtype, device)
-    if isinstance(only, Picked):
-        return _of_picked(only, dtype)
+    if isinstance(only, Picked | Lookups):
+        return _of_lookups(only, dtype)
     return _of_formed(factors, dtype, device)
 
 
@@ -77,17 +77,17 @@ def _of_outer(factor: Outer, dtype: torch.dtype, device: torch.device) -> Tensor
     return _in_parts(m, _at_once(3 * G * T * T, dtype, device), pairs)
 
 
-def _of_picked(factor: Picked, dtype: torch.dtype) -> Tensor:
+def _of_lookups(factor: Picked | Lookups, dtype: torch.dtype) -> Tensor:
     """Sum the gradients of lookups of one entry for one objective, and then their squares."""
-    m, T, d = factor.grad.shape
-    if T == 1:
+    if isinstance(factor, Picked) and factor.grad.shape[1] == 1:
         return _squares(factor.grad, dtype)
-    owners = torch.arange(m, device=factor.index.device).repeat_interleave(T, output_size=m * T)
-    number, places = places_of(factor.index.expand(m, T).flatten() + factor.num_entries * owners)
-    rows = torch.zeros(number, d, dtype=dtype, device=factor.grad.device)
-    rows.index_add_(0, places, factor.grad.reshape(m * T, d).to(dtype))
-    squares = torch.zeros(m, dtype=dtype, device=rows.device)
-    return squares.index_add_(0, owners.new_zeros(number).scatter_(0, places, owners), _squares(rows, dtype))
+    flat = laid_out(factor)
+    number, places = places_of(flat.index + flat.num_entries * flat.owner)
+    rows = torch.zeros(number, flat.shape[1], dtype=dtype, device=flat.grad.device)
+    rows.index_add_(0, places, flat.grad.to(dtype))
+    squares = torch.zeros(flat.num_rows, dtype=dtype, device=rows.device)
+    owners = flat.owner.new_zeros(number).scatter_(0, places, flat.owner)
+    return squares.index_add_(0, owners, _squares(rows, dtype))
 
 
 def _at_once(elements: int, dtype: torch.dtype, device: torch.device) -> int:

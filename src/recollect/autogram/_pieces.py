@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from recollect.autogram._factors import Blocks, Outer, Picked, form_rows
+from recollect.autogram._factors import Blocks, Outer, form_rows
 from recollect.autogram._products import CALL, batched_gain, batched_product
 from recollect.autogram._square import Space, on_one_another
 
 __all__ = [
     "block_pieces",
-    "entries_of",
     "even",
     "group_pieces",
     "onednn_pieces",
-    "picked_pieces",
-    "places_of",
     "slab_pieces",
     "tile",
 ]
@@ -123,63 +119,3 @@ def group_pieces(factor: Outer, step: int) -> Iterator[Tensor]:
         left, right = (side[:, :, start : start + step] for side in (factor.left, factor.right))
         shape = torch.Size((left.shape[2], a, right.shape[3]))
         yield form_rows([Outer(left, right, shape)], slice(0, factor.num_rows))
-
-
-def entries_of(*factors: Picked) -> list[Picked]:
-    """Return lookups of one parameter with no entries but those that any of them looked up.
-
-    On other devices than the CPU with no more entries than lookups: how many were looked up would have to be read.
-    """
-    index = torch.cat([factor.index.flatten() for factor in factors])
-    if not index.is_cpu and factors[0].num_entries <= index.numel():
-        return list(factors)
-    number, places = places_of(index)
-    parts = torch.split(places, [factor.index.numel() for factor in factors])
-    return [
-        Picked(factor.grad, part.view_as(factor.index), number) for factor, part in zip(factors, parts, strict=True)
-    ]
-
-
-def places_of(keys: Tensor) -> tuple[int, Tensor]:
-    """Number the distinct keys [K] of integers in ascending order, from 0.
-
-    Returns:
-        How many there are, or on other devices than the CPU, where that would have to be read, K; and the number of
-        each key [K].
-    """
-    if keys.is_cpu:
-        found, places = torch.unique(keys, return_inverse=True)
-        return len(found), places
-    ordered, order = keys.sort()
-    return keys.numel(), torch.empty_like(keys).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
-
-
-def picked_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield J [m, columns] for so many of the entries at a time."""
-    if not factor.grad.is_cpu:
-        yield from _unread_pieces(factor, min(step, factor.num_entries), dtype)
-        return
-    m, T, d = factor.grad.shape
-    places = factor.index.expand(m, T).flatten()
-    order = places.argsort(stable=True)
-    places, grads = places[order], factor.grad.reshape(m * T, d)
-    starts = torch.arange(0, factor.num_entries + step, step, device=places.device)
-    bounds = torch.searchsorted(places, starts).tolist()
-    for k, (low, high) in enumerate(itertools.pairwise(bounds)):
-        chosen = order[low:high]
-        slab = grads.new_zeros(m * step, d, dtype=dtype)
-        slab.index_add_(0, chosen // T * step + places[low:high] - k * step, grads[chosen].to(dtype))
-        yield slab.view(m, -1)
-
-
-def _unread_pieces(factor: Picked, step: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Do the same without reading which lookups are of a piece: each takes all, and zeros of those of others."""
-    m, T, d = factor.grad.shape
-    grads = factor.grad.reshape(m * T, d).to(dtype)
-    places = factor.index.expand(m, T).flatten()
-    rows = torch.arange(m, device=places.device).repeat_interleave(T, output_size=m * T) * step
-    for start in range(0, factor.num_entries, step):
-        inside = places.div(step, rounding_mode="floor") == start // step
-        slab = grads.new_zeros(m * step, d)
-        slab.index_add_(0, rows + places % step, grads * inside.unsqueeze(1))
-        yield slab.view(m, -1)

@@ -112,16 +112,21 @@ def gradient_noise_scale(
             raise ValueError(
                 f"gramian has the shape {list(gramian.shape)}, and must be [m, m]: compute it with flat=True"
             )
-        exact = widened(gramian.detach())
+        exact = widened(gramian.detach().cpu())  # the one wait for a device
         squares, mean = exact.diagonal(), exact.mean()
         if not bool(exact.isfinite().all()):
             raise ValueError("gramian has entries that are not finite; leave this step out")
     else:
-        _check_norms(norms)
+        _check_type(norms)
         assert norms is not None
-        assert mean_norm is not None
-        squares = widened(norms.detach()).flatten().square()
-        mean = torch.as_tensor(mean_norm).detach().to(squares.device, squares.dtype).square()
+        flat, whole = norms.detach().flatten(), torch.as_tensor(mean_norm).detach()
+        if whole.dim() == 0 and whole.device == flat.device:  # both in one copy, the one wait for a device
+            dtype = torch.promote_types(flat.dtype, whole.dtype)
+            together = torch.cat([flat.to(dtype), whole.to(dtype).view(1)]).cpu()
+            flat, whole = together[:-1], together[-1]
+        flat = flat.cpu()
+        _check_norms(flat)
+        squares, mean = widened(flat).square(), widened(whole.cpu()).square()
         if mean.dim() or not bool(mean.isfinite()):
             raise ValueError(f"mean_norm is {mean_norm}; give one finite number, the norm of the mean gradient")
     count = squares.numel()
@@ -131,9 +136,13 @@ def gradient_noise_scale(
     return NoiseScale((count * of_all - of_one) / (count - 1), (of_one - of_all) * count / (count - 1))
 
 
-def _check_norms(norms: object) -> None:
+def _check_type(norms: object) -> None:
     if not isinstance(norms, Tensor) or not norms.is_floating_point():
         raise TypeError(f"norms must be a tensor of a floating-point type, and is {_described(norms)}")
+
+
+def _check_norms(norms: Tensor) -> None:
+    _check_type(norms)
     if not bool(((norms >= 0) & norms.isfinite()).all()):
         raise ValueError("norms must be finite and not below zero; where gradients overflow, leave this step out")
 

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.messages import check_csr, described, make_adj_t, rows_of, sparse_csr, values_of, with_weights
+from recollect._devices import forms_of
+from recollect.messages import (
+    Made,
+    check_csr,
+    described,
+    make_adj_t,
+    rows_of,
+    sparse_csr,
+    take_made,
+    values_of,
+    with_weights,
+)
 
 __all__ = [
     "add_self_loops",
@@ -103,7 +114,11 @@ def edge_index_of(adj_t: Tensor) -> Tensor:
                 [0, 1, 2]])
     """
     check_csr(adj_t)
-    return torch.stack([adj_t.col_indices(), rows_of(adj_t)])
+    edge_index = torch.stack([adj_t.col_indices(), rows_of(adj_t)])
+    if not forms_of(edge_index.device).reads_at_once:  # convolutions would wait to see that it fits the nodes
+        nodes = max(adj_t.shape)
+        take_made(edge_index, Made(nodes, nodes, [], [], []))
+    return edge_index
 
 
 def add_self_loops(adj_t: Tensor, fill_value: float = 1.0) -> Tensor:

@@ -105,8 +105,12 @@ class CombinedPass(Compensation):
         size, targets = self._batch.size, outward.num_targets
         own, halo = x[:size], x[size:]
         self._known = targets + size
-        # Where T and the other nodes are among the halo, which has their rows.
-        self._in_halo, self._place = _matches(self._batch.n_id[size:].to(outward.n_id.device), outward.n_id)
+        # Where T and the other nodes are among the halo, which has their rows: found where the numbers are, the host.
+        in_halo, place = _matches(self._batch.n_id[size:].to(outward.n_id.device), outward.n_id)
+        chosen = (place < targets).nonzero().squeeze(1)
+        self._in_halo, self._place, self._targets_in_halo, self._targets = (
+            found.to(x.device, non_blocking=True) for found in (in_halo, place, in_halo[chosen], place[chosen])
+        )
         rows = own.new_empty(outward.n_id.numel(), own.size(1))
         if self._place.numel() < rows.size(0) - size:
             if "x" not in outward.nodes:
@@ -115,7 +119,6 @@ class CombinedPass(Compensation):
         rows[targets : self._known] = own.detach()
         rows[self._place] = halo.detach()[self._in_halo]
         self._rows = {0: rows}  # by layer, its input for all nodes of `outward`
-        self._of_targets = self._place < targets
 
     @staticmethod
     def _reads(outward: Outward) -> bool:
@@ -182,8 +185,7 @@ class CombinedPass(Compensation):
             found = torch.zeros_like(rows) if found is None else found
             own = own + found[targets : self._known].to(own)
             fresh = found[:targets].to(grad)
-            chosen = self._of_targets
-            fresh.index_add_(0, self._place[chosen], grad[size:][self._in_halo[chosen]])
+            fresh.index_add_(0, self._targets, grad[size:][self._targets_in_halo])
         if layer:
             self._keep(layer, own, fresh)
         return torch.cat([own, grad[size:]])

@@ -105,11 +105,10 @@ class Edges:
         """See :meth:`Outward.adj_t`."""
         return self.by_target.adj_t()
 
-    @cached_property
+    @property
     def near(self) -> Tensor | None:
-        """The rows of the batch that have outward edges [R], int64, if they are less than half of it."""
-        rows = self._outward.rowptr.diff().nonzero().squeeze(1)
-        return rows if 2 * rows.numel() < self._outward.rowptr.numel() - 1 else None
+        """See :class:`Outward`."""
+        return self._outward.near
 
     @cached_property
     def all(self) -> Tensor:

@@ -22,16 +22,23 @@ def as_bytes(budget: Any, device: torch.device) -> int:
 
     Raises:
         TypeError: it is neither a number nor a string.
-        ValueError: it cannot be read, or is out of range.
+        ValueError: it cannot be read, is out of range, or is a share of memory of which torch knows no size.
     """
     size = as_size(budget)
     return int(size.number * memory_of(device)) if size.share else int(size.number)
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has, in use or not; of the CPU those of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    """Return the bytes of memory that a device has, in use or not; of the CPU those of the machine.
+
+    Raises:
+        ValueError: torch does not know.
+    """
+    if device.type not in ("cpu", "mps"):  # mps has the machine's memory too
+        module = torch.get_device_module(device)
+        if not hasattr(module, "get_device_properties"):
+            raise ValueError(f"torch does not say how much memory {device} has: give the budget in bytes")
+        return int(module.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -168,5 +168,7 @@ def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()  # of which there is one
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

@@ -305,7 +305,10 @@ class Edges:
         self.num_nodes = num_nodes
         self.num_targets = num_targets
         self.state = _state_of(edge_index)
-        self.inside = int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes if inside is None else inside
+        if inside is None:
+            low, high = torch.stack(torch.aminmax(edge_index)).tolist()  # in one wait for a device
+            inside = low >= 0 and high < num_nodes
+        self.inside = inside
         self.adjacencies: dict[Hashable, Tensor] = {}
 
     def adj_t(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -336,7 +339,9 @@ def edges_of(edge_index: Tensor, num_nodes: int, num_targets: int | None = None)
     num_targets = num_nodes if num_targets is None else num_targets
     this = num_nodes, num_targets, _state_of(edge_index)
     if known is None or (known.num_nodes, known.num_targets, known.state) != this:
-        known = Edges(edge_index, num_nodes, num_targets)
+        # Nodes that are among fewer are among more.
+        fit = known is not None and known.inside and known.state == this[2] and known.num_nodes <= num_nodes
+        known = Edges(edge_index, num_nodes, num_targets, inside=True if fit else None)
         _KNOWN[edge_index] = known
     return known
 

@@ -149,6 +149,8 @@ def _transposed(adj_t: Tensor) -> Tensor:
 def transposed_rows(adj_t: Tensor, count: int) -> Tensor:
     """Return the edges out of the first sources, so many, as sparse CSR matrix [count, num_targets].
 
+    The host waits for the device once, for how many these edges are.
+
     Args:
         adj_t: sparse CSR [num_targets, num_sources].
         count: of the sources, from the first on.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recollect._devices import forms_of
+
 __all__ = ["dropout", "dropout_mask"]
 
 _LEVELS = 2**16  # of the 16 random bits of an element
@@ -23,14 +25,14 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not forms_of(x.device).packed_dropout:
         return F.dropout(x, p)
     return x * dropout_mask(x, p)
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """Return what :func:`dropout` multiplies x by: zeros and 1 / (1 - p), of the shape, dtype and device of x."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not forms_of(x.device).packed_dropout:
         return torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
     words = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # of x, for torch.func.vmap

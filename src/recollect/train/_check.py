@@ -127,11 +127,6 @@ def _budget(settings: Settings) -> Iterator[str]:
             f"{budget}: the plan is of this depth, so there is no curve over measure.depths={settings.measure.depths}; "
             "leave one of them out"
         )
-    if settings.device not in ("auto", "cpu", "cuda"):
-        yield (
-            f"{budget} needs a device whose memory can be measured, and device={settings.device} is none: choose cpu "
-            "or cuda"
-        )
 
 
 def _training(settings: Settings) -> Iterator[str]:

@@ -69,7 +69,7 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
         tell: gets a line of text before each depth.
     """
     deadline, costs = time.perf_counter() + settings.measure.seconds, Costs()
-    with _undisturbed():
+    with _undisturbed(step.fabric.device):
         family = step.family
         if not family.any_depth or step.plan is not None:
             tell("a step")
@@ -148,7 +148,9 @@ class _Probe:
         return memory.peak_bytes
 
     def _wait(self) -> None:
-        if self.device.type != "cpu":
+        if self.device.type == "mps":
+            torch.mps.synchronize()  # of which there is one
+        elif self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
 
 
@@ -176,8 +178,14 @@ def _extrapolate(curve: list[dict[str, int | None]], layers: int) -> int | None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(device: torch.device) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DriftWarning)
-        yield
+    other = None if device.type in ("cpu", "cuda") else torch.get_device_module(device)
+    state = None if other is None else other.get_rng_state()
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DriftWarning)
+            yield
+    finally:
+        if other is not None:
+            other.set_rng_state(state)

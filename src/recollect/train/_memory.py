@@ -11,9 +11,12 @@ __all__ = ["available_bytes"]
 
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; ``None`` where the system does not say."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type not in ("cpu", "mps"):  # mps has the machine's memory too
+        module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            return None
+        free: int = module.mem_get_info(device)[0]
+        return free + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
     known = [value for value in (_meminfo(), _cgroup()) if value is not None]
     return min(known, default=None)
 

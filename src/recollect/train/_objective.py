@@ -58,7 +58,7 @@ class Objective(Protocol):
         ...
 
     def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of the losses, and the scalar whose gradient is the update."""
+        """Return the mean of the losses, where it is known already, and the scalar whose gradient is the update."""
         ...
 
     def observe(self) -> dict[str, float]:
@@ -103,12 +103,13 @@ class _Many:
         value = losses.mean()
         gramian = self._engine.compute_gramian(objectives)
         # In host memory all that follows waits for nothing more: this is the one wait for the device.
-        together = torch.cat([gramian.flatten(), objectives.detach().to(gramian.dtype)]).cpu()
+        parts = [gramian.flatten(), objectives.detach().to(gramian.dtype), value.detach().to(gramian.dtype).view(1)]
+        together = torch.cat(parts).cpu()
         gramian, known = together[: gramian.numel()].view(gramian.shape), together[gramian.numel() :]
         if not bool(known.isfinite().all()):
-            return value, value  # the trainer stops at a loss that is not finite, and names the epoch
+            return known[-1], value  # the trainer stops at a loss that is not finite, and names the epoch
         weights = self.weigh(gramian)
-        return value, objectives @ weights.to(objectives.device, objectives.dtype, non_blocking=True)
+        return known[-1], objectives @ weights.to(objectives.device, objectives.dtype, non_blocking=True)
 
     def weigh(self, gramian: Tensor) -> Tensor:
         """Return the weights [m] of objectives with this Gramian [m, m]; equal ones where it is not finite."""

@@ -186,7 +186,7 @@ def _costs(settings: Settings, step: Step, console: Console) -> tuple[Costs, dic
         shown = ", ".join(bytes_text(peak) for peak in peaks)
         console.print(f"peak of an epoch's steps in each process: {shown}", highlight=False)
         return Costs(), {"peak_bytes_of_ranks": peaks}
-    if not settings.measure.enabled or step.fabric.device.type not in ("cpu", "cuda"):  # where it can be measured
+    if not settings.measure.enabled:
         return Costs(), {}
     with console.status("measuring") as status:
         return measure(settings, step, lambda text: status.update(f"measuring memory and time: {text}")), {}

@@ -65,11 +65,11 @@ class Step:
             rows: of the plan that the run had before.
 
         Raises:
-            UsageError: the network has no units, or the device's memory cannot be measured.
+            UsageError: the network has no units, or there are mini-batches.
             TrainingError: the budget cannot be met.
         """
-        if self.fabric.device.type not in ("cpu", "cuda") or not isinstance(self.own, FullBatch):
-            raise UsageError(f"memory_budget={budget} needs training=full on the CPU or a CUDA device")
+        if not isinstance(self.own, FullBatch):
+            raise UsageError(f"memory_budget={budget} needs training=full")
         inputs, target, chosen = self.own.largest()
 
         def loss(*given: Any) -> Tensor:
@@ -110,7 +110,9 @@ class Step:
             loss = self._own_step()
             self._update()
             return float(loss)
-        total, nodes = torch.zeros((), dtype=torch.float64, device=self.fabric.device), 0
+        # Of one process on the host, where a number meets tensors of any device.
+        place = self.fabric.device if self._team.size > 1 else "cpu"
+        total, nodes = torch.zeros((), dtype=torch.float64, device=place), 0
         for inputs, target, rows in self.batches:
             # In place: gradients then belong to what is always there, as in the measurements. A budget is for both
             # gradients and activations, and the former grow while the latter go.
@@ -123,10 +125,10 @@ class Step:
             value, update = self._loss(self.family.call(self.model, inputs), target, rows)
             self.fabric.backward(update)
             self._update()
-            total, nodes = total + len(rows) * value.detach(), nodes + len(rows)
+            total, nodes = total + len(rows) * value.detach().double(), nodes + len(rows)
         if self._team.size > 1:
             total, nodes = self._team.add_up(total), int(self._team.add_up(nodes))
-        return float(total) / nodes  # the one wait for the device
+        return float(total) / nodes  # the one wait for the device, unless objectives have waited for their Gramian
 
     def _loss(self, logits: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value of a batch's loss, and what goes backward."""

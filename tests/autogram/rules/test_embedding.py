@@ -65,8 +65,9 @@ def test_short_integers(mode, axes):
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])
-def test_last_offset_included(axes):
-    check(bags(include_last_offset=True), FLAT, torch.tensor([0, 3, 3, 8]), axes=axes)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_last_offset_included(axes, mode):
+    check(bags(mode=mode, include_last_offset=True), FLAT, torch.tensor([0, 3, 3, 8]), axes=axes)
 
 
 @pytest.mark.parametrize("axes", [None, (0,)])

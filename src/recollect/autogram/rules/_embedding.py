@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.autogram._factors import Factor, NotCovered, Picked
+from recollect.autogram._factors import Factor, Lookups, NotCovered, Picked
 from recollect.autogram.rules._view import needs, one_input, wide
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_sharing"]
@@ -59,7 +59,7 @@ def embedding_bag(
         return {}
     if layer.scale_grad_by_freq:
         raise NotCovered("scale_grad_by_freq, by frequencies in bags")
-    grad = wide(grad)
+    grad, present = wide(grad), _present(layer, index.flatten(1))
     if offsets is None:
         count = index.shape[1]
         bag = torch.arange(index.shape[1], device=index.device).repeat_interleave(index.shape[2])
@@ -69,12 +69,12 @@ def embedding_bag(
         places = torch.arange(index.shape[1], device=starts.device, dtype=starts.dtype)
         bag = torch.searchsorted(starts, places, right=True) - 1
     index = index.flatten(1)
-    weights = _weights(layer, index, bag, count, scales)
+    weights = _weights(layer, index, bag, present, count, scales)
     if offsets is not None and grad.shape[1] < count:  # every row has a bag of its own
-        if grad.shape[1] > 1:
+        if grad.shape[1] > 1 or len(grad) != count:
             raise NotCovered("several bags with offsets for each element of the batch")
-        index, weights = _split(index[0], bag, starts), _split(weights[0], bag, starts)
-        bag = torch.zeros_like(index[0])
+        found = grad[bag, 0] * weights[0]
+        return {"weight": Lookups(found, index[0], bag, count, layer.num_embeddings)}
     return {"weight": Picked(grad[:, bag] * weights, index, layer.num_embeddings)}
 
 
@@ -84,31 +84,26 @@ def _present(layer: nn.Embedding | nn.EmbeddingBag, index: Tensor) -> Tensor:
     return (index != padding).to(wide(layer.weight).dtype)
 
 
-def _weights(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, count: int, scales: Tensor | None) -> Tensor:
+def _weights(
+    layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, present: Tensor, count: int, scales: Tensor | None
+) -> Tensor:
     """Return by how much each look-up counts in its bag, one of ``count``, [r, T, 1 or d]."""
-    weights = _present(layer, index)
+    weights = present
     if scales is not None:
         weights = weights * wide(scales).flatten(1)
     if layer.mode == "mean":
-        sizes = weights.new_zeros(len(index), count).index_add(1, bag, _present(layer, index))
+        sizes = weights.new_zeros(len(index), count).index_add(1, bag, present)
         weights = weights / sizes[:, bag].clamp(min=1)
     weights = weights.unsqueeze(-1)
-    return weights * _is_first_largest(layer, index, bag, count) if layer.mode == "max" else weights
+    return weights * _is_first_largest(layer, index, bag, present, count) if layer.mode == "max" else weights
 
 
-def _is_first_largest(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, count: int) -> Tensor:
+def _is_first_largest(layer: nn.EmbeddingBag, index: Tensor, bag: Tensor, present: Tensor, count: int) -> Tensor:
     """Return which look-up of a bag has the largest element of all, and is the first to have it, [r, T, d]."""
-    values = wide(layer.weight.detach())[index].masked_fill((_present(layer, index) == 0).unsqueeze(-1), -torch.inf)
+    values = wide(layer.weight.detach())[index].masked_fill((present == 0).unsqueeze(-1), -torch.inf)
     places = torch.arange(len(bag), device=bag.device).view(1, -1, 1).expand_as(values)
     into = bag.view(1, -1, 1).expand_as(values)
     shape = (len(index), count, layer.embedding_dim)
     largest = values.new_full(shape, -torch.inf).scatter_reduce(1, into, values, "amax").gather(1, into)
     places = places.where(values == largest, len(bag))
     return places == places.new_full(shape, len(bag)).scatter_reduce(1, into, places, "amin").gather(1, into)
-
-
-def _split(values: Tensor, bag: Tensor, starts: Tensor) -> Tensor:
-    """Return the look-ups' ``values`` [T, *] as one row for each bag, [B, L, *], zeros behind the shorter ones."""
-    within = torch.arange(len(bag), device=bag.device) - starts[bag]
-    longest = int(within.max()) + 1 if len(bag) else 0
-    return values.new_zeros(len(starts), longest, *values.shape[1:]).index_put((bag, within), values)

@@ -40,6 +40,8 @@ class Outward(NamedTuple):
         share: unless it is ``"cut"`` [2, T] float64: of each out-neighbour's in-edges in the graph the share that comes
             from the batch and all its neighbours, and of its out-edges the share that leads to the batch and its
             out-neighbours; 1 where there are none.
+        near: if it is ``"cut"``, the rows of the batch that have such edges [R] int64; ``None`` if they are half of it
+            or more.
     """
 
     n_id: Tensor
@@ -53,6 +55,7 @@ class Outward(NamedTuple):
     form: OutwardEdges
     weights: Tensor
     share: Tensor | None = None
+    near: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -132,11 +135,14 @@ class OutwardCut:
         targets, place = number_nodes(batch, self._target[leaving], num_nodes)
         into = _spread(self._rowptr[batch], self._rowptr[batch + 1] - self._rowptr[batch])
         inside, share = torch.cat([targets, batch]), None
+        near = None
         if self._form == "cut":
             crossing = place >= batch.numel()
             rowptr = _ends(crossing)[_ends(counts)]
             edges, col = self._order[leaving[crossing]], place[crossing] - batch.numel()
             n_id = inside
+            rows = rowptr.diff().nonzero().squeeze(1)  # here, where the graph is: a device would have to be waited for
+            near = rows if 2 * rows.numel() < batch.numel() else None
         else:
             edges, rowptr, share = self._into(targets, inside, into)
             rest, col = number_nodes(inside, self._col[edges], num_nodes)
@@ -154,6 +160,7 @@ class OutwardCut:
             self._form,
             torch.stack([weights.sum(), weights.square().sum()]),
             share,
+            near,
         )
 
     def _leaving(self, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,11 @@ class SubData(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> SubData:
         """Move ``data`` as ``Tensor.to`` would; the numbers stay where the histories are addressed from."""
-        return self._replace(data=self.data.to(*args, **kwargs))
+        outward = self.data.get("outward")
+        data = self.data.to(*args, **kwargs)
+        if outward is not None:
+            data.outward = data.outward._replace(n_id=outward.n_id)
+        return self._replace(data=data)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send ``adj_t`` in parts: torch's own way from a worker warns of checks that it does not make."""

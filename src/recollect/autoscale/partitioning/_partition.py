@@ -202,6 +202,7 @@ def partition_quality(adj_t: Tensor, perm: Tensor, ptr: Tensor, node_weight: Ten
     adj_t = as_csr(adj_t)
     check_square(adj_t)
     weight = checked_weight(node_weight, adj_t.size(0))
+    perm, ptr = perm.to(adj_t.device), ptr.to(adj_t.device)  # a partition of a device's graph is made on the host
     counts = ptr.diff()
     clusters = torch.empty_like(perm)
     parts = torch.arange(counts.numel(), device=perm.device)
