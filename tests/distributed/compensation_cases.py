@@ -23,12 +23,13 @@ from recollect.autoscale import (
     HistoryOptions,
     ScalableGNN,
     SubgraphLoader,
+    add_self_loops,
     normalize,
     own_graph,
     propagate,
 )
 from recollect.distributed import Shares, SharesError
-from recollect.models import GCN, GCN2, GIN
+from recollect.models import GCN, GCN2, GIN, RevGNN
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
 case = registering(CASES)
@@ -56,6 +57,11 @@ MODELS: dict[str, tuple[Callable[..., Any], str]] = {
     "sage": (Sage, "cut"),
     "gin": (functools.partial(GIN, NODES, IN, WIDTH, OUT, 3), "complete"),
     "gcn-combined": (functools.partial(GCN, NODES, IN, WIDTH, OUT, 3, combine=Combination(0.7, "x")), "induced"),
+    "rev": (
+        functools.partial(RevGNN, IN, WIDTH, OUT, 2, conv="graphconv", inputs=("edge_weight",), num_nodes=NODES),
+        "cut",
+    ),
+    "rev-groups": (functools.partial(RevGNN, IN, 12, OUT, 2, 3, "gat", num_nodes=NODES), "complete"),
     "gin-combined": (functools.partial(GIN, NODES, IN, WIDTH, OUT, 3, combine=Combination(0.7, "1")), "complete"),
 }
 
@@ -66,8 +72,8 @@ def made(make: Callable[..., Any], shares: Shares | None = None, **options: Any)
     return make(histories=histories, compensate=True).double()
 
 
-def ready(world: int) -> tuple[Any, Tensor, Shares]:
-    data, ptr = graph(normalize)
+def ready(world: int, kind: str = "") -> tuple[Any, Tensor, Shares]:
+    data, ptr = graph(add_self_loops if kind == "rev-groups" else normalize)
     return data, ptr, Shares(ptr, process_group=short_group(world))
 
 
@@ -107,7 +113,8 @@ class Reference:
 
     def __init__(self, model: Any, loader: SubgraphLoader) -> None:
         self.model, self.loader = model, loader
-        model.gradients.table(model.num_layers - 1, OUT if isinstance(model, (GCN, Sage)) else WIDTH)
+        if not isinstance(model, RevGNN):  # whose widths are known
+            model.gradients.table(model.num_layers - 1, OUT if isinstance(model, (GCN, Sage)) else WIDTH)
         self.tables = [*model.tables, *model.gradients.tables]
 
     def step(self, batches: list[list[int]], loss: Callable[[Tensor, Any], Tensor]) -> None:
@@ -135,7 +142,7 @@ class Reference:
 
 def training(rank: int, world: int, kind: str, **options: Any) -> None:
     make, edges = MODELS[kind]
-    data, ptr, shares = ready(world)
+    data, ptr, shares = ready(world, kind)
     model, whole = made(make, shares, **options), made(make)
     loader: Any = SubgraphLoader(data, ptr, log=False, outward=edges)
     own = loader
@@ -170,7 +177,7 @@ for _name in MODELS:
 def true_histories(rank: int, world: int, kind: str) -> None:
     """Histories of both kinds made exact over ranks: an epoch gives the gradient of the whole graph."""
     make, edges = MODELS[kind]
-    data, ptr, shares = ready(world)
+    data, ptr, shares = ready(world, kind)
     model, whole, loss = made(make, shares), made(make), mean_loss(data)
     whole.refresh(SubgraphLoader(data, ptr, log=False), loss)
     own = SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(shuffle=False))
@@ -192,7 +199,7 @@ def true_histories(rank: int, world: int, kind: str) -> None:
         model.zero_grad()
 
 
-for _name in ("gcn", "gcn2", "sage", "gin"):
+for _name in ("gcn", "gcn2", "sage", "gin", "rev", "rev-groups"):
     case(true_histories, f"true histories of {_name}", kind=_name)
 
 

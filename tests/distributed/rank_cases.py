@@ -105,14 +105,20 @@ class Reference:
 
 
 def compare(
-    make: Callable[..., Any], prepare: Callable[[Tensor], Tensor], rank: int, world: int, **options: Any
+    make: Callable[..., Any],
+    prepare: Callable[[Tensor], Tensor],
+    rank: int,
+    world: int,
+    plain: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> None:
+    """Train over ranks, and in one process: the same network, or ``plain``, which has the same parameters."""
     data, ptr = graph(prepare)
     shares = Shares(ptr, process_group=dist.new_group(list(range(world))))
     torch.manual_seed(0)
     model = make(histories=HistoryOptions(dtype=torch.float64, process_group=shares, **options)).double()
     torch.manual_seed(0)
-    whole = make(histories=HistoryOptions(dtype=torch.float64)).double()
+    whole = (plain or make)(histories=HistoryOptions(dtype=torch.float64)).double()
 
     samplers = shares.batches(2, seed=3)
     epochs = [list(samplers) for _ in range(2)]

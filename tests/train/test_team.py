@@ -53,6 +53,21 @@ def test_two_processes_correct_histories(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_two_processes_train_a_reversible_network(tmp_path):
+    """With exact histories their losses are those of the whole graph, and of one process."""
+    words = ["model=revgnn", "model.hidden_channels=8", "model.num_layers=3", "epochs=2"]
+    words = [*(word for word in SHORT if not word.startswith("model")), *words, "model.dropout=0"]
+    both, one = tmp_path / "both", tmp_path / "one"
+    found = train([*words, "devices=2", f"run_dir={both}"])
+    assert len(found["peak_bytes_of_ranks"]) == 2
+    assert [len(found["histories"][name]) for name in ("ages", "errors")] == [3, 0]
+    train([*words, "training.parts_per_batch=2", f"run_dir={one}"])
+    rows, expected = read_history(both), read_history(one)
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert max(row["drift"] for row in rows) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -62,7 +77,8 @@ def test_two_processes_correct_histories(tmp_path):
         (["objective=iwrm"], "need objective=mean"),
         (["runs=2"], "need runs=1"),
         (["devices=5"], "each needs a part, and training.num_parts=2"),
-        (["model=revgnn", "training=full"], "choose gcn, gat"),
+        (["model=revgnn", "training=full"], "need training=autoscale"),
+        (["model=revgnn", "training=wholegraph"], "need training=autoscale"),
     ],
 )
 def test_what_several_processes_cannot_is_refused(words, message):

@@ -89,10 +89,11 @@ def _lacking(settings: Settings, needed: str) -> str:
 
 
 def _devices(settings: Settings) -> Iterator[str]:
-    if settings.model.family != "histories":
+    if settings.model.family == "own":
         yield (
             f"devices={settings.devices} needs a network whose histories can lie over processes, and model="
-            f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
+            f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk, gin or revgnn, and "
+            "training=autoscale"
         )
     needed = (
         "training=autoscale training.layerwise=true training.pool_size=null training.errors_every=null "
