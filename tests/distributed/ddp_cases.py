@@ -138,7 +138,7 @@ def certified(
             assert certificate.largest < 1e-10
         net = make().double()
         blocks = [module for module in net.modules() if isinstance(module, Block)]
-        blocks[1].last = Unsteady(blocks[1].last)
+        blocks[1].first = Unsteady(blocks[1].first)
         model = prepare(wrap, net)
         with pytest.raises(RebuildError):
             model(torch.randn(6, 8, dtype=torch.float64)).sum().backward()
