@@ -210,12 +210,11 @@ def gradients_in_files(rank: int, world: int) -> None:
     training(rank, world, "gcn", path=folder[0])
 
 
-@case
-def bytes_on_the_wire(rank: int, world: int) -> None:
-    """A step sends rows of each halo and of each out-neighbour, which other ranks own, once for each layer."""
+def bytes_on_the_wire(rank: int, world: int, kind: str, rows_of: list[int], gradients_of: list[int]) -> None:
+    """A step sends rows of each halo and of each out-neighbour, which other ranks own, once for each layer or block."""
     data, ptr, shares = ready(world)
-    widths = [WIDTH, WIDTH, WIDTH, OUT]  # of z_0 to z_2, and of V_1 to V_3
-    model: Any = made(MODELS["gcn"][0], shares, dtype=torch.float32)
+    model: Any = made(MODELS[kind][0], shares, dtype=torch.float32)
+    known = len(model.gradients.tables)
     loader: Any = SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(2, shuffle=False), outward=True)
     for step, batch in enumerate(loader):
         number, before = shares._wire.number, shares.wire_bytes
@@ -224,11 +223,16 @@ def bytes_on_the_wire(rank: int, world: int) -> None:
         away = [int((shares.owners(nodes) != rank).sum()) for nodes in (halo, near)]
         rows = torch.tensor([shares.wire_bytes - before, *away], dtype=torch.float64)
         dist.all_reduce(rows)
-        known = 3 if step else 2  # the last layer's history is made in the first step, when all are zeros
-        assert rows[0] == 4 * (rows[1] * sum(widths[:3]) + rows[2] * sum(widths[1 : 1 + known]))
+        assert rows[0] == 4 * (rows[1] * sum(rows_of) + rows[2] * sum(gradients_of[:known]))
         exchanges = shares._wire.number - number
-        # Two lists of row numbers, and rows; at first the graph is compared, and the last layer's history made.
-        assert exchanges == 2 + 3 + known + (0 if step else 3 + 1)
+        # Two lists of row numbers, and rows; at first the graph is compared, and a last layer's history made.
+        first = 0 if step else len(rows_of) + len(gradients_of) - known
+        assert exchanges == 2 + len(rows_of) + known + first
+        known = len(gradients_of)
+
+
+case(bytes_on_the_wire, "bytes of gcn", kind="gcn", rows_of=[WIDTH] * 3, gradients_of=[WIDTH, WIDTH, OUT])
+case(bytes_on_the_wire, "bytes of rev", kind="rev", rows_of=[WIDTH] * 2, gradients_of=[WIDTH // 2] * 3)
 
 
 @case

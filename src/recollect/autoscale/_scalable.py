@@ -59,7 +59,7 @@ class ScalableGNN(CorrectedGNN):
         device: of the histories; ``None``: host memory.
         histories: their other options.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
-            the layer is run again and its halo rows are pulled again.
+            the layer is run again and its halo rows are pulled again; over ranks those of other ranks are kept.
         compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
             gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
             layers that are sums over edges, unless all edges are there; see docs/graph.md.

@@ -112,7 +112,7 @@ class Rows(Source):
 
     Raises:
         TypeError: ``history`` is none, ``n_id`` holds no integers, or the call has no such argument.
-        ValueError: ``n_id`` is not 1-D, or the argument has another shape than its rows.
+        ValueError: ``n_id`` is not 1-D, the argument has another shape than its rows, or these lie with several ranks.
         IndexError: rows that the history does not have.
         InPlaceError: in backward, when some of the rows were pushed again since the forward.
 
