@@ -21,6 +21,7 @@ from recollect.autoscale import (
     HistoryOptions,
     SubgraphLoader,
     add_self_loops,
+    history_errors,
     history_parts,
     load_history_parts,
     normalize,
@@ -149,6 +150,10 @@ def compare(
     for ours, theirs in zip(model.tables, whole.tables, strict=True):
         assert_close(ours.emb, theirs.emb[start:stop], TOLERANCE, "rows")
         assert_close(ours.pull(), theirs.pull(), TOLERANCE, "all rows")
+    mine_of = SubgraphLoader(own, ptr, log=False, batch_sampler=shares.batches(shuffle=False))
+    found = torch.tensor([history_errors(model, mine_of), history_errors(model, data)])
+    assert_close(found, torch.tensor([history_errors(whole, loader)] * 2), 1e-6, "errors of histories")
+    assert float(found.min()) > 0.01
 
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {

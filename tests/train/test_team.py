@@ -57,10 +57,11 @@ def test_two_processes_train_a_reversible_network(tmp_path):
     """With exact histories their losses are those of the whole graph, and of one process."""
     words = ["model=revgnn", "model.hidden_channels=8", "model.num_layers=3", "epochs=2"]
     words = [*(word for word in SHORT if not word.startswith("model")), *words, "model.dropout=0"]
+    words.append("training.errors_every=1")
     both, one = tmp_path / "both", tmp_path / "one"
     found = train([*words, "devices=2", f"run_dir={both}"])
     assert len(found["peak_bytes_of_ranks"]) == 2
-    assert [len(found["histories"][name]) for name in ("ages", "errors")] == [3, 0]
+    assert [len(found["histories"][name]) for name in ("ages", "errors")] == [3, 3]
     train([*words, "training.parts_per_batch=2", f"run_dir={one}"])
     rows, expected = read_history(both), read_history(one)
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
@@ -124,7 +125,6 @@ def test_more_processes_than_parts_are_told_on_each(tmp_path):
     [
         (["training=full"], "need training=autoscale"),
         (["training.layerwise=false"], "need training.layerwise=true"),
-        (["training.errors_every=1"], "need training.errors_every=null"),
         (["objective=iwrm"], "need objective=mean"),
         (["runs=2"], "need runs=1"),
         (["devices=5"], "each needs a part, and training.num_parts=2"),

@@ -148,10 +148,18 @@ _NAMES = {"history_dtype": "dtype", "history_path": "path", "save_histories": "s
 def fresh_histories(
     histories: Iterable[History], parameters: Iterable[Tensor], num_nodes: int | None = None
 ) -> list[History]:
-    """Make histories like these, or of so many nodes, in host memory, as exact as the parameters."""
+    """Make histories like these, over the same ranks, or of so many nodes, in host memory, as exact as parameters."""
     exact = next((tensor.dtype for tensor in parameters), torch.float32) == torch.float64
     dtype = torch.float64 if exact else torch.float32
-    return [History(num_nodes or history.num_embeddings, history.embedding_dim, dtype=dtype) for history in histories]
+    return [
+        History(
+            num_nodes or history.num_embeddings,
+            history.embedding_dim,
+            dtype=dtype,
+            process_group=None if num_nodes else history.shares,
+        )
+        for history in histories
+    ]
 
 
 def forget(histories: list[Any], layer: int) -> None:

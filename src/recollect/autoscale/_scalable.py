@@ -343,7 +343,8 @@ class ScalableGNN(CorrectedGNN):
 
         Args:
             loader: see :meth:`mini_inference`.
-            take: gets the number of a history, and its rows in pieces: nodes [rows] and embeddings [rows, channels].
+            take: gets the number of a history, and its rows in pieces: nodes [rows] and embeddings [rows, channels];
+                over ranks, those of this one.
 
         Raises:
             ValueError: the loader is of another graph than the histories; see :meth:`mini_inference` too.
@@ -355,8 +356,8 @@ class ScalableGNN(CorrectedGNN):
             return Tables(self.num_nodes, fresh, Exchange(), passing=True)
 
         def finished(layer: int, _: States) -> None:
-            every = torch.split(torch.arange(self.num_nodes, device="cpu"), _ROWS_AT_ONCE)
-            take(layer, ((n_id, fresh[layer].pull(n_id)) for n_id in every))
+            every = torch.split(fresh[layer].own_nodes, _ROWS_AT_ONCE)
+            take(layer, ((n_id, fresh[layer].pull_own(n_id)) for n_id in every))
 
         check_layerwise(self, "forward_layer")
         with evaluating(self):

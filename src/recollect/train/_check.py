@@ -96,8 +96,8 @@ def _devices(settings: Settings) -> Iterator[str]:
             "training=autoscale, or revgnn and training=wholegraph"
         )
     needed = (
-        "training=autoscale training.layerwise=true training.pool_size=null training.errors_every=null "
-        "training.lipschitz=0 training.history_device=null,cpu objective=mean device=cpu,auto runs=1"
+        "training=autoscale training.layerwise=true training.pool_size=null training.lipschitz=0 "
+        "training.history_device=null,cpu objective=mean device=cpu,auto runs=1"
     )
     if settings.training.name == "wholegraph":
         needed = "training.store=null device=cpu,auto runs=1"

@@ -261,6 +261,12 @@ class History(TableModule):
         return self.table.shares if isinstance(self.table, RankTable) else None
 
     @property
+    def own_nodes(self) -> Tensor:
+        """Numbers of the rows that are here [rows] int64, on the CPU: all, or over ranks those of this one."""
+        start, stop = (0, self.num_embeddings) if self.shares is None else self.shares.nodes
+        return torch.arange(start, stop, device="cpu")
+
+    @property
     def graph(self) -> GraphStamp | None:
         """The graph whose nodes the rows are, as far as mini-batches of a loader have told."""
         return self.table.graph

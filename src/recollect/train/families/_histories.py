@@ -202,7 +202,8 @@ class HistoriesFamily(Family):
         if training.errors_every:
             found = [float("nan")] * len(seen)
             if errors:
-                found = history_errors(network, evaluation_loader(graph, training) if self.by_layers else graph.data)
+                loader = evaluation_loader(graph, training, self._shares) if self.by_layers else graph.data
+                found = history_errors(network, loader)
             seen |= {f"error_{layer}": error for layer, error in enumerate(found, 1)}
         return seen
 
