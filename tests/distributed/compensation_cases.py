@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from wire_cases import short_group
 
+import recollect
 from recollect.autoscale import (
     Combination,
     HistoryOptions,
@@ -233,6 +234,26 @@ def bytes_on_the_wire(rank: int, world: int, kind: str, rows_of: list[int], grad
 
 case(bytes_on_the_wire, "bytes of gcn", kind="gcn", rows_of=[WIDTH] * 3, gradients_of=[WIDTH, WIDTH, OUT])
 case(bytes_on_the_wire, "bytes of rev", kind="rev", rows_of=[WIDTH] * 2, gradients_of=[WIDTH // 2] * 3)
+
+
+@case
+def a_whole_network_in_a_frame(rank: int, world: int) -> None:
+    """Its rebuild exchanges nothing, and corrects nothing once more."""
+    data, ptr, shares = ready(world)
+    loader: Any = SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(2, shuffle=False), outward=True)
+    for kind in ("gcn", "rev"):
+        found = []
+        for wrap in (recollect.checkpoint, lambda model, *args, **inputs: model(*args, **inputs)):
+            model = made(MODELS[kind][0], shares)
+            model(loader=SubgraphLoader(data, ptr, log=False, batch_sampler=shares.batches(shuffle=False)))
+            for batch in (*loader, *loader):
+                out = wrap(model, batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)
+                number = shares._wire.number
+                out.square().sum().backward()
+                assert shares._wire.number == number
+            found.append((gradients_of(model), {str(k): table.emb for k, table in enumerate(model.gradients.tables)}))
+        for expected, other in zip(*found, strict=True):
+            assert_close(other, expected, TOLERANCE)
 
 
 @case

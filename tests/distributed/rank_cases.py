@@ -151,9 +151,9 @@ def compare(
         assert_close(ours.emb, theirs.emb[start:stop], TOLERANCE, "rows")
         assert_close(ours.pull(), theirs.pull(), TOLERANCE, "all rows")
     mine_of = SubgraphLoader(own, ptr, log=False, batch_sampler=shares.batches(shuffle=False))
-    found = torch.tensor([history_errors(model, mine_of), history_errors(model, data)])
-    assert_close(found, torch.tensor([history_errors(whole, loader)] * 2), 1e-6, "errors of histories")
-    assert float(found.min()) > 0.01
+    errors = torch.tensor([history_errors(model, mine_of), history_errors(model, data)])
+    assert_close(errors, torch.tensor([history_errors(whole, loader)] * 2), 1e-6, "errors of histories")
+    assert float(errors.min()) > 0.01
 
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
