@@ -17,7 +17,7 @@ from recollect.autoscale import History, HistoryFileError, HistoryOptions, Subgr
 from recollect.distributed import Shares, SharesError
 from recollect.models import GCN
 
-BESIDE = r"rank 0 at .*rows pulled by number.*rank 1 at .*halo rows of a mini-batch"
+BESIDE = r"rank 0 at .*nodes of an evaluation's mini-batches.*rank 1 at .*halo rows of a mini-batch"
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
 

@@ -178,7 +178,7 @@ class LayerWise:
         tables = self._tables_of(self._graph)
         check = partial(_check_cover, parts, tables.nodes)
         if layer == 0 and tables.shares is not None:  # where no other rank waits for rows of this one
-            tables.shares.together("which nodes mini-batches have", check)
+            tables.shares.together("nodes of an evaluation's mini-batches", check)
         else:
             check()
 
