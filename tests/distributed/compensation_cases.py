@@ -144,7 +144,8 @@ class Reference:
 def training(rank: int, world: int, kind: str, **options: Any) -> None:
     make, edges = MODELS[kind]
     data, ptr, shares = ready(world, kind)
-    model, whole = made(make, shares, **options), made(make)
+    plain = {"disable": True} if kind.startswith("rev") else {}  # with all kept, as the reference sets clocks back
+    model, whole = made(make, shares, **options), made(functools.partial(make, **plain))
     loader: Any = SubgraphLoader(data, ptr, log=False, outward=edges)
     own = loader
     if edges == "cut":  # of others a rank needs more of the graph
