@@ -165,7 +165,7 @@ def training(rank: int, world: int, kind: str, **options: Any) -> None:
         for optimizer in optimizers:
             optimizer.step()
         trusted.append(float(whole.gradients.trust(1)))
-    assert any(0.1 < trust < 0.9 for trust in trusted), trusted  # what ranks compare with one another matters
+    assert any(0.1 < trust < 0.95 for trust in trusted), trusted  # what ranks compare with one another matters
     start, stop = shares.nodes
     for ours, theirs in zip([*model.tables, *model.gradients.tables], reference.tables, strict=True):
         assert_close(ours.emb, theirs.emb[start:stop], TOLERANCE, "rows")
