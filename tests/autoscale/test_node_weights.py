@@ -9,7 +9,7 @@ import pytest
 import torch
 from graph_zoo import graph, ring
 
-from recollect.autoscale import partition, partition_quality, to_adj_t
+from recollect.autoscale import SubgraphLoader, part_weights, partition, partition_quality, permute, to_adj_t
 from recollect.autoscale.partitioning._methods import write_parhip
 from recollect.autoscale.partitioning._undirected import undirected
 
@@ -130,3 +130,17 @@ def test_refused_weights(method, weight, error, message, tmp_path):
     perm, ptr = partition(adj_t_of(ring()), 2, "contiguous")
     with pytest.raises(error, match=message):
         partition_quality(adj_t_of(ring()), perm, ptr, weight)
+
+
+def test_what_a_part_takes_is_what_its_mini_batch_has():
+    edges = torch.randint(50, (120, 2), generator=torch.Generator().manual_seed(3))
+    data = to_adj_t(graph(50, edges.tolist()))
+    perm, ptr = partition(data.adj_t, 7, "random", log=False)
+    data = permute(data, perm, log=False)
+    sizes = [len(batch.n_id) + batch.data.adj_t.values().numel() for batch in SubgraphLoader(data, ptr, log=False)]
+    assert part_weights(data.adj_t, ptr).tolist() == sizes
+    for wrong in (ptr[:-1], ptr + 1, ptr.flip(0), ptr[:1]):
+        with pytest.raises(ValueError, match="ptr must ascend from 0 to the 50 nodes"):
+            part_weights(data.adj_t, wrong)
+    with pytest.raises(TypeError):
+        part_weights(data, ptr)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from networks import Block, Coupled, Net, Reversible, check
 from processes import Wrap
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import recollect
 import recollect.invertible as inn
+from recollect.frames import RebuildError
 from recollect.reversible import BDIA, GroupAddRev, Midpoint
 
 
@@ -98,6 +101,59 @@ case("routed", Routed, around, {"find_unused_parameters": True}, none_is_zero=Tr
 case("dropout", functools.partial(Net, dropout=0.3), around, {"static_graph": True})
 case("accumulate", Net, around, {}, mode="accumulate", number=3)
 case("adam-float32", Net, around, {}, number=3, optimizer=torch.optim.Adam, dtype=torch.float32, tolerance=1e-4)
+
+
+class Unsteady(nn.Module):
+    """Multiplies by a number that nobody sees, and that is another one in each call."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        self.calls.append(1)
+        y: Tensor = self.inside(x, *args) * float(len(self.calls))
+        return y
+
+
+def certified(
+    make: Callable[[], nn.Module], prepare: Callable[[Wrap, nn.Module], nn.Module]
+) -> Callable[[Wrap, int, int], None]:
+    """What is rebuilt is certified on each rank, and what is not what it was is an error there."""
+
+    def figures(net: nn.Module) -> list[Any]:
+        own = {id(module.certificate): module.certificate for module in net.modules() if hasattr(module, "certificate")}
+        return list(own.values()) or [recollect.frames.certificate_of_process]
+
+    def run(wrap: Wrap, rank: int, world: int) -> None:
+        net = make().double()
+        model = prepare(wrap, net)
+        for certificate in figures(net):
+            certificate.reset()
+        model(torch.randn(6, 8, dtype=torch.float64)).sum().backward()
+        for certificate in figures(net):
+            assert certificate.equal + certificate.rounded > 0
+            assert certificate.largest < 1e-10
+        net = make().double()
+        blocks = [module for module in net.modules() if isinstance(module, Block)]
+        blocks[1].first = Unsteady(blocks[1].first)
+        model = prepare(wrap, net)
+        with pytest.raises(RebuildError):
+            model(torch.randn(6, 8, dtype=torch.float64)).sum().backward()
+
+    return run
+
+
+def data_parallel(wrap: Wrap, net: nn.Module) -> nn.Module:
+    if isinstance(net, Net):
+        around(wrap, net)
+    return DistributedDataParallel(net)
+
+
+CASES["certified-around"] = certified(Net, data_parallel)
+CASES["certified-rev"] = certified(Reversible, data_parallel)
 
 
 def exact_case(make: Callable[[], nn.Module], ddp: dict[str, Any]) -> Callable[[Wrap, int, int], None]:

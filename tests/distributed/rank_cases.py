@@ -21,6 +21,7 @@ from recollect.autoscale import (
     HistoryOptions,
     SubgraphLoader,
     add_self_loops,
+    history_errors,
     history_parts,
     load_history_parts,
     normalize,
@@ -105,14 +106,20 @@ class Reference:
 
 
 def compare(
-    make: Callable[..., Any], prepare: Callable[[Tensor], Tensor], rank: int, world: int, **options: Any
+    make: Callable[..., Any],
+    prepare: Callable[[Tensor], Tensor],
+    rank: int,
+    world: int,
+    plain: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> None:
+    """Train over ranks, and in one process: the same network, or ``plain``, which has the same parameters."""
     data, ptr = graph(prepare)
     shares = Shares(ptr, process_group=dist.new_group(list(range(world))))
     torch.manual_seed(0)
     model = make(histories=HistoryOptions(dtype=torch.float64, process_group=shares, **options)).double()
     torch.manual_seed(0)
-    whole = make(histories=HistoryOptions(dtype=torch.float64)).double()
+    whole = (plain or make)(histories=HistoryOptions(dtype=torch.float64)).double()
 
     samplers = shares.batches(2, seed=3)
     epochs = [list(samplers) for _ in range(2)]
@@ -143,6 +150,10 @@ def compare(
     for ours, theirs in zip(model.tables, whole.tables, strict=True):
         assert_close(ours.emb, theirs.emb[start:stop], TOLERANCE, "rows")
         assert_close(ours.pull(), theirs.pull(), TOLERANCE, "all rows")
+    mine_of = SubgraphLoader(own, ptr, log=False, batch_sampler=shares.batches(shuffle=False))
+    errors = torch.tensor([history_errors(model, mine_of), history_errors(model, data)])
+    assert_close(errors, torch.tensor([history_errors(whole, loader)] * 2), 1e-6, "errors of histories")
+    assert float(errors.min()) > 1e-4
 
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
@@ -297,8 +308,6 @@ def what_differs_between_ranks_is_named_on_each(rank: int, world: int) -> None:
 @case
 def options_that_do_not_go_with_ranks(rank: int, world: int) -> None:
     options = HistoryOptions(process_group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="recompute=True"):
-        GCN(NODES, IN, 8, OUT, 3, histories=options, recompute=True)
     model: Any = GCN(NODES, IN, 8, OUT, 3, histories=options, compensate=True)
     assert shares_of(model.gradients.table(1)) is shares_of(model.tables[0])
     with pytest.raises(ValueError, match="need no pool"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_cases import OfRows, Rows, exact_stack
+from ddp_cases import OfRows, Rows, certified, exact_stack
 from networks import (
     Adapted,
     Block,
@@ -303,6 +303,17 @@ for name, kind in {
     CASES[f"{name}-blocks"] = exact_case(kind, exact_blocks)
     CASES[f"{name}-units"] = exact_case(kind, exact_units)
     CASES[f"{name}-root"] = exact_case(kind, lambda _: [])
+
+
+def fully_sharded(wrap: Wrap, net: nn.Module) -> nn.Module:
+    if isinstance(net, Net):
+        around(wrap, net)
+    shard(net, blocks_of, True, **RESHARD)
+    return net
+
+
+CASES["certified-around"] = certified(Net, fully_sharded)
+CASES["certified-rev"] = certified(Reversible, fully_sharded)
 CASES["around-freed"] = freed(Net, around)
 CASES["nested-freed"] = freed(Net, nested)
 CASES["inverse-freed"] = freed(Inverted, around)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,11 +13,11 @@ from processes import Wrap
 from rank_cases import IN, NODES, OUT, forward, graph
 from torch import distributed as dist
 
-from recollect.autoscale import History, HistoryOptions, SubgraphLoader
+from recollect.autoscale import History, HistoryFileError, HistoryOptions, SubgraphLoader
 from recollect.distributed import Shares, SharesError
 from recollect.models import GCN
 
-BESIDE = r"rank 0 at .*rows pulled by number.*rank 1 at .*halo rows of a mini-batch"
+BESIDE = r"rank 0 at .*nodes of an evaluation's mini-batches.*rank 1 at .*halo rows of a mini-batch"
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
 
@@ -115,6 +116,32 @@ def an_evaluation_beside_a_training_step(rank: int, world: int) -> None:
     call = training.step if rank else training.evaluate
     with pytest.raises(SharesError, match=BESIDE):
         call()
+
+
+@case
+def mini_batches_that_leave_nodes_out(rank: int, world: int) -> None:
+    """One rank sees that its own do, and all are told."""
+    training = Training(world)
+    parts = [[part] for part in training.shares.parts]
+    loader = SubgraphLoader(training.data, training.shares.ptr, log=False, batch_sampler=parts[rank == 1 :])
+    told = "" if rank == 1 else "rank 1 could not go on, and so no other could: ValueError: "
+    with pytest.raises(ValueError if rank == 1 else SharesError, match=f"^{told}the loader's mini-batches have"):
+        training.model(loader=loader)
+    training.evaluate()  # and all goes on
+
+
+@case
+def files_of_another_number_of_ranks(rank: int, world: int) -> None:
+    training, folder = Training(world), [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    if rank == 1:
+        History(5, 8, path=f"{folder[0]}/0.rank1.history")
+    dist.barrier()
+    options = HistoryOptions(path=folder[0], process_group=training.shares)
+    told = "" if rank == 1 else "rank 1 could not go on, and so no other could: HistoryFileError: "
+    with pytest.raises(HistoryFileError if rank == 1 else SharesError, match=f"^{told}.*0.rank1.history"):
+        GCN(NODES, IN, 8, OUT, 3, histories=options)
+    training.step()  # and all goes on
 
 
 @case

@@ -53,16 +53,81 @@ def test_two_processes_correct_histories(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_two_processes_train_a_reversible_network(tmp_path):
+    """With exact histories their losses are those of the whole graph, and of one process."""
+    words = ["model=revgnn", "model.hidden_channels=8", "model.num_layers=3", "epochs=2"]
+    words = [*(word for word in SHORT if not word.startswith("model")), *words, "model.dropout=0"]
+    words.append("training.errors_every=1")
+    both, one = tmp_path / "both", tmp_path / "one"
+    found = train([*words, "devices=2", f"run_dir={both}"])
+    assert len(found["peak_bytes_of_ranks"]) == 2
+    assert [len(found["histories"][name]) for name in ("ages", "errors")] == [3, 3]
+    train([*words, "training.parts_per_batch=2", f"run_dir={one}"])
+    rows, expected = read_history(both), read_history(one)
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert max(row["drift"] for row in rows) < 1e-3
+    extended = train([f"resume={one}", "epochs=3", "devices=2"])  # more processes go on
+    assert extended["epochs"] == 3
+    assert read_history(one)[:2] == expected
+
+
+def test_two_processes_take_the_steps_of_one_over_a_whole_graph(tmp_path):
+    words = [word for word in SHORT if not word.startswith(("model", "training"))]
+    words += ["model=revgnn", "model.hidden_channels=8", "model.num_layers=3", "model.dropout=0.3"]
+    words += ["training=wholegraph", "training.partition=contiguous", "training.num_parts=4", "epochs=3"]
+    both, one = tmp_path / "both", tmp_path / "one"
+    found = train([*words, "devices=2", f"run_dir={both}"])
+    assert len(found["peak_bytes_of_ranks"]) == 2
+    train([*words, f"run_dir={one}"])
+    rows, expected = read_history(both), read_history(one)
+    for name in ("loss", "val_loss", "val_accuracy"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4)
+
+
+def on_the_page(program):
+    """The command of docs/machines.md for this machine that begins with these words, without them."""
+    page = Path(__file__).parents[2] / "docs" / "machines.md"
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith(program)]
+    return line.removeprefix(program).split()
+
+
+def test_both_commands_of_the_page_do_the_same(tmp_path):
+    small = ["dataset.options.num_nodes=300", "dataset.options.num_features=8", "training.partition=contiguous"]
+    small += ["model.hidden_channels=8", "epochs=2", "measure.enabled=false"]
+    ways = {
+        "one": ["-m", "recollect", *on_the_page(".venv/bin/recollect ")],
+        "other": ["-m", "torch.distributed.run", *on_the_page("torchrun --standalone ")],
+    }
+    ways["other"].insert(2, "--standalone")
+    for name, words in ways.items():
+        run = [sys.executable, *words, *small, f"run_dir={tmp_path / name}"]
+        subprocess.run(run, check=True, timeout=120, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    losses = [[row["loss"] for row in read_history(tmp_path / name)] for name in ways]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_more_processes_than_parts_are_told_on_each(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "recollect"]
+    found = subprocess.run(
+        [*run, "train", *SHORT, f"run_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 1
+    assert (found.stdout + found.stderr).count("devices=3: each needs a part, and training.num_parts=2") >= 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["training=full"], "need training=autoscale"),
         (["training.layerwise=false"], "need training.layerwise=true"),
-        (["training.errors_every=1"], "need training.errors_every=null"),
         (["objective=iwrm"], "need objective=mean"),
         (["runs=2"], "need runs=1"),
         (["devices=5"], "each needs a part, and training.num_parts=2"),
-        (["model=revgnn", "training=full"], "choose gcn, gat"),
+        (["model=revgnn", "training=full"], "need training=autoscale"),
+        (["model=revgnn", "training=wholegraph", "training.num_parts=3"], "num_parts=3 is not divisible"),
+        (["model=revgnn", "training=wholegraph", "training.store=somewhere"], "need training.store=null"),
     ],
 )
 def test_what_several_processes_cannot_is_refused(words, message):

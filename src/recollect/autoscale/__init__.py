@@ -18,7 +18,14 @@ from recollect.autoscale._staleness import history_errors
 from recollect.autoscale._utils import compute_micro_f1, dropout, gen_masks
 from recollect.autoscale.histories import AsyncIOPool, History, HistoryFileError, Rows, history_bytes
 from recollect.autoscale.loader import EvalSubgraphLoader, SubData, SubgraphLoader, own_graph, permute, to_adj_t
-from recollect.autoscale.partitioning import Partition, PartitionQuality, metis, partition, partition_quality
+from recollect.autoscale.partitioning import (
+    Partition,
+    PartitionQuality,
+    metis,
+    part_weights,
+    partition,
+    partition_quality,
+)
 from recollect.messages import propagate, with_weights
 
 __all__ = [
@@ -50,6 +57,7 @@ __all__ = [
     "metis",
     "normalize",
     "own_graph",
+    "part_weights",
     "partition",
     "partition_quality",
     "permute",

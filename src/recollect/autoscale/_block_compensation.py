@@ -29,6 +29,7 @@ from recollect.autoscale._blocks import WEIGHTS, OneBlock, first_input
 from recollect.autoscale._compensation import BACKWARD_TWICE, other_weights
 from recollect.autoscale._conditions import Plain, autocast_now, inputs_of
 from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale._outside import Outside
 from recollect.autoscale._separable import (
     Edges,
     Form,
@@ -96,7 +97,7 @@ class BlockCompensation:
     ) -> None:
         self._model = model
         self._gradients = gradients
-        self._histories = histories
+        self._outside = Outside(gradients, histories, outward, batch.size, trains=True, reads=outward.complete)
         self._batch = batch
         self._outward = outward
         self._edges = Edges(outward)
@@ -134,7 +135,10 @@ class BlockCompensation:
             z: its input [B, channels].
         """
         way = self._ways.of_blocks[layer, self._outward.complete]
-        given = self._gradients.pull(layer, self._outward.n_id[: self._outward.num_targets])
+        known = self._outside.gradients(layer)
+        if known is None:
+            return None
+        given, trust = known
         own = self._masked(layer, z)
         with self._plain(layer)():
             if way.form == Form.ALL_EDGES:
@@ -144,7 +148,7 @@ class BlockCompensation:
                 found = _through_all(self._view, layer, own, given, others, self._edges.adj_t, self._inputs)
             else:
                 found = transposed(self._view, layer, way, own, given, self._edges, self._blank)
-        return None if found is None else (found[:, : z.size(1)], self._gradients.trust(layer))
+        return None if found is None else (found[:, : z.size(1)], trust)
 
     def push(self, layer: int, grad: Tensor) -> None:
         """Write the gradient of a block's output [B, channels].
@@ -190,10 +194,8 @@ class BlockCompensation:
         index, group = divmod(layer, self._model.num_groups)
         table = index if group else index - 1
         if self._last is None or self._last[0] != table:
-            targets, n_id = self._outward.num_targets, self._outward.n_id
             self._last = None  # not the rows of two histories at a time
-            nodes = torch.cat([n_id[:targets], n_id[targets + self._batch.size :]])
-            self._last = table, self._histories[table].pull(nodes).to(z)
+            self._last = table, self._outside.embeddings(table).to(z)
         groups = self._last[1].chunk(self._model.num_groups, 1)
         if layer == 1:
             self._last = None

@@ -27,9 +27,12 @@ class BlockSweep:
 
     Held in memory is a gradient for each node and channel of the stream.
 
+    Over ranks each has the rows of its own nodes, and takes as many mini-batches as every other: what a mini-batch adds
+    to the gradients of its halo goes to the ranks that own it.
+
     Args:
         model: gives the blocks.
-        num_nodes: N.
+        num_nodes: N; over ranks, those of this one.
         loader: yields every node once in each of its passes, in the same mini-batches.
         histories: of the layers' outputs, exact.
         gradients: of the blocks' outputs; are written.
@@ -51,6 +54,8 @@ class BlockSweep:
         self._histories = histories
         self._gradients = gradients
         self._loss = loss
+        self._shares = histories[0].shares
+        self._first = 0 if self._shares is None else self._shares.nodes[0]
         self._view = OneBlock(model)
         self._parameter = next(iter(model.parameters()), torch.empty(0))
 
@@ -61,7 +66,8 @@ class BlockSweep:
             stream = self._of_output().chunk(groups, 1)
             for layer in range(self._model.num_layers * groups - 1, 0, -1):
                 own = stream[layer % groups].contiguous()
-                self._gradients.table(layer, own.size(1)).push(own)
+                history = self._gradients.table(layer, own.size(1))
+                history.write(own, history.table.everything)
                 if layer > 1:  # what goes into the second block's input nobody asks for
                     into = [layer % groups - 1] if layer % groups else range(1, groups)
                     self._send_back(layer, own, [stream[group] for group in into])
@@ -71,14 +77,14 @@ class BlockSweep:
         """Return the loss' gradient by the last layer's output [N, hidden_channels]."""
         found = None
         for sub in self._loader:
-            own = sub.n_id[: sub.batch_size]
-            rows = self._histories[-1].pull(own).to(self._parameter).requires_grad_()
+            own = sub.n_id[: sub.batch_size].to("cpu", torch.int64)
+            rows = self._histories[-1].pull_own(own).to(self._parameter).requires_grad_()
             with torch.enable_grad():
                 (grad,) = torch.autograd.grad(self._loss(self._model.classify(rows), sub), rows, allow_unused=True)
             if found is None:
                 found = rows.new_zeros(self._num_nodes, rows.size(1), requires_grad=False)
             if grad is not None:
-                found[own.to(found.device)] = grad
+                found[(own - self._first).to(found.device)] = grad
         if found is None:
             raise ValueError("the loader yields no mini-batch")
         return found
@@ -95,15 +101,22 @@ class BlockSweep:
         history = self._histories[index if group else index - 1]
         for sub in self._loader:
             adj_t = first_rows(adjacency_of(sub.data).to(self._parameter.device), sub.batch_size)
-            rows = history.pull(sub.n_id).to(self._parameter).chunk(self._model.num_groups, 1)
-            z = (rows[group - 1] if group else first_input(rows)).detach().requires_grad_()
+            n_id = sub.n_id.to("cpu", torch.int64)  # which ranks have which of them is then found out once
+            rows = history.begin_pull(n_id, "rows of a mini-batch")().to(self._parameter)
+            groups = rows.chunk(self._model.num_groups, 1)
+            z = (groups[group - 1] if group else first_input(groups)).detach().requires_grad_()
             state = {name: sub.data[name] for name in self._model.inputs}
             with torch.enable_grad():
                 out = self._view.run_layer(layer, z, adj_t, state)
-                if not out.requires_grad:
-                    continue
-                own = given[sub.n_id[: sub.batch_size].to(given.device)]
-                (grad,) = torch.autograd.grad(out, z, own.to(out), allow_unused=True)
-            if grad is not None:
+                own = given[(n_id[: sub.batch_size] - self._first).to(given.device)].to(out)
+                grad = torch.autograd.grad(out, z, own, allow_unused=True)[0] if out.requires_grad else None
+            for places, values in self._where_they_are(n_id, z, grad):
                 for rows_of_group in into:
-                    rows_of_group.index_add_(0, sub.n_id.to(grad.device), grad)
+                    rows_of_group.index_add_(0, places.to(values.device), values)
+
+    def _where_they_are(self, n_id: Tensor, rows: Tensor, grad: Tensor | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return numbers of rows of this rank, counted from its first one, and what is added to their gradients."""
+        if self._shares is None:
+            return [] if grad is None else [(n_id, grad)]
+        values = torch.zeros_like(rows) if grad is None else grad  # ranks exchange as often
+        return self._shares.route(n_id).give_back(values.detach(), "gradients of a mini-batch's halo")

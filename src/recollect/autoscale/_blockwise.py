@@ -93,11 +93,6 @@ class BlockwiseGNN(ScalableGNN):
         self.inputs = tuple(name for name in self.conv_inputs if name != WEIGHTS)
 
     def _make_histories(self) -> None:
-        if self.history_options.process_group is not None:
-            raise ValueError(
-                f"{type(self).__name__} pulls rows again in backward, and histories over ranks do not: leave out "
-                "process_group"
-            )
         if self.combine is not None:
             raise ValueError(
                 f"{type(self).__name__} has no combined rows: leave out combine=, whose fresh rows would be those of "
@@ -112,9 +107,14 @@ class BlockwiseGNN(ScalableGNN):
         """See :class:`CorrectedGNN`; a history for each block but the first."""
         self._block_ways = BlockWays()
         super().keep_gradients()
+        if self.gradients is not None:  # the last block's too, whose width is known
+            self.gradients.table(self.num_layers * self.num_groups - 1, self._group_width())
 
     def _gradient_widths(self) -> list[int]:
-        return [sum(self._widths()[:1]) // self.num_groups] * (self.num_layers * self.num_groups - 2)
+        return [self._group_width()] * (self.num_layers * self.num_groups - 2)
+
+    def _group_width(self) -> int:
+        return sum(self._widths()[:1]) // self.num_groups
 
     def _sweep_gradients(
         self, num_nodes: int, loader: Iterable[SubData], gradients: GradientHistories, loss: Loss
@@ -320,14 +320,15 @@ class BlockwiseGNN(ScalableGNN):
         check_layerwise(self, "run_block", self.stages())
         view, wanted = Blocks(self), False
         exact = next(self.parameters()).dtype == torch.float64
-        channels = sum(self._widths()[:1]) // self.num_groups
+        channels = self._group_width()
 
         def tables_for(graph: GraphStamp | None) -> Tables:
             nonlocal wanted
             wanted = takes(graph)
             num_nodes = self.num_nodes if graph is None else graph.num_nodes
             dtype = torch.float64 if exact else torch.float32
-            pair = [History(num_nodes, channels, dtype=dtype) for _ in range(2)]
+            group = self.tables[0].shares if wanted else None
+            pair = [History(num_nodes, channels, dtype=dtype, process_group=group) for _ in range(2)]
             return Tables(num_nodes, [pair[layer % 2] for layer in range(view.num_layers - 1)], Exchange())
 
         def finished(layer: int, states: States) -> None:

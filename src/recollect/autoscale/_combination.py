@@ -26,6 +26,7 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank, Edges, Form, way_of
 from recollect.autoscale.loader._outward import Outward
+from recollect.frames import in_backward
 
 __all__ = ["Combination", "CombinedPass"]
 
@@ -140,7 +141,8 @@ class CombinedPass(Compensation):
                     f"layer {layer} leaves its output in its state for what comes after the last layer (jumping "
                     "knowledge), and what that does to nodes outside is not known in a mini-batch: leave out combine="
                 )
-            self._gradients.table(layer, out.size(1))
+            if not in_backward():
+                self._gradients.table(layer, out.size(1))
         if layer == self._model.num_layers - 1:
             return (_Completed.apply(out, _Way(self, layer, None)) if backward else out), state  # type: ignore[no-untyped-call]
         after = dict(self._state)

@@ -40,10 +40,10 @@ from recollect.autoscale._separable import (
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
+from recollect.frames import in_backward
 from recollect.messages import multiplied, transposed_rows
 
 __all__ = ["BACKWARD_TWICE", "Compensation", "Steady", "other_weights"]
-
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 """From rows [B, channels] to their gradient, and by what factor it counts; or to nothing."""
@@ -164,7 +164,7 @@ class Compensation:
             self._check_state(layer, out, before, state)
         last = layer == self._model.num_layers - 1
         push = self._gradients.push if layer else None
-        if layer:
+        if layer and not in_backward():
             self._gradients.table(layer, out.size(1))
         back = None
         if not last and self._outward.num_targets:

@@ -16,7 +16,6 @@ from recollect.autoscale._history_network import HistoryGNN
 from recollect.autoscale._refresh import GradientSweep, Loss
 from recollect.autoscale._separable import Way
 from recollect.autoscale.histories._gradients import GradientHistories
-from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.loader._outward import Outward
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.messages import values_of
@@ -58,8 +57,7 @@ class CorrectedGNN(HistoryGNN):
         self._ways, self._steady = {}, {}
         before, self.gradients = self._modules.get("gradients"), None
         if self.compensate:
-            table = self.tables[0].table if self.tables else None
-            shares = table.shares if isinstance(table, RankTable) else None
+            shares = self.tables[0].shares if self.tables else None
             widths = self._gradient_widths()
             self.gradients = GradientHistories(
                 self.num_nodes, widths, options.device, options.dtype, options.path, shares

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from recollect.autoscale._batch import Batch
 from recollect.autoscale._stamp import GraphStamp, belongs, take_graph
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._pool import AsyncIOPool
-from recollect.autoscale.histories._ranks import RankTable
-from recollect.autoscale.histories._rows_source import Pulls, Rows, check_not_pushed, pushes_of
+from recollect.autoscale.histories._ranks import RankPull, RankTable
+from recollect.autoscale.histories._rows_source import Pulls, Rows, pulled_again, pushes_of
 from recollect.frames import frames_apply, in_backward, in_dry_mode
 
 __all__ = ["Exchange"]
@@ -34,8 +34,8 @@ class Exchange:
         self._ahead: deque[History] = deque()  # whose pulls were started and not yet used, in this order
         self._coming: deque[History] = deque()  # over ranks, whose pulls are to be started one layer ahead
         self._begun: deque[tuple[History, Callable[[], Tensor]]] = deque()
-        # By n_id and history: the last push before the rows of a frame's forward were pulled.
-        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # By n_id and history: the last push before the rows of a frame's forward were pulled; over ranks, their pull.
+        self._seen: MutableMapping[Tensor, dict[int, RankPull | int]] = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Exchange], tuple[AsyncIOPool | None]]:
         return Exchange, (self.pool,)
@@ -98,9 +98,10 @@ class Exchange:
         """Return what is made of the halo's rows; the pool's buffer is free again afterwards."""
         take_graph(history, batch.graph)
         if self._begun and self._begun[0][0] is history:
-            _, take = self._begun.popleft()
+            _, begun = self._begun.popleft()
             self._begin_next()
-            return use(take())
+            self._note(history, batch, begun)
+            return use(begun())
         # In a rebuild everything is as in the forward pass, when pulls were under way; they are over.
         if self.pool is None or in_backward() or not self._ahead or self._ahead[0] is not history:
             return use(self._pulled(history, batch))
@@ -115,16 +116,20 @@ class Exchange:
 
     def source_of(self, history: History, x: Tensor, batch: Batch) -> Rows:
         """Return what brings the result of the next :meth:`swap` back in a frame: the batch's rows, and pulled ones."""
-        return self._noted(Rows(history, batch.halo, first=x[: batch.size]))
+        return self._noted(Rows(history, batch.halo, first=x[: batch.size]), batch)
 
     def halo_source(self, history: History, batch: Batch, pulls: Pulls) -> Rows:
         """Return what brings the result of the next :meth:`pull` back in frames, once for all that come in turn."""
-        return self._noted(Rows(history, batch.halo, pulls=pulls))
+        return self._noted(Rows(history, batch.halo, pulls=pulls), batch)
 
-    def _noted(self, rows: Rows) -> Rows:
+    def _noted(self, rows: Rows, batch: Batch) -> Rows:
         if frames_apply():
-            rows.note()
+            begun = self._seen_of(rows.history, batch) if in_backward() else self._begun_of(rows.history)
+            rows.note(begun if isinstance(begun, RankPull) else None)
         return rows
+
+    def _begun_of(self, history: History) -> Callable[[], Tensor] | None:
+        return self._begun[0][1] if self._begun and self._begun[0][0] is history else None
 
     def read(self, history: History, batch: Batch) -> Callable[[], Tensor]:
         """Start to read all rows of a batch; the result waits for them and returns them [B + halo, channels]."""
@@ -164,18 +169,19 @@ class Exchange:
     def _pulled(self, history: History, batch: Batch) -> Tensor:
         """Pull the halo; in a rebuild make sure that it is what it was in the forward pass."""
         if in_backward():
-            self._check(history, batch)
-        else:
-            self._note(history, batch)
-        return history.pull(batch.halo)
+            seen, what = self._seen_of(history, batch), "halo rows that a mini-batch pulled in its forward pass"
+            if isinstance(seen, RankPull):
+                return pulled_again(history, batch.halo, seen.since, what, seen)
+            return history.pull(batch.halo) if seen is None else pulled_again(history, batch.halo, seen, what)
+        begun = history.begin_pull(batch.halo)
+        self._note(history, batch, begun)
+        return begun()
 
-    def _note(self, history: History, batch: Batch) -> None:
+    def _note(self, history: History, batch: Batch, begun: Callable[[], Tensor] | None = None) -> None:
         if in_dry_mode():  # the first call of a frame, whose rebuild will pull again
             if batch.n_id not in self._seen:
                 self._seen[batch.n_id] = {}
-            self._seen[batch.n_id][id(history)] = pushes_of(history)
+            self._seen[batch.n_id][id(history)] = begun if isinstance(begun, RankPull) else pushes_of(history)
 
-    def _check(self, history: History, batch: Batch) -> None:
-        before = self._seen[batch.n_id].get(id(history)) if batch.n_id in self._seen else None
-        if before is not None:
-            check_not_pushed(history, batch.halo, before, "halo rows that a mini-batch pulled in its forward pass")
+    def _seen_of(self, history: History, batch: Batch) -> RankPull | int | None:
+        return self._seen[batch.n_id].get(id(history)) if batch.n_id in self._seen else None

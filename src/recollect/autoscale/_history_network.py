@@ -62,10 +62,6 @@ class HistoryGNN(LayeredGNN):
         return widths_of(self.hidden_channels, self.num_layers)
 
     def _make_histories(self) -> None:
-        if self.recompute and self.history_options.process_group is not None:
-            raise ValueError(
-                "recompute=True pulls rows again in backward, and histories over ranks do not: leave it out"
-            )
         widths = self._widths() if self.num_nodes else []
         self.pool = self.history_options.make_pool(widths)
         self.histories = self.history_options.make_histories(self.num_nodes, widths)

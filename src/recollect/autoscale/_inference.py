@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._making import forget
 from recollect.autoscale._network import LayeredGNN
 from recollect.autoscale._stamp import BatchSize, GraphStamp
-from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import Slices, numbers_of
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
+from recollect.distributed import Shares
 
 __all__ = ["LayerWise", "States", "Tables", "check_layerwise", "evaluating"]
 
@@ -88,8 +89,12 @@ class Tables:
     @property
     def nodes(self) -> tuple[int, int]:
         """The first node that is evaluated here, and the end of them: all, or over ranks those of this one."""
-        table = self.histories[-1].table if self.histories and self.histories[-1] is not None else None
-        return table.shares.nodes if isinstance(table, RankTable) else (0, self.num_nodes)
+        return (0, self.num_nodes) if self.shares is None else self.shares.nodes
+
+    @property
+    def shares(self) -> Shares | None:
+        """Of the ranks over which the histories lie."""
+        return self.histories[-1].shares if self.histories and self.histories[-1] is not None else None
 
 
 TablesFor = Callable[[GraphStamp | None], Tables]
@@ -170,7 +175,12 @@ class LayerWise:
             else:
                 result.write(out, batch, tables.nodes)
             parts.append(_parts(batch))
-        _check_cover(parts, self._tables_of(self._graph).nodes)
+        tables = self._tables_of(self._graph)
+        check = partial(_check_cover, parts, tables.nodes)
+        if layer == 0 and tables.shares is not None:  # where no other rank waits for rows of this one
+            tables.shares.together("nodes of an evaluation's mini-batches", check)
+        else:
+            check()
 
     def _loaded(self, layer: int) -> Iterator[tuple[SubData, Batch, Take]]:
         """Yield mini-batches, and what gives their embeddings; with a pool these are read one mini-batch ahead."""

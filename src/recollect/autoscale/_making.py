@@ -41,7 +41,8 @@ class HistoryOptions:
         buffer_size: rows of each buffer, at least those of the largest halo; comes with ``pool_size``. For layer-wise
             inference to use the pool too, at least those of the largest mini-batch and its halo.
         process_group: over whose ranks the rows lie: a :class:`~recollect.distributed.Shares`, or a process group. Each
-            layer's rows are then on their way while the layer before it is computed.
+            layer's rows are then on their way while the layer before it is computed; there is no pool. Where layers
+            need their halo again in backward, rows of other ranks are kept until then.
 
     Raises:
         ValueError: options that do not go together.
@@ -66,7 +67,10 @@ class HistoryOptions:
 
     def __post_init__(self) -> None:
         if self.process_group is not None and self.pool_size is not None:
-            raise ValueError("histories over ranks need no pool: leave out pool_size and buffer_size")
+            raise ValueError(
+                "histories over ranks need no pool, as their rows are on their way one layer ahead without one: leave "
+                "out pool_size and buffer_size"
+            )
         if self.process_group is not None and not isinstance(self.process_group, (Shares, weakref.ref)):
             object.__setattr__(self, "process_group", weakref.ref(self.process_group))  # see Shares: it is not kept
         if not self.keep and (self.pool_size or self.path or self.save):
@@ -144,10 +148,18 @@ _NAMES = {"history_dtype": "dtype", "history_path": "path", "save_histories": "s
 def fresh_histories(
     histories: Iterable[History], parameters: Iterable[Tensor], num_nodes: int | None = None
 ) -> list[History]:
-    """Make histories like these, or of so many nodes, in host memory, as exact as the parameters."""
+    """Make histories like these, over the same ranks, or of so many nodes, in host memory, as exact as parameters."""
     exact = next((tensor.dtype for tensor in parameters), torch.float32) == torch.float64
     dtype = torch.float64 if exact else torch.float32
-    return [History(num_nodes or history.num_embeddings, history.embedding_dim, dtype=dtype) for history in histories]
+    return [
+        History(
+            num_nodes or history.num_embeddings,
+            history.embedding_dim,
+            dtype=dtype,
+            process_group=None if num_nodes else history.shares,
+        )
+        for history in histories
+    ]
 
 
 def forget(histories: list[Any], layer: int) -> None:

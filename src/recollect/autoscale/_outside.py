@@ -11,6 +11,7 @@ from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.loader._outward import Outward
+from recollect.frames import in_backward
 
 __all__ = ["Outside"]
 
@@ -41,7 +42,8 @@ class Outside:
         reads: bool,
     ) -> None:
         n_id, targets = outward.n_id, outward.num_targets
-        self._given = gradients.begin(n_id[:targets]) if trains else {}
+        # What a rebuild makes is never gone backward through, and exchanges nothing.
+        self._given = gradients.begin(n_id[:targets]) if trains and not in_backward() else {}
         others = torch.cat([n_id[:targets], n_id[targets + size :]]) if reads else None
         self._rows = [] if others is None else [_rows(history, others) for history in histories]
 

@@ -13,7 +13,6 @@ from recollect.autoscale._conditions import Plain
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
-from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.loader._sub_data import SubData
 
 __all__ = ["GradientSweep", "Loss"]
@@ -56,8 +55,7 @@ class GradientSweep:
         self._histories = histories
         self._gradients = gradients
         self._loss = loss
-        table = histories[0].table if histories else None
-        self._shares = table.shares if isinstance(table, RankTable) else None
+        self._shares = histories[0].shares if histories else None
         self._first = 0 if self._shares is None else self._shares.nodes[0]
         self._parameter = next(iter(model.parameters()), torch.empty(0))
         self._found: dict[int, Tensor] = {}  # by layer, the loss' gradient by its output [N, channels]

@@ -59,7 +59,7 @@ class ScalableGNN(CorrectedGNN):
         device: of the histories; ``None``: host memory.
         histories: their other options.
         recompute: run every layer in a frame: kept for backward is the batch's part of its input alone. In backward
-            the layer is run again and its halo rows are pulled again.
+            the layer is run again and its halo rows are pulled again; over ranks those of other ranks are kept.
         compensate: give a mini-batch's nodes the gradients that they have through nodes outside, from histories of
             gradients ("LMC", arXiv 2302.00924). Needs mini-batches with ``data.outward``, given as ``outward=``, and
             layers that are sums over edges, unless all edges are there; see docs/graph.md.
@@ -343,7 +343,8 @@ class ScalableGNN(CorrectedGNN):
 
         Args:
             loader: see :meth:`mini_inference`.
-            take: gets the number of a history, and its rows in pieces: nodes [rows] and embeddings [rows, channels].
+            take: gets the number of a history, and its rows in pieces: nodes [rows] and embeddings [rows, channels];
+                over ranks, those of this one.
 
         Raises:
             ValueError: the loader is of another graph than the histories; see :meth:`mini_inference` too.
@@ -355,8 +356,8 @@ class ScalableGNN(CorrectedGNN):
             return Tables(self.num_nodes, fresh, Exchange(), passing=True)
 
         def finished(layer: int, _: States) -> None:
-            every = torch.split(torch.arange(self.num_nodes, device="cpu"), _ROWS_AT_ONCE)
-            take(layer, ((n_id, fresh[layer].pull(n_id)) for n_id in every))
+            every = torch.split(fresh[layer].own_nodes, _ROWS_AT_ONCE)
+            take(layer, ((n_id, fresh[layer].pull_own(n_id)) for n_id in every))
 
         check_layerwise(self, "forward_layer")
         with evaluating(self):

@@ -30,10 +30,11 @@ def history_errors(model: ScalableGNN, data: Any) -> list[float]:
         model: the network.
         data: the whole graph, with ``x`` and ``adj_t`` (or an ``EdgeIndex`` as ``edge_index``) and what
             ``model.inputs`` names. Or an EvalSubgraphLoader: H is then computed layer by layer in mini-batches, with
-            two more tables in host memory.
+            two more tables in host memory. Over ranks all of them call this together; a loader is of the nodes of this
+            one, in as many mini-batches as every other has.
 
     Returns:
-        A number for each layer but the last; 0 is exact, 1 is as wrong as zeros.
+        A number for each layer but the last; 0 is exact, 1 is as wrong as zeros. Over ranks, of the rows of all.
 
     Raises:
         ValueError: it is not the graph of the histories.
@@ -67,9 +68,8 @@ def _errors_of_graph(model: ScalableGNN, data: Any) -> list[float]:
     errors: list[float] = []
 
     def compare(layer: int, rows: Tensor) -> Tensor:
-        everything = torch.arange(rows.size(0), device="cpu")
-        pieces = zip(torch.split(everything, _ROWS_AT_ONCE), torch.split(rows, _ROWS_AT_ONCE), strict=True)
-        errors.append(_error(model.tables[layer], pieces))
+        here = torch.split(model.tables[layer].own_nodes, _ROWS_AT_ONCE)
+        errors.append(_error(model.tables[layer], ((n_id, rows[n_id.to(rows.device)]) for n_id in here)))
         return rows
 
     adj_t = adjacency_of(data)
@@ -84,8 +84,11 @@ def _error(history: History, true: TrueRows) -> float:
     wrong = total = 0.0
     for n_id, rows in true:
         exact = rows.to(torch.float64)
-        wrong += float((history.pull(n_id).to(exact) - exact).square().sum())
+        wrong += float((history.pull_own(n_id).to(exact) - exact).square().sum())
         total += float(exact.square().sum())
+    if history.shares is not None:
+        sums = torch.tensor([wrong, total], dtype=torch.float64, device=history.shares.ranks.place)
+        wrong, total = history.shares.ranks.add_up(sums, "errors of a history").tolist()
     if total == 0:
         return 0.0 if wrong == 0 else float("inf")
     return math.sqrt(wrong / total)

@@ -15,13 +15,18 @@ __all__ = ["Coming", "Route"]
 class Coming:
     """Rows that are on their way; called once, it waits for them, and returns them.
 
+    What came of other ranks stays here, so that the rows can be put together once more as long as this lives.
+
     Args:
         exchange: brings them.
-        take: puts them together when they have come.
+        route: by which they come.
+        came: rows of other ranks, when the exchange is over.
+        own: rows of this rank.
     """
 
-    def __init__(self, exchange: Exchange, take: Callable[[], Tensor]) -> None:
-        self._exchange, self._take = exchange, take
+    def __init__(self, exchange: Exchange, route: Route, came: Tensor, own: Tensor) -> None:
+        self._exchange, self.route, self.came = exchange, route, came
+        self._own: list[Tensor] = [own]  # until the rows are returned
 
     def __call__(self) -> Tensor:
         """Return the rows [rows, width].
@@ -30,7 +35,14 @@ class Coming:
             SharesError: ranks differ, or one has ended.
         """
         self._exchange.wait()
-        return self._take()
+        return self.again(self._own.pop())
+
+    def again(self, own: Tensor) -> Tensor:
+        """Return the rows [rows, width] once more, with those of this rank as they are given [k, width]."""
+        rows = self.came.new_empty(self.route.num_rows, self.came.size(1))
+        rows[self.route.places] = self.came
+        rows[self.route.inside] = own
+        return rows
 
     def values(self) -> list[Values]:
         """Wait for the headers alone, and return the numbers that each rank said beside its rows [R]."""
@@ -53,6 +65,7 @@ class Route:
         asked: rows of this rank that others want, by rank, numbered from this rank's first one [Σ].
         inside: where in ``rows`` this rank's own are [k].
         own: these rows, numbered from this rank's first one [k].
+        places: where in ``rows`` those of other ranks are, by rank [n - k].
 
     Raises:
         SharesError: other ranks are at another exchange, or have ended; here, and where rows are exchanged.
@@ -64,12 +77,12 @@ class Route:
         self.inside = is_own.nonzero().view(-1)
         self.own = rows[self.inside] - first
         away = (~is_own).nonzero().view(-1)
-        self._places = away[owners[away].argsort(stable=True)]  # of the rows that come from others, by rank
+        self.places = away[owners[away].argsort(stable=True)]  # of the rows that come from others, by rank
         self._out = torch.bincount(owners[away], minlength=ranks.size).tolist()
         exchange = wire.announce(f"numbers of {what}", wants=self._out, channels=1, item=8)
         self._in = [header.wants for header in exchange.hear()]
         self.asked = rows.new_empty(sum(self._in))
-        exchange.send(rows[self._places], self._out, self.asked, self._in)
+        exchange.send(rows[self.places], self._out, self.asked, self._in)
         exchange.wait()
         self._number = exchange.number
         self.asked -= first
@@ -88,16 +101,9 @@ class Route:
         """
         sent = table(self.asked).contiguous()
         own = table(self.own)
-        came = sent.new_empty(len(self._places), sent.size(1))
+        came = sent.new_empty(len(self.places), sent.size(1))
         exchange = self._send(what, sent, self._in, came, self._out, values)
-
-        def take() -> Tensor:
-            rows = came.new_empty(self.num_rows, came.size(1))
-            rows[self._places] = came
-            rows[self.inside] = own
-            return rows
-
-        return self._wire.keep(Coming(exchange, take), exchange)
+        return self._wire.keep(Coming(exchange, self, came, own), exchange)
 
     def give_back(self, values: Tensor, what: str) -> list[tuple[Tensor, Tensor]]:
         """Send values for all rows to the ranks that own them.
@@ -110,7 +116,7 @@ class Route:
             What came, rank by rank, and this rank's own: numbers of its rows, each once, counted from its first one,
             and values.
         """
-        sent = values[self._places]
+        sent = values[self.places]
         came = sent.new_empty(self.asked.numel(), sent.size(1))
         self._send(what, sent, self._out, came, self._in).wait()
         parts = zip(torch.split(self.asked, self._in), torch.split(came, self._in), strict=True)

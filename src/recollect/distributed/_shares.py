@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from recollect.distributed._ranks import Ranks
 from recollect.distributed._routes import Route
 
 __all__ = ["Shares"]
+
+_Found = TypeVar("_Found")
 
 
 class Shares:
@@ -198,6 +200,31 @@ class Shares:
             SharesError: on every rank, if two differ, or one calls something else.
         """
         self.ranks.agree(what, value)
+
+    def together(self, what: str, function: Callable[[], _Found]) -> _Found:
+        """Return what a function returns on this rank, if it raises no error on any; all ranks call this together.
+
+        Args:
+            what: it is for, for the error where ranks differ.
+            function: takes no part in an exchange.
+
+        Raises:
+            Exception: the function's own, on the ranks where there is one.
+            SharesError: on the others; it names the first of those ranks, and its error.
+        """
+        found: _Found | None = None
+        error: Exception | None = None
+        try:
+            found = function()
+        except Exception as own:
+            error = own
+        told = self.ranks.gather(None if error is None else f"{type(error).__name__}: {error}", what)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise SharesError(f"rank {rank} could not go on, and so no other could: {message}")
+        return cast(_Found, found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shares:
         return self  # a process group cannot be copied

@@ -89,15 +89,23 @@ def _lacking(settings: Settings, needed: str) -> str:
 
 
 def _devices(settings: Settings) -> Iterator[str]:
-    if settings.model.family != "histories":
+    if settings.model.family == "own":
         yield (
             f"devices={settings.devices} needs a network whose histories can lie over processes, and model="
-            f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk or gin, and training=autoscale"
+            f"{settings.model.name} has none: choose gcn, gat, gcn2, appnp, pna, pna_jk, gin or revgnn, and "
+            "training=autoscale, or revgnn and training=wholegraph"
         )
     needed = (
-        "training=autoscale training.layerwise=true training.pool_size=null training.errors_every=null "
-        "training.lipschitz=0 training.history_device=null,cpu objective=mean device=cpu,auto runs=1"
+        "training=autoscale training.layerwise=true training.pool_size=null training.lipschitz=0 "
+        "training.history_device=null,cpu objective=mean device=cpu,auto runs=1"
     )
+    if settings.training.name == "wholegraph":
+        needed = "training.store=null device=cpu,auto runs=1"
+        if settings.training.num_parts % settings.devices:
+            yield (
+                f"devices={settings.devices}: each takes as many parts of training=wholegraph, and training.num_parts="
+                f"{settings.training.num_parts} is not divisible by it"
+            )
     if words := _lacking(settings, needed):
         yield f"devices={settings.devices}: several processes train on parts, and need {words}"
     if settings.training.num_parts < settings.devices:

@@ -104,7 +104,7 @@ def _start(
     console = console or Console(quiet=True)
     with joined() as team:
         if team.size == 1 and settings.devices > 1:
-            return _launched(settings, folder)
+            return _launched(settings, folder, console)
         if settings.devices != team.size:
             settings = replace(settings, devices=team.size)
             check(settings)
@@ -136,12 +136,14 @@ def _finished(settings: Settings, folder: RunFolder, console: Console) -> dict[s
         return summary
 
 
-def _launched(settings: Settings, folder: RunFolder | None) -> dict[str, Any]:
+def _launched(settings: Settings, folder: RunFolder | None, console: Console) -> dict[str, Any]:
     """Train in processes of their own; the run's folder tells them the settings."""
     from recollect.train._summary import read_summary
     from recollect.train._team import launch
 
     new = folder is None
+    if folder is not None and (finished := _finished(settings, folder, console)) is not None:
+        return finished
     folder = folder or create(settings)
     try:
         code = launch([f"resume={folder.path}"], settings.devices)

@@ -116,7 +116,8 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
                 f"validation did not get better for {settings.patience} epochs: patience=null goes on all the same",
                 highlight=False,
             )
-    group.draw_apart(settings.seed, trainer.epoch)
+    if not step.family.draws_alike:
+        group.draw_apart(settings.seed, trainer.epoch)
     if not brief:
         among = f", by {group.size} processes" if group.size > 1 else ""
         console.print(f"run: {folder.path}{among}", highlight=False, markup=False, soft_wrap=True)

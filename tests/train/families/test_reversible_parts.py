@@ -209,7 +209,7 @@ def test_a_run_goes_on_as_the_unbroken_one_and_shows_its_histories(tmp_path):
     [
         (["training.compensate=cut", *MANY], "training.compensate=cut takes one backward pass of one loss"),
         (["model.conv=gcn"], "model.conv=gcn divides by the degrees of neighbours"),
-        (["devices=2"], "devices=2 needs a network whose histories can lie over processes, and model=revgnn has none"),
+        (["devices=2"], "devices=2: several processes train on parts, and need training.layerwise=true"),
         (["training.edge_dropout=0.1"], "model=revgnn takes no notice of the edges' weights"),
         (["training.lipschitz=0.1"], "needs model=gin"),
         (["training.parts_per_batch=5"], "must be at most training.num_parts=4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import codec_for
 from recollect.autoscale.histories._file_table import FileTable
 from recollect.autoscale.histories._memory import memory_table, no_table
-from recollect.autoscale.histories._ranks import RankTable
+from recollect.autoscale.histories._ranks import RankPull, RankTable
 from recollect.autoscale.histories._selection import (
     Selection,
     check_values,
@@ -148,8 +149,11 @@ class History(TableModule):
             table = no_table(codec, num_embeddings)
         elif path is None:
             table = memory_table(codec, rows, torch.device("cpu" if device is None else device))
-        else:
+        elif shares is None:
             table = FileTable(Path(path), rows, embedding_dim, dtype, codec)
+        else:  # a file of another number of ranks is told to all
+            make = partial(FileTable, Path(path), rows, embedding_dim, dtype, codec)
+            table = shares.together("a history's file", make)
         if shares is not None:
             table = RankTable(table, shares)
         super().__init__(table, torch.float64 if dtype == torch.float64 else torch.float32, save_histories)
@@ -228,8 +232,7 @@ class History(TableModule):
         """
         if not isinstance(self.table, RankTable):
             return lambda: self.pull(rows)
-        begun = self.table.begin(rows, what)
-        return lambda: self.decoded(begun())
+        return RankPull(self.table, self.table.begin(rows, what), self.decoded)
 
     def decoded(self, records: Tensor) -> Tensor:
         """Return the rows [rows, embedding_dim] of records that came from ranks."""
@@ -251,6 +254,17 @@ class History(TableModule):
             return self.pull()
         self.settle()
         return self.table.state()["table"]
+
+    @property
+    def shares(self) -> Shares | None:
+        """Which rank owns which rows; ``None``: all are here."""
+        return self.table.shares if isinstance(self.table, RankTable) else None
+
+    @property
+    def own_nodes(self) -> Tensor:
+        """Numbers of the rows that are here [rows] int64, on the CPU: all, or over ranks those of this one."""
+        start, stop = (0, self.num_embeddings) if self.shares is None else self.shares.nodes
+        return torch.arange(start, stop, device="cpu")
 
     @property
     def graph(self) -> GraphStamp | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from recollect.autoscale.histories._selection import Selection, Slices, length, 
 from recollect.autoscale.histories._table import Table
 from recollect.distributed import Coming, Shares
 
-__all__ = ["RankTable"]
+__all__ = ["RankPull", "RankTable"]
 
 
 class RankTable(Table):
@@ -82,7 +82,7 @@ class RankTable(Table):
         Raises:
             SharesError: ranks differ, or one has ended; here, or where the result is waited for.
         """
-        return self.shares.route(where, what).begin(self._records, f"{what}, history {self._number}", values)
+        return self.shares.route(where, what).begin(self.records_of, f"{what}, history {self._number}", values)
 
     def ages(self, where: Selection) -> Tensor:
         """See :class:`Table`; of this rank's own rows."""
@@ -108,7 +108,8 @@ class RankTable(Table):
             "a history over ranks has the nodes of its Shares: make a model with other Shares, and fill its histories"
         )
 
-    def _records(self, rows: Tensor) -> Tensor:
+    def records_of(self, rows: Tensor) -> Tensor:
+        """Return records of this rank's own rows [rows], numbered from its first one."""
         self.own.mend()
         records = torch.empty(rows.numel(), self.codec.record_width, dtype=self.codec.record_dtype)
         self.records.read(rows, records)
@@ -137,3 +138,40 @@ class RankTable(Table):
         if isinstance(where, Tensor):
             return where - start
         return tuple((low - start, high - start) for low, high in where)
+
+
+class RankPull:
+    """Rows of a history over ranks that were asked for by number; called once, it waits for them, and returns them.
+
+    In backward they are had once more without the other ranks, whose rows may have been pushed again in the same step:
+    kept until then are rows of other ranks, in the form in which they came. This rank's own are read again.
+
+    Args:
+        table: of the rows.
+        coming: brings them.
+        decoded: from records to rows.
+
+    Attributes:
+        since: pushes to the history before they were asked for.
+    """
+
+    def __init__(self, table: RankTable, coming: Coming, decoded: Callable[[Tensor], Tensor]) -> None:
+        self._table, self._coming, self._decoded = table, coming, decoded
+        self.since = table.clock.pushes
+
+    def __call__(self) -> Tensor:
+        """Return the rows [rows, channels].
+
+        Raises:
+            SharesError: ranks differ, or one has ended.
+        """
+        return self._decoded(self._coming())
+
+    @property
+    def own(self) -> Tensor:
+        """Which of the rows are this rank's own, by their numbers [k] int64."""
+        return self._coming.route.own + self._table.shares.nodes[0]
+
+    def again(self) -> Tensor:
+        """Return the rows [rows, channels] once more, if this rank's own are still what they were."""
+        return self._decoded(self._coming.again(self._table.records_of(self._coming.route.own)))

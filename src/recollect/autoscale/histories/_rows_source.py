@@ -10,10 +10,11 @@ from torch import Tensor
 from recollect._devices import forms_of
 from recollect._verdicts import later
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._ranks import RankPull, RankTable
 from recollect.autoscale.histories._selection import select_rows
 from recollect.frames import Arguments, Held, InPlaceError, Kept, Source
 
-__all__ = ["Pulls", "Rows", "check_not_pushed", "pushes_of"]
+__all__ = ["Pulls", "Rows", "check_not_pushed", "pulled_again", "pushes_of"]
 
 
 def pushes_of(history: History) -> int:
@@ -59,7 +60,7 @@ class Pulls:
     def __init__(self) -> None:
         self._last: tuple[History, Tensor, int, Tensor] | None = None
 
-    def get(self, history: History, n_id: Tensor, since: int, what: str) -> Tensor:
+    def get(self, history: History, n_id: Tensor, since: int, what: str, begun: RankPull | None = None) -> Tensor:
         """Return the rows ``n_id`` as they were after the history's first ``since`` pushes; not to be changed.
 
         Raises:
@@ -69,14 +70,26 @@ class Pulls:
         if last is not None and last[0] is history and last[1] is n_id and last[2] == since:
             return last[3]
         self._last = last = None  # not the rows of two histories at a time
-        rows = _pulled_again(history, n_id, since, what)
+        rows = pulled_again(history, n_id, since, what, begun)
         self._last = history, n_id, since, rows
         return rows
 
 
-def _pulled_again(history: History, n_id: Tensor, since: int, what: str) -> Tensor:
-    check_not_pushed(history, n_id, since, what)
-    return history.pull(n_id)
+def pulled_again(history: History, n_id: Tensor, since: int, what: str, begun: RankPull | None = None) -> Tensor:
+    """Return rows as they were after the history's first ``since`` pushes.
+
+    Args:
+        history: of the rows.
+        n_id: their numbers [rows].
+        since: pushes.
+        what: they are, for the error.
+        begun: over ranks, what brought them first.
+
+    Raises:
+        InPlaceError: see :func:`check_not_pushed`; over ranks, of this rank's own rows.
+    """
+    check_not_pushed(history, n_id if begun is None else begun.own, since, what)
+    return history.pull(n_id) if begun is None else begun.again()
 
 
 class Rows(Source):
@@ -99,7 +112,7 @@ class Rows(Source):
 
     Raises:
         TypeError: ``history`` is none, ``n_id`` holds no integers, or the call has no such argument.
-        ValueError: ``n_id`` is not 1-D, or the argument has another shape than its rows.
+        ValueError: ``n_id`` is not 1-D, the argument has another shape than its rows, or these lie with several ranks.
         IndexError: rows that the history does not have.
         InPlaceError: in backward, when some of the rows were pushed again since the forward.
 
@@ -131,10 +144,16 @@ class Rows(Source):
         self.argument = argument
         self.pulls = pulls
         self._since: int | None = None
+        self.begun: RankPull | None = None
 
-    def note(self) -> None:
-        """Count pushes from now on, and not from when the frame begins: the rows are pulled before the next push."""
-        self._since = pushes_of(self.history)
+    def note(self, begun: RankPull | None = None) -> None:
+        """Count pushes from now on, and not from when the frame begins: the rows are pulled before the next push.
+
+        Args:
+            begun: over ranks, what brings the rows.
+        """
+        self.begun = begun
+        self._since = pushes_of(self.history) if begun is None else begun.since
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held:
         """See :class:`~recollect.frames.Source`."""
@@ -156,6 +175,12 @@ class Rows(Source):
                 f"argument={self.argument!r}: rows of {self.history!r} are expected, {list(shape)} (got "
                 f"{list(found.shape)}); give what history.pull(n_id) returned"
             )
+        if isinstance(self.history.table, RankTable) and self.begun is None:
+            raise ValueError(
+                f"rows of {self.history!r} are with several ranks, which other steps have changed when backward pulls "
+                "them again: leave out source=, so that the frame keeps them, or let the layers of a ScalableGNN pull "
+                "them, with recompute=True"
+            )
         return _PulledCall(self, found, args, kwargs)
 
 
@@ -164,6 +189,7 @@ class _PulledCall(Held):
 
     __slots__ = (
         "_argument",
+        "_begun",
         "_changed",
         "_device",
         "_dtype",
@@ -179,6 +205,7 @@ class _PulledCall(Held):
         self._history = rows.history
         self._argument = rows.argument
         self._pulls = rows.pulls
+        self._begun = rows.begun
         self._since = pushes_of(rows.history) if rows._since is None else rows._since
         self._dtype, self._device, self._strides = found.dtype, found.device, found.stride()
         self._requires_grad = found.requires_grad
@@ -202,9 +229,9 @@ class _PulledCall(Held):
         argument = self._argument
         first = kwargs[argument] if isinstance(argument, str) else args[argument]
         what = "rows that a frame got" if first is None else "halo rows that a mini-batch pulled"
-        pull = _pulled_again if self._pulls is None else self._pulls.get
+        pull = pulled_again if self._pulls is None else self._pulls.get
         with torch.no_grad():
-            rows = pull(self._history, n_id, self._since, f"{what} in its forward pass")
+            rows = pull(self._history, n_id, self._since, f"{what} in its forward pass", self._begun)
             rows = rows.detach().to(self._device, self._dtype)
             if first is not None:
                 rows = torch.cat([first, rows])

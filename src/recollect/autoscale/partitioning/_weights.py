@@ -1,4 +1,4 @@
-"""Weights of nodes, by which parts are balanced."""
+"""Weights of nodes, by which parts are balanced, and of parts, by which ranks are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checked_weight", "even_parts", "whole"]
+from recollect.autoscale._adjacency import as_csr
+from recollect.messages import rows_of
+
+__all__ = ["checked_weight", "even_parts", "part_weights", "whole"]
 
 _HEAVIEST, _SUM = 10_000, 2**30  # of the whole numbers that weights are rounded to; partitioners sum in 32 bits
 
@@ -72,3 +75,38 @@ def even_parts(order: Tensor, num_parts: int, weight: Tensor | None) -> Tensor:
         middle = ends - weight[order] / 2
         part = (middle * (num_parts / ends[-1:])).long().clamp_(max=num_parts - 1)
     return torch.empty_like(order).scatter_(0, order, part)
+
+
+def part_weights(adj_t: Any, ptr: Tensor) -> Tensor:
+    """Return what a step on each part takes, about: its nodes, the edges into them, and its halo.
+
+    They are for :class:`~recollect.distributed.Shares`, which gives each rank parts of the same weight together.
+
+    Args:
+        adj_t: adjacency [N, N] of the permuted graph, targets by sources.
+        ptr: [num_parts + 1] int64: part ``p`` holds the nodes from ``ptr[p]`` to ``ptr[p + 1]``.
+
+    Returns:
+        Nodes, edges into them, and nodes of other parts that these come from, together, [num_parts] int64 on the CPU.
+
+    Raises:
+        TypeError: ``adj_t`` is no adjacency.
+        ValueError: ``ptr`` does not ascend from 0 to N.
+
+    Example:
+        >>> import torch
+        >>> from recollect.autoscale import part_weights
+        >>> from recollect.messages import make_adj_t
+        >>> ring, _ = make_adj_t(torch.arange(6), torch.arange(6).roll(1), None, 6)
+        >>> part_weights(ring, torch.tensor([0, 2, 6]))  # 2 nodes, 2 edges and a node before them; 4, 4 and 1
+        tensor([5, 9])
+    """
+    adj_t, ptr = as_csr(adj_t), ptr.detach().to("cpu", torch.int64)
+    nodes = adj_t.size(0)
+    if ptr.dim() != 1 or ptr.numel() < 2 or ptr[0] != 0 or ptr[-1] != nodes or bool((ptr.diff() < 0).any()):
+        raise ValueError(f"ptr must ascend from 0 to the {nodes} nodes of adj_t (got a tensor of {list(ptr.shape)})")
+    target, source = rows_of(adj_t).cpu(), adj_t.col_indices().cpu()
+    part, home = (torch.searchsorted(ptr, each, right=True) - 1 for each in (target, source))
+    halo = (part * nodes + source)[part != home].unique() // max(nodes, 1)
+    number = ptr.numel() - 1
+    return ptr.diff() + torch.bincount(part, minlength=number) + torch.bincount(halo, minlength=number)

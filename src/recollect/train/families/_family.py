@@ -34,9 +34,11 @@ class Family(ABC):
 
     Attributes:
         any_depth: whether `build` takes ``num_layers``, so that memory can be measured against depth.
+        draws_alike: whether several processes draw the same random numbers in their steps, as those of one step do.
     """
 
     any_depth = False
+    draws_alike = False
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from recollect import models
-from recollect.autoscale import Combination, HistoryOptions, ScalableGNN, SubData, history_errors, permute, to_adj_t
+from recollect.autoscale import (
+    Combination,
+    HistoryOptions,
+    ScalableGNN,
+    SubData,
+    history_errors,
+    part_weights,
+    permute,
+    to_adj_t,
+)
 from recollect.distributed import Shares
 from recollect.train._batches import Batches, PartBatches, evaluation_loader
 from recollect.train._errors import UsageError
@@ -69,7 +78,7 @@ class HistoriesFamily(Family):
         if not self.in_parts:
             return self._build(graph, keep_histories=False)
         if self._team.size > 1 and graph.ptr is not None:
-            self._shares = Shares(graph.ptr, _work(graph))
+            self._shares = Shares(graph.ptr, part_weights(graph.data.adj_t, graph.ptr))
         return self._build(graph, **self._options(graph.data.num_nodes, device))
 
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
@@ -193,7 +202,8 @@ class HistoriesFamily(Family):
         if training.errors_every:
             found = [float("nan")] * len(seen)
             if errors:
-                found = history_errors(network, evaluation_loader(graph, training) if self.by_layers else graph.data)
+                loader = evaluation_loader(graph, training, self._shares) if self.by_layers else graph.data
+                found = history_errors(network, loader)
             seen |= {f"error_{layer}": error for layer, error in enumerate(found, 1)}
         return seen
 
@@ -249,14 +259,6 @@ class HistoriesFamily(Family):
             "combine": None if training.combine is None else Combination(training.combine, training.combine_score),  # type: ignore[arg-type]
             "histories": HistoryOptions(process_group=self._shares),
         }
-
-
-def _work(graph: TrainingGraph) -> Tensor:
-    """What each part takes, about: its nodes, and the edges into them [num_parts]."""
-    assert graph.ptr is not None
-    ends = graph.data.adj_t.crow_indices()[graph.ptr]
-    work: Tensor = graph.ptr.diff() + ends.diff()
-    return work
 
 
 def _with_histories(network: nn.Module) -> ScalableGNN:

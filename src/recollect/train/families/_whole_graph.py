@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from recollect import models
 from recollect.autoscale import HistoryFileError, edge_index_of, permute, to_adj_t
+from recollect.distributed import Shares
 from recollect.outofcore import WholeGraph
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph, cut
 from recollect.train._metrics import known_labels, known_losses
 from recollect.train._objective import Objective
 from recollect.train._settings import Settings
+from recollect.train._team import team
 from recollect.train._text import tables_text
 from recollect.train.families._reversible import ReversibleFamily, drift_of, edge_inputs
 
@@ -26,10 +28,12 @@ class WholeGraphFamily(ReversibleFamily):
     """Networks whose activations and gradients lie in tables, of which a part is computed at a time."""
 
     any_depth = False  # there is one store
+    draws_alike = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._whole: WholeGraph | None = None
+        self._shares: Shares | None = None  # of the processes, where there are several
 
     def modes(self, network: nn.Module) -> list[str]:
         """Part by part, and the whole graph at once with every activation kept."""
@@ -71,7 +75,7 @@ class WholeGraphFamily(ReversibleFamily):
     def summarize(
         self, network: nn.Module, history: Sequence[dict[str, float]], device: torch.device
     ) -> dict[str, Any]:
-        """What the tables take."""
+        """What the tables take; of several processes, those of this one."""
         assert self._whole is not None
         sizes = [stop - start for start, stop in self._whole.parts.bounds]
         return {"tables": self._tables(sizes, cast(models.RevGNN, network).head.out_features)}
@@ -86,7 +90,9 @@ class WholeGraphFamily(ReversibleFamily):
 
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
         """Part by part too."""
-        whole = self._of_parts(network, graph)
+        whole, shares, group = self._of_parts(network, graph), self._shares, team()
+        if shares is not None:
+            return lambda model: group.gather_rows(whole.evaluate(), shares)
         return lambda model: whole.evaluate()
 
     def _of_parts(self, network: nn.Module, graph: TrainingGraph) -> WholeGraph:
@@ -95,9 +101,13 @@ class WholeGraphFamily(ReversibleFamily):
                 raise ValueError("the graph is not cut into parts: prepare it for training=wholegraph")
             inputs = edge_inputs(self.own, graph.data)
             self._whole = None  # gives its files up
-            store = self.settings.training.store
+            store, ptr = self.settings.training.store, graph.ptr
+            if team().size > 1:
+                self._shares = Shares(ptr, torch.ones(ptr.numel() - 1))  # as many parts for each
             try:
-                self._whole = WholeGraph(cast(models.RevGNN, network), graph.data, graph.ptr, store, inputs=inputs)
+                self._whole = WholeGraph(
+                    cast(models.RevGNN, network), graph.data, ptr, store, inputs=inputs, shares=self._shares
+                )
             except (OSError, HistoryFileError) as error:
                 raise TrainingError(str(error)) from error
             except ValueError as error:
