@@ -47,6 +47,8 @@ class About:
         """What a value must be, in words."""
         of = [kind for kind in typing.get_args(self.type) if kind is not types.NoneType]
         optional = isinstance(self.type, types.UnionType)
+        if self.choices:
+            return f"one of {', '.join([*self.choices, *(['null'] if optional else [])])}"
         return _KINDS[of[0] if optional else self.type] + (" or null" if optional else "")
 
     def fault(self, key: str, value: Any) -> str | None:

@@ -94,7 +94,10 @@ class Family(ABC):
             )
         data = copy.copy(graph.data)
         data.x = scaled_features(data.x, self.settings.data.features)
-        data, ptr = self._edges(data)
+        try:
+            data, ptr = self._edges(data)
+        except (TypeError, ValueError) as error:  # of a graph that was given
+            raise UsageError(str(error)) from error
         known = {item.name: getattr(graph, item.name) for item in fields(GraphDataset)}
         return TrainingGraph(**known | {"data": data}, num_edges=graph.data.num_edges, ptr=ptr)
 
@@ -127,6 +130,14 @@ class Family(ABC):
         """A function from the model to the logits [num_nodes, num_classes], where the graph's labels are."""
         inputs = self.inputs(network, graph)
         return lambda model: self.call(model, inputs)
+
+    def checked(self, logits: Tensor, graph: TrainingGraph) -> Tensor:
+        """The logits of an evaluation.
+
+        Raises:
+            UsageError: they are not of this graph.
+        """
+        return logits
 
     def rehearse(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - ours are known to work
         """Find out whether the network can be trained, before anything is written.

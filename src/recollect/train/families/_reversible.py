@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from recollect import models
 from recollect.train._errors import UsageError
-from recollect.train._graph import TrainingGraph
+from recollect.train._graph import TrainingGraph, with_edge_index
 from recollect.train._settings import RevGNNSettings, Settings
 from recollect.train.families._family import Family
 
-__all__ = ["ReversibleFamily", "drift_of", "edge_inputs", "make_revgnn"]
+__all__ = ["SAVED", "ReversibleFamily", "drift_of", "edge_inputs", "make_revgnn"]
 
+SAVED = 5
+"""Numbers of each layer and channel that norm, ReLU, dropout and convolution save in a plain step."""
 _EDGE_CONVS = ("gat", "gen")
 
 
@@ -31,6 +33,10 @@ class ReversibleFamily(Family):
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
         """Features, edges and, where they are wanted and there, edge features."""
         return (graph.data.x, graph.data.edge_index, *(graph.data[name] for name in edge_inputs(self.own, graph.data)))
+
+    def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
+        """``edge_index``; of a graph that was cut into parts too."""
+        return (with_edge_index(data) if "adj_t" in data else data), None
 
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible, and with every activation kept."""
