@@ -27,6 +27,7 @@ class About:
         needs: a group, and those of the group's options with which it counts; none: it always does.
         path: whether it is a path, which is taken as it stands, whatever characters it has.
         free: whether the keys below it are the network's, not ours.
+        code: whether its value says which code runs: no file decides that, but whoever starts or resumes a run.
         group: the group whose option sets it, together with all that belongs to it.
         type: of its values.
     """
@@ -39,6 +40,7 @@ class About:
     needs: tuple[str, ...] = ()
     path: bool = False
     free: bool = False
+    code: bool = False
     group: str | None = None
     type: Any = None
 

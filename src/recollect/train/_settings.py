@@ -131,9 +131,9 @@ class ImportSettings(ModelSettings):
 
     family: ClassVar[str] = "own"
 
-    target: str | None = key("MODULE:NAME of a class or function that makes the network", None)
+    target: str | None = key("MODULE:NAME of a class or function that makes the network", None, code=True)
     folder: str | None = key(
-        "folder in which the module is looked for first; null: the working directory", None, path=True
+        "folder in which the module is looked for first; null: the working directory", None, path=True, code=True
     )
     num_layers: int | None = key("given to the target if it names it; null: not", low=1)
     hidden_channels: int | None = key("given to the target if it names it; null: not", low=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from recollect.train._config import parse, parse_override
 from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, make_folder
+from recollect.train._settings import about
+from recollect.train._stored import read_text
 
 __all__ = ["resume_sweep", "sweep"]
 
@@ -47,11 +50,11 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
         TrainingError: the sweep's folder cannot be made or read.
     """
     words = [word for word in words if word]
-    own = [word for word in words if not word.startswith(("hydra.", "hydra/"))]
+    own = [word for word in words if not _is_hydras(word)]
     run_dir, own = _take("run_dir", own)
     if _take("resume", own)[0]:
         raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
-    hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+    hydras = [word for word in words if _is_hydras(word)]
     if not hydras:
         _check_all(own)
     folder = folder or make_folder(run_dir, "sweep")
@@ -63,7 +66,7 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
             passed = [f"++{parse_override(word).input_line}" for word in own]
             _multirun([*passed, *_QUIET, *hydras, f'hydra.sweep.dir="{folder.path}"'])
         except KeyboardInterrupt as error:
-            raise Interrupted(folder.again) from error
+            raise Interrupted(shlex.join(["recollect", "train", f"resume={folder.path}", *_code(words)])) from error
         from recollect.train._sweep_report import gather, show_sweep, sweep_report
 
         found = gather(folder, words)
@@ -73,17 +76,42 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
         return found
 
 
-def resume_sweep(folder: RunFolder, console: Console) -> dict[str, Any]:
+def resume_sweep(folder: RunFolder, said: Sequence[str], console: Console) -> dict[str, Any]:
     """Go on with a sweep: runs that are finished are taken as they are.
+
+    Args:
+        folder: of the sweep.
+        said: those of its words that say which code runs; no file decides that.
+        console: where progress and the table are shown.
 
     Raises:
         InvalidRunError: its file cannot be read.
+        UsageError: other words were said.
     """
     try:
-        words = json.loads(folder.sweep.read_text())["words"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        words = json.loads(read_text(folder.sweep))["words"]
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError("its words are no texts")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InvalidRunError(f"{folder.sweep} cannot be read: {error}") from error
+    code = _code(words)
+    if others := [word for word in said if word not in code]:
+        raise UsageError(f"resume={folder.path} is a sweep, which goes on as it is: leave out {' '.join(others)}")
+    if lacking := [word for word in code if word not in said]:
+        raise UsageError(
+            f"the sweep in {folder.path} has code that would run, and a file may be anybody's: if you trust it, go on "
+            f"with {shlex.join(lacking)}"
+        )
     return sweep(words, console, folder)
+
+
+def _code(words: Sequence[str]) -> list[str]:
+    """The words that say which code runs: Hydra's, whose values may name classes, and those of a model of one's own."""
+    return [word for word in words if _is_hydras(word) or about(word.partition("=")[0]).code]
+
+
+def _is_hydras(word: str) -> bool:
+    return word.startswith(("hydra.", "hydra/"))
 
 
 def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
