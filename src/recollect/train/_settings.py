@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 SEEDS = 2**32  # so many there are, from 0 on
+_MANY = 2**20  # a slip of the keys, rather than layers or channels
 
 
 _PARTS = ("training", "autoscale")
@@ -63,8 +64,8 @@ class ModelSettings:
     """Which network: what those of every kind have."""
 
     name: str = key("label of the model in the run's files")
-    num_layers: int | None = key("layers", low=1)
-    hidden_channels: int | None = key("channels of the layers", low=1)
+    num_layers: int | None = key("layers", low=1, below=_MANY)
+    hidden_channels: int | None = key("channels of the layers", low=1, below=_MANY)
     dropout: float | None = key("dropout probability", low=0, below=1)
     kind: str = key(
         "network of recollect.models, or one of your own",
@@ -92,8 +93,8 @@ class RevGNNSettings(ModelSettings):
 
     family: ClassVar[str] = "reversible"
 
-    num_layers: int = key("layers", low=1)
-    hidden_channels: int = key("channels of the layers", low=1)
+    num_layers: int = key("layers", low=1, below=_MANY)
+    hidden_channels: int = key("channels of the layers", low=1, below=_MANY)
     dropout: float = key("dropout probability", low=0, below=1)
     num_groups: int = key("groups of a reversible layer; hidden_channels is divisible by them", 2, low=2)
     conv: str = key("convolution: gat, gcn, gen, gin, graphconv or sage", "sage")
@@ -113,8 +114,8 @@ class ScalableSettings(ModelSettings):
 
     family: ClassVar[str] = "histories"
 
-    num_layers: int = key("layers", low=1)
-    hidden_channels: int = key("channels of the layers", low=1)
+    num_layers: int = key("layers", low=1, below=_MANY)
+    hidden_channels: int = key("channels of the layers", low=1, below=_MANY)
     dropout: float = key("dropout probability", low=0, below=1)
     adjacency: str = key("edges; with self-loops; and by the roots of degrees", choices=("plain", "loops", "symmetric"))
     options: dict[str, Any] = key("further options of this network", dict)
@@ -135,8 +136,8 @@ class ImportSettings(ModelSettings):
     folder: str | None = key(
         "folder in which the module is looked for first; null: the working directory", None, path=True, code=True
     )
-    num_layers: int | None = key("given to the target if it names it; null: not", low=1)
-    hidden_channels: int | None = key("given to the target if it names it; null: not", low=1)
+    num_layers: int | None = key("given to the target if it names it; null: not", low=1, below=_MANY)
+    hidden_channels: int | None = key("given to the target if it names it; null: not", low=1, below=_MANY)
     dropout: float | None = key("given to the target if it names it; null: not", low=0, below=1)
     kwargs: dict[str, Any] = key("further arguments of the target", dict, free=True)
     adjacency: str = key(
