@@ -118,7 +118,7 @@ class OwnFamily(Family):
             what = f"{list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise UsageError(
                 f"the model returned {what}, and a tensor of logits [num_nodes, num_classes] is wanted: return that, "
-                f"or say by call= how it is had"
+                f"or say by call= how to get it"
             )
         return found
 

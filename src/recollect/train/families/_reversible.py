@@ -69,7 +69,7 @@ def make_revgnn(own: RevGNNSettings, graph: TrainingGraph, num_layers: int | Non
         **further: what `models.RevGNN` takes for mini-batches.
 
     Raises:
-        UsageError: its convolution takes no edge features, and shall.
+        UsageError: its convolution takes no edge features, and the settings give it some.
     """
     options = dict(own.conv_kwargs)
     if edge_inputs(own, graph.data):
