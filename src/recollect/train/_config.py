@@ -222,7 +222,8 @@ def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
     base = Settings(**{group: table[options[group]] for group, table in OPTIONS.items()}, preset=name)
     if others := [key for key in row if key not in values(base)]:
         raise UsageError(
-            f"preset={name} sets {', '.join(others)}, which model={options['model']} does not have: leave one of them out"
+            f"preset={name} sets {', '.join(others)}, which model={options['model']} does not have: leave one "
+            "of them out"
         )
     said = row | said
     if said.get("model.target") and said.get("model.folder") is None:
