@@ -340,9 +340,7 @@ def test_nothing_is_composed_twice(monkeypatch):
 
 
 def test_a_preset_is_not_laid_over_a_network_that_lacks_its_keys():
-    with pytest.raises(
-        UsageError, match=r"preset=ppi_gcn sets model.options.drop_input, which model=gat does not have"
-    ):
+    with pytest.raises(UsageError, match=r"ppi_gcn sets model.options.drop_input, which model=gat does not have"):
         parse(["preset=ppi_gcn", "model=gat"])
 
 
