@@ -341,7 +341,7 @@ TABLES: dict[str, tuple[dict[str, str | None], str]] = {
     "NaN as feature": ({"features": "1,nan\n1,1\n1,2\n1,2\n"}, "line 1: 'nan' in column 2"),
     "infinite in the first line": ({"features": "inf,2\n1,2\n1,2\n1,2\n"}, "line 1: 'inf' in column 1"),
     "hexadecimal in the first line": ({"features": "0x1,2\n1,2\n1,2\n1,2\n"}, "line 1: '0x1' in column 1"),
-    "a column of row numbers": ({"features": ",a\n0,1\n1,2\n2,3\n3,4\n"}, "line 1: column 1 has no name, as that of"),
+    "a column of row numbers": ({"features": ",a\n0,1\n1,2\n2,3\n3,4\n"}, "line 1: column 1 has no name, as numbers"),
     "labels with row numbers": ({"labels": ",a,b\n0,1,0\n1,0,1\n2,1,1\n3,0,0\n"}, "line 1: column 1 has no name"),
     "a later empty row of a split": ({"split": "train\n\nval\ntest\n"}, "line 2: is empty.* write nan"),
     "fewer features": ({"features": "1,2\n1,2\n"}, "has 2 rows, and|has 4 rows, and"),

@@ -48,8 +48,8 @@ class Table:
         self.header, self.rows, self.lines = self.rows[0], self.rows[1:], self.lines[1:]
         if "" in self.header:
             raise InvalidFileError(
-                f"{self.path}, line {first}: column {self.header.index('') + 1} has no name, as that of row numbers which "
-                f"some programs write; remove it, or call it id if it has the nodes' names"
+                f"{self.path}, line {first}: column {self.header.index('') + 1} has no name, as numbers of rows that some "
+                f"programs write; remove it, or call it id if it has the nodes' names"
             )
         lower = [name.lower() for name in self.header]
         for name in lower:
