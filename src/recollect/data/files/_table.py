@@ -47,9 +47,10 @@ class Table:
         first = self.lines[0]
         self.header, self.rows, self.lines = self.rows[0], self.rows[1:], self.lines[1:]
         if "" in self.header:
+            column = self.header.index("") + 1
             raise InvalidFileError(
-                f"{self.path}, line {first}: column {self.header.index('') + 1} has no name, as numbers of rows that some "
-                f"programs write; remove it, or call it id if it has the nodes' names"
+                f"{self.path}, line {first}: column {column} has no name, as numbers of rows that some programs write; "
+                f"remove it, or call it id if it has the nodes' names"
             )
         lower = [name.lower() for name in self.header]
         for name in lower:
