@@ -131,6 +131,14 @@ class Family(ABC):
         inputs = self.inputs(network, graph)
         return lambda model: self.call(model, inputs)
 
+    def of_parts(self, network: nn.Module, data: Any) -> tuple[Any, tuple[str, ...]]:
+        """The graph as `recollect.outofcore.WholeGraph` takes it, and the names of what layers get of each edge."""
+        return data, ()
+
+    def tables(self, num_classes: int) -> tuple[int, int] | None:
+        """Numbers, and bytes of masks, that the tables of steps part by part have for each node; None if unknown."""
+        return None
+
     def checked(self, logits: Tensor, graph: TrainingGraph) -> Tensor:
         """The logits of an evaluation.
 

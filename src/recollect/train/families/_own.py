@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autoscale import ScalableGNN, edge_index_of, to_adj_t
+from recollect.models import RevGNN
 from recollect.reversible import InvertibleModule
 from recollect.train._batches import Batches
 from recollect.train._errors import UsageError
-from recollect.train._graph import ADJACENCY, TrainingGraph
+from recollect.train._graph import ADJACENCY, TrainingGraph, with_edge_index
 from recollect.train._settings import ImportSettings, Settings
 from recollect.train.families._family import Family
 from recollect.train.families._histories import HistoriesFamily, check_inputs
@@ -201,6 +202,13 @@ class OwnFamily(Family):
                 yield edges.adj_t.values()
             else:
                 yield cast(Tensor, edges[name])
+
+    def of_parts(self, network: nn.Module, data: Any) -> tuple[Any, tuple[str, ...]]:
+        """What the convolutions of a RevGNN name; it gets no weights that these do not know of."""
+        if not isinstance(network, RevGNN):
+            return data, ()
+        names = network.conv_inputs
+        return (data if "edge_weight" in names else with_edge_index(data)), names
 
     def _with_adjacency(self, data: Any) -> Any:
         """A graph with ``adj_t``, which becomes that of the settings; edges that are added have no attributes."""

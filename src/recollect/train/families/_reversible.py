@@ -38,6 +38,16 @@ class ReversibleFamily(Family):
         """``edge_index``; of a graph that was cut into parts too."""
         return (with_edge_index(data) if "adj_t" in data else data), None
 
+    def of_parts(self, network: nn.Module, data: Any) -> tuple[Any, tuple[str, ...]]:
+        """Edge features, where they are wanted and there."""
+        return data, edge_inputs(self.own, data)
+
+    def tables(self, num_classes: int) -> tuple[int, int]:
+        """Activations and a gradient, and one for each of several objectives; a bit for each number and dropout."""
+        channels, several = self.own.hidden_channels, self.settings.objective.name != "mean"
+        masks = 2 * -(-channels // 8) if self.own.dropout else 0
+        return (2 + (num_classes if several else 0)) * channels, masks
+
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible, and with every activation kept."""
         return ["reversible", "everything kept"]

@@ -14,13 +14,13 @@ from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
 from recollect.train._batches import Batches
 from recollect.train._errors import TrainingError, UsageError
-from recollect.train._graph import TrainingGraph, cut, with_edge_index
+from recollect.train._graph import TrainingGraph, cut
 from recollect.train._metrics import known_labels, known_losses
 from recollect.train._objective import Objective
-from recollect.train._settings import RevGNNSettings, Settings
+from recollect.train._settings import Settings
 from recollect.train._text import tables_text
 from recollect.train.families._family import Family
-from recollect.train.families._reversible import SAVED, drift_of, edge_inputs
+from recollect.train.families._reversible import SAVED, drift_of
 
 __all__ = ["WholeGraphFamily"]
 
@@ -72,16 +72,14 @@ class WholeGraphFamily(Family):
 
     def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
         """Say what the tables will take, where the settings tell it."""
-        own, store = self.settings.model, self.settings.training.store
-        if not isinstance(own, RevGNNSettings):
+        known, store = self._of.tables(graph.num_classes), self.settings.training.store
+        if known is None:
             return None
         assert graph.ptr is not None  # as _edges returned it
-        sizes, channels = graph.ptr.diff().tolist(), own.hidden_channels
-        several = 0 if self.settings.objective.name == "mean" else graph.num_classes * channels
-        numbers, rows = 2 * channels + several, sum(sizes)
+        (numbers, masks), sizes = known, graph.ptr.diff().tolist()
+        channels, rows = self.settings.model.hidden_channels or 0, sum(sizes)
         spare = 2 * channels * max(sizes) if store else 0  # in files, with the rows of the largest part once more
-        masks = 2 * -(-channels // 8) * rows if own.dropout else 0  # of dropout, a bit for each number
-        return f"tables: {tables_text(_described(rows, numbers, 4 * (rows * numbers + spare) + masks, store))}"
+        return f"tables: {tables_text(_described(rows, numbers, 4 * (rows * numbers + spare) + masks * rows, store))}"
 
     def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
         """Evaluate once, and look whether steps can be taken in training mode too."""
@@ -108,7 +106,7 @@ class WholeGraphFamily(Family):
 
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """``drift`` of a reversible network, the largest relative reconstruction error."""
-        if self._whole is None or not isinstance(network, RevGNN):
+        if self._whole is None or "drift" not in self._of.observe(network, graph, errors):
             return {}
         return drift_of(self._whole.last_drift)
 
@@ -146,19 +144,11 @@ class WholeGraphFamily(Family):
             if graph.ptr is None:
                 raise ValueError("the graph is not cut into parts: prepare it for training=wholegraph")
             self._whole = None  # gives its files up
-            data, inputs = graph.data, self._edge_inputs(network, graph.data)
-            if isinstance(network, RevGNN) and "edge_weight" not in inputs and "adj_t" in data:
-                data = with_edge_index(data)  # without weights, of which its convolutions do not know
+            data, inputs = self._of.of_parts(network, graph.data)
             with _explained():
                 assert isinstance(network, ScalableGNN)
                 self._whole = WholeGraph(network, data, graph.ptr, self.settings.training.store, inputs=inputs)
         return self._whole
-
-    def _edge_inputs(self, network: nn.Module, data: Any) -> tuple[str, ...]:
-        """What a reversible network's convolutions get of each edge."""
-        if isinstance(self.settings.model, RevGNNSettings):
-            return edge_inputs(self.settings.model, data)
-        return network.conv_inputs if isinstance(network, RevGNN) else ()
 
 
 @contextmanager
