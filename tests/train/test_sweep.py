@@ -60,6 +60,12 @@ def test_a_wrong_word_in_one_combination_stops_all_before_the_first(tmp_path, mo
         (["model=gcn,gnc"], "there is no model 'gnc'"),
         (["layers=2,3"], r"did you mean model.num_layers\?"),
         (["resume=x,y"], "leave out -m"),
+        (["seed=range(1,1000000000000)"], r"these are more than 10,000 runs: leave some values of 'seed="),
+        (
+            ["seed=range(0,1000)", "epochs=range(1,50)"],
+            r"these are more than 10,000 runs: leave some values of 'epochs=",
+        ),
+        (["seed=range(3,3)"], r"'seed=range\(3,3\)' has no value to sweep over"),
         (["model=glob(gc*)"], r"'model=glob\(gc\*\)' cannot be swept over: write its values out"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -26,6 +26,7 @@ from recollect.train._stored import read_text
 
 __all__ = ["resume_sweep", "sweep"]
 
+_MOST = 10_000  # runs of a sweep; more are a slip of the keys
 # Hydra's own logs would come between the runs' lines.
 _QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.sweep.subdir=${hydra.job.num}")
 
@@ -122,14 +123,22 @@ def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
 
 def _check_all(words: Sequence[str]) -> None:
     """Refuse a wrong word in any combination before the first run begins."""
-    choices = []
+    choices, number = [], 1
     for word in words:
         override = parse_override(word)
-        try:
-            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        except HydraException as error:
-            raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
-        choices.append([word] if values is None else [f"{override.key_or_group}={value}" for value in values])
+        values = [word]
+        if override.is_sweep_override():
+            try:
+                found = list(itertools.islice(override.sweep_string_iterator(), _MOST + 1))
+            except HydraException as error:
+                raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
+            values = [f"{override.key_or_group}={value}" for value in found]
+        number *= len(values)
+        if not number:
+            raise UsageError(f"{word!r} has no value to sweep over: write them out, as in key=a,b")
+        if number > _MOST:
+            raise UsageError(f"these are more than {_MOST:,} runs: leave some values of {word!r} out")
+        choices.append(values)
     for combination in itertools.product(*choices):
         parse(combination)
 
