@@ -26,6 +26,18 @@ def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [("graphs/my graph.npz", "my-graph"), ("graphs/mine", "mine"), ("graphs/../x/../..", "{}"), ("/", "file")],
+)
+def test_a_graph_of_ones_own_is_called_as_its_file(tmp_path, monkeypatch, path, label):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = create(parse(["dataset=file", f"dataset.path={path}"]))
+    assert folder.path.name.endswith(f"_{label.format(tmp_path.name)}_revgnn")
+    assert folder.path.parent == Path("runs")
+
+
 def test_a_run_is_found_again_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = create(parse(["seed=9", "data.root=raw", f"run_dir={tmp_path}/a/b"]))

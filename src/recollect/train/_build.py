@@ -42,7 +42,7 @@ def build_dataset(dataset: DatasetSettings, files: DataSettings) -> data.GraphDa
         raise UsageError(str(error)) from error
     for part in ("train", "val", "test"):
         if not bool(graph.data[f"{part}_mask"].any()):
-            raise TrainingError(f"the split of {dataset.name!r} has no {part} nodes, so it cannot be used here")
+            raise TrainingError(f"the split of {dataset.label!r} has no {part} nodes, so it cannot be used here")
     return graph
 
 

@@ -109,7 +109,7 @@ def create(settings: Settings) -> RunFolder:
         TrainingError: it cannot be made.
     """
     # A model's name stays in the folder of runs.
-    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]
+    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.label}_{settings.model.name}")[:100]
     folder = make_folder(settings.run_dir, label)
     try:
         # The run may be gone on with from another working directory.

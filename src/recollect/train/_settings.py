@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 from recollect.train._keys import About, key
@@ -57,6 +58,11 @@ class DatasetSettings:
         choices=("degree", "embedding"),
         needs=_FILE,
     )
+
+    @property
+    def label(self) -> str:
+        """What the graph is called in a run's files: its name, or that of one's own file or folder."""
+        return self.name if self.path is None else Path(self.path).expanduser().resolve().stem or self.name
 
 
 @dataclass(frozen=True)
