@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -307,6 +308,8 @@ def _check_key(key: str, value: Any, known: Values) -> None:
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{key}={value}: must be of type {kind.__name__}, as {known[key]} is")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}={value}: must be a finite number")
 
 
 def _typed(config: DictConfig) -> Settings:

@@ -60,6 +60,8 @@ def cut(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
         return partition(adj_t, training.num_parts, training.partition, cache=cache)  # type: ignore[arg-type]  # its values were checked with the settings
     except ImportError as error:
         raise TrainingError(f"{error}. On this command line: training.partition=random") from error
+    except OSError as error:
+        raise TrainingError(f"training.partition_cache={cache} cannot be used: {error}") from error
 
 
 def with_edge_index(data: Any) -> Any:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 SEEDS = 2**32  # so many there are, from 0 on
+_THREADS = 1025  # more are a slip of the keys, and some end the process with a signal
 _MANY = 2**20  # a slip of the keys, rather than layers or channels
 
 
@@ -295,12 +296,16 @@ class Settings:
         "epochs between checkpoints; null: as often as takes a tenth of the time", None, low=1
     )
     device: str = key("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator", "auto")
-    devices: int = key("processes on this machine that train on parts together, each with a share of them", 1, low=1)
+    devices: int = key(
+        "processes on this machine that train on parts together, each with a share of them", 1, low=1, below=_THREADS
+    )
     memory_budget: str | None = key(
         "what a step may allocate, gradients included: 500MB, 1.5 GB, 60%, or bytes; null: anything", None
     )
     precision: str = key("floating-point precision", "32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
-    threads: int | None = key("CPU threads; null: one for a small graph, else torch's default", None, low=1)
+    threads: int | None = key(
+        "CPU threads; null: one for a small graph, else torch's default", None, low=1, below=_THREADS
+    )
     run_dir: str | None = key("folder of the run's files; null: runs/<date-time>_<dataset>_<model>", None, path=True)
     resume: str | None = key("go on with the run in this folder, or extend it by epochs=N", None, path=True)
     config: str | None = key("file of settings to begin with, such as a run's config.yaml", None, path=True)

@@ -57,7 +57,9 @@ class Family(ABC):
             network = self._network(graph, device, num_layers)
         except TrainingError:
             raise
-        except (ImportError, OSError, HistoryFileError) as error:
+        except OSError as error:
+            raise TrainingError(f"a file of the network cannot be made or read: {error}") from error
+        except (ImportError, HistoryFileError) as error:
             raise TrainingError(str(error)) from error
         except (TypeError, ValueError) as error:
             raise UsageError(f"the model cannot be built: {error}") from error

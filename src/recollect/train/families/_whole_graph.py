@@ -156,7 +156,9 @@ def _explained() -> Iterator[None]:
     """Say of errors of a `WholeGraph` what they are of."""
     try:
         yield
-    except (OSError, HistoryFileError) as error:
+    except OSError as error:
+        raise TrainingError(f"training.store: a file cannot be made or read: {error}") from error
+    except HistoryFileError as error:
         raise TrainingError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"training=wholegraph: {error}") from error
