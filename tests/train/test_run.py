@@ -151,7 +151,8 @@ def test_a_network_of_ones_own_is_found_from_elsewhere(tiny, tmp_path, monkeypat
     monkeypatch.chdir("/")
     again = RunFolder(tmp_path / "run").again
     assert again == f"recollect train resume={tmp_path / 'run'} model.target={words[2][13:]} model.folder={tmp_path}"
-    assert train([*shlex.split(again)[2:], "epochs=2"])["epochs"] == 2
+    more = train([*shlex.split(again)[2:], "epochs=2"])
+    assert (more["epochs"], more["model"]) == (2, "Net")
     assert train(shlex.split(again)[2:])["epochs"] == 2  # it is finished
     sys.modules.pop("net_of_this_test")
 

@@ -227,8 +227,10 @@ def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
             "of them out"
         )
     said = row | said
-    if said.get("model.target") and said.get("model.folder") is None:
-        said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
+    if said.get("model.target"):
+        if said.get("model.folder") is None:
+            said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
+        said.setdefault("model.name", str(said["model.target"]).rpartition(":")[2])
     return _updated(base, said)
 
 
