@@ -117,6 +117,13 @@ def test_metadata(wheel):
     assert wheel.metadata["Description-Content-Type"].startswith("text/markdown")
 
 
+def test_the_changelog_and_the_citation_have_the_version_and_one_date():
+    version = re.escape(PROJECT["version"])
+    found = re.search(rf"^## \[{version}\] - (\d{{4}}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\ndate-released: {found[1]}\n" in citation
+
+
 def test_addresses_follow_from_that_of_the_repository(wheel):
     addresses = dict(line.split(", ") for line in wheel.metadata.get_all("Project-URL"))
     assert set(addresses) == {"Repository", "Documentation", "Changelog", "Issues"}

@@ -182,9 +182,9 @@ class TestResizing:
     def test_set_to_another_storage(self) -> None:
         with peak_memory("cpu") as memory:
             x, y = block(2), block(3)
-            x.set_(y)
+            x.set_(y)  # type: ignore[call-overload]
             assert figures(memory) == (5 * KB, 3 * KB)
-            x.set_()
+            x.set_()  # type: ignore[call-overload]
             del y
             assert memory.current_bytes == 0
 

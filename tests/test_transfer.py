@@ -23,7 +23,8 @@ class Stream:
     """Work that is done, in its order, when somebody waits for it."""
 
     def __init__(self, device: Device, name: str) -> None:
-        self.device, self.name, self.work, self.done = device, name, [], 0
+        self.device, self.name, self.done = device, name, 0
+        self.work: list = []
 
     def do(self, until: int | None = None) -> None:
         until = len(self.work) if until is None else until

@@ -146,7 +146,7 @@ def peak_memory(device: torch.device | str | int | None = None) -> PeakMemory:
     at the moment
     (`resize_`, also of the storage itself, is followed), from the operation that returns it until it dies;
     sparse tensors count with their indices and values. Tensors that autograd saves, gradients, and all that
-    backward allocates are seen. Not seen are: buffers inside a single operation's kernel; what is made without
+    backward allocates are seen. These are not: buffers inside a single operation's kernel; what is made without
     an operation (a `torch.UntypedStorage`, storages from files, the states of random generators); other threads;
     code compiled by `torch.compile`. Storages from before the entry count only with the bytes by which they
     grow, and their death takes nothing off.

@@ -410,7 +410,7 @@ def test_a_weighting_is_not_asked_about_what_is_not_finite():
 @pytest.mark.parametrize("wrong", ["skip", None, True, ["pass"]])
 def test_a_wrong_on_overflow_changes_nothing(wrong):
     net = mlp()
-    asked = []
+    asked: list = []
     with pytest.raises(ValueError, match=r"on_overflow is .*'raise'.*'pass'"):
         Engine(net).backward(net(torch.randn(4, 10)).sum(1), asked.append, on_overflow=wrong)
     assert asked == []

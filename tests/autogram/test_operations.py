@@ -619,7 +619,8 @@ def _(r):
 def some_indices(r, shape):
     """Return indices of some axes: vectors, matrices, masks, counts."""
     width = r.choice((1, 2, 3))
-    indices, axis = [], 0
+    indices: list = []
+    axis = 0
     while axis < len(shape):
         way = r.choice(("none", "none", "vector", "matrix", "counts", "one", "mask", "number", "mask of two"))
         n, taken = shape[axis], 1

@@ -215,7 +215,8 @@ def test_beside_frames_pools_and_files(options, tmp_path):
     if "history_path" in options:
         options = {"history_path": tmp_path}
     data, found = sparse_data(), []
-    for given in ({}, options):
+    both: list[dict] = [{}, options]
+    for given in both:
         model = combined("gcn", 4, **given)
         fill(model, *drawn(model, data))
         found.append(epoch(model.eval() if options == {"recompute": False} and given else model, data, "induced"))

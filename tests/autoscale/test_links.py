@@ -23,7 +23,7 @@ def random_graph(seed=0):
 
 def epoch_of(loader, key="edge_label"):
     """How often each pair comes with each label, in numbers of the whole graph; local ones are checked on the way."""
-    found = Counter()
+    found: Counter = Counter()
     for batch in loader:
         pairs, labels = batch.data.edge_label_index, batch.data[key]
         assert pairs.dtype == torch.int64

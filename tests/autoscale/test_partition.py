@@ -246,6 +246,15 @@ def test_a_cache_saves_the_work(tmp_path, monkeypatch):
     torch.save(torch.zeros(3, dtype=torch.int64), file)
     with pytest.raises(ValueError, match=r"holds 3 nodes, but the graph has \d+; delete it"):
         partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+    parts = torch.arange(adj_t.size(0)) % 2
+    for wrong in ([1, 2], {"a": parts}, parts.float(), parts.to_sparse()):
+        torch.save(wrong, file)
+        with pytest.raises(ValueError, match=r"holds no partition, which is a tensor of int64; delete it"):
+            partition(adj_t, 2, "metis", cache=tmp_path / "parts")
+    for wrong in (parts - 1, parts + 1):
+        torch.save(wrong, file)
+        with pytest.raises(ValueError, match=r"names parts beyond the 2 of the graph; delete it"):
+            partition(adj_t, 2, "metis", cache=tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("method", "package"), [("metis", "pymetis"), ("kaminpar", "kaminpar")])

@@ -13,7 +13,8 @@ from recollect.autoscale import EvalSubgraphLoader, ScalableGNN, SubgraphLoader,
 
 def exact(model, data):
     """Outputs of all layers of the whole graph, in evaluation mode."""
-    training, found, x, state = model.training, [], data.x, {}
+    training, found, x = model.training, [], data.x
+    state: dict = {}
     model.eval()
     with torch.no_grad():
         for layer in range(model.num_layers):

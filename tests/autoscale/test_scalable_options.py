@@ -155,7 +155,8 @@ def test_nodes_in_any_order_without_parts(pool):
 def test_inference_over_mini_batches_without_parts():
     model, data = Mean(), make_graph()
     expected = model(loader=EvalSubgraphLoader(data, PTR))
-    for pool in ({}, POOL):
+    pools: list[dict] = [{}, POOL]
+    for pool in pools:
         bare = [SubData(batch.data, batch.batch_size, batch.n_id, None, None) for batch in batches(data)]
         assert_same([Mean(**pool)(loader=bare)], [expected])
 
@@ -252,7 +253,7 @@ def test_nothing_is_said_where_nothing_is_missing(case):
     model, data = Mean(), make_graph()
     if case == "few layers":
         model = ScalableGNN(NODES, 3, 1)
-        model.forward_layer = lambda layer, x, adj_t, state: x[: adj_t.size(0)]
+        model.forward_layer = lambda layer, x, adj_t, state: x[: adj_t.size(0)]  # type: ignore[method-assign]
     if case == "filled":
         model(loader=EvalSubgraphLoader(data, PTR))
     if case == "eval":

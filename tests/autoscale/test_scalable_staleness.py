@@ -51,7 +51,8 @@ def test_errors(form):
         for weight in model.weights:
             weight += 0.05
     held, ages = tables(model), model.staleness()
-    x, state, expected = data.x, {}, []
+    x, expected = data.x, []
+    state: dict = {}
     for layer in range(3):
         x = model.forward_layer(layer, x, data.adj_t, state)
         expected.append(float(((held[layer] - x).norm() / x.norm()).detach()))

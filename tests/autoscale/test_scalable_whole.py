@@ -47,7 +47,8 @@ def test_layer_wise_inference_makes_histories_for_itself():
 
 
 def test_it_drops_each_of_them_when_no_layer_reads_it_any_more(monkeypatch):
-    made, alive = [], {}
+    made: list = []
+    alive: dict = {}
 
     def fresh(*arguments):
         histories = fresh_histories(*arguments)

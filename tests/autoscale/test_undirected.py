@@ -12,7 +12,7 @@ from recollect.autoscale.partitioning._undirected import undirected
 def test_neighbours_are_those_that_loops_find(make, weighted):
     adj_t = to_adj_t(make()).adj_t
     rowptr, col, value = (part.tolist() for part in (adj_t.crow_indices(), adj_t.col_indices(), adj_t.values()))
-    neighbours = [{} for _ in range(adj_t.size(0))]
+    neighbours: list[dict] = [{} for _ in range(adj_t.size(0))]
     for row in range(adj_t.size(0)):
         for k in range(rowptr[row], rowptr[row + 1]):
             for here, there in ((row, col[k]), (col[k], row)):

@@ -180,7 +180,7 @@ def test_wrong_options_and_steps_without_a_loss_are_refused(lightning):
     with pytest.raises(TypeError, match="'unit' is no option"):
         LightningBudget("1 MB", unit=Block)
     module = Module()
-    module.training_step = lambda batch, batch_idx: None
+    module.training_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="returned no loss, but a NoneType"):
         Trainer(LightningBudget("1 MB")).fit(module, batches(8))
     assert is_plain(module)

@@ -245,7 +245,7 @@ def test_what_a_chain_of_inverses_takes_is_the_least_peak():
 
 
 def test_rows_are_taken_again_where_the_first_step_makes_what_later_ones_find():
-    cache = []
+    cache: list = []
 
     class Net(nn.Module):
         def __init__(self):

@@ -557,5 +557,6 @@ def _register() -> None:
     for names, full in ((_LOW, False), (_FULL, True)):
         for name in names:
             aten.impl(name, _casting(_overload(name), full), "AutocastPrivateUse1")
-    torch.Tensor.__deepcopy__ = functools.partialmethod(_deepcopy, torch.Tensor.__deepcopy__)
+    deepcopy = functools.partialmethod(_deepcopy, torch.Tensor.__deepcopy__)
+    torch.Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
     _libraries.extend([everything, aten])

@@ -205,7 +205,7 @@ def test_the_rows_around_a_mini_batch_are_on_the_device(other):
             found.append(around)
             return super().run_stage(index, x, edge_index, shared, args, around)
 
-    found, model, data = [], Watched().to(other), make_graph(None)
+    found, model, data = list[Around](), Watched().to(other), make_graph(None)
     loss_of(model, next(iter(batches("float64", data))).to(other)).backward()
     assert all(isinstance(around, Around) for around in found)
     assert {rows.device.type for around in found for rows in (around.inputs, around.outputs)} == {other}

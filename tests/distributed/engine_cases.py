@@ -304,11 +304,11 @@ def held_no_longer_than_a_layer(rank: int, world: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8))).double()
     engine = Engine(net, process_group=dist.group.WORLD)
-    _exchange.Exchange._step = watched
+    _exchange.Exchange._step = watched  # type: ignore[method-assign]
     try:
         engine.compute_gramian(net(torch.randn(3, 6).double()).square().sum(1))
     finally:
-        _exchange.Exchange._step = step
+        _exchange.Exchange._step = step  # type: ignore[method-assign]
     assert len(held) == 9
     assert set(held) == {(0, 0)}
 
@@ -317,14 +317,15 @@ def held_no_longer_than_a_layer(rank: int, world: int) -> None:
 def bytes_on_the_wire(rank: int, world: int) -> None:
     """Of each layer the smaller of its factor and its rows goes to half of the other ranks."""
     exchanges, finish = [], _exchange.Exchange.finish
-    _exchange.Exchange.finish = lambda self, declined: exchanges.append(self) or finish(self, declined)
+    noted = lambda self, declined: exchanges.append(self) or finish(self, declined)  # noqa: E731
+    _exchange.Exchange.finish = noted  # type: ignore[method-assign]
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30, bias=False), nn.Tanh(), nn.Linear(30, 2, bias=False)).double()
     engine = Engine(net, process_group=dist.group.WORLD)
     try:
         engine.compute_gramian(net(torch.randn(3, 7, 20).double()).square().sum((1, 2)))
     finally:
-        _exchange.Exchange.finish = finish
+        _exchange.Exchange.finish = finish  # type: ignore[method-assign]
     layers = sum(3 * min(7 * (a + b), a * b) for a, b in ((20, 30), (30, 2)))
     assert min(7 * (30 + 2), 30 * 2) == 30 * 2  # the second goes as rows
     receivers = world // 2 - (world % 2 == 0 and rank >= world // 2)

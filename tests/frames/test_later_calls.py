@@ -382,7 +382,7 @@ class Holder:
         self.net = net
 
 
-KEPT_ALIVE = []  # what a weak reference is to
+KEPT_ALIVE: list = []  # what a weak reference is to
 HIDING = {  # how a network is kept in an attribute, and found again
     "list": (lambda net: [net], lambda hidden: hidden[0]),
     "mapping": (lambda net: {"net": net}, lambda hidden: hidden["net"]),

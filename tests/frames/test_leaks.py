@@ -23,7 +23,7 @@ def without_gc():
 
 def watched_step(net, x, keep_loss=False):
     """Return the loss, and weak references to everything that the step made."""
-    seen = []
+    seen: list = []
     hooks = [
         block.register_forward_hook(lambda m, i, o: seen.extend(map(weakref.ref, (*i, o)))) for block in net.blocks
     ]
@@ -79,7 +79,7 @@ def test_nothing_outlives_the_loss(source, end, without_gc):
 @each_source
 def test_outputs_of_the_middle_die_while_the_graph_lives(source, without_gc):
     net, x = make(source, depth=6)
-    references = []
+    references: list = []
 
     def run():
         h = x * 1.0
@@ -103,7 +103,7 @@ def test_frames_die_after_an_exception(source, without_gc):
     def fail(module, inputs, output):
         raise BlockError
 
-    references = []
+    references: list = []
     handle = net.blocks[-1].register_forward_hook(fail)
     with pytest.raises(BlockError):
         references.extend(map(weakref.ref, net.walk(x)))

@@ -689,7 +689,7 @@ def test_an_attribute_that_the_region_itself_moves(source, way):
             return (h * self.scale).tanh()
 
     def step(wrap):
-        module, found = Moving(), []
+        module, found = Moving(), list[torch.Tensor]()
         for _ in range(3):
             x = data(source)
             y = wrap.over(source, module, x)

@@ -107,7 +107,7 @@ def fresh_generators(monkeypatch):
 
 def test_the_first_rebuild_of_one_thread_and_the_first_forward_of_another(fresh_generators):
     rebuilding, drawn = threading.Event(), threading.Event()
-    masks = []
+    masks: list = []
 
     def first(x):
         mask = torch.rand(3)

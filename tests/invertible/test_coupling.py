@@ -17,7 +17,7 @@ from recollect.memory import peak_memory
 KINDS = {"additive": (AdditiveCoupling, 1), "affine": (AffineCoupling, 2)}
 
 
-CALLS = weakref.WeakKeyDictionary()
+CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Block(nn.Module):

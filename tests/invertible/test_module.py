@@ -20,7 +20,7 @@ from recollect.testing._zoo import ZOO
 WIDTH = 4
 
 
-CALLS = weakref.WeakKeyDictionary()
+CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Swap(inn.Module):
@@ -244,7 +244,7 @@ def test_an_inverse_may_be_set_on_the_module_itself():
     class Doubled(inn.Module):
         def __init__(self):
             super().__init__()
-            self.inverse = lambda y: y / 2
+            self.inverse = lambda y: y / 2  # type: ignore[method-assign]
 
         def function(self, x):
             return 2 * x
@@ -323,7 +323,7 @@ def test_keep_saves_the_inverse():
     h = x * 1.0
     module(h, keep=(t for t in [h])).sum().backward()
     assert calls == []
-    module(x * 1.0, keep=(t for t in ())).sum().backward()
+    module(x * 1.0, keep=(t for t in [h][:0])).sum().backward()
     assert calls == [1]
 
 

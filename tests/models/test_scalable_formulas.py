@@ -259,7 +259,7 @@ def test_drop_input(name):
     for drop, same in ((True, False), (False, True)):
         model = make(name, dropout=0.9, drop_input=drop, num_layers=1)
         if model.lins:
-            seen = []
+            seen: list = []
             model.lins[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             model(data.x, data.adj_t)
             assert torch.equal(seen[0], data.x) == same

@@ -276,3 +276,25 @@ def test_weights_that_hooks_compute():
     model.double()
     found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_step_would_refuse_is_told_before_it():
+    data, model = a_graph(), a_model(norm="batch")
+    model.eval()
+    whole = WholeGraph(model, data, PTR)
+    whole.check()
+    model.train()
+    with pytest.raises(ValueError, match="BatchNorm1d, which in training normalises over all nodes"):
+        whole.check()
+
+
+def test_tables_have_the_sizes_of_groups_and_masks(tmp_path):
+    data = a_graph()
+    sizes = WholeGraph(a_model(dropout=0.3), data, PTR).tables
+    group = (data.num_nodes, 4, torch.float64)
+    assert sizes == {
+        **dict.fromkeys(("x0", "x1", "g0", "g1"), group),
+        **dict.fromkeys(("mask", "last_mask"), (data.num_nodes, 1, torch.uint8)),
+    }
+    in_files = WholeGraph(a_model(), data, PTR, tmp_path)
+    assert in_files.tables["x0"] == (data.num_nodes + int(PTR.diff().max()), 4, torch.float64)

@@ -143,7 +143,8 @@ class ByParts(nn.Module):
 
     def forward(self, seed):
         model, parts = self.whole.model, [self.whole.parts[k] for k in range(len(self.whole.parts))]
-        x, states = self.data.x, [{} for _ in parts]
+        x = self.data.x
+        states: list[dict] = [{} for _ in parts]
         for layer in [*range(model.num_layers), None]:
             out = []
             for part, state in zip(parts, states, strict=True):

@@ -422,7 +422,7 @@ class Entries(torch.autograd.Function):
 class Turned(torch.autograd.Function):
     """[n, t, d] and a matrix to [t, n, d]: their product, the first two axes turned round."""
 
-    independent_axes = ({0: 1, 1: 0}, {})
+    independent_axes: tuple = ({0: 1, 1: 0}, {})
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, p: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor, list[int], ScalableGNN]:
 
 def constant_halo(model: ScalableGNN, data: Any, rows: Tensor) -> Tensor:
     """The rows' outputs on the whole graph, all other rows of each layer's input being constants."""
-    true, whole, state, other = data.x, data.x, {}, {}
+    true, whole = data.x, data.x
+    state: dict = {}
+    other: dict = {}
     for layer in range(model.num_layers):
         true = model.forward_layer(layer, true, data.adj_t, state).detach()
         state = {name: value.detach() for name, value in state.items()}

@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_its_plan_and_its_numbers(graph, tmp_path):
         assert json.loads((folder / "plan.json").read_text()) == chosen
         assert summary["memory_budget"]["bytes"] == 700_000
     assert losses(run) == losses(whole)
-    with pytest.raises(UsageError, match="leave out out, lr, objective, histories, memory_budget"):
+    with pytest.raises(UsageError, match="leave out out, lr, objective, training, histories, memory_budget"):
         fit(models[1], graph, resume=run, memory_budget="1 GB")
 
 

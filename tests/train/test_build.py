@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,13 @@ def test_optimizers_get_their_settings(name, kind):
 def test_a_wrong_option_of_the_optimizer_is_wrong_usage():
     settings = parse(["optimizer.options.betas=[2.0,0.9]"]).optimizer
     with pytest.raises(UsageError, match="the optimizer cannot be built: Invalid beta"):
+        build_optimizer(settings, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("betas", ["[]", "[0.9]", "[0.9,0.99,0.999]"])
+def test_another_number_of_betas_is_refused(betas):
+    settings = parse([f"optimizer.options.betas={betas}"]).optimizer
+    with pytest.raises(UsageError, match=rf"optimizer.options.betas={re.escape(betas)}: must be two numbers"):
         build_optimizer(settings, torch.nn.Linear(2, 2))
 
 

@@ -74,7 +74,7 @@ LARGE = {
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_of_the_small_benchmark_have_the_published_numbers(preset):
     s = parse([f"preset={preset}"])
-    found = (s.model.num_layers, s.model.hidden_channels, s.model.dropout)
+    found: tuple = (s.model.num_layers, s.model.hidden_channels, s.model.dropout)
     found += (s.training.num_parts, s.training.parts_per_batch, s.optimizer.lr)
     found += (s.optimizer.weight_decay, s.optimizer.other_weight_decay, s.clip_norm, s.epochs, s.runs)
     assert found == PUBLISHED[preset]
@@ -340,7 +340,7 @@ def test_nothing_is_composed_twice(monkeypatch):
 
 
 def test_a_preset_is_not_laid_over_a_network_that_lacks_its_keys():
-    with pytest.raises(UsageError, match=r"preset=ppi_gcn sets model.options.drop_input, which model=gat has not"):
+    with pytest.raises(UsageError, match=r"ppi_gcn sets model.options.drop_input, which model=gat does not have"):
         parse(["preset=ppi_gcn", "model=gat"])
 
 

@@ -12,7 +12,7 @@ import torch
 from recollect.train import TrainingError, UsageError, train
 from recollect.train._command import command
 from recollect.train._errors import BusyRunError, Interrupted
-from recollect.train._failures import explained
+from recollect.train._failures import enough_memory, explained
 from recollect.train._folder import RunFolder
 from recollect.train._trainer import Trainer
 
@@ -44,6 +44,25 @@ def test_what_the_machine_refuses_is_one_line(folder, error, said, saved):
     assert "\n" not in text
     assert f"recollect train resume={folder.path}" in text
     assert ("checkpoint is safe" in text) == saved
+
+
+def test_too_little_memory_before_there_is_a_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")):
+        with pytest.raises(TrainingError, match=r"not enough memory .* Nothing was written"), enough_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="mine"), enough_memory():
+        raise RuntimeError("mine")
+
+    def refuse(*_, **__):
+        torch.empty(2**60, dtype=torch.uint8)  # more than there are addresses
+
+    for name in ("recollect.train._single.build_dataset", "recollect.models.RevGNN"):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, refuse)
+            with pytest.raises(TrainingError, match=r"can't allocate memory.* Nothing was written"):
+                train(TINY)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torchs_own_error_for_a_full_disk_is_told_from_others(folder):

@@ -8,7 +8,7 @@ import pytest
 
 from recollect.train._config import parse
 from recollect.train._errors import InvalidRunError, TrainingError, UsageError
-from recollect.train._folder import create, reopen
+from recollect.train._folder import RunFolder, create, reopen
 
 
 def test_runs_are_named_by_time_dataset_and_model(tmp_path, monkeypatch):
@@ -24,6 +24,28 @@ def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
     folder = create(replace(settings := parse(["dataset=karate"]), model=replace(settings.model, name=name)))
     assert folder.path.parent == Path("runs")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_who_goes_on_with_a_run_is_told_how(tmp_path):
+    given = create(parse(["model=import", f"run_dir={tmp_path / 'given'}"]))
+    assert given.again == f"recollect.train.fit(model, data, resume={str(given.path)!r})"
+    words = ["model=import", "model.target=a.b:c", f"model.folder={tmp_path}", f"run_dir={tmp_path / 'a b'}"]
+    own = create(parse(words)).again
+    assert own == f"recollect train 'resume={tmp_path / 'a b'}' model.target=a.b:c model.folder={tmp_path}"
+    gone = RunFolder(tmp_path / "gone")
+    assert gone.again == f"recollect train resume={gone.path}"
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [("graphs/my graph.npz", "my-graph"), ("graphs/mine", "mine"), ("graphs/../x/../..", "{}"), ("/", "file")],
+)
+def test_a_graph_of_ones_own_is_called_as_its_file(tmp_path, monkeypatch, path, label):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = create(parse(["dataset=file", f"dataset.path={path}"]))
+    assert folder.path.name.endswith(f"_{label.format(tmp_path.name)}_revgnn")
+    assert folder.path.parent == Path("runs")
 
 
 def test_a_run_is_found_again_from_anywhere(tmp_path, monkeypatch):

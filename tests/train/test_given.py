@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,17 @@ def test_classes_keep_their_numbers():
 def test_what_else_a_graph_holds_stays():
     made = as_dataset(graph(edge_type=torch.arange(80)), 0, QUIET)
     assert torch.equal(made.data.edge_type, torch.arange(80))
+
+
+def test_an_adjacency_becomes_edges_with_their_weights():
+    dense = torch.zeros(50, 50)
+    dense[torch.arange(50), torch.arange(50).roll(1)] = torch.arange(1.0, 51)
+    with warnings.catch_warnings(action="ignore"):  # that torch calls them a prototype
+        data = graph(edge_index=None, adj_t=dense.to_sparse_csr())
+    made = as_dataset(data, 0, QUIET).data
+    assert torch.equal(made.edge_index, torch.stack([torch.arange(50).roll(1), torch.arange(50)]))
+    assert torch.equal(made.edge_weight, torch.arange(1.0, 51))
+    assert "adj_t" not in made
 
 
 def test_several_labels_are_scored_by_average_precision():

@@ -76,6 +76,12 @@ def test_parts_are_kept_in_a_folder(graph, tmp_path):
     assert torch.equal(first.data.node_order, again.data.node_order)
 
 
+def test_a_folder_of_parts_that_is_none_is_named(graph, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match=rf"training.partition_cache={tmp_path / 'file'} cannot be used: .*exists"):
+        prepare(parse([*PARTS, f"training.partition_cache={tmp_path / 'file'}"]), graph)
+
+
 def test_features_of_a_node_sum_to_one_but_those_that_sum_to_less(graph):
     x = prepare(parse(["data.features=rows"]), graph).data.x
     for row, before in zip(x.tolist(), graph.data.x.tolist(), strict=True):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shlex
 import sys
 
 import pytest
@@ -12,7 +14,8 @@ from rich.console import Console
 
 from recollect.data import load
 from recollect.train import InvalidRunError, NonFiniteLossError, TrainingError, UsageError, train
-from recollect.train._config import read
+from recollect.train._config import parse, read
+from recollect.train._folder import RunFolder, create
 from recollect.train._metrics import score
 from recollect.train.families import family_of
 
@@ -146,8 +149,53 @@ def test_a_network_of_ones_own_is_found_from_elsewhere(tiny, tmp_path, monkeypat
     sys.modules.pop("net_of_this_test")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
     monkeypatch.chdir("/")
-    assert train([f"resume={tmp_path / 'run'}", "epochs=2"])["epochs"] == 2
+    again = RunFolder(tmp_path / "run").again
+    assert again == f"recollect train resume={tmp_path / 'run'} model.target={words[2][13:]} model.folder={tmp_path}"
+    more = train([*shlex.split(again)[2:], "epochs=2"])
+    assert (more["epochs"], more["model"]) == (2, "Net")
+    assert train(shlex.split(again)[2:])["epochs"] == 2  # it is finished
     sys.modules.pop("net_of_this_test")
+
+
+CODE = r"code that would run, model.target=os:system, and a file may be anybody's: if you trust it, {} model.target=os"
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """The folder of a run whose settings somebody changed, so that they name another program."""
+    folder = create(parse(["dataset=karate", "model=import", "model.target=os:system", f"run_dir={tmp_path / 'evil'}"]))
+    changed = folder.config.read_text().replace("kwargs: {}", f"kwargs: {{command: touch {tmp_path / 'ran'}}}")
+    folder.config.write_text(changed)
+    assert "touch" in changed
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "do"),
+    [
+        (["resume={}"], "go on with"),
+        (["resume={}", "model.target=os:getcwd"], "go on with"),
+        (["resume={}", "epochs=99"], "go on with"),
+        (["config={}/config.yaml"], "add"),
+        (["config={}/config.yaml", "model.folder=."], "add"),
+    ],
+)
+def test_no_file_of_settings_decides_which_code_runs(evil, tmp_path, words, do):
+    with pytest.raises(UsageError, match=CODE.format(do)):
+        train([word.format(evil.path) for word in words])
+    assert [path.name for path in tmp_path.iterdir()] == ["evil"]
+
+
+def test_the_folder_of_a_module_comes_from_the_command_line(evil, tmp_path, monkeypatch):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "net_of_nobody.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    text = evil.config.read_text().replace("os:system", "net_of_nobody:Net")
+    evil.config.write_text(re.sub("folder: .*", f"folder: {tmp_path / 'bad'}", text))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for word in (f"resume={evil.path}", f"config={evil.config}"):
+        with pytest.raises(UsageError, match="No module named 'net_of_nobody'"):
+            train([word, "model.target=net_of_nobody:Net"])
+    assert not (tmp_path / "ran").exists()
 
 
 def test_several_runs_are_extended_and_become_more(tiny, tmp_path):

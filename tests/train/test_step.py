@@ -226,7 +226,7 @@ def test_part_by_part_trains_as_the_whole_graph_does(graph, exact, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["model=gcn"], "reversible network"),
+        (["model=gcn", "objective=iwrm"], "objective=mean or multitask"),
         (["model=revgnn", "objective=iwrm"], "objective=mean or multitask"),
         (["model=revgnn", "model.norm=batch"], r"model\.norm=layer"),
         (["model=revgnn", "precision=bf16-mixed"], "precision=32-true"),

@@ -9,7 +9,9 @@ from rich.console import Console
 from recollect.train import InvalidRunError, UsageError, train
 from recollect.train import _run as run_module
 from recollect.train._errors import Interrupted, NonFiniteLossError
+from recollect.train._folder import RunFolder
 from recollect.train._sweep import sweep
+from recollect.train._sweep_report import gather
 
 TINY = ["dataset=karate", "model.hidden_channels=8", "epochs=2", "threads=1", "measure.enabled=false"]
 QUIET = Console(quiet=True)
@@ -58,6 +60,12 @@ def test_a_wrong_word_in_one_combination_stops_all_before_the_first(tmp_path, mo
         (["model=gcn,gnc"], "there is no model 'gnc'"),
         (["layers=2,3"], r"did you mean model.num_layers\?"),
         (["resume=x,y"], "leave out -m"),
+        (["seed=range(1,1000000000000)"], r"these are more than 10,000 runs: leave some values of 'seed="),
+        (
+            ["seed=range(0,1000)", "epochs=range(1,50)"],
+            r"these are more than 10,000 runs: leave some values of 'epochs=",
+        ),
+        (["seed=range(3,3)"], r"'seed=range\(3,3\)' has no value to sweep over"),
         (["model=glob(gc*)"], r"'model=glob\(gc\*\)' cannot be swept over: write its values out"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -92,9 +100,28 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_was(tmp_path, monkeypatch
     assert [run["failed"] for run in found["runs"]] == [None, None, None]
     with pytest.raises(UsageError, match="goes on as it is: leave out epochs=3"):
         train([f"resume={folder}", "epochs=3"])
-    (folder / "sweep.json").write_text("{")
-    with pytest.raises(InvalidRunError, match="cannot be read"):
-        train([f"resume={folder}"])
+    for text in ("{", "[]", '{"words": 5}', '{"words": [5]}', '{"runs": []}', "[" * 10000):
+        (folder / "sweep.json").write_text(text)
+        with pytest.raises(InvalidRunError, match=r"sweep.json cannot be read"):
+            train([f"resume={folder}"])
+
+
+@pytest.mark.parametrize("word", ["hydra.sweeper._target_=os.system", "hydra/launcher=evil", "model.target=os:system"])
+def test_no_file_of_a_sweep_decides_which_code_runs(tmp_path, word):
+    words = json.dumps({"words": ["seed=1,2", word], "runs": []})
+    (tmp_path / "sweep.json").write_text(words)
+    with pytest.raises(UsageError, match=f"has code that would run, .* if you trust it, go on with {word}"):
+        train([f"resume={tmp_path}"])
+    with pytest.raises(UsageError, match=r"leave out hydra.run.dir=x"):
+        train([f"resume={tmp_path}", word, "hydra.run.dir=x"])
+    assert (tmp_path / "sweep.json").read_text() == words
+
+
+def test_a_record_of_words_that_stand_for_more_is_refused(tmp_path):
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("- &a [x, x]\n- &b [*a, *a]\n- [*b, *b]\n")
+    with pytest.raises(InvalidRunError, match="has an anchor or alias"):
+        gather(RunFolder(tmp_path), ["seed=1,2"])
 
 
 def test_groups_and_presets_are_swept(tmp_path):

@@ -125,9 +125,9 @@ class Engine:
         row_bytes: how many bytes of the losses' gradients may be held at once, where there are several backward passes.
             If they are more, passes are repeated.
         certify_every: the Gramian of :meth:`compute_gramian` is compared with a gradient, by one more backward pass, at
-            the first call of each form of graph, and at every so many calls; 0: never. So are products with other
-            losses, by two passes, and :meth:`compute_norms`, by one loss. (:meth:`backward` compares always, at no
-            further pass.)
+            the first call of each form of graph, and at every so many calls; 0: never. Products with other
+            losses are compared too, by two passes, and :meth:`compute_norms`, by one loss. (:meth:`backward` always
+            compares, at no further pass.)
         process_group: of torch.distributed, or ``torch.distributed.group.WORLD``: the losses are those of all its
             ranks. Each rank computes its own, as many as it has, with the same parameters; Gramians [M, M] and weights
             [M] are of all of them, those of rank 1 behind those of rank 0, and the gradient is summed up over the

@@ -72,8 +72,8 @@ def plan(
         offload: a folder to which inputs may be offloaded, or on accelerators ``True`` for host memory.
         on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
             own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or
-            ``"replan"``. So is a step whose types or flags are others, or in which a whole number among the arguments
-            is larger; numbers that were larger three times and took nothing are not looked at any more.
+            ``"replan"``. A step whose types or flags are others is tried too, and one in which a whole number among
+            the arguments is larger; numbers that were larger three times and took nothing are not looked at any more.
         rows: of an earlier plan of this model, ``plan.rows``: what it chose is taken again if the step that is
             measured stays within the budget, so that a run that goes on computes what it computed before.
         group: of processes that run one model together, all of which call this, such as

@@ -15,6 +15,6 @@ def physical_memory() -> float:
         return math.inf
 
 
-def fits_in_memory(sizes: Iterable[int], item_bytes: int = 8) -> bool:
+def fits_in_memory(sizes: Iterable[float], item_bytes: int = 8) -> bool:
     """Whether an array of this shape is smaller than the machine's memory."""
     return math.prod(sizes) * item_bytes <= physical_memory()

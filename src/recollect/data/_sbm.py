@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from recollect.data._dataset import GraphDataset, assemble
+from recollect.data._limits import fits_in_memory
 from recollect.data._pairs import distinct_pairs
 from recollect.data._splits import stratified_masks
 
@@ -93,6 +94,12 @@ def _check(
         raise ValueError(f"sbm: num_features is {num_features}, but must be at least 1")
     if not noise >= 0:
         raise ValueError(f"sbm: noise is {noise}, but must not be negative")
+    numbers = num_nodes * (num_features + 2 * average_degree + 1)  # features, and both ends of edges
+    if not fits_in_memory([numbers], item_bytes=4):
+        raise ValueError(
+            f"sbm: {num_nodes} nodes with num_features={num_features} and average_degree={average_degree} take "
+            f"{4 * numbers / 2**30:,.0f} GiB, more than this machine's memory: choose fewer"
+        )
     if num_labels < 0 or (num_labels and num_classes < 2):
         raise ValueError(
             f"sbm: num_labels is {num_labels}, of {num_classes} blocks, but must be 0, or at least 1 with 2 blocks or "

@@ -46,6 +46,11 @@ class RankTables(Tables):
     def __getitem__(self, name: str) -> PlainRows:
         return self._bits[name] if name in self._bits else _OwnRows(self._tables[name], self._shares.nodes[0])
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, torch.dtype]]:
+        """See :class:`Tables`; of this rank."""
+        return super().sizes | {name: table.size for name, table in self._bits.items()}
+
     def at(self, table: Table) -> PlainRows:
         """See :class:`Tables`; over ranks all is changed in place."""
         return self[table[0]]

@@ -101,6 +101,11 @@ class Tables:
     def __getitem__(self, name: str) -> PlainRows:
         return self._tables[name]
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Rows, entries in a row and their type, of each table that there is."""
+        return {name: table.size for name, table in self._tables.items()}
+
     def at(self, table: Table) -> PlainRows:
         """Return a table's rows."""
         name, begin = table

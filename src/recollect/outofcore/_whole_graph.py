@@ -187,6 +187,20 @@ class WholeGraph:
 
     # What users call.
 
+    @property
+    def tables(self) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Rows, entries in a row and their type, of each table that there is; steps of several losses make more."""
+        return self._space.tables.sizes
+
+    def check(self) -> None:
+        """Check that a step can be taken in the modes in which the network is; nothing of it is computed.
+
+        Raises:
+            TypeError: the network was changed into one of another kind.
+            ValueError: batch normalisation in training mode, a layer that looks further than to neighbours, ...
+        """
+        self._network.check()
+
     def step(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Do forward and backward over the whole graph; return the loss, or the losses.
 

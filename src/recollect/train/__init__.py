@@ -3,7 +3,8 @@
 :func:`train` is what ``recollect train`` runs. Settings are written as Hydra's overrides; they have a group each for
 dataset, model, optimizer, training and objective, and presets, which are rows of published results:
 ``preset=cora_gcn``. The loop runs on Lightning Fabric. ``training=full`` takes each step on the whole graph,
-``training=autoscale`` on parts of it, with histories for what is around them; model, optimizer and loop are the same.
+``training=autoscale`` on parts of it, with histories for what is around them, and ``training=wholegraph`` on all of it,
+part by part; model, optimizer and loop are the same.
 Evaluation is always that of the whole graph, and the test score that of the best validation epoch.
 
 A run's folder is known by ``config.yaml``, which is there first, and finished by ``summary.json``, which is there last.

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from recollect import data
 from recollect.train._errors import TrainingError, UsageError, choose_from
+from recollect.train._keys import show
 from recollect.train._settings import DatasetSettings, DataSettings, OptimizerSettings
 
 __all__ = ["build_dataset", "build_optimizer", "warmup"]
@@ -42,7 +43,7 @@ def build_dataset(dataset: DatasetSettings, files: DataSettings) -> data.GraphDa
         raise UsageError(str(error)) from error
     for part in ("train", "val", "test"):
         if not bool(graph.data[f"{part}_mask"].any()):
-            raise TrainingError(f"the split of {dataset.name!r} has no {part} nodes, so it cannot be used here")
+            raise TrainingError(f"the split of {dataset.label!r} has no {part} nodes, so it cannot be used here")
     return graph
 
 
@@ -57,6 +58,8 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
     options: dict[str, Any] = dict(settings.options)
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
+        if len(options["betas"]) != 2:
+            raise UsageError(f"optimizer.options.betas={show(settings.options['betas'])}: must be two numbers")
     try:
         return _OPTIMIZERS[settings.name](
             _groups(settings, model), lr=settings.lr, weight_decay=settings.weight_decay, **options

@@ -8,7 +8,7 @@ from operator import attrgetter
 from recollect._util._sizes import as_size
 from recollect.train._errors import UsageError, choose_from
 from recollect.train._keys import show
-from recollect.train._settings import SEEDS, ScalableSettings, Settings, about, keys
+from recollect.train._settings import SEEDS, ScalableSettings, Settings, about, keys, values
 
 __all__ = ["check", "check_given"]
 
@@ -79,11 +79,14 @@ def _device(device: str) -> Iterator[str]:
 
 
 def _lacking(settings: Settings, needed: str) -> str:
-    """Those of the words ``key=one|other,third`` that the settings do not meet; nobody is told to write the third."""
+    """Those of the words ``key=one|other,third`` that the settings do not meet; nobody is told to write the third.
+
+    Keys that this kind of network does not have are met.
+    """
     words = []
+    known = values(settings) | {"objective": settings.objective.name, "training": settings.training.name}
     for key, _, right in (word.partition("=") for word in needed.split()):
-        found = attrgetter(key)(settings)
-        if show(getattr(found, "name", found)).removesuffix(".0") not in right.replace(",", "|").split("|"):
+        if key in known and show(known[key]).removesuffix(".0") not in right.replace(",", "|").split("|"):
             words.append(f"{key}={right.partition(',')[0].replace('|', ' or ')}")
     return ", ".join(words)
 
@@ -210,14 +213,9 @@ def _parts(settings: Settings) -> Iterator[str]:
 
 
 def _whole_graph(settings: Settings) -> Iterator[str]:
-    if settings.model.family != "reversible":
-        yield (
-            f"training=wholegraph needs a reversible network, and model={settings.model.name} is none: choose revgnn, "
-            "or training=autoscale"
-        )
     needed = (
         "training.edge_dropout=0 training.lipschitz=0 model.disable=false device=cpu,auto precision=32-true "
-        "objective=mean|multitask model.norm=layer,null"
+        "objective=mean|multitask model.norm=layer,null model.options.batch_norm=false model.options.noise=0"
     )
     if words := _lacking(settings, needed):
         yield f"training=wholegraph computes a step part by part, and needs {words}"

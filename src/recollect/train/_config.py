@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +24,18 @@ from recollect.train._options import OPTIONS, preset, rows
 from recollect.train._settings import Settings, about, keys, model_class, values
 from recollect.train._stored import check_settings_text, read_text
 
-__all__ = ["changed", "defaults", "groups", "parse", "parse_override", "read", "with_absolute_paths", "write"]
+__all__ = [
+    "changed",
+    "code_of",
+    "defaults",
+    "groups",
+    "parse",
+    "parse_override",
+    "read",
+    "with_absolute_paths",
+    "with_code",
+    "write",
+]
 
 Values = dict[str, Any]  # by key: "model.num_layers"
 
@@ -70,7 +83,10 @@ def parse(overrides: Sequence[str]) -> Settings:
             given[key] = value
     stored: Values = {}
     if given.get("config"):
-        options, stored = _file(Path(given["config"]).expanduser(), chosen)
+        path = Path(given["config"]).expanduser()
+        options, stored = _file(path, chosen)
+        stored.pop("model.folder", None)
+        check_code(stored.get("model.target"), given.get("model.target"), f"{path} names", "add")
         chosen = options | chosen
     settings = _composed(chosen, stored | given)
     check_given(settings, given)
@@ -102,6 +118,50 @@ def changed(settings: Settings, overrides: Sequence[str], allowed: Sequence[str]
             )
         given[key] = word.value()
     return _updated(settings, given)
+
+
+def check_code(named: str | None, said: Any, where: str, do: str) -> None:
+    """Refuse code that a file names, and that nobody said who starts the run: no file decides what runs.
+
+    Args:
+        named: ``model.target`` of the file.
+        said: that of the command line.
+        where: the file, for the message.
+        do: how it is said.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if named is not None and named != said:
+        target = shlex.quote(f"model.target={named}")
+        raise UsageError(
+            f"{where} code that would run, {target}, and a file may be anybody's: if you trust it, {do} {target}"
+        )
+
+
+def code_of(settings: Settings) -> Values:
+    """The values of the keys that say which code runs, where the network has them."""
+    return {key: value for key, value in values(settings).items() if about(key).code}
+
+
+def with_code(settings: Settings, said: Values, path: Path) -> Settings:
+    """The settings of a run that is there, with the code that whoever goes on with it names.
+
+    Args:
+        settings: of its file.
+        said: ``model.target``, and ``model.folder`` if that is not the working directory.
+        path: of the run's folder.
+
+    Raises:
+        UsageError: the file names code that was not said.
+    """
+    code = code_of(settings)
+    if not code.get("model.target"):
+        return settings
+    check_code(code["model.target"], said.get("model.target"), f"the run in {path} has", "go on with")
+    return _updated(
+        settings, {"model.folder": str(Path(said.get("model.folder") or Path.cwd()).expanduser().resolve())}
+    )
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -163,11 +223,14 @@ def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
     base = Settings(**{group: table[options[group]] for group, table in OPTIONS.items()}, preset=name)
     if others := [key for key in row if key not in values(base)]:
         raise UsageError(
-            f"preset={name} sets {', '.join(others)}, which model={options['model']} has not: leave one of them out"
+            f"preset={name} sets {', '.join(others)}, which model={options['model']} does not have: leave one "
+            "of them out"
         )
     said = row | said
-    if said.get("model.target") and said.get("model.folder") is None:
-        said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
+    if said.get("model.target"):
+        if said.get("model.folder") is None:
+            said["model.folder"] = str(Path.cwd())  # also for who goes on with the run elsewhere
+        said.setdefault("model.name", str(said["model.target"]).rpartition(":")[2])
     return _updated(base, said)
 
 
@@ -247,6 +310,8 @@ def _check_key(key: str, value: Any, known: Values) -> None:
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{key}={value}: must be of type {kind.__name__}, as {known[key]} is")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}={value}: must be a finite number")
 
 
 def _typed(config: DictConfig) -> Settings:

@@ -12,8 +12,9 @@ from recollect.frames import LatticeError
 from recollect.train._errors import Interrupted, TrainingError
 from recollect.train._folder import RunFolder
 
-__all__ = ["explained"]
+__all__ = ["enough_memory", "explained"]
 
+_REFUSED = "can't allocate memory"  # torch has no type of its own for what the host's allocator refuses
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,25 +30,36 @@ def explained(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise Interrupted(folder.again) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(_memory(folder, error)) from error
+        raise TrainingError(_memory(error, _safe(folder))) from error
     except OSError as error:
         raise TrainingError(_files(folder, error)) from error
     except LatticeError as error:
         raise TrainingError(f"{error}: try a lower optimizer.lr, or clip_norm=1.0. {_safe(folder)}") from error
-    except RuntimeError as error:  # torch has no type of its own for these
+    except RuntimeError as error:
         cause = error.__cause__ or error.__context__
-        if "can't allocate memory" in str(error):
-            raise TrainingError(_memory(folder, error)) from error
+        if _REFUSED in str(error):
+            raise TrainingError(_memory(error, _safe(folder))) from error
         if isinstance(cause, OSError) and cause.errno in _FULL:  # torch.save finds fewer bytes than it wrote
             raise TrainingError(_files(folder, cause)) from error
         raise
 
 
-def _memory(folder: RunFolder, error: BaseException) -> str:
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn a lack of memory in the body, which is over before the run has a folder, into a `TrainingError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _REFUSED in str(error):
+            raise TrainingError(_memory(error, "Nothing was written.")) from error
+        raise
+
+
+def _memory(error: BaseException, safe: str) -> str:
     line = str(error).strip().partition("\n")[0]
     return (
         f"there is not enough memory ({line}): try fewer model.hidden_channels, training=autoscale with smaller parts, "
-        f"measure.enabled=false or another device. {_safe(folder)}"
+        f"measure.enabled=false or another device. {safe}"
     )
 
 

@@ -75,6 +75,7 @@ def fit(
     epochs: int | None = None,
     lr: float | None = None,
     objective: str | Mapping[str, Any] | None = None,
+    training: str | Mapping[str, Any] | None = None,
     histories: bool | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
@@ -101,8 +102,13 @@ def fit(
         lr: learning rate of AdamW; by default 0.005.
         objective: ``"mean"``, ``"iwrm"``, ``"multitask"``, or keys of the group, as in
             ``{"name": "iwrm", "weighting": "mgda"}``.
-        histories: ``True``, or keys of the group ``training``, as in ``{"num_parts": 8, "adjacency": "symmetric"}``:
-            train on parts of the graph; the model is a `recollect.autoscale.ScalableGNN` then.
+        training: ``"full"``, the whole graph in each step; ``"autoscale"``, parts of it, with histories for what is
+            around them; ``"wholegraph"``, all of it, part by part; or keys of the group, as in
+            ``{"name": "wholegraph", "num_parts": 8, "store": "tables"}``. With parts the model is a
+            `recollect.autoscale.ScalableGNN`, such as a `recollect.models.RevGNN`. ``"adjacency"`` says which edges its
+            ``adj_t`` has: ``"plain"``, those of the graph; ``"loops"``, with self-loops; ``"symmetric"``, with
+            self-loops and weights by the roots of degrees.
+        histories: ``True``, or keys as of ``training``: short for ``training="autoscale"``.
         out: folder of the run's files, empty or not there yet; by default one in ``runs``.
         resume: folder of a run of this model: go on with it, or extend it to ``epochs``.
         memory_budget: what a training step may allocate, gradients of parameters included: bytes, ``"1.5 GB"``, or a
@@ -137,18 +143,18 @@ def fit(
     console = console or Console(quiet=True)
     words = [f"{key}={value}" for key, value in (("epochs", epochs), ("seed", seed)) if value is not None]
     if resume is not None:
-        own = (out, lr, objective, histories, memory_budget, seed)
+        own = (out, lr, objective, training, histories, memory_budget, seed)
         if any(value is not None for value in own):
             raise UsageError(
-                "resume= goes on under the run's own settings: leave out out, lr, objective, histories, memory_budget, "
-                "seed"
+                "resume= goes on under the run's own settings: leave out out, lr, objective, training, histories, "
+                "memory_budget, seed"
             )
         folder, before = reopen(str(resume), given=True)
         settings = changed(before, to_the_end([*words, *overrides]), CHANGEABLE, folder.path)
     else:
         if memory_budget is not None:
             words.append(f"memory_budget={_quoted(memory_budget)}")
-        words = [*words, *_words(lr, objective, histories), *overrides]
+        words = [*words, *_words(lr, objective, _steps(training, histories)), *overrides]
         settings = parse(["model=import", "patience=null", *([] if epochs else ["epochs=200"]), *words])
         folder = None
     graph = in_type_of(model, as_dataset(data, settings.seed, console))
@@ -177,18 +183,30 @@ def _quoted(budget: int | float | str) -> str:
     return f"'{budget}'" if isinstance(budget, str) else f"{int(budget)}"
 
 
-def _words(
-    lr: float | None, objective: str | Mapping[str, Any] | None, histories: bool | Mapping[str, Any] | None
-) -> list[str]:
+def _steps(
+    training: str | Mapping[str, Any] | None, histories: bool | Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """What steps are taken on: keys of the group ``training``, with ``name``."""
+    if not histories:
+        if training is None:
+            return None
+        return {"name": training} if isinstance(training, str) else {"name": "full", **training}
+    if training is not None:
+        raise UsageError('histories= is short for training="autoscale" with these keys: give one of the two')
+    return {"name": "autoscale", **({} if histories is True else histories)}
+
+
+def _words(lr: float | None, objective: str | Mapping[str, Any] | None, steps: dict[str, Any] | None) -> list[str]:
     words = [] if lr is None else [f"optimizer.lr={lr}"]
     if objective is not None:
         keys: dict[str, Any] = {"name": objective} if isinstance(objective, str) else dict(objective)
         words += [f"objective={keys.pop('name', 'iwrm')}", *(f"objective.{key}={value}" for key, value in keys.items())]
-    if histories:
-        keys = {} if histories is True else dict(histories)
-        if isinstance(parts := keys.get("num_parts"), int) and parts > 0:  # the usual number, or all if these are fewer
-            keys.setdefault("parts_per_batch", min(parts, TrainingSettings.parts_per_batch))
-        words += ["training=autoscale"]
+    if steps is not None:
+        keys = dict(steps)
+        name = keys.pop("name")
+        if name == "autoscale" and isinstance(parts := keys.get("num_parts"), int) and parts > 0:
+            keys.setdefault("parts_per_batch", min(parts, TrainingSettings.parts_per_batch))  # all, if they are few
+        words.append(f"training={name}")
         for key, value in keys.items():
             words.append(f"{'model' if key == 'adjacency' else 'training'}.{key}={'null' if value is None else value}")
     return words

@@ -8,11 +8,13 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from recollect.train._config import read, with_absolute_paths, write
+from recollect.train._config import code_of, read, with_absolute_paths, with_code, write
 from recollect.train._errors import BusyRunError, InvalidRunError, MissingRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._settings import Settings
@@ -63,8 +65,14 @@ class RunFolder:
 
     @property
     def again(self) -> str:
-        """The command that goes on with the run."""
-        return f"recollect train {shlex.quote(f'resume={self.path}')}"
+        """The command that goes on with the run, or the call for one whose model was given."""
+        words = [f"resume={self.path}"]
+        with contextlib.suppress(InvalidRunError):
+            settings = read(self.config)
+            if not settings.model.is_known:
+                return f"recollect.train.fit(model, data, resume={str(self.path)!r})"
+            words += [f"{key}={value}" for key, value in code_of(settings).items() if value]
+        return f"recollect train {' '.join(map(shlex.quote, words))}"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,7 +109,7 @@ def create(settings: Settings) -> RunFolder:
         TrainingError: it cannot be made.
     """
     # A model's name stays in the folder of runs.
-    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.name}_{settings.model.name}")[:100]
+    label = re.sub(r"[^\w.-]+", "-", f"{settings.dataset.label}_{settings.model.name}")[:100]
     folder = make_folder(settings.run_dir, label)
     try:
         # The run may be gone on with from another working directory.
@@ -166,15 +174,19 @@ def extend(folder: RunFolder, settings: Settings, before: Settings) -> bool:
     return False
 
 
-def reopen(path: str, given: bool = False) -> tuple[RunFolder, Settings]:
+def reopen(
+    path: str, given: bool = False, code: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[RunFolder, Settings]:
     """Find a run again.
 
     Args:
         path: of its folder.
         given: whether its model is given anew.
+        code: what was said of the code that makes the model: ``model.target``, ``model.folder``.
 
     Raises:
         MissingRunError: the folder holds none.
+        UsageError: its file names code that was not said.
         InvalidRunError: its settings cannot be read.
     """
     folder = RunFolder(Path(path).expanduser())
@@ -189,7 +201,7 @@ def reopen(path: str, given: bool = False) -> tuple[RunFolder, Settings]:
             f"resume={path}: the run was made by recollect.train.fit, with a model that is not in its files: go on by "
             f"fit(model, data, resume={str(folder.path)!r})"
         )
-    return folder, settings
+    return folder, with_code(settings, dict(code), folder.path)
 
 
 def _epochs(folder: RunFolder) -> int:

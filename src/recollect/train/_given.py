@@ -56,6 +56,8 @@ def as_dataset(data: Any, seed: int, console: Console) -> GraphDataset:
         numbers = torch.tensor([int(name) for name in graph.class_names])
         graph.data.y = torch.where(graph.data.y < 0, -1, numbers[graph.data.y])
         classes = int(numbers.max()) + 1
+    if "adj_t" in made:
+        del made.adj_t  # the graph has its edges, and their weights, in the order of its rows
     for name, value in graph.data.to_dict().items():
         made[name] = value
     return replace(graph, name="data", data=made, num_classes=classes)

@@ -6,16 +6,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recollect.autoscale import add_self_loops, normalize, partition
+from recollect.autoscale import add_self_loops, edge_index_of, normalize, partition
 from recollect.data import GraphDataset
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._settings import TrainingSettings
 
-__all__ = ["ADJACENCY", "TrainingGraph", "cut", "scaled_features", "to_device"]
+__all__ = ["ADJACENCY", "TrainingGraph", "cut", "scaled_features", "to_device", "with_edge_index"]
 
 ADJACENCY: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda adj_t: adj_t,
@@ -59,6 +60,16 @@ def cut(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
         return partition(adj_t, training.num_parts, training.partition, cache=cache)  # type: ignore[arg-type]  # its values were checked with the settings
     except ImportError as error:
         raise TrainingError(f"{error}. On this command line: training.partition=random") from error
+    except OSError as error:
+        raise TrainingError(f"training.partition_cache={cache} cannot be used: {error}") from error
+
+
+def with_edge_index(data: Any) -> Any:
+    """A shallow copy with ``edge_index`` in the place of ``adj_t``, in its order, and without weights."""
+    data = copy.copy(data)
+    data.edge_index = edge_index_of(data.adj_t)
+    del data.adj_t
+    return data
 
 
 def scaled_features(x: Tensor, how: str | None) -> Tensor:

@@ -27,6 +27,7 @@ class About:
         needs: a group, and those of the group's options with which it counts; none: it always does.
         path: whether it is a path, which is taken as it stands, whatever characters it has.
         free: whether the keys below it are the network's, not ours.
+        code: whether its value says which code runs: no file decides that, but whoever starts or resumes a run.
         group: the group whose option sets it, together with all that belongs to it.
         type: of its values.
     """
@@ -39,6 +40,7 @@ class About:
     needs: tuple[str, ...] = ()
     path: bool = False
     free: bool = False
+    code: bool = False
     group: str | None = None
     type: Any = None
 
@@ -47,6 +49,8 @@ class About:
         """What a value must be, in words."""
         of = [kind for kind in typing.get_args(self.type) if kind is not types.NoneType]
         optional = isinstance(self.type, types.UnionType)
+        if self.choices:
+            return f"one of {', '.join([*self.choices, *(['null'] if optional else [])])}"
         return _KINDS[of[0] if optional else self.type] + (" or null" if optional else "")
 
     def fault(self, key: str, value: Any) -> str | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recollect.train._check import check
-from recollect.train._config import changed, parse, parse_override
-from recollect.train._errors import Interrupted, TrainingError, UsageError
+from recollect.train._config import changed, code_of, parse, parse_override
+from recollect.train._errors import Interrupted, TrainingError
 from recollect.train._folder import RunFolder, create, extend, reopen
-from recollect.train._settings import Settings
+from recollect.train._settings import Settings, about
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,8 +56,9 @@ def train(overrides: Sequence[str] = (), console: Console | None = None) -> dict
         return _start(parse(overrides), console, None)
     if RunFolder(Path(resumed[-1]).expanduser()).sweep.is_file():
         return _sweep_again(resumed[-1], [text for word, text in words if word.key_or_group != "resume"], console)
-    folder, before = reopen(resumed[-1])
-    others = [text for word, text in words if word.key_or_group != "resume"]
+    code = {word.key_or_group: word.value() for word, _ in words if about(word.key_or_group).code}
+    folder, before = reopen(resumed[-1], code=code)
+    others = [text for word, text in words if word.key_or_group not in ("resume", *code)]
     settings = changed(before, to_the_end(others), CHANGEABLE, folder.path)
     return _start(settings, console, folder)
 
@@ -77,7 +78,8 @@ def start(overrides: Sequence[str], console: Console, folder: RunFolder) -> dict
         folder: of the run; may be empty.
     """
     if folder.config.exists():
-        return _start(reopen(str(folder.path))[1], console, folder, brief=True)
+        code = code_of(parse(overrides))
+        return _start(reopen(str(folder.path), code=code)[1], console, folder, brief=True)
     return _start(parse([*overrides, f"run_dir={folder.path}"]), console, None, brief=True)
 
 
@@ -86,9 +88,7 @@ def _sweep_again(path: str, others: Sequence[str], console: Console | None) -> d
 
     from recollect.train._sweep import resume_sweep
 
-    if others:
-        raise UsageError(f"resume={path} is a sweep, which goes on as it is: leave out {' '.join(others)}")
-    return resume_sweep(RunFolder(Path(path).expanduser()), console or Console(quiet=True))
+    return resume_sweep(RunFolder(Path(path).expanduser()), others, console or Console(quiet=True))
 
 
 def _start(
@@ -128,7 +128,7 @@ def _finished(settings: Settings, folder: RunFolder, console: Console) -> dict[s
     from recollect.train._summary import read_summary
 
     with folder.locked():
-        if not extend(folder, settings, reopen(str(folder.path))[1]):
+        if not extend(folder, settings, reopen(str(folder.path), code=code_of(settings))[1]):
             return None
         summary = read_summary(folder.summary)
         console.print(f"the run {folder.path} is finished", highlight=False, markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 from recollect.train._keys import About, key
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 SEEDS = 2**32  # so many there are, from 0 on
+_THREADS = 1025  # more are a slip of the keys, and some end the process with a signal
+_MANY = 2**20  # a slip of the keys, rather than layers or channels
 
 
 _PARTS = ("training", "autoscale")
@@ -57,14 +60,19 @@ class DatasetSettings:
         needs=_FILE,
     )
 
+    @property
+    def label(self) -> str:
+        """What the graph is called in a run's files: its name, or that of one's own file or folder."""
+        return self.name if self.path is None else Path(self.path).expanduser().resolve().stem or self.name
+
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Which network: what those of every kind have."""
 
     name: str = key("label of the model in the run's files")
-    num_layers: int | None = key("layers", low=1)
-    hidden_channels: int | None = key("channels of the layers", low=1)
+    num_layers: int | None = key("layers", low=1, below=_MANY)
+    hidden_channels: int | None = key("channels of the layers", low=1, below=_MANY)
     dropout: float | None = key("dropout probability", low=0, below=1)
     kind: str = key(
         "network of recollect.models, or one of your own",
@@ -92,8 +100,8 @@ class RevGNNSettings(ModelSettings):
 
     family: ClassVar[str] = "reversible"
 
-    num_layers: int = key("layers", low=1)
-    hidden_channels: int = key("channels of the layers", low=1)
+    num_layers: int = key("layers", low=1, below=_MANY)
+    hidden_channels: int = key("channels of the layers", low=1, below=_MANY)
     dropout: float = key("dropout probability", low=0, below=1)
     num_groups: int = key("groups of a reversible layer; hidden_channels is divisible by them", 2, low=2)
     conv: str = key("convolution: gat, gcn, gen, gin, graphconv or sage", "sage")
@@ -113,8 +121,8 @@ class ScalableSettings(ModelSettings):
 
     family: ClassVar[str] = "histories"
 
-    num_layers: int = key("layers", low=1)
-    hidden_channels: int = key("channels of the layers", low=1)
+    num_layers: int = key("layers", low=1, below=_MANY)
+    hidden_channels: int = key("channels of the layers", low=1, below=_MANY)
     dropout: float = key("dropout probability", low=0, below=1)
     adjacency: str = key("edges; with self-loops; and by the roots of degrees", choices=("plain", "loops", "symmetric"))
     options: dict[str, Any] = key("further options of this network", dict)
@@ -131,12 +139,12 @@ class ImportSettings(ModelSettings):
 
     family: ClassVar[str] = "own"
 
-    target: str | None = key("MODULE:NAME of a class or function that makes the network", None)
+    target: str | None = key("MODULE:NAME of a class or function that makes the network", None, code=True)
     folder: str | None = key(
-        "folder in which the module is looked for first; null: the working directory", None, path=True
+        "folder in which the module is looked for first; null: the working directory", None, path=True, code=True
     )
-    num_layers: int | None = key("given to the target if it names it; null: not", low=1)
-    hidden_channels: int | None = key("given to the target if it names it; null: not", low=1)
+    num_layers: int | None = key("given to the target if it names it; null: not", low=1, below=_MANY)
+    hidden_channels: int | None = key("given to the target if it names it; null: not", low=1, below=_MANY)
     dropout: float | None = key("given to the target if it names it; null: not", low=0, below=1)
     kwargs: dict[str, Any] = key("further arguments of the target", dict, free=True)
     adjacency: str = key(
@@ -288,12 +296,16 @@ class Settings:
         "epochs between checkpoints; null: as often as takes a tenth of the time", None, low=1
     )
     device: str = key("auto is cuda where there is one, else cpu; cpu, cuda, or torch's accelerator", "auto")
-    devices: int = key("processes on this machine that train on parts together, each with a share of them", 1, low=1)
+    devices: int = key(
+        "processes on this machine that train on parts together, each with a share of them", 1, low=1, below=_THREADS
+    )
     memory_budget: str | None = key(
         "what a step may allocate, gradients included: 500MB, 1.5 GB, 60%, or bytes; null: anything", None
     )
     precision: str = key("floating-point precision", "32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
-    threads: int | None = key("CPU threads; null: one for a small graph, else torch's default", None, low=1)
+    threads: int | None = key(
+        "CPU threads; null: one for a small graph, else torch's default", None, low=1, below=_THREADS
+    )
     run_dir: str | None = key("folder of the run's files; null: runs/<date-time>_<dataset>_<model>", None, path=True)
     resume: str | None = key("go on with the run in this folder, or extend it by epochs=N", None, path=True)
     config: str | None = key("file of settings to begin with, such as a run's config.yaml", None, path=True)

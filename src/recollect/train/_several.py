@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from recollect.train._config import write
+from recollect.train._config import code_of, write
 from recollect.train._failures import explained
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, create, extend, reopen
@@ -48,7 +48,7 @@ def _all(settings: Settings, console: Console, folder: RunFolder, graph: Trainin
         child = RunFolder(folder.path / f"seed_{own.seed}")
         if not child.config.exists():
             create(replace(own, run_dir=str(child.path)))
-        if extend(child, own, reopen(str(child.path))[1]):
+        if extend(child, own, reopen(str(child.path), code=code_of(own))[1]):
             summary = read_summary(child.summary)
         else:
             summary = single(own, console, child, prepared, brief=True)

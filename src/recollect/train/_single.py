@@ -13,7 +13,7 @@ from recollect.train._budget import read_rows, write_rows
 from recollect.train._build import build_dataset
 from recollect.train._config import write
 from recollect.train._errors import UsageError
-from recollect.train._failures import explained
+from recollect.train._failures import enough_memory, explained
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, create
 from recollect.train._graph import TrainingGraph
@@ -39,7 +39,7 @@ _DEEP = 2**30  # bytes of activations in all layers
 def load_graph(settings: Settings, console: Console) -> TrainingGraph:
     """Load and prepare the graph of a run; show how it is cut, and what the histories will take."""
     device, family = make_fabric(settings).device, family_of(settings)
-    with told(console):
+    with told(console), enough_memory():
         loaded = build_dataset(settings.dataset, settings.data)
         graph = family.prepare(loaded)
     if settings.dataset.path is not None:
@@ -87,8 +87,9 @@ def in_folder(
         map_large_blocks()
     with threads(settings.threads, features):
         fabric.seed_everything(settings.seed, verbose=False)
-        step = Step(fabric, family, graph, family.build(graph, fabric.device))
-        family.rehearse(step.evaluate)
+        with enough_memory():
+            step = Step(fabric, family, graph, family.build(graph, fabric.device))
+            family.rehearse(step.evaluate)
         with _planned(settings, step, folder, Console(quiet=True) if brief else console):
             return _in_folder(settings, step, folder, console, brief)
 

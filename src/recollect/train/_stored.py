@@ -58,7 +58,7 @@ def check_settings_text(text: str, path: Path) -> str:
                 )
             if getattr(event, "tag", None):
                 raise InvalidRunError(
-                    f"{path}, line {event.start_mark.line + 1}: has a tag (!), which settings have not"
+                    f"{path}, line {event.start_mark.line + 1}: has a tag (!), which no settings have"
                 )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:

@@ -36,7 +36,7 @@ def summarize(trainer: Trainer, test_accuracy: float, costs: Costs) -> Summary:
     device = step.fabric.device
     drifts = [row["drift"] for row in trainer.history if "drift" in row and row["drift"] == row["drift"]]
     return {
-        "dataset": settings.dataset.name,
+        "dataset": settings.dataset.label,
         "split": settings.dataset.options.get("split"),
         "model": settings.model.name,
         "preset": settings.preset,

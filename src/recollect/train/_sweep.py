@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from recollect.train._config import parse, parse_override
 from recollect.train._errors import Interrupted, InvalidRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, make_folder
+from recollect.train._settings import about
+from recollect.train._stored import read_text
 
 __all__ = ["resume_sweep", "sweep"]
 
+_MOST = 10_000  # runs of a sweep; more are a slip of the keys
 # Hydra's own logs would come between the runs' lines.
 _QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.sweep.subdir=${hydra.job.num}")
 
@@ -47,11 +51,11 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
         TrainingError: the sweep's folder cannot be made or read.
     """
     words = [word for word in words if word]
-    own = [word for word in words if not word.startswith(("hydra.", "hydra/"))]
+    own = [word for word in words if not _is_hydras(word)]
     run_dir, own = _take("run_dir", own)
     if _take("resume", own)[0]:
         raise UsageError("resume= goes on with one run or sweep: leave out -m and all swept values")
-    hydras = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+    hydras = [word for word in words if _is_hydras(word)]
     if not hydras:
         _check_all(own)
     folder = folder or make_folder(run_dir, "sweep")
@@ -63,7 +67,7 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
             passed = [f"++{parse_override(word).input_line}" for word in own]
             _multirun([*passed, *_QUIET, *hydras, f'hydra.sweep.dir="{folder.path}"'])
         except KeyboardInterrupt as error:
-            raise Interrupted(folder.again) from error
+            raise Interrupted(shlex.join(["recollect", "train", f"resume={folder.path}", *_code(words)])) from error
         from recollect.train._sweep_report import gather, show_sweep, sweep_report
 
         found = gather(folder, words)
@@ -73,17 +77,42 @@ def sweep(words: Sequence[str], console: Console, folder: RunFolder | None = Non
         return found
 
 
-def resume_sweep(folder: RunFolder, console: Console) -> dict[str, Any]:
+def resume_sweep(folder: RunFolder, said: Sequence[str], console: Console) -> dict[str, Any]:
     """Go on with a sweep: runs that are finished are taken as they are.
+
+    Args:
+        folder: of the sweep.
+        said: those of its words that say which code runs; no file decides that.
+        console: where progress and the table are shown.
 
     Raises:
         InvalidRunError: its file cannot be read.
+        UsageError: other words were said.
     """
     try:
-        words = json.loads(folder.sweep.read_text())["words"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        words = json.loads(read_text(folder.sweep))["words"]
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError("its words are no texts")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InvalidRunError(f"{folder.sweep} cannot be read: {error}") from error
+    code = _code(words)
+    if others := [word for word in said if word not in code]:
+        raise UsageError(f"resume={folder.path} is a sweep, which goes on as it is: leave out {' '.join(others)}")
+    if lacking := [word for word in code if word not in said]:
+        raise UsageError(
+            f"the sweep in {folder.path} has code that would run, and a file may be anybody's: if you trust it, go on "
+            f"with {shlex.join(lacking)}"
+        )
     return sweep(words, console, folder)
+
+
+def _code(words: Sequence[str]) -> list[str]:
+    """The words that say which code runs: Hydra's, whose values may name classes, and those of a model of one's own."""
+    return [word for word in words if _is_hydras(word) or about(word.partition("=")[0]).code]
+
+
+def _is_hydras(word: str) -> bool:
+    return word.startswith(("hydra.", "hydra/"))
 
 
 def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
@@ -94,14 +123,22 @@ def _take(key: str, words: list[str]) -> tuple[str | None, list[str]]:
 
 def _check_all(words: Sequence[str]) -> None:
     """Refuse a wrong word in any combination before the first run begins."""
-    choices = []
+    choices, number = [], 1
     for word in words:
         override = parse_override(word)
-        try:
-            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        except HydraException as error:
-            raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
-        choices.append([word] if values is None else [f"{override.key_or_group}={value}" for value in values])
+        values = [word]
+        if override.is_sweep_override():
+            try:
+                found = list(itertools.islice(override.sweep_string_iterator(), _MOST + 1))
+            except HydraException as error:
+                raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
+            values = [f"{override.key_or_group}={value}" for value in found]
+        number *= len(values)
+        if not number:
+            raise UsageError(f"{word!r} has no value to sweep over: write them out, as in key=a,b")
+        if number > _MOST:
+            raise UsageError(f"these are more than {_MOST:,} runs: leave some values of {word!r} out")
+        choices.append(values)
     for combination in itertools.product(*choices):
         parse(combination)
 

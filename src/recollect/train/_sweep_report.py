@@ -20,6 +20,7 @@ from recollect.train._figures import COLORS, STYLE, WIDE, draw_runs, to_svg
 from recollect.train._folder import RunFolder
 from recollect.train._logs import read_history
 from recollect.train._report import html_table, page
+from recollect.train._stored import check_settings_text, read_text
 from recollect.train._summary import read_summary
 from recollect.train._text import METRICS, bytes_text, percent_text, seconds_text
 
@@ -45,13 +46,14 @@ def gather(folder: RunFolder, words: Sequence[str]) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for record in folder.path.glob("*/.hydra/overrides.yaml"):
         own = RunFolder(record.parents[1])
-        given = [str(word).removeprefix("++").partition("=") for word in yaml.safe_load(record.read_text()) or []]
+        said = yaml.safe_load(check_settings_text(read_text(record), record)) or []
+        given = [str(word).removeprefix("++").partition("=") for word in said]
         run: dict[str, Any] = {"name": own.path.name, "values": {key: value for key, _, value in given}, "failed": None}
         if own.summary.exists():
             run |= {key: value for key, value in read_summary(own.summary).items() if key in _KEPT}
         else:
             failed = own.path / "failed.txt"
-            run["failed"] = failed.read_text().strip() if failed.exists() else "it is not finished"
+            run["failed"] = read_text(failed).strip() if failed.exists() else "it is not finished"
         runs.append(run)
     runs.sort(key=lambda run: (len(run["name"]), run["name"]))
     keys = dict.fromkeys(key for run in runs for key in run["values"])

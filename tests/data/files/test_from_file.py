@@ -122,6 +122,16 @@ def test_names_of_nodes_and_classes_are_kept(tmp_path: Path) -> None:
     assert [graph.class_names[k] for k in graph.data.y] == [("d", "b", "a", "c")[k] for k in CLASSES]
 
 
+@pytest.mark.parametrize("header", ["", "red,blue\n", "id,red,blue\n"])
+def test_labels_may_be_true_and_false(header: str, tmp_path: Path) -> None:
+    names = [f"{name}," if header.startswith("id") else "" for name in "abcd"]
+    cells = ["True,False", "false,TRUE", "True,", "False,nan"]
+    (tmp_path / "edges.csv").write_text("a,b\nc,d\n" if header.startswith("id") else "0,1\n2,3\n")
+    (tmp_path / "labels.csv").write_text(header + "".join(f"{n}{c}\n" for n, c in zip(names, cells, strict=True)))
+    y = from_file(tmp_path).data.y
+    assert torch.equal(y.nan_to_num(nan=-1), torch.tensor([[1.0, 0], [0, 1], [1, -1], [0, -1]]))
+
+
 def test_a_split_of_several_is_chosen_by_its_number(tmp_path: Path) -> None:
     path = write_npz_of_the_literature(tmp_path, CLASSES)
     graph = from_file(path, split=1)

@@ -97,7 +97,7 @@ def test_what_histories_will_take_is_what_they_take(graph_maker, kind, dtype):
 
 
 def test_histories_that_have_no_room_are_refused_before_they_are_made(graph_maker):
-    family, graph = prepared(graph_maker, ["model=gcn", *PARTS, "model.hidden_channels=1000000000"])
+    family, graph = prepared(graph_maker, ["model=gcn", *PARTS, "model.hidden_channels=1000000"])
     graph.data.num_nodes = 12
     expected = family.expected_histories(graph, CPU) | {"bytes": 2**60}
     with pytest.raises(TrainingError, match=r"need 1,073,741,824.00 GiB on cpu, and .* are free: try .*=int8"):

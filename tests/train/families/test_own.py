@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from recollect.autoscale import ScalableGNN
 from recollect.models import RevGNN
 from recollect.train import TrainingError, UsageError
 from recollect.train._config import parse
@@ -86,6 +87,43 @@ def test_an_adjacency_is_the_one_of_the_networks_with_histories(graph, how):
     run(model, graph, [f"model.adjacency={how}"])
     expected = family_of(parse(["model=gcn", f"model.adjacency={how}"])).prepare(graph).data.adj_t
     assert torch.equal(model.seen["adj_t"].to_dense(), expected.to_dense())
+
+
+class SparseOfEdges(Recorder):
+    def forward(self, x, adj_t, edge_attr, edge_index=None, edge_weight=None):
+        return self.note(x=x, adj_t=adj_t, edge_attr=edge_attr, edge_index=edge_index, edge_weight=edge_weight)
+
+
+def test_what_edges_have_is_in_the_order_of_the_adjacency(graph):
+    graph.data.edge_weight = torch.rand(graph.data.num_edges)
+    graph.data.elsewhere = torch.rand(24)  # of which nobody can say what it belongs to
+    model, data = SparseOfEdges(), graph.data
+    run(model, graph)
+    order = (data.edge_index[1] * 12 + data.edge_index[0]).argsort()
+    assert torch.equal(model.seen["edge_index"], data.edge_index[:, order])
+    assert torch.equal(model.seen["edge_attr"], data.edge_attr[order])
+    assert torch.equal(model.seen["edge_weight"], data.edge_weight[order])
+    assert torch.equal(model.seen["adj_t"].col_indices(), data.edge_index[0, order])
+    with pytest.raises(UsageError, match=r"need edge_attr.*leave the adjacency plain"):
+        run(model, graph, ["model.adjacency=symmetric"])
+
+
+class Layered(ScalableGNN):
+    inputs = ("edge_attr",)
+
+    def __init__(self):
+        super().__init__(12, hidden_channels=8, num_layers=1)
+        self.head = nn.Linear(5, 3)
+
+    def forward_layer(self, layer, x, adj_t, state):
+        self.seen = state["edge_attr"]
+        return self.head(x)
+
+
+def test_layers_get_what_they_name_on_the_whole_graph_too(graph):
+    model, data = Layered(), graph.data
+    run(model, graph)
+    assert torch.equal(model.seen, data.edge_attr[(data.edge_index[1] * 12 + data.edge_index[0]).argsort()])
 
 
 def test_a_call_says_how_a_model_is_called(graph):

@@ -9,25 +9,33 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from recollect.aggregation import UPGradWeighting
-from recollect.train import TrainingError, UsageError, train
+from recollect.autoscale import ScalableGNN, propagate, with_weights
+from recollect.data import load
+from recollect.models import GCN, RevGNN
+from recollect.train import TrainingError, UsageError, fit, train
 from recollect.train._config import parse
 from recollect.train._metrics import losses
 from recollect.train._step import Step
 from recollect.train._text import tables_text
-from recollect.train.families import WholeGraphFamily, family_of
+from recollect.train.families import WholeGraphFamily, family_of, own_family
 
 SMALL = ["model=revgnn", "model.num_layers=3", "model.hidden_channels=8", "model.dropout=0", "optimizer.lr=0.05"]
 WHOLE = ["training=wholegraph", "training.num_parts=3", "training.partition=contiguous"]
 MANY = ["objective=multitask"]
+CPU = torch.device("cpu")
 
 
 def make(graph, overrides):
-    family = family_of(parse([*SMALL, *overrides]))
+    return step_of(family_of(parse([*SMALL, *overrides])), graph)
+
+
+def step_of(family, graph):
     ready = family.prepare(graph)
     torch.manual_seed(0)
-    return Step(Fabric(accelerator="cpu", devices=1), family, ready, family.build(ready, torch.device("cpu")))
+    return Step(Fabric(accelerator="cpu", devices=1), family, ready, family.build(ready, CPU))
 
 
 @pytest.fixture
@@ -88,13 +96,13 @@ def test_what_tables_will_take_is_what_they_take(graph, tmp_path, several):
     step = make(graph, [*WHOLE, *(MANY if several else []), f"training.store={tmp_path}"])
     assert isinstance(step.family, WholeGraphFamily)
     step.train()
-    found = step.family.summarize(step.network, [], torch.device("cpu"))["tables"]
+    found = step.family.summarize(step.network, [], CPU)["tables"]
     names = [file.stem for file in tmp_path.glob("[xg][0-9]*.table")]  # of groups of 4 channels
     numbers = sum(4 * (3 if name.endswith("x3.0") else 1) for name in names)
     assert len(names) == (6 if several else 4)
     spare = 4 * 4 * int(step.graph.ptr.diff().max())
     assert found == {"rows": 12, "numbers": numbers, "bytes": 4 * (12 * numbers + spare), "place": str(tmp_path)}
-    assert step.family.expect(step.graph, torch.device("cpu")) == f"tables: {tables_text(found)}"
+    assert step.family.expect(step.graph, CPU) == f"tables: {tables_text(found)}"
 
 
 def test_a_run_goes_on_as_the_unbroken_one_and_shows_its_tables(tmp_path):
@@ -124,6 +132,8 @@ def test_what_leaves_the_range_of_the_exact_stream_stops_the_run_with_advice(tmp
         (["objective=iwrm"], "needs objective=mean or multitask"),
         (["training.edge_dropout=0.1"], "takes no notice of the edges' weights"),
         (["model.disable=true"], r"needs model\.disable=false"),
+        (["model=pna"], r"needs model\.options\.batch_norm=false"),
+        (["model=gin", "model.options.noise=0.1"], r"needs model\.options\.noise=0"),
     ],
 )
 def test_what_does_not_go_part_by_part(options, message):
@@ -135,3 +145,103 @@ def test_learnt_features_are_refused(graph):
     family = family_of(parse([*SMALL, *WHOLE]))
     with pytest.raises(UsageError, match=r"dataset.features=embedding needs .* training=full"):
         family.prepare(replace(graph, learnt_features=True))
+
+
+def test_masks_of_dropout_are_among_what_tables_take(graph):
+    step = make(graph, [*WHOLE, "model.dropout=0.3"])
+    found = step.family.summarize(step.network, [], CPU)["tables"]
+    assert found["bytes"] == 4 * 12 * 16 + 2 * 12  # a bit for each of 8 channels, twice
+    assert step.family.expect(step.graph, CPU) == f"tables: {tables_text(found)}"
+
+
+class OfEdges(ScalableGNN):
+    """Sums over edges with weights that are made of what the edges have."""
+
+    inputs = ("edge_attr",)
+
+    def __init__(self):
+        super().__init__(12, hidden_channels=8, num_layers=2)
+        self.layers = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 3)])
+        self.gate = nn.Linear(3, 1)
+
+    def forward_layer(self, layer, x, adj_t, state):
+        return propagate(with_weights(adj_t, self.gate(state["edge_attr"]).squeeze(1)), self.layers[layer](x))
+
+
+GIVEN = {
+    "RevGNN": lambda: RevGNN(5, 8, 3, num_layers=3),
+    "RevGNN of a graph": lambda: RevGNN(5, 8, 3, num_layers=3, num_nodes=12),
+    "RevGNN with weights": lambda: RevGNN(5, 8, 3, 3, conv="graphconv", num_nodes=12, inputs=("edge_weight",)),
+    "GCN": lambda: GCN(12, 5, 8, 3, num_layers=3),
+    "of edges": OfEdges,
+}
+NAMED = ["gcn", "gat", "gcn2", "appnp", "pna", "pna_jk", "gin"]
+
+
+def by_the_whole_graph(step):
+    """The gradient of the mean loss, in the step's other mode, which takes the whole graph at once."""
+    step.switch(second=True)
+    loss = step.train()
+    gradient = gradient_of(step)
+    step.switch(second=False)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("kind", [*GIVEN, *NAMED])
+def test_a_step_of_any_network_with_layers_is_that_on_the_whole_graph(graph_maker, kind):
+    graph = graph_maker("multiclass", "accuracy", 3, edge_attr=True)
+    if kind == "RevGNN with weights":
+        graph.data.edge_weight = torch.rand(graph.data.num_edges)
+    if kind in GIVEN:
+        family = own_family(parse(["model=import", "optimizer=sgd", "optimizer.lr=0", *WHOLE]), GIVEN[kind]())
+    else:
+        words = [f"model={kind}", "model.num_layers=3", "model.hidden_channels=8", "model.dropout=0"]
+        words += ["model.options.batch_norm=false"] if kind.startswith("pna") else []
+        family = family_of(parse([*words, "optimizer=sgd", "optimizer.lr=0", *WHOLE]))
+    step = step_of(family, graph)
+    step.family.rehearse(step.evaluate)
+    loss, expected = by_the_whole_graph(step)
+    assert step.train() == pytest.approx(loss, rel=1e-3)
+    torch.testing.assert_close(gradient_of(step), expected, rtol=1e-2, atol=1e-3)
+    logits = step.family.call(step.network, step.family.inputs(step.network, step.graph)).detach()
+    torch.testing.assert_close(step.evaluate(), logits, rtol=1e-2, atol=1e-3)
+    most, about = step.plain_bytes(1000)
+    assert most == about > 1000 + 4 * 12 * 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Linear(5, 3), "needs a model whose layers can be computed one by one.*this is a Linear"),
+        (lambda: GCN(12, 5, 8, 3, 2, batch_norm=True), "training=wholegraph: .* BatchNorm1d"),
+        (lambda: RevGNN(5, 8, 3, 2, norm="batch"), "training=wholegraph: .* BatchNorm1d"),
+        (lambda: GCN(12, 5, 8, 4, 2), r"returned logits \[12, 4\], and the graph has 12 nodes and 3 classes"),
+    ],
+)
+def test_a_network_that_does_not_go_part_by_part_is_refused_before_the_first_step(graph_maker, model, message):
+    family = own_family(parse(["model=import", *WHOLE]), model())
+
+    def begin():
+        step = step_of(family, graph_maker("multiclass", "accuracy", 3))
+        family.rehearse(step.evaluate)
+
+    with pytest.raises(UsageError, match=message):
+        begin()
+
+
+def test_a_model_that_is_given_is_trained_part_by_part(tmp_path):
+    words = ["threads=1", "measure.repeats=1"]
+    training = {"name": "wholegraph", "num_parts": 3, "store": str(tmp_path / "tables")}
+    result = fit(
+        RevGNN(34, 8, 4, num_layers=4),
+        load("karate"),
+        epochs=2,
+        training=training,
+        out=tmp_path / "run",
+        overrides=words,
+    )
+    assert result.summary["modes"] == ["part by part", "everything kept"]
+    assert result.summary["largest_drift"] == 0.0
+    assert result.summary["tables"]["place"] == str(tmp_path / "tables")
+    with pytest.raises(UsageError, match="call= says how a model is called with the whole graph"):
+        fit(RevGNN(34, 8, 4, num_layers=4), load("karate"), training="wholegraph", call=lambda model, data: data.x)

@@ -31,6 +31,9 @@ class PlainRows:
         dtype: of the entries: floating point for activations and gradients, uint8 for bits.
         path: of its file; ``None``: in memory.
 
+    Attributes:
+        size: ``rows``, ``width`` and ``dtype``.
+
     Raises:
         HistoryFileError: the file is something else, has other rows, is in use, or there is no room for it.
 
@@ -46,6 +49,7 @@ class PlainRows:
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, path: Path | None = None) -> None:
         self._dtype, self._width = dtype, width
+        self.size = rows, width, dtype
         self._rows: Any
         if path is None:
             self._rows = (

@@ -9,7 +9,7 @@ import numpy as np
 
 from recollect.data._errors import InvalidFileError
 from recollect.data.files._found import Array, Found, as_float32, masks_of_words
-from recollect.data.files._table import UNKNOWN, Table, as_count, as_number, read_table
+from recollect.data.files._table import UNKNOWN, Table, as_count, as_number, is_name, read_table
 
 ROLES = ("edges", "nodes", "features", "labels", "split")
 SUFFIXES = (".csv", ".tsv", ".txt")
@@ -99,8 +99,8 @@ def _edges_header(table: Table) -> None:
 
 
 def _words_header(table: Table) -> None:
-    """Of a table of numbers: the first line is a header if it has a cell that is none."""
-    if any(as_number(cell) is None and cell.lower() not in UNKNOWN for cell in table.rows[0]):
+    """Of a table of numbers: the first line is a header if it has a cell that can be a name."""
+    if any(is_name(cell) for cell in table.rows[0]):
         table.take_header()
 
 
@@ -218,7 +218,7 @@ def _labels(found: Found, table: Table, columns: list[int], rows: Array) -> None
         raise InvalidFileError(f"{table.path} has ids and no labels; add a column label")
     if len(columns) > 1:
         labels = np.full((found.num_nodes, len(columns)), np.nan)
-        labels[rows] = table.numbers(columns, unknown=True)
+        labels[rows] = table.numbers(columns, labels=True)
         found.labels = labels
         return
     words = ["" if cell.lower() in UNKNOWN else cell for cell in table.column(columns[0])]

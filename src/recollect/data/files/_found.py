@@ -67,8 +67,8 @@ def masks_of_words(words: list[str], where: str, first_line: int = 0) -> tuple[A
         if part is None:
             place = f"line {first_line + number}" if first_line else f"node {number}"
             raise InvalidFileError(
-                f"{where}, {place}: {str(word)[:40]!r} is no part of a split; write train, val or test, or nothing for "
-                f"a node in none of them"
+                f"{where}, {place}: {str(word)[:40]!r} is no part of a split; write train, val or test, or nan for a "
+                f"node in none of them"
             )
         parts.append(part)
     found = np.array(parts, dtype=object)

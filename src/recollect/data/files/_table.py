@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from recollect.data.files._found import Array
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}  # None: any white space
 UNKNOWN = ("", "nan")
+_LABELS = {**dict.fromkeys(UNKNOWN, math.nan), "true": 1.0, "false": 0.0}
 
 
 @dataclass
@@ -40,13 +42,22 @@ class Table:
         """Let the first row be the header.
 
         Raises:
-            InvalidFileError: Two columns have one name.
+            InvalidFileError: Two columns have one name, or one has none.
         """
+        first = self.lines[0]
         self.header, self.rows, self.lines = self.rows[0], self.rows[1:], self.lines[1:]
+        if "" in self.header:
+            column = self.header.index("") + 1
+            raise InvalidFileError(
+                f"{self.path}, line {first}: column {column} has no name, as numbers of rows that some programs write; "
+                f"remove it, or call it id if it has the nodes' names"
+            )
         lower = [name.lower() for name in self.header]
         for name in lower:
             if lower.count(name) > 1:
-                raise InvalidFileError(f"{self.path}, line 1: two columns are called {name!r}; rename one of them")
+                raise InvalidFileError(
+                    f"{self.path}, line {first}: two columns are called {name!r}; rename one of them"
+                )
 
     def find(self, names: tuple[str, ...]) -> int | None:
         """The column whose header is one of these names, whatever the case."""
@@ -60,12 +71,12 @@ class Table:
         """The cells of a column."""
         return [row[column] for row in self.rows]
 
-    def numbers(self, columns: list[int], *, unknown: bool = False) -> Array:
+    def numbers(self, columns: list[int], *, labels: bool = False) -> Array:
         """Columns as numbers, [rows, columns] float64.
 
         Args:
             columns: Which.
-            unknown: Whether empty cells and NaN may be there.
+            labels: Whether they are labels, so that empty cells and NaN may be there, and true and false are 1 and 0.
 
         Raises:
             InvalidFileError: A cell is no finite number; the message has its line.
@@ -74,10 +85,10 @@ class Table:
         for place, (row, line) in enumerate(zip(self.rows, self.lines, strict=True)):
             for out, column in enumerate(columns):
                 value = as_number(row[column])
-                if value is None and unknown and row[column].lower() in UNKNOWN:
-                    value = float("nan")
+                if value is None and labels:
+                    value = _LABELS.get(row[column].lower())
                 if value is None:
-                    what = "a number, or empty where it is unknown" if unknown else "a finite number"
+                    what = "a number, or empty where it is unknown" if labels else "a finite number"
                     raise InvalidFileError(
                         f"{self.path}, line {line}: {row[column][:40]!r} in column {column + 1} must be {what}"
                     )
@@ -127,6 +138,12 @@ def read_table(path: Path) -> Table:
     if len(rows[0]) == 1 and separator == "," and any(mark in rows[0][0] for mark in ";\t"):
         raise InvalidFileError(f"{path}, line {lines[0]}: cells of a .csv file stand between commas, of a .tsv, tabs")
     return Table(path, rows, lines)
+
+
+def is_name(cell: str) -> bool:
+    """Whether a cell can be a column's name: it begins with a letter, and is neither a number nor a truth value."""
+    begins = cell[:1].isalpha() or cell[:1] == "_"
+    return begins and cell.lower() not in ("inf", "infinity", *_LABELS)
 
 
 def as_number(text: str) -> float | None:

@@ -1,6 +1,7 @@
 """The kinds of networks that the loop trains, behind one protocol; see `Family`.
 
-A new kind is a file here, a row in the table below, a class of settings and a file in ``conf/model``.
+A new kind is a file here, a row in the table below, a class of settings, and a line in the table of
+`recollect.train._options`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ __all__ = [
     "own_family",
 ]
 
+
+def _layered(settings: Settings) -> Family:
+    family = HistoriesFamily(settings)
+    return WholeGraphFamily(settings, family) if settings.training.name == "wholegraph" else family
+
+
 _REVERSIBLE: dict[str, Callable[[Settings], Family]] = {
     "full": ReversibleFamily,
     "autoscale": ReversiblePartsFamily,
-    "wholegraph": WholeGraphFamily,
+    "wholegraph": lambda settings: WholeGraphFamily(settings, ReversibleFamily(settings)),
 }
 _FAMILIES: dict[str, Callable[[Settings], Family]] = {
     "reversible": lambda settings: _REVERSIBLE[settings.training.name](settings),
-    "histories": HistoriesFamily,
+    "histories": _layered,
     "own": own_family,
 }
 

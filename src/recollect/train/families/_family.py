@@ -59,7 +59,9 @@ class Family(ABC):
             network = self._network(graph, device, num_layers)
         except TrainingError:
             raise
-        except (ImportError, OSError, HistoryFileError) as error:
+        except OSError as error:
+            raise TrainingError(f"a file of the network cannot be made or read: {error}") from error
+        except (ImportError, HistoryFileError) as error:
             raise TrainingError(str(error)) from error
         except (TypeError, ValueError) as error:
             raise UsageError(f"the model cannot be built: {error}") from error
@@ -96,7 +98,10 @@ class Family(ABC):
             )
         data = copy.copy(graph.data)
         data.x = scaled_features(data.x, self.settings.data.features)
-        data, ptr = self._edges(data)
+        try:
+            data, ptr = self._edges(data)
+        except (TypeError, ValueError) as error:  # of a graph that was given
+            raise UsageError(str(error)) from error
         known = {item.name: getattr(graph, item.name) for item in fields(GraphDataset)}
         return TrainingGraph(**known | {"data": data}, num_edges=graph.data.num_edges, ptr=ptr)
 
@@ -129,6 +134,22 @@ class Family(ABC):
         """A function from the model to the logits [num_nodes, num_classes], where the graph's labels are."""
         inputs = self.inputs(network, graph)
         return lambda model: self.call(model, inputs)
+
+    def of_parts(self, network: nn.Module, data: Any) -> tuple[Any, tuple[str, ...]]:
+        """The graph as `recollect.outofcore.WholeGraph` takes it, and the names of what layers get of each edge."""
+        return data, ()
+
+    def tables(self, num_classes: int) -> tuple[int, int] | None:
+        """Numbers, and bytes of masks, that the tables of steps part by part have for each node; None if unknown."""
+        return None
+
+    def checked(self, logits: Tensor, graph: TrainingGraph) -> Tensor:
+        """The logits of an evaluation.
+
+        Raises:
+            UsageError: they are not of this graph.
+        """
+        return logits
 
     def rehearse(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - ours are known to work
         """Find out whether the network can be trained, before anything is written.

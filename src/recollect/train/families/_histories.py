@@ -31,7 +31,7 @@ from recollect.train._team import team
 from recollect.train._text import histories_text, per_layer
 from recollect.train.families._family import Family
 
-__all__ = ["PLAIN", "HistoriesFamily"]
+__all__ = ["PLAIN", "HistoriesFamily", "check_inputs"]
 
 PLAIN = 6
 """Arguments of a mini-batch: x, adj_t, batch_size, n_id, offset, count."""
@@ -68,12 +68,7 @@ class HistoriesFamily(Family):
         if self._make is not None:
             network = _with_histories(self._make(graph))
             self._named = network.inputs
-            if missing := [name for name in self._named if name not in graph.data]:
-                raise UsageError(
-                    f"the layers of the {type(network).__name__} need {', '.join(missing)}, and the graph as it was "
-                    "prepared has none: give it edge_attr [num_edges, D], and leave the adjacency plain: edges that "
-                    "are added have no attributes"
-                )
+            check_inputs(network, self._named, graph.data)
             return network
         if not self.in_parts:
             return self._build(graph, keep_histories=False)
@@ -259,6 +254,25 @@ class HistoriesFamily(Family):
             "combine": None if training.combine is None else Combination(training.combine, training.combine_score),  # type: ignore[arg-type]
             "histories": HistoryOptions(process_group=self._shares),
         }
+
+
+def check_inputs(network: nn.Module, names: Sequence[str], data: Any) -> None:
+    """Check that a graph has what a network takes of it.
+
+    Args:
+        network: for the message.
+        names: of what it takes.
+        data: the graph.
+
+    Raises:
+        UsageError: something is missing.
+    """
+    if missing := [name for name in names if name not in data]:
+        raise UsageError(
+            f"the layers of the {type(network).__name__} need {', '.join(missing)}, and the graph as it was prepared "
+            "has none: give it edge_attr [num_edges, D], and leave the adjacency plain: edges that are added have no "
+            "attributes"
+        )
 
 
 def _with_histories(network: nn.Module) -> ScalableGNN:

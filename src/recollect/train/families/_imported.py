@@ -41,7 +41,12 @@ def imported(own: ImportSettings, graph: TrainingGraph) -> nn.Module:
         "dropout": own.dropout,
         "data": data,
     }
-    signature = inspect.signature(make).parameters
+    try:
+        signature = inspect.signature(make).parameters
+    except ValueError as error:  # of some that are written in C
+        raise UsageError(
+            f"model.target={own.target} does not say what it takes: give a function that calls it"
+        ) from error
     given = {name: value for name, value in known.items() if name in signature and value is not None} | own.kwargs
     try:
         network = make(**given)
@@ -59,7 +64,7 @@ def _target(own: ImportSettings) -> Callable[..., Any]:
     if not own.target:
         raise UsageError(f"model=import needs model.target: {_FORM}")
     module, colon, name = own.target.partition(":")
-    if not colon or not module or not name:
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
         raise UsageError(f"model.target={own.target}: {_FORM}")
     if own.folder and own.folder not in sys.path:
         sys.path.insert(0, own.folder)  # for good: what is imported from there may import others later

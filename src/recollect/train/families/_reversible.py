@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from recollect import models
 from recollect.train._errors import UsageError
-from recollect.train._graph import TrainingGraph
+from recollect.train._graph import TrainingGraph, with_edge_index
 from recollect.train._settings import RevGNNSettings, Settings
 from recollect.train.families._family import Family
 
-__all__ = ["ReversibleFamily", "drift_of", "edge_inputs", "make_revgnn"]
+__all__ = ["SAVED", "ReversibleFamily", "drift_of", "edge_inputs", "make_revgnn"]
 
+SAVED = 5
+"""Numbers of each layer and channel that norm, ReLU, dropout and convolution save in a plain step."""
 _EDGE_CONVS = ("gat", "gen")
 
 
@@ -31,6 +33,20 @@ class ReversibleFamily(Family):
     def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Tensor, ...]:
         """Features, edges and, where they are wanted and there, edge features."""
         return (graph.data.x, graph.data.edge_index, *(graph.data[name] for name in edge_inputs(self.own, graph.data)))
+
+    def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
+        """``edge_index``; of a graph that was cut into parts too."""
+        return (with_edge_index(data) if "adj_t" in data else data), None
+
+    def of_parts(self, network: nn.Module, data: Any) -> tuple[Any, tuple[str, ...]]:
+        """Edge features, where they are wanted and there."""
+        return data, edge_inputs(self.own, data)
+
+    def tables(self, num_classes: int) -> tuple[int, int]:
+        """Activations and a gradient, and one for each of several objectives; a bit for each number and dropout."""
+        channels, several = self.own.hidden_channels, self.settings.objective.name != "mean"
+        masks = 2 * -(-channels // 8) if self.own.dropout else 0
+        return (2 + (num_classes if several else 0)) * channels, masks
 
     def modes(self, network: nn.Module) -> list[str]:
         """Reversible, and with every activation kept."""
@@ -63,7 +79,7 @@ def make_revgnn(own: RevGNNSettings, graph: TrainingGraph, num_layers: int | Non
         **further: what `models.RevGNN` takes for mini-batches.
 
     Raises:
-        UsageError: its convolution takes no edge features, and shall.
+        UsageError: its convolution takes no edge features, and the settings give it some.
     """
     options = dict(own.conv_kwargs)
     if edge_inputs(own, graph.data):

@@ -13,11 +13,9 @@ from recollect.train._batches import Batches
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import RevGNNSettings, Settings
 from recollect.train.families._histories import PLAIN, HistoriesFamily
-from recollect.train.families._reversible import drift_of, edge_inputs, make_revgnn
+from recollect.train.families._reversible import SAVED, drift_of, edge_inputs, make_revgnn
 
 __all__ = ["ReversiblePartsFamily"]
-
-_SAVED = 5  # numbers of each layer and channel that norm, ReLU, dropout and convolution save in a plain step
 
 
 class ReversiblePartsFamily(HistoriesFamily):
@@ -61,7 +59,7 @@ class ReversiblePartsFamily(HistoriesFamily):
         _, one = super().plain_bytes(network, graph, batches, peak)
         _, activations = self.size(graph.data.num_nodes)
         most = one * self.own.num_layers
-        return most, min(most, one + 4 * _SAVED * activations)
+        return most, min(most, one + 4 * SAVED * activations)
 
     def _build(self, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
         names = self.names(graph.data)

@@ -1,17 +1,19 @@
-"""Deep reversible networks in steps over the whole graph, part by part: `recollect.outofcore.WholeGraph`."""
+"""Any network in steps over the whole graph, part by part: `recollect.outofcore.WholeGraph`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recollect import models
-from recollect.autoscale import HistoryFileError, edge_index_of, permute, to_adj_t
+from recollect.autoscale import HistoryFileError, ScalableGNN, permute, to_adj_t
 from recollect.distributed import Shares
+from recollect.models import RevGNN
 from recollect.outofcore import WholeGraph
+from recollect.train._batches import Batches
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._graph import TrainingGraph, cut
 from recollect.train._metrics import known_labels, known_losses
@@ -19,43 +21,78 @@ from recollect.train._objective import Objective
 from recollect.train._settings import Settings
 from recollect.train._team import team
 from recollect.train._text import tables_text
-from recollect.train.families._reversible import ReversibleFamily, drift_of, edge_inputs
+from recollect.train.families._family import Family
+from recollect.train.families._reversible import SAVED, drift_of
 
 __all__ = ["WholeGraphFamily"]
 
 
-class WholeGraphFamily(ReversibleFamily):
-    """Networks whose activations and gradients lie in tables, of which a part is computed at a time."""
+class WholeGraphFamily(Family):
+    """Networks whose activations and gradients lie in tables, of which a part is computed at a time.
 
-    any_depth = False  # there is one store
+    Args:
+        settings: of the run.
+        of: the family that makes the network, and calls it on the whole graph at once.
+    """
+
     draws_alike = True
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, of: Family) -> None:
         super().__init__(settings)
-        self._whole: WholeGraph | None = None
+        self._of = of
+        self._whole: WholeGraph | None = None  # there is one store
         self._shares: Shares | None = None  # of the processes, where there are several
 
-    def modes(self, network: nn.Module) -> list[str]:
-        """Part by part, and the whole graph at once with every activation kept."""
-        return ["part by part", "everything kept"]
+    def _network(self, graph: TrainingGraph, device: torch.device, num_layers: int | None) -> nn.Module:
+        network = self._of._network(graph, device, num_layers)
+        if not isinstance(network, ScalableGNN):
+            raise UsageError(
+                "training=wholegraph needs a model whose layers can be computed one by one, a recollect.models.RevGNN "
+                f"or another recollect.autoscale.ScalableGNN, and this is a {type(network).__name__}: write its layers "
+                "in forward_layer, or choose training=full"
+            )
+        return network
 
-    def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
-        """``drift``, the largest relative reconstruction error; NaN if nothing was reconstructed."""
-        return drift_of(None if self._whole is None else self._whole.last_drift)
+    def inputs(self, network: nn.Module, graph: TrainingGraph) -> tuple[Any, ...]:
+        """Those of the whole graph at once."""
+        return self._of.inputs(network, graph)
+
+    def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
+        """Return the logits of the whole graph at once."""
+        return self._of.call(model, inputs)
+
+    def modes(self, network: nn.Module) -> list[str]:
+        """Part by part; and the whole graph at once, of a reversible network with every activation kept."""
+        return ["part by part", self._of.modes(network)[-1]]
+
+    def switch(self, network: nn.Module, second: bool) -> None:
+        """Keep every activation, or recollect them."""
+        self._of.switch(network, second)
 
     def _edges(self, data: Any) -> tuple[Any, Tensor | None]:
         """Nodes in the order of the parts."""
         data = to_adj_t(data)
         perm, ptr = cut(self.settings.training, data.adj_t)
-        data = permute(data, perm)
-        data.edge_index = edge_index_of(data.adj_t)
-        del data.adj_t
-        return data, ptr
+        return self._of._edges(permute(data, perm))[0], ptr
 
     def expect(self, graph: TrainingGraph, device: torch.device) -> str | None:
-        """Say what the tables will take."""
+        """Say what the tables will take, where the settings tell it."""
+        known, store = self._of.tables(graph.num_classes), self.settings.training.store
+        if known is None:
+            return None
         assert graph.ptr is not None  # as _edges returned it
-        return f"tables: {tables_text(self._tables(graph.ptr.diff().tolist(), graph.num_classes))}"
+        (numbers, masks), sizes = known, graph.ptr.diff().tolist()
+        channels, rows = self.settings.model.hidden_channels or 0, sum(sizes)
+        spare = 2 * channels * max(sizes) if store else 0  # in files, with the rows of the largest part once more
+        return f"tables: {tables_text(_described(rows, numbers, 4 * (rows * numbers + spare) + masks * rows, store))}"
+
+    def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
+        """Evaluate once, and look whether steps can be taken in training mode too."""
+        self._of.rehearse(evaluate)
+        assert self._whole is not None
+        self._whole.model.train()
+        with _explained():
+            self._whole.check()
 
     def own_step(self, network: nn.Module, graph: TrainingGraph, objective: Objective) -> Callable[[], Tensor] | None:
         """A step over all parts, of one objective or of one for each label."""
@@ -72,44 +109,75 @@ class WholeGraphFamily(ReversibleFamily):
             return lambda: whole.step(criterion)
         return lambda: whole.step(of_each_label, objective.weigh).mean()
 
+    def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
+        """``drift`` of a reversible network, the largest relative reconstruction error."""
+        if self._whole is None or "drift" not in self._of.observe(network, graph, errors):
+            return {}
+        return drift_of(self._whole.last_drift)
+
     def summarize(
         self, network: nn.Module, history: Sequence[dict[str, float]], device: torch.device
     ) -> dict[str, Any]:
         """What the tables take; of several processes, those of this one."""
         assert self._whole is not None
-        sizes = [stop - start for start, stop in self._whole.parts.bounds]
-        return {"tables": self._tables(sizes, cast(models.RevGNN, network).head.out_features)}
+        own = sum(stop - start for start, stop in self._whole.parts.bounds)
+        tables = self._whole.tables.values()
+        numbers = sum(width for _, width, dtype in tables if dtype.is_floating_point)
+        total = sum(rows * width * dtype.itemsize for rows, width, dtype in tables)
+        return {"tables": _described(own, numbers, total, self.settings.training.store)}
 
-    def _tables(self, sizes: Sequence[int], num_classes: int) -> dict[str, Any]:
-        """Return what tables hold for each node: activations and a gradient, and one for each of several objectives."""
-        store, channels = self.settings.training.store, self.own.hidden_channels
-        several = 0 if self.settings.objective.name == "mean" else num_classes * channels
-        numbers, rows = 2 * channels + several, sum(sizes)
-        spare = 2 * channels * max(sizes) if store else 0  # in files, with the rows of the largest part once more
-        return {"rows": rows, "numbers": numbers, "bytes": 4 * (rows * numbers + spare), "place": store or "memory"}
+    def plain_bytes(self, network: nn.Module, graph: TrainingGraph, batches: Batches, peak: int) -> tuple[int, int]:
+        """About what layers save of each channel on the whole graph."""
+        assert self._whole is not None
+        if isinstance(network, RevGNN):
+            numbers = network.project.out_features * network.num_layers
+        else:
+            numbers = sum(width for _, width, _ in self._whole.tables.values())  # one has each layer's input
+        expected = peak + 4 * SAVED * self._whole.num_nodes * numbers
+        return expected, expected
+
+    def size(self, num_nodes: int) -> tuple[int, int]:
+        """By the settings, if they say it."""
+        return self._of.size(num_nodes)
 
     def evaluation(self, network: nn.Module, graph: TrainingGraph) -> Callable[[Callable[..., Any]], Tensor]:
         """Part by part too."""
         whole, shares, group = self._of_parts(network, graph), self._shares, team()
-        if shares is not None:
-            return lambda model: group.gather_rows(whole.evaluate(), shares)
-        return lambda model: whole.evaluate()
+
+        def evaluate(model: Callable[..., Any]) -> Tensor:
+            out = whole.evaluate()
+            return self._of.checked(out if shares is None else group.gather_rows(out, shares), graph)
+
+        return evaluate
 
     def _of_parts(self, network: nn.Module, graph: TrainingGraph) -> WholeGraph:
         if self._whole is None or self._whole.model is not network:
             if graph.ptr is None:
                 raise ValueError("the graph is not cut into parts: prepare it for training=wholegraph")
-            inputs = edge_inputs(self.own, graph.data)
             self._whole = None  # gives its files up
-            store, ptr = self.settings.training.store, graph.ptr
+            data, inputs = self._of.of_parts(network, graph.data)
             if team().size > 1:
-                self._shares = Shares(ptr, torch.ones(ptr.numel() - 1))  # as many parts for each
-            try:
+                self._shares = Shares(graph.ptr, torch.ones(graph.ptr.numel() - 1))  # as many parts for each
+            with _explained():
+                assert isinstance(network, ScalableGNN)
                 self._whole = WholeGraph(
-                    cast(models.RevGNN, network), graph.data, ptr, store, inputs=inputs, shares=self._shares
+                    network, data, graph.ptr, self.settings.training.store, inputs=inputs, shares=self._shares
                 )
-            except (OSError, HistoryFileError) as error:
-                raise TrainingError(str(error)) from error
-            except ValueError as error:
-                raise UsageError(f"training=wholegraph: {error}") from error
         return self._whole
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of errors of a `WholeGraph` what they are of."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"training.store: a file cannot be made or read: {error}") from error
+    except HistoryFileError as error:
+        raise TrainingError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"training=wholegraph: {error}") from error
+
+
+def _described(rows: int, numbers: int, nbytes: int, store: str | None) -> dict[str, Any]:
+    return {"rows": rows, "numbers": numbers, "bytes": nbytes, "place": store or "memory"}
