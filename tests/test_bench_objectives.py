@@ -230,11 +230,16 @@ def test_the_certificate_is_what_makes_the_difference(monkeypatch: pytest.Monkey
     compared = []
     certify = Engine._certify
     monkeypatch.setattr(Engine, "_certify", lambda *given: compared.append(given[-1]) or certify(*given))
-    steps = certificate.steps(WORKS["mlp"]())
+    work = WORKS["mlp"]()
+    steps, gradients = certificate.steps(work), []
     for name, count in (("uncertified", 0), ("certified", 1), ("uncertified", 1)):
+        work.model.zero_grad()
         steps[name]()
+        gradients.append([parameter.grad for parameter in work.model.parameters()])
         assert len(compared) == count
     assert compared[0] > 0
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
 
 
 def test_targets_of_the_certificate(report: dict[str, Any]) -> None:
