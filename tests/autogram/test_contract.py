@@ -7,7 +7,7 @@ import pytest
 import torch
 from factor_oracle import dense
 
-from recollect.autogram import _contract, _pieces, _square
+from recollect.autogram import _contract, _pieces, _square, _sums
 from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Outer, Picked, Rows, join, merge
 from recollect.autogram._square import SquareSum
@@ -232,6 +232,57 @@ def test_rows_that_are_no_bias_of_what_follows_are_squared_apart(case):
         total.take(str(k), 0, [factor])
     rows = torch.cat([written_out(factor) for factor in order], 1)
     torch.testing.assert_close(total.total(), rows @ rows.T)
+
+
+@pytest.mark.parametrize("shared", ["", "left", "right"])
+@pytest.mark.parametrize("T", [2, 40])
+def test_two_weights_with_one_gradient_are_squared_together(T, shared):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    first, other = outer(5, T, 1, 20, 30, shared), outer(5, T, 1, 20, 7, shared)
+    second = Outer(first.left, other.right, torch.Size((1, 20, 7)))
+    rows = torch.cat([written_out(factor) for factor in (first, second)], 1)
+    flops = {}
+    for way in ("together", "apart"):
+        total = whole_sum(5, first=(1, 20, 30), second=(1, 20, 7))
+        with FlopCounterMode(display=False) as counter:
+            total.take("first", 0, [first])
+            if way == "apart":
+                total.end_layer()
+            total.take("second", 0, [second])
+            torch.testing.assert_close(total.total(), rows @ rows.T)
+        flops[way] = counter.get_total_flops()
+    assert flops["together"] <= flops["apart"]
+
+
+@pytest.mark.parametrize("case", ["gradients", "groups", "rows", "positions"])
+def test_weights_that_differ_in_more_are_squared_apart(case):
+    first = outer(5, 3, 2 if case == "groups" else 1, 20, 30)
+    second = {
+        "gradients": Outer(first.left.clone(), first.right, first.shape),
+        "groups": Outer(first.left, first.right + 1, first.shape),
+        "rows": Outer(first.left, first.right[:1], first.shape),
+        "positions": outer(5, 4, 1, 20, 30),
+    }[case]
+    total = whole_sum(5, first=first.shape, second=second.shape)
+    total.take("first", 0, [first])
+    total.take("second", 0, [second])
+    rows = torch.cat([written_out(factor) for factor in (first, second)], 1)
+    torch.testing.assert_close(total.total(), rows @ rows.T)
+
+
+def test_small_rows_are_squared_many_at_once(monkeypatch):
+    calls = []
+    square = SquareSum.add_product
+    monkeypatch.setattr(SquareSum, "add_product", lambda *given: calls.append(given) or square(*given))
+    monkeypatch.setattr(_sums, "_TOGETHER", 5 * 20)
+    factors = [Rows(draw(5, size) + size) for size in (3, 4, 6, 9, 30, 1)]
+    total = whole_sum(5, **{str(k): factor.shape for k, factor in enumerate(factors)})
+    for k, factor in enumerate(factors):
+        total.take(str(k), 0, [factor])
+    rows = torch.cat([written_out(factor) for factor in factors], 1)
+    torch.testing.assert_close(total.total(), rows @ rows.T)
+    assert len(calls) == 4  # of 3 + 4 + 6, 9, 30 and 1: no more than 20 wait for one another
 
 
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 600])
