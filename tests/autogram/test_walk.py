@@ -182,7 +182,7 @@ def test_layers_by_which_no_pass_comes_are_freed_with_the_graph(count):
             losses.sum().backward(retain_graph=True)
         else:
             assert saved_bytes(losses) == 0
-            with pytest.raises(RuntimeError, match="go(ing)? backward|backward through the graph"):
+            with pytest.raises(RuntimeError, match="backward through"):
                 losses.sum().backward()
 
 

@@ -58,9 +58,10 @@ def _without_asking(node: Any, position: int, grad: Tensor) -> Tensor | None:
     """Return an edge's gradient before it is summed, if that takes no call of the node, which computes all edges'."""
     if is_passed_on(node, position):
         return grad
-    if is_scaled(node, position):
-        return grad * getattr(node, _SCALED[type(node).__name__, position][0])
-    return None
+    if not is_scaled(node, position):
+        return None
+    scale: Tensor = getattr(node, _SCALED[type(node).__name__, position][0])
+    return grad * scale
 
 
 def is_product(node: Any, position: int, layouts: tuple[Layout | None, ...]) -> bool:

@@ -188,7 +188,8 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
 
 def forget(node: Any) -> None:
     """Free the tensors that a node has saved, as a backward pass that comes by it does at its end."""
-    for name in _saved_names(type(node)):
+    kind: Any = type(node)
+    for name in _saved_names(kind):
         saved = getattr(node, name)
         for one in saved if isinstance(saved, tuple) else (saved,):
             with suppress(RuntimeError):  # it has hooks, or holds nothing
@@ -196,7 +197,7 @@ def forget(node: Any) -> None:
 
 
 @functools.cache
-def _saved_names(kind: type) -> tuple[str, ...]:
+def _saved_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
@@ -206,7 +207,7 @@ def _drop(tensor: Tensor) -> None:
 
 def _refuse(nothing: None) -> Tensor:
     raise RuntimeError(
-        "trying to go backward through a graph that compute_gramian(..., retain_graph=False) or compute_norms(..., "
+        "going backward through a graph that compute_gramian(..., retain_graph=False) or compute_norms(..., "
         "retain_graph=False) has freed; give retain_graph=True if a backward pass follows"
     )
 
