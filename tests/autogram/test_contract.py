@@ -272,17 +272,18 @@ def test_weights_that_differ_in_more_are_squared_apart(case):
 
 
 def test_small_rows_are_squared_many_at_once(monkeypatch):
-    calls = []
+    sizes = []
     square = SquareSum.add_product
-    monkeypatch.setattr(SquareSum, "add_product", lambda *given: calls.append(given) or square(*given))
-    monkeypatch.setattr(_sums, "_TOGETHER", 5 * 20)
-    factors = [Rows(draw(5, size) + size) for size in (3, 4, 6, 9, 30, 1)]
+    monkeypatch.setattr(SquareSum, "add_product", lambda own, rows: sizes.append(rows.shape[1]) or square(own, rows))
+    monkeypatch.setattr(_sums, "_TOGETHER", 10)
+    weight = outer(5, 3, 1, 20, 30)  # formed from 5 x 150 elements, of which 5 x 15 may wait
+    factors = [weight, *(Rows(draw(5, size) + size) for size in (3, 4, 6, 9, 30, 1))]
     total = whole_sum(5, **{str(k): factor.shape for k, factor in enumerate(factors)})
     for k, factor in enumerate(factors):
         total.take(str(k), 0, [factor])
     rows = torch.cat([written_out(factor) for factor in factors], 1)
     torch.testing.assert_close(total.total(), rows @ rows.T)
-    assert len(calls) == 4  # of 3 + 4 + 6, 9, 30 and 1: no more than 20 wait for one another
+    assert [size for size in sizes if size < 40] == [3 + 4 + 6, 9, 30, 1]
 
 
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 600])

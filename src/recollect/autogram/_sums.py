@@ -16,8 +16,9 @@ from recollect.autogram._square import SquareSum, padded_zeros
 __all__ = ["Gather", "Joined", "NormSum", "Sum", "WholeSum"]
 
 
-# Rows of so many elements wait for others, to be squared with them.
-_TOGETHER = 2**18
+# Rows wait for others, to be squared with them, up to this part of what the largest layer's Jacobian is formed from:
+# less than the memory that is needed in any case.
+_TOGETHER = 16
 
 
 class Sum(ABC):
@@ -123,14 +124,15 @@ class WholeSum(Joined):
         super().__init__(parameters, passes, rows, dtype, device)
         self._square = SquareSum(passes * rows, dtype, device)
         self._small: list[Rows] = []
-        self._held_elements = 0
+        self._held_elements = self._largest = 0
         self._beside: Outer | None = None
 
     def add(self, parameter: int, factors: Sequence[Factor]) -> None:
         """Square a parameter's Jacobian, or let it wait."""
+        self._largest = max(self._largest, held_elements(factors))
         match list(factors):
             case [Rows() as rows]:
-                if self._held_elements + rows.values.numel() > _TOGETHER:
+                if (self._held_elements + rows.values.numel()) * _TOGETHER > self._largest:
                     self._add_small()
                 self._small.append(rows)
                 self._held_elements += rows.values.numel()

@@ -114,6 +114,8 @@ class Direction:
                 outputs[:, t] = dh
                 inner = dh @ self._projection
             past = back(t, inner, dc)
+            if t == self._order[0]:
+                break  # nobody asks for the first state's
             dh = multiply(before_step[t].flatten(0, 1)).view(shape)
             if past is not None:
                 dh.add_(past)
