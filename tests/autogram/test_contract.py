@@ -234,43 +234,6 @@ def test_rows_that_are_no_bias_of_what_follows_are_squared_apart(case):
     torch.testing.assert_close(total.total(), rows @ rows.T)
 
 
-@pytest.mark.parametrize("shared", ["", "left", "right"])
-@pytest.mark.parametrize("T", [2, 40])
-def test_two_weights_with_one_gradient_are_squared_together(T, shared):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    first, other = outer(5, T, 1, 20, 30, shared), outer(5, T, 1, 20, 7, shared)
-    second = Outer(first.left, other.right, torch.Size((1, 20, 7)))
-    rows = torch.cat([written_out(factor) for factor in (first, second)], 1)
-    flops = {}
-    for way in ("together", "apart"):
-        total = whole_sum(5, first=(1, 20, 30), second=(1, 20, 7))
-        with FlopCounterMode(display=False) as counter:
-            total.take("first", 0, [first])
-            if way == "apart":
-                total.end_layer()
-            total.take("second", 0, [second])
-            torch.testing.assert_close(total.total(), rows @ rows.T)
-        flops[way] = counter.get_total_flops()
-    assert flops["together"] <= flops["apart"]
-
-
-@pytest.mark.parametrize("case", ["gradients", "groups", "rows", "positions"])
-def test_weights_that_differ_in_more_are_squared_apart(case):
-    first = outer(5, 3, 2 if case == "groups" else 1, 20, 30)
-    second = {
-        "gradients": Outer(first.left.clone(), first.right, first.shape),
-        "groups": Outer(first.left, first.right + 1, first.shape),
-        "rows": Outer(first.left, first.right[:1], first.shape),
-        "positions": outer(5, 4, 1, 20, 30),
-    }[case]
-    total = whole_sum(5, first=first.shape, second=second.shape)
-    total.take("first", 0, [first])
-    total.take("second", 0, [second])
-    rows = torch.cat([written_out(factor) for factor in (first, second)], 1)
-    torch.testing.assert_close(total.total(), rows @ rows.T)
-
-
 def test_small_rows_are_squared_many_at_once(monkeypatch):
     sizes = []
     square = SquareSum.add_product

@@ -27,7 +27,7 @@ from recollect.autogram._pieces import (
 from recollect.autogram._products import product
 from recollect.autogram._square import Space, SquareSum, of_device, wide
 
-__all__ = ["add_cross", "add_gramian", "gramian", "side_by_side", "with_bias"]
+__all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]
 
 # How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
 _PIECE = {"cpu": 2**23, "cuda": 2**26}
@@ -140,28 +140,14 @@ def with_bias(weight: Factor, bias: Rows) -> Outer | None:
     """
     if not isinstance(weight, Outer) or weight.left.shape[1:3] != (1, 1) or not _has_few_positions(weight):
         return None
-    left = weight.left[:, 0, 0]
-    if not _is_same(left, bias.values):
+    left, values = weight.left[:, 0, 0], bias.values
+    if (left.shape, left.stride(), left.dtype) != (values.shape, values.stride(), values.dtype):
+        return None
+    if left.data_ptr() != values.data_ptr():
         return None
     ones = weight.right.new_ones(1).expand(*weight.right.shape[:-1], 1)
     height, width = left.shape[1], weight.right.shape[3] + 1
     return Outer(weight.left, torch.cat([weight.right, ones], -1), torch.Size((height, width)))
-
-
-def side_by_side(first: Outer, second: Outer) -> Outer | None:
-    """Return the Jacobian of two parameters together, if their left sides are the same; None if they are not."""
-    (left, right), beside = (first.left, first.right), second.right
-    alike = right.shape[:3] == beside.shape[:3] and right.dtype == beside.dtype
-    if left.shape[2] != 1 or not alike or not _is_same(left, second.left):
-        return None
-    together = torch.cat([right, beside], -1)
-    return Outer(left, together, torch.Size((left.shape[3], together.shape[3])))
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same memory."""
-    forms = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (one, other)]
-    return forms[0] == forms[1] and one.data_ptr() == other.data_ptr()
 
 
 def _add_pairs(total: SquareSum, factor: Outer) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recollect.autogram._contract import add_gramian, side_by_side, with_bias
-from recollect.autogram._factors import Blocks, Factor, Outer, Rows, as_rows, form_rows, held_elements, join, merge
+from recollect.autogram._contract import add_gramian, with_bias
+from recollect.autogram._factors import Blocks, Factor, Rows, as_rows, form_rows, held_elements, join, merge
 from recollect.autogram._norms import squared_norms
 from recollect.autogram._square import SquareSum, padded_zeros
 
@@ -18,7 +18,7 @@ __all__ = ["Gather", "Joined", "NormSum", "Sum", "WholeSum"]
 
 # Rows wait for others, to be squared with them, up to this part of what the largest layer's Jacobian is formed from:
 # less than the memory that is needed in any case.
-_TOGETHER = 16
+_TOGETHER = 32
 
 
 class Sum(ABC):
@@ -48,9 +48,6 @@ class Sum(ABC):
     @abstractmethod
     def take_row(self, parameter: int, turn: int, grad: Tensor) -> None:
         """Take the gradient of a parameter in a pass that is for one loss."""
-
-    def end_layer(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Take notice that what comes next is another layer's: factors that waited for others of the layer go on."""
 
     @abstractmethod
     def total(self) -> Tensor:
@@ -107,15 +104,13 @@ class Joined(Sum):
                 whole = join([as_rows([part], shape) for part in parts])
             assert whole is not None
             self.add(parameter, [whole])
-            self.end_layer()
 
 
 class WholeSum(Joined):
     """The Gramian [m, m] of the rows of all passes, one behind the other.
 
-    What is small waits: Jacobians of biases and scales are squared many at once, that of a bias with the weight's which
-    comes next if it has the same gradient, and two weights of one layer to which the same gradient goes, as those of a
-    recurrent one, together.
+    What is small waits: Jacobians of biases and scales are squared many at once, and that of a bias with the weight's
+    which comes next, if both have the same gradient.
     """
 
     def __init__(
@@ -125,7 +120,6 @@ class WholeSum(Joined):
         self._square = SquareSum(passes * rows, dtype, device)
         self._small: list[Rows] = []
         self._held_elements = self._largest = 0
-        self._beside: Outer | None = None
 
     def add(self, parameter: int, factors: Sequence[Factor]) -> None:
         """Square a parameter's Jacobian, or let it wait."""
@@ -136,29 +130,17 @@ class WholeSum(Joined):
                     self._add_small()
                 self._small.append(rows)
                 self._held_elements += rows.values.numel()
-            case [Outer() as outer] if outer.left.shape[1] > 1:
-                first, self._beside = self._beside, outer
-                both = None if first is None else side_by_side(first, outer)
-                if both is not None:
-                    first, self._beside = both, None
-                if first is not None:
-                    add_gramian(self._square, [first])
             case [weight] if self._small and (both := with_bias(weight, self._small[-1])) is not None:
                 self._held_elements -= self._small.pop().values.numel()
                 add_gramian(self._square, [both])
             case several:
+                if self._held_elements * _TOGETHER > self._largest:
+                    self._add_small()
                 add_gramian(self._square, several)
-
-    def end_layer(self) -> None:
-        """Square what waited for another weight of the layer."""
-        first, self._beside = self._beside, None
-        if first is not None:
-            add_gramian(self._square, [first])
 
     def total(self) -> Tensor:
         """Return the Gramian, symmetric."""
         self.finish()
-        self.end_layer()
         self._add_small()
         return self._square.total()
 
@@ -225,15 +207,10 @@ class Gather:
         if self._waiting[parameter] == 0:
             self._close(parameter)
 
-    def end_layer(self) -> None:
-        """Take notice that all factors of a call of a layer have come."""
-        self._total.end_layer()
-
     def end_pass(self) -> None:
         """Take notice that this backward pass is over."""
         for parameter in list(self._now):
             self._close(parameter)
-        self.end_layer()
         self._waiting = dict(self._events)
         self._pass += 1
 

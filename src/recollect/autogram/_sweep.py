@@ -155,7 +155,6 @@ class Sweep:
         for name, parameter in names.items():
             check_factor(node.call.layer, name, factors[name], rows, self._parameters[parameter])
             self._gather.add(parameter, factors[name])
-        self._gather.end_layer()
 
     def _factors(self, capture: int, node: Any, grads: tuple[Tensor | None, ...]) -> Mapping[str, Factor]:
         try:
