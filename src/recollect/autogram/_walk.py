@@ -190,10 +190,11 @@ def forget(node: Any) -> None:
     """Free the tensors that a node has saved, as a backward pass that comes by it does at its end."""
     kind: Any = type(node)
     for name in _saved_names(kind):
-        saved = getattr(node, name)
-        for one in saved if isinstance(saved, tuple) else (saved,):
-            with suppress(RuntimeError):  # it has hooks, or holds nothing
-                one.register_hooks(_drop, _refuse)
+        with suppress(RuntimeError):  # it is free, or holds nothing
+            saved = getattr(node, name)
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                with suppress(RuntimeError):  # it has hooks, as inside a frame, or holds nothing
+                    one.register_hooks(_drop, _refuse)
 
 
 @functools.cache
