@@ -13,7 +13,7 @@ from bench._objectives_works import CLASSES, Work, classified
 GROUPS = 8  # of channels, in GroupNorm
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Two convolutions, each with GroupNorm, and a way past them, which is a convolution where sizes change."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -34,7 +34,7 @@ def resnet(batch: int, channels: int, device: torch.device) -> Work:
     """A ResNet on images of 3 x 32 x 32: a convolution, three residual blocks that halve the image, a linear layer."""
     widths = [channels, channels, 2 * channels, 4 * channels]
     first = [nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.GroupNorm(GROUPS, channels), nn.ReLU()]
-    blocks = [_Residual(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
+    blocks = [Residual(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
     model = nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES))
     size = f"{'-'.join(map(str, widths))} channels, B = {batch}"
     return classified("resnet", size, model, torch.randn(batch, 3, 32, 32, device=device), by_rows=False)

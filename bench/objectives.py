@@ -1,6 +1,6 @@
 """Objectives: what the Gramian of many losses costs, and weights from it, side by side with the peers.
 
-    python -m bench.objectives               # MLP, CNN, Transformer, GNN, ResNet, ViT, GPT, LSTM, weights
+    python -m bench.objectives               # MLP, CNN, Transformer, GNN, ResNet, ViT, GPT, LSTM, collections, weights
     python -m bench.objectives --quick       # small sizes; seconds
     python -m bench.objectives --works mlp upgrad --mlp-batches 32 512
 
@@ -21,6 +21,7 @@ import torch
 
 from bench._harness import settings
 from bench._objectives_certificate import certificate_line, certificate_row
+from bench._objectives_collections import collection, collection_row, collection_table, collection_targets
 from bench._objectives_measure import Row, measure
 from bench._objectives_networks import gpt, lstm, resnet, vit
 from bench._objectives_systems import NOTES, SYSTEMS
@@ -30,7 +31,7 @@ from bench._objectives_weights import weight_rows
 from bench._objectives_works import Work, cnn, gnn, mlp, transformer
 from bench._report import finish, header, results_file
 
-WORKS = ("mlp", "cnn", "transformer", "gnn", "resnet", "vit", "gpt", "lstm", "certificate", "upgrad")
+WORKS = ("mlp", "cnn", "transformer", "gnn", "resnet", "vit", "gpt", "lstm", "collections", "certificate", "upgrad")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,6 +61,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lstm-batch", type=int, default=32)
     parser.add_argument("--lstm-hidden", type=int, default=256)
     parser.add_argument("--steps", type=int, default=64, help="of the LSTM")
+    parser.add_argument("--collection-batch", type=int, default=8, help="of networks as in public collections")
+    parser.add_argument("--collection-width", type=int, default=192)
+    parser.add_argument("--collection-layers", type=int, default=4)
     parser.add_argument("--upgrad-sizes", type=int, nargs="+", default=[64, 112, 256], help="numbers of losses")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--patience", type=float, default=5.0, help="seconds: what takes longer is timed only twice")
@@ -73,6 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.set_defaults(transformer_batches=[4], transformer_width=16, transformer_layers=2, positions=8)
         parser.set_defaults(resnet_batches=[4], resnet_channels=8, width=16, vit_batch=4, vit_layers=2, gpt_batch=4)
         parser.set_defaults(gpt_layers=2, gpt_positions=8, lstm_batch=4, lstm_hidden=16, steps=8)
+        parser.set_defaults(collection_batch=2, collection_width=64, collection_layers=1)
         parser.set_defaults(nodes=60, edges=200, channels=8, layers=3, tasks=6, upgrad_sizes=[8, 16])
     return parser.parse_args(arguments)
 
@@ -111,6 +116,19 @@ def run_works(options: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
+def run_collections(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Measure small networks in the forms of public collections, where they were asked for."""
+    if "collections" not in options.works:
+        return []
+    rows: list[Row] = []
+    size = (options.collection_batch, options.collection_width, options.collection_layers, device)
+    for make in collection(*size).values():
+        torch.manual_seed(0)
+        rows.append(collection_row(make(), options.repeats, device))
+    print(f"\n{collection_table(rows)}", flush=True)
+    return rows
+
+
 def run_certificates(options: argparse.Namespace, device: torch.device) -> list[Row]:
     """Measure the certificate in `Engine.backward` of the MLP, where it was asked for."""
     if "certificate" not in options.works:
@@ -140,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with settings(options.threads):
         report = header(device, used)  # before the work: the load average is then the others', not its own
         report |= {"systems": NOTES, "rows": run_works(options, device)}
+        report["collections"] = run_collections(options, device)
         report |= {"certificates": run_certificates(options, device), "weights": run_weights(options, device)}
-        found = targets(report["rows"]) + certificate_targets(report["certificates"])
-        found += weight_targets(report["weights"])
+        found = targets(report["rows"]) + collection_targets(report["collections"])
+        found += certificate_targets(report["certificates"]) + weight_targets(report["weights"])
     size = "-quick" if options.quick else ""
     return finish(report, found, results_file("objectives" + size, device, options.output))
 

@@ -118,7 +118,7 @@ def test_weights_have_numbers(report: dict[str, Any]) -> None:
 
 def test_numbers_to_reach_are_all_listed(report: dict[str, Any]) -> None:
     names = [target["name"] for target in report["targets"]]
-    assert len(names) == len(set(names)) == len(LIMITS) + 8
+    assert len(names) == len(set(names)) == len(LIMITS) + 10
     assert {target["reached"] for target in report["targets"]} == {None}  # these sizes are none of the targets'
     assert all(target["why_not_measured"] == "not part of this run" for target in report["targets"])
 
@@ -230,11 +230,16 @@ def test_the_certificate_is_what_makes_the_difference(monkeypatch: pytest.Monkey
     compared = []
     certify = Engine._certify
     monkeypatch.setattr(Engine, "_certify", lambda *given: compared.append(given[-1]) or certify(*given))
-    steps = certificate.steps(WORKS["mlp"]())
+    work = WORKS["mlp"]()
+    steps, gradients = certificate.steps(work), []
     for name, count in (("uncertified", 0), ("certified", 1), ("uncertified", 1)):
+        work.model.zero_grad()
         steps[name]()
+        gradients.append([parameter.grad for parameter in work.model.parameters()])
         assert len(compared) == count
     assert compared[0] > 0
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
 
 
 def test_targets_of_the_certificate(report: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from recollect.aggregation import MeanWeighting
 from recollect.autogram import Engine, GramianError, Rows
 from recollect.autogram import _engine as engine_module
+from recollect.autogram._certificate import Certificate, judge_gramian
 from recollect.autogram._factors import form_rows
 from recollect.autogram._registry import Entry, Registry
 from recollect.autogram.rules import RULES
@@ -276,3 +277,21 @@ def test_an_element_that_comes_in_single_precision():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         Engine(nn.Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize("count", [2, 1000])
+@pytest.mark.parametrize("cancels", [True, False])
+def test_what_a_difference_is_relative_to(cancels, count):
+    gramian = torch.eye(count, dtype=torch.float64)
+    gramian[0, 1] = gramian[1, 0] = -0.999
+    weights, losses = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    weights[:2] = torch.tensor([1.0, 1.0 if cancels else 0.0])
+    form = 0.002 if cancels else 1.0
+    certificate = Certificate()
+    judge_gramian(certificate, gramian, weights, losses, form + 3e-9, (1e-8, 2e-16, "nobody"))
+    assert (certificate.checks, certificate.skipped) == (1, 0)
+    assert certificate.last == pytest.approx(3e-9 / (4 if cancels else 1), rel=1e-3)
+    with pytest.raises(GramianError, match="nobody"):
+        judge_gramian(certificate, gramian, weights, losses, form + 3e-7, (1e-8, 2e-16, "nobody"))
+    judge_gramian(certificate, gramian, weights, losses, float("inf"), (1e-8, 2e-16, "nobody"))
+    assert (certificate.checks, certificate.skipped) == (2, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from factor_oracle import dense
 
-from recollect.autogram import _contract, _pieces, _square
+from recollect.autogram import _contract, _pieces, _square, _sums
 from recollect.autogram._contract import add_gramian, gramian
 from recollect.autogram._factors import Blocks, Lookups, Outer, Picked, Rows, join, merge
 from recollect.autogram._lookups import padded
@@ -256,6 +256,21 @@ def test_rows_that_are_no_bias_of_what_follows_are_squared_apart(case):
         total.take(str(k), 0, [factor])
     rows = torch.cat([written_out(factor) for factor in order], 1)
     torch.testing.assert_close(total.total(), rows @ rows.T)
+
+
+def test_small_rows_are_squared_many_at_once(monkeypatch):
+    sizes = []
+    square = SquareSum.add_product
+    monkeypatch.setattr(SquareSum, "add_product", lambda own, rows: sizes.append(rows.shape[1]) or square(own, rows))
+    monkeypatch.setattr(_sums, "_TOGETHER", 10)
+    weight = outer(5, 3, 1, 20, 30)  # formed from 5 x 150 elements, of which 5 x 15 may wait
+    factors = [weight, *(Rows(draw(5, size) + size) for size in (3, 4, 6, 9, 30, 1))]
+    total = whole_sum(5, **{str(k): factor.shape for k, factor in enumerate(factors)})
+    for k, factor in enumerate(factors):
+        total.take(str(k), 0, [factor])
+    rows = torch.cat([written_out(factor) for factor in factors], 1)
+    torch.testing.assert_close(total.total(), rows @ rows.T)
+    assert [size for size in sizes if size < 40] == [3 + 4 + 6, 9, 30, 1]
 
 
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 600])

@@ -1,5 +1,8 @@
 """The graph behind losses: captures, and the uses of parameters."""
 
+import contextlib
+
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -130,3 +133,65 @@ def test_indices_are_data_and_positions_are_none():
         rows.append(torch.cat([grad.flatten() for grad in grads]))
     jacobian = torch.stack(rows)
     torch.testing.assert_close(engine.compute_gramian(losses), jacobian @ jacobian.T)
+
+
+class Steps(nn.Module):
+    """The last state of recurrent layers one behind the other."""
+
+    def __init__(self, count=1):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.LSTM(4, 4, batch_first=True) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x[:, -1].sum(1)
+
+
+def saved_bytes(output):
+    """How many bytes of tensors that are no parameters the nodes of a graph have saved."""
+    waiting, seen, storages = [output.grad_fn], set(), {}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(child for child, _ in node.next_functions)
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                with contextlib.suppress(RuntimeError):
+                    value = getattr(node, name)
+                    for tensor in value if isinstance(value, tuple) else (value,):
+                        if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_by_which_no_pass_comes_are_freed_with_the_graph(count):
+    net, x = Steps(count), torch.rand(3, 5, 4)
+    engine = Engine(net)
+    kept = engine.compute_gramian(net(x))  # the first of its form, which keeps the graph in any case
+    for retain in (True, False):
+        losses = net(x)
+        before = saved_bytes(losses)
+        torch.testing.assert_close(engine.compute_gramian(losses, retain_graph=retain), kept)
+        assert before > 0
+        if retain:
+            assert saved_bytes(losses) == before
+            losses.sum().backward(retain_graph=True)
+        else:
+            assert saved_bytes(losses) == 0
+            with pytest.raises(RuntimeError, match="backward through"):
+                losses.sum().backward()
+
+
+def test_what_others_hold_of_a_freed_layer_stays():
+    layer, x = nn.LSTM(4, 4), torch.rand(5, 3, 4)
+    engine = Engine(layer)
+    for _ in range(2):
+        states, (last, _) = layer(x)
+        expected = states.detach().clone(), last.detach().clone()
+        engine.compute_gramian(states[-1].sum(1), retain_graph=False)
+        assert torch.equal(states, expected[0])
+        assert torch.equal(last, expected[1])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ __all__ = [
 # devices than the CPU, convolutions and products of float32 may be of TF32, with 10 bits.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 _LOW_PRECISION, _TF32 = 5e-2, 2e-3
+
+
+Number = Tensor | float
+"""A number of a device, 0-D, or one that the host has read, where that waits for nothing."""
 
 
 class GramianError(RuntimeError):
@@ -71,7 +76,8 @@ class Certificate:
         checks: how many were compared.
         skipped: how many could not be: numbers that are not finite, gradients that are of rounding alone, hooks on
             parameters, parameters whose gradient comes in several parts.
-        last: the last one's difference, relative to (Σ |w_i| √G_ii)²; None before the first.
+        last: the last one's difference, relative to (Σ |w_i| √G_ii)², or to wᵀ G w, which is no larger, where it is
+            small even so; None before the first.
         largest: the largest of all.
         failed: whether one did not fit; from then on every call is compared.
 
@@ -93,7 +99,7 @@ class Certificate:
     failed: bool = False
 
     def compare(
-        self, sides: tuple[Tensor, ...] | None, tolerance: float, names: tuple[str, str, str], advice: str
+        self, sides: tuple[Number, ...] | None, tolerance: float, names: tuple[str, str, str], advice: str
     ) -> None:
         """Compare what was found with what a gradient says; on other devices than the CPU the verdict comes later.
 
@@ -110,11 +116,11 @@ class Certificate:
         if sides is None:
             self.skipped += 1
             return
-        device = sides[0].device
-        numbers = torch.stack([widened(side.to(device)) for side in sides])
-        if forms_of(device).reads_at_once:
-            self._judge(numbers.tolist(), tolerance, names, advice)
+        device = next((side.device for side in sides if isinstance(side, Tensor)), None)
+        if device is None or forms_of(device).reads_at_once:
+            self._judge([float(_number(side)) for side in sides], tolerance, names, advice)
             return
+        numbers = torch.stack([_on_device(side, device) for side in sides])
 
         def judge(numbers: list[list[float]]) -> None:
             self._judge(numbers[0], tolerance, names, advice)
@@ -166,18 +172,23 @@ class SquaredNorm:
     """
 
     counts: dict[int, int] = field(default_factory=dict)
-    _parts: list[Tensor] = field(default_factory=list)
+    _norms: list[Number] = field(default_factory=list)
 
     def add(self, grad: Tensor, parameter: int) -> None:
         """Take the gradient of a parameter."""
         self.counts[parameter] = self.counts.get(parameter, 0) + 1
-        self._parts.append(_norm(grad))
+        self._norms.append(_number(_norm(grad)))
 
-    def total(self) -> Tensor | None:
+    def total(self) -> Number | None:
         """Return the squared norm; None if the gradient of a parameter came in parts, whose sum nobody saw."""
         if any(count > 1 for count in self.counts.values()):
             return None
-        return torch.stack(self._parts).square().sum() if self._parts else torch.zeros((), dtype=torch.float64)
+        total: Number = sum(norm * norm for norm in self._norms if not isinstance(norm, Tensor))
+        on_device = [widened(norm) for norm in self._norms if isinstance(norm, Tensor)]
+        if on_device:
+            first = on_device[0].device
+            total = torch.stack([norm.to(first) for norm in on_device]).square().sum() + total
+        return total
 
     def hook(self, parameter: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         """Return what is called with a parameter's gradient."""
@@ -232,11 +243,26 @@ def _norm(grad: Tensor) -> Tensor:
         grad = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad.values()
     dtype = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=dtype)
-    return widened(norm)
+    return norm
+
+
+def _number(number: Number) -> Number:
+    """Return a 0-D tensor's value if reading it waits for nothing, else the tensor."""
+    if isinstance(number, Tensor) and forms_of(number.device).reads_at_once:
+        return number.item()
+    return number
+
+
+def _on_device(number: Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device, widest(device))
+    return torch.full((), number, dtype=widest(device), device=device)  # not a copy from the host, which may wait
 
 
 # Norms far below the largest are compared relative to this share of it: rounding is no better.
 _SMALL = 1e-6
+# Sums over so many losses are few.
+_FEW = 512
 # Gradients that cancel leave about so many units of rounding of losses of size 1.
 _NOISE = 30
 
@@ -246,7 +272,7 @@ class GramianProbe:
     """Random weights of the losses, and the squared norm of the gradient that they make; None: it cannot be known."""
 
     weights: Tensor
-    squared: Tensor | None
+    squared: Number | None
 
     def judge(self, certificate: Certificate, gramian: Tensor, job: Job, choice: Choice) -> None:
         """Compare it with what was found.
@@ -262,7 +288,7 @@ def judge_gramian(
     gramian: Tensor,
     weights: Tensor,
     losses: Tensor,
-    squared: Tensor | None,
+    squared: Number | None,
     around: tuple[float, float, str],
 ) -> None:
     """Compare a Gramian with the gradient that weights make.
@@ -279,10 +305,18 @@ def judge_gramian(
         GramianError: they do not fit.
     """
     tolerance, eps, rules = around
-    exact, w = widened(gramian), widened(weights.flatten())
-    norm, noise = w.abs() @ exact.diagonal().clamp(min=0).sqrt(), _noise(losses, weights, eps)
-    bound = _bound((norm, norm), (noise, noise), tolerance)
-    sides = None if squared is None else (w @ exact @ w, squared, bound, norm.square())
+    w, values, sides = weights.detach().flatten(), losses.detach().flatten(), None
+    if squared is not None:
+        wide = gramian if gramian.dtype == torch.float32 else widened(gramian)
+        w, squared = w.to(wide), _number(squared)
+        form = _number(torch.dot(torch.mv(wide, w), w))
+        if _fits(form, squared, w, values, tolerance, eps):
+            sides = (form, squared, form, form)
+        else:
+            sizes = w.abs()
+            norm = _number(torch.dot(sizes, wide.diagonal().clamp(min=0).sqrt()))
+            noise = _noise(values, sizes, eps)
+            sides = (form, squared, _bound((norm, norm), (noise, noise), tolerance), norm * norm)
     certificate.compare(sides, tolerance, ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²"), _advice(rules))
 
 
@@ -329,7 +363,7 @@ class CrossProbe:
         sides = None
         if self.product is not None and self.norms is not None:
             u, v = self.rows.flatten().to(found), self.columns.flatten().to(found)
-            noises = _noise(jobs[0].output, self.rows, eps), _noise(jobs[1].output, self.columns, unit)
+            noises = _noise(jobs[0].output, u.abs(), eps), _noise(jobs[1].output, v.abs(), unit)
             size = self.norms[0] * self.norms[1]
             sides = (u @ found @ v, self.product, _bound(self.norms, noises, tolerance), size)
         certificate.compare(sides, tolerance, ("uᵀ C v", "(Jᵀ u)·(Kᵀ v)", "‖Jᵀ u‖ ‖Kᵀ v‖"), _advice(rules))
@@ -393,17 +427,30 @@ def _gradient(job: Job, weights: Tensor) -> dict[int, Tensor]:
 def _squared_norm(job: Job, grads: Mapping[int, Tensor]) -> Tensor:
     total = torch.zeros((), dtype=widest(job.output.device), device=job.output.device)
     for grad in grads.values():
-        total += _norm(grad).square().to(total.device)
+        total += widened(_norm(grad)).square().to(total.device)
     return total
 
 
-def _noise(losses: Tensor, weights: Tensor, eps: float) -> Tensor:
-    """Return what rounding alone may leave of the norm of the gradient of weighted losses."""
-    sizes = widened(losses.detach().flatten().abs().clamp(min=1))
-    return _NOISE * eps * (widened(weights.flatten()).abs() @ sizes)
+def _fits(form: Number, squared: Number, weights: Tensor, losses: Tensor, tolerance: float, eps: float) -> bool:
+    """Whether both sides are equal relative to wᵀ G w itself, which is no larger than what they are compared with.
+
+    That takes less to compute. Where sums are few, they are Python's: an operation of torch's takes as long as a
+    hundred of its additions when it was not called for long.
+    """
+    if isinstance(form, Tensor) or isinstance(squared, Tensor) or len(losses) > _FEW:
+        return False
+    values = losses.tolist()
+    noise = _NOISE * eps * sum(map(abs, weights.tolist())) * max(1.0, *map(abs, values))
+    return abs(form - squared) <= tolerance * form and form > (5 * noise) ** 2
 
 
-def _bound(norms: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], tolerance: float) -> Tensor:
+def _noise(losses: Tensor, weights: Tensor, eps: float) -> Any:
+    """Return what rounding alone may leave of the norm of the gradient of losses with weights of these sizes."""
+    sizes = losses.detach().flatten().abs().clamp(min=1).to(weights.dtype)
+    return _NOISE * eps * _number(torch.dot(weights, sizes))
+
+
+def _bound(norms: tuple[Any, Any], noises: tuple[Any, Any], tolerance: float) -> Any:
     """Return what a difference is relative to: the product of norms, and more where these are of rounding alone."""
     (first, second), (one, other) = norms, noises
     return first * second + (first * other + second * one + one * other) / tolerance
@@ -413,5 +460,8 @@ def circumstances(job: Job, choice: Choice) -> tuple[float, float, str]:
     """Return by how much both sides may differ, the unit of rounding, and the layers whose rules were asked."""
     if job.known.tolerance is None:
         job.known.tolerance = tolerance_of(job.graph)
-    layers = (job.graph.nodes[capture].call.layer for capture in choice.plan.rules)
-    return *job.known.tolerance, ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+    plan = choice.plan
+    if plan.names is None:
+        layers = (job.graph.nodes[capture].call.layer for capture in plan.rules)
+        plan.names = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+    return *job.known.tolerance, plan.names

@@ -513,7 +513,7 @@ class Engine:
         """Return at how many calls results are compared: at each one, where one did not fit."""
         return min(self._certify_every, 1) if self.certificate.failed else self._certify_every
 
-    def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | None) -> None:
+    def _certify(self, job: Job, square: Tensor, weights: Tensor, squared: Tensor | float | None) -> None:
         probe = GramianProbe(weights, squared)
         probe.judge(self.certificate, square, job, self._choose(job))
 

@@ -269,7 +269,7 @@ def _held(factor: Factor) -> int:
         return factor.left.numel() + factor.right.numel()
     if isinstance(factor, Picked | Lookups):
         return factor.grad.numel() + factor.index.numel()
-    return factor.values.numel() if isinstance(factor, Rows) else 0
+    return factor.values.numel() if isinstance(factor, Rows) else factor.sources or 0
 
 
 def _form(factor: Factor, rows: slice) -> Tensor:

@@ -29,6 +29,7 @@ class Plan:
         inputs: for each capture whose rule is asked for rows of several losses at once, where its layer's arguments
             have them apart; None: they have them not, and the gradient is masked for each.
         by_rows: the ids of parameters whose rows do not come apart in such a pass, and why.
+        names: of the types of layers whose rules are asked, once somebody wants to know.
     """
 
     rules: dict[int, dict[str, int]] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Plan:
     sites: dict[int, list[Target]] = field(default_factory=dict)
     inputs: dict[int, InputLayouts | None] = field(default_factory=dict)
     by_rows: dict[int, Stuck] = field(default_factory=dict)
+    names: str | None = None
 
     def targets(self, graph: Graph) -> list[int]:
         """Return the ids of parameters that a backward pass must go down to, so that it comes by all sites.

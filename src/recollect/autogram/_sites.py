@@ -21,18 +21,47 @@ from recollect.autogram._operations import Lost, goes_by_entry
 from recollect.autogram._structure import Layouts
 from recollect.autogram._walk import Graph, Use
 
-__all__ = ["Stuck", "Target", "TargetFinder", "is_passed_on", "is_product", "rows_at"]
+__all__ = ["Stuck", "Target", "TargetFinder", "is_passed_on", "is_product", "is_scaled", "rows_at"]
 
 # Edges along which the incoming gradient goes on, summed over what was broadcast; and the name of its factor, if any.
-_PASSED_ON = {("ExpandBackward0", 0): "", ("AddBackward0", 0): "", ("AddmmBackward0", 0): "_saved_beta"}
+_PASSED_ON = {
+    ("ExpandBackward0", 0): "",
+    ("AddBackward0", 0): "",
+    ("AddBackward0", 1): "_saved_alpha",
+    ("AddcmulBackward0", 0): "",
+    ("AddmmBackward0", 0): "_saved_beta",
+}
 # Edges to the right sides of matrix products, and the names of the left side and of its factor, if any.
 _PRODUCTS = {("AddmmBackward0", 2): ("_saved_mat1", "_saved_alpha"), ("MmBackward0", 1): ("_saved_self", "")}
+# Edges along which it goes on times a tensor, and the names of that tensor and of its factor, if any.
+_SCALED = {
+    ("MulBackward0", 0): ("_saved_other", ""),
+    ("MulBackward0", 1): ("_saved_self", ""),
+    ("AddcmulBackward0", 1): ("_saved_tensor2", "_saved_value"),
+    ("AddcmulBackward0", 2): ("_saved_tensor1", "_saved_value"),
+}
 
 
 def is_passed_on(node: Any, position: int) -> bool:
     """Whether an edge's gradient is the node's own, summed over what was broadcast."""
     factor = _PASSED_ON.get((type(node).__name__, position))
     return factor is not None and getattr(node, factor, 1) == 1
+
+
+def is_scaled(node: Any, position: int) -> bool:
+    """Whether an edge's gradient is the node's own times a tensor that it has saved, summed over what was broadcast."""
+    names = _SCALED.get((type(node).__name__, position))
+    return names is not None and getattr(node, names[1], 1) == 1
+
+
+def _without_asking(node: Any, position: int, grad: Tensor) -> Tensor | None:
+    """Return an edge's gradient before it is summed, if that takes no call of the node, which computes all edges'."""
+    if is_passed_on(node, position):
+        return grad
+    if not is_scaled(node, position):
+        return None
+    scale: Tensor = getattr(node, _SCALED[type(node).__name__, position][0])
+    return grad * scale
 
 
 def is_product(node: Any, position: int, layouts: tuple[Layout | None, ...]) -> bool:
@@ -76,9 +105,8 @@ def rows_at(
         if is_product(node, position, layouts):
             found[k] = _product(node, position, grads[0], layouts[0], shape)
             continue
-        if is_passed_on(node, position):
-            full = grads[0]
-        else:
+        full = None if grads[0] is None else _without_asking(node, position, grads[0])
+        if full is None:
             called = _call(node, grads) if called is None else called
             full = called[position]
         if full is None:
@@ -134,7 +162,7 @@ def _one_by_one(
     targets: Sequence[tuple[int, torch.Size]],
 ) -> list[Tensor]:
     rows: list[list[Tensor]] = [[] for _ in targets]
-    passed_on = all(is_passed_on(node, position) for position, _ in targets)  # for these autograd computes nothing
+    passed_on = all(is_passed_on(node, position) or is_scaled(node, position) for position, _ in targets)
     for row in range(batch):
         masked = [
             None if grad is None or layout is None else layout.mask(grad, row)
@@ -142,7 +170,9 @@ def _one_by_one(
         ]
         gradients = () if passed_on else _call(node, masked)
         for k, (position, shape) in enumerate(targets):
-            gradient = masked[0] if is_passed_on(node, position) else gradients[position]
+            gradient = None if masked[0] is None else _without_asking(node, position, masked[0])
+            if gradient is None and gradients:
+                gradient = gradients[position]
             rows[k].append(_fit(gradient, shape, grads) if gradient is not None else _zeros(grads, shape))
     return [torch.stack(found) for found in rows]
 
@@ -254,7 +284,11 @@ class TargetFinder:
                 self._reached(number),
                 direct=number in graph.leaves,
                 transposed=graph.kinds[number] == "TBackward0" and graph.edges[number][0] in graph.leaves,
-                called=not (is_passed_on(at, position) or is_product(at, position, self._layouts.found[node])),
+                called=not (
+                    is_passed_on(at, position)
+                    or is_scaled(at, position)
+                    or is_product(at, position, self._layouts.found[node])
+                ),
             )
         )
 

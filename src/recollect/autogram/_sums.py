@@ -16,6 +16,11 @@ from recollect.autogram._square import SquareSum, padded_zeros
 __all__ = ["Gather", "Joined", "NormSum", "Sum", "WholeSum"]
 
 
+# Rows wait for others, to be squared with them, up to this part of what the largest layer's Jacobian is formed from:
+# less than the memory that is needed in any case.
+_TOGETHER = 32
+
+
 class Sum(ABC):
     """Takes each parameter's Jacobian, as passes bring rows of it.
 
@@ -102,36 +107,49 @@ class Joined(Sum):
 
 
 class WholeSum(Joined):
-    """The Gramian [m, m] of the rows of all passes, one behind the other."""
+    """The Gramian [m, m] of the rows of all passes, one behind the other.
+
+    What is small waits: Jacobians of biases and scales are squared many at once, and that of a bias with the weight's
+    which comes next, if both have the same gradient.
+    """
 
     def __init__(
         self, parameters: Mapping[int, Tensor], passes: int, rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(parameters, passes, rows, dtype, device)
         self._square = SquareSum(passes * rows, dtype, device)
-        self._waiting: Rows | None = None
+        self._small: list[Rows] = []
+        self._held_elements = self._largest = 0
 
     def add(self, parameter: int, factors: Sequence[Factor]) -> None:
-        """Square a parameter's Jacobian; that of a bias together with the weight's, which comes next."""
-        bias, self._waiting = self._waiting, None
-        if bias is not None:
-            both = with_bias(factors[0], bias) if len(factors) == 1 else None
-            if both is None:
-                add_gramian(self._square, [bias])
-            else:
-                factors = [both]
-        only = factors[0]
-        if len(factors) == 1 and isinstance(only, Rows):
-            self._waiting = only
-        else:
-            add_gramian(self._square, factors)
+        """Square a parameter's Jacobian, or let it wait."""
+        self._largest = max(self._largest, held_elements(factors))
+        match list(factors):
+            case [Rows() as rows]:
+                if (self._held_elements + rows.values.numel()) * _TOGETHER > self._largest:
+                    self._add_small()
+                self._small.append(rows)
+                self._held_elements += rows.values.numel()
+            case [weight] if self._small and (both := with_bias(weight, self._small[-1])) is not None:
+                self._held_elements -= self._small.pop().values.numel()
+                add_gramian(self._square, [both])
+            case several:
+                if self._held_elements * _TOGETHER > self._largest:
+                    self._add_small()
+                add_gramian(self._square, several)
 
     def total(self) -> Tensor:
         """Return the Gramian, symmetric."""
         self.finish()
-        if self._waiting is not None:
-            add_gramian(self._square, [self._waiting])
+        self._add_small()
         return self._square.total()
+
+    def _add_small(self) -> None:
+        small, self._small, self._held_elements = self._small, [], 0
+        if len(small) == 1:
+            add_gramian(self._square, small)
+        elif small:
+            self._square.add_product(torch.cat([form_rows([rows], slice(0, rows.num_rows)) for rows in small], 1))
 
 
 class NormSum(Sum):

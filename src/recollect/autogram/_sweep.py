@@ -20,7 +20,7 @@ from recollect.autogram._registry import check_factor
 from recollect.autogram._sites import Target, rows_at
 from recollect.autogram._structure import Layouts
 from recollect.autogram._sums import Gather
-from recollect.autogram._walk import Graph
+from recollect.autogram._walk import Graph, forget
 
 __all__ = ["Sweep"]
 
@@ -83,7 +83,11 @@ class Sweep:
                 itself holds all of them until the pass is over.)
         """
         self._at_once = at_once
-        inputs = [recorder.leaf, *(self._parameters[k] for k in self._plan.targets(self._graph))]
+        targets = self._plan.targets(self._graph)
+        if not retain and not targets:
+            for node in self._graph.idle:
+                forget(self._graph.nodes[node])
+        inputs = [recorder.leaf, *(self._parameters[k] for k in targets)]
         with self._watching(recorder), self._taking(take):
             grads = torch.autograd.grad(
                 output, inputs, cotangent, retain_graph=retain, allow_unused=True, is_grads_batched=at_once is not None

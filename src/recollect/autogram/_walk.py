@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from recollect.autogram._capture import Capture, Recorder
 from recollect.autogram._operations import Step, kind_of, looks_up, settings_of
 
-__all__ = ["Anatomy", "Graph", "Use", "walk"]
+__all__ = ["Anatomy", "Graph", "Use", "forget", "walk"]
 
 _T = TypeVar("_T")
 
@@ -103,6 +105,11 @@ class Graph:
         """The nodes that a backward pass down to all captures comes by."""
         return self.find_anatomy().towards_captures
 
+    @property
+    def idle(self) -> list[int]:
+        """The nodes inside a layer that has a rule by which a backward pass down to all captures does not come."""
+        return [node for node in self.owners if node not in self.towards_captures]
+
     def touches_data(self, node: int) -> bool:
         """Whether anything that needs no gradient comes in behind a node, as data does.
 
@@ -177,6 +184,33 @@ def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -
         if kind == "ToCopyBackward0" and graph.edges[number][0] in graph.leaves:
             graph.leaves[number] = graph.leaves[graph.edges[number][0]]
     return graph
+
+
+def forget(node: Any) -> None:
+    """Free the tensors that a node has saved, as a backward pass that comes by it does at its end."""
+    kind: Any = type(node)
+    for name in _saved_names(kind):
+        with suppress(RuntimeError):  # it is free, or holds nothing
+            saved = getattr(node, name)
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                with suppress(RuntimeError):  # it has hooks, as inside a frame, or holds nothing
+                    one.register_hooks(_drop, _refuse)
+
+
+@functools.cache
+def _saved_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _refuse(nothing: None) -> Tensor:
+    raise RuntimeError(
+        "going backward through a graph that compute_gramian(..., retain_graph=False) or compute_norms(..., "
+        "retain_graph=False) has freed; give retain_graph=True if a backward pass follows"
+    )
 
 
 def _dissect(graph: Graph) -> Anatomy:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.autogram._factors import Factor, NotCovered, Outer, Rows
-from recollect.autogram._products import has_onednn, product
+from recollect.autogram._products import has_onednn, multiplier, product
 from recollect.autogram.rules._cells import CELLS
 from recollect.autogram.rules._view import needs, wide
 
@@ -105,6 +105,7 @@ class Direction:
         by_hidden = found[..., apart:]
         back, before_step = cell.back(slopes, found), by_hidden.unbind(1)
         steps = None if grads is None else grads.unbind(1)
+        multiply = multiplier(before_step[0].flatten(0, 1), self._from_hidden.mT)
         for t in reversed(self._order):
             if steps is not None:
                 dh.add_(steps[t])
@@ -113,7 +114,9 @@ class Direction:
                 outputs[:, t] = dh
                 inner = dh @ self._projection
             past = back(t, inner, dc)
-            dh = product(before_step[t].flatten(0, 1), self._from_hidden.mT).view(shape)
+            if t == self._order[0]:
+                break  # nobody asks for the first state's
+            dh = multiply(before_step[t].flatten(0, 1)).view(shape)
             if past is not None:
                 dh.add_(past)
         self._inner, self._by_output, self._by_hidden = slopes.inner, outputs, by_hidden
