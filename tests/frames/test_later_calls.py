@@ -1,5 +1,6 @@
 """What a region does in a later call, or leaves to a later moment, and what was found by breaking things."""
 
+import functools
 import types
 import weakref
 
@@ -623,3 +624,59 @@ def test_a_function_that_is_known_calls_another_module_of_a_global_container_dir
         for buffer, true in zip(net.buffers(), plain.buffers(), strict=True):
             assert torch.equal(buffer, true)
     NETWORKS.clear()
+
+
+class Counting(nn.Module):
+    """Counts its calls in an attribute, and the rows that it has seen in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.calls = nn.Linear(4, 4), 0
+        self.register_buffer("rows", torch.zeros(()))
+
+    def forward(self, h):
+        self.calls += 1
+        self.rows += h.size(0)
+        return self.lin(h).tanh()
+
+
+class Holding(nn.Module):
+    """Calls functions that it holds in a list, which nobody has registered."""
+
+    def __init__(self, *functions):
+        super().__init__()
+        self.functions = list(functions)
+
+    def forward(self, h):
+        for function in self.functions:
+            h = function(h)
+        return h
+
+
+WAYS = {
+    "a comprehension over a global container": lambda net: (
+        lambda h: sum([one.forward(h) for one in NETWORKS["now"]], 0 * h)
+    ),
+    "a function in a list of a module": lambda net: Holding(lambda h: net.forward(h)),
+    "a function that a function in a list names": lambda net: Holding(
+        functools.partial(lambda run, h: run(h), lambda h: [net][0].forward(h))
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_that_is_called_directly_counts_once(way):
+    found = []
+    for framed in (False, True):
+        torch.manual_seed(0)
+        net = Counting()
+        NETWORKS["now"] = [net]
+        region, x = WAYS[way](net), torch.randn(6, 4, requires_grad=True)
+        for _ in range(2):
+            y = recollect.checkpoint(region, x) if framed else region(x)
+            y.sin().sum().backward()
+        found.append((net.calls, net.rows.item(), x.grad, net.lin.weight.grad))
+    NETWORKS.clear()
+    assert found[0][:2] == found[1][:2] == (2, 12.0)
+    for a, b in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)

@@ -43,6 +43,7 @@ _CLOSED = (
     type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, Tensor,
     nn.Module, torch.UntypedStorage, weakref.ref, Forward,
 )  # fmt: skip
+_CALLED = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class _Past:
@@ -152,7 +153,7 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
         except ValueError:  # a variable that is not bound yet
             continue
     names = function.__globals__
-    for name in function.__code__.co_names:
+    for name in _names_in(function.__code__):
         value = names.get(name)
         if value is None:
             continue
@@ -160,6 +161,13 @@ def _variables_of(function: types.FunctionType) -> Iterator[Any]:
         # A container too: a module in it whose forward is called directly tells nobody that it runs.
         if kind is _Kind.NAMED or kind is _Kind.CONTAINER or (kind is _Kind.OTHER and isinstance(value, _NAMED)):
             yield value
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals and attributes in a function's code, with those of functions that are made in it."""
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names_in(part)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
 def tensors_named_by(module: nn.Module) -> Iterator[Tensor]:
@@ -235,7 +243,9 @@ class PythonState:
         if kind in ATOMS or id(value) in self._seen:
             return
         if isinstance(value, _CLOSED):
-            self.modules.extend(part for part in _behind(value) if isinstance(part, nn.Module))
+            for part in _behind(value):
+                found = reached_by(part, ()) if isinstance(part, _CALLED) else (part,)
+                self.modules.extend(one for one in found if isinstance(one, nn.Module))
             return
         self._seen.add(id(value))
         if _is_array(value):
