@@ -24,6 +24,7 @@ used                                                         for                
 ``torch._C.DisableTorchFunctionSubclass``                    what subclasses are underneath            2.0
 ``torch._subclasses.FakeTensor``                             whether a tensor has values               2.0
 ``torch._C._storage_Use_Count``, ``Tensor._use_count``       eager_release                             2.1
+``torch._C._get_privateuse1_backend_name``                   autocast of devices that are added         2.1
 ``torch._C._len_torch_function_stack``                       whether a default device is set           2.1
 ``torch._dynamo.convert_frame.FRAME_COUNTER``                whether anything was compiled             2.1
 ``torch.nn.modules.module._global_forward_[pre_]hooks``      which modules run, and what they return   2.0
@@ -205,6 +206,12 @@ def without_overrides() -> AbstractContextManager[Any]:
     """Return a context in which subclasses do not override operations: they are plain tensors there."""
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+def autocast_kinds() -> list[str]:
+    """Return the kinds of devices that autocast may be on for."""
+    kinds = ["cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name()]
+    return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
 
 
 def modes_are_open() -> bool:

@@ -14,9 +14,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Streams", "streams_of"]
+__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Streams", "sent", "streams_of"]
 
 _T = TypeVar("_T")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. Nothing waits, unless it is fetched from another device to the CPU."""
+    # A copy from pageable memory has read it when the call returns, and the device's queue is not waited for.
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class Event(Protocol):

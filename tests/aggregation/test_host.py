@@ -2,8 +2,9 @@
 
 import torch
 
+from recollect._transfer import sent
 from recollect.aggregation import UPGradWeighting
-from recollect.aggregation._host import fetched, sent
+from recollect.aggregation._host import fetched
 
 
 def test_what_is_in_host_memory_is_not_copied():

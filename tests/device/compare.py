@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -30,10 +31,23 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
             torch.testing.assert_close(one.detach().cpu(), two.detach().cpu(), rtol=tolerance, atol=tolerance)
 
 
-def gradients(module: nn.Module, *inputs: Any, call: Callable[..., Any] | None = None) -> list[Tensor | None]:
-    """Return the output, and the gradients of a weighting of it by the first input and the parameters."""
+def gradients(
+    module: nn.Module,
+    *inputs: Any,
+    call: Callable[..., Any] | None = None,
+    within: AbstractContextManager[Any] | None = None,
+) -> list[Tensor | None]:
+    """Return the output, and the gradients of a weighting of it by the first input and the parameters.
+
+    Args:
+        module: is called, and has the parameters.
+        inputs: of the call.
+        call: is called instead.
+        within: the forward pass runs in this context, and backward does not.
+    """
     x = inputs[0].detach().requires_grad_()
-    output = (module if call is None else call)(x * 1.0, *inputs[1:])
+    with within or nullcontext():
+        output = (module if call is None else call)(x * 1.0, *inputs[1:])
     outputs = [output] if isinstance(output, Tensor) else [o for o in output if isinstance(o, Tensor)]
     total = sum((o * _weights(o)).sum() for o in outputs)
     leaves = [x, *(p for p in module.parameters() if p.requires_grad)]

@@ -128,8 +128,7 @@ def test_autocast(other, source, dtype):
     for plain in (True, False):
         net = Net(source, 0.4, plain).float().to(other)
         torch.manual_seed(5)
-        with torch.autocast(other, dtype=dtype):
-            found.append(gradients(net, x))
+        found.append(gradients(net, x, within=torch.autocast(other, dtype=dtype)))
     assert_same(found[1], found[0], 2e-2)
     settle()
 

@@ -16,6 +16,7 @@ from recollect.autoscale import (
     gen_masks,
     metis,
     normalize,
+    part_weights,
     partition,
     partition_quality,
     permute,
@@ -101,6 +102,7 @@ def test_a_graph_is_divided_and_permuted_there(other, data):
         assert torch.equal(found.ptr.cpu(), ptr)
         assert partition_quality(moved.adj_t, *found) == partition_quality(data.adj_t, perm, ptr)
         assert partition_quality(moved.adj_t, perm, ptr) == partition_quality(data.adj_t, perm, ptr)
+        assert torch.equal(part_weights(moved.adj_t, found.ptr).cpu(), part_weights(data.adj_t, ptr))
         assert torch.equal(permute(moved.clone(), found.perm, log=False).x.cpu(), data.x[perm])
     assert torch.equal(metis(moved.adj_t, 3, log=False).perm.cpu(), perm)
 

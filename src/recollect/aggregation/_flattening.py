@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.aggregation._gramian import check_tensor, checked, flattened
-from recollect.aggregation._host import sent
 from recollect.aggregation._settings import Configurable, weighting_of_any_kind
 from recollect.aggregation._weighting import Weighting, checked_weights
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.aggregation._gramian import correlations
-from recollect.aggregation._host import sent
 from recollect.aggregation._pcgrad import random_orders
 from recollect.aggregation._settings import POSITIVE, UNIT
 from recollect.aggregation._settings import generator as a_generator

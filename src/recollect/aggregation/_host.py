@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fetched", "sent"]
+__all__ = ["fetched"]
 
 
 def fetched(values: Sequence[Any]) -> list[Any]:
@@ -36,9 +36,3 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     parts = torch.split(together, [tensor.numel() * tensor.element_size() for tensor in tensors])
     # A view in a wider type must begin at a multiple of its size, as a copy does.
     return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. Nothing waits, unless it is fetched from another device to the CPU."""
-    # A copy from pageable memory has read it when the call returns, and the device's queue is not waited for.
-    return tensor.to(device, non_blocking=device.type != "cpu")

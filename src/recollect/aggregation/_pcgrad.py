@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.aggregation._gramian import normalized
-from recollect.aggregation._host import sent
 from recollect.aggregation._settings import generator as a_generator
 from recollect.aggregation._weighting import Weighting
 

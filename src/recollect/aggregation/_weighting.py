@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.aggregation._gramian import check_tensor, checked
-from recollect.aggregation._host import sent
 from recollect.aggregation._settings import Configurable, Vector
 
 __all__ = ["PreferenceWeighting", "StatefulWeighting", "Weighting", "checked_weights", "fitted"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recollect._devices import forms_of, widened, widest
+from recollect._transfer import sent
 from recollect._verdicts import later, settle
 from recollect.autogram._choice import Choice
 from recollect.autogram._passes import Job
@@ -224,7 +225,7 @@ def squared_norm(graph: Graph, leaves: Mapping[int, int]) -> Iterator[SquaredNor
 def random_weights(output: Tensor, seed: int) -> Tensor:
     """Return weights of the losses' shape, which no random number of anybody else's depends on."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(output.shape, generator=generator, device="cpu").to(output)
+    return sent(torch.randn(output.shape, generator=generator, device="cpu").to(output.dtype), output.device)
 
 
 def tolerance_of(graph: Graph) -> tuple[float, float]:

@@ -12,6 +12,7 @@ Provable Convergence", arXiv 2302.00924, section 4: equations 8 to 10 forward, 1
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -170,7 +171,9 @@ class CombinedPass(Compensation):
         joined: Tensor = _Completed.apply(x, _Way(self, layer, blank_of(self._inputs, self._state)))  # type: ignore[no-untyped-call]
         return joined
 
-    def complete(self, layer: int, grad: Tensor, blank: Blank | None, autocast: Callable[[], torch.autocast]) -> Tensor:
+    def complete(
+        self, layer: int, grad: Tensor, blank: Blank | None, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> Tensor:
         """Return the gradient of a layer's output, for the batch and, behind it, whatever came for its halo."""
         size, targets = self._batch.size, self._outward.num_targets
         own = grad[:size]

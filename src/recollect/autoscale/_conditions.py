@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recollect._torch import autocast_kinds
 from recollect._util._tree import Tree
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank
@@ -91,7 +92,16 @@ def blank_of(inputs: State, state: State) -> Blank:
     return make
 
 
-def autocast_now() -> Callable[[], torch.autocast]:
-    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+def autocast_now() -> Callable[[], AbstractContextManager[None]]:
+    """Return what enters autocast again as it is now, on all kinds of devices."""
+    now = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in autocast_kinds()]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, enabled, dtype in now:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    return again

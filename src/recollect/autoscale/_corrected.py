@@ -154,5 +154,7 @@ class CorrectedGNN(HistoryGNN):
 
 def _has_weights(adj_t: Tensor, outward: Outward) -> bool:
     """Return whether the sum of the weights, and that of their squares, are those of the loader's graph."""
-    values = values_of(adj_t).detach().double()
-    return torch.allclose(torch.stack([values.sum(), values.square().sum()]), outward.weights.to(values), rtol=1e-3)
+    values = values_of(adj_t).detach()
+    rounding = max(1e-3, 2 * torch.finfo(values.dtype).eps)
+    values = values.double()
+    return torch.allclose(torch.stack([values.sum(), values.square().sum()]), outward.weights.to(values), rtol=rounding)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recollect._devices import widened
 from recollect._torch import is_fake, is_traceable_wrapper_subclass
+from recollect._transfer import sent
 from recollect._verdicts import arrive, later
 from recollect.frames._errors import DriftWarning, describe
 
@@ -135,7 +136,7 @@ class DriftProbe:
             for tensor in parts_of(tensors):
                 index = _sample(tensor.numel())
                 if not tensor.is_cpu:
-                    index = index.to(tensor.device)
+                    index = sent(index, tensor.device)
                 self._samples.append((index, torch.take(tensor.detach(), index)))
 
     def measure(self, tensors: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
+from recollect._transfer import sent
 from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._codec import codec_for
 from recollect.autoscale.histories._file_table import FileTable
@@ -303,7 +304,7 @@ class History(TableModule):
         """
         where = self.table.everything if n_id is None else select_rows(n_id, self.num_embeddings)
         self.settle()
-        return self.table.ages(where).to(self.out_device)
+        return sent(self.table.ages(where), self.out_device)
 
     def never_pushed(self) -> int:
         """Return the number of rows that are still 0, because none was pushed there since it was made or reset.

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._selection import Selection
 from recollect.autoscale.histories._table import STAMP, Table, UnderWay
@@ -33,7 +34,7 @@ class MemoryRows:
     def write(self, values: Tensor, where: Selection) -> None:
         """See :class:`Rows`."""
         if isinstance(where, Tensor):
-            self.tensor.index_copy_(0, where.to(self.device), values.to(self.device, self.dtype))
+            self.tensor.index_copy_(0, sent(where, self.device), values.to(self.device, self.dtype))
             return
         if values.device != self.device:  # in the table's type, so that fewer bytes travel
             values = values.to(self.dtype)
@@ -45,7 +46,7 @@ class MemoryRows:
     def read(self, where: Selection, out: Tensor) -> None:
         """See :class:`Rows`."""
         if isinstance(where, Tensor):
-            torch.index_select(self.tensor, 0, where.to(self.device), out=out)
+            torch.index_select(self.tensor, 0, sent(where, self.device), out=out)
             return
         done = 0
         for start, stop in where:
