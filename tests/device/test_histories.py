@@ -30,6 +30,7 @@ from recollect.autoscale import (
 )
 from recollect.distributed import Shares
 from recollect.frames import settle
+from recollect.messages import propagate
 from recollect.models import GCN, RevGNN
 
 Data = pytest.importorskip("torch_geometric.data").Data
@@ -259,3 +260,40 @@ def test_histories_over_ranks(other):
         assert not on_device.histories[0].pull(torch.arange(NODES)).any()
     finally:
         dist.destroy_process_group()
+
+
+def test_corrected_steps_have_the_autocast_of_their_forward(other):
+    data, found = make_graph(), []
+    data.x, data.adj_t = data.x.float(), data.adj_t.float()
+    for device in ("cpu", other):
+        torch.manual_seed(0)
+        model = GCN(NODES, IN, 6, OUT, LAYERS, compensate=True, history_dtype=torch.float32, device=device).to(device)
+        grads = list[torch.Tensor]()
+        for _ in range(3):  # backward runs layers again for the halo, outside of the context
+            for batch in SubgraphLoader(data, PTR, log=False, outward=True):
+                batch = batch.to(device)
+                with torch.autocast(device, dtype=torch.bfloat16):
+                    out = model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)
+                loss = F.cross_entropy(out.float(), batch.data.y[: batch.batch_size])
+                grads += torch.autograd.grad(loss, list(model.parameters()))
+        found.append(grads)
+    assert_same(found[1], found[0], 1e-6)
+    settle()
+
+
+def test_layers_that_look_further_are_refused_there_too(other):
+    class Centred(ScalableGNN):
+        def __init__(self):
+            super().__init__(NODES, IN, 1)
+            self.lin = torch.nn.Linear(IN, OUT)
+
+        def forward_layer(self, layer, x, adj_t, state):
+            h = propagate(adj_t, self.lin(x))
+            return h - h.mean(0)
+
+    data = make_graph()
+    data.x = data.x.float()
+    for device in ("cpu", other):
+        batch = next(iter(SubgraphLoader(data, PTR, log=False))).to(device)
+        with pytest.raises(ValueError, match="more than the node and the edges into it"):
+            Centred().to(device)(batch.data.x, batch.data.adj_t, *batch[1:])
