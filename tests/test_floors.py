@@ -53,14 +53,14 @@ FLOORS = {
     "_verdicts": floor("_torch _transfer"),
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
     "distributed": floor("_arguments"),
-    "autogram": floor("_devices _parameters _torch _verdicts distributed"),
-    "aggregation": floor(),
+    "autogram": floor("_devices _parameters _torch _transfer _verdicts distributed"),
+    "aggregation": floor("_transfer"),
     "messages": floor("_devices _torch"),
     "invertible": floor("_arguments _parameters frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
-        "_arguments _devices _modules _parameters _transfer _util _verdicts frames messages data distributed",
+        "_arguments _devices _modules _parameters _torch _transfer _util _verdicts frames messages data distributed",
         "torch_geometric pymetis kaminpar",
     ),
     "models": floor(
