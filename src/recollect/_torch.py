@@ -44,8 +44,8 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -208,10 +208,26 @@ def without_overrides() -> AbstractContextManager[Any]:
     return context
 
 
-def autocast_kinds() -> list[str]:
-    """Return the kinds of devices that autocast may be on for."""
-    kinds = ["cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name()]
-    return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+Autocast = list[tuple[str, bool, torch.dtype]]
+"""Kinds of devices, whether autocast is on for them, and in which type."""
+
+
+def autocast_now(kinds: Iterable[str] | None = None) -> Autocast:
+    """Return autocast as it is now for these kinds of devices, or for all that there may be."""
+    if kinds is None:
+        every = ["cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name()]
+        kinds = filter(torch.amp.is_autocast_available, every)
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
+@contextmanager
+def autocast_as(then: Autocast) -> Iterator[None]:
+    """Let autocast be as it was then in the body, with a cache of its own: casts are handed to no other forward."""
+    with ExitStack() as stack:
+        for kind, enabled, dtype in then:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+        yield
 
 
 def modes_are_open() -> bool:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect._torch import Autocast, autocast_as, autocast_now
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._blocks import WEIGHTS, OneBlock, first_input
 from recollect.autoscale._compensation import BACKWARD_TWICE, other_weights
-from recollect.autoscale._conditions import Plain, autocast_now, inputs_of
+from recollect.autoscale._conditions import Plain, inputs_of
 from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale._outside import Outside
 from recollect.autoscale._separable import (
@@ -316,7 +317,7 @@ class _Enter(torch.autograd.Function):
     """The identity, whose gradient is completed by what comes through the nodes outside."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, of: BlockCompensation, layer: int, autocast: Any) -> Tensor:
+    def forward(ctx: Any, z: Tensor, of: BlockCompensation, layer: int, autocast: Autocast) -> Tensor:
         ctx.of, ctx.layer, ctx.autocast = of, layer, autocast
         ctx.save_for_backward(z)
         return z.view_as(z)
@@ -325,7 +326,7 @@ class _Enter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (z,) = ctx.saved_tensors
-        with ctx.autocast():
+        with autocast_as(ctx.autocast):
             found = ctx.of.outside(ctx.layer, z)
         if found is not None:
             rows, trust = found

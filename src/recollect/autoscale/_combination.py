@@ -12,7 +12,6 @@ Provable Convergence", arXiv 2302.00924, section 4: equations 8 to 10 forward, 1
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recollect._torch import Autocast, autocast_as, autocast_now
+from recollect._transfer import sent
 from recollect._util._tree import tensors_of
 from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, other_weights
-from recollect.autoscale._conditions import autocast_now, blank_of, inputs_of
+from recollect.autoscale._conditions import blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank, Edges, Form, way_of
@@ -111,7 +112,7 @@ class CombinedPass(Compensation):
         in_halo, place = _matches(self._batch.n_id[size:].to(outward.n_id.device), outward.n_id)
         chosen = (place < targets).nonzero().squeeze(1)
         self._in_halo, self._place, self._targets_in_halo, self._targets = (
-            found.to(x.device, non_blocking=True) for found in (in_halo, place, in_halo[chosen], place[chosen])
+            sent(found, x.device) for found in (in_halo, place, in_halo[chosen], place[chosen])
         )
         rows = own.new_empty(outward.n_id.numel(), own.size(1))
         if self._place.numel() < rows.size(0) - size:
@@ -171,9 +172,7 @@ class CombinedPass(Compensation):
         joined: Tensor = _Completed.apply(x, _Way(self, layer, blank_of(self._inputs, self._state)))  # type: ignore[no-untyped-call]
         return joined
 
-    def complete(
-        self, layer: int, grad: Tensor, blank: Blank | None, autocast: Callable[[], AbstractContextManager[None]]
-    ) -> Tensor:
+    def complete(self, layer: int, grad: Tensor, blank: Blank | None, autocast: Autocast) -> Tensor:
         """Return the gradient of a layer's output, for the batch and, behind it, whatever came for its halo."""
         size, targets = self._batch.size, self._outward.num_targets
         own = grad[:size]
@@ -181,7 +180,7 @@ class CombinedPass(Compensation):
         if blank is not None:
             given = self._given.pop(layer + 1)
             rows = self._rows.pop(layer + 1)
-            with self._plain(), autocast(), torch.enable_grad():
+            with self._plain(), autocast_as(autocast), torch.enable_grad():
                 rows = rows.detach().requires_grad_()
                 out = self._model.run_layer(layer + 1, rows, self._edges.adj_t, blank(targets))
                 found = None

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recollect._devices import forms_of
+from recollect._torch import autocast_as, autocast_now
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._conditions import Plain, autocast_now, blank_of, inputs_of
+from recollect.autoscale._conditions import Plain, blank_of, inputs_of
 from recollect.autoscale._network import LayeredGNN, Stage, State
 from recollect.autoscale._outside import Outside
 from recollect.autoscale._separable import (
@@ -188,7 +189,7 @@ class Compensation:
             if known is None:
                 return None
             given, trust = known
-            with self._plain(), autocast():
+            with self._plain(), autocast_as(autocast):
                 if way.form == Form.ANY:
                     found = self._through_all(layer, own, given, blank)
                 else:
@@ -208,7 +209,7 @@ class Compensation:
             if known is not None:
                 rows, trust = known
                 given = torch.addcmul(given, multiplied(self._edges.all, rows.to(grad)), trust.to(grad))
-            with self._plain(), autocast():
+            with self._plain(), autocast_as(autocast):
                 adj_t = self._edges.one_each(own.size(0))
                 return through_sources(self._model, layer, way, own, given, adj_t, blank)
 

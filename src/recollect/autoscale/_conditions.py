@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recollect._torch import autocast_kinds
 from recollect._util._tree import Tree
 from recollect.autoscale._network import State
 from recollect.autoscale._separable import Blank
@@ -17,7 +16,7 @@ from recollect.autoscale.histories._gradients import GradientHistories
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._outward import Outward
 
-__all__ = ["Plain", "autocast_now", "blank_of", "inputs_of"]
+__all__ = ["Plain", "blank_of", "inputs_of"]
 
 
 class Plain:
@@ -90,18 +89,3 @@ def blank_of(inputs: State, state: State) -> Blank:
         return inputs | left
 
     return make
-
-
-def autocast_now() -> Callable[[], AbstractContextManager[None]]:
-    """Return what enters autocast again as it is now, on all kinds of devices."""
-    now = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in autocast_kinds()]
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind, enabled, dtype in now:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-    return again

@@ -13,6 +13,8 @@ import torch
 from recollect._arguments import Certify
 from recollect._torch import (
     ScaledProductBackends,
+    autocast_as,
+    autocast_now,
     cached_parametrizations,
     compiled_blocks_exist,
     default_device,
@@ -269,11 +271,8 @@ class _Conditions:
     __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self._autocast = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
-        if devices:
-            types = {d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type)}
-            for kind in sorted(types):
-                self._autocast.append((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+        others = {d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type)}
+        self._autocast = autocast_now(["cpu", *sorted(others)])
         self._dtype = torch.get_default_dtype()
         self._device = default_device()
         self._attention = ScaledProductBackends()
@@ -305,10 +304,7 @@ class _Conditions:
             yield
 
     def _enter(self, stack: ExitStack) -> None:
-        for kind, enabled, dtype in self._autocast:
-            if enabled or torch.is_autocast_enabled(kind):
-                # Without the cache: casts of a rebuild must not be handed to a later forward, nor the reverse.
-                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
+        stack.enter_context(autocast_as(self._autocast))
         dtype = torch.get_default_dtype()
         if dtype is not self._dtype:
             stack.callback(torch.set_default_dtype, dtype)

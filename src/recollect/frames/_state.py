@@ -43,7 +43,6 @@ _CLOSED = (
     type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, Tensor,
     nn.Module, torch.UntypedStorage, weakref.ref, Forward,
 )  # fmt: skip
-_CALLED = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class _Past:
@@ -243,9 +242,8 @@ class PythonState:
         if kind in ATOMS or id(value) in self._seen:
             return
         if isinstance(value, _CLOSED):
-            for part in _behind(value):
-                found = reached_by(part, ()) if isinstance(part, _CALLED) else (part,)
-                self.modules.extend(one for one in found if isinstance(one, nn.Module))
+            held = value() if isinstance(value, weakref.ref) else value
+            self.modules.extend(one for one in reached_by(held, ()) if isinstance(one, nn.Module))
             return
         self._seen.add(id(value))
         if _is_array(value):
@@ -306,24 +304,6 @@ class PythonState:
         """Hold these again."""
         for thing, value in zip(reversed(self._things), reversed(values), strict=True):
             thing.write(value)
-
-
-def _behind(value: Any) -> Iterator[Any]:
-    """Yield a module, or what a function, a method, a partial or a weak reference stands for or is bound to."""
-    if isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not bound yet
-                continue
-    elif isinstance(value, types.MethodType):
-        yield value.__self__
-    elif isinstance(value, functools.partial):
-        yield from _behind(value.func)
-        yield from value.args
-        yield from value.keywords.values()
-    else:
-        yield value() if isinstance(value, weakref.ref) else value
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
