@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
 from recollect.frames import InPlaceError, RebuildError
+from recollect.frames._outline import _STILL
 from recollect.frames._recorder import Recorder, recorder_of
-from recollect.frames._snapshot import _STILL
 
 assert float64 is not None  # a fixture of every test here
 

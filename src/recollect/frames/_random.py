@@ -97,20 +97,20 @@ def _replay(states: States) -> Iterator[None]:
             _write(device, state)
 
 
-@contextmanager
-def undrawn() -> Iterator[None]:
+class undrawn:  # noqa: N801  (a context manager, many times in a step)
     """Give the CPU's generator back the state that it had before the body, which draws nothing, or seeds it itself.
 
     Not while other threads run regions: they would draw the same again.
     """
-    before = _read(_CPU)
-    try:
-        yield
-    finally:
-        if _threads.none_beside():
-            with outside_modes():
-                if not _are_equal(_state_of(_CPU), before):
-                    _write(_CPU, before)
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = _read(_CPU)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if _threads.none_beside() and not _are_equal(_read(_CPU), self._before):
+            _write(_CPU, self._before)
 
 
 class _Threads:

@@ -235,9 +235,24 @@ class Record:
                 or [*map(_requires_grad, self._tensors())] != self._flags
             ):
                 self._spread()
-            elif self._plain and not self._writes:
-                return None
+            elif not self._writes:
+                if self._plain:
+                    return None
+                if not (self._parameters or self._registries or self._rosters or self._graded):
+                    return _Holding(self, self._snapshots, self._state)
         return self._writing(other)
+
+    def standing(self) -> _Standing:
+        """Return what of parameters and buffers an early stop may leave otherwise than the region does."""
+        return _Standing([*self._tensors(), *(buffer for _, buffer, _ in self._constant)])
+
+    def let_stand(self, standing: _Standing, snapshots: Sequence[Snapshot]) -> None:
+        """Give parameters and buffers back what stood before a rebuild, and modules what snapshots hold."""
+        standing.write()
+        for snapshot in snapshots:
+            if not snapshot.holds():
+                _write_back(snapshot)
+        self._versions = _versions_of(self._tensors())
 
     @contextmanager
     def _writing(self, other: bool) -> Iterator[None]:
@@ -258,8 +273,7 @@ class Record:
             kept = {key for _, _, parameter in self._parameters for key in place_of(parameter)}
         rosters = [(registry, dict(registry)) for registry, _ in self._rosters]
         state = self._state.now()
-        # An early stop leaves out what the region would have put back itself.
-        standing = _Standing([*self._tensors(), *(buffer for _, buffer, _ in self._constant)])
+        standing = self.standing()
         gradients = [(leaf, leaf.grad, None if leaf.grad is None else leaf.grad.clone()) for leaf in self._graded]
         try:
             self._state.write_then(state)
@@ -311,6 +325,28 @@ class Record:
             self._state.write(state)
 
 
+class _Holding:
+    """The body begins with what a record's snapshots hold, as it is, and with a state; all is so afterwards."""
+
+    __slots__ = ("_now", "_record", "_snapshots", "_standing", "_state")
+
+    def __init__(self, record: Record, snapshots: Sequence[Snapshot], state: PythonState) -> None:
+        self._record = record
+        self._snapshots = snapshots
+        self._state = state
+
+    def __enter__(self) -> None:
+        with aside():
+            self._now = self._state.now()
+            self._standing = self._record.standing()
+            self._state.write_then(self._now)
+
+    def __exit__(self, *exc_info: object) -> None:
+        with aside():
+            self._record.let_stand(self._standing, self._snapshots)
+            self._state.write(self._now)
+
+
 _requires_grad = attrgetter("requires_grad")
 _version = attrgetter("_version")
 
@@ -357,6 +393,13 @@ def _take_back(registry: dict[str, Any], names: dict[str, bool]) -> None:
             registry[name] = None
 
 
+def _lies_there(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor has the memory of another, in its form."""
+    if tensor.is_cpu:
+        return tensor.is_set_to(other)
+    return _lies(tensor) == _lies(other)
+
+
 def _lies(tensor: Tensor) -> tuple[Any, ...]:
     return place_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
@@ -372,15 +415,17 @@ class _Standing:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN and tensor.is_leaf]
-        self._flags = [tensor.requires_grad for tensor in self._tensors]
+        self._flags = [*map(_requires_grad, self._tensors)]
         self._values = [tensor.data for tensor in self._tensors]
 
     def write(self) -> None:
         """Give them these again."""
-        for tensor, flag, value in zip(self._tensors, self._flags, self._values, strict=True):
-            if tensor.requires_grad is not flag:
-                tensor.requires_grad_(flag)
-            if tensor.layout is torch.strided and _lies(tensor) != _lies(value):
+        if [*map(_requires_grad, self._tensors)] != self._flags:
+            for tensor, flag in zip(self._tensors, self._flags, strict=True):
+                if tensor.requires_grad is not flag:
+                    tensor.requires_grad_(flag)
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            if tensor.layout is torch.strided and not _lies_there(tensor, value):
                 tensor.data = value
 
 

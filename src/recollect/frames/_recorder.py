@@ -31,8 +31,9 @@ from recollect._torch import (
 )
 from recollect.frames._forward import Own
 from recollect.frames._modes import aside, local
+from recollect.frames._outline import held_by, snapshot_of
 from recollect.frames._record import Buffer, Known, Record
-from recollect.frames._snapshot import HOOKS, Registered, Roster, Snapshot, held_by, snapshot_of
+from recollect.frames._snapshot import HOOKS, Registered, Roster, Snapshot
 from recollect.frames._state import PythonState, reached_by, tensors_named_by
 from recollect.frames._transform import Transformed
 from recollect.frames._watch import Copy, Watch, place_of, version_of
@@ -154,7 +155,7 @@ class Recorder:
     Args:
         function: what the region runs.
         arguments: what it is called with, for objects among them.
-        snapshot: what the region holds, if that says all once a call was observed.
+        snapshot: what the region's module holds, if it is one.
     """
 
     __slots__ = (
@@ -197,7 +198,7 @@ class Recorder:
         self._runs = self._leaves = False  # whether it observes, and also when modules have run
         self._keys: Known | None = None
         self._snapshots: list[Snapshot] = []  # of modules that a function names, if their dictionaries say all
-        self._unknown = snapshot
+        self._unknown = snapshot if snapshot is not None and snapshot.is_own else None
         if not isinstance(function, nn.Module):
             self._state.add_variables(function)
         code = _code_of(function)
@@ -216,11 +217,16 @@ class Recorder:
                 self._note_place(None, found)
             elif isinstance(found, nn.Module):
                 modules.append(found)
-        if modules and (isinstance(function, nn.Module) or not self._note_together(modules)):
-            for module in modules:
-                parts = self._enter_all(module)
-                if module is function and parts:  # nothing runs before it that could give it others
-                    self._parts = (id(module), [id(part) for part in parts])
+        if not modules:
+            return
+        if snapshot is None or len(modules) > 1 or modules[0] is not snapshot.parts[0]:
+            snapshot = held_by(modules)
+        if snapshot is not None:
+            self._note_together(snapshot)
+        for module in modules:
+            parts = snapshot.parts if snapshot is not None else self._enter_all(module)
+            if module is function and parts:  # nothing runs before it that could give it others
+                self._parts = (id(module), [id(part) for part in parts])
 
     def __enter__(self) -> Recorder:
         if self._keys is not None and (self._keys.watched or not self._keys.seen or self._named):
@@ -276,11 +282,8 @@ class Recorder:
         if self._watching and self._watching[-1][0] is module:
             self._close_watch()
 
-    def _note_together(self, modules: list[nn.Module]) -> bool:
-        """Note modules and their parts with all that they hold in one go; return whether they are all plain."""
-        snapshot = held_by(modules)
-        if snapshot is None:
-            return False
+    def _note_together(self, snapshot: Snapshot) -> None:
+        """Note modules and their parts with all that they hold in one go."""
         self._entered.update(map(id, snapshot.parts))
         self._snapshots.append(snapshot)
         with aside():
@@ -288,9 +291,13 @@ class Recorder:
                 for p in part._parameters.values():
                     if p is not None and p.is_leaf:
                         self._places.append((part, p, p.data, place_of(p), version_of(p), None))
+        for part, tensor in snapshot.tensors:
+            self._note_place(part, tensor)
+        for part in snapshot.foreign:
+            for tensor in tensors_named_by(part):
+                self._note_place(part, tensor)
         for part in snapshot.buffered:
             self._note_buffers(part, part._buffers, part._buffers.items())
-        return True
 
     def _enter_all(self, module: nn.Module, hidden: bool = False) -> list[nn.Module]:
         """Note a module that may be used without being called, with its parts, which it returns if they are few."""

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from recollect._util._tree import ATOMS
 from recollect.frames._forward import Forward
 
-__all__ = ["PythonState", "reached_by", "same_items", "tensors_named_by"]
+__all__ = ["DEPTH", "MANY", "PythonState", "is_open", "reached_by", "same_items", "tensors_named_by"]
 
-# A container with more entries holds data, not settings.
-_MANY = 1024
-_DEPTH = 3
+MANY = 1024
+"""A container with more entries holds data, not settings."""
+DEPTH = 3
+"""So many containers behind an attribute are looked into."""
 _FEW = 64
 _STEPS = 8  # from a function to what it names
 _HELD = 3  # from an argument to what it holds
@@ -219,7 +220,7 @@ class PythonState:
         self._things.extend(cell for cell in self._cells if cell.is_read_only)
         self._cells = []
 
-    def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = _DEPTH) -> None:
+    def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = DEPTH) -> None:
         """Note the attributes of an object."""
         whole: dict[str, Any] | None = names.copy()
         for name, value in names.items():
@@ -232,6 +233,13 @@ class PythonState:
     def add_noted(self, names: dict[str, Any], whole: dict[str, Any], skip: frozenset[str]) -> None:
         """Note the attributes that an object had, all of them immutable."""
         self._things.append(_Namespace(names, whole, skip))
+
+    def add_held(self, container: Any, then: Any) -> None:
+        """Note what a mapping, namespace or list held; a tuple holds the same."""
+        if isinstance(then, dict):
+            self._things.append(_Dict(container, then))
+        elif type(container) is list:
+            self._things.append(_List(container, then))
 
     def _add(self, value: Any, depth: int) -> None:
         """Note what a value holds, if it can change."""
@@ -255,13 +263,13 @@ class PythonState:
             return
         items: Iterable[Any] = ()
         if isinstance(value, (list, deque)):
-            if len(value) <= _MANY:
+            if len(value) <= MANY:
                 self._things.append(_List(value))
                 items = value
             elif type(value) is list:
                 self._things.append(_LongList(value))
         elif isinstance(value, dict):
-            if len(value) <= _MANY:
+            if len(value) <= MANY:
                 self._things.append(_Dict(value))
                 items = value.values()
         elif isinstance(value, set):
@@ -304,6 +312,23 @@ class PythonState:
         """Hold these again."""
         for thing, value in zip(reversed(self._things), reversed(values), strict=True):
             thing.write(value)
+
+
+def is_open(value: Any, depth: int) -> bool | None:
+    """Return whether :class:`PythonState` notes the namespace of an object, and nothing else; ``None`` if not sure.
+
+    Args:
+        value: no atom, list, tuple or mapping.
+        depth: how many containers deeper is looked.
+    """
+    kind = type(value)
+    if isinstance(value, (*_CLOSED, list, deque, dict, set, tuple)) or _is_array(value) or _state_of(value) is not None:
+        return False if isinstance(value, type) else None
+    if depth == 0 or (kind.__module__.startswith(_FOREIGN) and not isinstance(value, torch.optim.Optimizer)):
+        return False
+    if value.__class__ is not kind or type(getattr(value, "__dict__", None)) is not dict:
+        return None
+    return None if any(_slots_of(base) for base in kind.__mro__) else True
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
@@ -412,9 +437,9 @@ class _List:
 
     __slots__ = ("_items", "then")
 
-    def __init__(self, items: Any) -> None:
+    def __init__(self, items: Any, then: Any = None) -> None:
         self._items = items
-        self.then = [_past(item) for item in items]
+        self.then = [_past(item) for item in (items if then is None else then)]
 
     def read(self) -> list[Any]:
         return list(self._items)
@@ -448,9 +473,9 @@ class _Dict:
 
     __slots__ = ("_mapping", "then")
 
-    def __init__(self, mapping: dict[Any, Any]) -> None:
+    def __init__(self, mapping: dict[Any, Any], then: dict[Any, Any] | None = None) -> None:
         self._mapping = mapping
-        self.then = {key: _past(value) for key, value in mapping.items()}
+        self.then = {key: _past(value) for key, value in (mapping if then is None else then).items()}
 
     def read(self) -> dict[Any, Any]:
         return dict(self._mapping)
