@@ -56,25 +56,35 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def difference(a: Any, b: Any, tolerance: float, path: str) -> str | None:
-    """Return where two snapshots differ, if they do."""
+def difference(a: Any, b: Any, tolerance: float, path: str, least: float = 0.1) -> str | None:
+    """Return where two snapshots differ, if they do.
+
+    Args:
+        a: one snapshot.
+        b: the other.
+        tolerance: relative to a tensor's norm.
+        path: what they are of.
+        least: a smaller norm counts as this: such a tensor is a sum whose terms, of about 1 here, have cancelled.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{path}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}"
         if torch.equal(a, b):
             return None
         a, b = a.double(), b.double()
-        error, scale = float((a - b).norm()), max(float(a.norm()), 0.1)
+        error, scale = float((a - b).norm()), max(float(a.norm()), least)
         return None if error <= tolerance * scale else f"{path}: relative error {error / scale:.1e}"
     if type(a) is not type(b):
         return f"{path}: {str(a)[:50]} became {str(b)[:50]}"
     if isinstance(a, dict):
         if list(a) != list(b):
             return f"{path}: keys {sorted(set(a) ^ set(b))} on one side only"
-        return next((d for k in a if (d := difference(a[k], b[k], tolerance, f"{path}.{k}")) is not None), None)
+        return next((d for k in a if (d := difference(a[k], b[k], tolerance, f"{path}.{k}", least)) is not None), None)
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return f"{path}: {len(a)} items became {len(b)}"
         pairs = enumerate(zip(a, b, strict=True))
-        return next((d for i, (u, v) in pairs if (d := difference(u, v, tolerance, f"{path}.{i}")) is not None), None)
+        return next(
+            (d for i, (u, v) in pairs if (d := difference(u, v, tolerance, f"{path}.{i}", least)) is not None), None
+        )
     return None if a == b else f"{path}: {str(a)[:50]} became {str(b)[:50]}"

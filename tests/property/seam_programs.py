@@ -433,7 +433,9 @@ def run(
         if len(words) < 12 or not words & plain.names:
             return verdict("mute", told)
         return verdict("refused", told)
-    where = difference(plain.record, framed.record, 1e-1 if plain.world.autocast else 1e-6, "")
+    # bfloat16 has three digits: where inputs come from an inverse, each sum is off by a percent of its terms.
+    tolerance, least = (1e-1, 0.5) if plain.world.autocast else (1e-6, 0.1)
+    where = difference(plain.record, framed.record, tolerance, "", least)
     return verdict("right", "") if where is None else verdict("wrong", where.lstrip(". "))
 
 
