@@ -56,7 +56,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def difference(a: Any, b: Any, tolerance: float, path: str, least: float = 0.1) -> str | None:
+def difference(a: Any, b: Any, tolerance: float, path: str, exact: Any = None) -> str | None:
     """Return where two snapshots differ, if they do.
 
     Args:
@@ -64,7 +64,7 @@ def difference(a: Any, b: Any, tolerance: float, path: str, least: float = 0.1) 
         b: the other.
         tolerance: relative to a tensor's norm.
         path: what they are of.
-        least: a smaller norm counts as this: such a tensor is a sum whose terms, of about 1 here, have cancelled.
+        exact: the first with finer numbers: where sums cancel, it is far off by itself, and the other may be so too.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -72,19 +72,25 @@ def difference(a: Any, b: Any, tolerance: float, path: str, least: float = 0.1) 
         if torch.equal(a, b):
             return None
         a, b = a.double(), b.double()
-        error, scale = float((a - b).norm()), max(float(a.norm()), least)
-        return None if error <= tolerance * scale else f"{path}: relative error {error / scale:.1e}"
+        error, scale = float((a - b).norm()), max(float(a.norm()), 0.1)
+        allowed = tolerance * scale
+        if isinstance(exact, Tensor) and exact.shape == a.shape:
+            allowed = max(allowed, 3 * float((a - exact.double()).norm()))  # an inverse rounds anew
+        return None if error <= allowed else f"{path}: relative error {error / scale:.1e}"
     if type(a) is not type(b):
         return f"{path}: {str(a)[:50]} became {str(b)[:50]}"
     if isinstance(a, dict):
         if list(a) != list(b):
             return f"{path}: keys {sorted(set(a) ^ set(b))} on one side only"
-        return next((d for k in a if (d := difference(a[k], b[k], tolerance, f"{path}.{k}", least)) is not None), None)
+        finer = exact if isinstance(exact, dict) else {}
+        found = (difference(a[k], b[k], tolerance, f"{path}.{k}", finer.get(k)) for k in a)
+        return next((d for d in found if d is not None), None)
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return f"{path}: {len(a)} items became {len(b)}"
-        pairs = enumerate(zip(a, b, strict=True))
-        return next(
-            (d for i, (u, v) in pairs if (d := difference(u, v, tolerance, f"{path}.{i}", least)) is not None), None
+        finer = exact if isinstance(exact, (list, tuple)) and len(exact) == len(a) else [None] * len(a)
+        found = (
+            difference(u, v, tolerance, f"{path}.{i}", e) for i, (u, v, e) in enumerate(zip(a, b, finer, strict=True))
         )
+        return next((d for d in found if d is not None), None)
     return None if a == b else f"{path}: {str(a)[:50]} became {str(b)[:50]}"
