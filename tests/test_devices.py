@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recollect._devices import FORMS, OTHERS, Forms, forms_of
-from recollect.frames._fingerprint import bits_of, fingerprint
+from recollect.frames._bits import bits_of
+from recollect.frames._fingerprint import fingerprint
 from recollect.messages import extreme, propagate, row_pointers, sparse_csr
 
 

@@ -71,6 +71,7 @@ TOGETHER = {
     "frames/test_chain.py": "frames/_transform frames/sources/_coupling frames/sources/_inverse",
     "frames/test_checkpoint.py": "_arguments frames/sources/_source",
     "frames/test_conditions.py": "frames/_modes frames/_random frames/_region",
+    "frames/test_fingerprint.py": "frames/_bits frames/_reading",
     "frames/test_gradients.py": "frames/_frame",
     "frames/test_observation.py": "frames/_record frames/_recorder frames/_state frames/_watch",
     "frames/test_transforms.py": "_torch",

@@ -41,12 +41,13 @@ used                                                         for                
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ from torch.nn.utils import parametrize as _parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import _CachedTorchDispatchMode
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 __all__ = [
     "ScaledProductBackends",
@@ -104,6 +107,7 @@ __all__ = [
     "watch_modules",
     "watch_outputs",
     "when_backward_ends",
+    "with_signature",
     "without_overrides",
     "write_undeclared",
 ]
@@ -181,10 +185,21 @@ def outside_transforms() -> Iterator[None]:
 
 def outside_functorch() -> AbstractContextManager[Any]:
     """Return a context without transforms of torch.func: tensors that are made there belong to none."""
+    if not transform_level_is_open():
+        return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # takes long to import
 
     context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
     return context
+
+
+def with_signature(forward: _Function) -> _Function:
+    """Let a function hold its signature, which torch asks for in every call of a ``Function`` with a ``setup_context``.
+
+    To find it out takes longer than to multiply a small matrix.
+    """
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def enabled_overrides() -> AbstractContextManager[Any]:

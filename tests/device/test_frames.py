@@ -39,6 +39,7 @@ from recollect.frames import (
     uncouple,
     uncouple_by,
 )
+from recollect.frames._fingerprint import fingerprint
 
 
 class Block(nn.Module):
@@ -275,3 +276,13 @@ def test_sums_of_bits(other):
         bits = bits_of(x)
     assert log.where == []
     assert int(bits) == bits_of(x.cpu()) != int(bits_of(x + 1))
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+def test_fingerprints_are_in_full_precision_under_autocast(other, size):
+    x = torch.randn(size).to(other)
+    plain = fingerprint(x).projections
+    with torch.autocast(other, dtype=torch.bfloat16):
+        found = fingerprint(x).projections
+    assert found.dtype is torch.float32
+    assert torch.equal(found.cpu(), plain.cpu())

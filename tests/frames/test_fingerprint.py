@@ -5,15 +5,19 @@ import math
 import pytest
 import torch
 
-from recollect.frames import _fingerprint
+from recollect.frames import _bits, _fingerprint, _reading
+from recollect.frames._bits import bits_of
 from recollect.frames._certificate import tolerance_of
-from recollect.frames._fingerprint import bits_of, difference, fingerprint
+from recollect.frames._fingerprint import difference, fingerprint
 from recollect.memory import peak_memory
 
 SHAPES = [
     (3, 5),
     (1021,),
     (1022,),
+    (4096,),
+    (4097,),
+    (4096 * 1024 + 5000,),
     (3000, 64),
     (1, 200_000),
     (2, 70_000, 4),
@@ -42,18 +46,41 @@ def gapped(tensor):
 
 
 def sums(flat):
-    size = flat.numel()
-    period = 1021 if size == 1021 else next(p for p in (1021, 1019, 1013) if size % p)
-    return flat.new_zeros(min(period, flat.numel())).index_add_(0, torch.arange(flat.numel()) % period, flat)
+    """The elements themselves, or where there are many, the weighted sum of the rows in which they are laid out."""
+    if len(flat) <= 4096:
+        return flat
+    weights = _fingerprint._weights_of_rows()[0]
+    columns = flat.new_zeros(1024)
+    for row, elements in enumerate(flat.split(1024)):
+        columns[: len(elements)] += weights[row % 4096] * elements
+    return columns
 
 
 @each_shape
-def test_projections_are_those_of_the_sums_over_the_period(shape):
+def test_projections_are_those_of_the_sums_over_rows(shape):
     x = values(shape)
     columns = sums(x.flatten())
     directions = _fingerprint._direction(torch.float64, x.device)[:, : len(columns)]
-    found = torch.tensor(fingerprint(x).projections, dtype=torch.float64)
-    assert torch.allclose(found, directions @ columns, rtol=1e-9, atol=1e-9)
+    expected = directions @ columns
+    for one in (x, *gapped(x)):
+        found = torch.tensor(fingerprint(one).projections, dtype=torch.float64)
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * x.norm())
+
+
+def test_no_row_is_hidden_by_its_weight_and_none_has_that_of_another():
+    weights = _fingerprint._weights_of_rows()[0]
+    assert weights.abs().min() > 0.4
+    assert len(weights.unique()) == 4096
+    assert math.isclose(weights.square().mean(), 1.0, rel_tol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (300, 1021), (5000, 1024), (8, 4096)], ids=str)
+def test_rows_that_trade_places_are_seen(shape):
+    x = values(shape, torch.float32)
+    for i, j in ((0, 1), (0, shape[0] - 1), (shape[0] // 2, 3)):
+        y = x.clone()
+        y[i], y[j] = x[j], x[i]
+        assert difference(fingerprint(x), y) > tolerance_of(torch.float32)
 
 
 @each_shape
@@ -62,8 +89,8 @@ def test_the_norm_is_taken_where_there_is_an_error(shape):
     then = fingerprint(x)
     assert len(fingerprint(x, like=then).projections) == 4
     now = fingerprint(2 * x, like=then).projections
-    assert len(now) == (5 if x.numel() > 1021 else 4)
-    if x.numel() > 1021:
+    assert len(now) == (5 if x.numel() > 4096 else 4)
+    if x.numel() > 4096:
         assert math.isclose(now[4], 2 * x.norm(), rel_tol=1e-12)
 
 
@@ -79,7 +106,7 @@ def test_bits_are_weighted_by_their_position(shape, dtype):
     columns = words.new_zeros(number).index_add_(0, torch.arange(len(words)) % period, words).tolist()
     if wide:
         columns = [column ^ ((column % 2**64) >> 29) for column in columns]
-    weights = _fingerprint._weights_on(x.device).tolist()
+    weights = _bits.bit_weights_on(x.device).tolist()
     assert all(weight % 2 for weight in weights)
     assert len(set(weights)) == 4 * 1021
     expected = sum(weight * column for weight, column in zip(weights, columns, strict=False))
@@ -130,7 +157,7 @@ def test_the_error_is_about_that_of_the_tensors(shape):
 
 @pytest.mark.parametrize("size", [4 * 1021 + 1, 1 << 14, 64 * 20_000, 1021 * 1024])
 def test_a_sample_meets_every_row_and_every_column(size):
-    step = _fingerprint._step_of(size)
+    step = _reading._step_of(size)
     assert math.gcd(step, size) == 1
     assert 500 < size // step <= 1021
 
@@ -139,8 +166,8 @@ def test_a_sample_meets_every_row_and_every_column(size):
     "layout", [lambda x: x, lambda x: x.movedim(0, 2), lambda x: x[:, 1::2], lambda x: x[..., 3:9]]
 )
 def test_a_sample_is_made_of_elements_at_equal_distances(layout):
-    x, _ = _fingerprint._values_of(layout(values((40, 60, 50))))
-    assert torch.equal(_fingerprint._sample_of(x), x.flatten()[:: _fingerprint._step_of(x.numel())])
+    x, _ = _reading.values_of(layout(values((40, 60, 50))))
+    assert torch.equal(_reading.sample_of(x), x.flatten()[:: _reading._step_of(x.numel())])
 
 
 @each_type

@@ -3,6 +3,7 @@
 import collections
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def slots():
     class Slotted:
         __slots__ = ("scale",)
 
-    held = Slotted()
+    held: Any = Slotted()
     held.scale = 2.0
 
     def write(module, value):

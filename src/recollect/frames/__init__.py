@@ -22,6 +22,7 @@ No storage is resized behind a caller's back, except inside :func:`eager_release
 """
 
 from recollect._verdicts import settle
+from recollect.frames._bits import bits_of
 from recollect.frames._certificate import Certificate
 from recollect.frames._checkpoint import checkpoint, checkpoint_sequential
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
@@ -35,7 +36,6 @@ from recollect.frames._errors import (
     RebuildError,
     ReleasedTensorError,
 )
-from recollect.frames._fingerprint import bits_of
 from recollect.frames._forward import Forward, Own
 from recollect.frames._frame import certificate_of_process, devices_of, run_frame
 from recollect.frames._lattice import Lattice, check_exact, digits_of

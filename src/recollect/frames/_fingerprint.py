@@ -5,47 +5,43 @@ A fingerprint is four projections on pseudo-random directions (for floating-poin
 hold the same values in another order differ. For two tensors a and b, the root mean square of the difference of their
 projections estimates ||a - b|| (Johnson and Lindenstrauss 1984).
 
-Positions have a period: the values are first summed up over it, which reads a tensor once. What is not one block of
-numbers of the right type is read piece by piece, so that there is never a copy of the whole.
+Longer tensors are laid out in rows, which are summed up with a weight each before that: it reads a tensor once. For
+bits, positions have a period. What is not one block of numbers of the right type is read piece by piece, so that there
+is never a copy of the whole.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recollect._devices import FORMS, forms_of
-from recollect._torch import is_in_transform, without_overrides
+from recollect._torch import is_in_transform
+from recollect.frames._bits import sum_of_bits
+from recollect.frames._reading import MANY, Order, indices_of, limit_of, order_of, pieces_of, sample_of, values_of
 
 __all__ = [
-    "PROJECTIONS", "Fingerprint", "bits_of", "difference", "error_between", "fingerprint", "is_finite",
+    "PROJECTIONS", "Fingerprint", "difference", "error_between", "fingerprint", "is_finite",
     "is_late", "late_parts", "norm_of", "on_host",
 ]  # fmt: skip
 
-# A prime, so that whole rows or samples never fall on one another.
-_PERIOD = 1021
-_PERIODS = (_PERIOD, 1019, 1013, 1009)  # the first that does not divide the size
 PROJECTIONS = 4
+_DIRECT = 4096  # elements that each have a direction of their own; more are laid out in rows
+_WIDTH = 1024  # of these
+_ROWS = 4096  # so many have a weight of their own
 
-# Sampled elements, where reading all of them would cost more than it proves, and what is read in whole all the same.
-_SAMPLES = _PERIOD
-_MANY = 4 * _PERIOD
 
 _TAME = 1e6
 """Projections above it may be of large numbers such as those of masks."""
 _LONG = 1 << 22  # products are summed up in their own precision
-_WIDE_SUM = 1 << 18  # summing up several periods side by side is faster from here on
 
 _CPU = torch.device("cpu")
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-Order = tuple[int, ...] | None
 
 
 class Fingerprint(NamedTuple):
@@ -80,42 +76,46 @@ def fingerprint(
     """
     order = None if like is None else like.order
     if not exact:
-        few = _few_of(tensor, order)
-        if few is not None and not (apart and _is_apart(few[0], tensor, like)):
-            return Fingerprint(few[0], 0, few[1])
-    values, order = _values_of(tensor.detach() if tensor.requires_grad else tensor, order)
+        plain = _plain_of(tensor, order, sample)
+        if (
+            plain is not None
+            and not (apart and _is_apart(plain[0], tensor, like))
+            and (like is None or tensor.numel() <= _DIRECT or plain[0] == like.projections)
+        ):
+            return Fingerprint(plain[0], 0, plain[1])
+    values, order = values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if values is None:
         return None
     if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
-        values = _sample_of(values) if values.numel() > _MANY else values
+        values = sample_of(values) if values.numel() > MANY else values
         values = values.contiguous() if values.is_floating_point() else values.float()
     bits: int | Tensor = 0
     if exact or not values.is_floating_point():
-        bits = _bits_of(values)
-    for indices in _indices_of(tensor):
-        bits = bits * 31 + _bits_of(indices)
+        bits = sum_of_bits(values)
+    for indices in indices_of(tensor):
+        bits = bits * 31 + sum_of_bits(indices)
     if exact or not values.is_floating_point():
         return Fingerprint([], bits, order, None, exact)
     projections = _project(values, like)
     if apart and isinstance(projections, list) and _is_apart(projections, values, like):
         finite = _project(values, None if like is None else like.finite, _logarithms_of)
-        where = _bits_of(values, _kinds_of)
+        where = sum_of_bits(values, _kinds_of)
         return Fingerprint(projections, bits, order, Fingerprint(finite, where), exact)
     return Fingerprint(projections, bits, order, None, exact)
 
 
-def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
-    """Return the projections of a small tensor on the CPU, and the order in which it was read.
+def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], Order] | None:
+    """Return the projections of a tensor that is one block of numbers on the CPU, and the order in which it was read.
 
-    The same as those of :func:`_project` in fewer steps: small regions spend their time on these.
+    The same as those of :func:`_project` in fewer steps, which is where small regions spend their time.
     """
     size, dtype = tensor.numel(), tensor.dtype
     if (
-        size > _PERIOD
-        or (dtype is not torch.float32 and dtype is not torch.float64)
+        (dtype is not torch.float32 and dtype is not torch.float64)
         or type(tensor) is not Tensor
         or not tensor.is_cpu
         or tensor.layout is not torch.strided
+        or (sample and size > MANY)
         or tensor.is_neg()
         or tensor.is_nested
         or is_in_transform()
@@ -126,12 +126,15 @@ def _few_of(tensor: Tensor, order: Order) -> tuple[list[float], Order] | None:
     flat = tensor.detach() if tensor.requires_grad else tensor
     contiguous = flat.is_contiguous()
     if order is None and not contiguous:
-        order = _order_of(flat)
+        order = order_of(flat)
     if order is not None:
-        flat = flat.permute(order).reshape(-1)
+        flat = flat.permute(order)
+        if size > _DIRECT and not flat.is_contiguous():
+            return None  # it is read piece by piece
+        flat = flat.reshape(-1)
     elif flat.dim() != 1:
         flat = flat.view(-1)
-    numbers: list[float] = torch.mv(_columns(dtype, _CPU, size), flat).tolist()
+    numbers: list[float] = _onto_directions(flat if size <= _DIRECT else _summed_rows(flat, 0)).tolist()
     return numbers, order
 
 
@@ -167,11 +170,11 @@ def difference(
     if then is None:
         return 0.0
     if not exact and then.finite is None:  # what comes most often
-        few = _few_of(tensor, then.order)
-        if few is not None and few[0] == then.projections:
+        plain = _plain_of(tensor, then.order, sample)
+        if plain is not None and plain[0] == then.projections:
             return 0.0
-        if few is not None and _is_tame(few[0], tensor):
-            return error_between(then, Fingerprint(few[0], 0))
+        if plain is not None and tensor.numel() <= _DIRECT and _is_tame(plain[0], tensor):
+            return error_between(then, Fingerprint(plain[0], 0))
     now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
     return 0.0 if now is None else error_between(then, now)
 
@@ -244,172 +247,7 @@ def _numbers(projections: list[float] | Tensor) -> list[float]:
     return projections
 
 
-# What a tensor holds.
-
-Values = tuple[Tensor | None, Order]
-
-
-def _values_of(tensor: Tensor, order: Order = None) -> Values:
-    """Return a strided tensor with a tensor's values in the order in which they are read, and that order.
-
-    Args:
-        tensor: any, without history.
-        order: of the dimensions, to read it in; ``None``: that of its memory.
-    """
-    if is_in_transform() or tensor.device.type == "meta":
-        return None, None
-    kind = type(tensor)
-    if kind is not Tensor and kind is not torch.nn.Parameter:
-        return _values_of_subclass(tensor, order)
-    if tensor.layout is not torch.strided:
-        return _values_of_sparse(tensor)
-    if tensor.is_nested:
-        return _values_of(tensor.contiguous().values())
-    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:  # somebody has taken the memory away
-        return None, None
-    if tensor.is_complex():
-        real = torch.view_as_real(tensor.resolve_conj())
-        if order is None and not real.is_contiguous():
-            order = (*_order_of(tensor), tensor.dim())
-        return (real if order is None else real.permute(order)), order
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if order is None and not tensor.is_contiguous():
-        order = _order_of(tensor)
-    return (tensor if order is None else tensor.permute(order)), order
-
-
-def _order_of(tensor: Tensor) -> tuple[int, ...]:
-    """Return the dimensions in the order of memory."""
-    strides = [tensor.stride(i) if tensor.size(i) > 1 else 0 for i in range(tensor.dim())]
-    return tuple(sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True))
-
-
-def _indices_of(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return where the values of a sparse tensor stand."""
-    if tensor.layout is torch.sparse_coo:
-        return (tensor._indices(),)
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return tensor.crow_indices(), tensor.col_indices()
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return tensor.ccol_indices(), tensor.row_indices()
-    return ()
-
-
-def _values_of_sparse(tensor: Tensor) -> Values:
-    if tensor.layout is torch.sparse_coo:
-        return _values_of(tensor._values())
-    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-        return _values_of(tensor.values())
-    return None, None
-
-
-def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
-    """Return the values of a subclass that is a plain tensor underneath; of others nothing is known."""
-    if tensor.layout is torch.jagged:
-        return _values_of(tensor.values())
-    local = getattr(tensor, "_local_tensor", None)  # DTensor: this rank's part
-    if isinstance(local, Tensor):
-        return _values_of(local, order)
-    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
-        with without_overrides():
-            return _values_of(tensor.as_subclass(Tensor), order)
-    return None, None
-
-
-@functools.lru_cache(maxsize=256)
-def _step_of(size: int) -> int:
-    """Return the distance of samples: prime to the size, so that all rows and columns are met equally often."""
-    step = -(-size // _SAMPLES)
-    while math.gcd(step, size) != 1:
-        step += 1
-    return step
-
-
-def _sample_of(values: Tensor) -> Tensor:
-    """Return elements at equal distances, of a strided tensor."""
-    step = _step_of(values.numel())
-    if values.is_contiguous():
-        return values.view(-1)[::step]
-    places = torch.arange(0, values.numel(), step, device=values.device)
-    offsets, extent = torch.zeros_like(places), 1
-    for size, stride in zip(reversed(values.shape), reversed(values.stride()), strict=True):
-        offsets += places.remainder(size).mul_(stride)
-        places = places.div_(size, rounding_mode="floor")
-        extent += (size - 1) * stride
-    return values.as_strided((extent,), (1,)).index_select(0, offsets)
-
-
-# Sums over the period.
-
-
-def _limit_of(values: Tensor) -> int:
-    """Return how many elements are copied at a time: of wide types fewer."""
-    return forms_of(values.device).piece * 4 // max(values.element_size(), 4)
-
-
-def _pieces_of(values: Tensor, limit: int) -> Iterator[Tensor]:
-    """Yield the elements of a strided tensor in rows, in their order; what is copied of it is not above the limit."""
-    if values.is_contiguous():
-        yield from torch.split(values.view(-1), limit)
-    elif values.numel() <= limit:
-        yield values.reshape(-1)
-    else:
-        within = values[0].numel()
-        if within > limit:
-            for part in values:
-                yield from _pieces_of(part, limit)
-        else:
-            for part in torch.split(values, max(limit // within, 1)):
-                yield part.reshape(-1)
-
-
-def _folded(values: Tensor, period: int, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return the sums of the elements whose positions are equal modulo the period; of ``of(elements)``, if given."""
-    if of is None and values.dtype is dtype and values.is_contiguous():
-        return _folded_rows(values.view(-1), period)
-    # In double precision: many sums of pieces are added up.
-    forms = forms_of(values.device)
-    wide = torch.float64 if dtype is torch.float32 and forms.double_sums else dtype
-    pieces = _pieces_of(values, _limit_of(values))
-    taken = ((piece if of is None else of(piece)).to(dtype) for piece in pieces)
-    return _folded_pieces(taken, torch.zeros(period, dtype=wide, device=values.device)).to(dtype)
-
-
-def _folded_pieces(pieces: Iterable[Tensor], columns: Tensor) -> Tensor:
-    """Add the elements of rows that follow on one another to the sums over the period, and return these."""
-    period, position = columns.numel(), 0
-    for piece in pieces:
-        start, size = position % period, piece.numel()
-        head = min(period - start, size) if start else 0
-        if head:
-            columns[start : start + head] += piece[:head]
-        if size - head >= period:
-            columns += _folded_rows(piece[head:], period)
-        elif size > head:
-            columns[: size - head] += piece[head:]
-        position += size
-    return columns
-
-
-def _folded_rows(flat: Tensor, period: int) -> Tensor:
-    side_by_side = period * 4 if flat.numel() >= _WIDE_SUM else period
-    rows = flat.numel() // side_by_side
-    columns = flat[: rows * side_by_side].view(rows, side_by_side).sum(0, dtype=flat.dtype)
-    rest = flat[rows * side_by_side :]
-    if side_by_side > period:
-        columns = columns.view(-1, period).sum(0, dtype=flat.dtype)
-        rows = rest.numel() // period
-        if rows:
-            columns += rest[: rows * period].view(rows, period).sum(0, dtype=flat.dtype)
-            rest = rest[rows * period :]
-    if rest.numel():
-        columns[: rest.numel()] += rest
-    return columns
-
-
-def _period_of(size: int) -> int:
-    return next((period for period in _PERIODS if size % period), _PERIODS[-1])
+# Projections.
 
 
 def _project(
@@ -418,20 +256,101 @@ def _project(
     """Return the projections of values, or of ``of(values)``, and their norm where they are not those of ``like``."""
     device, size = values.device, values.numel()
     wide = torch.float64 if values.dtype is torch.float64 else torch.float32
-    if size <= _PERIOD:
-        columns = values.reshape(-1).to(wide)
-        columns = columns if of is None else of(columns)
+    if size <= _DIRECT:
+        row = values.reshape(-1).to(wide)
+        projections = _onto_directions(row if of is None else of(row))
     else:
-        columns = _folded(values, _period_of(size), wide, of)
-    number = columns.numel()
-    projections = torch.mv(_columns(wide, device, number), columns)
-    with_norm = like is not None and size > _PERIOD
+        projections = _onto_directions(_summed(values, wide, of))
+    with_norm = like is not None and size > _DIRECT
     if not forms_of(device).reads_at_once:
         return torch.cat([projections, _norm_of(values, wide, of).view(1)]) if with_norm else projections
     numbers: list[float] = projections.tolist()
     if with_norm and like is not None and numbers != like.projections:
         numbers.append(_norm_of(values, wide, of).item())
     return numbers
+
+
+def _onto_directions(row: Tensor) -> Tensor:
+    return _product(_columns(row.dtype, row.device, row.numel()), row)
+
+
+def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix @ vector`` in their own type, also under autocast."""
+    kind = vector.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return torch.mv(matrix, vector)
+    return torch.mv(matrix, vector)
+
+
+# Sums over rows.
+
+
+def _summed(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return the weighted sum of the rows in which the elements, or ``of(elements)``, are laid out."""
+    if of is None and values.dtype is dtype and values.is_contiguous():
+        return _summed_rows(values.view(-1), 0)
+    # In double precision: many sums of pieces are added up.
+    forms = forms_of(values.device)
+    wide = torch.float64 if dtype is torch.float32 and forms.double_sums else dtype
+    columns = torch.zeros(_WIDTH, dtype=wide, device=values.device)
+    position = 0
+    for piece in pieces_of(values, limit_of(values)):
+        flat = (piece if of is None else of(piece)).to(dtype)
+        begun, size = position % _WIDTH, flat.numel()
+        head = min(_WIDTH - begun, size) if begun else 0
+        if head:
+            columns[begun : begun + head].add_(flat[:head], alpha=_weight_of(position // _WIDTH))
+        if size > head:
+            columns.add_(_summed_rows(flat[head:], (position + head) // _WIDTH))
+        position += size
+    return columns.to(dtype)
+
+
+def _summed_rows(flat: Tensor, first: int) -> Tensor:
+    """Return the weighted sum of rows that follow on one another, the last of them perhaps shorter.
+
+    Args:
+        flat: the elements, one dimension.
+        first: number of the first row.
+    """
+    number, left = divmod(flat.numel(), _WIDTH)
+    whole = flat[: number * _WIDTH] if left else flat
+    rows, weights = whole.view(number, _WIDTH).t(), _row_weights(flat.dtype, flat.device)
+    begin = first % _ROWS
+    if begin + number <= _ROWS:
+        columns = _product(rows, weights[begin : begin + number])
+    else:
+        columns = flat.new_zeros(_WIDTH)
+        at = 0
+        while at < number:
+            begin = (first + at) % _ROWS
+            some = min(number - at, _ROWS - begin)
+            columns.add_(_product(rows[:, at : at + some], weights[begin : begin + some]))
+            at += some
+    if left:
+        columns[:left].add_(flat[-left:], alpha=_weight_of(first + number))
+    return columns
+
+
+def _weight_of(row: int) -> float:
+    return _weights_of_rows()[1][row % _ROWS]
+
+
+@functools.cache
+def _weights_of_rows() -> tuple[Tensor, list[float]]:
+    """Return weights of mean square 1, none of them small: a row must not be hidden by its weight."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(1)
+        sizes, signs = torch.rand(2, _ROWS, generator=generator, dtype=torch.float64)
+        weights = (0.5 + sizes) * (signs - 0.5).sign() / math.sqrt(13 / 12)
+    return weights, weights.tolist()
+
+
+@functools.lru_cache(maxsize=64)
+def _row_weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _weights_of_rows()[0].to(device, dtype)
 
 
 def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -442,7 +361,7 @@ def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] 
             return norm
         squares = [torch.dot(piece, piece) for piece in torch.split(flat, _LONG)]
         return torch.stack(squares).sum().sqrt()
-    pieces = _pieces_of(values, _limit_of(values))
+    pieces = pieces_of(values, limit_of(values))
     norms = [torch.linalg.vector_norm((piece if of is None else of(piece)).to(dtype)) for piece in pieces]
     return torch.stack(norms).square().sum().sqrt()
 
@@ -454,104 +373,16 @@ def _columns(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
 
 
 def _direction(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return pseudo-random directions [projections, period], the same in every process."""
+    """Return pseudo-random directions [projections, elements], the same in every process."""
     known = _directions.get((dtype, device))
     if known is None:
         with torch.inference_mode(False), torch.device("cpu"):
             generator = torch.Generator().manual_seed(0)
-            known = torch.randn(PROJECTIONS, _PERIOD, generator=generator, dtype=torch.float64).to(device, dtype)
+            known = torch.randn(PROJECTIONS, _DIRECT, generator=generator, dtype=torch.float64).to(device, dtype)
         _directions[dtype, device] = known
     return known
 
 
-# Bits.
-
-_weights: dict[torch.device, Tensor] = {}
-
-
-def bits_of(tensor: Tensor) -> int | Tensor | None:
-    """Return a sum of a tensor's bits that depends on their positions; ``None`` if it has no values.
-
-    Args:
-        tensor: of any type and layout, on any device.
-
-    Returns:
-        A number in [-2^63, 2^63), equal for equal bits of the same type and shape; on devices that are not waited for
-        it is a tensor, 0-D int64.
-
-    Example:
-        >>> import torch
-        >>> from recollect.frames import bits_of
-        >>> x = torch.tensor([1.0, 2.0, 3.0])
-        >>> bits_of(x) == bits_of(x.clone()), bits_of(x) == bits_of(x.flip(0))
-        (True, False)
-        >>> bits_of(x.to("meta")) is None
-        True
-    """
-    values, _ = _values_of(tensor.detach() if tensor.requires_grad else tensor)
-    return None if values is None else _bits_of(values)
-
-
-def _bits_of(values: Tensor, of: Callable[[Tensor], Tensor] | None = None) -> int | Tensor:
-    """Return the sum of the elements' bits, each times a pseudo-random odd number of its position, modulo 2^64.
-
-    Elements count in words of 32 bits (of 64, where they have as many): small ones several to a word. Words whose
-    positions are equal modulo four periods are first summed up in their own width, which converts nothing.
-
-    Args:
-        values: a strided tensor.
-        of: the bits of ``of(values)``, whole numbers, instead.
-    """
-    device = values.device
-    if of is not None:
-        columns = _folded(values, _period_of(values.numel()), torch.int64, of)
-    else:
-        wide, several = values.element_size() == 8, _in_a_word(values)
-        number = -(-values.numel() // several)
-        period, words = 4 * _period_of(number), _words_of(values, several)
-        kind = torch.int64 if wide else torch.int32
-        if number <= period:
-            pieces = list(words)
-            columns = pieces[0] if len(pieces) == 1 else torch.cat([torch.zeros(0, dtype=kind, device=device), *pieces])
-        else:
-            columns = _folded_pieces(words, torch.zeros(period, dtype=kind, device=device))
-        if wide:  # an odd number keeps the highest bit where it is, and two of them would cancel
-            columns = columns ^ ((columns >> 29) & (2**35 - 1))
-    total = (columns * _weights_on(device)[: columns.numel()]).sum()
-    return int(total) if forms_of(device).reads_at_once else total
-
-
-def _in_a_word(values: Tensor) -> int:
-    """Return how many elements make one word."""
-    return max(4 // values.element_size(), 1)
-
-
-def _words_of(values: Tensor, several: int) -> Iterator[Tensor]:
-    """Yield the bits of a strided tensor's elements as integers in rows, the last word filled up with zeros."""
-    kind = torch.int64 if values.element_size() == 8 else torch.int32
-    limit = _limit_of(values)
-    left = None
-    for piece in _pieces_of(values, max(values.numel(), 1) if values.is_contiguous() else limit):
-        row = piece if left is None else torch.cat([left, piece])
-        end = row.numel() - row.numel() % several
-        left = row[end:] if end < row.numel() else None
-        if end:
-            row = row[:end].contiguous()
-            yield (row.clone() if row.storage_offset() % several else row).view(kind)
-    if left is not None:
-        yield torch.cat([left, left.new_zeros(several - left.numel())]).view(kind)
-
-
-def _weights_on(device: torch.device) -> Tensor:
-    weights = _weights.get(device)
-    if weights is None:
-        with torch.inference_mode(False), torch.device("cpu"):
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randint(-(2**62), 2**62, (4 * _PERIOD,), generator=generator)
-            weights = _weights[device] = (2 * drawn + 1).to(device)
-    return weights
-
-
 for _type in (torch.float32, torch.float64):  # now, so that nobody takes them for what a frame keeps
     _direction(_type, torch.device("cpu"))
-_bits_of(torch.zeros(1, dtype=torch.int8, device="cpu"))
+    _row_weights(_type, torch.device("cpu"))

@@ -109,8 +109,10 @@ class undrawn:  # noqa: N801  (a context manager, many times in a step)
         self._before = _read(_CPU)
 
     def __exit__(self, *exc_info: object) -> None:
-        if _threads.none_beside() and not _are_equal(_read(_CPU), self._before):
-            _write(_CPU, self._before)
+        if _threads.none_beside():
+            with outside_modes():
+                if not _are_equal(_state_of(_CPU), self._before):
+                    _write(_CPU, self._before)
 
 
 class _Threads:

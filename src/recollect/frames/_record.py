@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from recollect._storages import storages_of
 from recollect._torch import preserving_versions
+from recollect.frames._bits import bits_of
 from recollect.frames._errors import InPlaceError
-from recollect.frames._fingerprint import bits_of
 from recollect.frames._modes import aside, observed
 from recollect.frames._snapshot import Registered, Roster, Snapshot
 from recollect.frames._state import PythonState, same_items

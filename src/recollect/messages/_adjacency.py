@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect._torch import is_transformed
+from recollect._torch import is_transformed, with_signature
 
 __all__ = [
     "Edges",
@@ -119,6 +119,7 @@ class _Assembled(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(value: Tensor, rowptr: Tensor, col: Tensor, size: tuple[int, int]) -> Tensor:
         return _bare_csr(rowptr, col, value, size)
 

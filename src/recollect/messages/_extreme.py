@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recollect._devices import forms_of
-from recollect._torch import outside_functorch
+from recollect._torch import outside_functorch, with_signature
 from recollect.messages._adjacency import check_csr, sparse_csr
 from recollect.messages._kernels import Constant, reduced
 
@@ -65,6 +65,7 @@ class _Extreme(torch.autograd.Function):
     independent_axes = ({1: 1},)
 
     @staticmethod
+    @with_signature
     def forward(x: Tensor, constant: Constant, which: str) -> Tensor:
         adj_t, dtype = constant.adj_t, torch.promote_types(x.dtype, torch.float32)
         ones = torch.ones_like(adj_t.values(), dtype=dtype)
@@ -105,6 +106,7 @@ class _Shared(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(*args: Any) -> Tensor:
         """Arguments as of :func:`_share`."""
         shared: Tensor = _share(*args)

@@ -43,6 +43,8 @@ def multiplied(adj_t: Tensor, x: Tensor) -> Tensor:
                 [30.]], dtype=torch.float16)
     """
     dtype = torch.promote_types(torch.promote_types(adj_t.dtype, x.dtype), torch.float32)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _product(adj_t.to(dtype), x.to(dtype)).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _product(adj_t.to(dtype), x.to(dtype)).to(x.dtype)
 

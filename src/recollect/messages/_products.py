@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect._torch import outside_functorch
+from recollect._torch import outside_functorch, with_signature
 from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
@@ -100,6 +100,7 @@ class _Propagate(torch.autograd.Function):
     independent_axes = ({1: 1},)
 
     @staticmethod
+    @with_signature
     def forward(x: Tensor, constant: Constant) -> Tensor:
         return multiplied(constant.adj_t, x)
 

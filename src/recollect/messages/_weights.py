@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recollect._torch import outside_functorch
+from recollect._torch import outside_functorch, with_signature
 from recollect.messages._adjacency import check_csr, row_pointers, rows_of_entries, sparse_csr, weights_of
 from recollect.messages._kernels import edge_dots, edge_product
 
@@ -179,6 +179,7 @@ class _Product(_Bilinear):
     independent_axes: tuple[dict[int, int], ...] = ({1: 1}, {})
 
     @staticmethod
+    @with_signature
     def forward(x: Tensor, weights: Tensor, pattern: Pattern) -> Tensor:
         out: Tensor = edge_product(x, weights, pattern.rowptr, pattern.col)
         return out
@@ -214,6 +215,7 @@ class _Dots(_Bilinear):
     """y_i . x_j for each edge from j to i, bilinear in the two."""
 
     @staticmethod
+    @with_signature
     def forward(y: Tensor, x: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
         out: Tensor = edge_dots(y, x, pattern.rowptr, pattern.col, dtype)
         return out
