@@ -115,7 +115,6 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], 
         or type(tensor) is not Tensor
         or not tensor.is_cpu
         or tensor.layout is not torch.strided
-        or (sample and size > MANY)
         or tensor.is_neg()
         or tensor.is_nested
         or is_in_transform()
@@ -124,17 +123,17 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], 
     ):
         return None
     flat = tensor.detach() if tensor.requires_grad else tensor
-    contiguous = flat.is_contiguous()
-    if order is None and not contiguous:
+    if order is None and not flat.is_contiguous():
         order = order_of(flat)
     if order is not None:
         flat = flat.permute(order)
-        if size > _DIRECT and not flat.is_contiguous():
+    if size > _DIRECT:
+        if not flat.is_contiguous():
             return None  # it is read piece by piece
-        flat = flat.reshape(-1)
+        flat = sample_of(flat) if sample else _summed_rows(flat.view(-1), 0)
     elif flat.dim() != 1:
-        flat = flat.view(-1)
-    numbers: list[float] = _onto_directions(flat if size <= _DIRECT else _summed_rows(flat, 0)).tolist()
+        flat = flat.reshape(-1)
+    numbers: list[float] = _onto_directions(flat).tolist()
     return numbers, order
 
 
