@@ -113,7 +113,10 @@ def assert_same(make: Callable[[], nn.Module], x: Tensor, *graphs: Tensor, toler
     for _ in range(2):
         expected = run(layers, x, *graphs, keep=True, fuse=False)
         found = run(others, x, *graphs, keep=False, fuse=True)
-        assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():  # sums of sums grow, and the inverse drifts with them
+            size = float(value.abs().max()) if value.numel() else 0.0
+            assert_close(found[name], value, rtol=tolerance, atol=tolerance * max(size, 1.0))
         for graph in graphs:
             graph.copy_(graph.flip(1).roll(3, 1) % x.size(0))  # another graph in place
             graph[0].add_(1).remainder_(x.size(0))
