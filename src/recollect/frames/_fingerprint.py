@@ -133,7 +133,8 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], 
         flat = sample_of(flat) if sample else _summed_rows(flat.view(-1), 0)
     elif flat.dim() != 1:
         flat = flat.reshape(-1)
-    numbers: list[float] = _onto_directions(flat).tolist()
+    # The CPU's autocast leaves these products as they are.
+    numbers: list[float] = torch.mv(_columns(dtype, _CPU, flat.numel()), flat).tolist()
     return numbers, order
 
 

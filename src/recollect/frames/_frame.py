@@ -359,7 +359,9 @@ class Frame(Scope):
             unmarked.clear()
 
     def _mark(self, tensor: Tensor) -> Fingerprint | None:
-        memory = self._memory_of(tensor)
+        if not self._drifts and tensor.numel() <= _SMALL:
+            return fingerprint(tensor, exact=self._certify == "exact", apart=True)
+        memory = _Memory.of(tensor)
         if (known := self._known(memory)) is not None:
             return known[0]
         mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts)
@@ -369,10 +371,6 @@ class Frame(Scope):
     def expect(self, tensor: Tensor, mark: Fingerprint | None) -> None:
         """Take notice of the fingerprint of a sample of a tensor that the region is about to get."""
         self._note(_Memory.of(tensor), mark)
-
-    def _memory_of(self, tensor: Tensor) -> _Memory | None:
-        """Return the memory of what it is worth to read once only."""
-        return _Memory.of(tensor) if self._drifts or tensor.numel() > _SMALL else None
 
     def _known(self, memory: _Memory | None) -> tuple[Fingerprint | None, float] | None:
         """Return the fingerprint of what was read already, and its error."""
@@ -579,11 +577,13 @@ class Frame(Scope):
         return error
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
-        memory = self._memory_of(tensor)
+        exact, drifts = self._certify == "exact", self._drifts
+        if not drifts and tensor.numel() <= _SMALL:
+            return difference(then, tensor, exact=exact, apart=True)
+        memory = _Memory.of(tensor)
         known = self._known(memory)
         if known is not None and known[0] is then:
             return known[1]
-        exact, drifts = self._certify == "exact", self._drifts
         error = difference(then, tensor, exact=exact, sample=drifts, apart=not drifts)
         self._note(memory, then, error)
         return error

@@ -104,8 +104,8 @@ class Region:
             take: is given the recorder before the run.
         """
         args, kwargs = arguments
-        self._conditions = _Conditions(devices)
         recorder = self._recorder = recorder_of(self.function, (*args, *kwargs.values()) if kwargs else args)
+        self._conditions = _Conditions(devices, recorder.may_draw)
         if take is not None:
             take(recorder)
         draws = self._random = Randomness(devices) if self.seed and recorder.may_draw and not is_faked() else None
@@ -266,16 +266,17 @@ class _Conditions:
 
     Args:
         devices: the devices of the arguments' tensors.
+        attends: whether what runs may attend; known layers that draw nothing do not.
     """
 
     __slots__ = ("_attention", "_autocast", "_device", "_dtype", "_parametrizations")
 
-    def __init__(self, devices: set[torch.device]) -> None:
+    def __init__(self, devices: set[torch.device], attends: bool) -> None:
         others = {d.type for d in devices if d.type != "cpu" and torch.amp.is_autocast_available(d.type)}
         self._autocast = autocast_now(["cpu", *sorted(others)])
         self._dtype = torch.get_default_dtype()
         self._device = default_device()
-        self._attention = ScaledProductBackends()
+        self._attention = ScaledProductBackends() if attends else None
         self._parametrizations = cached_parametrizations()
 
     def hold(self) -> bool:
@@ -286,7 +287,7 @@ class _Conditions:
             and not self._casts()
             and self._parametrizations is None
             and cached_parametrizations() is None
-            and self._attention.hold()
+            and (self._attention is None or self._attention.hold())
         )
 
     def _casts(self) -> bool:
@@ -311,7 +312,7 @@ class _Conditions:
             torch.set_default_dtype(self._dtype)
         if default_device() != self._device:
             stack.enter_context(self._device or torch.device("cpu"))
-        if not self._attention.hold():
+        if self._attention is not None and not self._attention.hold():
             stack.callback(ScaledProductBackends().set)
             self._attention.set()
         if self._parametrizations is not None or cached_parametrizations() is not None:
