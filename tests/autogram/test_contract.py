@@ -128,7 +128,7 @@ def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "given"), [(0.2, 1), (5.4, 5), (6.0, 8), (11.0, 8), (12.0, 16), (30.0, 32), (70.0, 64)]
+    ("asked", "given"), [(0.2, 1), (5.3, 5), (6.0, 8), (10.0, 8), (11.0, 16), (30.0, 32), (70.0, 64)]
 )
 def test_parts_are_multiples_of_a_vector(asked, given):
     assert _pieces.even(asked) == given

@@ -1,5 +1,7 @@
 """Products by either library against plain ones in float64, and which library takes them."""
 
+import platform
+
 import pytest
 import torch
 
@@ -8,14 +10,14 @@ from recollect.autogram._contract import gramian
 from recollect.autogram._factors import Outer
 from recollect.autogram._products import batched_gain, batched_product, has_onednn, is_by_onednn, product
 
-is_at_full_speed = _products._is_at_full_speed
+asked = _products.is_at_full_speed
 needs_onednn = pytest.mark.skipif(not _products._has_operation(), reason="torch has no oneDNN here")
 
 
 @pytest.fixture(autouse=True)
 def _processor(monkeypatch):
     """Have products divided among both libraries whoever made the processor."""
-    monkeypatch.setattr(_products, "_is_at_full_speed", lambda: False)
+    monkeypatch.setattr(_products, "is_at_full_speed", lambda: False)
 
 
 def close(found, expected):
@@ -59,10 +61,10 @@ def test_which_products_are_by_onednn(monkeypatch):
     many = large.expand(4, -1, -1)
     assert batched_gain(many, many) > 0
     assert not batched_gain(many[:, :2], many)
-    monkeypatch.setattr(_products, "_is_at_full_speed", lambda: True)
+    monkeypatch.setattr(_products, "is_at_full_speed", lambda: True)
     assert not is_by_onednn(large, large)
     assert not has_onednn(large)
-    monkeypatch.setattr(_products, "_is_at_full_speed", lambda: False)
+    monkeypatch.setattr(_products, "is_at_full_speed", lambda: False)
     monkeypatch.setattr(_products, "_has_operation", lambda: False)
     assert not is_by_onednn(large, large)
 
@@ -70,12 +72,12 @@ def test_which_products_are_by_onednn(monkeypatch):
 @pytest.mark.parametrize(("word", "expected"), [("GenuineIntel", True), ("AuthenticAMD", False), ("", False)])
 def test_whose_processor_it_is(monkeypatch, tmp_path, word, expected):
     expected &= torch.backends.mkl.is_available()
-    monkeypatch.setattr(_products.platform, "processor", lambda: f"Family 6, {word}")
+    monkeypatch.setattr(platform, "processor", lambda: f"Family 6, {word}")
     for known in (tmp_path / "none", tmp_path / "cpuinfo"):
         if known.name == "cpuinfo":
             known.write_text(f"vendor_id\t: {word}\n")
         monkeypatch.setattr(_products, "Path", lambda _, known=known: known)
-        assert is_at_full_speed.__wrapped__() is expected
+        assert asked.__wrapped__() is expected
 
 
 @needs_onednn

@@ -28,6 +28,7 @@ from recollect.autogram._factors import (
 )
 from recollect.autogram._lookups import entries_of, lookup_pieces
 from recollect.autogram._pieces import (
+    as_laid,
     block_pieces,
     even,
     group_pieces,
@@ -79,7 +80,8 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
     elif isinstance(only, Blocks):
         at_once = _elements_at_once(total, only.sources) * only.shape[only.axis]
         for piece in block_pieces(only, even(at_once / max(1, only.num_rows * only.shape.numel()))):
-            total.add_product(piece)
+            total.add_product(as_laid(piece))
+            del piece  # before the next one is formed
     else:
         _add_formed(total, factors)
 
@@ -226,8 +228,8 @@ def add_cross(block: Tensor, first: Sequence[Factor], second: Sequence[Factor]) 
             case Blocks() as one, Blocks() as other if one.axis == other.axis:
                 parts = one.shape[one.axis]
                 step = even(_step(block, 1) * parts / max(1, one.shape.numel()))
-                for pair in zip(block_pieces(one, step), block_pieces(other, step), strict=True):
-                    _multiply(block, *pair)
+                for upper, lower in zip(block_pieces(one, step), block_pieces(other, step), strict=True):
+                    _multiply(block, upper.flatten(1), lower.flatten(1))
                 return
     _cross_formed(block, first, second)
 

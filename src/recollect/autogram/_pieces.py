@@ -13,6 +13,7 @@ from recollect.autogram._products import CALL, batched_gain, batched_product
 from recollect.autogram._square import Space, on_one_another
 
 __all__ = [
+    "as_laid",
     "block_pieces",
     "even",
     "group_pieces",
@@ -26,16 +27,22 @@ _TALL = 128
 
 
 def block_pieces(factor: Blocks, step: int) -> Iterator[Tensor]:
-    """Yield J [m, columns] for so many of the parameter's parts at a time."""
+    """Yield J [m, *shape] for so many of the parameter's parts at a time."""
     parts = factor.shape[factor.axis]
     for start in range(0, parts, step):
-        yield factor.form(slice(0, factor.num_rows), slice(start, min(start + step, parts))).flatten(1)
+        yield factor.form(slice(0, factor.num_rows), slice(start, min(start + step, parts)))
+
+
+def as_laid(piece: Tensor) -> Tensor:
+    """Return J [m, columns], whose columns come as they lie in memory, of J [m, *shape]."""
+    order = sorted(range(1, piece.dim()), key=piece.stride, reverse=True)
+    return piece.permute(0, *order).flatten(1)
 
 
 def even(parts: float) -> int:
     """Return about so many parts, up to half more, that rows are whole vectors: matrix products like those better."""
     for unit in (16, 8):
-        if parts >= 0.7 * unit:
+        if 3 * parts >= 2 * unit:
             return round(parts / unit) * unit
     return max(1, int(parts))
 

@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["CALL", "batched_gain", "batched_product", "has_onednn", "is_by_onednn", "multiplier", "product"]
+__all__ = [
+    "CALL",
+    "batched_gain",
+    "batched_product",
+    "has_onednn",
+    "is_at_full_speed",
+    "is_by_onednn",
+    "multiplier",
+    "product",
+]
 
 # What oneDNN takes longer for, in multiplications that the time is worth. (Measured: a call 11 microseconds, an element
 # of the right side that is laid anew 0.2 ns, or 0.4 ns where it is transposed. By the other library a multiplication
@@ -99,15 +108,16 @@ def _is_dense(matrix: Tensor) -> bool:
 
 
 def _has_onednn() -> bool:
-    return _has_operation() and not _is_at_full_speed() and bool(torch.backends.mkldnn.enabled)
+    return _has_operation() and not is_at_full_speed() and bool(torch.backends.mkldnn.enabled)
 
 
 @functools.cache
-def _is_at_full_speed() -> bool:
+def is_at_full_speed() -> bool:
     """Whether torch's other products are by Intel's library on Intel's processor."""
     known = Path("/proc/cpuinfo")  # on other systems than Linux, Python's word for the processor has its maker
     processor = known.read_text(errors="replace") if known.exists() else platform.processor()
-    return bool(torch.backends.mkl.is_available()) and "GenuineIntel" in processor
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and "GenuineIntel" in processor
 
 
 @functools.cache

@@ -152,7 +152,24 @@ def whole_vectors(**options):
     ],
 )
 def test_who_is_unfolded(layer, size, unfolded, monkeypatch):
+    who_is_unfolded(monkeypatch, layer, size, unfolded, at_full_speed=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "unfolded"),
+    [
+        (whole_vectors(), 8, True),
+        (whole_vectors(), 12, False),
+        (nn.Conv2d(16, 16, 3, groups=16), 10, False),  # depthwise
+    ],
+)
+def test_who_is_unfolded_where_products_are_at_full_speed(layer, size, unfolded, monkeypatch):
+    who_is_unfolded(monkeypatch, layer, size, unfolded, at_full_speed=True)
+
+
+def who_is_unfolded(monkeypatch, layer, size, unfolded, at_full_speed):
     seen = []
+    monkeypatch.setattr(_conv, "is_at_full_speed", lambda: at_full_speed)
     by_rows = _conv._Call._form_unfolded
     x = torch.randn(3, layer.in_channels, *[size] * len(layer.kernel_size), dtype=layer.weight.dtype)
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recollect.autogram._factors import Blocks, Factor, Outer
-from recollect.autogram._products import batched_product
-from recollect.autogram._square import of_device
+from recollect.autogram._products import batched_product, is_at_full_speed
+from recollect.autogram._square import of_device, padded_rows
 from recollect.autogram.rules._view import bias_rows, needs, wide
 
 __all__ = ["conv"]
@@ -36,10 +36,13 @@ _UNFOLDED = {"cpu": 2**22, "cuda": 2**26}
 _GROUPED = {"cpu": 2**20}
 # How many elements a processor multiplies at once.
 _VECTOR = 8
-# How many positions a convolution has at least that is not unfolded. (Measured on CPU, 3 x 3 kernels, 32 rows: at 256
-# positions 2 to 3 times as fast as unfolding, in three dimensions 4 times, at 64 positions 1.4 to 1.8 times, at 16 a
-# third slower; with channels that are no whole vectors up to twice as slow, with 1 x 1 kernels as fast.)
+# How many positions a convolution has at least that is not unfolded. (Measured on an AMD EPYC, 3 x 3 kernels, 32 rows:
+# at 256 positions 2 to 3 times as fast as unfolding, in three dimensions 4 times, at 64 positions 1.4 to 1.8 times, at
+# 16 a third slower; with channels that are no whole vectors up to twice as slow, with 1 x 1 kernels as fast.)
 _POSITIONS = 64
+# The same where other products are at full speed. (Measured on an Intel Xeon, 32 to 256 rows: at 1,024 positions 1.7
+# times as fast as unfolding, at 256 and 400 positions up to 1.5 times, at 144 as fast, at 64 half as fast.)
+_POSITIONS_AT_FULL_SPEED = 144
 
 
 def conv(layer: Conv, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> dict[str, Factor]:
@@ -114,8 +117,9 @@ class _Call:
         if not has_fast or near.device.type != "cpu" or wide(near[:0]).dtype != torch.float32:
             return False
         height, width = sizes[0] // self.layer.groups, sizes[1]
-        whole = (height % _VECTOR == 0 and width % _VECTOR == 0) or height == width == 1
-        return whole and math.prod(sizes[2:]) > 1 and math.prod(near.shape[3:]) >= _POSITIONS
+        whole, single = height % _VECTOR == 0 and width % _VECTOR == 0, height == width == 1
+        least = _POSITIONS_AT_FULL_SPEED if is_at_full_speed() and not single else _POSITIONS
+        return (whole or single) and math.prod(sizes[2:]) > 1 and math.prod(near.shape[3:]) >= least
 
     def _is_reached(self) -> bool:
         """Whether each place where the kernel fits is a position: an output may go on behind what is reached."""
@@ -131,7 +135,7 @@ class _Call:
         plain = mode == "zeros" and all(before == after for before, after in sides)
         padding = [before if plain else 0 for before, _ in sides]
         form = torch.ops.aten.convolution_backward
-        formed = wide(self.far[:0]).new_empty(n, *sizes)
+        formed = self._memory(n, (1, *sizes)).squeeze(1)
         step = max(1, of_device(_GROUPED, self.far.device) // max(1, formed[:1].nbytes))
         for start in range(0, n, step):
             out = formed[start : start + step]
@@ -152,16 +156,24 @@ class _Call:
         n, positions = rows.stop - rows.start, self.near[0, :, 0].numel()
         height, width = sizes[0] // groups, math.prod(sizes[1:])
         turned = width % _VECTOR > 0 and height % _VECTOR == 0  # rows of whole vectors take a third less time
-        formed = wide(self.far[:0]).new_empty(n, groups, *((width, height) if turned else (height, width)))
+        formed = self._memory(n, (groups, *((width, height) if turned else (height, width))))
         bound = of_device(_UNFOLDED, self.far.device)
         step = max(1, bound // max(1, groups * width * positions * formed.itemsize))
         for start in range(0, n, step):
             out = formed[start : start + step]
             chosen = slice(rows.start + start, rows.start + start + len(out))
-            left, right = (side.expand(len(out), -1, -1, -1) for side in (self._left(chosen), self._right(chosen)))
-            first, second = (right, left) if turned else (left, right)
+            left, right = (side.expand(len(out), -1, -1, -1) for side in (self._left(chosen), self._seen(chosen)))
+            first, second = (right.mT, left) if turned else (left, right.mT)
             batched_product(first.flatten(0, 1), second.flatten(0, 1), out.flatten(0, 1))
-        return (formed.mT if turned else formed).reshape(n, *sizes)
+        laid = torch.unflatten(formed.mT if turned else formed, 3, (*sizes[2:], sizes[1]))  # [n, G, A/G, *kernel, C/G]
+        return laid.movedim(-1, 3).flatten(1, 2)
+
+    def _memory(self, n: int, sizes: tuple[int, ...]) -> Tensor:
+        """Return [n, *sizes], to be written, the first size of which is one if rows are to lie well."""
+        dtype, device = wide(self.far[:0]).dtype, self.far.device
+        if sizes[0] > 1:
+            return torch.empty(n, *sizes, dtype=dtype, device=device)
+        return torch.unflatten(padded_rows(n, math.prod(sizes), dtype, device), 1, sizes)
 
     def _cut(self, part: slice) -> _Call:
         """Return what has to do with these channels, of every group, of what the kernel sees."""
@@ -178,18 +190,42 @@ class _Call:
 
     def _right(self, rows: slice) -> Tensor:
         """Return what the kernel sees at each position, [rows, G, channels of a group · K, positions]."""
-        layer, spatial = self.layer, len(self.layer.kernel_size)
+        far, spatial = self._padded(rows), range(3, 3 + len(self.layer.kernel_size))
+        windows = self._windows(far)  # [rows, N, C, *positions, *kernel]
+        kernel = range(spatial.stop, windows.dim())
+        laid = windows.permute(0, 2, *kernel, 1, *spatial)
+        seen = far.shape[2] // self.layer.groups * self.layer.weight.shape[2:].numel()
+        return laid.reshape(len(far), self.layer.groups, seen, self.near[0, :, 0].numel())
+
+    def _seen(self, rows: slice) -> Tensor:
+        """Return the same as [rows, G, positions, K · channels of a group], in memory as it is copied fastest.
+
+        What the kernel sees in a line is in one piece if channels come last, and a line of positions is if they do.
+        """
+        far, spatial = self._padded(rows), len(self.layer.kernel_size)
+        by_group = torch.unflatten(far, 2, (self.layer.groups, -1)).movedim(3, -1)  # [rows, N, G, *, C/G]
+        channels_last = self.layer.kernel_size[-1] * by_group.shape[-1] >= self.near.shape[-1]
+        windows = self._windows(by_group.contiguous() if channels_last else by_group)
+        positions, channels, kernel = range(3, 3 + spatial), 3 + spatial, range(4 + spatial, 4 + 2 * spatial)
+        held, seen = self.near[0, :, 0].numel(), by_group.shape[-1] * self.layer.weight.shape[2:].numel()
+        sizes = len(far), self.layer.groups
+        if channels_last:
+            return windows.permute(0, 2, 1, *positions, *kernel, channels).reshape(*sizes, held, seen)
+        return windows.permute(0, 2, *kernel, channels, 1, *positions).reshape(*sizes, seen, held).mT
+
+    def _padded(self, rows: slice) -> Tensor:
+        """Return what is seen through the kernel, as the layer pads it."""
         far = wide(self.far if len(self.far) == 1 else self.far[rows])
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(far.flatten(0, 1), _paddings(layer), mode=mode)
-        windows = padded.view(*far.shape[:2], *padded.shape[1:])
+        mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
+        return torch.unflatten(F.pad(far.flatten(0, 1), _paddings(self.layer), mode=mode), 0, far.shape[:2])
+
+    def _windows(self, far: Tensor) -> Tensor:
+        """Return what the kernel sees of the dimensions from the fourth on: its own come last."""
+        layer, windows = self.layer, far
         for k, (size, stride, step) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
             windows = windows.unfold(3 + k, step * (size - 1) + 1, stride)[..., ::step]
             windows = windows.narrow(3 + k, 0, self.near.shape[3 + k])  # an output may go on behind what is reached
-        positions, kernel = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
-        windows = windows.permute(0, 2, *kernel, 1, *positions)
-        seen = far.shape[2] // layer.groups * layer.weight.shape[2:].numel()
-        return windows.reshape(len(far), layer.groups, seen, self.near[0, :, 0].numel())
+        return windows
 
 
 def _sides(layer: Conv) -> list[tuple[int, int]]:
