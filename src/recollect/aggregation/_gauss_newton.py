@@ -133,7 +133,9 @@ class GaussNewtonWeighting(ResidualWeighting, settings={"damping": NOT_NEGATIVE,
         size = torch.where(size > 0, size, 1.0)
         matrix, added = exact / size, self.damping / size
         if self.damping:
-            factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag(added.expand(len(matrix))))
+            damped = matrix.clone()
+            damped.diagonal().add_(added)
+            factor, failed = torch.linalg.cholesky_ex(damped)
             if not bool(failed):
                 return torch.cholesky_solve(residuals[:, None], factor)[:, 0] / size
         values, vectors = torch.linalg.eigh(matrix)

@@ -32,6 +32,8 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
             diagonal, which holds squared norms, has a negative entry.
     """
     _check_form(gramian)
+    if _is_plain(gramian):
+        return gramian.clone()
     exact = gramian.double()
     norms = exact.diagonal().sqrt()
     # Rounding may tell G[i, j] from G[j, i], but by little beside the two norms, or beside themselves where a norm's
@@ -43,6 +45,19 @@ def checked(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     if not bool(alike.all()):
         _refuse(exact, ~alike, shape or [gramian.shape[0]])
     return (exact / 2 + exact.T / 2).to(gramian)  # halves first: a sum of two may be beyond the range
+
+
+def _is_plain(gramian: Tensor) -> bool:
+    """Whether a matrix is symmetric to the last bit, its diagonal not negative, and its sum finite, hence all of it.
+
+    Where somebody would have to wait for each of these answers, nobody asks.
+    """
+    return (
+        gramian.is_cpu
+        and torch.equal(gramian, gramian.mT)
+        and bool(gramian.diagonal().amin() >= 0)
+        and bool(gramian.sum(dtype=torch.float64).isfinite())
+    )
 
 
 def checked_cross(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:

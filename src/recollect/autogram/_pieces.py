@@ -66,7 +66,9 @@ def slab_pieces(factor: Outer, elements: int, space: Space) -> Iterator[Tensor]:
             part = right[:, :, start : start + width]
             shape = (upper.shape[1], part.shape[2])
             rows = space(math.prod(shape))
-            torch.bmm(upper, part, out=torch.unflatten(rows, 1, shape))
+            # A product of positions, or the only one scaled, which takes a tenth of the time.
+            multiply = torch.mul if part.shape[1:] == (1, 1) else torch.bmm
+            multiply(upper, part, out=torch.unflatten(rows, 1, shape))
             yield rows
 
 

@@ -43,8 +43,10 @@ def wide(tensor: Tensor) -> Tensor:
 def sum_to(tensor: Tensor, kept: tuple[int, ...]) -> Tensor:
     """Sum over all dimensions but the first and those ``kept``, in at least float32."""
     kept = tuple(dim % tensor.ndim for dim in kept)
-    summed = [dim for dim in range(1, tensor.ndim) if dim not in kept]
-    return wide(tensor).sum(summed) if summed else wide(tensor)  # an empty list would mean all dimensions
+    dropped = [dim for dim in range(1, tensor.ndim) if dim not in kept]
+    summed = [dim for dim in dropped if tensor.shape[dim] != 1]
+    total = wide(tensor).sum(summed, keepdim=True) if summed else wide(tensor)  # an empty list would mean all of them
+    return total.squeeze(dropped)  # without copying what is no sum
 
 
 def bias_rows(layer: nn.Module, grad: Tensor, *kept: int) -> dict[str, Factor]:
