@@ -131,14 +131,14 @@ class GaussNewtonWeighting(ResidualWeighting, settings={"damping": NOT_NEGATIVE,
         exact = gramian.double()
         size = exact.diagonal().sum().clamp(min=self.damping)
         size = torch.where(size > 0, size, 1.0)
-        matrix, added = exact / size, self.damping / size
+        added = self.damping / size
         if self.damping:
-            damped = matrix.clone()
+            damped = exact / size
             damped.diagonal().add_(added)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not bool(failed):
                 return torch.cholesky_solve(residuals[:, None], factor)[:, 0] / size
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(exact / size)
         values = values.clamp(min=0) + added
         there = values > len(values) * torch.finfo(gramian.dtype).eps * values[-1]
         found: Tensor = vectors @ torch.where(there, vectors.T @ residuals / values, 0.0) / size
