@@ -96,6 +96,15 @@ def test_degenerate_gramians_are_taken_and_made_comparable(name):
     assert not cosines[norms == 0].any()
 
 
+def test_a_symmetric_gramian_is_copied_as_it_is():
+    gramian = torch.tensor([[5e-324, 0.0], [0.0, 1e308]], dtype=torch.float64)  # half of the least number is zero
+    found = checked(gramian)
+    assert torch.equal(found, gramian)
+    assert found.data_ptr() != gramian.data_ptr()
+    large = gramian.new_full((2, 2), 1e308)  # whose sum is beyond the range
+    assert torch.equal(checked(large), large)
+
+
 def test_a_generalised_gramian_as_a_matrix():
     jacobian = normal(2, 3, 4, 7)
     gramian = torch.einsum("abcp,xyzp->abczyx", jacobian, jacobian)

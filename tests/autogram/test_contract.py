@@ -40,11 +40,12 @@ def lookups(m, K, d, entries):
     return Lookups(draw(K, d), index, owner, m, entries)
 
 
-def blocks(m, *shape, axis=0):
+def blocks(m, *shape, axis=0, turned=False):
     values = draw(m, *shape)
 
     def form(rows, part):
-        return values[rows].narrow(axis + 1, part.start, part.stop - part.start)
+        piece = values[rows].narrow(axis + 1, part.start, part.stop - part.start)
+        return piece.transpose(1, -1).contiguous().transpose(1, -1) if turned else piece
 
     return Blocks(m, torch.Size(shape), form, 2 * torch.Size(shape).numel(), axis)
 
@@ -73,6 +74,10 @@ FACTORS = {
     "no lookups": lookups(3, 0, 2, 4),
     "blocks": blocks(7, 3, 4),
     "blocks of another axis": blocks(7, 3, 6, 2, axis=1),
+    "blocks whose first axis is the last in memory": blocks(7, 3, 6, 2, axis=1, turned=True),
+    "pairs of positions, many objectives": outer(70, 3, 2, 60, 61),
+    "one position, many objectives": outer(150, 1, 2, 60, 61),
+    "one position, scaled": outer(40, 1, 1, 50, 1),
     "one row": outer(1, 3, 1, 4, 5),
 }
 

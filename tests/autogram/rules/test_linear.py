@@ -8,6 +8,7 @@ from rule_oracle import REGISTRY, apply, check, rows_form
 from torch import nn
 from torch.nn.utils import parametrize
 
+from recollect.autogram._contract import gramian, with_bias
 from recollect.autogram._factors import NotCovered
 from recollect.autogram.rules import RULES
 
@@ -17,6 +18,17 @@ from recollect.autogram.rules import RULES
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias, between, axes):
     check(nn.Linear(3, 4, bias).double(), torch.randn(2, *between, 3, dtype=torch.float64), axes=axes)
+
+
+@pytest.mark.parametrize(("positions", "together"), [(1, True), (2, False)])
+def test_a_bias_is_squared_with_its_weight_where_there_is_one_position(positions, together):
+    layer = nn.Linear(64, 64)
+    found = apply(layer, (torch.randn(300, positions, 64),), [torch.randn(300, positions, 64)])
+    both = with_bias(found["weight"], found["bias"])
+    assert (both is not None) == together
+    if both is not None:
+        apart = gramian([found["weight"]]) + gramian([found["bias"]])
+        torch.testing.assert_close(gramian([both]), apart, rtol=1e-4, atol=1e-2)
 
 
 def test_batch_axis_in_the_middle_and_no_batch():
