@@ -88,6 +88,7 @@ class Compensation:
     ) -> None:
         self._model = model
         self._plain = Plain(model)
+        self._autocast = autocast_now()
         self._gradients = gradients
         self._histories = histories
         self._outside = Outside(
@@ -181,8 +182,7 @@ class Compensation:
 
     def _back(self, layer: int, x: Tensor, blank: Blank) -> Back:
         """Return what takes the batch's rows of a layer's input to their gradient through the nodes outside."""
-        autocast = autocast_now()
-        way = self._way(layer, x, blank)
+        autocast, way = self._autocast, self._way(layer, x, blank)
 
         def back(own: Tensor) -> tuple[Tensor, Tensor] | None:
             known = self._outside.gradients(layer)
@@ -200,15 +200,14 @@ class Compensation:
 
     def _through(self, layer: int, blank: Blank) -> Through:
         """Return what takes the gradient of a layer's output, and the rows of its input, to their gradient."""
-        autocast = autocast_now()
-        way = self._ways[layer]
+        autocast, way = self._autocast, self._ways[layer]
 
         def through(grad: Tensor, own: Tensor) -> Tensor | None:
             given = multiplied(self._inward, grad)
             known = self._outside.gradients(layer) if self._outward.num_targets else None
             if known is not None:
                 rows, trust = known
-                given = torch.addcmul(given, multiplied(self._edges.all, rows.to(grad)), trust.to(grad))
+                given.addcmul_(multiplied(self._edges.all, rows.to(grad)), trust.to(grad))
             with self._plain(), autocast_as(autocast):
                 adj_t = self._edges.one_each(own.size(0))
                 return through_sources(self._model, layer, way, own, given, adj_t, blank)

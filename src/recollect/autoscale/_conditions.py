@@ -30,9 +30,7 @@ class Plain:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = (GradientHistories, History)
-        passed = {id(part) for module in model.modules() if isinstance(module, kinds) for part in module.modules()}
-        self._modules = tuple(module for module in model.modules() if id(module) not in passed)
+        self._modules = tuple(_parts(model))
         self.modes = tuple(module.training for module in self._modules)
 
     def versions(self) -> list[int]:
@@ -47,6 +45,17 @@ class Plain:
             yield
         finally:
             _set_modes(training, True)
+
+
+def _parts(model: nn.Module) -> Iterable[nn.Module]:
+    """Return a model's modules but those of histories, as `modules()` does, whose walk takes far longer."""
+    found, coming = dict[int, nn.Module](), [model]
+    while coming:
+        module = coming.pop()
+        if id(module) not in found and not isinstance(module, GradientHistories | History):
+            found[id(module)] = module
+            coming.extend(reversed(list(module.children())))
+    return found.values()
 
 
 def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:

@@ -88,7 +88,7 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
     if weights is None and not adj_t.requires_grad:
         first = _SHIFTS.get(adj_t) if _SHIFTS else None  # type: ignore[no-untyped-call]
         if first is not None and x.dim() == 2 and x.size(0) == adj_t.size(1):
-            return x[first:].clone()
+            return (x[first:] if first else x).clone()
         out: Tensor = _Propagate.apply(x, Constant(adj_t))  # type: ignore[no-untyped-call]
         return out
     return weighted_product(adj_t, weights, x)

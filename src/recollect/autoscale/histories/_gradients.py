@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._devices import forms_of
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import Selection
@@ -175,7 +176,10 @@ class GradientHistories(nn.Module):
 
     def trust(self, layer: int) -> Tensor:
         """Return by what factor old rows count, a scalar in [0, 1]; 1 where nothing was compared yet."""
-        both, old, new = torch.add(self._own[layer], self._sums[layer], alpha=_KEEP)
+        sums = torch.add(self._own[layer], self._sums[layer], alpha=_KEEP)
+        if forms_of(self.place).reads_at_once:
+            return sums.new_tensor(_trust(*sums.tolist()))
+        both, old, new = sums
         explained = both.clamp(min=0.0).square() / (old * new)
         trust = (both / old).clamp(0.0, 1.0) * (2 * explained - 1).clamp(0.0, 1.0)
         return torch.where(old * new > 0, trust, 1.0)
@@ -212,3 +216,12 @@ class GradientHistories(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._hear()
         return vars(self)
+
+
+def _trust(both: float, old: float, new: float) -> float:
+    """Do what :meth:`GradientHistories.trust` does, of numbers that the host has, in a fraction of the time."""
+    if not old * new > 0:
+        return 1.0
+    positive = max(both, 0.0)
+    explained = positive * positive / (old * new)
+    return min(max(both / old, 0.0), 1.0) * min(max(2 * explained - 1, 0.0), 1.0)
