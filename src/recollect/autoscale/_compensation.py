@@ -34,6 +34,7 @@ from recollect.autoscale._separable import (
     Way,
     drawn_like,
     same,
+    through_near,
     through_sources,
     transposed,
     way_of,
@@ -185,7 +186,8 @@ class Compensation:
         autocast, way = self._autocast, self._way(layer, x, blank)
 
         def back(own: Tensor) -> tuple[Tensor, Tensor] | None:
-            known = self._outside.gradients(layer)
+            by_source = way.form in (Form.SUM, Form.SUM_AND_OWN)
+            known = self._outside.sums(layer, self._edges, True) if by_source else self._outside.gradients(layer)
             if known is None:
                 return None
             given, trust = known
@@ -193,7 +195,8 @@ class Compensation:
                 if way.form == Form.ANY:
                     found = self._through_all(layer, own, given, blank)
                 else:
-                    found = transposed(self._model, layer, way, own, given, self._edges, blank)
+                    send = through_near if by_source else transposed
+                    found = send(self._model, layer, way, own, given, self._edges, blank)
             return None if found is None else (found, trust)
 
         return back
@@ -204,13 +207,12 @@ class Compensation:
 
         def through(grad: Tensor, own: Tensor) -> Tensor | None:
             given = multiplied(self._inward, grad)
-            known = self._outside.gradients(layer) if self._outward.num_targets else None
+            known = self._outside.sums(layer, self._edges, False, grad.dtype) if self._outward.num_targets else None
             if known is not None:
-                rows, trust = known
-                given.addcmul_(multiplied(self._edges.all, rows.to(grad)), trust.to(grad))
+                sums, trust = known
+                given.addcmul_(sums, trust.to(grad))
             with self._plain(), autocast_as(autocast):
-                adj_t = self._edges.one_each(own.size(0))
-                return through_sources(self._model, layer, way, own, given, adj_t, blank)
+                return through_sources(self._model, layer, way, own, given, self._edges, blank)
 
         return through
 

@@ -71,6 +71,22 @@ class LayeredGNN(nn.Module):
         """
         return x
 
+    def send_back(self, layer: int, x: Tensor, given: Tensor) -> Tensor | None:
+        """Return what a layer's sources get from what their targets were given, if that is written out.
+
+        Of a layer z_i = Σ a_ij g(x_j) + s(x_i), in evaluation mode and with gradients off. Without it the layer is run
+        again where it is needed, for the same numbers in more time. It is compared with that once.
+
+        Args:
+            layer: its number.
+            x: rows of its input [R, in_channels].
+            given: v_j = Σ a_ij v_i of each row, with v_i the gradient of z_i [R, out_channels].
+
+        Returns:
+            (∂g(x_j) / ∂x_j)ᵀ v_j [R, in_channels]; ``None``: not written for this layer as it is now.
+        """
+        return None
+
     def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: dict[str, Any]) -> Tensor:
         """Return a layer's output, for the adjacency's targets alone; see :meth:`forward_layer`."""
         with naming_pairs(adj_t):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "drawn_like",
     "one_more_edge",
     "same",
+    "through_near",
     "through_sources",
     "transposed",
     "way_of",
@@ -58,10 +59,12 @@ class Way:
         form: the layer's.
         products: whether the results of its products count, and not only the graph behind them. They do not where the
             layer is linear from its products on.
+        written: whether what the network itself says of a sum of g(x_j) was seen to be right.
     """
 
     form: Form
     products: bool = True
+    written: bool = False
 
 
 class _WithoutProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -118,10 +121,22 @@ class Edges:
     @cached_property
     def adj(self) -> Tensor:
         """The edges of these rows as sparse CSR matrix [R, T]; of all rows if ``near`` is ``None``."""
-        if self.near is None:
-            return self.all
-        outward = self._outward
-        return outward._replace(rowptr=torch.cat([outward.rowptr[self.near], outward.rowptr[-1:]])).adj()
+        return self.all if self.near is None else self._outward._replace(rowptr=self._near_rowptr).adj()
+
+    def to_nodes(self, num_nodes: int, near: bool) -> Tensor:
+        """Return the edges as sparse CSR matrix to all nodes of the graph [B, N], or those of ``near`` rows [R, N]."""
+        rowptr = self._near_rowptr if near and self.near is not None else self._outward.rowptr
+        return sparse_csr(rowptr, self._node, self._outward.value, (rowptr.numel() - 1, num_nodes))
+
+    @cached_property
+    def _node(self) -> Tensor:
+        """The other end of each edge, among all nodes of the graph [E']."""
+        return self._outward.n_id[self._outward.col]
+
+    @cached_property
+    def _near_rowptr(self) -> Tensor:
+        assert self.near is not None
+        return torch.cat([self._outward.rowptr[self.near], self._outward.rowptr[-1:]])
 
     def one_each(self, size: int, before: int = 0) -> Tensor:
         """Return an adjacency [size, before + size] with an edge of weight 1 into each, from the row so far behind."""
@@ -146,18 +161,33 @@ def transposed(
     """
     if way.form == Form.EDGES:
         return _by_targets(model, layer, way, own, given, edges, blank)
+    return through_near(model, layer, way, own, multiplied(edges.adj, given), edges, blank)
+
+
+def through_near(
+    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
+) -> Tensor | None:
+    """Return what :func:`transposed` does, of a layer that is no sum by ``EDGES``.
+
+    Args:
+        model: see there.
+        layer: see there.
+        way: see there.
+        own: see there.
+        given: Σ a_ij v_i over the nodes i outside, for the rows j that have such edges [R, out_channels].
+        edges: see there.
+        blank: see there.
+    """
     near = edges.near
     rows = own if near is None else own[near]
-    before = 0 if way.form == Form.SUM else rows.size(0)
-    adj_t = edges.one_each(rows.size(0), before)
-    found = through_sources(model, layer, way, rows, multiplied(edges.adj, given), adj_t, blank)
+    found = through_sources(model, layer, way, rows, given, edges, blank)
     if near is None or found is None:
         return found
     return found.new_zeros(own.shape).index_copy_(0, near, found)
 
 
 def through_sources(
-    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, adj_t: Tensor, blank: Blank
+    model: LayeredGNN | Moved, layer: int, way: Way, own: Tensor, given: Tensor, edges: Edges, blank: Blank
 ) -> Tensor | None:
     """Return (∂g(x_j) / ∂x_j)ᵀ v_j for each row j of a layer's input [R, channels], or ``None`` for 0.
 
@@ -167,12 +197,18 @@ def through_sources(
         way: the layer's, which is a sum of a_ij g(x_j).
         own: x_j [R, channels].
         given: v_j [R, out_channels].
-        adj_t: with an edge of weight 1 into each of R targets, from the row j.
+        edges: of the mini-batch.
         blank: makes the layer's state.
     """
+    if way.written and not torch.is_autocast_enabled(own.device.type):
+        with torch.no_grad():
+            found = model.send_back(layer, own, given)
+        if found is not None:
+            return found
+    before = 0 if way.form == Form.SUM else own.size(0)  # rows of the targets, which are others than those of sources
+    adj_t = edges.one_each(own.size(0), before)
     with torch.enable_grad():
         own = own.detach().requires_grad_()
-        before = adj_t.size(1) - own.size(0)  # rows of the targets, which are others than those of their sources
         x = torch.cat([own.new_zeros(before, own.size(1)), own]) if before else own
         with nullcontext() if way.products else _WithoutProducts():  # type: ignore[no-untyped-call]
             out = model.run_layer(layer, x, adj_t, blank(own.size(0)))
@@ -208,15 +244,20 @@ class Moved(nn.Module):
                 other = drawn_like(parameter.detach(), generator).mul_(0.3).add_(parameter.detach())
                 self._others[f"model.{name}"] = other
 
-    def forward(self, *args: Any) -> Tensor:
-        """See :meth:`run_layer`."""
-        out: Tensor = self.model.run_layer(*args)
-        return out
+    def forward(self, *args: Any) -> Any:
+        """Run the layer, or send back through it."""
+        name, *rest = args
+        return getattr(self.model, name)(*rest)
 
     def run_layer(self, layer: int, x: Tensor, adj_t: Tensor, state: State) -> Tensor:
         """See :meth:`LayeredGNN.run_layer`."""
-        out: Tensor = torch.func.functional_call(self, self._others, (layer, x, adj_t, state))
+        out: Tensor = torch.func.functional_call(self, self._others, ("run_layer", layer, x, adj_t, state))
         return out
+
+    def send_back(self, layer: int, x: Tensor, given: Tensor) -> Tensor | None:
+        """See :meth:`LayeredGNN.send_back`."""
+        found: Tensor | None = torch.func.functional_call(self, self._others, ("send_back", layer, x, given))
+        return found
 
 
 def way_of(
@@ -255,7 +296,11 @@ def way_of(
     if any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
         forms = forms[-1:]  # the inputs are those of the outward edges
     ways = (Way(form, products) for form in forms for products in (False, True))
-    return next(way for way in ways if same(alone, transposed(moved, layer, way, own, given, edges, blank)))
+    found = next(way for way in ways if same(alone, transposed(moved, layer, way, own, given, edges, blank)))
+    if found.form == Form.EDGES or torch.is_autocast_enabled(own.device.type):
+        return found
+    written = replace(found, written=True)
+    return written if same(alone, transposed(moved, layer, written, own, given, edges, blank)) else found
 
 
 def _among_others(

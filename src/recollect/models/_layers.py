@@ -45,6 +45,16 @@ class GCNLayer(nn.Module):
         out = propagate(adj_t, x @ self.weight) if narrow else propagate(adj_t, x) @ self.weight
         return out + self.bias
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether calling it is this class's formula, and nothing that was hung onto it."""
+        hung = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return type(self) is GCNLayer and "forward" not in vars(self) and not hung
+
+    def send_back(self, given: Tensor) -> Tensor:
+        """Return v_j Wᵀ, what the source j gets if v_j is the sum of what A takes back to it [R, in_channels]."""
+        return given @ self.weight.t()
+
 
 class GCN2Layer(nn.Module):
     r"""GCNII's layer with initial residual and identity mapping (Chen et al., arXiv 2007.02133, equation 5).

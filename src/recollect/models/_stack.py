@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recollect._arguments import as_count
 from recollect.autoscale import ScalableGNN
 from recollect.models._dropout import dropout
+from recollect.models._layers import GCNLayer
 
 __all__ = ["ConvStack"]
 
@@ -122,6 +123,20 @@ class ConvStack(ScalableGNN):
         if self.residual and out.size(-1) == x.size(-1):
             out = out + x[: out.size(0)]
         return out if self._activates_next else self.activation(out)
+
+    def send_back(self, layer: int, x: Tensor, given: Tensor) -> Tensor | None:
+        """See :class:`~recollect.autoscale.ScalableGNN`: written for a GCN's layers that nothing was added to."""
+        conv = self.convs[layer]
+        ways = (self.forward_layer, ConvStack.forward_layer), (self.convolve, ConvStack.convolve)
+        own = any(getattr(way, "__func__", None) is not usual for way, usual in ways)
+        normed = self.batch_norm and (bool(self.lins) or layer < self.num_layers - 1)
+        if own or normed or self.residual or not layer or not isinstance(conv, GCNLayer) or not conv.is_bare:
+            return None
+        rows = x.detach().requires_grad_(self._activates_next)
+        with torch.enable_grad():
+            inputs = self.drop(self.activation(rows) if self._activates_next else rows)
+        given = conv.send_back(given)
+        return torch.autograd.grad(inputs, rows, given)[0] if inputs.requires_grad else given
 
     def readout(self, x: Tensor, state: State) -> Tensor:
         """Return the logits."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recollect._devices import forms_of
 from recollect.autoscale.histories._history import History
+from recollect.autoscale.histories._memory import MemoryTable
 from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import Selection
 from recollect.distributed import Coming, Shares
@@ -103,6 +104,23 @@ class GradientHistories(nn.Module):
     def pull(self, layer: int, n_id: Tensor) -> Tensor:
         """Return the rows of these nodes [nodes, channels]."""
         return self.table(layer).pull(n_id)
+
+    def in_memory(self, layer: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Return the table of all nodes' rows itself [N, channels], where products may read it.
+
+        Args:
+            layer: from 1 on.
+            dtype: that it shall have; ``None``: that of what is pulled.
+
+        Returns:
+            It; or ``None`` where nothing was pushed yet, or rows lie elsewhere or in another type: pull them.
+        """
+        if self.is_empty(layer):
+            return None
+        history = self.table(layer)
+        fits = history.dtype == history.out_dtype == (dtype or history.out_dtype)
+        here = isinstance(history.table, MemoryTable) and history.table.records.device == history.out_device
+        return history.emb if fits and here and forms_of(history.out_device).reads_at_once else None
 
     def begin(self, n_id: Tensor) -> dict[int, Given]:
         """Begin to pull the rows of these nodes in all layers.

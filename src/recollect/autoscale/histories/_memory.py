@@ -13,7 +13,7 @@ from recollect.autoscale.histories._codec import Codec
 from recollect.autoscale.histories._selection import Selection
 from recollect.autoscale.histories._table import STAMP, Table, UnderWay
 
-__all__ = ["MemoryClock", "MemoryRows", "memory_table", "no_table"]
+__all__ = ["MemoryClock", "MemoryRows", "MemoryTable", "memory_table", "no_table"]
 
 
 class MemoryRows:
