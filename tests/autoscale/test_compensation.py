@@ -67,7 +67,7 @@ def test_layers_that_are_no_sums_need_all_edges_of_the_nodes_outside(name, layer
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("gcn", Way(Form.SUM, products=False)),
+        ("gcn", Way(Form.SUM, products=False, written=True)),
         ("appnp", Way(Form.SUM, products=False)),
         ("gcn2", Way(Form.SUM, products=False)),
         ("gcn-linear", Way(Form.SUM_AND_OWN, products=False)),

@@ -6,7 +6,10 @@ import pytest
 import torch
 from compensation_zoo import (
     DOUBLE,
+    HIDDEN,
+    IN,
     NODES,
+    OUT,
     PTR,
     SUMS,
     Layers,
@@ -23,8 +26,12 @@ from compensation_zoo import (
 from torch import nn
 from torch.nn import functional as F
 
+from recollect._devices import OTHERS
 from recollect.autoscale import SubgraphLoader, propagate
 from recollect.autoscale._separable import Form
+from recollect.autoscale.histories._gradients import GradientHistories
+from recollect.models import GCN
+from recollect.models._layers import GCNLayer
 
 
 def batches(data):
@@ -204,3 +211,111 @@ def test_histories_have_the_gradients_of_the_whole_graph():
         torch.testing.assert_close(
             model.gradients.table(layer).pull(own), gradients[layer][own], rtol=1e-11, atol=1e-12
         )
+
+
+class Counted(GCN):
+    """Notes how many targets each run of a layer has."""
+
+    def run_layer(self, layer, x, adj_t, state):
+        self.targets.append(adj_t.size(0))
+        return super().run_layer(layer, x, adj_t, state)
+
+
+def counted(**options):
+    torch.manual_seed(0)
+    model = Counted(NODES, IN, HIDDEN, OUT, 4, compensate=True, **DOUBLE, **options).double()
+    model.targets = []
+    return model
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh], ids=["relu", "tanh"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_a_network_says_of_its_layers_takes_the_place_of_running_them(activation, training, dropout):
+    data, model = make_data(), counted(dropout=dropout, activation=activation).train(training)
+    found = steps(model, data)
+    assert [way.written for way in model._ways.values()] == [True] * 3
+    other = counted(dropout=dropout, activation=activation).train(training)
+    other.send_back = lambda *arguments: None
+    assert torch.equal(found, steps(other, data))
+    for each, runs in ((model, 4), (other, 7)):  # each layer once, and all but the first again
+        each.targets.clear()
+        steps(each, data, rounds=1)
+        assert len(each.targets) == runs * len(batches(data))
+
+
+def test_what_a_network_says_wrongly_of_its_layers_is_not_used():
+    data, model, other = make_data(), counted(), counted()
+    model.send_back = lambda layer, x, given: 2 * GCN.send_back(model, layer, x, given)
+    assert torch.equal(steps(model, data), steps(other, data))
+    assert not any(way.written for way in model._ways.values())
+
+
+def hung(model):
+    model.convs[1].register_forward_hook(lambda conv, args, out: 3 * out)
+
+
+def set_anew(model):
+    usual = model.forward_layer
+    model.forward_layer = lambda layer, *rest: 3 * usual(layer, *rest)
+
+
+def of_another_kind(model):
+    conv = model.convs[1]
+    conv.forward = lambda x, adj_t: 3 * GCNLayer.forward(conv, x, adj_t)
+
+
+@pytest.mark.parametrize("change", [hung, set_anew, of_another_kind])
+def test_layers_that_became_others_are_run(change):
+    data, model, other = make_data(), counted(), counted()
+    other.send_back = lambda *arguments: None
+    before = steps(model, data)
+    assert torch.equal(before, steps(other, data))
+    change(model), change(other)
+    after = steps(model, data)
+    assert torch.equal(after, steps(other, data))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("options", [{"residual": True}, {"batch_norm": True}], ids=str)
+def test_layers_with_more_than_a_convolution_are_run(options):
+    model, rows = counted(**options).eval(), torch.randn(3, HIDDEN, dtype=torch.float64)
+    assert model.send_back(1, rows, rows) is None
+    assert counted().send_back(1, rows, rows) is not None
+
+
+def test_rows_are_read_where_they_lie_or_pulled_for_the_same_gradient(monkeypatch):
+    data, pulled = make_data(), []
+    model, other = counted(dropout=0.4), counted(dropout=0.4)
+    found = steps(model, data)
+    pull = GradientHistories.pull
+    monkeypatch.setattr(GradientHistories, "pull", lambda *given: pulled.append(0) or pull(*given))
+    steps(model, data, rounds=1)
+    assert not pulled
+    monkeypatch.setattr(GradientHistories, "in_memory", lambda *given: None)
+    assert torch.equal(steps(other, data), found)
+    assert pulled
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_of_another_type_than_is_pulled_are_pulled(kept):
+    model = GCN(NODES, IN, HIDDEN, OUT, 3, compensate=True, history_dtype=kept)
+    gradients = model.gradients
+    assert gradients.in_memory(1) is None  # nothing was pushed
+    gradients.table(1).push(torch.ones(NODES, HIDDEN))
+    table = gradients.in_memory(1)
+    if kept == torch.bfloat16:
+        assert table is None
+    else:
+        assert table.data_ptr() == gradients.table(1).emb.data_ptr()
+    assert gradients.in_memory(1, torch.float16) is None
+
+
+@pytest.mark.parametrize("sums", [(2.0, 3.0, 4.0), (-1.0, 3.0, 4.0), (5.0, 3.0, 9.0), (3.0, 9.0, 1.0), (0.0, 0.0, 0.0),
+    (1.0, 1e-200, 1e-200), (float("nan"), 1.0, 1.0), (1e300, 1e300, 1e-300), (1.0, float("nan"), 1.0)])  # fmt: skip
+def test_trust_is_the_same_where_the_host_has_the_numbers(sums, monkeypatch):
+    gradients = GradientHistories(NODES, [HIDDEN])
+    gradients._sums[1] = torch.tensor(sums, dtype=torch.float64)
+    found = gradients.trust(1)
+    monkeypatch.setattr("recollect.autoscale.histories._gradients.forms_of", lambda device: OTHERS)
+    assert torch.equal(found.nan_to_num(-1.0), gradients.trust(1).nan_to_num(-1.0))

@@ -299,8 +299,9 @@ def way_of(
     found = next(way for way in ways if same(alone, transposed(moved, layer, way, own, given, edges, blank)))
     if found.form == Form.EDGES or torch.is_autocast_enabled(own.device.type):
         return found
-    written = replace(found, written=True)
-    return written if same(alone, transposed(moved, layer, written, own, given, edges, blank)) else found
+    with torch.no_grad():
+        said = moved.send_back(layer, own, multiplied(edges.all, given))
+    return found if said is None else replace(found, written=same(alone, said))
 
 
 def _among_others(

@@ -18,6 +18,9 @@ __all__ = ["ConvStack"]
 
 State = dict[str, Any]
 
+_relu_backward = torch.ops.aten.threshold_backward.default
+"""Of a gradient, what goes into or comes out of the ReLU, and 0; by autograd it takes one pass over memory more."""
+
 
 class ConvStack(ScalableGNN):
     """Layers of (dropout, convolution, batch norm, residual, activation), alone or between two linear maps.
@@ -127,16 +130,18 @@ class ConvStack(ScalableGNN):
     def send_back(self, layer: int, x: Tensor, given: Tensor) -> Tensor | None:
         """See :class:`~recollect.autoscale.ScalableGNN`: written for a GCN's layers that nothing was added to."""
         conv = self.convs[layer]
-        ways = (self.forward_layer, ConvStack.forward_layer), (self.convolve, ConvStack.convolve)
-        own = any(getattr(way, "__func__", None) is not usual for way, usual in ways)
-        normed = self.batch_norm and (bool(self.lins) or layer < self.num_layers - 1)
-        if own or normed or self.residual or not layer or not isinstance(conv, GCNLayer) or not conv.is_bare:
+        more = self.batch_norm or self.residual or (self.training and self.dropout > 0)
+        if more or not (layer and self._activates_next and isinstance(conv, GCNLayer) and conv.is_bare):
             return None
-        rows = x.detach().requires_grad_(self._activates_next)
-        with torch.enable_grad():
-            inputs = self.drop(self.activation(rows) if self._activates_next else rows)
+        if any(getattr(getattr(self, name), "__func__", None) is not usual for name, usual in _USUAL.items()):
+            return None
         given = conv.send_back(given)
-        return torch.autograd.grad(inputs, rows, given)[0] if inputs.requires_grad else given
+        if self.activation is torch.relu:
+            found: Tensor = _relu_backward(given, x, 0)
+            return found
+        with torch.enable_grad():
+            rows = x.detach().requires_grad_()
+            return torch.autograd.grad(self.activation(rows), rows, given)[0]
 
     def readout(self, x: Tensor, state: State) -> Tensor:
         """Return the logits."""
@@ -163,6 +168,10 @@ class ConvStack(ScalableGNN):
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout in training."""
         return dropout(x, self.dropout, self.training)
+
+
+_USUAL = {name: getattr(ConvStack, name) for name in ("forward_layer", "convolve", "drop")}
+"""What `send_back` is right for."""
 
 
 def check_dropout(dropout: float) -> None:
