@@ -215,18 +215,47 @@ def test_every_kind_of_stream(options):
     assert error(epoch(model, data, ptr, True), expected) < (1e-8 if "exact" in options else EXACT)
 
 
-@pytest.mark.parametrize("name", [*SUMS, "sage"])
+@pytest.mark.parametrize("name", [*SUMS, *OTHERS])
 @pytest.mark.parametrize("groups", [2, 3])
 def test_dropout_whose_mask_all_mini_batches_share(groups, name, monkeypatch):
     data, ptr, model = make(name, num_groups=groups, dropout=0.4)
-    mask = dropout_mask(torch.empty(NODES, HIDDEN, dtype=torch.float64), 0.4)
+    mask, far = dropout_mask(torch.empty(NODES, HIDDEN, dtype=torch.float64), 0.4), 0
     monkeypatch.setattr(model, "classify", lambda x, mask=None: RevGNN.classify(model, x, torch.ones_like(x)))
     expected, rows, gradients = whole(model, data, mask)
     fill(model, rows, gradients)
     for batch in batches(data, ptr, True if name in SUMS else "complete"):
-        monkeypatch.setattr(model, "share", lambda x, batch=batch: mask[batch.n_id])
+        outside = batch.data.outward.n_id
+        asked = [batch.n_id, outside[~torch.isin(outside, batch.n_id)]]  # nodes two steps away have no rows at first
+        monkeypatch.setattr(model, "share", lambda x, asked=asked: mask[asked.pop(0)])
         step(model, batch)
+        far += len(asked) == 0
     assert error(gradients_of(model), expected) < EXACT
+    assert far == (0 if name in (*SUMS, "sage") else len(ptr) // 2)
+
+
+def test_nodes_two_steps_away_draw_what_layers_share_in_the_forward_pass(monkeypatch):
+    data, ptr, model = make("gin", dropout=0.4)
+    share, rows = model.share, []
+    monkeypatch.setattr(model, "share", lambda x: rows.append(x.size(0)) or share(x))
+    for batch in batches(data, ptr, "complete"):
+        rows.clear()
+        outside = batch.data.outward.n_id
+        loss = loss_of(call(model, batch, outward=batch.data.outward))
+        assert rows == [batch.n_id.numel(), int((~torch.isin(outside, batch.n_id)).sum())]
+        assert rows[1]
+        state = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert len(rows) == 2
+
+
+def test_nodes_two_steps_away_without_features_are_refused_before_anything_is_written():
+    data, ptr, model = make("gin", dropout=0.4)
+    batch = next(iter(batches(data, ptr, "complete")))
+    del batch.data.outward.nodes["x"]
+    with pytest.raises(ValueError, match=r"nodes two steps away .* has no x"):
+        step(model, batch)
+    assert model.never_pushed() == [NODES] * 3
 
 
 def test_dropout_of_its_own_is_its_mean_at_the_nodes_outside(monkeypatch):

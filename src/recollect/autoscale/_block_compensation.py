@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from recollect._torch import Autocast, autocast_as, autocast_now
 from recollect.autoscale._batch import Batch
-from recollect.autoscale._blocks import WEIGHTS, OneBlock, first_input
+from recollect.autoscale._blocks import WEIGHTS, OneBlock, factors_outside, first_input
 from recollect.autoscale._compensation import BACKWARD_TWICE, other_weights
 from recollect.autoscale._conditions import Plain, inputs_of
 from recollect.autoscale._network import LayeredGNN, State
@@ -108,6 +108,7 @@ class BlockCompensation:
         self._view = OneBlock(model, shared is not None)
         self._done: set[int] = set()
         self._last: tuple[int, Tensor] | None = None  # rows of other nodes, of one history at a time
+        self._factors: list[Tensor] | None = None  # by group, what blocks multiply these rows by
 
     def observe(self, like: Tensor) -> None:
         """Find how gradients are sent back through all blocks, as far as that is not known.
@@ -123,6 +124,9 @@ class BlockCompensation:
             for layer in range(1, self._model.num_layers * groups):
                 if (layer, self._outward.complete) not in known:
                     self._observe(layer, like.detach().chunk(groups, 1)[0])
+            # What is drawn for it is drawn in the forward pass.
+            if self._shared is not None and any(way.form == Form.ANY for way in known.values()):
+                self._factors = factors_outside(self._model, self._shared, self._batch, self._outward)
 
     def of(self, index: int) -> LayerCompensation:
         """Return what goes along with the blocks of a layer."""
@@ -200,10 +204,8 @@ class BlockCompensation:
         groups = self._last[1].chunk(self._model.num_groups, 1)
         if layer == 1:
             self._last = None
-        return self._unmasked(groups[group - 1] if group else first_input(groups))
-
-    def _unmasked(self, rows: Tensor) -> Tensor:
-        return rows if self._shared is None else torch.cat([rows, torch.ones_like(rows)], 1)
+        rows = groups[group - 1] if group else first_input(groups)
+        return rows if self._factors is None else torch.cat([rows, self._factors[group].to(rows)], 1)
 
     def _observe(self, layer: int, like: Tensor) -> None:
         """Find how a block's gradient is sent back, with drawn numbers, unless one of its kind is known."""

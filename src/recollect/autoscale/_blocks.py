@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect._verdicts import later
 from recollect.autoscale._adjacency import as_csr, edge_index_of, is_edge_index
+from recollect.autoscale._batch import Batch
 from recollect.autoscale._network import LayeredGNN, State
+from recollect.autoscale._outside import matches
 from recollect.autoscale.histories._rows_source import Rows
+from recollect.autoscale.loader._outward import Outward
 
 if TYPE_CHECKING:
     from recollect.autoscale._block_compensation import LayerCompensation
     from recollect.autoscale._blockwise import BlockwiseGNN
 
-__all__ = ["WEIGHTS", "Around", "Blocks", "OneBlock", "edges_of", "first_input"]
+__all__ = ["WEIGHTS", "Around", "Blocks", "OneBlock", "edges_of", "factors_outside", "first_input"]
 
 WEIGHTS = "edge_weight"
 """What the weights of an adjacency are called among what blocks take."""
@@ -161,3 +165,41 @@ def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[
             f"{', '.join(missing) or 'none'}; not among them: {', '.join(sorted(unknown)) or 'none'})"
         )
     return graph, tuple(given[name] for name in names)
+
+
+def factors_outside(model: BlockwiseGNN, shared: Any, batch: Batch, outward: Outward) -> list[Tensor]:
+    """Return what blocks multiply the rows of other nodes by, for each group [T + S, hidden_channels / C].
+
+    Nodes of the halo have what the mini-batch shares for them. It shares nothing for those further away: theirs is
+    made, or drawn, here.
+
+    Args:
+        model: gives the blocks.
+        shared: what the mini-batch's layers share.
+        batch: the mini-batch.
+        outward: its edges to nodes outside.
+
+    Raises:
+        ValueError: there are nodes further away, and no features of them.
+    """
+    size, targets = batch.size, outward.num_targets
+    beyond = torch.cat([outward.n_id[:targets], outward.n_id[targets + size :]])
+    near, place = matches(beyond, batch.n_id[size:].to(beyond.device))  # where the numbers are, the host
+    far = torch.ones_like(beyond, dtype=torch.bool).index_fill_(0, near, False).nonzero().squeeze(1)
+    masks, drawn = [model.mask_of(shared, group).detach() for group in range(model.num_groups)], None
+    device = masks[0].device
+    if far.numel():
+        if "x" not in outward.nodes:
+            raise ValueError(
+                "what layers share for nodes two steps away (dropout) is made from their features, and the loader's "
+                "graph has no x"
+            )
+        features = outward.nodes["x"]
+        places = torch.where(far < targets, far, far + size)
+        with torch.no_grad():
+            drawn = model.share(model.enter(sent(features[sent(places, features.device)], device)))
+    near, place, far, found = sent(near, device), sent(place + size, device), sent(far, device), []
+    for group, mask in enumerate(masks):
+        rows = mask.new_empty(beyond.numel(), mask.size(1)).index_copy_(0, near, mask[place])
+        found.append(rows if drawn is None else rows.index_copy_(0, far, model.mask_of(drawn, group).to(rows)))
+    return found

@@ -26,6 +26,7 @@ from recollect.autoscale._compensation import BACKWARD_TWICE, Compensation, othe
 from recollect.autoscale._conditions import blank_of, inputs_of
 from recollect.autoscale._exchange import Exchange
 from recollect.autoscale._network import State
+from recollect.autoscale._outside import matches
 from recollect.autoscale._separable import Blank, Edges, Form, way_of
 from recollect.autoscale.loader._outward import Outward
 from recollect.frames import in_backward
@@ -109,7 +110,7 @@ class CombinedPass(Compensation):
         own, halo = x[:size], x[size:]
         self._known = targets + size
         # Where T and the other nodes are among the halo, which has their rows: found where the numbers are, the host.
-        in_halo, place = _matches(self._batch.n_id[size:].to(outward.n_id.device), outward.n_id)
+        in_halo, place = matches(self._batch.n_id[size:].to(outward.n_id.device), outward.n_id)
         chosen = (place < targets).nonzero().squeeze(1)
         self._in_halo, self._place, self._targets_in_halo, self._targets = (
             sent(found, x.device) for found in (in_halo, place, in_halo[chosen], place[chosen])
@@ -248,14 +249,3 @@ class _Completed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.way(grad), None
-
-
-def _matches(nodes: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of nodes that are among others too, and where they are there."""
-    if not (nodes.numel() and among.numel()):
-        empty = nodes.new_zeros(0, dtype=torch.int64)
-        return empty, empty
-    values, order = among.sort()
-    place = torch.searchsorted(values, nodes.to(values)).clamp_(max=values.numel() - 1)
-    found = (values[place] == nodes).nonzero().squeeze(1)
-    return found, order[place[found]]

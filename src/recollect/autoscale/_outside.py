@@ -15,7 +15,7 @@ from recollect.autoscale.loader._outward import Outward
 from recollect.frames import in_backward
 from recollect.messages import multiplied
 
-__all__ = ["Outside"]
+__all__ = ["Outside", "matches"]
 
 Given = tuple[Tensor, Tensor] | None
 
@@ -95,3 +95,14 @@ def _rows(history: History, n_id: Tensor) -> Callable[[], Tensor]:
         return came[0]
 
     return rows
+
+
+def matches(nodes: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of nodes that are among others too, and where they are there."""
+    if not (nodes.numel() and among.numel()):
+        empty = nodes.new_zeros(0, dtype=torch.int64)
+        return empty, empty
+    values, order = among.sort()
+    place = torch.searchsorted(values, nodes.to(values)).clamp_(max=values.numel() - 1)
+    found = (values[place] == nodes).nonzero().squeeze(1)
+    return found, order[place[found]]
