@@ -13,7 +13,7 @@ from recollect.distributed import Shares
 from recollect.train._graph import TrainingGraph
 from recollect.train._settings import TrainingSettings
 
-__all__ = ["Batch", "Batches", "FullBatch", "PartBatches", "evaluation_loader"]
+__all__ = ["Batch", "Batches", "FullBatch", "PartBatches", "evaluation_loader", "outward_of"]
 
 
 class Batch(NamedTuple):
@@ -87,15 +87,15 @@ class PartBatches:
         shares: Shares | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        self._outward = _outward_of(training)
+        self._outward = outward_of(training)
         self._shares = shares
         if shares is None:
             self._loader = SubgraphLoader(
-                graph.data, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
+                graph.of_batches, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
             )
         else:
             steps = shares.batches(training.parts_per_batch)
-            self._loader = SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps, outward=self._outward)
+            self._loader = SubgraphLoader(graph.of_batches, _bounds(graph), batch_sampler=steps, outward=self._outward)
         self._edge_dropout = training.edge_dropout
         self._device = device
         self._names = names
@@ -121,11 +121,11 @@ def evaluation_loader(graph: TrainingGraph, training: TrainingSettings, shares: 
     """
     if shares is not None:
         steps = shares.batches(training.parts_per_batch, shuffle=False)
-        return SubgraphLoader(graph.data, _bounds(graph), batch_sampler=steps, generator=torch.Generator())
+        return SubgraphLoader(graph.of_batches, _bounds(graph), batch_sampler=steps, generator=torch.Generator())
     return EvalSubgraphLoader(graph.data, _bounds(graph), training.parts_per_batch, generator=torch.Generator())
 
 
-def _outward_of(training: TrainingSettings) -> Literal["cut", "induced", "complete"] | bool:
+def outward_of(training: TrainingSettings) -> Literal["cut", "induced", "complete"] | bool:
     """Which edges to nodes outside mini-batches have."""
     if training.compensate is None:
         return False

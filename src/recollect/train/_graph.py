@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from recollect.autoscale import add_self_loops, edge_index_of, normalize, partition
+from recollect.autoscale import add_self_loops, edge_index_of, normalize, own_graph, partition
 from recollect.data import GraphDataset
+from recollect.distributed import Shares
 from recollect.train._errors import TrainingError, UsageError
 from recollect.train._settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from recollect.autoscale.loader import OwnGraph
 
 __all__ = ["ADJACENCY", "TrainingGraph", "cut", "scaled_features", "to_device", "with_edge_index"]
 
@@ -32,10 +36,31 @@ class TrainingGraph(GraphDataset):
     Attributes:
         num_edges: of the graph as it was loaded, without self-loops that a network wants.
         ptr: [num_parts + 1] int64: part ``p`` holds the nodes from ``ptr[p]`` to ``ptr[p + 1]``; or ``None``.
+        own: of one of several processes, what its mini-batches are cut from; ``data`` then has labels and masks alone.
     """
 
     num_edges: int = 0
     ptr: Tensor | None = None
+    own: OwnGraph | None = None
+
+    @property
+    def of_batches(self) -> Any:
+        """What mini-batches are cut from."""
+        return self.data if self.own is None else self.own
+
+    def in_part(self, shares: Shares, names: Sequence[str], outward: bool) -> TrainingGraph:
+        """Return what one of several processes needs of the graph.
+
+        Args:
+            shares: whose parts are whose.
+            names: of what the network takes beside features and adjacency.
+            outward: whether mini-batches have edges to nodes outside.
+        """
+        labels = ["y", *(f"{part}_mask" for part in ("train", "val", "test"))]
+        taken = {name: self.data[name] for name in dict.fromkeys(["x", "adj_t", "node_order", *labels, *names])}
+        number, kind = self.data.num_nodes, type(self.data)
+        own = own_graph(kind(**taken, num_nodes=number), shares, outward=outward)
+        return replace(self, data=kind(**{name: taken[name] for name in labels}, num_nodes=number), own=own)
 
 
 def to_device(graph: TrainingGraph, device: torch.device) -> TrainingGraph:

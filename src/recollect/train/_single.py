@@ -89,6 +89,7 @@ def in_folder(
         fabric.seed_everything(settings.seed, verbose=False)
         with enough_memory():
             step = Step(fabric, family, graph, family.build(graph, fabric.device))
+            del graph  # one of several processes needs its own part from here on
             family.rehearse(step.evaluate)
         with _planned(settings, step, folder, Console(quiet=True) if brief else console):
             return _in_folder(settings, step, folder, console, brief)

@@ -21,7 +21,7 @@ from recollect.autoscale import (
     to_adj_t,
 )
 from recollect.distributed import Shares
-from recollect.train._batches import Batches, PartBatches, evaluation_loader
+from recollect.train._batches import Batches, PartBatches, evaluation_loader, outward_of
 from recollect.train._errors import UsageError
 from recollect.train._graph import ADJACENCY, TrainingGraph, cut
 from recollect.train._metrics import known_labels, known_losses
@@ -122,7 +122,10 @@ class HistoriesFamily(Family):
         return histories_of(network, training, device)
 
     def place(self, graph: TrainingGraph, device: torch.device) -> TrainingGraph:
-        """The graph on the device, unless all that is done is done on parts."""
+        """The graph on the device, unless all that is done is done on parts: of several processes, what each needs."""
+        outward = outward_of(self.settings.training)
+        if self._shares is not None and self.by_layers and outward in (False, "cut"):
+            graph = graph.in_part(self._shares, self.names(graph.data), bool(outward))
         self._prepared = graph
         return graph if self.by_layers else super().place(graph, device)
 
@@ -130,7 +133,8 @@ class HistoriesFamily(Family):
         """Some parts in each step, or the whole graph."""
         if self.in_parts and not second:
             placed = self._prepared or graph  # cutting waits for a device
-            return PartBatches(placed, self.settings.training, device, self._shares, self.names(placed.data))
+            data = placed.data if placed.own is None else placed.own.data
+            return PartBatches(placed, self.settings.training, device, self._shares, self.names(data))
         return super().batches(network, graph, device)
 
     def call(self, model: Callable[..., Any], inputs: tuple[Any, ...]) -> Tensor:
