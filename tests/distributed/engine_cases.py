@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -346,10 +347,8 @@ def weights_of_rank_0(rank: int, world: int) -> None:
     assert_close(flat_grads(net), weights @ rows, 1e-10)
 
 
-@case
-def under_ddp(rank: int, world: int) -> None:
-    """The reducer is asked once for each bucket, and the gradient is that of the sum."""
-    net, parts, rows, _ = start("gnn", world, "unequal")
+def counted_ddp(net: nn.Module, world: int) -> tuple[DistributedDataParallel, list[int]]:
+    """The network in DDP, and the buckets that its reducer is asked for."""
     parallel, calls = DistributedDataParallel(net), []
 
     def count(state: None, bucket: Any) -> Any:
@@ -362,6 +361,55 @@ def under_ddp(rank: int, world: int) -> None:
         "return": torch.futures.Future[Tensor],
     }
     parallel.register_comm_hook(None, count)
+    return parallel, calls
+
+
+@contextmanager
+def sums() -> Iterator[list[int]]:
+    """Notes the number of elements of each sum over ranks that the engine asks for."""
+    found, usual = list[int](), dist.all_reduce
+    dist.all_reduce = lambda tensor, *rest, **named: found.append(tensor.numel()) or usual(tensor, *rest, **named)
+    try:
+        yield found
+    finally:
+        dist.all_reduce = usual
+
+
+@case
+def a_gradient_is_summed_up_in_one_tensor(rank: int, world: int) -> None:
+    net, parts, rows, _ = start("mlp", world, "unequal")
+    engine = Engine(net, process_group=dist.group.WORLD, certify_every=0)
+    with sums() as found:
+        weights = engine.backward(net(parts[rank]), UPGradWeighting())
+    used = [p.numel() for layer in (net.first, net.last) for p in layer.parameters()]
+    assert found == [len(rows) ** 2, sum(used)]  # the Gramian, and the gradient
+    assert_close(flat_grads(net), weights @ rows, 1e-10)
+
+
+@case
+def under_ddp_without_a_second_sum(rank: int, world: int) -> None:
+    """A forward pass in no_sync leaves the one sum to the engine; those behind it are DDP's own again."""
+    net, parts, rows, _ = start("gnn", world, "unequal")
+    parallel, calls = counted_ddp(net, world)
+    engine = Engine(parallel, process_group=dist.group.WORLD, certify_every=0)
+    for synced in (False, True, False, False):
+        net.zero_grad()
+        calls.clear()
+        with nullcontext() if synced else parallel.no_sync():
+            losses = parallel(parts[rank])
+        with sums() as found:
+            weights = engine.backward(losses, UPGradWeighting())
+        number = sum(p.numel() for p in net.parameters() if p.grad is not None)
+        assert calls == ([0] if synced else [])
+        assert found == [len(rows) ** 2, number, *([number] if synced else [])], (found, synced)
+        assert_close(flat_grads(net), weights @ rows, 1e-10)
+
+
+@case
+def under_ddp(rank: int, world: int) -> None:
+    """The reducer is asked once for each bucket, and the gradient is that of the sum."""
+    net, parts, rows, _ = start("gnn", world, "unequal")
+    parallel, calls = counted_ddp(net, world)
     for engine in (Engine(parallel, process_group=dist.group.WORLD), Engine(net, process_group=dist.group.WORLD)):
         for step in range(3):
             net.zero_grad()
