@@ -244,6 +244,22 @@ def test_what_a_network_says_of_its_layers_takes_the_place_of_running_them(activ
         assert len(each.targets) == runs * len(batches(data))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_rows_that_are_pulled_in_another_type_than_the_network_has(dropout):
+    data, found = make_data(), []
+    for says in (True, False):
+        torch.manual_seed(0)
+        model = GCN(NODES, IN, HIDDEN, OUT, 3, compensate=True, dropout=dropout)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.double()
+        if not says:
+            model.send_back = lambda *arguments: None
+        found.append(steps(model, data))
+        assert model.gradients.table(1).out_dtype == torch.float32
+        assert model._ways[1].written == says
+    assert torch.equal(*found)
+
+
 def test_what_a_network_says_wrongly_of_its_layers_is_not_used():
     data, model, other = make_data(), counted(), counted()
     model.send_back = lambda layer, x, given: 2 * GCN.send_back(model, layer, x, given)

@@ -454,6 +454,22 @@ def sharded(rank: int, world: int, kind: str, how: str, units: Callable[[Net], l
     assert_close(torch.cat([full(p).flatten() for p in net.parameters()]), before - 0.1 * weights @ rows, 1e-10)
 
 
+@case
+def parameters_that_nobody_shards_are_summed_up_in_one_tensor(rank: int, world: int) -> None:
+    net, parts, rows, _ = start("mlp", world, "unequal")
+    ignored = {*net.last.parameters(), *net.unused.parameters()}
+    fully_shard(net, ignored_params=ignored)
+    engine = Engine(net, process_group=dist.group.WORLD, certify_every=0)
+    for step in (1, 2):  # the second adds to the first
+        with sums() as found:
+            weights = engine.backward(net(parts[rank]), UPGradWeighting())
+        flags, number = len(ignored), sum(p.numel() for p in net.last.parameters())
+        assert found == [len(rows) ** 2, flags, number, 1], found  # and the size of the sharded gradient
+        assert_close(flat_grads(net), step * (weights @ rows), 1e-10)
+        assert all(parameter.grad is None for parameter in net.unused.parameters())
+    assert engine.certificate.largest < 1e-12
+
+
 def linears(net: Net) -> list[Any]:
     return [
         m

@@ -97,21 +97,22 @@ class Sharded:
         pieces = torch.zeros((), dtype=widest(device), device=device)
         whole = torch.zeros_like(pieces)
         is_any = False
+        others = [parameter for parameter in parameters if not is_sharded(parameter)]
         for parameter in parameters:
             grad = parameter.grad
-            if is_sharded(parameter):
-                if grad is not None:
-                    local: Tensor = grad.to_local()  # type: ignore[attr-defined]
-                    pieces += _square(local).to(pieces) / _copies(grad)
-                    is_any = True
-            else:
-                is_used = torch.tensor(grad is not None, device=parameter.device, dtype=torch.int32)
-                if int(ranks.add_up(is_used, "whether a gradient is used")):
-                    own = torch.zeros_like(parameter) if grad is None else grad.to_dense()
-                    total = ranks.add_up(own, "a gradient that nobody shards")
-                    parameter.grad = total.div_(ranks.size)
-                    whole += _square(parameter.grad).to(whole)
-                    is_any = True
+            if is_sharded(parameter) and grad is not None:
+                local: Tensor = grad.to_local()  # type: ignore[attr-defined]
+                pieces += _square(local).to(pieces) / _copies(grad)
+                is_any = True
+        if others:
+            own = {number: other.grad for number, other in enumerate(others) if other.grad is not None}
+            is_used = torch.tensor([number in own for number in range(len(others))], device=device, dtype=torch.int32)
+            anywhere = ranks.add_up(is_used, "which gradients are used").nonzero().flatten().tolist()
+            for number, total in ranks.add_up_all(own, anywhere, others, "gradients that nobody shards"):
+                # Not all of what was summed up with it is to be kept for one of them.
+                others[number].grad = total / ranks.size
+                whole += _square(others[number].grad).to(whole)  # type: ignore[arg-type]
+                is_any = True
         if used and not is_any:
             raise RuntimeError(
                 "fully_shard has reduced no gradient: an engine over ranks needs set_requires_gradient_sync(True)"

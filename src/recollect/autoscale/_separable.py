@@ -202,7 +202,7 @@ def through_sources(
     """
     if way.written and not torch.is_autocast_enabled(own.device.type):
         with torch.no_grad():
-            found = model.send_back(layer, own, given)
+            found = model.send_back(layer, own, given.to(own))
         if found is not None:
             return found
     before = 0 if way.form == Form.SUM else own.size(0)  # rows of the targets, which are others than those of sources
