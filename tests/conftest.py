@@ -1,10 +1,17 @@
 """Runs all tests on one thread: for tensors as small as theirs a second one costs time."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+
+def pytest_collection_finish() -> None:
+    """Leave to themselves the modules and tests that stand now: each ``gc.collect()`` would go through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
