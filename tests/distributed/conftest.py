@@ -1,7 +1,6 @@
 """What the tests of this folder share; they may import from here."""
 
 import functools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,13 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 def assert_passed(tmp_path_factory):
     """Return what fails unless a case of a module passed in each process; all cases of a module run once."""
 
-    from processes import run
+    from processes import Starter
+
+    starter = Starter()
 
     @functools.cache
     def outcome(module, world, cases):
         try:
-            return run(module, world, tmp_path_factory.mktemp(f"{module}{world}"), cases=cases)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return starter.run(module, world, tmp_path_factory.mktemp(f"{module}{world}"), cases=cases)
+        except (AssertionError, OSError) as error:
             return str(error)  # for every case: the processes are not started again
 
     def check(module, world, case, cases=()):
@@ -29,4 +30,5 @@ def assert_passed(tmp_path_factory):
         for rank, raised in enumerate(found):
             assert raised[case] is None, f"rank {rank}:\n{raised[case]}"
 
-    return check
+    yield check
+    starter.stop()

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recollect.aggregation import GaussNewton, RandomWeighting, UPGradWeighting
 from recollect.autogram import Engine, _exchange
 from recollect.distributed import SharesError
+from recollect.frames import keep_everything
 from recollect.reversible import GroupAddRev
 
 CASES: dict[str, Callable[[Wrap, int, int], None]] = {}
@@ -208,7 +209,8 @@ def start(kind: str, world: int, how: str) -> tuple[Net, list[Tensor], Tensor, T
     net = NETS[kind]().double()
     counts = cut(3 * world, world, how)
     parts = list(net.samples(sum(counts)).split(counts))
-    rows, values = jacobian(net, parts)
+    with keep_everything():
+        rows, values = jacobian(net, parts)
     return net, parts, rows, torch.cat(values)
 
 
