@@ -1,11 +1,15 @@
 """Runs all tests on one thread: for tensors as small as theirs a second one costs time."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # for forks.py
 
 
 def pytest_collection_finish() -> None:

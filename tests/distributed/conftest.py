@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 def assert_passed(tmp_path_factory):
     """Return what fails unless a case of a module passed in each process; all cases of a module run once."""
 
-    from processes import Starter
+    from processes import run, starter
 
-    starter = Starter()
+    forks = starter()
 
     @functools.cache
     def outcome(module, world, cases):
         try:
-            return starter.run(module, world, tmp_path_factory.mktemp(f"{module}{world}"), cases=cases)
-        except (AssertionError, OSError) as error:
+            return run(forks, module, world, tmp_path_factory.mktemp(f"{module}{world}"), cases=cases)
+        except (AssertionError, OSError, ValueError) as error:
             return str(error)  # for every case: the processes are not started again
 
     def check(module, world, case, cases=()):
@@ -31,4 +31,4 @@ def assert_passed(tmp_path_factory):
             assert raised[case] is None, f"rank {rank}:\n{raised[case]}"
 
     yield check
-    starter.stop()
+    forks.stop()

@@ -31,7 +31,7 @@ def whole_graph(world: int, change: Callable[[Any], None] | None = None) -> tupl
     data, ptr = a_graph(world)
     if change is not None:
         change(data)
-    return WholeGraph(a_model(), data, ptr, shares=Shares(ptr, weights=torch.ones(len(ptr) - 1))), data
+    return WholeGraph(a_model(num_layers=1), data, ptr, shares=Shares(ptr, weights=torch.ones(len(ptr) - 1))), data
 
 
 def per_class(logits: Tensor, y: Tensor, classes: int = 3) -> Tensor:
@@ -175,7 +175,7 @@ def a_weighting_that_fails_on_one_rank(rank: int, world: int) -> None:
         assert all(p.grad is None for p in whole.model.parameters())
     torch.manual_seed(5)
     found = whole.step(per_class, UPGradWeighting())  # and all goes on
-    one = WholeGraph(a_model(), data, whole._ptr)
+    one = WholeGraph(a_model(num_layers=1), data, whole._ptr)
     torch.manual_seed(5)
     assert_close(found, one.step(per_class, UPGradWeighting()), 1e-10)
     assert_close(gradients_of(whole), gradients_of(one), 1e-10)

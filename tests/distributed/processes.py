@@ -1,21 +1,14 @@
 """Runs cases in processes of their own, which meet through a file; nothing here waits for ever.
 
-As a script, the process that the others are forked from: importing is most of what they would do by themselves. For
-each line of its input, a JSON list of the arguments of ``run``, it forks the ranks and answers with their exit codes.
-A rank runs the cases of ``module`` one after another, each in a process group of its own, and saves for each what it
-raised.
+As a script, ``python processes.py RANK WORLD_SIZE FOLDER MODULE HOW [CASE...]``, one of these processes: it runs the
+cases of ``MODULE`` one after another, each in a process group of its own, and saves for each what it raised.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
-import json
 import os
-import signal
-import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +24,7 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import recollect
+from forks import Forks
 
 PATIENCE = 30.0  # seconds that a process waits for another
 TIMEOUT = 240.0  # seconds for all cases of a module
@@ -46,34 +40,22 @@ HOW: dict[str, Wrap] = {
 }
 
 
-class Starter:
-    """Has ranks started by one process, which has imported what they need, until ``stop``."""
+def starter() -> Forks:
+    """Return what starts processes; it has imported all cases."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    modules = sorted(path.stem for path in here.glob("*_cases.py"))
+    return Forks(modules, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=paths)
 
-    def __init__(self) -> None:
-        here = Path(__file__)
-        paths = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
-        self._process = subprocess.Popen(
-            [sys.executable, str(here)],
-            env={**os.environ, **settings},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
-    def run(
-        self, module: str, world: int, folder: Path, how: str = "recollect", cases: Sequence[str] = ()
-    ) -> list[Any]:
-        """Return for each rank a dictionary from the cases of a module to what they raised (a text), or ``None``."""
-        self._process.stdin.write(json.dumps([module, world, str(folder), how, cases]) + "\n")
-        self._process.stdin.flush()
-        codes = json.loads(self._process.stdout.readline() or "null")
-        logs = "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-        assert codes == [0] * world, f"exit codes {codes}:\n{logs}"
-        return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-    def stop(self) -> None:
-        self._process.communicate()
+def run(
+    forks: Forks, module: str, world: int, folder: Path, how: str = "recollect", cases: Sequence[str] = ()
+) -> list[Any]:
+    """Return for each process a dictionary from the cases of a module to what they raised (a text), or ``None``."""
+    arguments = [str(world), str(folder), module, how, *cases]
+    codes, logs = forks.run([[__file__, str(rank), *arguments] for rank in range(world)], folder, TIMEOUT)
+    assert codes == [0] * world, f"exit codes {codes}:\n{logs}"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 def registering(cases: dict[str, Callable[[Wrap, int, int], None]]) -> Callable[..., Callable[..., None]]:
@@ -128,41 +110,6 @@ def assert_close(found: Any, expected: Any, tolerance: float, name: str = "value
     assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
 
-def _start(module: str, world: int, folder: str, how: str, names: Sequence[str]) -> list[int | None]:
-    """Fork the ranks, and return their exit codes: ``None`` for those that took too long."""
-    importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # what stands now: a rank's gc.collect() need not go through it
-    ranks = []
-    for rank in range(world):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            _redirect(f"{folder}/{rank}.log")
-            _main(rank, world, Path(folder), module, how, names)
-            sys.exit()
-    codes: dict[int, int] = {}
-    end = time.monotonic() + TIMEOUT
-    while len(codes) < world and time.monotonic() < end:
-        for process in set(ranks) - codes.keys():
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                codes[process] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    for process in set(ranks) - codes.keys():
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-    return [codes.get(process) for process in ranks]
-
-
-def _redirect(log: str) -> None:
-    """Let this process read nothing, and write to a file what it has to say."""
-    for file, flags, numbers in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_CREAT, [1, 2])):
-        opened = os.open(file, flags)
-        for number in numbers:
-            os.dup2(opened, number)
-        os.close(opened)
-
-
 def _main(rank: int, world: int, folder: Path, module: str, how: str, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", recollect.frames.DriftWarning)
@@ -189,6 +136,4 @@ def _main(rank: int, world: int, folder: Path, module: str, how: str, names: Seq
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(_start(*json.loads(line))) + "\n")
-        sys.stdout.flush()
+    _main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5], sys.argv[6:])

@@ -68,8 +68,8 @@ def same_numbers(rank: int, world: int, exact: bool | int = True, **options: Any
 
 
 case(same_numbers, "gcn-dropout", conv="gcn", dropout=0.3)
-case(same_numbers, "sage-groups", conv="sage", num_groups=3)
-case(same_numbers, "gat-floats", conv="gat", exact=False)
+case(same_numbers, "sage-groups", conv="sage", num_groups=3, num_layers=2)
+case(same_numbers, "gat-floats", conv="gat", exact=False, num_layers=2)
 case(same_numbers, "tied-dropout_of_each", conv="gcn", dropout=0.3, shared_dropout=False, tied=True)
 
 
