@@ -76,7 +76,7 @@ def _run(commands: list[list[str]], folder: str, timeout: float) -> list[int | N
 
 def _redirect(log: str) -> None:
     """Let this process read nothing, and write to a file what it has to say."""
-    for file, flags, numbers in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_CREAT, [1, 2])):
+    for file, flags, numbers in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, [1, 2])):
         opened = os.open(file, flags)
         for number in numbers:
             os.dup2(opened, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -34,7 +35,9 @@ LONG = ["--long", "--long-depths", "4", "12", "--long-nodes", "60", "--long-edge
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON files of the quick form with the long part."""
     folder = tmp_path_factory.mktemp("results")
-    depth.main([*QUICK, *LONG, "--output", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depth, "gradient_errors", functools.partial(gradient_errors, layers=12))
+        depth.main([*QUICK, *LONG, "--output", str(folder)])
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from autogram_zoo import build, explicit_jacobian, run, trained
-from autogram_zoo._cases import LIMITS, by_hand, each_case, each_dtype, each_member, few
+from autogram_zoo._cases import LIMITS, by_hand, each_case, each_member, few
 from factor_oracle import dense
 from test_certificate import BREAKS, NETS, M, broken, parts
 from test_contract import FACTORS, SUMS
@@ -33,7 +33,6 @@ def close(found, squares, limit):
     return bool(((found.double() - expected.double()).abs() <= limit * scale).all())
 
 
-@each_dtype
 @each_case
 def test_norms_are_those_of_the_explicit_jacobian(kind, batch, batch_dim, dtype):
     made = build(kind, dtype)

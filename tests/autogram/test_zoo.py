@@ -10,7 +10,6 @@ from autogram_zoo._cases import (
     LIMITS,
     by_hand,
     each_case,
-    each_dtype,
     each_member,
     each_refused,
     each_way,
@@ -24,7 +23,6 @@ from recollect.autogram import Engine, _passes
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
 
-@each_dtype
 @each_case
 def test_the_gramian_is_that_of_the_explicit_jacobian(kind, batch, batch_dim, dtype):
     made = build(kind, dtype)
