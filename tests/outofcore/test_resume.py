@@ -1,5 +1,6 @@
 """A step whose process was killed goes on, and gives the numbers of one that was not."""
 
+import functools
 import gc
 import os
 import subprocess
@@ -29,6 +30,18 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, looks):
+    """Returns what a step gives whose process was not killed."""
+
+    @functools.cache
+    def step(groups):
+        whole, data = a_whole(tmp_path_factory.mktemp("whole"), groups)
+        return whole_step(whole, data)
+
+    return step
+
+
 OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
 """For each part: the projection, blocks forward, the loss, blocks backward, the projection again."""
 
@@ -38,10 +51,8 @@ OPERATIONS = 3 * (1 + 3 * 2 + 1 + 3 * 2 + 1)
     ("at", "groups"),
     [*((at, 2) for at in [1, 2, 8, 20, 22, 23, 24, 25, 30, 43, 44, OPERATIONS]), (20, 4), (50, 4), (53, 4), (60, 4)],
 )
-def test_after_each_kind_of_operation(at, groups, when, tmp_path, monkeypatch):
-    whole, data = a_whole(tmp_path / "whole", groups)
-    expected = whole_step(whole, data)
-
+def test_after_each_kind_of_operation(at, groups, when, unbroken, tmp_path, monkeypatch):
+    expected = unbroken(groups)
     broken, data = a_whole(tmp_path / "broken", groups)
     finished, writes, write, finish = [0], [0], Tables._write, Tables._finish
 
