@@ -204,7 +204,7 @@ PASSES = 1 + 3 * 2 + 1 + 3 * 2 + 1
 
 
 @pytest.mark.parametrize("at", [1, 8 * 4, 10 * 4 + 2, PASSES * 4, PASSES * 4 + 3, (PASSES + 9) * 4 + 1, 2 * PASSES * 4])
-def test_a_step_whose_process_ended_goes_on(at, tmp_path, monkeypatch):
+def test_a_step_whose_process_ended_goes_on(at, looks, tmp_path, monkeypatch):
     whole, data = a_whole(tmp_path / "whole")
     torch.manual_seed(5)
     losses = whole.step(losses_by_label(data), UPGradWeighting())
