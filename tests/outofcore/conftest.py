@@ -13,18 +13,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="module")
 def looks():
     """Lets blocks of one kind be looked at once for all tests of a file that make the same network again and again."""
-    from recollect.outofcore import _blocks
+    from recollect.messages.reach import Probe, kind_of, module_of
 
-    look, known = _blocks.Probe.reach, {}
+    look, known = Probe.reach, {}
 
     def reach(self, block, name, brief):
-        key = (name, _blocks.kind_of(block), _blocks.module_of(block).training, brief)
+        key = (name, kind_of(block), module_of(block).training, brief)
         if key not in known:
             known[key] = look(self, block, name, brief)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_blocks.Probe, "reach", reach)
+        patch.setattr(Probe, "reach", reach)
         yield
 
 
