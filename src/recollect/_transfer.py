@@ -8,13 +8,13 @@ as its backend, so that tests can put one there which writes down what happens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Streams", "sent", "streams_of"]
+__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Order", "Streams", "sent", "streams_of"]
 
 _T = TypeVar("_T")
 
@@ -120,6 +120,33 @@ class Fetch:
         if self._event is not None and not self._event.query():
             self._event.synchronize()
         return self._host.cpu()
+
+
+class Order:
+    """The streams that compute some tensors, for whoever uses them later, perhaps from others.
+
+    Args:
+        tensors: what was asked of the current streams of their devices.
+        backend: torch's module of the devices; ``None``: what torch has for each.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], backend: Any = None) -> None:
+        self._streams: dict[torch.device, tuple[Any, Any]] = {}
+        for device in {tensor.device for tensor in tensors if backend is not None or not tensor.is_cpu}:
+            module = torch.get_device_module(device) if backend is None else backend
+            if hasattr(module, "current_stream"):
+                self._streams[device] = module, module.current_stream(device)
+
+    def before(self, tensors: Sequence[Tensor]) -> None:
+        """Let the current streams come behind those that computed the tensors."""
+        for device, (module, stream) in self._streams.items():
+            current = module.current_stream(device)
+            if current == stream:
+                continue
+            current.wait_stream(stream)
+            for tensor in tensors:
+                if tensor.device == device:
+                    tensor.record_stream(current)
 
 
 class Buffer:
