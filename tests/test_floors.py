@@ -67,7 +67,8 @@ FLOORS = {
         "_arguments _devices _parameters frames messages invertible reversible autoscale", "torch_geometric"
     ),
     "outofcore": floor(
-        "_torch _util _arguments _modules autogram distributed frames messages reversible autoscale models"
+        "_torch _util _arguments _devices _modules _transfer _verdicts autogram distributed frames messages "
+        "reversible autoscale models"
     ),
     "budget": floor("_arguments _storages _torch _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
