@@ -56,7 +56,7 @@ FLOORS = {
     "autogram": floor("_devices _parameters _torch _transfer _verdicts distributed"),
     "aggregation": floor("_transfer"),
     "messages": floor("_devices _torch"),
-    "invertible": floor("_arguments _parameters frames"),
+    "invertible": floor("_arguments _devices _parameters _torch _verdicts frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
