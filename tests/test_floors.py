@@ -45,7 +45,7 @@ FLOORS = {
     "_parameters": floor(),
     "_modules": floor(),
     "_heap": floor(),
-    "_transfer": floor(),
+    "_transfer": floor("_devices"),
     "_storages": floor("_torch"),
     "_util": floor("_torch"),
     "_ledger": floor("_storages _torch"),
@@ -74,8 +74,8 @@ FLOORS = {
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(
-        "__init__ _util memory frames autogram aggregation invertible reversible autoscale models data outofcore "
-        "budget distributed",
+        "__init__ _devices _util memory frames autogram aggregation invertible reversible autoscale models data "
+        "outofcore budget distributed",
         APPLICATION,
     ),
     "cli": floor("__init__ train"),

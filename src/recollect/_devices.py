@@ -21,6 +21,8 @@ class Forms:
     Attributes:
         reads_at_once: the host reads a number without waiting for other work: verdicts are given on the spot, and
             sizes may depend on values, as in `torch.unique`.
+        sends_at_once: a copy to the device from memory that is not pinned, where it is not to block, has read that when
+            the call returns, and waits for no other work. (On mps it is read later, when it may hold something else.)
         float64: whether it has numbers of double precision.
         double_sums: sums over many pieces of float32 go in float64, which costs nothing there.
         dot_norms: a norm is the root of scalar products, which are faster than torch's norm.
@@ -63,6 +65,7 @@ class Forms:
     """
 
     reads_at_once: bool
+    sends_at_once: bool
     float64: bool
     double_sums: bool
     dot_norms: bool
@@ -91,6 +94,7 @@ class Forms:
 
 OTHERS = Forms(
     reads_at_once=False,
+    sends_at_once=False,  # as far as is known
     float64=True,
     double_sums=False,  # slow on most cards
     dot_norms=False,
@@ -120,6 +124,7 @@ OTHERS = Forms(
 FORMS = {
     "cpu": Forms(
         reads_at_once=True,
+        sends_at_once=True,
         float64=True,
         double_sums=True,
         dot_norms=True,
@@ -145,7 +150,7 @@ FORMS = {
         thin_parts=4,
         small_layer=0,
     ),
-    "cuda": replace(OTHERS, convolutions=True),
+    "cuda": replace(OTHERS, sends_at_once=True, convolutions=True),
     "mps": replace(OTHERS, float64=False),
 }
 

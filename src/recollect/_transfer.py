@@ -14,15 +14,38 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Order", "Streams", "sent", "streams_of"]
+from recollect._devices import forms_of
+
+__all__ = [
+    "Buffer",
+    "Buffers",
+    "Event",
+    "Fetch",
+    "Lane",
+    "Order",
+    "Streams",
+    "on_the_way",
+    "sent",
+    "streams_of",
+    "write",
+]
 
 _T = TypeVar("_T")
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. Nothing waits, unless it is fetched from another device to the CPU."""
-    # A copy from pageable memory has read it when the call returns, and the device's queue is not waited for.
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    """Return a tensor on a device; nothing waits on the way there, as far as the device can do that."""
+    return tensor.to(device, non_blocking=on_the_way(tensor, device))
+
+
+def write(out: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor, as :func:`sent` does."""
+    out.copy_(values, non_blocking=on_the_way(values, out.device))
+
+
+def on_the_way(values: Tensor, device: torch.device) -> bool:
+    """Whether the host may go on, and change the values, while they are copied to a device."""
+    return device.type != "cpu" and (values.device.type != "cpu" or forms_of(device).sends_at_once)
 
 
 class Event(Protocol):
