@@ -1,10 +1,13 @@
 """The table of forms: what each kind of device gets, and that every form gives the same results."""
 
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import recollect
 from recollect._devices import FORMS, OTHERS, Forms, forms_of
 from recollect.frames._bits import bits_of
 from recollect.frames._fingerprint import fingerprint
@@ -79,3 +82,29 @@ def test_late_numbers_are_those_that_are_read_at_once(monkeypatch):
 def test_every_form_is_told():
     text = Forms.__doc__
     assert [field.name for field in fields(Forms) if f"        {field.name}: " not in text] == []
+
+
+ASKS = re.compile(r"\bis_cpu\b|\bis_cuda\b|\bdevice\.type (==|!=|in|not in) (?!\"meta\")|\bkind == \"cpu\"")
+# Who else asks for the kind of a device, and for what: where something is, and not how it is computed there.
+ELSEWHERE = {
+    "_transfer": "to the host a copy waits", "memory": "who measures", "aggregation/_host": "what comes",
+    "aggregation/_gramian": "whether reading waits",
+    "aggregation/_settings": "what is sent", "autoscale/histories/_queues": "tables on the host",
+    "autoscale/histories/_memory": "what is pinned",
+    "budget/_bytes": "who measures", "budget/_cost": "who measures", "budget/_planning": "where activations are",
+    "frames/_drift": "what is sent", "frames/_eager": "names", "frames/_fingerprint": "a short way of the CPU's form",
+    "frames/_frame": "whose generators", "frames/_random": "whose generators", "frames/_record": "what torch compares",
+    "frames/sources/_host_store": "what is copied",
+    "messages/_convolutions": "graph capture", "outofcore/_crossing": "what is sent", "outofcore/_step": "generators",
+    "outofcore/_whole_graph": "ranks",
+}  # fmt: skip
+
+
+def test_forms_are_chosen_in_the_table():
+    source = Path(recollect.__file__).parent
+    found = {
+        str(path.relative_to(source).with_suffix(""))
+        for path in source.rglob("*.py")
+        if path.relative_to(source).parts[0] != "train" and ASKS.search(path.read_text())
+    }
+    assert found == ELSEWHERE.keys()

@@ -45,7 +45,7 @@ FLOORS = {
     "_parameters": floor(),
     "_modules": floor(),
     "_heap": floor(),
-    "_transfer": floor(),
+    "_transfer": floor("_devices"),
     "_storages": floor("_torch"),
     "_util": floor("_torch"),
     "_ledger": floor("_storages _torch"),
@@ -56,7 +56,7 @@ FLOORS = {
     "autogram": floor("_devices _parameters _torch _transfer _verdicts distributed"),
     "aggregation": floor("_transfer"),
     "messages": floor("_devices _torch"),
-    "invertible": floor("_arguments _parameters frames"),
+    "invertible": floor("_arguments _devices _parameters _torch _verdicts frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),
     "autoscale": floor(
@@ -67,14 +67,15 @@ FLOORS = {
         "_arguments _devices _parameters frames messages invertible reversible autoscale", "torch_geometric"
     ),
     "outofcore": floor(
-        "_torch _util _arguments _modules autogram distributed frames messages reversible autoscale models"
+        "_torch _util _arguments _devices _modules _transfer _verdicts autogram distributed frames messages "
+        "reversible autoscale models"
     ),
     "budget": floor("_arguments _storages _torch _util memory frames invertible reversible"),
     "testing": floor("_arguments _parameters frames invertible reversible"),
     "__init__": floor("_parameters _storages _ledger memory frames budget"),
     "train": floor(
-        "__init__ _util memory frames autogram aggregation invertible reversible autoscale models data outofcore "
-        "budget distributed",
+        "__init__ _devices _util memory frames autogram aggregation invertible reversible autoscale models data "
+        "outofcore budget distributed",
         APPLICATION,
     ),
     "cli": floor("__init__ train"),

@@ -59,6 +59,7 @@ TOGETHER = {
     "data/test_hostile_files.py": "data/_errors data/_limits data/_pickles data/_stored",
     "data/test_raw.py": "data/_places",
     "data/test_registry.py": "data/_dataset",
+    "device/test_outofcore.py": "outofcore/_crossing",
     "device/test_verdicts.py": "_verdicts",
     "distributed/test_compensations.py": "autoscale/_outside",
     "distributed/test_engines.py": "autogram/_exchange autogram/_ranks autogram/_sharded",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import recollect
-from recollect._transfer import Buffer, Buffers, Fetch, Lane, Streams, streams_of
+from recollect._transfer import Buffer, Buffers, Fetch, Lane, Order, Streams, streams_of
 from recollect.autoscale import AsyncIOPool, History
 
 CPU = torch.device("cpu")
@@ -117,6 +117,24 @@ def taken(log: list[str]) -> list[str]:
     found = list(log)
     log.clear()
     return found
+
+
+class Lent(Tensor):
+    """A tensor that writes down for whom its memory is kept."""
+
+    def record_stream(self, stream: Stream) -> None:
+        stream.device.log.append(f"{tuple(self.shape)} lent to {stream.name}")
+
+
+def test_what_one_stream_computed_is_used_behind_it_on_another(device):
+    tensors = [torch.zeros(3).as_subclass(Lent)]
+    order = Order(tensors, device)
+    order.before(tensors)
+    assert taken(device.log) == []  # the same stream
+    with device.stream(Stream(device, "another")):
+        order.before(tensors)
+    assert taken(device.log) == ["another waits for compute", "(3,) lent to another"]
+    Order([torch.zeros(3)]).before([torch.zeros(3)])  # nothing is computed beside a CPU
 
 
 @pytest.mark.parametrize("behind", [False, True])

@@ -8,21 +8,44 @@ as its backend, so that tests can put one there which writes down what happens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Buffers", "Event", "Fetch", "Lane", "Streams", "sent", "streams_of"]
+from recollect._devices import forms_of
+
+__all__ = [
+    "Buffer",
+    "Buffers",
+    "Event",
+    "Fetch",
+    "Lane",
+    "Order",
+    "Streams",
+    "on_the_way",
+    "sent",
+    "streams_of",
+    "write",
+]
 
 _T = TypeVar("_T")
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. Nothing waits, unless it is fetched from another device to the CPU."""
-    # A copy from pageable memory has read it when the call returns, and the device's queue is not waited for.
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    """Return a tensor on a device; nothing waits on the way there, as far as the device can do that."""
+    return tensor.to(device, non_blocking=on_the_way(tensor, device))
+
+
+def write(out: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor, as :func:`sent` does."""
+    out.copy_(values, non_blocking=on_the_way(values, out.device))
+
+
+def on_the_way(values: Tensor, device: torch.device) -> bool:
+    """Whether the host may go on, and change the values, while they are copied to a device."""
+    return device.type != "cpu" and (values.device.type != "cpu" or forms_of(device).sends_at_once)
 
 
 class Event(Protocol):
@@ -120,6 +143,33 @@ class Fetch:
         if self._event is not None and not self._event.query():
             self._event.synchronize()
         return self._host.cpu()
+
+
+class Order:
+    """The streams that compute some tensors, for whoever uses them later, perhaps from others.
+
+    Args:
+        tensors: what was asked of the current streams of their devices.
+        backend: torch's module of the devices; ``None``: what torch has for each.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], backend: Any = None) -> None:
+        self._streams: dict[torch.device, tuple[Any, Any]] = {}
+        for device in {tensor.device for tensor in tensors if backend is not None or not tensor.is_cpu}:
+            module = torch.get_device_module(device) if backend is None else backend
+            if hasattr(module, "current_stream"):
+                self._streams[device] = module, module.current_stream(device)
+
+    def before(self, tensors: Sequence[Tensor]) -> None:
+        """Let the current streams come behind those that computed the tensors."""
+        for device, (module, stream) in self._streams.items():
+            current = module.current_stream(device)
+            if current == stream:
+                continue
+            current.wait_stream(stream)
+            for tensor in tensors:
+                if tensor.device == device:
+                    tensor.record_stream(current)
 
 
 class Buffer:

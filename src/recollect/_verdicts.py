@@ -3,6 +3,9 @@
 What is to be judged is copied to the host beside what the device does next. The verdict is given when the copy has
 arrived: that is looked for when a backward pass ends and when the next region or engine begins. Whoever wants it sooner
 calls :func:`settle`, which waits. What nobody asked for is given when the process ends, as a warning.
+
+What a forward pass gathers, one range for each layer say, is sent at once where nothing is on its way. Else it waits
+until that has arrived or a backward pass ends, and goes in one copy: the depth makes no more of them.
 """
 
 from __future__ import annotations
@@ -18,16 +21,17 @@ import torch
 from torch import Tensor
 
 from recollect._torch import graph_task_id, outside_modes, when_backward_ends
-from recollect._transfer import Fetch
+from recollect._transfer import Fetch, Order
 
 __all__ = ["arrive", "later", "look", "outstanding", "settle"]
 
 Numbers = list[list[Any]]
 Verdict = Callable[[Numbers], None]
-Item = tuple[Sequence[Tensor], Verdict]
+Item = tuple[Sequence[Tensor], Verdict, Order]
 
-# So many sends may be under way; then the oldest is waited for. The host is seldom that many steps ahead.
+# Of so many backward passes numbers may be under way; then the oldest are waited for. The host is seldom as far ahead.
 _MOST = 8
+_BETWEEN = -1  # in place of a backward pass's number
 
 
 class _Copy:
@@ -50,12 +54,13 @@ class _Sent:
 
     def __init__(self, items: Sequence[Item]) -> None:
         groups: dict[tuple[torch.device, bool], dict[int, Tensor]] = {}
-        for tensors, _ in items:
+        for tensors, _, order in items:
+            order.before(tensors)
             for tensor in tensors:
                 groups.setdefault((tensor.device, tensor.is_floating_point()), {})[id(tensor)] = tensor
         with torch.inference_mode(False), torch.no_grad(), outside_modes():
             self._copies = [(list(group), _Copy(list(group.values()))) for group in groups.values()]
-        self._verdicts = [([id(tensor) for tensor in tensors], verdict) for tensors, verdict in items]
+        self._verdicts = [([id(tensor) for tensor in tensors], verdict) for tensors, verdict, _ in items]
 
     def is_here(self) -> bool:
         """Whether all numbers have arrived."""
@@ -81,7 +86,7 @@ class _Sent:
 
 
 _lock = threading.RLock()
-# What is to be judged when a backward pass ends, by its number. Passes that an exception ended stay, until the next.
+# What is to be sent when a backward pass ends, by its number. Passes that an exception ended stay, until the next.
 _collected: dict[int, list[Item]] = {}
 _waiting: list[_Sent] = []
 _raised: list[Exception] = []  # by verdicts, and not yet by anybody who asked
@@ -99,17 +104,19 @@ def later(tensors: Sequence[Tensor], verdict: Verdict) -> None:
     Raises:
         Exception: what verdicts raised that are there already.
     """
-    task = graph_task_id()
-    if task == -1:
-        _send([(tensors, verdict)])
+    task, item = graph_task_id(), (tensors, verdict, Order(tensors))
+    if task == _BETWEEN:
+        with _lock:
+            _collected.setdefault(_BETWEEN, []).append(item)
         look()
         return
     with _lock:
         if task in _collected:
-            _collected[task].append((tensors, verdict))
+            _collected[task].append(item)
             return
-        _send_collected()
-        _collected[task] = [(tensors, verdict)]
+        if _collected.keys() - {_BETWEEN}:
+            _send_collected()
+        _collected[task] = [item]
     try:
         when_backward_ends(functools.partial(_end, task))
     except RuntimeError:  # an engine without such calls
@@ -118,8 +125,10 @@ def later(tensors: Sequence[Tensor], verdict: Verdict) -> None:
 
 def _end(task: int) -> None:
     with _lock:
-        items = _collected.pop(task, [])
+        items = _collected.pop(_BETWEEN, []) + _collected.pop(task, [])
     _send(items)
+    for one in _first(len(_waiting) - _MOST):
+        _judge(one)
     look()
 
 
@@ -138,8 +147,6 @@ def _send(items: Sequence[Item]) -> None:
     sent = _Sent(items)
     with _lock:
         _waiting.append(sent)
-    for one in _first(len(_waiting) - _MOST):
-        _judge(one)
 
 
 def _first(number: int) -> list[_Sent]:
@@ -181,6 +188,9 @@ def look() -> None:
         if not one.is_here():
             break
         _judge(one)
+    with _lock:
+        items = [] if _waiting else _collected.pop(_BETWEEN, [])
+    _send(items)
     _raise()
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from factor_oracle import dense
+from forms import set_form
 
 from recollect.autogram import _contract, _pieces, _square, _sums
 from recollect.autogram._contract import add_gramian, gramian
@@ -86,9 +87,9 @@ FACTORS = {
 @pytest.mark.parametrize("name", FACTORS)
 def test_the_gramian_of_a_factor(name, small, monkeypatch):
     if small:
-        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        set_form(monkeypatch, row_bytes=200)
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
+        set_form(monkeypatch, dense_bytes=(2**22, 400))
     factor = FACTORS[name]
     rows = written_out(factor)
     torch.testing.assert_close(gramian([factor]), rows @ rows.T, rtol=1e-12, atol=1e-12)
@@ -110,15 +111,15 @@ SUMS = {
 @pytest.mark.parametrize("name", SUMS)
 def test_several_uses_of_a_parameter(name, small, monkeypatch):
     if small:
-        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        set_form(monkeypatch, row_bytes=200)
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
+        set_form(monkeypatch, dense_bytes=(2**22, 400))
     rows = sum(written_out(factor) for factor in SUMS[name])
     torch.testing.assert_close(gramian(SUMS[name]), rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_are_formed_once_and_a_piece_at_a_time(monkeypatch):
-    monkeypatch.setattr(_contract, "_MOST", {"cpu": 900})
+    set_form(monkeypatch, dense_bytes=(2**22, 900))
     factor, formed = blocks(5, 6, 8, axis=1), []
 
     def form(rows, part):

@@ -10,6 +10,7 @@ from autogram_zoo import build, explicit_jacobian, run, trained
 from autogram_zoo._behaviour import SideEffects
 from autogram_zoo._cases import EXACT, each_member, few
 from factor_oracle import dense
+from forms import set_form
 from test_certificate import BREAKS, NETS, broken, parts
 from test_contract import FACTORS, SUMS, blocks, draw, outer, picked
 from test_passes import Mixed, losses_of, model, passes  # noqa: F401  (a fixture)
@@ -158,9 +159,9 @@ def test_bad_columns_are_refused():
 @pytest.mark.parametrize("pair", list(itertools.product(range(6), repeat=2)), ids=str)
 def test_factors_of_every_kind_meet(pair, small, monkeypatch):
     if small:
-        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        set_form(monkeypatch, row_bytes=200)
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
+        set_form(monkeypatch, dense_bytes=(2**22, 400))
     kinds = [
         lambda m: Rows(draw(m, 6, 5)),
         lambda m: outer(m, 2, 1, 6, 5, "right" if m == 3 else ""),
@@ -180,9 +181,9 @@ def test_factors_of_every_kind_meet(pair, small, monkeypatch):
 @pytest.mark.parametrize("name", FACTORS | SUMS)
 def test_a_factor_meets_itself(name, small, monkeypatch):
     if small:
-        monkeypatch.setattr(_contract, "_PIECE", {"cpu": 200})
+        set_form(monkeypatch, row_bytes=200)
         monkeypatch.setattr(_contract, "_WHOLE", 400)
-        monkeypatch.setattr(_contract, "_MOST", {"cpu": 400})
+        set_form(monkeypatch, dense_bytes=(2**22, 400))
     factors = SUMS[name] if name in SUMS else [FACTORS[name]]
     m = factors[0].num_rows
     rows = sum(dense(factor).reshape(m, -1) for factor in factors)

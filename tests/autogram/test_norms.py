@@ -7,12 +7,13 @@ import torch
 from autogram_zoo import build, explicit_jacobian, run, trained
 from autogram_zoo._cases import LIMITS, by_hand, each_case, each_member, few
 from factor_oracle import dense
+from forms import set_form
 from test_certificate import BREAKS, NETS, M, broken, parts
 from test_contract import FACTORS, SUMS
 from test_passes import Mixed, losses_of, model, passes  # noqa: F401  (a fixture)
 from torch import nn
 
-from recollect.autogram import Engine, GramianError, _norms, _passes
+from recollect.autogram import Engine, GramianError
 from recollect.autogram._norms import squared_norms
 from recollect.memory import peak_memory
 
@@ -49,9 +50,9 @@ def test_norms_are_those_of_the_explicit_jacobian(kind, batch, batch_dim, dtype)
 @each_member
 def test_norms_of_losses_whose_passes_run_otherwise(kind, how, monkeypatch):
     if how == "at once":
-        monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**40})
+        set_form(monkeypatch, small_layer=2**40)
     if how == "in pieces":
-        monkeypatch.setattr(_norms, "_PIECE", {"cpu": 100})
+        set_form(monkeypatch, norm_bytes=100)
     made = build(kind)
     engine = Engine(*made.targets(), row_bytes=1 if how == "with a small bound" else 2**28)
     norms = engine.compute_norms(run(made, few(kind), kind.batch_dims[0]))
@@ -73,7 +74,7 @@ def test_several_losses_for_each_element(kind):
 @pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("name", FACTORS)
 def test_the_norms_of_a_factor(name, piece, monkeypatch):
-    monkeypatch.setattr(_norms, "_PIECE", {"cpu": piece})
+    set_form(monkeypatch, norm_bytes=piece)
     factor = FACTORS[name]
     rows = dense(factor).reshape(factor.num_rows, -1)
     found = squared_norms([factor], torch.float64, CPU)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import set_form
 from torch import nn
 
 from recollect.autogram import Engine, _passes
@@ -79,7 +80,7 @@ def test_in_groups(passes, monkeypatch):
 def test_at_once(passes, monkeypatch):
     net = Mixed()
     engine, losses = Engine(net, batch_dim=None, certify_every=0), losses_of(net)
-    monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**20})
+    set_form(monkeypatch, small_layer=2**20)
     found = engine.compute_gramian(losses)
     assert passes == [18]
     torch.testing.assert_close(found, expected(net))
@@ -103,7 +104,7 @@ class Once(nn.Module):
 
 
 def test_what_does_not_run_at_once_runs_in_turn(passes, monkeypatch):
-    monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**20})
+    set_form(monkeypatch, small_layer=2**20)
     net = nn.Sequential(model(), Once())
     engine = Engine(net, certify_every=0)
     found = [engine.compute_gramian(losses_of(net)) for _ in range(2)]

@@ -16,9 +16,10 @@ from autogram_zoo._cases import (
     few,
 )
 from autogram_zoo._refused import Contrast, Neighbours
+from forms import set_form
 from torch import Tensor
 
-from recollect.autogram import Engine, _passes
+from recollect.autogram import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
@@ -52,7 +53,7 @@ def test_several_losses_for_each_element(kind, batch_dim):
 def test_losses_whose_passes_run_otherwise(kind, how, monkeypatch):
     """As they do on a GPU, where layers are small, and where rows are more than may be held."""
     if how == "at once":
-        monkeypatch.setattr(_passes, "_SMALL", {"cpu": 2**40})
+        set_form(monkeypatch, small_layer=2**40)
     made = build(kind)
     engine = Engine(*made.targets(), row_bytes=1 if how == "in groups" else 2**28)
     gramian = engine.compute_gramian(run(made, few(kind), kind.batch_dims[0]))

@@ -70,9 +70,9 @@ def saved_and_loaded(module: Module, fresh: Module) -> Module:
 
 
 def waits(step: Callable[[], Any], times: int = 2) -> list[str]:
-    """Return where a step waits for the device, when it is taken again after the first time."""
+    """Return where a step waits for the device, or for a copy to it, when it is taken again after the first time."""
     step()
     with watch() as log:
         for _ in range(times):
             step()
-    return log.where
+    return log.where + log.sent

@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from recollect._devices import FORMS, OTHERS
 from recollect.frames import settle
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from device import emulation
 
+# What it does: see ``_copy`` there.
+FORMS[emulation.NAME] = replace(OTHERS, sends_at_once=True)
 # While tests are collected: torch counts its devices in a process's first backward pass.
 emulation.install()
 

@@ -52,11 +52,14 @@ class Log:
         syncs: how often it waited for a value of the device.
         copies: how many copies to the host did not block.
         where: of each wait, the operation and the innermost lines of the library.
+        sent: the same of each copy to the device that blocks: from memory that is not pinned, as here all is, it waits
+            for its stream. `torch.tensor(values, device=...)` is one.
     """
 
     def __init__(self) -> None:
         self.syncs = self.copies = 0
         self.where: list[str] = []
+        self.sent: list[str] = []
 
 
 _logs: list[Log] = []
@@ -74,6 +77,11 @@ def _waited(name: str) -> None:
     for log in _logs:
         log.syncs += 1
         log.where.append(f"{name} at {_lines()}")
+
+
+def _sent() -> None:
+    for log in _logs:
+        log.sent.append(f"copy to the device at {_lines()}")
 
 
 @contextlib.contextmanager
@@ -305,6 +313,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if _is_other(target):
+        if source.device.type == "cpu" and source.numel() and not non_blocking:
+            _sent()
         _off(target).copy_(_off(source) if _is_other(source) else source)
     elif non_blocking:
         for log in _logs:
@@ -324,6 +334,8 @@ def _to_copy(
     if tensor.layout is not torch.strided:
         if device.type == "cpu":
             _waited("_to_copy")
+        elif tensor.device.type == "cpu" and not non_blocking:
+            _sent()
         moved = _off(tensor).to(dtype=dtype, copy=True)
         return moved if device.type == "cpu" else _on(moved)
     target = torch.empty_like(tensor, dtype=dtype, device=device, memory_format=memory_format or torch.preserve_format)

@@ -140,3 +140,20 @@ def test_copies_that_do_not_block_arrive_late(other):
         event.synchronize()
     assert log.syncs == 1
     assert host.tolist() == [2, 2, 2]
+
+
+def test_copies_that_block_are_counted_apart(other):
+    x = torch.ones(3)
+    with watch() as log:
+        torch.tensor([1.0, 2.0], device=other)
+        x.to(other)
+        there = torch.zeros(3, device=other).copy_(x)
+    assert len(log.sent) == 3
+    assert all(line.startswith("copy to the device at") for line in log.sent)
+    with watch() as log:
+        x.to(other, non_blocking=True)
+        there.copy_(x, non_blocking=True)
+        there.clone()
+        torch.full((2,), 3.0, device=other)
+        there + torch.tensor(1.0)
+    assert log.sent == log.where == []

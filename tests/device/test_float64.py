@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from device import emulation
 from recollect import invertible
-from recollect._devices import FORMS, OTHERS, widened, widest
+from recollect._devices import FORMS, widened, widest
 from recollect.aggregation import UPGradWeighting
 from recollect.autogram import Engine
 from recollect.frames import settle
@@ -20,7 +20,7 @@ NODES = 12
 
 @pytest.fixture(autouse=True)
 def narrow(other, monkeypatch):
-    monkeypatch.setitem(FORMS, other, replace(OTHERS, float64=False))
+    monkeypatch.setitem(FORMS, other, replace(FORMS[other], float64=False))
     emulation.device.has_float64 = False
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from device.compare import assert_same, there, waits
+from device.compare import assert_same, waits
 from device.emulation import watch
-from recollect._devices import FORMS, OTHERS
+from recollect._devices import FORMS
 from recollect.autoscale import (
     Around,
     AsyncIOPool,
@@ -82,7 +82,8 @@ def loss_of(model, batch):
 
 
 def sum_of_losses(out, batch):
-    return F.cross_entropy(out, there(batch.data.y)[: batch.batch_size].to(out.device), reduction="sum")
+    y = batch.data.y[: batch.batch_size].to(out.device, non_blocking=True)
+    return F.cross_entropy(out, y, reduction="sum")
 
 
 def trained(model, optimizer, data=None, form="float64"):
@@ -177,7 +178,7 @@ class Blocks(RevGNN):
 @pytest.mark.parametrize(("place", "forms"), [("file", "others"), ("device", "cuda")])
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
 def test_a_network_of_blocks(other, place, forms, corrected, tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMS, other, OTHERS if forms == "others" else FORMS[forms])
+    monkeypatch.setitem(FORMS, other, FORMS[other if forms == "others" else forms])
     assert issubclass(Blocks, BlockwiseGNN)
     where = {"host": {}, "device": {"device": other}, "file": {"history_path": tmp_path}}[place]
     form = "corrected" if corrected else "float64"

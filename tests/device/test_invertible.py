@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from device.compare import assert_same, gradients, saved_and_loaded, there, waits
+from device.emulation import watch
 from recollect import invertible as inn
+from recollect.frames import settle
 
 
 def block(width=2):
@@ -99,6 +101,32 @@ def test_nothing_waits_after_the_first_step(other, name):
         module(x * 1).square().sum().backward()
 
     assert waits(step) == []
+
+
+@each
+def test_nor_does_the_inverse(other, name):
+    module, x = make(name)
+    module.to(other)
+    x = there(x)
+    module(x)
+    module.eval()
+    with torch.no_grad():
+        outputs = module.function(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert waits(lambda: module.inverse(*outputs)) == []
+
+
+def test_a_lost_input_is_no_number_and_an_error_that_comes_later(other):
+    norm, y = inn.BatchNorm1d(3).to(other), torch.randn(8, 3, device=other)
+    with torch.no_grad():
+        norm.weight[1] = 0.0
+    with watch() as log:
+        x = norm.eval().inverse(y)
+    assert log.where == []
+    with pytest.raises(ValueError, match=r"channel\(s\) \[1\] is 0"):
+        settle()
+    assert x[:, 1].isnan().all()
+    assert not x[:, ::2].isnan().any()
 
 
 def test_a_stack_does_not_wait_either(other):

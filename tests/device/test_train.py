@@ -23,6 +23,7 @@ TINY = (
     "dataset=karate", "model.num_layers=3", "model.hidden_channels=8", "epochs=3", "threads=1", "measure.enabled=false",
 )  # fmt: skip
 PARTS = ("training=autoscale", "training.num_parts=3", "training.parts_per_batch=1", "training.partition=random")
+WHOLE = ("training=wholegraph", "training.num_parts=3", "training.partition=random")
 LABELS = ("dataset=sbm", "dataset.options.num_labels=3")
 HOST = "training.history_device=cpu"
 # For each run: its settings, and how many steps an epoch has.
@@ -47,6 +48,11 @@ RUNS = {
     "losses of labels on parts": (("model=gcn", "objective=multitask", *LABELS, *PARTS), 3),
     "losses of nodes, revgnn": (("objective=iwrm", "objective.weighting=mgda"), 1),
 }
+WHOLE_RUNS = {
+    "revgnn": ("model.dropout=0.3",),
+    "gcn": ("model=gcn", "model.dropout=0"),
+    "losses of labels": ("objective=multitask", *LABELS),
+}
 LOOKED_AT = ("revgnn", "corrected", "combined")
 each = pytest.mark.parametrize("name", RUNS)
 
@@ -70,7 +76,7 @@ def steps(monkeypatch):
     def watched(step):
         with watch() as log:
             value = train(step)
-        found.append(log.where)
+        found.append(log.where + [line for line in log.sent if "outside" not in line])
         return value
 
     monkeypatch.setattr(Step, "train", watched)
@@ -95,6 +101,20 @@ def test_a_run_waits_once_a_step_at_most(other, name, tmp_path, steps):
             own = [one for one in own if "_locality.py" not in one]
         assert len(own) == (number if "losses" in name else 1), own
         assert all(("_objective.py" if "losses" in name else "_step.py") in one for one in own)
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_whole_graph_part_by_part(other, name, tmp_path, steps):
+    """A step waits for what its parts bring back, and a few times beside."""
+    settings = (*WHOLE, *WHOLE_RUNS[name])
+    summary = run(tmp_path / "there", "device=other", *settings, f"training.store={tmp_path / 'tables'}")
+    assert summary["device"] == other
+    lines = [line for where in steps[1:] for line in where]
+    assert lines
+    crossed = [line for line in lines if "_crossing.py" in line or "_verdicts.py" in line]
+    assert len(lines) - len(crossed) <= 2 * 8, set(lines) - set(crossed)
+    run(tmp_path / "here", "device=cpu", *settings)
+    assert losses_of(tmp_path / "there") == pytest.approx(losses_of(tmp_path / "here"), rel=1e-4)
 
 
 def test_costs_are_measured_there(other, tmp_path):

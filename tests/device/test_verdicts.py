@@ -1,5 +1,6 @@
 """Verdicts over what is on another device: given when the numbers have arrived, and never lost."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -19,6 +20,7 @@ from recollect.frames import (
     Certificate,
     DriftGauge,
     DriftWarning,
+    LatticeError,
     RebuildError,
     couple,
     run_frame,
@@ -26,6 +28,7 @@ from recollect.frames import (
     settle,
 )
 from recollect.frames.sources._kept import Kept
+from recollect.reversible import GroupAddRev
 
 
 class Drifting:
@@ -97,6 +100,86 @@ def test_but_not_for_ever(other):
         with pytest.raises(RebuildError):
             right(other)
     assert log.syncs == 1
+
+
+class Block(nn.Linear):
+    def forward(self, x, edge_index):
+        return super().forward(x)
+
+
+class Large(Block):
+    def forward(self, x, edge_index):
+        return torch.full_like(x, 300.0)
+
+
+def stream(other, depth=40):
+    """A step of a deep stream on the lattice."""
+    torch.manual_seed(0)
+    blocks = [Block(4, 4).to(other) for _ in range(2)]
+    for block in blocks:
+        nn.init.normal_(block.weight, std=0.01)
+    layers = [GroupAddRev(nn.ModuleList(blocks), exact=True) for _ in range(depth)]
+
+    def step(inflated=None):
+        h = leaf(other, 5, 8) * 1
+        for number, layer in enumerate(layers):
+            h = layer(h, None)
+            if number == inflated:
+                h = h + 1000.0
+        return h.sum()
+
+    return step
+
+
+class TestRanges:
+    @pytest.mark.parametrize("lag", [0, 1, 3, 10**6])
+    def test_a_deep_stream_never_waits(self, other, lag):
+        device.lag = lag
+        step = stream(other)
+        step().backward()
+        settle()
+        with watch() as log:
+            for _ in range(6):
+                step().backward()
+        assert log.where == []
+        if lag == 10**6:  # one copy is sent at once, and one when each backward pass ends
+            assert len(_verdicts._waiting) == 7
+            assert log.copies == 1 + 6 * 2  # of floating-point numbers and of integers
+
+    def test_nor_does_a_forward_pass_alone(self, other):
+        device.lag = 10**6
+        step = stream(other)
+        with watch() as log, torch.no_grad():
+            for _ in range(12):
+                step()
+        assert log.where == []
+        assert log.copies == 1
+
+    @pytest.mark.parametrize("lag", [1, 10**6])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_none_is_lost(self, other, lag, training):
+        device.lag = lag
+        step = stream(other, depth=12)
+
+        def run():
+            for _ in range(3):
+                loss = step(inflated=5)
+                if training:
+                    loss.backward()
+            settle()
+
+        with torch.set_grad_enabled(training), pytest.raises(LatticeError, match=r"exact=16 .* exact=14 holds it"):
+            run()
+        with contextlib.suppress(LatticeError):
+            settle()
+
+    def test_the_block_is_named(self, other):
+        device.lag = 10**6
+        blocks = nn.ModuleList([Block(4, 4), Large(4, 4)]).to(other)
+        h = torch.zeros(5, 8, device=other, requires_grad=True) * 1
+        GroupAddRev(blocks, exact=True)(h, None).sum().backward()
+        with pytest.raises(LatticeError, match=r"^Large\(.*with exact=16.*got 300"):
+            settle()
 
 
 def test_no_error_hides_another(other):

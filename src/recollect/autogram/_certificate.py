@@ -234,7 +234,7 @@ def tolerance_of(graph: Graph) -> tuple[float, float]:
     dtypes = {out.dtype for k in numbers for out in graph.nodes[k]._input_metadata}
     found = [dtype for dtype in dtypes if dtype.is_floating_point]
     tolerance = max((_TOLERANCES.get(dtype, _LOW_PRECISION) for dtype in found), default=1e-8)
-    if torch.float32 in found and graph.nodes[0]._input_metadata[0].device.type != "cpu":
+    if torch.float32 in found and forms_of(graph.nodes[0]._input_metadata[0].device).tensor_floats:
         tolerance = max(tolerance, _TF32)
     return tolerance, max((torch.finfo(dtype).eps for dtype in found), default=2e-16)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autogram._factors import (
     Blocks,
     Factor,
@@ -37,22 +38,12 @@ from recollect.autogram._pieces import (
     slab_pieces,
 )
 from recollect.autogram._products import product
-from recollect.autogram._square import Space, SquareSum, of_device, wide
+from recollect.autogram._square import Space, SquareSum, wide
 
 __all__ = ["add_cross", "add_gramian", "gramian", "with_bias"]
 
-# How many bytes of rows are formed at once: in a CPU's cache, a launch's worth on a GPU.
-_PIECE = {"cpu": 2**23, "cuda": 2**26}
-# The same of dense layers' rows, which are most of the work: as many as they are formed from, within these bounds.
-# (More than 32 MiB, the C library takes page by page from the system each time, which takes as long as forming them.)
-_LEAST, _MOST = {"cpu": 2**22, "cuda": 2**26}, {"cpu": 2**24, "cuda": 2**28}
 # How many bytes of rows are held at once where they have to be formed whole.
 _WHOLE = 2**27
-# Products of pairs of positions are computed for so many objectives by all that come behind, below the diagonal. (Three
-# positions, 256 objectives: a fourth less time than position by position; sixteen: half.)
-_COLUMNS = {"cpu": 32, "cuda": 1024}
-# The same of a single position, whose products are narrower.
-_SINGLE = {"cpu": 128, "cuda": 1024}
 # From so many objectives on, those of a single position are written to memory that is there.
 _MANY = 256
 # A product of two scalars that waits for memory costs as much as so many in a matrix product.
@@ -80,7 +71,7 @@ def add_gramian(total: SquareSum, factors: Sequence[Factor]) -> None:
         _add_outer(total, only)
     elif isinstance(only, Picked | Lookups):
         (entries,) = entries_of(only)
-        step = max(1, of_device(_PIECE, total.device) // (only.num_rows * only.shape[1] * total.dtype.itemsize))
+        step = max(1, forms_of(total.device).row_bytes // (only.num_rows * only.shape[1] * total.dtype.itemsize))
         for piece in lookup_pieces(entries, step, total.dtype):
             total.add_product(piece)
     elif isinstance(only, Blocks):
@@ -138,7 +129,7 @@ def _add_outer(total: SquareSum, factor: Outer) -> None:
         for piece in pieces:
             total.add_product(piece)
     else:
-        step = max(1, of_device(_PIECE, factor.left.device) // (m * a * b * total.dtype.itemsize))
+        step = max(1, forms_of(factor.left.device).row_bytes // (m * a * b * total.dtype.itemsize))
         for piece in group_pieces(factor, step):
             total.add_product(piece)
 
@@ -177,8 +168,9 @@ def _add_pairs(total: SquareSum, factor: Outer) -> None:
         for one, other in zip(left[:, :, 0], right[:, :, 0], strict=True):
             total.add_products((one, one), (other, other))
         return
-    elements = max(1, of_device(_PIECE, left.device) // (total.dtype.itemsize * T * T * G))
-    width = min(of_device(_COLUMNS if T > 1 else _SINGLE, left.device), math.isqrt(elements))
+    elements = max(1, forms_of(left.device).row_bytes // (total.dtype.itemsize * T * T * G))
+    forms = forms_of(left.device)
+    width = min(forms.position_columns if T > 1 else forms.single_columns, math.isqrt(elements))
     height = elements // width
     for j in range(0, m, width):
         columns = slice(j, min(j + width, m))
@@ -250,7 +242,7 @@ def _cross_outer(block: Tensor, first: Outer, second: Outer) -> None:
         return
     if m * n * (a + b + _ELEMENT) * T * S < (m * T + n * S + m * n) * a * b:
         (left, right), (under, beside) = _by_groups(first, block.dtype), _by_groups(second, block.dtype)
-        step = max(1, int((of_device(_PIECE, block.device) / (block.itemsize * T * S * G)) ** 0.5))
+        step = max(1, int((forms_of(block.device).row_bytes / (block.itemsize * T * S * G)) ** 0.5))
         for i, j in itertools.product(range(0, m, step), range(0, n, step)):
             rows, columns = slice(i, min(i + step, m)), slice(j, min(j + step, n))
             block[rows, columns] += _pairs((left, under), (right, beside), rows, columns)
@@ -285,16 +277,16 @@ def _multiply(block: Tensor, first: Tensor, second: Tensor) -> None:
 
 def _step(block: Tensor, elements: int) -> int:
     """Return how many parts of so many elements each are formed at once for all rows and all columns."""
-    return max(1, of_device(_MOST, block.device) // (block.itemsize * max(1, sum(block.shape) * elements)))
+    return max(1, forms_of(block.device).dense_bytes[1] // (block.itemsize * max(1, sum(block.shape) * elements)))
 
 
 def _rows_at_once(total: SquareSum, factors: Sequence[Factor]) -> int:
     return min(
-        factors[0].num_rows, max(1, of_device(_PIECE, total.device) // (total.dtype.itemsize * row_elements(factors)))
+        factors[0].num_rows, max(1, forms_of(total.device).row_bytes // (total.dtype.itemsize * row_elements(factors)))
     )
 
 
 def _elements_at_once(total: SquareSum, sources: int | None) -> int:
     """Return how many elements of rows to form at once from so many (None: unknown)."""
-    least, most = (of_device(bounds, total.device) // total.dtype.itemsize for bounds in (_LEAST, _MOST))
+    least, most = (bound // total.dtype.itemsize for bound in forms_of(total.device).dense_bytes)
     return max(1, most if sources is None else min(max(least, sources), most))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from recollect._devices import forms_of
+
 __all__ = ["counts_up"]
 
 # Indices on other devices than the CPU that were seen: their version, and whether they count, once that was read.
@@ -24,7 +26,7 @@ def counts_up(index: Tensor) -> bool:
     On other devices than the CPU reading waits. There an index is read when it is seen the second time, and anew when
     it has changed. One that is new in each call is never read, and taken for any other.
     """
-    if index.is_cpu:
+    if forms_of(index.device).reads_at_once:
         return _read(index)
     version = -1 if index.is_inference() else index._version
     kind = index.device, len(index)

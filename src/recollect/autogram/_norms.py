@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autogram._factors import Factor, Lookups, Outer, Picked, Rows, form_rows, merge, row_elements
 from recollect.autogram._lookups import laid_out, places_of
-from recollect.autogram._square import of_device
 
 __all__ = ["squared_norms"]
-
-# How many bytes of rows, or of products of positions, are formed at once.
-_PIECE = {"cpu": 2**22, "cuda": 2**26}
 
 
 def squared_norms(factors: Sequence[Factor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -92,7 +89,7 @@ def _of_lookups(factor: Picked | Lookups, dtype: torch.dtype) -> Tensor:
 
 def _at_once(elements: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return for how many objectives so many elements each are formed at once."""
-    return max(1, of_device(_PIECE, device) // (dtype.itemsize * max(1, elements)))
+    return max(1, forms_of(device).norm_bytes // (dtype.itemsize * max(1, elements)))
 
 
 def _in_parts(m: int, step: int, squares: Callable[[slice], Tensor]) -> Tensor:

@@ -16,12 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autogram._capture import Recorder
 from recollect.autogram._choice import Choice
 from recollect.autogram._factors import Rows
 from recollect.autogram._groups import in_groups
 from recollect.autogram._plan import Plan, plan_rows
-from recollect.autogram._square import of_device, wide
+from recollect.autogram._square import wide
 from recollect.autogram._structure import Layouts
 from recollect.autogram._sums import Gather, NormSum, Sum, WholeSum
 from recollect.autogram._sweep import Sweep
@@ -38,10 +39,6 @@ __all__ = [
     "rank_passes",
     "rows_of_features",
 ]
-
-# Where no layer has as many elements for one loss, calls cost a GPU more than the work, and all losses go at once. On a
-# CPU one after the other is as fast.
-_SMALL = {"cpu": 0, "cuda": 2**20}
 
 # Gradients of so many elements are taken one by one from a pass, which otherwise holds them a second time. (Below that
 # it would save little, and a call for each parameter takes time.)
@@ -330,7 +327,7 @@ class _AtOnce(Passes):
         job, m = self.job, self.rows
         if m <= 1 or job.known.in_turn or m * 3 * job.elements() * job.dtype.itemsize > job.bound:
             return False
-        slow = job.elements() < of_device(_SMALL, job.output.device)
+        slow = job.elements() < forms_of(job.output.device).small_layer
         if not slow and not (holds and _InTurn(job, self.parameters).fit < m):
             return False
         return m * sum(job.parameters[key].numel() for key in self._plan.dense) * job.dtype.itemsize <= job.bound

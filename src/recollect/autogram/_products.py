@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
+
 __all__ = [
     "CALL",
     "batched_gain",
@@ -97,7 +99,7 @@ def _is_for_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether these are plain tensors of the kind that oneDNN multiplies, and it is there."""
     plain = type(left) is Tensor and type(right) is Tensor and len(right) > 0
     differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if not plain or differentiated or not (left.is_cpu and right.is_cpu):
+    if not plain or differentiated or not (forms_of(left.device).onednn and forms_of(right.device).onednn):
         return False
     return left.dtype == right.dtype == torch.float32 and _has_onednn()
 

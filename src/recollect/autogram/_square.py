@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autogram._products import is_by_onednn, product
 
-__all__ = ["Space", "SquareSum", "of_device", "on_one_another", "padded_rows", "padded_zeros", "wide"]
+__all__ = ["Space", "SquareSum", "on_one_another", "padded_rows", "padded_zeros", "wide"]
 
-# The blocks are columns of so many: narrower ones leave out more of the upper half, and keep the processor less busy.
-# (Measured on CPU, 128 rows of 16,384: a whole product at 94 GFlop/s, columns of 32 at 80, of 16 at 68; with 32 rows,
-# those of 16 take 7 to 15 % less time; with 256 rows and more, those of 64 as long as those of 32 by oneDNN, and on an
-# Intel Xeon 11 to 16 % longer by its own library.)
-_WIDTH = {"cpu": 32, "cuda": 256}
-# The same where two products are multiplied entry by entry.
-_PAIRED = {"cpu": 128, "cuda": 1024}
-# The upper half is filled in blocks of so many rows. (All at once, 2,048 rows take as long as a layer of 512; 256 rows
-# in blocks of 64 take two thirds of the time of one of 256.)
-_MIRRORED = {"cpu": 64, "cuda": 4096}
-# Long rows, if there are few of them, are multiplied in so many parts at once, a core each: processors share one
-# product of thin matrices badly. (Measured on 2 cores: 32 rows of 65,792 are 10 % faster, 128 rows 6 %, 256 rows none.)
-_PARTS, _LONG, _FEW = {"cpu": 4, "cuda": 1}, 2**14, 128
+# Rows of so many elements are long, and so many of them few: they are multiplied in parts.
+_LONG, _FEW = 2**14, 128
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -32,11 +20,6 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     return widest
-
-
-def of_device(numbers: Mapping[str, int], device: torch.device) -> int:
-    """Return which of two numbers was tuned for a device: that of "cpu", or that of "cuda" for all others."""
-    return numbers["cpu" if device.type == "cpu" else "cuda"]
 
 
 def on_one_another(columns: int) -> bool:
@@ -128,7 +111,7 @@ class SquareSum:
         """Add J Jᵀ of J [m, n]."""
         rows = rows.to(self.dtype)
         m, n = rows.shape
-        width = of_device(_WIDTH, self.device)
+        width = forms_of(self.device).columns
         if is_by_onednn(rows, rows[:width]):
             width *= 1 + (m > 4 * width)
             for start in range(0, m, width):
@@ -136,7 +119,7 @@ class SquareSum:
             return
         if m <= width:
             width //= 2
-        parts = of_device(_PARTS, self.device) if n >= _LONG and m <= _FEW else 1
+        parts = forms_of(self.device).thin_parts if n >= _LONG and m <= _FEW else 1
         done = n // parts * parts if parts > 1 else 0
         split = torch.unflatten(rows[:, :done], 1, (parts, done // parts)).transpose(0, 1)  # [parts, m, n / parts]
         for start in range(0, m, width):
@@ -149,7 +132,7 @@ class SquareSum:
     def add_products(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
         """Add (a bᵀ) ∘ (c dᵀ) of left = (a, b) [m, p] and right = (c, d) [m, q], of which the lower half counts."""
         m = len(left[0])
-        width = of_device(_PAIRED, self.device)
+        width = forms_of(self.device).paired_columns
         spaces = self.space(2 * width).view(2, -1)
         for start in range(0, m, width):
             block = self._lower[start:, start : start + width]
@@ -168,7 +151,7 @@ class SquareSum:
 
     def total(self) -> Tensor:
         """Return the sum [m, m], symmetric; it is the memory that is summed in."""
-        width = of_device(_MIRRORED, self.device)
+        width = forms_of(self.device).mirrored_rows
         for start in range(0, len(self._lower), width):
             stop = start + width
             corner = self._lower[start:stop, start:stop]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._devices import forms_of
 from recollect._modules import check_unhooked, in_evaluation
+from recollect._transfer import sent
 from recollect.autoscale._adjacency import adjacency_of, first_rows
 from recollect.autoscale._batch import Batch
 from recollect.autoscale._exchange import Exchange
@@ -199,12 +201,12 @@ class LayerWise:
         yield from waiting
 
     def _evaluate(self, layer: int, sub: SubData, batch: Batch, take: Take) -> Tensor:
-        data = sub.data.to(self._device)
+        data = sub.data.to(self._device, non_blocking=forms_of(self._device).sends_at_once)
         adj_t = adjacency_of(data)
         batch.check_inputs(data.x, adj_t)
         given = {name: data[name] for name in self._model.inputs}
         state = given | self._take_state(layer, batch)
-        x = data.x if take is None else take().to(self._device, self._dtype)
+        x = data.x if take is None else sent(take(), self._device).to(self._dtype)
         own = first_rows(adj_t, batch.size)
         if layer == 0:
             self._model.look_at_layers(x, own, given)
@@ -241,7 +243,7 @@ class _Result:
         start, stop = nodes
         if not self.rows.numel():
             self.rows = out.new_empty(stop - start, out.size(-1), device=self._device)
-        self.rows.index_copy_(0, numbers_of(batch.rows).to(self._device) - start, out.to(self._device))
+        self.rows.index_copy_(0, sent(numbers_of(batch.rows), self._device) - start, out.to(self._device))
 
 
 def _no_mini_batch(found: object) -> TypeError:
@@ -280,7 +282,7 @@ def _name(batch: Batch) -> Slices:
 def _moved(value: Any, device: torch.device) -> Any:
     """Move the tensors in a layer's state, also those in tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        moved = value.to(device)
+        moved = sent(value, device)
         # The rows of a batch may be a view of those of its halo too, which need not stay.
         return moved.clone() if moved is value and value.untyped_storage().nbytes() > value.nbytes else moved
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect._util._tree import Tree, tensors_of
 from recollect.autoscale._adjacency import adjacency_of, first_rows
 from recollect.autoscale._conditions import Plain
@@ -78,7 +79,7 @@ class GradientSweep:
 
     def _send_back(self, layer: int, number: int, sub: SubData) -> None:
         """Add what one mini-batch's targets in a layer send to the layers below."""
-        adj_t = first_rows(adjacency_of(sub.data).to(self._parameter.device), sub.batch_size)
+        adj_t = first_rows(sent(adjacency_of(sub.data), self._parameter.device), sub.batch_size)
         last = layer == self._model.num_layers - 1
         n_id = sub.n_id.to("cpu", torch.int64)  # which ranks have which of them is then found out once
         if last:
@@ -99,7 +100,7 @@ class GradientSweep:
             if last:
                 value = self._loss(self._model.readout(out, state), sub)
             else:
-                value = (out * self._found[layer][own.to(out.device)].to(out)).sum()
+                value = (out * self._found[layer][sent(own, self._found[layer].device)].to(out)).sum()
             asked = [x, *outputs.values(), *([out] if last else [])]
             grads = torch.autograd.grad(value, asked, allow_unused=True)
         if layer > 1:
@@ -125,7 +126,7 @@ class GradientSweep:
 
     def _input(self, layer: int, sub: SubData, n_id: Tensor) -> Tensor:
         if layer == 0:
-            features: Tensor = sub.data.x.to(self._parameter.device)
+            features: Tensor = sent(sub.data.x, self._parameter.device)
             return features
         return self._histories[layer - 1].begin_pull(n_id, "rows of a mini-batch")().to(self._parameter)
 
@@ -143,4 +144,4 @@ class GradientSweep:
         if layer not in self._found:
             self._found[layer] = rows.new_zeros(self._num_nodes, rows.size(1), requires_grad=False)
         if grad is not None:
-            self._found[layer].index_add_(0, own.to(rows.device), grad)
+            self._found[layer].index_add_(0, sent(own, rows.device), grad)

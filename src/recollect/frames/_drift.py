@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._devices import widened
+from recollect._devices import forms_of, widened
 from recollect._torch import is_fake, is_traceable_wrapper_subclass
 from recollect._transfer import sent
 from recollect._verdicts import arrive, later
@@ -146,7 +146,7 @@ class DriftProbe:
             for tensor, (index, value) in zip(parts_of(tensors), self._samples, strict=True):
                 if value.is_floating_point() or value.is_complex():
                     squares.append((_square_of(torch.take(tensor.detach(), index) - value), _square_of(value)))
-            if all(square.is_cpu for pair in squares for square in pair):
+            if all(forms_of(square.device).reads_at_once for pair in squares for square in pair):
                 error, norm = (sum(map(float, side)) for side in zip(*[(0.0, 0.0), *squares], strict=True))
                 if norm > 0 or error > 0:
                     self._gauge.record(math.sqrt(error / norm) if norm > 0 else math.inf)
@@ -156,14 +156,14 @@ class DriftProbe:
 
 def _drift_of(squares: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the relative error on its device, for squares of errors and of norms; -1 if all are zero."""
-    device = next(error.device for error, _ in squares if not error.is_cpu)
+    device = next(error.device for error, _ in squares if not forms_of(error.device).reads_at_once)
     errors, norms = (torch.stack([square.to(device) for square in side]).sum() for side in zip(*squares, strict=True))
     return torch.where((norms == 0) & (errors == 0), -1.0, (errors / norms).sqrt())
 
 
 def _square_of(tensor: Tensor) -> Tensor:
     """Return the sum of the squares in double precision, where the device has it."""
-    if tensor.is_cpu and tensor.is_floating_point():
+    if forms_of(tensor.device).double_sums and tensor.is_floating_point():
         norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
         return norm * norm
     wide = widened(tensor.abs() if tensor.is_complex() else tensor)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import as_count
+from recollect._devices import forms_of
 from recollect._torch import is_fake, is_in_transform, is_recorded
 from recollect._verdicts import later
 from recollect.frames._chain import slot_of
@@ -185,7 +186,7 @@ class Lattice:
         """
         if not _has_values(stream):
             return
-        if stream.is_cpu:
+        if forms_of(stream.device).reads_at_once:
             if _largest(*torch.aminmax(stream.detach())) < self.limit(stream.dtype):  # some times faster than a norm
                 return
             for group, maker in zip(groups, makers, strict=True):

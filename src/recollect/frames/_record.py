@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from recollect._devices import forms_of
 from recollect._storages import storages_of
 from recollect._torch import preserving_versions
 from recollect.frames._bits import bits_of
@@ -78,7 +79,7 @@ class Buffer:
                 return
             if module.training not in known.seen and tensor.numel() <= _LARGE:
                 self.then = tensor.detach().clone()  # in case it is written in a way that nothing tells of
-            if tensor.device.type == "cpu":  # elsewhere, comparing values would wait for the device
+            if forms_of(tensor.device).reads_at_once:  # elsewhere, comparing values would wait for the device
                 before = known.marks.get(name)
                 if before is not None and before[0]() is tensor and before[1] == self.version:
                     self.mark = before[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 
+from recollect._devices import forms_of
+from recollect._torch import is_fake, is_recorded
+from recollect._verdicts import later
 from recollect.frames import in_backward
 from recollect.invertible._algebra import channels_log_det, wide
 from recollect.invertible._module import Module
 
 __all__ = ["ActNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+def _raise_for(name: str, lost: Sequence[int]) -> None:
+    """Refuse an inverse where channels have lost their input."""
+    if any(lost):
+        raise ValueError(
+            f"{name}: the weight of channel(s) {[k for k, each in enumerate(lost) if each]} is 0, or so small beside "
+            "the bias that the output has lost the input; keep it away from 0, or set invertible=False"
+        )
 
 
 class _Read:
@@ -60,7 +73,8 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
 
     Raises:
         ValueError: as torch's layer, and for another number of channels; in the inverse, a weight of zero (or none
-            beside its bias), or no statistics.
+            beside its bias), or no statistics. On devices other than the CPU the inverse returns NaN for such a
+            channel, and the error comes with a later region, or with :func:`recollect.frames.settle`.
 
     Example:
         >>> import torch, recollect.invertible as inn
@@ -150,15 +164,14 @@ class _BatchNorm(Module, batchnorm._BatchNorm):
         if self.weight is not None:
             limits = torch.finfo(self.weight.dtype)
             lost = self.weight.abs() <= (limits.eps * self.bias.abs()).clamp_min(limits.tiny)
-            if in_backward() and lost.device.type != "cpu":
-                # To ask would wait for the device, at every step: what is lost becomes no number, and so do gradients.
+            if not forms_of(lost.device).reads_at_once:
+                # To ask would wait for the device: what is lost becomes no number, and so do gradients.
                 scale = torch.where(lost, torch.nan, scale)
+                if not in_backward() and not is_recorded() and not is_fake(lost):
+                    name = type(self).__name__
+                    later([lost.int()], lambda numbers: _raise_for(name, numbers[0]))
             elif lost.any():
-                raise ValueError(
-                    f"{type(self).__name__}: the weight of channel(s) {lost.nonzero().flatten().tolist()} is 0, or so "
-                    "small beside the bias that the output has lost the input; keep it away from 0, or set "
-                    "invertible=False"
-                )
+                _raise_for(type(self).__name__, lost.tolist())
             y, scale = y - self._along(self.bias, y), scale * self.weight
         return y / self._along(scale, y) + self._along(mean, y)
 

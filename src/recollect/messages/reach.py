@@ -202,8 +202,10 @@ class Probe:
 
     @torch.enable_grad()
     def run(self, block: Any) -> None:
-        """Run a block itself on the graph; what it draws are constants."""
-        _run(block, self.rows, self.edge_index, self.edges, Constant())
+        """Run a block itself on the graph, on its device; what it draws are constants."""
+        device = next((parameter.device for parameter in module_of(block).parameters()), self.rows.device)
+        edges = {name: value.to(device) for name, value in self.edges.items()}
+        _run(block, self.rows.to(device), self.edge_index.to(device), edges, Constant())
 
     def _at(self, nodes: int, block: Any) -> bool:
         """Return whether a block does for so many nodes what it does for one more, which has no edges."""

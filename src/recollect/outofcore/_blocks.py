@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from recollect._devices import forms_of
 from recollect._modules import in_evaluation
 from recollect.messages.reach import Probe, Reach, kind_of, module_of
 from recollect.models import RevGNN
@@ -15,6 +16,8 @@ from recollect.outofcore._network import Graph
 from recollect.outofcore._writes import Writes
 
 __all__ = ["Blocks", "dtype_of", "place_of"]
+
+_EXTREME = ("max", "min")
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,16 @@ class Blocks:
         """
         self._accept(self._observe())
 
-    def computed_alone(self, layer: int, group: int) -> bool:
-        """Return whether the convolutions of a block can be computed for the nodes of a part alone."""
-        return self._kinds.get(self._kind_at[layer, group], False)
+    def computed_alone(self, layer: int, group: int, device: torch.device) -> bool:
+        """Return whether the convolutions of a block can be computed for the nodes of a part alone.
+
+        That was seen on the CPU: it does not hold where a device calls convolutions that the CPU computes by products.
+        """
+        if not self._kinds.get(self._kind_at[layer, group], False):
+            return False
+        forms, block = forms_of(device), self._model.layer(layer)._blocks()[group]
+        extreme = not forms.reductions and any(getattr(m, "aggr", "") in _EXTREME for m in module_of(block).modules())
+        return forms.convolutions and not extreme
 
     def watch(self, writes: Writes) -> None:
         """Run each block that writes buffers once, in the network's order."""

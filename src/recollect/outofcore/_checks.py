@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect._modules import check_unhooked
 from recollect.autoscale import ScalableGNN
 from recollect.messages.reach import copied
 from recollect.models import RevGNN
+from recollect.outofcore._crossing import device_of
 from recollect.reversible import GroupAddRev
 
 __all__ = [
@@ -30,11 +31,11 @@ def check_network(model: Any) -> None:
 
     Raises:
         TypeError: another kind of network.
-        ValueError: it, or a layer, runs something else too; or it is on another device than the CPU.
+        ValueError: it, or a layer, runs something else too; or it is on several devices.
     """
     if not isinstance(model, RevGNN):
         raise TypeError(f"model must be a recollect.models.RevGNN (got {type(model).__name__})")
-    _check_place(model)
+    device_of(model)
     for method in ("forward", "_mask", "__call__"):
         if getattr(type(model), method) is not getattr(RevGNN, method):
             raise TypeError(
@@ -52,14 +53,14 @@ def check_layered(model: Any) -> None:
 
     Raises:
         TypeError: another kind of network, or one that runs its layers in its own order.
-        ValueError: hooks on it, which would not be called; or it is on another device than the CPU.
+        ValueError: hooks on it, which would not be called; or it is on several devices.
     """
     if not isinstance(model, ScalableGNN):
         raise TypeError(
             "model must be a recollect.models.RevGNN, or another recollect.autoscale.ScalableGNN (got "
             f"{type(model).__name__})"
         )
-    _check_place(model)
+    device_of(model)
     for method in ("forward", "__call__", "run_layers", "run_layer"):
         if getattr(type(model), method) is not getattr(ScalableGNN, method):
             raise TypeError(
@@ -67,16 +68,6 @@ def check_layered(model: Any) -> None:
                 "part: write forward_layer, which goes over edges, and readout, which goes row by row"
             )
     check_unhooked([("model", model)], backward=True)
-
-
-def _check_place(model: nn.Module) -> None:
-    places = sorted({str(parameter.device) for parameter in model.parameters()} - {"cpu"})
-    if places:
-        raise ValueError(
-            f"the network has parameters on {', '.join(places)}, but WholeGraph computes its parts on the CPU: call "
-            "model.cpu() before. On an accelerator choose mini-batches with histories, model(batch.data.x, "
-            "batch.data.adj_t, *batch[1:]), whose histories may lie in host memory or in files"
-        )
 
 
 def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
@@ -127,7 +118,7 @@ def check_rows(model: RevGNN, x: Tensor) -> None:
     Raises:
         ValueError: a row depends on others.
     """
-    copied(model, [model.layers]).check_rows(x)
+    copied(model, [model.layers]).check_rows(x.to(device_of(model)))
 
 
 def inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ class Layered(Network):
         self._probe = Probe(graph.edges, x.size(1), x.dtype)
         with in_evaluation(model):
             self.look = self._looked = look_at(model, self._probe)
-        self._mode: Any = None
+        self._looks: dict[Hashable, Look] = {}  # of the last two modes: those of training and evaluation take turns
 
     def tables(self) -> dict[str, Shape]:
         """See :class:`Network`."""
@@ -113,16 +113,19 @@ class Layered(Network):
                 "make another WholeGraph"
             )
         self.check_norms()
-        mode = kind_of(self.model), [p.requires_grad for p in self.model.parameters()]
-        if mode == self._mode:
+        mode = kind_of(self.model), tuple(p.requires_grad for p in self.model.parameters())
+        if mode in self._looks:
+            self.look = self._looks[mode]
             return
-        self.look = look_at(self.model, self._probe)
-        if _shapes(self.look) != _shapes(self._looked):
+        look = look_at(self.model, self._probe)
+        if _shapes(look) != _shapes(self._looked):
             raise ValueError(
                 "the layers return, or leave in their state, tensors of other shapes than when the WholeGraph was "
                 "made, in evaluation mode: make another WholeGraph, or leave the same in both modes"
             )
-        self._mode = mode
+        self.look = self._looks[mode] = look
+        while len(self._looks) > 2:
+            del self._looks[next(iter(self._looks))]
 
     def draw(self) -> None:
         """Nothing is drawn for the whole graph: what layers draw, they draw for each part."""
@@ -229,7 +232,7 @@ class LayeredStep(Step):
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
-        x, state, _ = self._last(part)
+        part, (x, state, _) = self._crossing.there(part, self._last(part))
         with self._writes.again(f"layer {len(self._layers)}"):
             return self._model.readout(x, state)
 
@@ -256,10 +259,8 @@ class LayeredStep(Step):
                 rows = [(self._gradient(len(self._layers), block), first)]
                 for leaf in self._leaves():
                     gradient = found.get(leaf.name)
-                    if gradient is not None and bool(gradient[part.size :].any()):
-                        raise ValueError(
-                            "the readout takes rows of neighbours out of the state, which are for layers alone"
-                        )
+                    if gradient is not None and gradient.size(0) > part.size:
+                        self._look(gradient[part.size :].any(), _check_unused)
                     own = self._zeros(part, leaf.width, block) if gradient is None else gradient[: part.size]
                     rows.append((self._leaf_gradient(leaf, block), own))
                 each = Changes([(self._places.here(name), where, values) for name, values in rows])
@@ -283,7 +284,9 @@ class LayeredStep(Step):
         return [leaf for leaf in self._of.look.leaves if leaf.trains]
 
     def _zeros(self, part: Part, width: int, block: range) -> Tensor:
-        return torch.zeros(part.size, self.objectives.width(width, block), dtype=self._of.dtype, device="cpu")
+        return torch.zeros(
+            part.size, self.objectives.width(width, block), dtype=self._of.dtype, device=self._crossing.device
+        )
 
     def _cleared(self, changes: Changes, layer: int, part: Part, block: range) -> Changes:
         """Let the gradient of a layer's input, to which the next pass adds, begin with zeros."""
@@ -333,7 +336,9 @@ class LayeredStep(Step):
 
         def changes() -> Iterator[Changes]:
             for block in self.objectives.blocks:
-                each = self._read_gradients(layer, part, block) if block.start else gradients
+                each = gradients
+                if block.start:
+                    each = self._crossing.rows(self._read_gradients(layer, part, block))
                 pulled = self.objectives.pull(outputs, each, inputs, parameters, block)
                 self._add(parameters, pulled, block)
                 yield self._cleared(self._added(layer, part, block, inputs, pulled.rows), layer - 1, part, block)
@@ -352,6 +357,11 @@ class LayeredStep(Step):
             found[name] = found[name] + _flat(gradient) if name in found else _flat(gradient)
         where, places = (part.start, part.stop), self._places
         return Changes(added=[each for name in found for each in places.sums(name, where, part.halo, found[name])])
+
+
+def _check_unused(found: Tensor) -> None:
+    if bool(found):
+        raise ValueError("the readout takes rows of neighbours out of the state, which are for layers alone")
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from recollect._util._tree import Tree, others_of
 from recollect.autoscale import ScalableGNN
 from recollect.messages import adjacency_of_edges
 from recollect.messages.reach import DRAWING, Constant, Cut, Probe, same
+from recollect.outofcore._crossing import device_of
 from recollect.outofcore._tables import Shape
 from recollect.outofcore._writes import Writes
 
@@ -119,7 +120,7 @@ class _Observer:
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(own):
                 continue
-            moved = value.detach().clone()
+            moved = value.detach().cpu().clone()
             if isinstance(value, nn.Parameter):
                 if value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
@@ -168,9 +169,10 @@ def watch(model: ScalableGNN, probe: Probe, look: Look, writes: Writes) -> None:
     modules = [child for child in model.children() if child is not model.histories]
     own = [*model.buffers(recurse=False), *(buffer for module in modules for buffer in module.buffers())]
     buffers = list({id(buffer): buffer for buffer in own}.values())
-    nodes = probe.rows.size(0)
-    adj_t = adjacency_of_edges(probe.edge_index, probe.edges[_WEIGHTS], nodes, nodes)
-    x, state = probe.rows, {name: value for name, value in probe.edges.items() if name != _WEIGHTS}
+    nodes, device = probe.rows.size(0), device_of(model)
+    edges = {name: value.to(device) for name, value in probe.edges.items()}
+    adj_t = adjacency_of_edges(probe.edge_index.to(device), edges[_WEIGHTS], nodes, nodes)
+    x, state = probe.rows.to(device), {name: value for name, value in edges.items() if name != _WEIGHTS}
 
     def run(layer: int) -> None:
         nonlocal x

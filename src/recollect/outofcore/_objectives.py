@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from recollect._devices import widened
 from recollect.autogram import Certificate
 from recollect.outofcore._leaves import without_hooks
 
@@ -225,10 +226,10 @@ def certify(certificate: Certificate, found: Weighed, gradients: Iterable[Tensor
     gradients = list(gradients)
     dtype = found.losses.dtype
     tolerance, eps = _TOLERANCES.get(dtype, 5e-2), torch.finfo(dtype).eps
-    gramian, w = found.gramian.double(), found.weights.double()
-    squared = sum((g.double().square().sum() for g in gradients), torch.zeros((), dtype=torch.float64))
+    gramian, w = widened(found.gramian), widened(found.weights)
+    squared = sum((widened(g).square().sum() for g in gradients), gramian.new_zeros(()))
     norm = w.abs() @ gramian.diagonal().clamp(min=0).sqrt()
-    noise = _NOISE * eps * (w.abs() @ found.losses.double().abs().clamp(min=1))
+    noise = _NOISE * eps * (w.abs() @ widened(found.losses).abs().clamp(min=1))
     bound = norm.square() + (2 * norm * noise + noise.square()) / tolerance
     names = ("wᵀ G w", "‖Jᵀ w‖²", "(Σ |w_i| √G_ii)²")
     certificate.compare((w @ gramian @ w, squared, bound, norm.square()), tolerance, names, advice=_ADVICE)

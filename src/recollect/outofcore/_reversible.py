@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._devices import widened
 from recollect._modules import in_evaluation
 from recollect.frames import Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
@@ -18,6 +19,7 @@ from recollect.messages.reach import DRAWING, Constant
 from recollect.models import RevGNN
 from recollect.outofcore._blocks import Blocks, dtype_of, place_of
 from recollect.outofcore._checks import check_network, check_rows
+from recollect.outofcore._crossing import device_of
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
 from recollect.outofcore._parts import Part
@@ -123,7 +125,7 @@ class Reversible(Network):
 
     def watch(self, writes: Writes) -> None:
         """See :class:`Network`."""
-        model = self.model
+        model, device = self.model, device_of(self.model)
         buffers = [buffer for module in model.around() for buffer in module.buffers()]
 
         def run(what: Callable[[Tensor], Tensor], rows: Tensor) -> None:
@@ -131,10 +133,10 @@ class Reversible(Network):
                 what(rows)
 
         if buffers:
-            writes.watch("embed", buffers, partial(run, model.embed, self._features))
+            writes.watch("embed", buffers, partial(run, model.embed, self._features.to(device)))
         self.blocks.watch(writes)
         if buffers:
-            rows = torch.ones(1, self.hidden, dtype=self.dtype, device="cpu")
+            rows = torch.ones(1, self.hidden, dtype=self.dtype, device=device)
             writes.watch("classify", buffers, partial(run, model.classify, rows))
 
     def uses(self) -> Counter[nn.Parameter]:
@@ -257,7 +259,7 @@ class ReversibleStep(Step):
         if part.further:  # the one row for all that is further away, which is there to be counted
             z = torch.cat([z, z.new_zeros(1, z.size(1))])
             mask = None if mask is None else torch.cat([mask, mask.new_ones(1, mask.size(1))])
-        own = for_targets(part.size) if of.blocks.computed_alone(layer, group) else contextlib.nullcontext()
+        own = for_targets(part.size) if of.blocks.computed_alone(layer, group, z.device) else contextlib.nullcontext()
         with own, self._drawn(layer, group, part.number), self._writes.again(place_of(layer, group)):
             y: Tensor = of.block(layer, group)(z, part.edge_index, mask, *part.edges.values())
         return y[: part.size]
@@ -269,8 +271,9 @@ class ReversibleStep(Step):
 
     def logits(self, part: Part) -> Tensor:
         """See :class:`Step`."""
+        _, groups = self._crossing.there(part, self.groups_of(part))
         with self._writes.again("classify"):
-            return self._model.classify(self.groups_of(part))
+            return self._model.classify(groups)
 
     # The loss.
 
@@ -326,9 +329,10 @@ class ReversibleStep(Step):
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
                 inputs = [self._name(i, block) for i in self._inputs(group) for block in self.objectives.blocks]
                 self._places.turn([f"x{group}", *inputs])
-        self._errors = self._norms = 0.0
+        self._squares: Tensor | None = None  # of the error, and of what is true
         self._pass(self.groups_of, self._leave, self._of.around())
-        self.drift = (self._errors / self._norms) ** 0.5 if self._norms else 0.0
+        errors, norms = (0.0, 0.0) if self._squares is None else self._squares.tolist()
+        self.drift = (errors / norms) ** 0.5 if norms else 0.0
 
     def _backward(
         self, layer: int, group: int, parameters: list[nn.Parameter], part: Part, rows: tuple[Read, Tensor]
@@ -349,7 +353,7 @@ class ReversibleStep(Step):
 
         def changes() -> Iterator[Changes]:
             for block in self.objectives.blocks:
-                gradient = self._read_gradient(group, block, part) if block.start else first
+                gradient = self._crossing.rows(self._read_gradient(group, block, part)) if block.start else first
                 pulled = self.objectives.pull([y], [gradient], [z], parameters, block)
                 self._add(parameters, pulled, block)
                 if pulled.rows[0] is not None:
@@ -378,11 +382,12 @@ class ReversibleStep(Step):
         with torch.enable_grad(), self._writes.again("embed"):
             h = self._model.embed(part.x)
         true = self._entered(h).detach()
-        self._errors += float((found - true).square().sum())
-        self._norms += float(true.square().sum())
+        squares = widened(torch.stack([(found - true).square().sum(), true.square().sum()]))
+        self._squares = squares if self._squares is None else self._squares + squares
         parameters = self._reached([h], [], parameters)
         for block in self.objectives.blocks if parameters else ():
             groups = [self._read_gradient(i, block, part) for i in range(self._model.num_groups)]
+            groups = self._crossing.rows(groups)
             gradient = torch.cat([rows.view(part.size, -1, self._of.shape[0]) for rows in groups], -1).flatten(1)
             self._add(parameters, self.objectives.pull([h], [gradient], [], parameters, block), block)
         return Changes()

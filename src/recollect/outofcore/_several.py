@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from recollect._devices import widened, widest
 from recollect.outofcore._objectives import Criterion, Pulled, as_vector, gradients_of
 
 __all__ = ["SeveralLosses"]
@@ -25,7 +26,7 @@ class SeveralLosses:
         fit: how many losses go together, at the most.
 
     Attributes:
-        gramian: of what was finished so far [m, m] float64.
+        gramian: of what was finished so far [m, m] float64, where there is such.
     """
 
     def __init__(self, criterion: Criterion, uses: Counter[nn.Parameter], fit: int) -> None:
@@ -48,7 +49,7 @@ class SeveralLosses:
         losses = as_vector(self._criterion(logits, y), self._number)
         if self._number is None:
             self._number = losses.numel()
-            self.gramian = torch.zeros(self._number, self._number, dtype=torch.float64, device="cpu")
+            self.gramian = torch.zeros(self._number, self._number, dtype=widest(losses.device), device=losses.device)
         return losses
 
     @property
@@ -142,5 +143,5 @@ class SeveralLosses:
     def _square(self, parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
         rows = gradients.pop(parameter).reshape(self.number, -1)
         assert self.gramian is not None
-        self.gramian += (rows @ rows.T).double()
+        self.gramian += widened(rows @ rows.T)
         self._squared.add(parameter)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.distributed import Shares
-from recollect.frames import RebuildError, bits_of
+from recollect.frames import RandomState, RebuildError, bits_of
 from recollect.messages.reach import DRAWING
+from recollect.outofcore._crossing import Crossing, Late
 from recollect.outofcore._journal import Sums
 from recollect.outofcore._leaves import leaves_of
 from recollect.outofcore._objectives import Objectives, Pulled
@@ -38,6 +39,7 @@ class Space:
         worker: reads ahead and writes behind.
         folder: of the files; ``None``: in memory.
         marks: a row of bytes for each computation of the forward pass, to be compared in backward.
+        crossing: to the device that computes, and back.
         shares: which parts of the graph are here; ``None``: all.
     """
 
@@ -46,6 +48,7 @@ class Space:
     worker: Worker
     folder: Path | None
     marks: PlainRows
+    crossing: Crossing
     shares: Shares | None = None
 
 
@@ -85,6 +88,7 @@ class Step(ABC):
 
     def __init__(self, model: nn.Module, space: Space, run: Run) -> None:
         self.space = space
+        self._crossing, self._late = space.crossing, list[Late]()
         self._objectives, self._writes = run.objectives, run.writes
         self._seed = run.seed
         self._operation = 0
@@ -105,10 +109,11 @@ class Step(ABC):
                     "the unfinished step has gradients of parameters that are not the network's, such as a criterion's "
                     "own, which are not written down: remove step.pt from the store, and begin the step anew"
                 )
-            self._loss = run.journal["loss"]
+            device, loss = self._crossing.device, run.journal["loss"]
+            self._loss = None if loss is None else loss.to(device)
             changed = dict(run.journal["gradients"])
             found = self._sums.read(set(run.journal["known"]) - changed.keys()) | changed
-            self.gradients = {parameters[number]: value for number, value in found.items()}
+            self.gradients = {parameters[number]: value.to(device) for number, value in found.items()}
             for number, value in run.journal["gradients"]:
                 self._sums.write(number, value)
                 self._touched[parameters[number]] = None
@@ -188,12 +193,15 @@ class Step(ABC):
         for index in range(begin, number):
             last = index + 1 == number
             ahead = None if last else worker.submit(load, index + 1)
-            changes = compute(part, rows)
-            parts.leave(part)
+            there, moved = self._crossing.there(part, rows)
+            changes = compute(there, moved)
             if self._sums is not None:
                 known = [self._numbers.get(parameter, _FOREIGN) for parameter in self.gradients]
                 state = {"operation": first + index, "loss": self._loss, "gradients": self._changed, "known": known}
                 changes.state = state
+            changes = self._back(changes)
+            self._crossing.leave(part, there)
+            parts.leave(part)
             if behind is not None:
                 behind.result()
             if ahead is None:
@@ -205,6 +213,18 @@ class Step(ABC):
         if self._objectives is not None:
             self._objectives.hold(self._outside)
             self._objectives.finish(parameters, self.gradients)
+
+    def _back(self, changes: Changes) -> Changes:
+        """Return what an operation does, on the host, behind a look at the numbers that are late."""
+        late, self._late = self._late, []
+        return self._crossing.back(changes, late)
+
+    def _look(self, numbers: Tensor, look: Callable[[Tensor], None]) -> None:
+        """Look at numbers; those of a device come to the host with what the operation changes."""
+        if self._crossing.moves:
+            self._late.append((numbers, look))
+        else:
+            look(numbers)
 
     def _apply(self, changes: Changes, last: bool) -> None:
         """Do what an operation does; the last one of a pass says what its gradients are."""
@@ -237,7 +257,7 @@ class Step(ABC):
             if (
                 number < len(self.objectives.blocks) - 1
             ):  # by the thread that reads and writes, in whose order ranks exchange rows
-                self.space.worker.submit(self.space.tables.apply, changes, False).result()
+                self.space.worker.submit(self.space.tables.apply, self._back(changes), False).result()
                 continue
             first.rows += changes.rows
             first.added += changes.added
@@ -287,19 +307,22 @@ class Step(ABC):
     def _lost(self) -> Tensor:
         """Return the losses, summed up over all parts."""
         if self._loss is None:  # only of nodes of other ranks
-            return torch.zeros(())
+            return torch.zeros((), device=self._crossing.device)
         return self._loss
 
     def _drawn(self, *place: int) -> contextlib.AbstractContextManager[None]:
         """Let what is drawn within depend on the step and a place alone."""
-        return _seeded(hash((self._seed, *place)) & (2**62 - 1))
+        return _seeded(hash((self._seed, *place)) & (2**62 - 1), self._crossing.device)
 
     def _mark(self, place: int, output: Tensor) -> None:
         """Note the bits of what was computed."""
         self._note(place, _sum_of(output))
 
     def _note(self, place: int, numbers: Tensor) -> None:
-        self.space.marks.write((place, place + 1), numbers.view(1, -1).view(torch.uint8))
+        def write(numbers: Tensor) -> None:
+            self.space.marks.write((place, place + 1), numbers.view(1, -1).view(torch.uint8))
+
+        self._look(numbers, write)
 
     def _noted(self, place: int, dtype: torch.dtype) -> Tensor:
         return self.space.marks.read((place, place + 1)).view(dtype).flatten()
@@ -316,11 +339,15 @@ class Step(ABC):
         Raises:
             RebuildError: it is something else.
         """
-        if not torch.equal(self._noted(place, torch.int64), _sum_of(output)):
-            raise RebuildError(
-                f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
-                f"from torch's generators alone, and use deterministic operations{or_else}"
-            )
+
+        def judge(found: Tensor) -> None:
+            if not torch.equal(self._noted(place, torch.int64), found):
+                raise RebuildError(
+                    f"{name}: running it again for backward gave other bits than the forward pass. Draw random numbers "
+                    f"from torch's generators alone, and use deterministic operations{or_else}"
+                )
+
+        self._look(_sum_of(output), judge)
 
 
 def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -331,14 +358,20 @@ def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 def _sum_of(tensor: Tensor) -> Tensor:
     """Return a sum of all bits [1] int64."""
-    return torch.tensor([int(bits_of(tensor) or 0)], dtype=torch.int64)
+    bits = bits_of(tensor)
+    return bits.view(1) if isinstance(bits, Tensor) else torch.tensor([bits or 0], dtype=torch.int64, device="cpu")
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Let torch's generator draw from a seed, and put it back afterwards."""
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch's generators, of the CPU and of a device, draw from a seed, and put them back afterwards."""
     generator = torch.default_generator  # torch.manual_seed also looks for CUDA, each time
-    with DRAWING:
+    with DRAWING, contextlib.ExitStack() as stack:
+        if device.type != "cpu":
+            module = torch.get_device_module(device)
+            stack.enter_context(RandomState([device]).replayed())
+            with getattr(module, "device", contextlib.nullcontext)(device):
+                module.manual_seed(seed)
         before = generator.get_state()
         generator.manual_seed(seed)
         try:

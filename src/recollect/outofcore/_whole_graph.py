@@ -21,7 +21,7 @@ from recollect.autoscale import ScalableGNN, to_adj_t
 from recollect.autoscale.histories import PlainRows, Worker
 from recollect.autoscale.loader import checked_ptr
 from recollect.distributed import Shares
-from recollect.frames import bits_of
+from recollect.frames import RandomState, bits_of
 from recollect.messages.reach import DRAWING, settings_of
 from recollect.models import RevGNN
 from recollect.outofcore._checks import (
@@ -31,6 +31,7 @@ from recollect.outofcore._checks import (
     in_order,
     inputs_of,
 )
+from recollect.outofcore._crossing import Crossing, device_of
 from recollect.outofcore._layered import Layered
 from recollect.outofcore._leaves import accumulate
 from recollect.outofcore._network import Graph, Network
@@ -55,8 +56,8 @@ class WholeGraph:
     have one for each layer's input, two of gradients, and two for what layers leave in their state.
 
     Args:
-        model: a RevGNN, or another ScalableGNN without a ``forward`` of its own, in float32 or float64, on the CPU.
-            What layers of the latter draw (dropout), they draw for each part.
+        model: a RevGNN, or another ScalableGNN without a ``forward`` of its own, in float32 or float64, on any one
+            device: parts are computed there. What layers of the latter draw (dropout), they draw for each part.
         data: the graph, its nodes in the order of the parts (see :func:`~recollect.autoscale.permute`), with ``x``,
             ``y``, ``train_mask`` and ``edge_index`` or ``adj_t``. It is read once: changes afterwards are not seen, and
             must not be made in ``x``. With ``store`` it is not needed afterwards.
@@ -67,15 +68,16 @@ class WholeGraph:
         inputs: of a RevGNN: names of what the convolutions get of each edge beside ``edge_index``, in their order, such
             as ``("edge_weight",)``. Another network says itself what its layers need.
         memory: bytes of parts that stay in memory beside their files in ``store``; others are mapped for each block,
-            with what convolutions make of their edges.
+            with what convolutions make of their edges. So many bytes of parts stay on the network's device too, if it
+            is not the CPU.
         keep_every: s: the input of every s-th layer is kept, and those between are computed again in backward; not of a
             RevGNN.
         row_bytes: with several losses, bytes of a part's rows of gradients that an operation holds at once: so many
             losses go together, and at the least one. It computes a part once for all of them.
         shares: of several processes, made of the same ``ptr``: each has the rows of its own nodes, computes its own
-            parts, and all call each method together. The loss and ``.grad`` are those of the whole graph on every rank,
-            ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random state, and no
-            ``store``; with several losses, nodes for training.
+            parts, on the CPU, and all call each method together. The loss and ``.grad`` are those of the whole graph on
+            every rank, ``last_drift`` is of a rank's own nodes. All have as many parts, the same network and random
+            state, and no ``store``; with several losses, nodes for training.
 
     Attributes:
         last_drift: how far the first layer's input came back from what it was, in the last step, relative.
@@ -177,7 +179,7 @@ class WholeGraph:
         marks = None if folder is None else folder / "marks.table"
         places = self._network.places(len(self.parts)) + len(self.parts.bounds)
         rows = PlainRows(places, self._network.mark, torch.uint8, marks)
-        self._space = Space(tables, self.parts, Worker(), folder, rows, shares)
+        self._space = Space(tables, self.parts, Worker(), folder, rows, Crossing(memory), shares)
         self._network.settle(self._space, graph)
         self._team = None if shares is None else Team(shares, list(model.parameters()))
         self.last_drift: float | None = None
@@ -199,7 +201,7 @@ class WholeGraph:
             TypeError: the network was changed into one of another kind.
             ValueError: batch normalisation in training mode, a layer that looks further than to neighbours, ...
         """
-        self._network.check()
+        self._check()
 
     def step(self, criterion: Criterion, weighting: Weighting | None = None) -> Tensor:
         """Do forward and backward over the whole graph; return the loss, or the losses.
@@ -240,7 +242,7 @@ class WholeGraph:
             state = self._begun("a step", several=weighting is not None)
             if self._folder is not None:
                 self._space.tables.forget()
-                save(self._folder / "step.pt", state)
+            self._save(state)
             return self._run(state, criterion, weighting, None)
 
     def compute_gramian(self, criterion: Criterion) -> Tensor:
@@ -289,14 +291,14 @@ class WholeGraph:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """Return the logits of all nodes [N, out_channels], in evaluation mode; with shares, of this rank's nodes.
+        """Return the logits of all nodes [N, out_channels], in evaluation mode, on the CPU; with shares, of its own.
 
         Raises:
             RuntimeError: a step is under way, or unfinished in the store, and its tables would be overwritten.
         """
         with self._alone("evaluate"), in_evaluation(self.model):
             self._check_finished("an evaluation")
-            self._network.check()
+            self._check()
             if self._team is not None:
                 state = {"graph": self._graph_bits, "model": self._digest()}
                 self._team.agree("an evaluation", state, len(self.parts.trained))
@@ -304,11 +306,33 @@ class WholeGraph:
                 run = self._network.step(self._space, Run(None, writes=writes))
                 run.forward()
                 logits = torch.cat([run.logits(self.parts[number]).cpu() for number in range(len(self.parts))])
+                self._space.crossing.settle()
             if self._team is not None:
                 self._team.ranks.wire.meet("the end of an evaluation")
             return logits
 
     # How.
+
+    def _check(self) -> None:
+        """Check the network, and take notice of where it is."""
+        device = device_of(self.model)
+        if self._team is not None and device.type != "cpu":
+            raise ValueError(
+                f"the network is on {device}, but over ranks the parts of a WholeGraph are computed on the CPU: call "
+                "model.cpu() before, or leave shares out"
+            )
+        self._space.crossing.aim(device)
+        with self._undrawn():
+            self._network.check()
+
+    def _undrawn(self) -> contextlib.AbstractContextManager[None]:
+        """Let the network run on small graphs, and draw as if it had not."""
+        crossing = self._space.crossing
+        return RandomState([crossing.device]).replayed() if crossing.moves else contextlib.nullcontext()
+
+    def _save(self, state: dict[str, Any]) -> None:
+        if self._folder is not None:
+            save(self._folder / "step.pt", self._space.crossing.on_host(state))
 
     @contextlib.contextmanager
     def _alone(self, what: str) -> Iterator[None]:
@@ -339,10 +363,11 @@ class WholeGraph:
 
     def _begun(self, what: str, several: bool) -> dict[str, Any]:
         """Return what a step begins with."""
-        self._network.check()
+        self._check()
         with DRAWING:
             random = torch.get_rng_state()
-        state = {"random": random, "model": self._digest(), "several": several, "weighed": None}
+        kept = self._folder is not None or self._team is not None
+        state = {"random": random, "model": self._digest() if kept else "", "several": several, "weighed": None}
         if self._team is not None:
             self._team.agree(what, state | {"graph": self._graph_bits}, len(self.parts.trained))
         return state | {"name": secrets.randbits(62)}
@@ -360,7 +385,7 @@ class WholeGraph:
                 f"the network or the graph is not the one with which the step in {self._folder} began: load the "
                 "settings and parameters of that time first"
             )
-        self._network.check()
+        self._check()
         with DRAWING:
             torch.set_rng_state(state["random"])
         journal = self._space.tables.last() if state["weighed"] is not None or not state["several"] else None
@@ -378,7 +403,8 @@ class WholeGraph:
         """Let the network write its buffers once; after an error they are as before."""
         writes = Writes()
         try:
-            self._network.watch(writes)
+            with self._undrawn():
+                self._network.watch(writes)
             yield writes
         except BaseException:
             writes.undo()
@@ -395,9 +421,9 @@ class WholeGraph:
             with DRAWING:
                 state = state | {"weighed": asdict(Weighed(losses, gramian, weights, torch.get_rng_state()))}
                 torch.set_rng_state(state["random"])
-            if self._folder is not None:
-                save(self._folder / "step.pt", state)
-        weighed = None if state["weighed"] is None else Weighed(**state["weighed"])
+            self._save(state)
+        found, there = state["weighed"], self._space.crossing.rows
+        weighed = None if found is None else Weighed(**{k: v if k == "random" else there(v) for k, v in found.items()})
         objectives = OneLoss(criterion, None if weighed is None else weighed.weights)
         name = None if self._folder is None else state["name"]
         step, loss = self._swept(replace(run, objectives=objectives, name=name))
@@ -409,6 +435,7 @@ class WholeGraph:
             with DRAWING:
                 torch.set_rng_state(weighed.random)
             certify(self.certificate, weighed, gradients.values())
+            self._space.crossing.settle()
         accumulate(gradients)
         if self._folder is not None:
             (self._folder / "step.pt").unlink(missing_ok=True)
@@ -441,6 +468,7 @@ class WholeGraph:
         with self._telling():
             step = self._network.step(self._space, replace(run, seed=seed))
             loss = step.run()
+        self._space.crossing.settle()
         self.last_drift = step.drift
         return step, loss
 
@@ -450,8 +478,10 @@ class WholeGraph:
         modes = [module.training for module in model.modules()]
         said = (self._graph, self._network.settings(), repr(model), settings_of(model), modes)
         digest = hashlib.sha256(repr(said).encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits_of(tensor)}".encode())
+        tensors = model.state_dict()
+        bits = self._space.crossing.on_host([bits_of(tensor) for tensor in tensors.values()])
+        for (name, tensor), own in zip(tensors.items(), bits, strict=True):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {None if own is None else int(own)}".encode())
         return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, dropout
 from recollect.distributed import Shares
 from recollect.train._graph import TrainingGraph
@@ -97,7 +98,7 @@ class PartBatches:
             steps = shares.batches(training.parts_per_batch)
             self._loader = SubgraphLoader(graph.of_batches, _bounds(graph), batch_sampler=steps, outward=self._outward)
         self._edge_dropout = training.edge_dropout
-        self._device = device
+        self._device, self._beside = device, forms_of(device).sends_at_once
         self._names = names
 
     def __iter__(self) -> Iterator[Batch]:
@@ -106,11 +107,15 @@ class PartBatches:
             rows = sub.data.train_mask[: sub.batch_size].nonzero().flatten()
             if not len(rows) and self._shares is None:
                 continue
-            data, size, *where = sub.to(self._device)
+            data, size, *where = sub.to(self._device, non_blocking=self._beside)
             adj_t = dropout(data.adj_t, self._edge_dropout)
             outward = (data.outward,) if self._outward else ()
             named = (data[name] for name in self._names)
-            yield Batch((data.x, adj_t, size, *where, *outward, *named), data.y[:size], rows.to(self._device))
+            yield Batch(
+                (data.x, adj_t, size, *where, *outward, *named),
+                data.y[:size],
+                rows.to(self._device, non_blocking=self._beside),
+            )
 
 
 def evaluation_loader(graph: TrainingGraph, training: TrainingSettings, shares: Shares | None = None) -> SubgraphLoader:

@@ -214,7 +214,7 @@ def _parts(settings: Settings) -> Iterator[str]:
 
 def _whole_graph(settings: Settings) -> Iterator[str]:
     needed = (
-        "training.edge_dropout=0 training.lipschitz=0 model.disable=false device=cpu,auto precision=32-true "
+        "training.edge_dropout=0 training.lipschitz=0 model.disable=false precision=32-true "
         "objective=mean|multitask model.norm=layer,null model.options.batch_norm=false model.options.noise=0"
     )
     if words := _lacking(settings, needed):

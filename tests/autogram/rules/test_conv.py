@@ -3,11 +3,11 @@
 import pytest
 import torch
 from factor_oracle import dense
+from forms import set_form
 from rule_layers import CONVS, drawn_conv
 from rule_oracle import apply, batch_form, check, rows_form
 from torch import nn
 
-from recollect.autogram import _contract
 from recollect.autogram._factors import Blocks, Outer
 from recollect.autogram.rules import _conv
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def way(request, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: request.param == "unfolded")
     monkeypatch.setattr(_conv._Call, "_is_fast_by_groups", lambda call, sizes: request.param == "groups")
-    monkeypatch.setattr(_conv, "_GROUPED", {"cpu": 1000})  # some rows at once, or one
+    set_form(monkeypatch, grouped_bytes=1000)  # some rows at once, or one
     return request.param
 
 
@@ -126,8 +126,8 @@ def test_parts_make_the_whole(name, axes, way):
 @pytest.mark.parametrize("name", ["2d", "2d groups", "2d whole vectors, groups", "2d depthwise", "transposed 2d"])
 def test_gramians_by_parts(name, monkeypatch):
     monkeypatch.setattr(_conv._Call, "few_positions", lambda call: False)
-    monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": 1})
-    monkeypatch.setattr(_contract, "_MOST", {"cpu": 1})  # the smallest parts that there are
+    set_form(monkeypatch, unfolded_bytes=1)
+    set_form(monkeypatch, dense_bytes=(2**22, 1))  # the smallest parts that there are
     layer, x = drawn_conv(name)
     check(layer, x, axes=(0,))
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from forms import set_form
 from rule_oracle import apply
 from torch import nn
 
-from recollect.autogram import _contract
 from recollect.autogram._contract import add_gramian
 from recollect.autogram._square import SquareSum
-from recollect.autogram.rules import _conv
 from recollect.memory import peak_memory
 
 M = 32
@@ -28,10 +27,10 @@ def peak(layer, x, name="weight", shared=False):
 
 
 def small_bounds(monkeypatch):
-    monkeypatch.setattr(_contract, "_PIECE", {"cpu": MB // 4})
-    monkeypatch.setattr(_contract, "_MOST", {"cpu": MB})
-    monkeypatch.setattr(_conv, "_UNFOLDED", {"cpu": MB // 4})
-    monkeypatch.setattr(_conv, "_GROUPED", {"cpu": MB // 4})
+    set_form(monkeypatch, row_bytes=MB // 4)
+    set_form(monkeypatch, dense_bytes=(2**22, MB))
+    set_form(monkeypatch, unfolded_bytes=MB // 4)
+    set_form(monkeypatch, grouped_bytes=MB // 4)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -20,20 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recollect._devices import forms_of
 from recollect.autogram._factors import Blocks, Factor, Outer
 from recollect.autogram._products import batched_product, is_at_full_speed
-from recollect.autogram._square import of_device, padded_rows
+from recollect.autogram._square import padded_rows
 from recollect.autogram.rules._view import bias_rows, needs, wide
 
 __all__ = ["conv"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-# How many bytes are unfolded at once: in a CPU's cache and some rows for each core, a launch's worth on a GPU.
-_UNFOLDED = {"cpu": 2**22, "cuda": 2**26}
-# How many bytes of rows torch forms at once where nothing is unfolded. (Measured on CPU, 32 to 128 channels, 32 and 128
-# rows: within 10 % of the best everywhere; a fourth of it takes up to twice as long, four times as much too.)
-_GROUPED = {"cpu": 2**20}
 # How many elements a processor multiplies at once.
 _VECTOR = 8
 # How many positions a convolution has at least that is not unfolded. (Measured on an AMD EPYC, 3 x 3 kernels, 32 rows:
@@ -114,7 +110,7 @@ class _Call:
     def _is_fast_by_groups(self, sizes: tuple[int, ...]) -> bool:
         """Whether torch's own gradient, with a group for each row, is fast for weights of these sizes."""
         near, has_fast = self.near, torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if not has_fast or near.device.type != "cpu" or wide(near[:0]).dtype != torch.float32:
+        if not (has_fast and forms_of(near.device).onednn) or wide(near[:0]).dtype != torch.float32:
             return False
         height, width = sizes[0] // self.layer.groups, sizes[1]
         whole, single = height % _VECTOR == 0 and width % _VECTOR == 0, height == width == 1
@@ -136,7 +132,7 @@ class _Call:
         padding = [before if plain else 0 for before, _ in sides]
         form = torch.ops.aten.convolution_backward
         formed = self._memory(n, (1, *sizes)).squeeze(1)
-        step = max(1, of_device(_GROUPED, self.far.device) // max(1, formed[:1].nbytes))
+        step = max(1, forms_of(self.far.device).grouped_bytes // max(1, formed[:1].nbytes))
         for start in range(0, n, step):
             out = formed[start : start + step]
             chosen = slice(rows.start + start, rows.start + start + len(out))
@@ -157,7 +153,7 @@ class _Call:
         height, width = sizes[0] // groups, math.prod(sizes[1:])
         turned = width % _VECTOR > 0 and height % _VECTOR == 0  # rows of whole vectors take a third less time
         formed = self._memory(n, (groups, *((width, height) if turned else (height, width))))
-        bound = of_device(_UNFOLDED, self.far.device)
+        bound = forms_of(self.far.device).unfolded_bytes
         step = max(1, bound // max(1, groups * width * positions * formed.itemsize))
         for start in range(0, n, step):
             out = formed[start : start + step]

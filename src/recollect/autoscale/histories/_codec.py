@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent, write
+
 __all__ = ["DTYPES", "Codec", "codec_for"]
 
 _SCALE_BYTES = 4
@@ -25,7 +27,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, records: Tensor, out: Tensor) -> None:
-        """Write the floats of ``records`` into ``out``, which may be of another type and on another device."""
+        """Write the floats of ``records``, which are not pinned, into ``out``, perhaps of another type or elsewhere."""
         ...
 
     def decodes_to(self, dtype: torch.dtype) -> bool:
@@ -46,7 +48,7 @@ class FloatCodec:
 
     def decode(self, records: Tensor, out: Tensor) -> None:
         """Convert."""
-        out.copy_(records)
+        write(out, records)
 
     def decodes_to(self, dtype: torch.dtype) -> bool:
         """Return whether this is the type."""
@@ -76,7 +78,7 @@ class Int8Codec:
 
     def decode(self, records: Tensor, out: Tensor) -> None:
         """Multiply by the scales, on the device of the result: a transfer then carries bytes."""
-        records = records.to(out.device)
+        records = sent(records, out.device)
         torch.mul(records[:, _SCALE_BYTES:], _reread(records[:, :_SCALE_BYTES], torch.float32), out=out)
 
     def decodes_to(self, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from recollect._transfer import Buffer, Buffers, Event, Streams, streams_of
+from recollect._transfer import Buffer, Buffers, Event, Streams, sent, streams_of
 from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._selection import Selection, length
 from recollect.autoscale.histories._table import Table
@@ -145,7 +145,7 @@ class PullQueue:
         result = (pull.future or self._start(pull)).result()
         streams = streams_of(pull.device)
         if streams is None or pull.buffer is None or pull.buffer.in_use is None:
-            return result.to(pull.device)
+            return sent(result, pull.device)
         return streams.receive(result, pull.buffer.in_use)
 
     def free(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from recollect._transfer import write
 from recollect.autoscale._stamp import GraphStamp
 from recollect.autoscale.histories._selection import Selection, Slices, length, numbers_of
 from recollect.autoscale.histories._table import Table
@@ -63,7 +64,7 @@ class RankTable(Table):
     def decode(self, records: Tensor, out: Tensor) -> None:
         """Write records that came as floats into ``out`` [rows, channels]."""
         if self.codec.decodes_to(out.dtype):
-            out.copy_(records)
+            write(out, records)
         else:
             self.codec.decode(records, out)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect._transfer import sent
 from recollect.frames._errors import FrameError
 from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
 
@@ -188,7 +189,7 @@ class FileStore(Store):
             if wrong is not None:
                 raise OffloadError(wrong)
             with torch.inference_mode(False), torch.no_grad():
-                return [extent.restored(flat.to(extent.device)) for flat, extent in zip(flats, extents, strict=True)]
+                return [extent.restored(sent(flat, extent.device)) for flat, extent in zip(flats, extents, strict=True)]
 
         return wait
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect._transfer import Lane
+from recollect._transfer import Lane, on_the_way
 from recollect.frames._errors import InPlaceError
 from recollect.frames._watch import version_of
 from recollect.frames.sources._stores import Extent, Fetch, Store, Stored
@@ -52,7 +52,8 @@ class Copies(Lane):
 
     def copy(self, out: Tensor, source: Tensor, *, pinned: bool | None = None) -> None:
         """See :class:`Lane`."""
-        super().copy(out, source, pinned=self._pin if pinned is None else pinned)
+        pinned = self._pin if pinned is None else pinned
+        super().copy(out, source, pinned=pinned or on_the_way(source, out.device))
 
 
 class _Copy:

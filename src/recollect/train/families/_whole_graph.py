@@ -86,6 +86,14 @@ class WholeGraphFamily(Family):
         spare = 2 * channels * max(sizes) if store else 0  # in files, with the rows of the largest part once more
         return f"tables: {tables_text(_described(rows, numbers, 4 * (rows * numbers + spare) + masks * rows, store))}"
 
+    def place(self, graph: TrainingGraph, device: torch.device) -> TrainingGraph:
+        """The graph on the host, whose parts go to the device."""
+        return graph
+
+    def batches(self, network: nn.Module, graph: TrainingGraph, device: torch.device, second: bool = False) -> Batches:
+        """The whole graph at once, on the device in the second mode alone."""
+        return super().batches(network, graph, device if second else torch.device("cpu"), second)
+
     def rehearse(self, evaluate: Callable[[], Tensor]) -> None:
         """Evaluate once, and look whether steps can be taken in training mode too."""
         self._of.rehearse(evaluate)
