@@ -24,6 +24,9 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import recollect
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for forks.py, where this is imported by a program of its own
+
 from forks import Forks
 
 PATIENCE = 30.0  # seconds that a process waits for another

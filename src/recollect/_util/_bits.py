@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 __all__ = ["pack_bits", "unpack_bits"]
 
-_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
-
 
 def pack_bits(flags: Tensor) -> Tensor:
     """Return zeros and ones, or booleans, [..., n] as bytes [..., n / 8], rounded up."""
@@ -26,4 +24,5 @@ def unpack_bits(bits: Tensor, number: int) -> Tensor:
 
 
 def _places(device: torch.device) -> Tensor:
-    return torch.tensor(_PLACES, dtype=torch.uint8, device=device)
+    """Return 1, 2, 4, ... 128, made there: copies of numbers of Python would wait."""
+    return torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(8, dtype=torch.uint8, device=device)
