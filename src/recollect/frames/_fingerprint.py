@@ -77,12 +77,8 @@ def fingerprint(
     order = None if like is None else like.order
     if not exact:
         plain = _plain_of(tensor, order, sample)
-        if (
-            plain is not None
-            and not (apart and _is_apart(plain[0], tensor, like))
-            and (like is None or tensor.numel() <= _DIRECT or plain[0] == like.projections)
-        ):
-            return Fingerprint(plain[0], 0, plain[1])
+        if plain is not None and not (apart and _is_apart(plain[0], tensor, like)):
+            return Fingerprint(_with_norm(plain, like), 0, plain[1])
     values, order = values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if values is None:
         return None
@@ -104,8 +100,11 @@ def fingerprint(
     return Fingerprint(projections, bits, order, None, exact)
 
 
-def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], Order] | None:
-    """Return the projections of a tensor that is one block of numbers on the CPU, and the order in which it was read.
+_Plain = tuple[list[float], Order, Tensor]
+
+
+def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
+    """Return the projections of a tensor that is one block of numbers on the CPU, its order, and what was read of it.
 
     The same as those of :func:`_project` in fewer steps, which is where small regions spend their time.
     """
@@ -130,12 +129,22 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> tuple[list[float], 
     if size > _DIRECT:
         if not flat.is_contiguous():
             return None  # it is read piece by piece
-        flat = sample_of(flat) if sample else _summed_rows(flat.view(-1), 0)
+        flat = sample_of(flat) if sample else flat.view(-1)
     elif flat.dim() != 1:
         flat = flat.reshape(-1)
+    number = flat.numel()
+    row = flat if number <= _DIRECT else _summed_rows(flat, 0)
     # The CPU's autocast leaves these products as they are.
-    numbers: list[float] = torch.mv(_columns(dtype, _CPU, flat.numel()), flat).tolist()
-    return numbers, order
+    numbers: list[float] = torch.mv(_columns(dtype, _CPU, row.numel()), row).tolist()
+    return numbers, order, flat
+
+
+def _with_norm(plain: _Plain, like: Fingerprint | None) -> list[float]:
+    """Return the projections, and the norm where they are not those of ``like``: of few elements it is not taken."""
+    numbers, _, flat = plain
+    if like is None or flat.numel() <= _DIRECT or numbers == like.projections:
+        return numbers
+    return [*numbers, _norm_of(flat, flat.dtype, None).item()]
 
 
 def _kinds_of(values: Tensor) -> Tensor:
@@ -173,8 +182,8 @@ def difference(
         plain = _plain_of(tensor, then.order, sample)
         if plain is not None and plain[0] == then.projections:
             return 0.0
-        if plain is not None and tensor.numel() <= _DIRECT and _is_tame(plain[0], tensor):
-            return error_between(then, Fingerprint(plain[0], 0))
+        if plain is not None and _is_tame(plain[0], tensor):
+            return error_between(then, Fingerprint(_with_norm(plain, then), 0))
     now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
     return 0.0 if now is None else error_between(then, now)
 
