@@ -197,3 +197,13 @@ def test_numbers_of_a_mask_hide_no_others(fill, size, dtype):
     assert difference(then, other, apart=True) > tolerance_of(dtype)
     moved = torch.where(hidden, one, 0).roll(1) + torch.where(hidden, 0, one)
     assert difference(then, moved, apart=True) > tolerance_of(dtype)
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(size, kind):
+    x = values((size,), torch.float32)
+    expected = fingerprint(x)
+    with torch.autocast("cpu", kind):
+        assert fingerprint(x) == expected
+        assert 1e-5 < difference(expected, 1.0001 * x) < 1e-3
