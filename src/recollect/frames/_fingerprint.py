@@ -126,15 +126,21 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
         order = order_of(flat)
     if order is not None:
         flat = flat.permute(order)
+    # The CPU's autocast leaves the products of this as they are.
     if size > _DIRECT:
         if not flat.is_contiguous():
             return None  # it is read piece by piece
-        flat = sample_of(flat) if sample else flat.view(-1)
-    elif flat.dim() != 1:
-        flat = flat.reshape(-1)
-    number = flat.numel()
-    row = flat if number <= _DIRECT else _summed_rows(flat, 0)
-    # The CPU's autocast leaves these products as they are.
+        number, left = divmod(size, _WIDTH)
+        if sample:
+            row = flat = sample_of(flat)
+        elif left or number > _ROWS:
+            flat = flat.view(-1)
+            row = _summed_rows(flat, 0)
+        else:  # the same in fewer steps
+            flat = flat.view(number, _WIDTH)
+            row = torch.mv(flat.t(), _first_weights(dtype, number))
+    else:
+        row = flat = flat if flat.dim() == 1 else flat.reshape(-1)
     numbers: list[float] = torch.mv(_columns(dtype, _CPU, row.numel()), row).tolist()
     return numbers, order, flat
 
@@ -373,6 +379,11 @@ def _norm_of(values: Tensor, dtype: torch.dtype, of: Callable[[Tensor], Tensor] 
     pieces = pieces_of(values, limit_of(values))
     norms = [torch.linalg.vector_norm((piece if of is None else of(piece)).to(dtype)) for piece in pieces]
     return torch.stack(norms).square().sum().sqrt()
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_weights(dtype: torch.dtype, number: int) -> Tensor:
+    return _row_weights(dtype, _CPU)[:number]
 
 
 @functools.lru_cache(maxsize=1024)
