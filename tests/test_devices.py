@@ -88,7 +88,6 @@ ASKS = re.compile(r"\bis_cpu\b|\bis_cuda\b|\bdevice\.type (==|!=|in|not in) (?!\
 # Who else asks for the kind of a device, and for what: where something is, and not how it is computed there.
 ELSEWHERE = {
     "_transfer": "to the host a copy waits", "memory": "who measures", "aggregation/_host": "what comes",
-    "aggregation/_gramian": "whether reading waits",
     "aggregation/_settings": "what is sent", "autoscale/histories/_queues": "tables on the host",
     "autoscale/histories/_memory": "what is pinned",
     "budget/_bytes": "who measures", "budget/_cost": "who measures", "budget/_planning": "where activations are",

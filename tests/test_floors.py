@@ -54,7 +54,7 @@ FLOORS = {
     "frames": floor("_arguments _devices _storages _torch _transfer _util _verdicts"),
     "distributed": floor("_arguments"),
     "autogram": floor("_devices _parameters _torch _transfer _verdicts distributed"),
-    "aggregation": floor("_transfer"),
+    "aggregation": floor("_devices _transfer"),
     "messages": floor("_devices _torch"),
     "invertible": floor("_arguments _devices _parameters _torch _verdicts frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),

@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
+
 __all__ = ["check_tensor", "checked", "checked_cross", "correlations", "flattened", "normalized", "regularized"]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
@@ -53,7 +55,7 @@ def _is_plain(gramian: Tensor) -> bool:
     Where somebody would have to wait for each of these answers, nobody asks.
     """
     return (
-        gramian.is_cpu
+        forms_of(gramian.device).reads_at_once
         and torch.equal(gramian, gramian.mT)
         and bool(gramian.diagonal().amin() >= 0)
         and bool(gramian.sum(dtype=torch.float64).isfinite())
