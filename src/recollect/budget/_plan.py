@@ -16,7 +16,7 @@ from recollect.budget._ranks import Outcome, of_all_ranks
 from recollect.budget._rows import Row, inverting, lines_of, rows_of, seconds_of
 from recollect.budget._solve import Choice, least, room_of, solve
 from recollect.budget._step import Step, apart, is_within
-from recollect.budget._treatment import Applied, Treated
+from recollect.budget._treatment import Applied, Treated, segmented
 from recollect.budget._units import is_inverted
 from recollect.frames import Forward, FrameError, Kept, Previous, Source, frames_apply, in_backward
 
@@ -264,23 +264,21 @@ class Plan:
         strategies: dict[str, set[str]] = {}
         for row in self.rows:
             strategies.setdefault(row.unit, set()).add(row.strategy)
-        fronts: list[Forward] = []
-        for name, found in strategies.items():
-            # Several calls of one unit that were decided differently: what keeps less.
-            strategy = next(iter(found)) if len(found) == 1 else "checkpoint"
-            front = self._front(self._units[name], strategy)
-            if front is not None:
-                fronts.append(front)
-        return fronts
-
-    def _front(self, module: nn.Module, strategy: str) -> Forward | None:
-        if strategy == "invert" or (strategy == "store" and not is_inverted(module)):
-            return None
         sources: dict[str, Source | None] = {
             "store": None, "checkpoint": Previous(1), "link": Previous(), "selective": Kept(),
             "offload": self._options.offload,
         }  # fmt: skip
-        return Treated(module, sources[strategy], selective=strategy == "selective", certify=self._options.certify)
+        certify = self._options.certify
+        fronts: list[Forward] = []
+        for name, found in strategies.items():
+            # Several calls of one unit that were decided differently: what keeps less.
+            strategy, module = next(iter(found)) if len(found) == 1 else "checkpoint", self._units[name]
+            if strategy == "invert" or (strategy == "store" and not is_inverted(module)):
+                continue
+            fronts.append(Treated(module, sources[strategy], selective=strategy == "selective", certify=certify))
+        in_rows: dict[str, Source] = {name: source for name in ("checkpoint", "link") if (source := sources[name])}
+        calls = [(self._units[row.unit], row.strategy) for row in self.rows]
+        return fronts + segmented(self._step.model, calls, in_rows, certify)
 
     # Inputs of other sizes.
 
