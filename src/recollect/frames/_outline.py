@@ -31,6 +31,9 @@ from recollect.frames._state import DEPTH, MANY, is_open
 __all__ = ["held_by", "snapshot_of"]
 
 _PARTS = 64
+"""So many modules are noted where a function names them: it may run few of them."""
+_PARTS_RUN = 1024
+"""So many modules are noted where the module that holds them runs."""
 _RENEWALS = 16  # of an outline: a module that changes all the time is observed
 _OVERRIDES = frozenset(["forward", "_compiled_call_impl"])
 _PARAMETERS = frozenset([nn.Parameter, type(None)])
@@ -66,17 +69,22 @@ def snapshot_of(module: nn.Module, arguments: Iterable[Any]) -> Snapshot | None:
         return None
     if default_device() is not None:  # or another mode that sees all functions
         return None
-    return held_by([module])
+    return held_by([module], _PARTS_RUN)
 
 
-def held_by(modules: Sequence[nn.Module]) -> Snapshot | None:
-    """Return what modules and their parts hold; ``None`` if that cannot be noted in one go."""
+def held_by(modules: Sequence[nn.Module], most: int = _PARTS) -> Snapshot | None:
+    """Return what modules and their parts hold; ``None`` if that cannot be noted in one go.
+
+    Args:
+        modules: with their parts.
+        most: so many parts are noted.
+    """
     first = modules[0]
     outlines = _outlines if len(modules) == 1 else _outlines_of_several
     outline = outlines.get(first)
     if outline is None:
         outline = outlines[first] = _Outline()
-    return outline.fill(modules)
+    return outline.fill(modules, most)
 
 
 def _is_own(kind: type) -> bool:
@@ -176,13 +184,15 @@ class _Outline:
         self._plain: list[int] = []  # values whose type does not say all
         self._tensors: list[tuple[int, int]] = []  # and of which part they are
 
-    def fill(self, roots: Sequence[nn.Module]) -> Snapshot | None:
-        """Return what trees hold now, if that can be noted in one go."""
+    def fill(self, roots: Sequence[nn.Module], most: int) -> Snapshot | None:
+        """Return what trees hold now, if that can be noted in one go, and they have so many parts at most."""
+        if self._parts is not None and len(self._parts) > most:
+            return None
         snapshot = self._matched(roots)
         while snapshot is None and self._renewals > 0:
             self._renewals -= 1
             self.known.clear()
-            if not self._draw(roots):
+            if not self._draw(roots, most):
                 return None
             snapshot = self._matched(roots)
         return snapshot
@@ -220,14 +230,14 @@ class _Outline:
         snapshot.foreign.extend(map(parts.__getitem__, self._foreign))
         return snapshot
 
-    def _draw(self, roots: Sequence[nn.Module]) -> bool:
+    def _draw(self, roots: Sequence[nn.Module], most: int) -> bool:
         """Look at trees; return whether what they hold can be noted in one go."""
         self._parts = None
         parts: list[nn.Module] = []
         for root in roots:
-            parts.extend(itertools.islice(root.modules(), _PARTS + 1))
+            parts.extend(itertools.islice(root.modules(), most + 1))
         parts = list({id(part): part for part in parts}.values())
-        if len(parts) > _PARTS:
+        if len(parts) > most:
             return False
         places = {id(part): i for i, part in enumerate(parts)}
         looked: list[tuple[int, int]] = []  # for each value: how deep is looked behind it, and of which part it is
