@@ -51,7 +51,7 @@ TOGETHER = {
     "autoscale/test_scalable_staleness.py": "autoscale/_staleness",
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
-    "budget/test_plan.py": "budget/_bytes budget/_cost budget/_measure budget/_planning budget/_products budget/_rows "
+    "budget/test_plan.py": "budget/_bytes budget/_cost budget/_measure budget/_planning budget/_rows "
     "budget/_step budget/_treatment budget/_units frames/_forward frames/_trial",
     "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "

@@ -14,13 +14,31 @@ from torch import nn
 
 from recollect._arguments import Certify
 from recollect._storages import storages_of
+from recollect._torch import compiled_blocks_exist
 from recollect._util._tree import Tree, tensors_of
-from recollect.budget._products import keep_products
+from recollect.budget._recipes import has_recipe, run_sparingly
 from recollect.budget._units import is_inverted
 from recollect.frames import FrameError, Kept, Own, Previous, Source, run_frame, settle
 from recollect.memory import peak_memory
 
-__all__ = ["Cost", "Options", "cost_of"]
+__all__ = ["Cost", "Options", "Sparing", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Sparing:
+    """What it costs not to keep what cheap functions return.
+
+    Args:
+        kept: bytes that are kept, beside the input.
+        moment: transient bytes of forward and backward.
+        seconds: that this adds.
+        spared: bytes of what the unit returns that the next one need not keep, if it is treated so too.
+    """
+
+    kept: int
+    moment: int
+    seconds: float
+    spared: int
 
 
 @dataclass(frozen=True)
@@ -32,13 +50,14 @@ class Cost:
         backward: transient bytes of its backward, gradients among them.
         seconds: that a checkpoint adds; the others likewise.
         repeats: whether what it returns is the same when it runs again, so that units after it can ask for that.
+        selective: the same where what cheap functions return is not kept.
     """
 
     forward: int
     backward: int
     seconds: float
     repeats: bool
-    selective: tuple[int, float] | None = None
+    selective: Sparing | None = None
     offloaded: float | None = None
     inverted: float | None = None
 
@@ -50,7 +69,7 @@ class Options:
     Args:
         device: whose memory counts.
         certify: what frames accept of a rebuild.
-        selective: whether checkpoints that keep products come into question.
+        selective: whether dropping what cheap functions return comes into question.
         offload: the source that offloads inputs, if it comes into question.
         apart: whether each unit is measured; else one of those whose types and shapes are the same.
     """
@@ -68,6 +87,7 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
     times = 5 if known < 4 else 3 if known < 8 else 1
     kept = {s._cdata for t in tensors for s in storages_of(t)}
     measured: list[int] = []
+    spared: list[int] = []
 
     def run(function: Callable[..., Any], meter: bool = False) -> float:
         leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
@@ -90,12 +110,16 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         _wait(options.device)
         return time.perf_counter() - start
 
-    def framed(source: Source, function: Own = own, selective: bool = False) -> Callable[..., Any]:
+    def framed(source: Source) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            contexts = keep_products() if selective else None
-            return run_frame(function, args, kwargs, source, certify=options.certify, contexts=contexts)
+            return run_frame(own, args, kwargs, source, certify=options.certify)
 
         return call
+
+    def sparing(*args: Any, **kwargs: Any) -> Any:
+        output = run_sparingly(own, args, kwargs)
+        spared.append(sum(t.nbytes for t in tensors_of(output) if has_recipe(t)))
+        return output
 
     def rebuilt() -> float:
         with torch.no_grad():
@@ -112,7 +136,7 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         raise
     except (FrameError, RuntimeError):  # a part of its graph was made before it was called, by a hook or another unit
         return None
-    peak, current, _, backward = measured
+    peak, current, made, backward = measured
     ways: dict[str, Callable[[], float]] = {
         "plain": functools.partial(run, own),
         "again": rebuilt,
@@ -129,12 +153,14 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         repeats = True
     except FrameError:
         repeats = False
-    kept_products = 0
-    if options.selective and any(isinstance(part, (nn.Linear, nn.Conv2d)) for part in module.modules()):
-        ways["selective"] = functools.partial(run, framed(Kept(), selective=True))
+    kept_rest = moment = 0
+    if options.selective and not compiled_blocks_exist():
         measured.clear()
-        run(framed(Kept(), selective=True), meter=True)
-        kept_products = max(0, measured[1] - measured[2])
+        run(sparing, meter=True)
+        sparing_peak, sparing_current, _, sparing_backward = measured
+        kept_rest, moment = max(0, sparing_current - made), max(sparing_peak - sparing_current, sparing_backward)
+        if kept_rest < current - made or spared[0] > 0:
+            ways["selective"] = functools.partial(run, sparing)
     if options.offload is not None:
         ways["offload"] = functools.partial(run, framed(options.offload))
     if is_inverted(module):
@@ -152,7 +178,7 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
     transient = max(0, peak - current)
     return Cost(
         transient, backward, added["checkpoint"], repeats,
-        (kept_products, added["selective"]) if "selective" in added else None,
+        Sparing(kept_rest, moment, added["selective"], spared[0]) if "selective" in added else None,
         added.get("offload"), added.get("invert"),
     )  # fmt: skip
 

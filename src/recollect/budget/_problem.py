@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -26,13 +27,14 @@ def problem_of(measured: Measured, budget: int, timed: bool = True) -> Problem:
     alone = [_undominated(_alone(call) if timed else [_untimed(way) for way in _alone(call)]) for call in calls]
     limits = [budget - call.outside - call.gradients for call in calls]
 
-    rows = _Rows(calls, budget)
+    def together(rows: _Rows | _Sparing) -> Callable[[int, int], Region | None]:
+        def row(start: int, length: int) -> Region | None:
+            found = rows.region(start, length)
+            return found if timed or found is None else _untimed(found)
 
-    def row(start: int, length: int) -> Region | None:
-        found = rows.region(start, length)
-        return found if timed or found is None else _untimed(found)
+        return row
 
-    return Problem(alone, limits, budget - measured.outside, row)
+    return Problem(alone, limits, budget - measured.outside, together(_Rows(calls, budget)), together(_Sparing(calls)))
 
 
 def storing(measured: Measured) -> Choice:
@@ -44,10 +46,11 @@ def storing(measured: Measured) -> Choice:
 def timed(measured: Measured, choice: Choice) -> Choice:
     """Return a choice that was made without times, with those of its regions."""
     calls, regions = measured.calls, list[tuple[int, Region]]()
-    rows, unit = _Rows(calls, sys.maxsize), 0
+    rows: dict[str, _Rows | _Sparing] = {"checkpoint": _Rows(calls, sys.maxsize), "selective": _Sparing(calls)}
+    unit = 0
     for length, region in choice.regions:
         alone = {way.strategy: way for way in _alone(calls[unit])}
-        found = alone[region.strategy] if length == 1 else rows.region(unit, length)
+        found = alone[region.strategy] if length == 1 else rows[region.strategy].region(unit, length)
         assert found is not None
         regions.append((length, found))
         unit += length
@@ -64,8 +67,8 @@ def _alone(call: Call) -> list[Region]:
         Region("checkpoint", call.input, own + worst, cost.seconds),
     ]
     if cost.selective is not None:
-        kept, seconds = cost.selective
-        ways.append(Region("selective", call.input + kept, own + worst, seconds))
+        found = cost.selective
+        ways.append(Region("selective", call.input + found.kept, found.moment, found.seconds))
     if cost.offloaded is not None:
         ways.append(Region("offload", 0, call.input + own + worst, cost.offloaded))
     if cost.inverted is not None:
@@ -74,7 +77,7 @@ def _alone(call: Call) -> list[Region]:
 
 
 def _untimed(way: Region) -> Region:
-    return replace(way, seconds=float(way.moment))
+    return replace(way, seconds=float(max(0, way.moment)))
 
 
 def _undominated(ways: list[Region]) -> list[Region]:
@@ -133,3 +136,31 @@ class _Rows:
             return None
         seconds = self._seconds[last + 1] - self._seconds[start]
         return Region("checkpoint", self._calls[start].input, moment, seconds)
+
+
+class _Sparing:
+    """Rows of units whose cheap functions run again, and what is made again is the input of the next one too."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+        self._start = -1
+        self._found: list[Region] = []  # those that begin at the start, by length
+
+    def region(self, start: int, length: int) -> Region | None:
+        """Return the row of so many calls; ``None`` if there is none, and no longer one."""
+        if start != self._start:
+            self._start, self._found = start, list(self._regions(start))
+        return self._found[length - 1] if length <= len(self._found) else None
+
+    def _regions(self, start: int) -> Iterator[Region]:
+        first, kept, most, seconds, spared = self._calls[start], 0, -sys.maxsize, 0.0, 0
+        for index in range(start, len(self._calls)):
+            call = self._calls[index]
+            found = None if call.cost is None else call.cost.selective
+            if found is None or (index > start and not (call.chained and spared)):
+                return
+            kept += found.kept + call.input - min(call.input, spared)
+            # Less of the row is there when backward comes to an earlier unit, and other bytes outside of it.
+            most = max(most, kept + found.moment + call.outside + call.gradients - first.outside - first.gradients)
+            seconds, spared = seconds + found.seconds, found.spared
+            yield Region("selective", kept, most - kept, seconds)

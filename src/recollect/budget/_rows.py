@@ -60,7 +60,7 @@ def rows_of(measured: Measured, choice: Choice) -> tuple[Row, ...]:
         for place in range(length):
             call = next(calls)
             keeps = region.keeps if place == 0 else 0
-            strategy = region.strategy if place == 0 else "link"
+            strategy = "link" if place > 0 and region.strategy == "checkpoint" else region.strategy
             seconds = region.seconds / length
             rows.append(Row(call.name, call.kept, strategy, keeps, seconds))
     return tuple(rows)

@@ -53,12 +53,14 @@ class Problem:
         limits: for each unit, bytes that are there when backward comes to it.
         end: bytes that are there at the end of the forward pass.
         row: the way to treat units start..start + length - 1 as one region, for lengths from 2; ``None``: no way.
+        other: another way to do that.
     """
 
     alone: Sequence[Sequence[Region]]
     limits: Sequence[int]
     end: int
     row: Callable[[int, int], Region | None] | None = None
+    other: Callable[[int, int], Region | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,15 @@ def solve(problem: Problem, buckets: int = _BUCKETS) -> Choice | None:
     costs[0, 0] = 0.0
     taken = torch.full((number + 1, width), -1, dtype=torch.int32)
     known: list[tuple[int, Region]] = []
-    lengths = lengths_of(number) if problem.row is not None else []
+    together = [row for row in (problem.row, problem.other) if row is not None]
+    lengths = lengths_of(number) if together else []
     for i in range(number):
         ways = [(1, region) for region in problem.alone[i]]
-        for length in lengths:
-            if i + length > number or problem.row is None:
-                break
-            region = problem.row(i, length)
-            if region is None:
-                break
-            ways.append((length, region))
+        for row_of in together:
+            for length in lengths:
+                if i + length > number or (one := row_of(i, length)) is None:
+                    break
+                ways.append((length, one))
         for length, region in ways:
             room = problem.limits[i] - region.keeps - region.moment
             if room < 0:

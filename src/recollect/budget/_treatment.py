@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from recollect._arguments import Certify
-from recollect.budget._products import keep_products
+from recollect._torch import compiled_blocks_exist, saved_tensor_hooks
+from recollect.budget._recipes import run_sparingly
 from recollect.budget._units import Units, find_units
 from recollect.frames import Forward, Kept, Own, Source, frames_apply, run_frame
 
@@ -24,7 +25,7 @@ class Treated(Forward):
         module: whose forward.
         source: where its inputs come from in backward; ``None``: there is no frame, and everything is kept.
         plain: whether frames inside step aside.
-        selective: whether what products return is kept.
+        selective: whether there is no frame, and what cheap functions return is not kept.
         certify: what is accepted of a rebuild.
     """
 
@@ -49,8 +50,11 @@ class Treated(Forward):
         own = self.own(self.plain)
         if self.source is None or not frames_apply():
             return own(*args, **kwargs)
-        contexts = keep_products() if self.selective else None
-        return run_frame(own, args, kwargs, self.source, certify=self.certify, contexts=contexts)
+        if not self.selective or compiled_blocks_exist():  # compiled code does not know what sees its functions
+            return run_frame(own, args, kwargs, self.source, certify=self.certify)
+        if saved_tensor_hooks() is not None:  # of a frame, say, which answers for what is kept
+            return own(*args, **kwargs)
+        return run_sparingly(own, args, kwargs)
 
 
 Segment = tuple[int, int, Source]
