@@ -28,14 +28,14 @@ class Gated(nn.Module):
 
 
 class Functions(nn.Module):
-    """Norms and activations as functions and methods, and views of what they return."""
+    """Norms and activations as functions and methods, with views of what they return in between."""
 
     def __init__(self):
         super().__init__()
         self.lin, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH // 2, WIDTH)
 
     def forward(self, x):
-        y = F.layer_norm(self.lin(x), (WIDTH,)).relu().view(-1, 2, WIDTH // 2)
+        y = F.layer_norm(self.lin(x), (WIDTH,)).t().relu().t().view(-1, 2, WIDTH // 2)
         return self.out(y).mean(1) + self.out(y[:, 0]).sigmoid()
 
 

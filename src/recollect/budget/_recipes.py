@@ -106,16 +106,18 @@ class _Recipe:
     """How a tensor is made again.
 
     Attributes:
+        dtype: of it.
         users: slots that wait for it.
     """
 
-    __slots__ = ("_args", "_autocast", "_function", "_kwargs", "_made", "_strides", "_waiting", "users")
+    __slots__ = ("_args", "_autocast", "_function", "_kwargs", "_made", "_strides", "_waiting", "dtype", "users")
 
     def __init__(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], output: Tensor) -> None:
         self._function = function
-        self._args = args  # tensors with their versions, recipes, and what is neither
+        self._args = args  # tensors as what is known of them
         self._kwargs = kwargs
         self._strides = output.stride()
+        self.dtype = output.dtype
         self._autocast = autocast_now({"cpu", output.device.type})
         self._made: Tensor | None = None
         self._waiting: set[int] = set()
@@ -134,9 +136,7 @@ class _Recipe:
 
     def hold(self) -> bool:
         """Keep what it is made of from now on; return whether all of it is still there."""
-        return all(
-            value.hold() for value in (*self._args, *self._kwargs.values()) if isinstance(value, (_Known, _Recipe))
-        )
+        return all(value.hold() for value in (*self._args, *self._kwargs.values()) if type(value) is _Known)
 
     def make(self) -> Tensor:
         """Compute it."""
@@ -157,23 +157,27 @@ class _Recipe:
 
 
 class _Known:
-    """A tensor among the arguments of a recipe.
+    """A tensor among the arguments of a recipe: a leaf, one that autograd saves, or one with a recipe; or a view of it.
 
     Args:
-        tensor: a leaf, or one that autograd saves.
-        slot: what autograd holds of it, or of a view of it: until the recipe is needed, it is not kept longer.
+        tensor: the argument.
+        source: the recipe, or what autograd holds, which is not kept longer until the recipe is needed; ``None``: a
+            leaf, which lasts.
     """
 
-    __slots__ = ("_layout", "_slot", "_tensor", "_version")
+    __slots__ = ("_layout", "_recipe", "_slot", "_tensor", "_version")
 
-    def __init__(self, tensor: Tensor, slot: _Slot | None) -> None:
-        self._tensor = tensor if slot is None else None
-        self._slot = None if slot is None else weakref.ref(slot)
+    def __init__(self, tensor: Tensor, source: _Recipe | _Slot | None) -> None:
+        self._tensor = tensor if source is None else None
+        self._slot = weakref.ref(source) if isinstance(source, _Slot) else None
+        self._recipe = source if isinstance(source, _Recipe) else None
         self._layout = tensor.shape, tensor.stride(), tensor.storage_offset()
         self._version = tensor._version
 
     def hold(self) -> bool:
         """Keep the tensor from now on; return whether it is still there."""
+        if self._recipe is not None:
+            return self._recipe.hold()
         if self._tensor is None and self._slot is not None:
             slot = self._slot()
             if slot is None or slot.tensor is None:
@@ -184,17 +188,15 @@ class _Known:
 
     def get(self) -> Tensor:
         """Return the tensor."""
+        if self._recipe is not None:
+            return self._recipe.make().as_strided(*self._layout)
         assert self._tensor is not None
         _check(self._tensor, self._version)
         return self._tensor
 
 
 def _value(argument: Any) -> Any:
-    if type(argument) is _Recipe:
-        return argument.make()
-    if type(argument) is _Known:
-        return argument.get()
-    return argument
+    return argument.get() if type(argument) is _Known else argument
 
 
 _recipes: dict[int, tuple[weakref.ref[Any], int, _Recipe]] = {}
@@ -206,7 +208,7 @@ def _recipe_of(tensor: Tensor) -> _Recipe | None:
     found = _recipes.get(storage._cdata)
     if found is None or found[0]() is not storage or found[1] != tensor._version:
         return None
-    return found[2]
+    return found[2] if found[2].dtype is tensor.dtype else None
 
 
 def _remember(output: Tensor, recipe: _Recipe) -> None:
@@ -223,11 +225,16 @@ def _remember(output: Tensor, recipe: _Recipe) -> None:
 
 def has_recipe(tensor: Tensor) -> bool:
     """Whether a tensor can be made again from what is kept anyway."""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and _recipe_of(tensor) is not None
+    return _is_plain(tensor) and _recipe_of(tensor) is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.dtype.is_floating_point
+        and not (tensor.is_nested or tensor.is_neg() or tensor.is_inference())
+    )
 
 
 class _Kitchen(TorchFunctionMode):
@@ -246,7 +253,7 @@ class _Kitchen(TorchFunctionMode):
         given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
         if not all(map(_is_plain, given)):
             return func(*args, **kwargs)
-        known: dict[int, Any] = {id(tensor): _recipe_of(tensor) for tensor in given}
+        recipes = [_recipe_of(tensor) for tensor in given]
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         if (
@@ -256,13 +263,14 @@ class _Kitchen(TorchFunctionMode):
             or output.nbytes != output.untyped_storage().nbytes()
         ):
             return output
-        for tensor, version in zip(given, versions, strict=True):
-            if known[id(tensor)] is None:
-                lasts = tensor.is_leaf and tensor.requires_grad
-                slot = None if lasts else self._saved_as(tensor)
-                if tensor._version != version or (slot is None and not lasts):
+        known: dict[int, _Known] = {}
+        for tensor, found, version in zip(given, recipes, versions, strict=True):
+            source: _Recipe | _Slot | None = found
+            if source is None and not (tensor.is_leaf and tensor.requires_grad):
+                source = self._saved_as(tensor)
+                if source is None or tensor._version != version:
                     return output
-                known[id(tensor)] = _Known(tensor, slot)
+            known[id(tensor)] = _Known(tensor, source)
         recipe = _Recipe(
             again, [known.get(id(value), value) for value in inputs],
             {name: known.get(id(value), value) for name, value in named.items()}, output,
@@ -277,7 +285,10 @@ class _Kitchen(TorchFunctionMode):
         """Return what autograd holds of the memory of a tensor, in the unit, as it is now."""
         found = self._saved.get(tensor.untyped_storage()._cdata)
         slot = None if found is None else found()
-        return slot if slot is not None and slot.tensor is not None and slot.version == tensor._version else None
+        held = None if slot is None else slot.tensor
+        if slot is None or held is None or held.dtype is not tensor.dtype or slot.version != tensor._version:
+            return None
+        return slot
 
     def pack(self, tensor: Tensor) -> Any:
         """Return what autograd holds of a tensor."""
