@@ -46,12 +46,12 @@ def plan(
     """Find what to keep of a model's layers so that a training step stays within a memory budget, in the least time.
 
     One forward pass measures for every unit what it keeps, what it takes and what it costs to run again. Which units
-    are stored, checkpointed (alone, or some in a row), inverted or offloaded is found by dynamic programming. Then the
-    plan is applied, a real step is measured, and the plan is corrected at most three times: its ``peak`` is a
-    measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards what they were,
-    and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement. In steps that are only
-    tried :func:`recollect.in_backward` is true: what happens once per step, such as pushes to histories, does not
-    happen. A unit whose rebuild is not what the forward was (it draws numbers from Python's generator) is stored.
+    are stored, stored in part, checkpointed (alone, or some in a row), inverted or offloaded is found by dynamic
+    programming. Then the plan is applied, a real step is measured, and the plan is corrected at most three times: its
+    ``peak`` is a measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards
+    what they were, and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement. In steps
+    that are only tried :func:`recollect.in_backward` is true: what happens once per step, such as pushes to histories,
+    does not happen. A unit whose rebuild is not what the forward was (it draws numbers from Python's generator) is stored.
 
     Class, names and state dict of an applied model are those of the model without. Gradients are the same.
 
@@ -68,7 +68,8 @@ def plan(
         units: what is treated as a whole: a type of modules, a name with ``*`` and ``?`` allowed, several of these, or
             a predicate. ``None``: layers that a container repeats, and layers with an inverse.
         certify: what is accepted of a rebuild; see :func:`recollect.checkpoint`.
-        selective: whether checkpoints that keep what products return come into question.
+        selective: whether it comes into question to keep all but what norms, activations and other cheap functions
+            return, which is computed again from what is kept.
         offload: a folder to which inputs may be offloaded, or on accelerators ``True`` for host memory.
         on_exceed: what happens where inputs have a dimension larger than those of a step that was tried, so that their
             own step is tried, and it exceeds the budget: ``"warn"``, ``"raise"`` a :class:`BudgetError`, or

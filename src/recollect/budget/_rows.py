@@ -19,7 +19,7 @@ class Row:
         unit: its name.
         keeps: bytes from its forward to its backward, as measured with everything kept in it.
         strategy: ``"store"``, ``"checkpoint"``, ``"link"`` (a checkpoint whose input the unit before makes again),
-            ``"selective"``, ``"offload"`` or ``"invert"``.
+            ``"selective"`` (stored but for what cheap functions return), ``"offload"`` or ``"invert"``.
         bytes: that it keeps with this strategy.
         seconds: that the strategy adds to a step.
 

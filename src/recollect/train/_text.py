@@ -34,7 +34,7 @@ STRATEGIES = {
     "store": "stored",
     "checkpoint": "checkpointed",
     "link": "checkpointed",
-    "selective": "checkpointed but for products",
+    "selective": "stored in part",
     "offload": "offloaded",
     "invert": "inverted",
 }
