@@ -52,7 +52,7 @@ TOGETHER = {
     "autoscale/test_subgraph.py": "autoscale/loader/_subgraph",
     "autoscale/test_undirected.py": "autoscale/partitioning/_undirected",
     "budget/test_plan.py": "budget/_bytes budget/_cost budget/_measure budget/_planning budget/_rows "
-    "budget/_step budget/_treatment budget/_units frames/_forward frames/_trial",
+    "budget/_step budget/_units frames/_forward frames/_trial",
     "budget/test_solve.py": "budget/_problem",
     "data/files/test_from_file.py": "data/_describe data/files/_arrays data/files/_folder data/files/_formats "
     "data/files/_found data/files/_graphml data/files/_labels data/files/_parts data/files/_table",

@@ -7,6 +7,7 @@
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import budget_programs
@@ -72,8 +73,10 @@ def test_a_least_budget_that_is_another_each_time_is_found(monkeypatch):
     draw, real = random.Random(0), _cost.Cost
 
     def noisy(forward: int, backward: int, *times: Any) -> Any:
-        seconds, again, *rest = times
-        return real(forward, backward, seconds * draw.uniform(0.1, 10), again * draw.uniform(0.1, 10), *rest)
+        seconds, repeats, sparing, *rest = times
+        if sparing is not None:
+            sparing = replace(sparing, seconds=sparing.seconds * draw.uniform(0.1, 10))
+        return real(forward, backward, seconds * draw.uniform(0.1, 10), repeats, sparing, *rest)
 
     def solved(program):
         return program.strategy is None

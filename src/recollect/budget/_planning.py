@@ -51,7 +51,8 @@ def plan(
     ``peak`` is a measurement. The model's parameters, buffers, gradients, attributes and random state are afterwards
     what they were, and the plan is not applied: call :meth:`Plan.apply`, or use it in a ``with`` statement. In steps
     that are only tried :func:`recollect.in_backward` is true: what happens once per step, such as pushes to histories,
-    does not happen. A unit whose rebuild is not what the forward was (it draws numbers from Python's generator) is stored.
+    does not happen. A unit whose rebuild is not what the forward was (it draws numbers from Python's generator) is
+    stored.
 
     Class, names and state dict of an applied model are those of the model without. Gradients are the same.
 
