@@ -9,6 +9,7 @@ from torch import nn
 
 import recollect
 from recollect.budget import Row, _treatment
+from recollect.frames import run_frame
 from recollect.memory import peak_memory
 
 WIDTH = 16
@@ -49,7 +50,7 @@ def gradients(model, x, run=None):
 @pytest.fixture
 def frames(monkeypatch):
     """The number of frames that stood around units."""
-    found, real = [], _treatment.run_frame
+    found, real = [], run_frame
 
     def counted(*args, **kwargs):
         found.append(args[0])
