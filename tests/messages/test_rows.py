@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 
+from recollect._torch import has_global_hooks
+from recollect.autogram import Engine
 from recollect.messages.rows import _ELEMENTWISE, by_structure, goes_by_rows, some_rows
 
 
@@ -71,6 +73,10 @@ def test_a_class_whose_forward_was_replaced_and_hooks_of_all_modules(monkeypatch
     assert not by_structure(nn.ReLU())
     handle.remove()
     assert by_structure(nn.ReLU())
+    engine = Engine(nn.Linear(2, 2))  # sees what modules return, and changes no number
+    assert has_global_hooks()
+    assert by_structure(nn.ReLU())
+    del engine
 
 
 def test_few_rows_are_looked_at():

@@ -35,7 +35,8 @@ def by_structure(module: Any) -> bool:
         >>> by_structure(nn.Sequential(nn.LayerNorm(4), nn.ReLU())), by_structure(nn.BatchNorm1d(4))
         (True, False)
     """
-    return isinstance(module, nn.Module) and not has_global_hooks() and all(map(_is_known, module.modules()))
+    known = isinstance(module, nn.Module) and all(map(_is_known, module.modules()))
+    return known and not has_global_hooks(beside_engines=True)
 
 
 def _is_known(module: nn.Module) -> bool:

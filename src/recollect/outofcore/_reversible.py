@@ -122,7 +122,7 @@ class Reversible(Network):
         if model.goes_by_rows():
             return
         device = device_of(model)
-        steady = not has_global_hooks() and not model.buffers_around()
+        steady = not has_global_hooks(beside_engines=True) and not model.buffers_around()
         form = (kind_of(model), device, torch.is_autocast_enabled(device.type)) if steady else None
         if form is None or form not in self._forms:
             model.check_rows(self._features.to(device))
