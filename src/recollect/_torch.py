@@ -430,11 +430,16 @@ def outputs_come_first_hand() -> bool:
     return next(iter(hooks), None) == _CAPTURING
 
 
-def has_global_hooks() -> bool:
-    """Return whether hooks of somebody else, of engines too, run before or after every module's forward."""
+def has_global_hooks(beside_engines: bool = False) -> bool:
+    """Return whether hooks of somebody else, of engines too, run before or after every module's forward.
+
+    Args:
+        beside_engines: leave out those of engines, which change no numbers.
+    """
     before: Any = _module._global_forward_pre_hooks
     after: Any = _module._global_forward_hooks
-    return len(before) > (_WATCHING in before) or len(after) > (_WATCHING in after)
+    own = (_WATCHING in after) + (beside_engines and _CAPTURING in after)
+    return len(before) > (_WATCHING in before) or len(after) > own
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}

@@ -1,5 +1,7 @@
 """Gradients of mini-batches whose histories are corrected, against those of the whole graph."""
 
+import gc
+
 import pytest
 import torch
 from compensation_zoo import (
@@ -21,9 +23,11 @@ from compensation_zoo import (
 )  # fmt: skip
 from torch import nn
 
-from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, propagate, with_weights
+from recollect.autoscale import Combination, EvalSubgraphLoader, SubgraphLoader, get_data, propagate, with_weights
+from recollect.autoscale._block_compensation import BlockCompensation
+from recollect.autoscale._compensation import Compensation
 from recollect.autoscale._separable import Edges, Form, Way
-from recollect.models import GIN
+from recollect.models import GCN, GIN, RevGNN
 
 EXACT = 1e-12
 depths = pytest.mark.parametrize("layers", [2, 3, 4])
@@ -275,3 +279,34 @@ def test_weights_that_the_outward_edges_do_not_have_are_refused():
             run(model, batch)
     batch.data.adj_t = with_weights(batch.data.adj_t, weights)
     run(model, batch)
+
+
+PASSES = {
+    "cut": lambda *sizes: GCN(34, *sizes, num_layers=3, compensate=True),
+    "with dropout": lambda *sizes: GCN(34, *sizes, num_layers=3, dropout=0.5, compensate=True),
+    "combined": lambda *sizes: GCN(34, *sizes, num_layers=3, compensate=True, combine=Combination(0.5)),
+    "blocks": lambda *sizes: RevGNN(*sizes, 3, conv="graphconv", num_nodes=34, compensate=True),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_is_freed_with_its_graph(name):
+    """Without the garbage collector, and whether the mini-batch went backward or not."""
+    data, in_channels, out_channels = get_data(None, "karate")
+    data.node_order = torch.arange(34)
+    model = PASSES[name](in_channels, 8, out_channels)
+    loader = SubgraphLoader(
+        data, torch.tensor([0, 10, 20, 34]), batch_size=1, outward="induced" if name == "combined" else True
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        for backward in (True, False, True):
+            for batch in loader:
+                out = model(batch.data.x, batch.data.adj_t, *batch[1:], outward=batch.data.outward)
+                if backward:
+                    out.square().mean().backward()
+            del out, batch
+            assert [each for each in gc.get_objects() if isinstance(each, Compensation | BlockCompensation)] == []
+    finally:
+        gc.enable()

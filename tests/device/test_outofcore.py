@@ -96,7 +96,7 @@ def test_a_step_is_that_of_the_cpu(other, name, memory, products, monkeypatch):
 
 @each
 def test_an_operation_waits_once_for_what_it_changes(other, name, monkeypatch):
-    """And a step of a reversible network for two looks at what is around its layers, and for its drift."""
+    """And for nothing beside."""
     whole = whole_of(name, other, memory=1 << 20)
     step(whole)
     passes, begun = [0], type(whole._space.crossing).back
@@ -108,11 +108,8 @@ def test_an_operation_waits_once_for_what_it_changes(other, name, monkeypatch):
     monkeypatch.setattr(type(whole._space.crossing), "back", back)
     with watch() as log:
         step(whole)
-    own = [one for one in log.where if "_crossing.py" in one or "_verdicts.py" in one]
-    assert 0 < len(own) <= passes[0]
-    rest = [one for one in log.where if one not in own]
-    assert all("reach.py" in one or ("copy_" in one and "_reversible.py" in one) for one in rest), rest
-    assert len(rest) == (3 if "revgnn" in name else 0)
+    assert all("_crossing.py" in one or "_verdicts.py" in one for one in log.where), log.where
+    assert 0 < len(log.where) <= passes[0]
 
 
 @several

@@ -6,12 +6,15 @@ Run through the tests, or by hand: ``python processes.py RANK WORLD_SIZE FOLDER 
 from __future__ import annotations
 
 import gc
+import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from processes import registering
 from torch import Tensor
+from torch import distributed as dist
 
 from recollect.messages import rows_of
 from recollect.train._build import build_dataset
@@ -19,6 +22,8 @@ from recollect.train._config import parse
 from recollect.train._graph import TrainingGraph
 from recollect.train._step import Step
 from recollect.train._surroundings import make_fabric
+from recollect.train._team import team
+from recollect.train._trainer import Trainer
 from recollect.train.families import family_of
 
 CASES: dict[str, Any] = {}
@@ -130,3 +135,36 @@ def what_needs_all_edges_keeps_the_whole_graph(rank: int, world: int) -> None:
         step = made(family, graph)
         assert step.graph.own is None
         assert step.graph.data is graph.data
+
+
+@case
+def a_run_goes_on_with_its_histories_of_gradients(rank: int, world: int) -> None:
+    """Those of every process, which went on for steps of an epoch before the processes died."""
+    words = ["model=gcn", "training.compensate=cut", "model.dropout=0.3", "epochs=3", "checkpoint_every=2"]
+    folder = Path(team().share(tempfile.mkdtemp() if rank == 0 else None))
+    found = []
+    for name in ("whole", "broken", "broken"):
+        family, graph = prepared(world, words)
+        checkpoint = folder / f"{name}.ckpt"
+        trainer = Trainer(family.settings, made(family, graph), checkpoint)
+        there = team().share(checkpoint.exists())
+        if there:
+            trainer.load()
+            assert (trainer.epoch, trainer.draws_on) == (2, True)
+        else:
+            team().draw_apart(0, 0)
+        if name == "broken" and not there:
+            trainer.step.fill()
+            for _ in range(2):
+                trainer._epoch()
+            trainer.save()
+            trainer.step.train()
+            dist.barrier()
+            continue
+        trainer.fit(lambda row: None)
+        state = trainer.step.network.gradients.state()
+        rows = [{key: str(value) for key, value in row.items() if key != "seconds"} for row in trainer.history]
+        found.append((rows, dict(trainer.step.network.named_parameters()), state))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=0, atol=0)
+    assert any(bool(table["rows"]["table"].any()) for table in found[0][2]["tables"])

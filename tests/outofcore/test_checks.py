@@ -1,6 +1,8 @@
 """What would give other numbers than the whole network is refused before anything is changed."""
 
 import threading
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -80,6 +82,119 @@ def test_what_goes_row_by_row_is_as_it_was_overridden():
     model = a_model(Scaled, dropout=0.3)
     found, expected = whole_step(WholeGraph(model, data, PTR), data), plain_step(model, data)
     assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
+
+
+class Counted(RevGNN):
+    """Counts the evaluations of all copies, row by row as it is; and may do something else later."""
+
+    calls: ClassVar[list[int]] = [0, 0]
+    centred = False
+    again: Any = None
+
+    def embed(self, x):
+        self.calls[0] += 1
+        return super().embed(x)
+
+    def classify(self, x, mask=None):
+        self.calls[1] += 1
+        centred = self.centred or (self.again is not None and self.again.centred)
+        return super().classify(x - x.mean(0) if centred else x, mask)
+
+
+@pytest.mark.parametrize("kind", [RevGNN, Counted])
+def test_what_goes_row_by_row_is_looked_at_once_for_each_form(kind, monkeypatch):
+    data = a_graph()
+    whole = WholeGraph(a_model(kind), data, PTR)
+    monkeypatch.setattr(Counted, "calls", [0, 0])
+    looks, look = [], RevGNN.check_rows
+    monkeypatch.setattr(RevGNN, "check_rows", lambda model, x: looks.append(x) or look(model, x))
+    for times in range(1, 4):
+        whole.step(sum_of_losses(data))
+        whole.evaluate()
+        if kind is RevGNN:
+            assert looks == []
+        else:  # in training mode, which is new; evaluation mode was looked at when the WholeGraph was made
+            assert len(looks) == 1
+            # Four parts, forward and backward, and in evaluation; a look takes two runs of two parts.
+            assert Counted.calls == [4 + 3 * 4 * times, 4 + 2 * 4 * times]
+
+
+def centred_object():
+    return SimpleNamespace(centred=True)
+
+
+LATER = {
+    "an attribute": lambda model: setattr(model, "centred", True),
+    "an attribute of an object": lambda model: setattr(model, "again", centred_object()),
+    "a norm": lambda model: setattr(model, "norm", InstanceNorm(8).double()),
+    "a hook": lambda model: model.norm.register_forward_hook(lambda module, args, out: out - out.mean(0)),
+    "a forward": lambda model: setattr(model.norm, "forward", lambda x: x - x.mean(0)),
+    "a class": lambda model: setattr(model, "__class__", Centred),
+    "a method": lambda model: setattr(model, "classify", lambda x, mask=None: model.head(x - x.mean(0))),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (kind, what)
+        for kind in (RevGNN, Counted)
+        for what in LATER
+        if hasattr(kind, "centred") or "attribute" not in what
+    ],
+)
+def test_what_looks_at_other_rows_later_is_refused(kind, what):
+    data, model = a_graph(), a_model(kind)
+    whole = WholeGraph(model, data, PTR)
+    for _ in range(2):
+        whole.step(sum_of_losses(data))
+    LATER[what](model)
+    for call in (lambda: whole.step(sum_of_losses(data)), whole.evaluate):
+        with pytest.raises(ValueError, match=r"classify returns rows that depend on other nodes' rows"):
+            call()
+
+
+class CentredInTraining(RevGNN):
+    def classify(self, x, mask=None):
+        return super().classify(x - x.mean(0) if self.training else x, mask)
+
+
+class CentredBehindAGate(RevGNN):
+    """Nothing is seen of it until the gate has moved."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def classify(self, x, mask=None):
+        return super().classify(x - self.gate * x.mean(0), mask)
+
+
+class CentredBehindTwoSteps(RevGNN):
+    """Says in a buffer how often it was called, whose value is no part of its form."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("count", torch.zeros(()))
+
+    def classify(self, x, mask=None):
+        return super().classify(x - x.mean(0) if self.count > 1 else x, mask)
+
+
+def test_a_mode_a_gate_and_a_count_are_no_way_around():
+    data = a_graph()
+    whole = WholeGraph(a_model(CentredInTraining), data, PTR)
+    whole.evaluate()
+    with pytest.raises(ValueError, match=r"CentredInTraining\.classify returns"):
+        whole.step(sum_of_losses(data))
+    with pytest.raises(ValueError, match=r"CentredBehindAGate\.classify returns"):
+        WholeGraph(a_model(CentredBehindAGate), data, PTR)
+    whole = WholeGraph(a_model(CentredBehindTwoSteps), data, PTR)
+    for _ in range(2):
+        whole.step(sum_of_losses(data))
+        whole.model.count += 1
+    with pytest.raises(ValueError, match=r"CentredBehindTwoSteps\.classify returns"):
+        whole.step(sum_of_losses(data))
 
 
 class Gated(RevGNN):

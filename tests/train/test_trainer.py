@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from typing import cast
@@ -7,6 +8,7 @@ from typing import cast
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch.testing import assert_close
 
 from recollect.train._config import parse
 from recollect.train._errors import InvalidRunError, NonFiniteLossError
@@ -119,6 +121,89 @@ def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(graph, t
     assert resumed.best_epoch == whole.best_epoch
     assert all(torch.equal(resumed.best_state[name], value) for name, value in whole.best_state.items())
     assert torch.equal(torch.get_rng_state(), resumed.step.fabric.load(resumed.checkpoint)["random"]["cpu"])
+
+
+CUT = ("model=gcn", "training.compensate=cut", "model.dropout=0")
+CORRECTED = {
+    "cut": CUT,
+    "cut, with dropout": (*CUT, "model.dropout=0.3"),
+    "complete": ("model=gat", "training.compensate=complete"),
+    "combined": (*CUT, "training.combine=0.8"),
+    "refreshed": (*CUT, "training.refresh_every=2"),
+    "int8": (*CUT, "training.history_dtype=int8", "training.layerwise=true"),
+    "reversible": ("model=revgnn", "model.conv=graphconv", "training.compensate=cut"),
+    "in files": (*CUT, "training.history_path={}"),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_histories_of_gradients_go_on_too(graph, tmp_path, name):
+    """Of the checkpoint's epoch, though the run went on for two steps before it died, and their files with it."""
+    found = []
+    for broken in (False, True):
+        folder = tmp_path / str(broken)
+        folder.mkdir()
+        words = [word.format(folder / "files") for word in CORRECTED[name]]
+        parts = ("training=autoscale", "training.num_parts=4", "training.parts_per_batch=1", "model.hidden_channels=8")
+        settings = parse([*COMMON, "epochs=4", "model.num_layers=3", *parts, *words])
+        trainer = make(graph, folder, settings)
+        if broken:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Step, "_update", dying(10))
+                with pytest.raises(KeyboardInterrupt) as caught:
+                    trainer.fit(lambda row: None)
+            caught.value.__traceback__ = None  # which holds the files open
+            del caught, trainer
+            gc.collect()
+            trainer = make(graph, folder, settings, seed=5)
+            trainer.load()
+            assert trainer.epoch == 2
+        trainer.fit(lambda row: None)
+        gradients = trainer.step.network.gradients
+        tables = [gradients.table(layer + 1).table.state() for layer in range(len(gradients.tables))]
+        found.append((numbers(trainer), trainer.best_state, tables, gradients.state()["sums"]))
+    (rows, best, tables, sums), (resumed, *others) = found
+    assert resumed == rows
+    assert_close(others, [best, tables, sums], rtol=0, atol=0)
+    assert any(bool(table["table"].any()) for table in tables)
+
+
+def dying(number):
+    """An update of the parameters that dies after its call of this number, from 0."""
+    own, done = Step._update, list[None]()
+
+    def update(step):
+        done.append(own(step))
+        if len(done) > number:
+            raise KeyboardInterrupt
+
+    return update
+
+
+def test_histories_of_another_network_are_refused(graph, tmp_path):
+    words = [
+        "training=autoscale",
+        "training.num_parts=4",
+        "training.parts_per_batch=1",
+        *CUT,
+        "model.hidden_channels=8",
+    ]
+    trainer = make(graph, tmp_path, parse([*COMMON, "epochs=1", "model.num_layers=3", *words]))
+    trainer.fit(lambda row: None)
+    kept = trainer.step.kept()
+    gone = make(graph, tmp_path, trainer.settings)
+    stored = trainer.step.fabric.load(trainer.checkpoint)
+    trainer.step.fabric.save(gone.checkpoint, stored | {"kept": stored["kept"] * 2})
+    gone.load()  # of two processes: one begins anew
+    assert gone.step.network.gradients.is_empty(1)
+    gradients = trainer.step.network.gradients
+    kept["gradients"]["tables"][0]["rows"]["table"] = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"layer 1: table: a history of .* cannot load \[3, 8\]"):
+        trainer.step.restore(kept)
+    assert gradients.is_empty(1)
+    assert gradients.is_empty(2)
+    with pytest.raises(ValueError, match="cannot be taken over"):
+        trainer.step.restore({"gradients": {"tables": []}})
 
 
 def test_checkpoints_are_of_every_so_many_epochs_and_the_last(graph, tmp_path):

@@ -119,7 +119,7 @@ class Compensation:
         """
         self._cut = None
         way, modes = self._ways.get(layer), (layer, self._plain.modes)
-        at_once = forms_of(x.device).reads_at_once
+        at_once = forms_of(x.device).reads_at_once and self._outward.num_targets
         if way is None or way.form != Form.SUM or self._below is None or not (x.requires_grad and at_once):
             return stage(x)
         random = torch.get_rng_state()
@@ -132,7 +132,9 @@ class Compensation:
                 and self._leaves_nothing(out, before, after)
                 and self._is_as_in_evaluation(stage, x, out)
             )
-            return out, after
+            if not self._steady[modes]:
+                return out, after
+            # What follows rounds in another way: so does every mini-batch, the first of a resumed run too.
         if not self._steady[modes]:
             return stage(x)
         out, after = stage(x.detach())
@@ -175,7 +177,8 @@ class Compensation:
         through = None if self._cut is None else self._through(layer, blank_of(self._inputs, before))
         step = _Step(layer, self._batch, push, back, through)
         joined: Tensor = _Join.apply(out, self._cut, step)  # type: ignore[no-untyped-call]
-        self._below, self._cut = (joined, step), None
+        # Not behind the last layer: the graph, which holds this pass, would be held by it, and never be freed.
+        self._below, self._cut = None if last else (joined, step), None
         if layer:
             tree = Tree(state)
             state = tree.build([joined if tensor is out else tensor for tensor in tree.tensors])

@@ -240,6 +240,16 @@ class Batches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps
 
+    @property
+    def drawn(self) -> Tensor | None:
+        """The state of what draws the next epochs' orders; ``None``: nothing is drawn."""
+        return None if self._generator is None else self._generator.get_state()
+
+    @drawn.setter
+    def drawn(self, state: Tensor) -> None:
+        if self._generator is not None:
+            self._generator.set_state(state)
+
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.tensor(list(self.parts), dtype=torch.int64)
         if self._generator is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,16 @@ __all__ = [
     "Cut",
     "Probe",
     "Reach",
+    "Rewound",
     "copied",
     "cut",
-    "goes_by_rows",
     "kind_of",
     "look_of",
     "module_of",
+    "move",
     "other_numbers",
     "same",
     "settings_of",
-    "some_rows",
 ]
 
 _NODES, _EDGES = 160, 300
@@ -41,7 +41,6 @@ _HUB, _DEGREE = 40, 30
 DRAWING = threading.RLock()  # steps of several threads draw from torch's one generator
 _SCALES = (1.0, 30.0)
 _LARGEST = 1 << 20
-_ROWS, _PART = 24, slice(5, 12)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # under autocast results are in half precision
 
 
@@ -165,7 +164,7 @@ class Probe:
         Raises:
             ValueError: it can be computed for a whole graph, and not for a part.
         """
-        block = _Rewound(_moved(block, self._generator))
+        block = Rewound(_moved(block, self._generator))
         right = {False: True, True: True}  # by whether edges into the neighbours are there
         alone = dict(right)
         ordered = False
@@ -223,7 +222,7 @@ class Probe:
         return same(*found)
 
 
-class _Rewound:
+class Rewound:
     """A block each of whose runs begins with the same buffers.
 
     Attributes:
@@ -246,6 +245,7 @@ class _Rewound:
         return buffers
 
     def __call__(self, *args: Any) -> Any:
+        """Run the block."""
         buffers = self.rewind()
         out = self._block(*args)
         written = {name: each.clone() for name, each in buffers.items() if not _equal(each, self._before[name])}
@@ -268,48 +268,6 @@ def same(found: Tensor, true: Tensor) -> bool:
     tolerance = _TOLERANCE.get(true.dtype, 1e-2)
     found, true = found.double().nan_to_num(), true.double().nan_to_num()
     return bool((found - true).abs().max() <= tolerance * true.abs().max())
-
-
-def goes_by_rows(run: Callable[..., Tensor], *rows: Tensor | None, module: nn.Module) -> bool:
-    """Return whether what a function returns for some rows depends on no other rows, nor on their number.
-
-    Args:
-        run: the function.
-        rows: its arguments, each [24, channels]; ``None`` stays what it is.
-        module: whose buffers it may write; they stay as they are.
-
-    Raises:
-        ValueError: it cannot be computed for some of the rows, or writes what depends on them.
-    """
-    with DRAWING, Constant(), torch.no_grad():
-        rewound = _Rewound(_Called(run, module))
-        whole = rewound(*rows)
-        try:
-            part = rewound(*(None if each is None else each[_PART] for each in rows))
-        except Exception as error:
-            raise ValueError(f"it cannot be computed for some of the rows alone: {error}") from error
-        finally:
-            rewound.rewind()
-    if rewound.varied is not None:
-        raise ValueError(f"it writes to the buffer {rewound.varied} what depends on the rows")
-    return same(part, whole[_PART])
-
-
-@dataclass(frozen=True)
-class _Called:
-    """A function that runs a module."""
-
-    run: Callable[..., Tensor]
-    module: nn.Module
-
-    def __call__(self, *rows: Tensor | None) -> Tensor:
-        return self.run(*rows)
-
-
-def some_rows(x: Tensor) -> Tensor:
-    """Return 24 rows of a tensor, for :func:`goes_by_rows`."""
-    generator = torch.Generator().manual_seed(0)
-    return x[torch.randint(x.size(0), (_ROWS,), generator=generator).to(x.device)]
 
 
 def other_numbers(value: Tensor, seed: int) -> Tensor:
@@ -339,11 +297,17 @@ def copied(block: Any, shared: Iterable[nn.Module] = ()) -> Any:
 def _moved(block: Any, generator: torch.Generator) -> Any:
     """Return a copy of a block with other parameters, on the CPU."""
     block = copied(block)
-    for parameter in module_of(block).cpu().parameters():
-        if parameter.is_floating_point():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-            parameter.add_(noise * 0.1)
+    move(module_of(block).cpu().parameters(), generator)
     return block
+
+
+@torch.no_grad()
+def move(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Move parameters a little: those that begin at zero hide what they multiply."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter) * 0.1)
 
 
 def _is_alone(block: Any, rows: Tensor, edge_index: Tensor, edges: Mapping[str, Tensor], true: Tensor) -> bool:

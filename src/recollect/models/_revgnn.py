@@ -13,7 +13,8 @@ from recollect._arguments import as_count
 from recollect._parameters import reset_parameters
 from recollect.autoscale import Around, BlockwiseGNN
 from recollect.frames import Lattice, digits_of
-from recollect.messages.reach import Probe, goes_by_rows, kind_of, other_numbers, some_rows
+from recollect.messages.reach import Probe, copied, kind_of, move, other_numbers
+from recollect.messages.rows import by_structure, goes_by_rows, some_rows
 from recollect.models._convs import make_conv
 from recollect.models._dropout import dropout, dropout_mask
 from recollect.models._whole import check_whole
@@ -267,7 +268,12 @@ class RevGNN(BlockwiseGNN):
 
     def around(self) -> list[nn.Module]:
         """Return what :meth:`embed` and :meth:`classify` may use: all but the layers and the histories."""
-        return [child for child in self.children() if child is not self.layers and child is not self.histories]
+        others = (self.layers, self.histories, self.gradients)
+        return [child for child in self.children() if not any(child is other for other in others)]
+
+    def buffers_around(self) -> list[Tensor]:
+        """Return the buffers that :meth:`embed` and :meth:`classify` may use."""
+        return [*self.buffers(recurse=False), *(buffer for module in self.around() for buffer in module.buffers())]
 
     def check_parts(self, x: Tensor, args: tuple[Any, ...]) -> None:
         """See, on a small graph, whether the edges into a node are all that blocks need; and what goes row by row."""
@@ -277,26 +283,30 @@ class RevGNN(BlockwiseGNN):
     def check_rows(self, x: Tensor) -> None:
         """Check that :meth:`embed` and :meth:`classify` go row by row, in the mode in which the network is.
 
+        A copy is looked at, as it is and with other parameters, unless :meth:`goes_by_rows` says that it does.
+
         Args:
             x: features of some nodes [n, in_channels].
 
         Raises:
             ValueError: a row of what one of them returns depends on other rows.
         """
-        weight, x = self.project.weight, some_rows(x)
-        h = torch.randn(x.size(0), weight.size(0), generator=torch.Generator().manual_seed(0)).to(weight)
-        mask = torch.ones_like(h) if self.training and self.dropout > 0 else None
-        own = nn.ModuleList(self.around())
-        for method, rows in (("embed", (x,)), ("classify", (h, mask))):
-            try:
-                by_rows = goes_by_rows(getattr(self, method), *rows, module=own)
-            except ValueError as error:
-                raise ValueError(f"{type(self).__name__}.{method}: {error}") from error
-            if not by_rows:
-                raise ValueError(
-                    f"{type(self).__name__}.{method} returns rows that depend on other nodes' rows, so that it cannot "
-                    "be computed part by part: let each row depend on its own, with norms over channels (LayerNorm)"
-                )
+        if self.goes_by_rows():
+            return
+        around = self.around()
+        found = copied(self, [child for child in self.children() if child not in around])
+        generator, weight, x = torch.Generator().manual_seed(0), found.project.weight, some_rows(x)
+        h = torch.randn(x.size(0), weight.size(0), generator=generator).to(weight)
+        own = nn.ModuleList(found.around())
+        own._buffers, own._parameters = found._buffers, found._parameters
+        _look_at_rows(found, own, x, h)
+        move(own.parameters(), generator)
+        _look_at_rows(found, own, x, h * 30)  # something else may be done with large numbers
+
+    def goes_by_rows(self) -> bool:
+        """Return whether :meth:`embed` and :meth:`classify` go row by row by what they are made of."""
+        own = all(getattr(type(self), name) is method and name not in vars(self) for name, method in _OF_ROWS.items())
+        return own and all(map(by_structure, (self.project, self.norm, self.head)))
 
     def _check_blocks(self, args: tuple[Any, ...]) -> None:
         weight, known = self.project.weight, set[Any]()
@@ -381,3 +391,20 @@ class RevGNN(BlockwiseGNN):
         if not (self.shared_dropout and self.training and self.dropout > 0):
             return None
         return dropout_mask(x, self.dropout)
+
+
+_OF_ROWS = {"embed": RevGNN.embed, "classify": RevGNN.classify}
+
+
+def _look_at_rows(model: RevGNN, own: nn.Module, x: Tensor, h: Tensor) -> None:
+    mask = torch.ones_like(h) if model.training and model.dropout > 0 else None
+    for method, rows in (("embed", (x,)), ("classify", (h, mask))):
+        try:
+            by_rows = goes_by_rows(getattr(model, method), *rows, module=own)
+        except ValueError as error:
+            raise ValueError(f"{type(model).__name__}.{method}: {error}") from error
+        if not by_rows:
+            raise ValueError(
+                f"{type(model).__name__}.{method} returns rows that depend on other nodes' rows, so that it cannot "
+                "be computed part by part: let each row depend on its own, with norms over channels (LayerNorm)"
+            )

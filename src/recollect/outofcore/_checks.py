@@ -9,7 +9,6 @@ from torch import Tensor
 
 from recollect._modules import check_unhooked
 from recollect.autoscale import ScalableGNN
-from recollect.messages.reach import copied
 from recollect.models import RevGNN
 from recollect.outofcore._crossing import device_of
 from recollect.reversible import GroupAddRev
@@ -18,7 +17,6 @@ __all__ = [
     "check_graph",
     "check_layered",
     "check_network",
-    "check_rows",
     "check_unweighted",
     "check_weighting",
     "in_order",
@@ -106,19 +104,6 @@ def check_unweighted(adj_t: Tensor) -> None:
             "inputs=('edge_weight',), which gives them to each convolution after edge_index, or the adjacency without "
             "weights"
         )
-
-
-def check_rows(model: RevGNN, x: Tensor) -> None:
-    """Check that what is before and behind the layers goes row by row, in the mode in which it is.
-
-    Args:
-        model: the network; it stays as it is.
-        x: some nodes' features [n, in_channels].
-
-    Raises:
-        ValueError: a row depends on others.
-    """
-    copied(model, [model.layers]).check_rows(x.to(device_of(model)))
 
 
 def inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from recollect.outofcore._tables import Changes
 
 __all__ = ["Crossing", "Late", "device_of"]
 
-Late = tuple[Tensor, Callable[[Tensor], None]]
+Late = tuple[Tensor, Callable[[Tensor], object]]
 """Numbers of the device, and what is done with them on the host."""
 
 

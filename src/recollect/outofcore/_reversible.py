@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recollect._devices import widened
 from recollect._modules import in_evaluation
+from recollect._torch import has_global_hooks
 from recollect.frames import Lattice, check_exact, check_noted, digits_of, noted
 from recollect.messages import for_targets
-from recollect.messages.reach import DRAWING, Constant
+from recollect.messages.reach import DRAWING, Constant, kind_of
 from recollect.models import RevGNN
 from recollect.outofcore._blocks import Blocks, dtype_of, place_of
-from recollect.outofcore._checks import check_network, check_rows
+from recollect.outofcore._checks import check_network
 from recollect.outofcore._crossing import device_of
 from recollect.outofcore._masks import Masks, width_of
 from recollect.outofcore._network import Graph, Network
@@ -59,8 +59,9 @@ class Reversible(Network):
         self.blocks = Blocks(model, graph)
         self.further = self.blocks.further
         self._features = graph.data.x[:_FEATURES].cpu().clone()
+        self._forms: deque[Hashable] = deque(maxlen=4)  # of networks whose first and last functions go by rows
         with in_evaluation(model):
-            check_rows(model, self._features)
+            self._check_rows()
         self.masks: dict[str, Masks] = {}
 
     @property
@@ -110,7 +111,22 @@ class Reversible(Network):
             )
         self.check_norms()
         self.blocks.check()
-        check_rows(model, self._features)
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Look whether what is before and behind the layers goes row by row, if that is not known of its form.
+
+        Where it reads buffers, whose values are no part of a form, that is never known.
+        """
+        model = self.model
+        if model.goes_by_rows():
+            return
+        device = device_of(model)
+        steady = not has_global_hooks(beside_engines=True) and not model.buffers_around()
+        form = (kind_of(model), device, torch.is_autocast_enabled(device.type)) if steady else None
+        if form is None or form not in self._forms:
+            model.check_rows(self._features.to(device))
+            self._forms.append(form)
 
     def draw(self) -> None:
         """Draw the masks: the same numbers in the same order as the network itself draws for the whole graph."""
@@ -126,7 +142,7 @@ class Reversible(Network):
     def watch(self, writes: Writes) -> None:
         """See :class:`Network`."""
         model, device = self.model, device_of(self.model)
-        buffers = [buffer for module in model.around() for buffer in module.buffers()]
+        buffers = model.buffers_around()
 
         def run(what: Callable[[Tensor], Tensor], rows: Tensor) -> None:
             with DRAWING, torch.random.fork_rng(devices=[]), Constant():
@@ -329,9 +345,9 @@ class ReversibleStep(Step):
                 self._pass(partial(self._rows_and_gradient, group), compute, parameters)
                 inputs = [self._name(i, block) for i in self._inputs(group) for block in self.objectives.blocks]
                 self._places.turn([f"x{group}", *inputs])
-        self._squares: Tensor | None = None  # of the error, and of what is true
+        self._squares = torch.zeros(2, dtype=torch.float64, device="cpu")  # of the error, and of what is true
         self._pass(self.groups_of, self._leave, self._of.around())
-        errors, norms = (0.0, 0.0) if self._squares is None else self._squares.tolist()
+        errors, norms = self._squares.tolist()
         self.drift = (errors / norms) ** 0.5 if norms else 0.0
 
     def _backward(
@@ -382,8 +398,7 @@ class ReversibleStep(Step):
         with torch.enable_grad(), self._writes.again("embed"):
             h = self._model.embed(part.x)
         true = self._entered(h).detach()
-        squares = widened(torch.stack([(found - true).square().sum(), true.square().sum()]))
-        self._squares = squares if self._squares is None else self._squares + squares
+        self._look(torch.stack([(found - true).square().sum(), true.square().sum()]), self._squares.add_)
         parameters = self._reached([h], [], parameters)
         for block in self.objectives.blocks if parameters else ():
             groups = [self._read_gradient(i, block, part) for i in range(self._model.num_groups)]

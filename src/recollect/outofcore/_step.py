@@ -219,7 +219,7 @@ class Step(ABC):
         late, self._late = self._late, []
         return self._crossing.back(changes, late)
 
-    def _look(self, numbers: Tensor, look: Callable[[Tensor], None]) -> None:
+    def _look(self, numbers: Tensor, look: Callable[[Tensor], object]) -> None:
         """Look at numbers; those of a device come to the host with what the operation changes."""
         if self._crossing.moves:
             self._late.append((numbers, look))

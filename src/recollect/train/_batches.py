@@ -78,7 +78,12 @@ class PartBatches:
         device: of the network.
         shares: the parts of each process, where there are several: all of them take as many steps.
         names: of what the network takes of a mini-batch besides; it comes last among the inputs.
+
+    Attributes:
+        order: of the parts of this process, which it draws by itself; ``None``: torch's generator draws it.
     """
+
+    order: Any = None
 
     def __init__(
         self,
@@ -95,8 +100,10 @@ class PartBatches:
                 graph.of_batches, _bounds(graph), training.parts_per_batch, shuffle=True, outward=self._outward
             )
         else:
-            steps = shares.batches(training.parts_per_batch)
-            self._loader = SubgraphLoader(graph.of_batches, _bounds(graph), batch_sampler=steps, outward=self._outward)
+            self.order = shares.batches(training.parts_per_batch)
+            self._loader = SubgraphLoader(
+                graph.of_batches, _bounds(graph), batch_sampler=self.order, outward=self._outward
+            )
         self._edge_dropout = training.edge_dropout
         self._device, self._beside = device, forms_of(device).sends_at_once
         self._names = names

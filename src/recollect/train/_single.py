@@ -118,7 +118,7 @@ def _execute(settings: Settings, step: Step, folder: RunFolder, console: Console
                 f"validation did not get better for {settings.patience} epochs: patience=null goes on all the same",
                 highlight=False,
             )
-    if not step.family.draws_alike:
+    if not (step.family.draws_alike or trainer.draws_on):
         group.draw_apart(settings.seed, trainer.epoch)
     if not brief:
         among = f", by {group.size} processes" if group.size > 1 else ""

@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from recollect.budget import Row
-from recollect.train._batches import FullBatch
+from recollect.train._batches import FullBatch, PartBatches
 from recollect.train._budget import Planned, make_plan
 from recollect.train._build import build_optimizer
 from recollect.train._errors import UsageError
@@ -165,6 +165,21 @@ class Step:
     def fill(self) -> None:
         """Bring what steps read, beside the parameters, to the state of the parameters."""
         self.family.fill(self.evaluate)
+
+    def kept(self) -> dict[str, Any]:
+        """Return what steps read and cannot compute of the parameters; of several processes, this one's."""
+        order = self.own.order if isinstance(self.own, PartBatches) else None
+        return self.family.kept(self.network) | ({} if order is None else {"order": order.drawn})
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take over what :meth:`kept` returned; what is missing begins anew.
+
+        Raises:
+            ValueError: it is of another network or graph.
+        """
+        self.family.restore(self.network, kept)
+        if isinstance(self.own, PartBatches) and self.own.order is not None and "order" in kept:
+            self.own.order.drawn = kept["order"]
 
     def begin(self, epoch: int) -> None:
         """Do what is due before an epoch, which is numbered from 1."""

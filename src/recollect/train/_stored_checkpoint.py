@@ -43,6 +43,8 @@ def _wrong_field(state: Any, network: nn.Module, optimizer: Optimizer, others: M
     if not isinstance(state, Mapping):
         return f"it holds a {type(state).__name__}"
     fields = {"model": Mapping, "optimizer": Mapping, "best_state": Mapping, "random": Mapping}
+    if not isinstance(state.get("kept", []), list):  # earlier ones have none
+        return "its field 'kept' is of another type"
     for name, kind in {**fields, **dict.fromkeys(others, Mapping), "history": list, "best_epoch": int}.items():
         if not isinstance(state.get(name), kind):
             return f"its field {name!r} is missing or of another type"

@@ -88,6 +88,14 @@ class Team:
         distributed.broadcast_object_list(box)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each process has, in the first one; nothing in the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        distributed.gather_object(value, values)
+        return values or []
+
     def collect(self, value: Any) -> list[Any]:
         """Return what each process has, in each of them."""
         values: list[Any] = [None] * self.size

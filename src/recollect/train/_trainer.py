@@ -37,6 +37,9 @@ class Trainer:
         settings: of the run.
         step: the model and its graph.
         checkpoint: the file that the state is saved to.
+
+    Attributes:
+        draws_on: whether :meth:`load` has found this process's own random state, of several.
     """
 
     def __init__(self, settings: Settings, step: Step, checkpoint: Path) -> None:
@@ -47,6 +50,7 @@ class Trainer:
         self.history: list[Row] = []
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
+        self.draws_on = False
         self._saved, self._saving = -math.inf, 0.0  # when the last checkpoint was written, and for how long
 
     @property
@@ -77,7 +81,7 @@ class Trainer:
             self.step.fill()
         while not self.done:
             row = self._epoch()
-            if self.done or self._is_due():
+            if self.done or team().share(self._is_due()):  # all save together
                 self.save()
             on_epoch(row)
 
@@ -140,11 +144,12 @@ class Trainer:
         return time.perf_counter() - self._saved >= _PAUSE * self._saving
 
     def save(self) -> None:
-        """Write the checkpoint, in one step; of several processes the first does."""
-        if not team().is_first:
+        """Write the checkpoint, in one step; of several processes the first does, with what all of them keep."""
+        start, group, fabric = time.perf_counter(), team(), self.step.fabric
+        random = _random_state(fabric.device)
+        kept = group.gather(self.step.kept() | ({"random": random} if group.size > 1 else {}))
+        if not group.is_first:
             return
-        start = time.perf_counter()
-        fabric = self.step.fabric
         fabric.save(
             self.checkpoint,
             {
@@ -155,7 +160,8 @@ class Trainer:
                 "history": self.history,
                 "best_epoch": self.best_epoch,
                 "best_state": self.best_state,
-                "random": _random_state(fabric.device),
+                "random": random,
+                "kept": kept,
             },
         )
         self._saved = time.perf_counter()
@@ -182,6 +188,7 @@ class Trainer:
             self.history, self.best_epoch = rest["history"], rest["best_epoch"]
             self.best_state = {name: value.to(fabric.device) for name, value in rest["best_state"].items()}
             _restore_random_state(rest["random"], fabric.device)
+            self._restore(rest.get("kept", []))
         except InvalidRunError:
             raise
         except Exception as error:  # torch.load of a damaged file raises half a dozen unrelated types
@@ -189,6 +196,17 @@ class Trainer:
             raise InvalidRunError(
                 f"the checkpoint {self.checkpoint} cannot be read ({type(error).__name__}: {line}); start the run anew"
             ) from error
+
+    def _restore(self, kept: list[dict[str, Any]]) -> None:
+        """Take over what each process kept; of another number of processes it begins anew."""
+        group = team()
+        if len(kept) != group.size:  # earlier checkpoints have nothing of it
+            return
+        own = kept[group.rank]
+        self.step.restore(own)
+        if "random" in own:
+            _restore_random_state(own["random"], self.step.fabric.device)
+            self.draws_on = True
 
     def restore_best(self) -> None:
         """Give the model the parameters of the best epoch."""

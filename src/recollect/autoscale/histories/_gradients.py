@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.histories._memory import MemoryTable
 from recollect.autoscale.histories._ranks import RankTable
 from recollect.autoscale.histories._selection import Selection
+from recollect.autoscale.histories._table import STATE
 from recollect.distributed import Coming, Shares
 
 __all__ = ["Given", "GradientHistories"]
@@ -35,7 +36,8 @@ class GradientHistories(nn.Module):
     factor: that of least squares, λ = ⟨old, new⟩ / ⟨old, old⟩, held to [0, 1], times 2ρ² - 1 where the share ρ² of the
     new rows that the old ones explain is above a half, and 0 below.
 
-    They are never part of ``state_dict``: those of a loaded model are zeros until they are pushed.
+    They are never part of ``state_dict``: those of a loaded model are zeros until they are pushed, or :meth:`load`
+    takes what :meth:`state` returned.
 
     Over ranks a push is local, and what was compared in a step is told to all ranks in the headers of the next one's
     pulls: a factor is made of what all compared before the step, and of what this rank has compared in it.
@@ -213,6 +215,42 @@ class GradientHistories(nn.Module):
         self.believe()
         for layer in range(1, len(self.tables) + 1):
             self.table(layer).reset_parameters()
+
+    def state(self) -> dict[str, Any]:
+        """Return all rows, over ranks this one's, with their ages, and what was compared; they are not copied."""
+        self._hear()
+        tables = [self.table(layer) for layer in range(1, len(self.tables) + 1)]
+        for history in tables:
+            history.settle()
+        rows = [{"width": history.embedding_dim, "rows": history.table.state()} for history in tables]
+        return {"tables": rows, "sums": self._sums, "own": self._own}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of histories of the same network and graph, whose rows are kept in the same type.
+
+        Raises:
+            ValueError: it is of others. All rows are 0 then, never pushed.
+        """
+        try:
+            self._load(state)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self.reset_parameters()
+            raise ValueError(f"histories of gradients cannot be taken over: {error}") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        tables, number = state["tables"], self._num_layers - 1
+        alike = all(state[name].shape == self._sums.shape for name in ("sums", "own"))
+        if not (alike and len(self.tables) <= len(tables) <= number):
+            raise ValueError(f"{len(tables)} were stored, and the network has {number}")
+        self.believe()
+        for layer, one in enumerate(tables, 1):
+            history = self.table(layer, one["width"])
+            history.settle()
+            problem = history.table.load({name: one["rows"][name].cpu() for name in STATE})
+            if problem:
+                raise ValueError(f"layer {layer}: {problem}")
+        self._sums.copy_(state["sums"])
+        self._own.copy_(state["own"])
 
     def extend(self, num_nodes: int) -> None:
         """Have rows for so many nodes; all are 0 then, never pushed."""

@@ -161,6 +161,17 @@ class Family(ABC):
     def fill(self, evaluate: Callable[[], Tensor]) -> None:  # noqa: B027 - most have nothing to fill
         """Bring what steps read, beside the parameters, to the state of the parameters."""
 
+    def kept(self, network: nn.Module) -> dict[str, Any]:
+        """Return what steps read beside the parameters and cannot be computed of them: for the checkpoint."""
+        return {}
+
+    def restore(self, network: nn.Module, kept: dict[str, Any]) -> None:  # noqa: B027 - most have kept nothing
+        """Take over what :meth:`kept` returned.
+
+        Raises:
+            ValueError: it is of another network or graph.
+        """
+
     def own_step(self, network: nn.Module, graph: TrainingGraph, objective: Objective) -> Callable[[], Tensor] | None:
         """What computes loss and gradients of an epoch's one step, where the loop does not; returns the mean loss."""
         return None

@@ -189,6 +189,17 @@ class HistoriesFamily(Family):
         if self.in_parts:
             evaluate()
 
+    def kept(self, network: nn.Module) -> dict[str, Any]:
+        """The histories of gradients, if there are any; over processes, this one's."""
+        gradients = _with_histories(network).gradients if self.in_parts else None
+        return {} if gradients is None else {"gradients": gradients.state()}
+
+    def restore(self, network: nn.Module, kept: dict[str, Any]) -> None:
+        """Take them over."""
+        gradients = _with_histories(network).gradients if self.in_parts else None
+        if gradients is not None and "gradients" in kept:
+            gradients.load(kept["gradients"])
+
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """``age_1``, ``age_2``, ... of each layer, and ``error_1``, ... where they are measured in some epochs.
 

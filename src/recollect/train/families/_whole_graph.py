@@ -113,9 +113,15 @@ class WholeGraphFamily(Family):
         def of_each_label(logits: Tensor, target: Tensor) -> Tensor:
             return known_losses(graph.task, logits, target).sum(0) * (scale * graph.num_classes)
 
-        if objective.weigh is None:
+        weigh = objective.weigh
+        if weigh is None:
             return lambda: whole.step(criterion)
-        return lambda: whole.step(of_each_label, objective.weigh).mean()
+
+        def weights(gramian: Tensor) -> Tensor:
+            """In host memory, where the measures of an objective wait for nothing more."""
+            return weigh(gramian.cpu()).to(gramian.device, gramian.dtype, non_blocking=True)
+
+        return lambda: whole.step(of_each_label, weights).mean()
 
     def observe(self, network: nn.Module, graph: TrainingGraph, errors: bool) -> dict[str, float]:
         """``drift`` of a reversible network, the largest relative reconstruction error."""
