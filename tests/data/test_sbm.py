@@ -84,7 +84,8 @@ def _nearest_mean_accuracy(x: Tensor, data: object) -> float:
         ({"num_features": 0}, "num_features is 0, but must be at least 1"),
         ({"num_nodes": 10**14}, r"take 31,664,968 GiB, more than this machine's memory"),
         ({"num_features": 10**14}, "more than this machine's memory"),
-        ({"average_degree": 1e14}, "more than this machine's memory"),
+        ({"average_degree": 1e300}, r"take 7e\+295 GiB, more than this machine's memory"),
+        ({"num_labels": 10**10}, r"num_labels=10000000000 take 93,\d{3} GiB, more than this machine's memory"),
         ({"noise": -0.1}, "noise is -0.1, but must not be negative"),
         (
             {"num_nodes": 50, "average_degree": 49.0},
