@@ -120,6 +120,8 @@ def test_resume_takes_no_other_setting(tmp_path):
     train(["dataset=karate", "epochs=1", "model.num_layers=1", "measure.enabled=false", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UsageError, match=r"seed cannot change in a run that is there; what can: epochs, .*config="):
         train([f"resume={tmp_path / 'run'}", "seed=3"])
+    with pytest.raises(UsageError, match=r"'epochs=2,3' has several values: train -m"):
+        train([f"resume={tmp_path / 'run'}", "epochs=2,3"])
 
 
 def test_a_finished_run_is_extended_as_if_it_had_been_longer(tiny, tmp_path):
