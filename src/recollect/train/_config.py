@@ -272,6 +272,8 @@ def _loaded(path: Path) -> Values:
         loaded = OmegaConf.to_container(OmegaConf.create(check_settings_text(read_text(path), path)), resolve=False)
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
+    except AssertionError:  # OmegaConf's, of a number alone
+        loaded = None
     if not isinstance(loaded, dict):
         raise InvalidRunError(f"{path} holds no settings: a file has lines such as epochs: 100")
     return cast(Values, loaded)
