@@ -209,9 +209,9 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(name: str, tmp_path:
     rng, refused = np.random.default_rng(0), 0
     contents = [good[: len(good) * k // 12] for k in range(12)]
     for _ in range(12):
-        content = np.frombuffer(good, dtype=np.uint8).copy()
-        content[rng.integers(len(good), size=3)] = rng.integers(256, size=3)
-        contents.append(content.tobytes())
+        changed = np.frombuffer(good, dtype=np.uint8).copy()
+        changed[rng.integers(len(good), size=3)] = rng.integers(256, size=3)
+        contents.append(changed.tobytes())
     for content in contents:
         path.write_bytes(content)
         error = _error(path)

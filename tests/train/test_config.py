@@ -153,6 +153,7 @@ def test_options_of_a_convolution_are_free():
     ("override", "message"),
     [
         ("dataset=coraa", r"no dataset 'coraa'; did you mean cora or actor\?$"),
+        ("dataset=graphs/mine.npz", r"and \d+ more; a graph of your own is dataset=file dataset.path=PATH$"),
         ("model=[a]", "choose from: appnp, gat, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
         ("model.num_layer=3", r"there is no key 'model.num_layer': did you mean model.num_layers\?$"),

@@ -289,7 +289,9 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Values:
 
 def _option(group: str, value: Any, text: str) -> str:
     if value not in groups()[group]:
-        raise UsageError(choose_from(group, text, groups()[group]))
+        said = choose_from(group, text, groups()[group])
+        own = group == "dataset" and "did you mean" not in said
+        raise UsageError(said + ("; a graph of your own is dataset=file dataset.path=PATH" if own else ""))
     return cast(str, value)
 
 
