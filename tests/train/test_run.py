@@ -231,11 +231,11 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_histories_without_room_stop_a_run_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recollect.train._room.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("recollect.train._room.available_bytes", lambda device: 2**17)
     monkeypatch.setattr("recollect.autoscale.histories._history.memory_table", None)
     for runs in (1, 2):
-        with pytest.raises(TrainingError, match=r"the histories need 2.3 KiB on cpu, and 1.0 KiB are free: try"):
-            train(["dataset=karate", "model=gcn", "training=autoscale", f"runs={runs}", "training.partition=random"])
+        with pytest.raises(TrainingError, match=r"the histories need 664.1 KiB on cpu, and 128.0 KiB are free: try"):
+            train(["dataset=sbm", "model=gcn", "training=autoscale", f"runs={runs}", "training.partition=random"])
     assert list(tmp_path.iterdir()) == []
 
 
