@@ -97,7 +97,7 @@ TOGETHER = {
     "train/families/test_own.py": "train/families/_family train/families/_imported",
     "train/test_failures.py": "train/_command train/_errors",
     "train/test_config.py": "train/_keys train/_settings",
-    "train/test_run.py": "train/_room train/_single train/_summary",
+    "train/test_run.py": "train/_single train/_summary",
     "train/test_stored.py": "train/_stored_checkpoint",
     "train/test_sweep.py": "train/_sweep_report",
     "train/test_trainer.py": "train/_accelerator train/_surroundings",

@@ -130,7 +130,7 @@ def write_pitfalls(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
         edges, counts = random_graph(n, 300, seed=6), sp.csr_matrix(rng.integers(0, 3, (n, 4)).astype(np.float32))
         both = np.concatenate([edges, [[5, 5]]])
         adj = sp.csr_matrix((np.ones(len(both), dtype=np.float32), (both[:, 0], both[:, 1])), shape=(n, n))
-        arrays = {"labels": y}
+        arrays: dict[str, Any] = {"labels": y}
         for name, matrix in (("attr", counts), ("adj", adj)):
             arrays |= {
                 f"{name}_{part}": getattr(matrix, part) for part in ("data", "indices", "indptr", "shape")
@@ -169,7 +169,7 @@ def write_reddit(tmp_path: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     raw = tmp_path / "root" / "Reddit" / "raw"
     raw.mkdir(parents=True)
-    arrays = {
+    arrays: dict[str, Any] = {  # NumPy has a flag among the names
         "feature": rng.normal(size=(20, 6)),
         "label": np.arange(20) % 4,
         "node_types": rng.permutation(1 + np.arange(20) % 3),

@@ -209,9 +209,9 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(name: str, tmp_path:
     rng, refused = np.random.default_rng(0), 0
     contents = [good[: len(good) * k // 12] for k in range(12)]
     for _ in range(12):
-        content = np.frombuffer(good, dtype=np.uint8).copy()
-        content[rng.integers(len(good), size=3)] = rng.integers(256, size=3)
-        contents.append(content.tobytes())
+        changed = np.frombuffer(good, dtype=np.uint8).copy()
+        changed[rng.integers(len(good), size=3)] = rng.integers(256, size=3)
+        contents.append(changed.tobytes())
     for content in contents:
         path.write_bytes(content)
         error = _error(path)
@@ -228,12 +228,23 @@ def _error(path: Path) -> str | None:
     return None
 
 
+def _with_edges(edges: str) -> str:
+    """A document of three nodes."""
+    nodes = "".join(f'<node id="n{i}"><data key="y">{i}</data></node>' for i in range(3))
+    key = '<key id="y" for="node" attr.name="y" attr.type="int"/>'
+    space = 'xmlns="http://graphml.graphdrawing.org/xmlns"'
+    return f"<graphml {space}>{key}<graph>{nodes}{edges}</graph></graphml>"
+
+
 ENTITIES = "".join(f'<!ENTITY a{k + 1} "{f"&a{k};" * 10}">' for k in range(9))
 TEXTS: dict[str, tuple[str, str | bytes]] = {
     "laughs in XML": ("g.graphml", f'<!DOCTYPE g [<!ENTITY a0 "a">{ENTITIES}]><graphml>&a9;</graphml>'),
     "entity of a file": ("g.graphml", '<!DOCTYPE g [<!ENTITY a SYSTEM "file:///etc/passwd">]><graphml>&a;</graphml>'),
     "deep XML": ("g.graphml", "<graphml>" + "<graph>" * 20000),
     "no XML": ("g.graphml", "hello"),
+    "no encoding": ("g.graphml", "<?xml version='1.0' encoding='x-evil'?><graphml/>"),
+    "edge to nowhere": ("g.graphml", _with_edges('<edge source="n0" target="elsewhere"/>')),
+    "edge from nowhere": ("g.graphml", _with_edges('<edge target="n0"/>')),
     "text as npz": ("g.npz", "edge_index"),
     "text as pt": ("g.pt", "x"),
     "text as mat": ("g.mat", "x" * 500),
@@ -249,6 +260,30 @@ def test_hostile_texts(name: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(str(content))
     with pytest.raises(InvalidFileError, match=file):
         from_file(tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(N, 3, device="meta"),
+        torch.zeros(N, 3).to(torch.float8_e4m3fn),
+        torch.zeros(1).expand(N, 10**12),
+    ],
+    ids=["meta", "float8", "expanded"],
+)
+def test_tensors_that_numpy_has_not_or_that_are_larger_than_their_file(x: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"edge_index": torch.tensor(EDGES), "x": x, "y": torch.tensor(Y)}, tmp_path / "g.pt")
+    with pytest.raises(InvalidFileError, match=r"g.pt: x (is a tensor on|has the shape \[12, 1000000000000\])"):
+        from_file(tmp_path / "g.pt")
+
+
+def test_masks_without_a_column_and_names_that_no_file_can_have(tmp_path: Path) -> None:
+    masks: Any = {f"{part}_mask": np.ones((N, 0), bool) for part in ("train", "val", "test")}
+    np.savez(tmp_path / "g.npz", edge_index=EDGES, y=Y, **masks)
+    with pytest.raises(InvalidFileError, match="the masks have no column"):
+        from_file(tmp_path / "g.npz")
+    with pytest.raises(InvalidFileError, match="cannot be looked for: File name too long"):
+        from_file("a" * 5000)
 
 
 def test_an_archive_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

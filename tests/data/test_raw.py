@@ -43,7 +43,7 @@ def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def x_of(root: Path, **options: object) -> list[list[float]]:
+def x_of(root: Path, **options: bool) -> list[list[float]]:
     values: list[list[float]] = load("tolokers", root, **options).data.x.tolist()
     return values
 

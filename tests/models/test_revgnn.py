@@ -403,6 +403,11 @@ class TestModule:
         assert model(x, edge_index).shape == (NODES, 3)
         assert model.layers[0].convs[0].conv.heads > 0
 
+    def test_gat_heads_are_no_more_than_channels(self):
+        assert make(1, conv="gat", conv_kwargs={"heads": 10**12}).layers[0].convs[0].conv.out_channels == 1
+        with pytest.raises(ValueError, match="heads is 0: must be at least 1"):
+            make(1, conv="gat", conv_kwargs={"heads": 0})
+
     def test_autocast(self, x, edge_index):
         model = make(8, dropout=0.3).float()
         found = []

@@ -54,6 +54,9 @@ def test_optimizers_get_their_settings(name, kind):
 
 
 def test_a_wrong_option_of_the_optimizer_is_wrong_usage():
+    settings = parse(["optimizer.options.betas=[a,b]"]).optimizer
+    with pytest.raises(UsageError, match=r"optimizer.options.betas=\[a,b\]: must be two numbers"):
+        build_optimizer(settings, torch.nn.Linear(2, 2))
     settings = parse(["optimizer.options.betas=[2.0,0.9]"]).optimizer
     with pytest.raises(UsageError, match="the optimizer cannot be built: Invalid beta"):
         build_optimizer(settings, torch.nn.Linear(2, 2))

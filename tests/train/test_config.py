@@ -153,6 +153,7 @@ def test_options_of_a_convolution_are_free():
     ("override", "message"),
     [
         ("dataset=coraa", r"no dataset 'coraa'; did you mean cora or actor\?$"),
+        ("dataset=graphs/mine.npz", r"and \d+ more; a graph of your own is dataset=file dataset.path=PATH$"),
         ("model=[a]", "choose from: appnp, gat, "),
         ("optimizer=rmsprop", "choose from: adam, adamw, sgd"),
         ("model.num_layer=3", r"there is no key 'model.num_layer': did you mean model.num_layers\?$"),
@@ -177,6 +178,9 @@ def test_options_of_a_convolution_are_free():
         ("model.tied=maybe", "model.tied=maybe: must be true or false"),
         ("measure.depths=3", r"measure.depths=3: must be a list of whole numbers, such as \[8,16\], or null"),
         ("measure.depths=[0]", "each at least 1"),
+        ("measure.depths={a: 1}", r"measure.depths={a:1}: must be a list of whole numbers, such as \[8,16\], or null"),
+        ("model.tied=???", r"model.tied=\?\?\?: must be true or false"),  # OmegaConf's word for what is missing
+        ("runs=10001", "runs=10001: must be at least 1 and below 10001"),
         ("measure.depths=[]", "must be a list of numbers of layers"),
         ("model.conv_kwargs=3", "model.conv_kwargs=3: must be keys and values"),
         ("model.norm=group", "model.norm: there is no value 'group'; choose from: layer, batch, null$"),
@@ -333,7 +337,7 @@ def test_every_key_that_can_be_set_is_told_of_and_no_other():
 def test_nothing_is_composed_twice(monkeypatch):
     calls = []
     typed = _config._typed
-    monkeypatch.setattr(_config, "_typed", lambda config: calls.append(config) or typed(config))
+    monkeypatch.setattr(_config, "_typed", lambda *given: calls.append(given) or typed(*given))
     settings: Any = parse(["preset=cora_gcn", "model.options.batch_norm=true", "epochs=3"])
     assert len(calls) == 1
     assert (settings.model.options["batch_norm"], settings.epochs, settings.runs) == (True, 3, 20)

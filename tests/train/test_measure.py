@@ -14,7 +14,7 @@ from recollect.train._config import parse
 from recollect.train._measure import measure
 from recollect.train._settings import RevGNNSettings
 from recollect.train._step import Step
-from recollect.train.families import family_of
+from recollect.train.families import ReversibleFamily, family_of
 
 SETTINGS = parse(["dataset=karate", "model.num_layers=12", "model.hidden_channels=8", "measure.repeats=2"])
 
@@ -115,6 +115,21 @@ def test_time_that_is_over_ends_the_curve_not_the_measurement(fabric, graph):
 def test_depths_can_be_chosen(fabric, graph):
     chosen = replace(SETTINGS, measure=replace(SETTINGS.measure, depths=[5, 16]))
     assert [point["layers"] for point in costs_of(fabric, graph, chosen).curve] == [2, 4, 5, 12, 16]
+
+
+def test_a_depth_that_would_not_end_in_time_is_not_begun(fabric, graph, monkeypatch):
+    chosen = replace(SETTINGS, measure=replace(SETTINGS.measure, depths=[5, 10**9, 16]))
+    built, build = [], ReversibleFamily.build
+
+    def noted(self, graph, device, num_layers=None):
+        built.append(num_layers)
+        return build(self, graph, device, num_layers)
+
+    monkeypatch.setattr(ReversibleFamily, "build", noted)
+    costs = costs_of(fabric, graph, chosen)
+    assert costs.left_out == [10**9]
+    assert 10**9 not in built
+    assert [point["layers"] for point in costs.curve] == [2, 4, 5, 12, 16]
 
 
 PARTS = ["training.num_parts=20", "training.parts_per_batch=1"]

@@ -120,6 +120,8 @@ def test_resume_takes_no_other_setting(tmp_path):
     train(["dataset=karate", "epochs=1", "model.num_layers=1", "measure.enabled=false", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UsageError, match=r"seed cannot change in a run that is there; what can: epochs, .*config="):
         train([f"resume={tmp_path / 'run'}", "seed=3"])
+    with pytest.raises(UsageError, match=r"'epochs=2,3' has several values: train -m"):
+        train([f"resume={tmp_path / 'run'}", "epochs=2,3"])
 
 
 def test_a_finished_run_is_extended_as_if_it_had_been_longer(tiny, tmp_path):
@@ -229,11 +231,11 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_histories_without_room_stop_a_run_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recollect.train._room.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("recollect.train._room.available_bytes", lambda device: 2**17)
     monkeypatch.setattr("recollect.autoscale.histories._history.memory_table", None)
     for runs in (1, 2):
-        with pytest.raises(TrainingError, match=r"the histories need 2.3 KiB on cpu, and 1.0 KiB are free: try"):
-            train(["dataset=karate", "model=gcn", "training=autoscale", f"runs={runs}", "training.partition=random"])
+        with pytest.raises(TrainingError, match=r"the histories need 664.1 KiB on cpu, and 128.0 KiB are free: try"):
+            train(["dataset=sbm", "model=gcn", "training=autoscale", f"runs={runs}", "training.partition=random"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from recollect.train import InvalidRunError, train
 from recollect.train._command import command
 from recollect.train._config import parse, read, write
 from recollect.train._files import write_text
-from recollect.train._folder import create
+from recollect.train._folder import RunFolder, _epochs, create
 from recollect.train._logs import Logs
 from recollect.train._stored import check_summary
 from recollect.train._stored_checkpoint import check_checkpoint
@@ -120,6 +120,8 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("optimizer/state/99", {}, "a state of no parameter"),
     ("optimizer/state/0/exp_avg", torch.ones(9), r"exp_avg has the shape \[9\]"),
     ("optimizer/state/0/exp_avg", "x", "exp_avg is a str"),
+    ("optimizer/state/0/exp_avg", 1.0, "exp_avg is a float"),
+    ("optimizer/state/0/exp_avg_sq", "gone", "the state of a parameter lacks exp_avg_sq"),
     ("scheduler/last_epoch", "x", "scheduler is not of this run"),
     ("scheduler/step", 5, "scheduler is not of this run"),
     ("scheduler/base_lrs", [], "scheduler is not of this run"),
@@ -195,6 +197,7 @@ SETTINGS = {
     "control characters": ("a: \x01", "cannot be read"),
     "nothing": ("", "cannot be read|holds no settings"),
     "a list": ("- 1", "holds no settings|cannot be read"),
+    "a number": ("5", "holds no settings"),
     "a word": ("hello", "holds no settings|cannot be read"),
     "two documents": ("a: 1\n---\nb: 2\n", "cannot be read"),
     "an interpolation": ("seed: ${epochs}\nepochs: ${seed}\n", "cannot be read"),
@@ -250,6 +253,9 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     with pytest.raises(InvalidRunError, match=r"config\.yaml is no file"):
         read(tmp_path / "config.yaml")
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(InvalidRunError, match=r"summary\.json is no file"):
+        _epochs(RunFolder(tmp_path))
     with pytest.raises(InvalidFileError, match=r"has no edges\.csv"):
         from_file(tmp_path)
 

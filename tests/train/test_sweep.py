@@ -65,6 +65,8 @@ def test_a_wrong_word_in_one_combination_stops_all_before_the_first(tmp_path, mo
             ["seed=range(0,1000)", "epochs=range(1,50)"],
             r"these are more than 10,000 runs: leave some values of 'epochs=",
         ),
+        (["seed=shuffle(range(1,1000000000000))"], r"these are more than 10,000 runs"),  # is no list of them all
+        (["seed=range(0,10,0)"], r"'seed=range\(0,10,0\)' cannot be swept over: write its values out"),
         (["seed=range(3,3)"], r"'seed=range\(3,3\)' has no value to sweep over"),
         (["model=glob(gc*)"], r"'model=glob\(gc\*\)' cannot be swept over: write its values out"),
     ):

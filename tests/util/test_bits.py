@@ -7,7 +7,7 @@ from recollect._util._bits import pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (8,), (9,), (3, 0), (3, 5), (2, 16), (2, 3, 17)])
-def test_bits_come_back(shape):
+def test_bits_come_back(shape: tuple[int, ...]) -> None:
     flags = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
     bits = pack_bits(flags)
     assert bits.dtype == torch.uint8

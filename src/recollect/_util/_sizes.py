@@ -59,5 +59,5 @@ def as_size(budget: Any, name: str = "budget") -> Size:
         return Size(number / 100, share=True)
     number *= _UNITS[unit]
     if not 1 <= number < 2**62:
-        raise ValueError(f"{name} must be at least one byte (got {budget!r})")
+        raise ValueError(f"{name} must be at least one byte and below 4 EiB (got {budget!r})")
     return Size(number)

@@ -95,10 +95,13 @@ def _check(
     if not noise >= 0:
         raise ValueError(f"sbm: noise is {noise}, but must not be negative")
     numbers = num_nodes * (num_features + 2 * average_degree + 1)  # features, and both ends of edges
+    numbers += max(num_labels, 0) * (num_nodes / 4 + num_classes)  # a byte for each label of a node
     if not fits_in_memory([numbers], item_bytes=4):
+        gib = 4 * numbers / 2**30
+        several = f" and num_labels={num_labels}" if num_labels > 0 else ""
         raise ValueError(
-            f"sbm: {num_nodes} nodes with num_features={num_features} and average_degree={average_degree} take "
-            f"{4 * numbers / 2**30:,.0f} GiB, more than this machine's memory: choose fewer"
+            f"sbm: {num_nodes} nodes with num_features={num_features} and average_degree={average_degree}{several} "
+            f"take {gib:{',.0f' if gib < 1e12 else '.1g'}} GiB, more than this machine's memory: choose fewer"
         )
     if num_labels < 0 or (num_labels and num_classes < 2):
         raise ValueError(

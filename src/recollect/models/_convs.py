@@ -11,6 +11,9 @@ __all__ = ["CONVS", "make_conv"]
 
 
 def _gat(geometric: Any, channels: int, heads: int = 4, **options: Any) -> nn.Module:
+    if heads < 1:
+        raise ValueError(f"heads is {heads}: must be at least 1")
+    heads = min(heads, channels)
     while channels % heads:
         heads -= 1
     layer: nn.Module = geometric.GATConv(channels, channels // heads, heads=heads, **options)

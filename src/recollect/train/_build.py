@@ -58,7 +58,7 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
     options: dict[str, Any] = dict(settings.options)
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-        if len(options["betas"]) != 2:
+        if len(options["betas"]) != 2 or not all(isinstance(beta, (int, float)) for beta in options["betas"]):
             raise UsageError(f"optimizer.options.betas={show(settings.options['betas'])}: must be two numbers")
     try:
         return _OPTIMIZERS[settings.name](

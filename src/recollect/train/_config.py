@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from recollect.train._check import check, check_given
 from recollect.train._errors import InvalidRunError, UsageError, choose_from, did_you_mean, nearest_keys
@@ -71,9 +71,7 @@ def parse(overrides: Sequence[str]) -> Settings:
     given: Values = {}
     for text in overrides:
         word = parse_override(text)
-        if word.is_sweep_override():
-            raise UsageError(f"{text!r} has several values: train -m makes a run of each; a list is key=[a,b]")
-        key, value = word.key_or_group, word.value()
+        key, value = word.key_or_group, _value(word)
         if key in groups():
             chosen[key] = _option(key, value, word.get_value_element_as_str())
         elif group := about(key).group:
@@ -116,7 +114,7 @@ def changed(settings: Settings, overrides: Sequence[str], allowed: Sequence[str]
                 f"{key} cannot change in a run that is there; what can: {', '.join(allowed)}. A new run begins with "
                 f"its settings by config={path / 'config.yaml'} {text}"
             )
-        given[key] = word.value()
+        given[key] = _value(word)
     return _updated(settings, given)
 
 
@@ -182,13 +180,17 @@ def read(path: Path) -> Settings:
         InvalidRunError: the file is not one of these.
     """
     try:
-        config = OmegaConf.create(_loaded(path))
-        for key in keys(str(OmegaConf.select(config, "model.kind"))):
-            if OmegaConf.select(config, key, default=_LOST) is _LOST:
+        found = OmegaConf.create(_loaded(path))
+        kind = str(OmegaConf.select(found, "model.kind"))
+        for key in keys(kind):
+            if OmegaConf.select(found, key, default=_LOST) is _LOST:
                 if key not in _NEW:
                     raise UsageError(f"{key} is not there")
-                OmegaConf.update(config, key, _NEW[key])
-        return _typed(config)
+                OmegaConf.update(found, key, _NEW[key])
+        config = OmegaConf.structured(Settings)
+        OmegaConf.set_readonly(config, False)
+        config.model = model_class(kind)
+        return _typed(config, {}, found)
     except (UsageError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
 
@@ -213,6 +215,12 @@ def parse_override(text: str) -> Override:
     if override.is_add() or override.is_delete() or override.package is not None:
         raise UsageError(f"{text!r}: keys cannot be added, removed or moved here; write key=value")
     return override
+
+
+def _value(word: Override) -> Any:
+    if word.is_sweep_override():
+        raise UsageError(f"{word.input_line!r} has several values: train -m makes a run of each; a list is key=[a,b]")
+    return word.value()
 
 
 def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
@@ -264,6 +272,8 @@ def _loaded(path: Path) -> Values:
         loaded = OmegaConf.to_container(OmegaConf.create(check_settings_text(read_text(path), path)), resolve=False)
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
+    except AssertionError:  # OmegaConf's, of a number alone
+        loaded = None
     if not isinstance(loaded, dict):
         raise InvalidRunError(f"{path} holds no settings: a file has lines such as epochs: 100")
     return cast(Values, loaded)
@@ -279,7 +289,9 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Values:
 
 def _option(group: str, value: Any, text: str) -> str:
     if value not in groups()[group]:
-        raise UsageError(choose_from(group, text, groups()[group]))
+        said = choose_from(group, text, groups()[group])
+        own = group == "dataset" and "did you mean" not in said
+        raise UsageError(said + ("; a graph of your own is dataset=file dataset.path=PATH" if own else ""))
     return cast(str, value)
 
 
@@ -289,13 +301,11 @@ def _updated(settings: Settings, said: Values) -> Settings:
     Raises:
         UsageError: a key is not there, or a value is wrong.
     """
-    config = OmegaConf.create(dataclasses.asdict(settings))
     known = values(settings)
     for key, value in said.items():
         if not any(key.startswith(f"{name}.") for name in known if about(name).free):
             _check_key(key, value, known)
-        OmegaConf.update(config, key, value, merge=False)
-    return _typed(config)
+    return _typed(OmegaConf.structured(settings), said)
 
 
 def _check_key(key: str, value: Any, known: Values) -> None:
@@ -314,26 +324,25 @@ def _check_key(key: str, value: Any, known: Values) -> None:
             raise UsageError(f"{key}={value}: must be a finite number")
 
 
-def _typed(config: DictConfig) -> Settings:
-    """Settings of values.
+def _typed(config: DictConfig, said: Values, file: DictConfig | None = None) -> Settings:
+    """Settings with these values of keys, and with what a file has, in OmegaConf's types.
 
     Raises:
         UsageError: a value is of another type, or wrong.
     """
-    kind = str(OmegaConf.select(config, "model.kind"))
+    key, kind = None, str(OmegaConf.select(file or config, "model.kind"))
     try:
-        schema = OmegaConf.structured(Settings)
-        OmegaConf.set_readonly(schema, False)  # OmegaConf takes frozen dataclasses for read-only nodes
-        schema.model = OmegaConf.structured(model_class(kind))
-        for node in (schema._get_node(name) for name in schema):
-            if OmegaConf.is_config(node):
-                OmegaConf.set_readonly(node, False)
-        settings = cast(Settings, OmegaConf.to_object(OmegaConf.merge(schema, config)))
+        for node in (config, *(config._get_node(name) for name in config)):
+            OmegaConf.set_readonly(cast(DictConfig, node), False)  # as which OmegaConf takes frozen dataclasses
+        for key, value in said.items():
+            OmegaConf.update(config, key, value, merge=False)
+        key = None
+        settings = cast(Settings, OmegaConf.to_object(config if file is None else OmegaConf.merge(config, file)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a setting"
+        key = key or getattr(error, "full_key", None) or "a setting"
         whole = key.partition("[")[0]  # of an item of a list
-        if whole in keys(kind) and isinstance(error, ValidationError):
-            found = show(OmegaConf.select(config, whole))
+        if whole in keys(kind) and isinstance(error, (ValidationError, MissingMandatoryValue)):
+            found = show(said[whole] if whole in said else OmegaConf.select(file or config, whole))
             raise UsageError(f"{whole}={found}: must be {keys(kind)[whole].kind}") from error
         raise UsageError(f"{key}: {_first_line(error)}") from error
     check(settings)

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
+from recollect.autoscale import HistoryFileError
 from recollect.frames import LatticeError
-from recollect.train._errors import Interrupted, TrainingError
+from recollect.train._errors import Interrupted, TrainingError, UsageError
 from recollect.train._folder import RunFolder
 
-__all__ = ["enough_memory", "explained"]
+__all__ = ["buildable", "enough_memory", "explained"]
 
 _REFUSED = "can't allocate memory"  # torch has no type of its own for what the host's allocator refuses
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,6 +54,21 @@ def enough_memory() -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _REFUSED in str(error):
             raise TrainingError(_memory(error, "Nothing was written.")) from error
         raise
+
+
+@contextmanager
+def buildable() -> Iterator[None]:
+    """Turn what goes wrong in the body, which makes a network, into a `TrainingError`: settings and files."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except OSError as error:
+        raise TrainingError(f"a file of the network cannot be made or read: {error}") from error
+    except (ImportError, HistoryFileError) as error:
+        raise TrainingError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model cannot be built: {error}") from error
 
 
 def _memory(error: BaseException, safe: str) -> str:

@@ -18,6 +18,7 @@ from recollect.train._config import code_of, read, with_absolute_paths, with_cod
 from recollect.train._errors import BusyRunError, InvalidRunError, MissingRunError, TrainingError, UsageError
 from recollect.train._files import write_text
 from recollect.train._settings import Settings
+from recollect.train._stored import read_text
 
 __all__ = ["RunFolder", "create", "extend", "make_folder", "reopen"]
 
@@ -206,6 +207,6 @@ def reopen(
 
 def _epochs(folder: RunFolder) -> int:
     try:
-        return int(json.loads(folder.summary.read_text())["epochs"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return int(json.loads(read_text(folder.summary))["epochs"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InvalidRunError(f"{folder.summary} cannot be read: {error}") from error

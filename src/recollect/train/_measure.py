@@ -41,6 +41,7 @@ class Costs:
         seconds_plain: the same in plain steps.
         state: bytes of parameters, gradients and the optimizer's state.
         curve: ``{"layers", "peak", "peak_plain"}`` for several depths, shallow first.
+        left_out: depths for which the time was too short.
     """
 
     peak: int | None = None
@@ -50,6 +51,7 @@ class Costs:
     seconds_plain: float | None = None
     state: int | None = None
     curve: list[dict[str, int | None]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,8 +62,8 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
     """Measure steps in both of their modes; random state and warnings about drift stay as they were.
 
     Models that can be made in any depth are made anew, in several: from two shallow ones, which tell what the full
-    depth will need, to the full depth, then between, until ``measure.seconds`` are over. All others, and those with a
-    memory budget, are measured as they are, which changes their parameters.
+    depth will need, to the full depth, then the others, as far as ``measure.seconds`` suffice. All other models, and
+    those with a memory budget, are measured as they are, which changes their parameters.
 
     Args:
         settings: of the run.
@@ -83,9 +85,13 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
         shallow = [depth for depth in (2, 4) if depth < layers]  # quick, whatever the depth
         chosen = settings.measure.depths or (layers // 8, layers // 4, layers // 2)
         between = sorted({depth for depth in chosen if depth >= 1} - {*shallow, layers})
+        each = 0.0  # seconds that a layer of the deepest network took
         for depth in (*shallow, layers, *between):
-            if depth in between and time.perf_counter() > deadline:
-                break
+            begun = time.perf_counter()
+            # What is deeper than the run's own network is not begun if it would not end in time.
+            if depth in between and begun + (each * depth if depth > layers else 0) > deadline:
+                costs.left_out.append(depth)
+                continue
             tell(f"{depth} layers")
             network = family.build(step.graph, step.fabric.device, num_layers=depth)
             probe = _Probe(Step(step.fabric, family, step.graph, network))
@@ -93,6 +99,8 @@ def measure(settings: Settings, step: Step, tell: Callable[[str], None] = lambda
             if not costs.curve:
                 probe.step.train()  # the first step on a GPU also allocates the workspaces of its libraries
             costs.curve.append({"layers": depth, **(peaks := probe.peaks(expected))})
+            if depth == max(point["layers"] or 0 for point in costs.curve):
+                each = (time.perf_counter() - begun) / depth
             if depth == layers:
                 _whole(costs, probe, settings, deadline, expected, peaks)
     costs.curve.sort(key=lambda point: point["layers"] or 0)

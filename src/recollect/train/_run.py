@@ -138,12 +138,14 @@ def _finished(settings: Settings, folder: RunFolder, console: Console) -> dict[s
 
 def _launched(settings: Settings, folder: RunFolder | None, console: Console) -> dict[str, Any]:
     """Train in processes of their own; the run's folder tells them the settings."""
+    from recollect.train._room import check_processes
     from recollect.train._summary import read_summary
     from recollect.train._team import launch
 
     new = folder is None
     if folder is not None and (finished := _finished(settings, folder, console)) is not None:
         return finished
+    check_processes(settings.devices)
     folder = folder or create(settings)
     try:
         code = launch([f"resume={folder.path}"], settings.devices)

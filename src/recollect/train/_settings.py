@@ -36,6 +36,7 @@ __all__ = [
 SEEDS = 2**32  # so many there are, from 0 on
 _THREADS = 1025  # more are a slip of the keys, and some end the process with a signal
 _MANY = 2**20  # a slip of the keys, rather than layers or channels
+_RUNS = 10_001  # more are one too
 
 
 _PARTS = ("training", "autoscale")
@@ -287,7 +288,9 @@ class Settings:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     preset: str | None = key("published row that the other settings are of; null: none", None)
     seed: int = key("seed of parameters and dropout", 0, low=0, below=SEEDS)
-    runs: int = key("runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", 1, low=1)
+    runs: int = key(
+        "runs with seeds seed, seed + 1, ... (and splits, where a graph has several)", 1, low=1, below=_RUNS
+    )
     epochs: int = key("epochs, at most", 45, low=1)
     patience: int | None = key("stop after this many epochs without a better validation score; null: never", 20, low=1)
     warmup_epochs: int = key("epochs over which the learning rate rises linearly to its value", 3, low=0)

@@ -13,7 +13,7 @@ from recollect.train._budget import read_rows, write_rows
 from recollect.train._build import build_dataset
 from recollect.train._config import write
 from recollect.train._errors import UsageError
-from recollect.train._failures import enough_memory, explained
+from recollect.train._failures import buildable, enough_memory, explained
 from recollect.train._files import write_text
 from recollect.train._folder import RunFolder, create
 from recollect.train._graph import TrainingGraph
@@ -22,6 +22,7 @@ from recollect.train._measure import Costs, measure
 from recollect.train._metrics import other_scores, score
 from recollect.train._progress import show_graph, show_summary, training_bar
 from recollect.train._report import report
+from recollect.train._room import check_network
 from recollect.train._settings import Settings
 from recollect.train._step import Step
 from recollect.train._summary import Summary, summarize, write_summary
@@ -29,7 +30,7 @@ from recollect.train._surroundings import drift_told_once, make_fabric, threads,
 from recollect.train._team import team
 from recollect.train._text import budget_text, bytes_text
 from recollect.train._trainer import Trainer
-from recollect.train.families import Family, family_of
+from recollect.train.families import Family, family_of, outline_of
 
 __all__ = ["in_folder", "load_graph", "single"]
 
@@ -44,6 +45,9 @@ def load_graph(settings: Settings, console: Console) -> TrainingGraph:
         graph = family.prepare(loaded)
     if settings.dataset.path is not None:
         show_graph(console, describe(loaded))
+    if (outline := outline_of(settings, graph)) is not None:
+        with enough_memory(), buildable():
+            check_network(settings, outline, graph.data.num_nodes, device, family.any_depth)
     if (expected := family.expect(graph, device)) is not None:
         console.print(expected, highlight=False, markup=False, soft_wrap=True)
     return graph
@@ -192,4 +196,13 @@ def _costs(settings: Settings, step: Step, console: Console) -> tuple[Costs, dic
     if not settings.measure.enabled:
         return Costs(), {}
     with console.status("measuring") as status:
-        return measure(settings, step, lambda text: status.update(f"measuring memory and time: {text}")), {}
+        costs = measure(settings, step, lambda text: status.update(f"measuring memory and time: {text}"))
+    if settings.measure.depths and costs.left_out:
+        console.print(
+            f"measure.depths={costs.left_out} left out: with them measuring would take longer than measure.seconds="
+            f"{settings.measure.seconds:g}; give more of these",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return costs, {}

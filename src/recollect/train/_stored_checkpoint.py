@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from recollect.train._errors import InvalidRunError
 
@@ -15,6 +15,9 @@ __all__ = ["check_checkpoint"]
 
 _NUMBER = (int, float)
 _ROW = ("epoch", "loss", "train_accuracy", "val_accuracy", "val_loss", "learning_rate", "seconds")
+
+
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter, by Adam
 
 
 def check_checkpoint(
@@ -102,10 +105,12 @@ def _wrong_optimizer(found: Mapping[str, Any], optimizer: Optimizer) -> str:
     for key, values in states.items():
         if type(key) is not int or not 0 <= key < len(shapes) or not isinstance(values, dict):
             return "optimizer has a state of no parameter"
+        if isinstance(optimizer, (Adam, AdamW)) and not values.keys() >= _MOMENTS:
+            return f"optimizer: the state of a parameter lacks {', '.join(sorted(_MOMENTS - values.keys()))}"
         for name, value in values.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != shapes[key]:
                 return f"optimizer: {name} has the shape {list(value.shape)}, and its parameter {list(shapes[key])}"
-            if not isinstance(value, (Tensor, *_NUMBER, type(None))):
+            if not isinstance(value, (Tensor, *(_NUMBER if name == "step" else (type(None),)))):
                 return f"optimizer: {name} is a {type(value).__name__}"
     return ""
 

@@ -13,6 +13,7 @@ from typing import Any
 from hydra import initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -128,9 +129,12 @@ def _check_all(words: Sequence[str]) -> None:
         override = parse_override(word)
         values = [word]
         if override.is_sweep_override():
+            swept = override.value()
+            if isinstance(swept, RangeSweep):
+                swept.shuffle = False  # which makes a list of all values, however many
             try:
                 found = list(itertools.islice(override.sweep_string_iterator(), _MOST + 1))
-            except HydraException as error:
+            except (HydraException, ValueError) as error:  # a step of zero
                 raise UsageError(f"{word!r} cannot be swept over: write its values out, as in key=a,b") from error
             values = [f"{override.key_or_group}={value}" for value in found]
         number *= len(values)

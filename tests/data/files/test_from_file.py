@@ -66,7 +66,7 @@ def write_npz(folder: Path, y: Any) -> Path:
 
 
 def write_npz_of_the_literature(folder: Path, y: Any) -> Path:
-    several = {f"{name}s": np.stack([mask, mask[::-1]]) for name, mask in masks().items()}
+    several: dict[str, Any] = {f"{name}s": np.stack([mask, mask[::-1]]) for name, mask in masks().items()}
     np.savez(folder / "g.npz", edges=EDGES.T, node_features=X, node_labels=y, **several)
     return folder / "g.npz"
 
@@ -248,7 +248,7 @@ def test_features_that_are_made(tmp_path: Path) -> None:
     np.savez(tmp_path / "g.npz", edge_index=EDGES, y=CLASSES)
     degrees = np.stack([np.bincount(end, minlength=N) for end in (EDGES[1], EDGES[0])], axis=1)
     for features in (None, "degree"):
-        graph = from_file(tmp_path / "g.npz", features=features)  # type: ignore[arg-type]
+        graph = from_file(tmp_path / "g.npz", features=features)
         assert np.allclose(graph.data.x, np.log1p(degrees))
     learnt = from_file(tmp_path / "g.npz", features="embedding")
     assert learnt.learnt_features

@@ -83,15 +83,15 @@ def test_pna_is_scaled_by_the_degrees_of_the_graph(graph_maker):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_what_histories_will_take_is_what_they_take(graph_maker, kind, dtype):
+@pytest.mark.parametrize(("dtype", "layers"), [("float32", 3), ("int8", 3), ("float32", 7)])
+def test_what_histories_will_take_is_what_they_take(graph_maker, kind, dtype, layers):
     family, graph = prepared(
-        graph_maker, [f"model={kind}", "model.num_layers=3", *PARTS, f"training.history_dtype={dtype}"]
+        graph_maker, [f"model={kind}", f"model.num_layers={layers}", *PARTS, f"training.history_dtype={dtype}"]
     )
     expected = family.expected_histories(graph, CPU)
     model = family.build(graph, CPU)
     assert expected == histories_of(model, family.settings.training, CPU)
-    assert expected["layers"] == 2
+    assert expected["layers"] == layers - 1
     held = [tensor for history in model.histories for tensor in history.table.state().values() if tensor.dim()]
     assert expected["bytes"] == sum(tensor.nbytes for tensor in held)
 
@@ -103,6 +103,13 @@ def test_histories_that_have_no_room_are_refused_before_they_are_made(graph_make
     with pytest.raises(TrainingError, match=r"need 1,073,741,824.00 GiB on cpu, and .* are free: try .*=int8"):
         check_room(expected, CPU)
     check_room(expected | {"place": "a/folder"}, CPU)  # which has another limit
+
+
+def test_buffers_have_no_more_rows_than_there_are_nodes(graph_maker):
+    words = ["model=gcn", *PARTS, "training.pool_size=1", "training.buffer_size=1000000000000000000000000"]
+    family, graph = prepared(graph_maker, words)
+    assert family._options(graph.data.num_nodes, CPU)["buffer_size"] == graph.data.num_nodes
+    family.build(graph, CPU)
 
 
 def test_histories_lie_where_the_settings_say(graph_maker, tmp_path):

@@ -143,15 +143,16 @@ def test_edge_features_reach_the_layers(graph_maker):
     assert parts.train() == pytest.approx(whole.train(), rel=1e-4)
 
 
-def test_what_histories_will_take_is_what_they_take(graph, tmp_path):
-    options = [*PARTS, "training.history_dtype=int8", f"training.history_path={tmp_path}"]
+@pytest.mark.parametrize("layers", [4, 7])
+def test_what_histories_will_take_is_what_they_take(graph, tmp_path, layers):
+    options = [*PARTS, f"model.num_layers={layers}", "training.history_dtype=int8", f"training.history_path={tmp_path}"]
     family, ready = prepared(graph, options)
     assert isinstance(family, ReversiblePartsFamily)
     expected = family.expected_histories(ready, CPU)
     model = family.build(ready, CPU)
     assert isinstance(model, models.RevGNN)
     assert expected == histories_of(model, family.settings.training, CPU)
-    assert (expected["layers"], expected["rows"], expected["place"]) == (3, 12, str(tmp_path))
+    assert (expected["layers"], expected["rows"], expected["place"]) == (layers, 12, str(tmp_path))
     assert family.expect(ready, CPU) == f"histories: {histories_text(expected)}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recollect.data._errors import InvalidFileError
 from recollect.data._foreign import foreign_code, require
-from recollect.data._limits import physical_memory
+from recollect.data._limits import fits_in_memory, physical_memory
 from recollect.data._stored import load_stored
 from recollect.data.files._arrays import NAMES, from_arrays
 from recollect.data.files._found import Found
@@ -107,13 +107,25 @@ def from_mapping(value: Any, source: str) -> Found:
             f"dictionary of tensors"
         )
     known = {name for names in NAMES.values() for name in names}
-    return from_arrays({name: _to_numpy(item) if name in known else None for name, item in value.items()}, source)
+    arrays = {name: _to_numpy(item, f"{source}: {name}") if name in known else None for name, item in value.items()}
+    return from_arrays(arrays, source)
 
 
-def _to_numpy(value: Any) -> Any:
+def _to_numpy(value: Any, what: str) -> Any:
     if not isinstance(value, Tensor):
         return value
-    value = value.detach().cpu()
+    if not fits_in_memory(value.shape if value.layout == torch.strided else (), item_bytes=value.element_size()):
+        raise InvalidFileError(
+            f"{what} has the shape {list(value.shape)}, which takes more than this machine's memory; write it without "
+            "what is repeated"
+        )
+    try:
+        return _as_array(value.detach().cpu())
+    except (TypeError, NotImplementedError) as error:
+        raise InvalidFileError(f"{what} is a tensor on {value.device} of {value.dtype}: {error}") from error
+
+
+def _as_array(value: Any) -> Any:
     if value.layout != torch.strided:
         coo = value.to_sparse_coo().coalesce()
         entries = (coo.values().float().numpy(), tuple(coo.indices().numpy()))

@@ -133,10 +133,14 @@ def _check(features: str | None, task: str) -> None:
 def _read(path: Path) -> Found:
     if "\0" in str(path):
         raise InvalidFileError("the path has a zero character, which no file name can have")
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # such as of a name that is too long
+        raise InvalidFileError(f"{str(path)[:100]!r} cannot be looked for: {error.strerror}") from error
+    if is_folder:
         return read_folder(path)
     suffix = path.suffix.lower()
-    if not path.exists():
+    if not is_there:
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}: give the path of a graph")
     if not path.is_file():
         raise InvalidFileError(f"{path} is neither a file nor a folder")

@@ -32,6 +32,13 @@ def read_graphml(path: Path) -> Found:
     nodes = list(graph.nodes(data=True))
     if not nodes:
         raise InvalidFileError(f"{path} holds a graph without nodes")
+    if any(not attributes for _, attributes in nodes):  # networkx makes nodes of what edges name
+        declared = _declared(path)
+        if others := [str(name) for name, _ in nodes if str(name) not in declared]:
+            raise InvalidFileError(
+                f"{path}: edges are of {len(others)} nodes that are not in the file, such as {others[0]!r}; give each "
+                "a <node>, and each edge a source and a target"
+            )
     numbers = {name: number for number, (name, _) in enumerate(nodes)}
     rows = list(graph.edges(data=True))
     pairs = np.array([[numbers[a], numbers[b]] for a, b, _ in rows], dtype=np.int64).reshape(-1, 2).T
@@ -64,12 +71,26 @@ def check_no_entities(path: Path) -> None:
         with path.open("rb") as file:
             while not seen and (piece := file.read(_PIECE)):
                 parser.Parse(piece)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # or an encoding that is none
         raise InvalidFileError(f"{path} is no XML: {error}") from error
     if seen[:1] == ["declaration"]:
         raise InvalidFileError(
             f"{path} has a document type declaration, which GraphML needs not; remove <!DOCTYPE ...>"
         )
+
+
+def _declared(path: Path) -> set[str]:
+    """The ids of all nodes that have an element."""
+    parser, found = expat.ParserCreate(namespace_separator=" "), set()
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        if name.rpartition(" ")[2] == "node" and "id" in attributes:
+            found.add(attributes["id"])
+
+    parser.StartElementHandler = start
+    with path.open("rb") as file:
+        parser.ParseFile(file)
+    return found
 
 
 def _label_name(names: list[str], path: Path) -> str:

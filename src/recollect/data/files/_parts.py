@@ -39,6 +39,8 @@ def choose_masks(found: Found, labels: Labels, split: int, seed: int, name: str)
         )
         return _make(labels, seed), 1
     num_splits = found.masks[0].shape[1]
+    if not num_splits:
+        raise InvalidFileError(f"{found.source}: the masks have no column; give one for each split, or no masks")
     check_split(name, split, num_splits)
     if num_splits > 1:
         found.notes.append(f"there are {num_splits} splits: number {split} is taken, as the option split says")

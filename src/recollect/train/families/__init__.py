@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from recollect.train._settings import Settings
+from torch import nn
+
+from recollect.train._graph import TrainingGraph
+from recollect.train._settings import RevGNNSettings, Settings
 from recollect.train.families._family import Family
 from recollect.train.families._histories import HistoriesFamily
 from recollect.train.families._own import OwnFamily, own_family
-from recollect.train.families._reversible import ReversibleFamily
+from recollect.train.families._reversible import ReversibleFamily, make_revgnn
 from recollect.train.families._reversible_parts import ReversiblePartsFamily
 from recollect.train.families._whole_graph import WholeGraphFamily
 
@@ -24,6 +27,7 @@ __all__ = [
     "ReversiblePartsFamily",
     "WholeGraphFamily",
     "family_of",
+    "outline_of",
     "own_family",
 ]
 
@@ -48,3 +52,16 @@ _FAMILIES: dict[str, Callable[[Settings], Family]] = {
 def family_of(settings: Settings) -> Family:
     """The family of the network that the settings ask for."""
     return _FAMILIES[settings.model.family](settings)
+
+
+def outline_of(settings: Settings, graph: TrainingGraph) -> Callable[[int], nn.Module] | None:
+    """What makes the network that the settings ask for in any depth, without histories; None: one's own.
+
+    Args:
+        settings: of the run.
+        graph: prepared for the network.
+    """
+    model = settings.model
+    if isinstance(model, RevGNNSettings):
+        return lambda depth: make_revgnn(model, graph, depth)
+    return HistoriesFamily(settings).outline(graph) if model.family == "histories" else None

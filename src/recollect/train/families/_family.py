@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from recollect.autoscale import HistoryFileError
 from recollect.data import GraphDataset
 from recollect.train._batches import Batches, FullBatch
 from recollect.train._embedding import learn_features
-from recollect.train._errors import TrainingError, UsageError
+from recollect.train._errors import UsageError
+from recollect.train._failures import buildable
 from recollect.train._graph import TrainingGraph, scaled_features, to_device
 from recollect.train._objective import Objective
 from recollect.train._settings import Settings
@@ -55,16 +55,8 @@ class Family(ABC):
             UsageError: the settings do not go together.
             TrainingError: a package, or a file of histories, is missing or cannot be used.
         """
-        try:
+        with buildable():
             network = self._network(graph, device, num_layers)
-        except TrainingError:
-            raise
-        except OSError as error:
-            raise TrainingError(f"a file of the network cannot be made or read: {error}") from error
-        except (ImportError, HistoryFileError) as error:
-            raise TrainingError(str(error)) from error
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"the model cannot be built: {error}") from error
         if graph.learnt_features:
             learn_features(network, graph.data.x)
         return network

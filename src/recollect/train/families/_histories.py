@@ -23,9 +23,10 @@ from recollect.autoscale import (
 from recollect.distributed import Shares
 from recollect.train._batches import Batches, PartBatches, evaluation_loader, outward_of
 from recollect.train._errors import UsageError
+from recollect.train._failures import buildable
 from recollect.train._graph import ADJACENCY, TrainingGraph, cut
 from recollect.train._metrics import known_labels, known_losses
-from recollect.train._room import check_room, histories_of
+from recollect.train._room import at_depth, check_room, histories_of, shallow_depths
 from recollect.train._settings import ScalableSettings, Settings
 from recollect.train._team import team
 from recollect.train._text import histories_text, per_layer
@@ -113,13 +114,16 @@ class HistoriesFamily(Family):
     def expected_histories(self, graph: TrainingGraph, device: torch.device) -> dict[str, Any]:
         """Return what `histories_of` will, of the network that is yet to be made."""
         training = self.settings.training
-        try:
-            with torch.device("meta"):
-                dtype = getattr(torch, training.history_dtype)
-                network = self._build(graph, history_dtype=dtype, keep_histories=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"the model cannot be built: {error}") from error
-        return histories_of(network, training, device)
+        dtype, layers = getattr(torch, training.history_dtype), self.settings.model.num_layers or 1
+        found = {}
+        with buildable(), torch.device("meta"):
+            for depth in shallow_depths(layers):
+                network = self._build(graph, num_layers=depth, history_dtype=dtype, keep_histories=False)
+                found[depth] = histories_of(network, training, device)
+        deepest = found[max(found)]
+        return deepest | {
+            key: at_depth({d: one[key] for d, one in found.items()}, layers) for key in ("layers", "bytes")
+        }
 
     def place(self, graph: TrainingGraph, device: torch.device) -> TrainingGraph:
         """The graph on the device, unless all that is done is done on parts: of several processes, what each needs."""
@@ -240,7 +244,11 @@ class HistoriesFamily(Family):
         features = num_nodes * (own.hidden_channels or 0)
         return features, features * (own.num_layers or 0)
 
-    def _build(self, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
+    def outline(self, graph: TrainingGraph) -> Callable[[int], nn.Module]:
+        """What makes the network with another number of layers, without histories."""
+        return lambda depth: self._build(graph, num_layers=depth, keep_histories=False)
+
+    def _build(self, graph: TrainingGraph, num_layers: int | None = None, **histories: Any) -> ScalableGNN:
         own = cast(ScalableSettings, self.settings.model)
         options = dict(own.options)
         if own.kind in ("pna", "pna_jk"):
@@ -250,7 +258,7 @@ class HistoriesFamily(Family):
             in_channels=graph.data.x.size(-1),
             hidden_channels=own.hidden_channels,
             out_channels=graph.num_classes,
-            num_layers=own.num_layers,
+            num_layers=own.num_layers if num_layers is None else num_layers,
             dropout=own.dropout,
             **options,
             **histories,
@@ -261,7 +269,7 @@ class HistoriesFamily(Family):
         path = training.history_path
         return {
             "pool_size": training.pool_size,
-            "buffer_size": (training.buffer_size or num_nodes) if training.pool_size else None,
+            "buffer_size": min(training.buffer_size or num_nodes, num_nodes) if training.pool_size else None,
             "device": None if path else training.history_device or device,
             "history_dtype": getattr(torch, training.history_dtype),
             "history_path": Path(path).expanduser() if path else None,

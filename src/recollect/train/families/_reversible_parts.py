@@ -61,6 +61,6 @@ class ReversiblePartsFamily(HistoriesFamily):
         most = one * self.own.num_layers
         return most, min(most, one + 4 * SAVED * activations)
 
-    def _build(self, graph: TrainingGraph, **histories: Any) -> ScalableGNN:
+    def _build(self, graph: TrainingGraph, num_layers: int | None = None, **histories: Any) -> ScalableGNN:
         names = self.names(graph.data)
-        return make_revgnn(self.own, graph, None, num_nodes=graph.data.num_nodes, inputs=names, **histories)
+        return make_revgnn(self.own, graph, num_layers, num_nodes=graph.data.num_nodes, inputs=names, **histories)
