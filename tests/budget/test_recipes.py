@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.budget._recipes import has_recipe, run_sparingly
-from recollect.frames import InPlaceError
+from recollect.frames import InPlaceError, RebuildError, certificate_of_process
 from recollect.memory import peak_memory
 
 WIDTH = 32
@@ -148,6 +148,30 @@ def test_what_was_changed_in_between_is_an_error(what):
         y.add_(1.0)
     with pytest.raises(InPlaceError, match="was changed in place"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_was_changed_without_a_count_is_an_error(batched):
+    norm, product = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+    unit, x = nn.Sequential(norm, product), torch.randn(64, WIDTH)
+
+    def gradient(certify):
+        out = run_sparingly(unit, (x,), {}, certify)
+        norm.bias.data.mul_(0.5).add_(1.0)
+        rows = torch.ones(2, *out.shape)
+        return torch.autograd.grad(out, product.weight, rows if batched else rows[0], is_grads_batched=batched)[0]
+
+    for certify in (True, "exact"):
+        with pytest.raises(RebuildError, match=r"Linear.*what a function returned, float32\[64, 32\] .* other values"):
+            gradient(certify)
+    assert gradient(False).isfinite().all()  # nothing is compared
+
+
+def test_what_is_made_again_is_counted():
+    certificate_of_process.reset()
+    unit, x = made("mlp")
+    run_sparingly(unit, (x,), {}).sum().backward()
+    assert (certificate_of_process.equal, certificate_of_process.rounded) == (1, 0)  # of GELU
 
 
 def test_an_output_that_was_changed_is_an_error_as_without():

@@ -120,7 +120,7 @@ def cost_of(module: nn.Module, own: Own, as_set: Own, arguments: Tree, options: 
         return call
 
     def sparing(*args: Any, **kwargs: Any) -> Any:
-        output = run_sparingly(own, args, kwargs)
+        output = run_sparingly(own, args, kwargs, options.certify)
         spared.append(sum(t.nbytes for t in tensors_of(output) if has_recipe(t)))
         return output
 

@@ -3,12 +3,14 @@
 A norm and an activation save their inputs, and what they return is saved once more by the product behind them. While a
 unit runs, a mode sees the functions that it calls. What one of those below returns has a *recipe*: the function, and
 its arguments, each of which is a parameter, a tensor that autograd saves in the unit, or has a recipe itself. Saved
-tensors that have one are dropped, and made anew when backward asks. Nothing else runs again, so that there is nothing
-to certify: the functions are known, and so are their arguments, with their versions.
+tensors that have one are dropped, and made anew when backward asks. Nothing else runs again. The functions are known,
+and so are their arguments, with their versions; for what is written without a count (``.data``), what is made anew is
+compared with what was dropped.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,8 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from recollect._arguments import Certify
 from recollect._torch import autocast_as, autocast_now, is_batched, outside_transforms
-from recollect.frames import InPlaceError
+from recollect.frames import InPlaceError, Mark
 
 __all__ = ["has_recipe", "run_sparingly"]
 
@@ -82,6 +85,7 @@ class _Slot:
         if recipe.hold():
             tensor, self.tensor, self.recipe = self.tensor, None, recipe
             assert tensor is not None
+            recipe.note(tensor)
             self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
             recipe.users.append(weakref.ref(self))
 
@@ -110,13 +114,25 @@ class _Recipe:
         users: slots that wait for it.
     """
 
-    __slots__ = ("_args", "_autocast", "_function", "_kwargs", "_made", "_strides", "_waiting", "dtype", "users")
+    __slots__ = (
+        "_args", "_autocast", "_function", "_kwargs", "_layout", "_made", "_mark", "_marked", "_waiting", "dtype",
+        "users",
+    )  # fmt: skip
 
-    def __init__(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], output: Tensor) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: list[Any],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        mark: Callable[[Tensor], Mark],
+    ) -> None:
         self._function = function
         self._args = args  # tensors as what is known of them
         self._kwargs = kwargs
-        self._strides = output.stride()
+        self._layout = output.shape, output.stride()
+        self._marked = mark
+        self._mark: Mark | None = None  # of what somebody waits for
         self.dtype = output.dtype
         self._autocast = autocast_now({"cpu", output.device.type})
         self._made: Tensor | None = None
@@ -133,6 +149,12 @@ class _Recipe:
         if not self._waiting:
             self._made = None
         return made
+
+    def note(self, tensor: Tensor) -> None:
+        """Take notice of what it makes, of which a tensor that is dropped is a view, or all."""
+        if self._mark is None:
+            with torch.no_grad():
+                self._mark = self._marked(tensor.detach().as_strided(*self._layout, 0))
 
     def hold(self) -> bool:
         """Keep what it is made of from now on; return whether all of it is still there."""
@@ -151,8 +173,10 @@ class _Recipe:
             made: Tensor = self._function(
                 *map(_value, self._args), **{name: _value(value) for name, value in self._kwargs.items()}
             )
-            if made.stride() != self._strides:
-                made = torch.empty_strided(made.shape, self._strides, dtype=made.dtype, device=made.device).copy_(made)
+            if made.stride() != self._layout[1]:
+                made = torch.empty_strided(*self._layout, dtype=made.dtype, device=made.device).copy_(made)
+            if self._mark is not None:
+                self._mark.check(made)
         return made
 
 
@@ -240,8 +264,9 @@ def _is_plain(tensor: Tensor) -> bool:
 class _Kitchen(TorchFunctionMode):
     """Sees the functions that run in a unit, and what autograd saves."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[Tensor], Mark]) -> None:
         super().__init__()
+        self._mark = mark
         self._saved: dict[int, weakref.ref[_Slot]] = {}  # by their storages
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -273,7 +298,7 @@ class _Kitchen(TorchFunctionMode):
             known[id(tensor)] = _Known(tensor, source)
         recipe = _Recipe(
             again, [known.get(id(value), value) for value in inputs],
-            {name: known.get(id(value), value) for name, value in named.items()}, output,
+            {name: known.get(id(value), value) for name, value in named.items()}, output, self._mark,
         )  # fmt: skip
         slot = self._saved_as(output)
         if slot is not None:  # autograd saves what the function returns
@@ -304,19 +329,23 @@ class _Kitchen(TorchFunctionMode):
         return slot
 
 
-def run_sparingly(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_sparingly(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], certify: Certify = True
+) -> Any:
     """Run a function; of what autograd saves in it, that which has a recipe is not kept.
 
     Args:
         function: any callable.
         args: its arguments.
         kwargs: its arguments by name.
+        certify: what is accepted of what is computed again.
 
     Returns:
         What the function returns.
 
     Raises:
         InPlaceError: in backward, when what is kept was changed in place since.
+        RebuildError: in backward, when what is computed again is not what it was.
 
     Example:
         >>> import torch
@@ -329,6 +358,6 @@ def run_sparingly(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
         >>> memory.current_bytes == 2 * x.nbytes  # what the first layer returns, and the last
         True
     """
-    kitchen = _Kitchen()
+    kitchen = _Kitchen(functools.partial(Mark, function, certify=certify))
     with kitchen, saved_tensors_hooks(kitchen.pack, _Slot.get):
         return function(*args, **kwargs)

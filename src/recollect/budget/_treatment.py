@@ -54,7 +54,7 @@ class Treated(Forward):
             return run_frame(own, args, kwargs, self.source, certify=self.certify)
         if saved_tensor_hooks() is not None:  # of a frame, say, which answers for what is kept
             return own(*args, **kwargs)
-        return run_sparingly(own, args, kwargs)
+        return run_sparingly(own, args, kwargs, self.certify)
 
 
 Segment = tuple[int, int, Source]

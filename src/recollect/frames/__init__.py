@@ -23,7 +23,7 @@ No storage is resized behind a caller's back, except inside :func:`eager_release
 
 from recollect._verdicts import settle
 from recollect.frames._bits import bits_of
-from recollect.frames._certificate import Certificate
+from recollect.frames._certificate import Certificate, Mark, certificate_of_process
 from recollect.frames._checkpoint import checkpoint, checkpoint_sequential
 from recollect.frames._drift import DRIFT_THRESHOLD, DriftGauge
 from recollect.frames._eager import eager_release
@@ -37,7 +37,7 @@ from recollect.frames._errors import (
     ReleasedTensorError,
 )
 from recollect.frames._forward import Forward, Own
-from recollect.frames._frame import certificate_of_process, devices_of, run_frame
+from recollect.frames._frame import devices_of, run_frame
 from recollect.frames._lattice import Lattice, check_exact, digits_of
 from recollect.frames._modes import backward_mode, dry_mode, frames_apply, in_backward, in_dry_mode, keep_everything
 from recollect.frames._random import RandomState
@@ -67,6 +67,7 @@ __all__ = [
     "Kept",
     "Lattice",
     "LatticeError",
+    "Mark",
     "Offload",
     "OffloadError",
     "Others",

@@ -7,13 +7,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recollect._arguments import Certify
 from recollect._verdicts import arrive, later, outstanding
-from recollect.frames._errors import RebuildError
-from recollect.frames._fingerprint import Fingerprint, error_between, is_late, late_parts, on_host
+from recollect.frames._errors import RebuildError, naming
+from recollect.frames._fingerprint import (
+    Fingerprint,
+    difference,
+    error_between,
+    fingerprint,
+    is_late,
+    late_parts,
+    on_host,
+)  # fmt: skip
+from recollect.frames._modes import aside
 
-__all__ = ["GROSS", "Certificate", "Figures", "check_block", "is_gross", "judge", "tolerance_of"]
+__all__ = [
+    "GROSS", "Certificate", "Figures", "Mark", "Meta", "acceptance", "certificate_of_process", "check_block", "differs",
+    "is_gross", "judge", "show", "tolerance_of",
+]  # fmt: skip
+
+Meta = tuple[torch.Size, torch.dtype, torch.device]
 
 # Relative error (of the norm) that a repetition may have: what kernels that sum in another order every time may do.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
@@ -85,6 +100,10 @@ class Certificate:
         return f"Certificate(equal={self.equal}, rounded={self.rounded}, largest={self.largest:.1e})"
 
 
+certificate_of_process = Certificate()
+"""What is certified that no module owns."""
+
+
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return the relative error that is rounding for a dtype."""
     return _TOLERANCES.get(dtype.to_real() if dtype.is_complex else dtype, _TOLERANCES[torch.float32])
@@ -104,6 +123,101 @@ def judge(
         verdict(_errors_between([tuple(None if m is None else on_host(m, coming) for m in pair) for pair in pairs]))
 
     later([tensor for mark in marks for tensor in late_parts(mark)], read)
+
+
+def acceptance(
+    name: Callable[[], str], what: str, allowed: float, certify: Certify, figures: Figures
+) -> Callable[[float], None]:
+    """Return what judges the relative error of a tensor that is handed out again.
+
+    Args:
+        name: whose it is.
+        what: which tensor of that, for the message.
+        allowed: relative error that is rounding.
+        certify: what is accepted.
+        figures: where it is counted.
+    """
+    exact = certify == "exact"
+
+    def accept(error: float) -> None:
+        if error > 0.0 and (exact or error > allowed):
+            limit = "certify='exact' allows none)" if exact else f"rounding: {allowed:.0e})"
+            raise differs(name(), f"{what} has other values (relative error {error:.1e}; {limit}")
+        figures.note(error)
+
+    return accept
+
+
+def differs(name: str, what: str) -> RebuildError:
+    """Return the error of a region that is not what it was."""
+    return RebuildError(
+        f"{name}: running it again for backward differs from the forward pass: {what}. It must "
+        "compute the same again. Most often it draws random numbers from somewhere other than torch's default "
+        "generators (NumPy, random), or was called with seed=False, or reads something that was changed in "
+        "between, or branches on recollect.in_backward(). Draw from torch, pass what changes as an argument, or "
+        "call it without a frame"
+    )
+
+
+def show(meta: Meta) -> str:
+    """Return how messages name a tensor."""
+    shape, dtype, device = meta
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+
+
+class Mark:
+    """What is kept of a tensor that is dropped, to compare with what is computed in its place.
+
+    Args:
+        function: whose it is, for the error; it is not kept.
+        tensor: what is dropped.
+        certify: what is accepted; ``False``: nothing is compared.
+        certificate: where it is counted; ``None``: in that of the process.
+
+    Example:
+        >>> import torch
+        >>> from recollect.frames import Certificate, Mark
+        >>> certificate, x = Certificate(), torch.randn(8)
+        >>> mark = Mark(torch.exp, x.exp(), certificate=certificate)
+        >>> mark.check(x.exp())
+        >>> certificate.equal
+        1
+    """
+
+    __slots__ = ("_certificate", "_certify", "_mark", "_name")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        tensor: Tensor,
+        *,
+        certify: Certify = True,
+        certificate: Certificate | None = None,
+    ) -> None:
+        self._certify = certify
+        self._certificate = certificate if certificate is not None else certificate_of_process
+        self._name = naming(function)
+        with torch.no_grad(), aside():
+            self._mark = fingerprint(tensor, exact=certify == "exact", apart=True) if certify else None
+
+    def check(self, tensor: Tensor) -> None:
+        """Compare a tensor with the one that was dropped: at once, or when the numbers come from its device.
+
+        Raises:
+            RebuildError: it has other values.
+        """
+        then = self._mark
+        if then is None:
+            return
+        what = f"what a function returned, {show((tensor.shape, tensor.dtype, tensor.device))},"
+        accept = acceptance(self._name, what, tolerance_of(tensor.dtype), self._certify, self._certificate.figures)
+        exact = self._certify == "exact"
+        with torch.no_grad(), aside():
+            if is_late(then):
+                now = fingerprint(tensor, exact=exact, like=then)
+                judge([(then, now)], lambda errors: accept(errors[0]))
+            else:
+                accept(difference(then, tensor, exact=exact, apart=True))
 
 
 def _errors_between(pairs: Sequence[tuple[Fingerprint | None, ...]]) -> list[float]:

@@ -17,7 +17,17 @@ from recollect._arguments import Certify
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, overrides_are_enabled, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
 from recollect._verdicts import look, outstanding
-from recollect.frames._certificate import GROSS, Certificate, judge, tolerance_of
+from recollect.frames._certificate import (
+    GROSS,
+    Certificate,
+    Meta,
+    acceptance,
+    certificate_of_process,
+    differs,
+    judge,
+    show,
+    tolerance_of,
+)  # fmt: skip
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
 from recollect.frames._modes import Scope, aside, enclosing, local
@@ -27,12 +37,7 @@ from recollect.frames._region import Region
 from recollect.frames._watch import attributes_of, place_of, version_of
 from recollect.frames.sources._source import Arguments, Held, Source, hand_on
 
-__all__ = ["Frame", "certificate_of_process", "run_frame"]
-
-Meta = tuple[torch.Size, torch.dtype, torch.device]
-
-certificate_of_process = Certificate()
-"""What checkpoints certify that no module owns."""
+__all__ = ["Frame", "run_frame"]
 
 
 class _Token:
@@ -484,7 +489,7 @@ class Frame(Scope):
             if count < len(self._metas):
                 meta = (shape_of(tensor), tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
-                    raise self._differs(f"saved tensor {count} is {_show(meta)}, and was {_show(self._metas[count])}")
+                    raise self._differs(f"saved tensor {count} is {show(meta)}, and was {show(self._metas[count])}")
                 if count in needed:
                     if waiting and waiting[-1][2] != sequence():
                         compare()
@@ -597,19 +602,14 @@ class Frame(Scope):
 
     def _acceptance(self, index: int) -> Callable[[float], None]:
         """Return what judges a relative error of a saved tensor."""
-        meta, exact, figures = self._metas[index], self._certify == "exact", self._certificate.figures
-        allowed, name = max(tolerance_of(meta[1]), self._region.tolerance), naming(self._region.function)
-
-        def accept(error: float) -> None:
-            if error > 0.0 and (exact or error > allowed):
-                raise _differs(
-                    name(),
-                    f"saved tensor {index}, {_show(meta)}, has other values (relative error {error:.1e}; "
-                    + ("certify='exact' allows none)" if exact else f"rounding: {allowed:.0e})"),
-                )
-            figures.note(error)
-
-        return accept
+        meta = self._metas[index]
+        return acceptance(
+            naming(self._region.function),
+            f"saved tensor {index}, {show(meta)},",
+            max(tolerance_of(meta[1]), self._region.tolerance),
+            self._certify,
+            self._certificate.figures,
+        )
 
     def _counts(self, mark: Fingerprint) -> bool:
         """Whether a saved tensor's values are at all large, beside those of the others."""
@@ -635,7 +635,7 @@ class Frame(Scope):
                 )
 
     def _differs(self, what: str) -> RebuildError:
-        return _differs(self._region.name, what)
+        return differs(self._region.name, what)
 
 
 def run_frame(
@@ -717,18 +717,3 @@ def devices_of(arguments: Any) -> set[torch.device]:
         True
     """
     return {tensor.device for tensor in tensors_of(arguments)}
-
-
-def _differs(name: str, what: str) -> RebuildError:
-    return RebuildError(
-        f"{name}: running it again for backward differs from the forward pass: {what}. It must "
-        "compute the same again. Most often it draws random numbers from somewhere other than torch's default "
-        "generators (NumPy, random), or was called with seed=False, or reads something that was changed in "
-        "between, or branches on recollect.in_backward(). Draw from torch, pass what changes as an argument, or "
-        "call it without a frame"
-    )
-
-
-def _show(meta: Meta) -> str:
-    shape, dtype, device = meta
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"

@@ -21,12 +21,19 @@ from torch import Tensor
 
 from recollect._arguments import Certify, check_certify
 from recollect._torch import is_recorded
-from recollect.frames._certificate import Certificate, check_block, is_gross, judge, tolerance_of
+from recollect.frames._certificate import (
+    Certificate,
+    certificate_of_process,
+    check_block,
+    is_gross,
+    judge,
+    tolerance_of,
+)
 from recollect.frames._chain import Parts, Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import RebuildError, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late
-from recollect.frames._frame import Frame, certificate_of_process
+from recollect.frames._frame import Frame
 from recollect.frames._lattice import Lattice
 from recollect.frames._modes import aside, frames_apply, local
 from recollect.frames._region import Region

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from recollect._arguments import Certify, pack
-from recollect.frames._certificate import GROSS, Certificate, Figures, check_block, is_gross, judge, tolerance_of
+from recollect.frames._certificate import (
+    GROSS,
+    Certificate,
+    Figures,
+    certificate_of_process,
+    check_block,
+    is_gross,
+    judge,
+    tolerance_of,
+)
 from recollect.frames._chain import Slot, Stage, slot_of, whole
 from recollect.frames._drift import DriftGauge
 from recollect.frames._errors import InPlaceError, RebuildError, describe, naming
 from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_finite, is_late, norm_of
-from recollect.frames._frame import certificate_of_process, run_frame
+from recollect.frames._frame import run_frame
 from recollect.frames._modes import local
 from recollect.frames._region import Region
 from recollect.frames._watch import version_of
