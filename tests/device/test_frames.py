@@ -18,6 +18,7 @@ from recollect.frames import (
     Inverse,
     Kept,
     Lattice,
+    Mark,
     Offload,
     Others,
     Previous,
@@ -276,6 +277,19 @@ def test_sums_of_bits(other):
         bits = bits_of(x)
     assert log.where == []
     assert int(bits) == bits_of(x.cpu()) != int(bits_of(x + 1))
+
+
+def test_marks_are_compared_when_their_numbers_have_come(other):
+    x = torch.randn(6, 800).to(other)
+    certificate_of_process.reset()
+    with watch() as log:
+        mark = Mark(torch.exp, x.exp())
+        mark.check(x.exp())
+        mark.check(x.sin())
+    assert log.where == []
+    with pytest.raises(RebuildError, match=r"exp: .* what a function returned"):
+        settle()
+    assert certificate_of_process.equal == 1
 
 
 @pytest.mark.parametrize("size", [100, 10_000])
