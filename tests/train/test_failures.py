@@ -55,7 +55,7 @@ def test_too_little_memory_before_there_is_a_folder_is_one_line(tmp_path, monkey
         raise RuntimeError("mine")
 
     def refuse(*_, **__):
-        torch.empty(2**60, dtype=torch.uint8)  # more than there are addresses
+        torch.empty(2**60, dtype=torch.uint8, device="cpu")  # more than there are addresses
 
     for name in ("recollect.train._single.build_dataset", "recollect.models.RevGNN"):
         with monkeypatch.context() as patched:
