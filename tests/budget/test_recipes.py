@@ -239,3 +239,16 @@ def test_graphs_are_freed_by_counting_references():
         assert within[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_graph_does_not_hold_the_unit():
+    unit, x = made("mlp")
+    gone = weakref.ref(unit)
+    gc.disable()
+    try:
+        y = run_sparingly(unit, (x,), {})
+        del unit
+        assert gone() is None
+    finally:
+        gc.enable()
+    y.sum().backward()

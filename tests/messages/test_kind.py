@@ -154,3 +154,27 @@ def test_unknown_objects_count_by_identity():
     one = object()
     assert kind_of(Hops(more=one)) == kind_of(Hops(more=one))
     assert kind_of(Hops(more=one)) != kind_of(Hops(more=object()))
+
+
+def test_what_takes_the_place_of_an_object_that_is_gone_is_of_another_kind():
+    """Where nothing is known of an object it counts by identity, and its address may be another's later."""
+
+    class Closed:
+        __slots__ = ("__weakref__",)
+
+    kinds, addresses = [], []
+    for _ in range(50):
+        act = Closed()
+        addresses.append(id(act))
+        kinds.append(kind_of(Hops(act=act)))
+        assert kinds[-1] == kind_of(Hops(act=act))
+        del act
+    assert len(set(addresses)) < 50
+    assert len(set(kinds)) == 50
+
+
+def test_kinds_can_be_copied_and_then_know_no_object():
+    block = Hops(act=memoryview(b"a"))
+    kind = kind_of(block)
+    assert kind == kind_of(block)
+    assert copy.deepcopy(kind) != kind

@@ -80,12 +80,12 @@ class _Slot:
         self.recipe: _Recipe | None = None
         self.layout: tuple[Any, ...] = ()
 
-    def cook(self, recipe: _Recipe) -> None:
+    def cook(self, recipe: _Recipe, mark: Callable[[Tensor], Mark]) -> None:
         """Drop the tensor, for which there is a recipe whose ingredients are still there."""
         if recipe.hold():
             tensor, self.tensor, self.recipe = self.tensor, None, recipe
             assert tensor is not None
-            recipe.note(tensor)
+            recipe.note(tensor, mark)
             self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
             recipe.users.append(weakref.ref(self))
 
@@ -115,23 +115,14 @@ class _Recipe:
     """
 
     __slots__ = (
-        "_args", "_autocast", "_function", "_kwargs", "_layout", "_made", "_mark", "_marked", "_waiting", "dtype",
-        "users",
+        "_args", "_autocast", "_function", "_kwargs", "_layout", "_made", "_mark", "_waiting", "dtype", "users",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        args: list[Any],
-        kwargs: dict[str, Any],
-        output: Tensor,
-        mark: Callable[[Tensor], Mark],
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], output: Tensor) -> None:
         self._function = function
         self._args = args  # tensors as what is known of them
         self._kwargs = kwargs
         self._layout = output.shape, output.stride()
-        self._marked = mark
         self._mark: Mark | None = None  # of what somebody waits for
         self.dtype = output.dtype
         self._autocast = autocast_now({"cpu", output.device.type})
@@ -150,11 +141,11 @@ class _Recipe:
             self._made = None
         return made
 
-    def note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor, mark: Callable[[Tensor], Mark]) -> None:
         """Take notice of what it makes, of which a tensor that is dropped is a view, or all."""
         if self._mark is None:
             with torch.no_grad():
-                self._mark = self._marked(tensor.detach().as_strided(*self._layout, 0))
+                self._mark = mark(tensor.detach().as_strided(*self._layout, 0))
 
     def hold(self) -> bool:
         """Keep what it is made of from now on; return whether all of it is still there."""
@@ -298,11 +289,11 @@ class _Kitchen(TorchFunctionMode):
             known[id(tensor)] = _Known(tensor, source)
         recipe = _Recipe(
             again, [known.get(id(value), value) for value in inputs],
-            {name: known.get(id(value), value) for name, value in named.items()}, output, self._mark,
+            {name: known.get(id(value), value) for name, value in named.items()}, output,
         )  # fmt: skip
         slot = self._saved_as(output)
         if slot is not None:  # autograd saves what the function returns
-            slot.cook(recipe)
+            slot.cook(recipe, self._mark)
         _remember(output, recipe)
         return output
 
@@ -323,7 +314,7 @@ class _Kitchen(TorchFunctionMode):
         if _is_plain(tensor):
             recipe = _recipe_of(tensor)
             if recipe is not None:
-                slot.cook(recipe)
+                slot.cook(recipe, self._mark)
             if slot.tensor is not None:
                 self._saved[tensor.untyped_storage()._cdata] = weakref.ref(slot)
         return slot
@@ -360,4 +351,7 @@ def run_sparingly(
     """
     kitchen = _Kitchen(functools.partial(Mark, function, certify=certify))
     with kitchen, saved_tensors_hooks(kitchen.pack, _Slot.get):
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            del kitchen._mark  # autograd holds what packs, and that would hold the function

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,34 @@ _SHALLOW = 3
 _MANY = 1024  # a container with more entries holds data, and counts by identity
 _LIBRARIES = frozenset(["numpy", "torch", "torch_geometric"])  # whose objects are replaced, and not changed
 _HEAP = 1 << 9  # of types that Python code makes
+
+
+class _Identity:
+    """An object of which nothing is known: equal to itself alone, and to no other once it is gone.
+
+    (Another one may have the same address then.)
+    """
+
+    __slots__ = ("_address", "_get")
+
+    def __init__(self, value: Any) -> None:
+        self._address = id(value)
+        try:
+            self._get: Callable[[], Any] = weakref.ref(value)
+        except TypeError:  # such as a long list: it stays
+            self._get = lambda: value
+
+    def __hash__(self) -> int:
+        return self._address
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity):
+            return NotImplemented
+        value = self._get()
+        return self is other or (value is not None and value is other._get())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Identity, (object(),)  # in a copy, of nothing
 
 
 def module_of(block: Any) -> nn.Module:
@@ -140,12 +169,12 @@ def _of(value: Any, known: dict[int, str], depth: int) -> Hashable:
     if id(value) in known:
         return known[id(value)]
     if depth > _DEEP:
-        return id(value)
+        return _Identity(value)
     known[id(value)] = f"again: {len(known)}"
     try:
         return _inside(value, known, depth + 1)
     except Exception:  # an attribute that raises, a proxy of something that is gone
-        return id(value)
+        return _Identity(value)
 
 
 def _inside(value: Any, known: dict[int, str], depth: int) -> Hashable:
@@ -153,7 +182,7 @@ def _inside(value: Any, known: dict[int, str], depth: int) -> Hashable:
     if isinstance(value, Tensor):
         return (kind, tuple(value.shape), value.dtype, value.requires_grad)
     if kind.__module__ == "typing":
-        return value if hash(value) else id(value)
+        return value if hash(value) else _Identity(value)
     if isinstance(value, types.FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
         held += [value.__defaults__, value.__kwdefaults__]
@@ -172,4 +201,4 @@ def _inside(value: Any, known: dict[int, str], depth: int) -> Hashable:
     if isinstance(value, nn.Module):  # in a list, or in another object
         parts = dict(sorted(value.named_modules()))
         return (kind, *(_settings(vars(each), type(each), known, depth) for each in parts.values()))
-    return _settings(vars(value), kind, known, depth) if _is_open(kind) else id(value)
+    return _settings(vars(value), kind, known, depth) if _is_open(kind) else _Identity(value)
