@@ -1,6 +1,7 @@
 """Fingerprints against sums that are written out, on tensors of all layouts and types."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from recollect.frames import _bits, _fingerprint, _reading
 from recollect.frames._bits import bits_of
 from recollect.frames._certificate import tolerance_of
-from recollect.frames._fingerprint import difference, fingerprint
+from recollect.frames._fingerprint import difference, difference_of_few, few_bytes_of, fingerprint
 from recollect.memory import peak_memory
 
 SHAPES = [
@@ -207,3 +208,70 @@ def test_autocast_changes_nothing(size, kind):
     with torch.autocast("cpu", kind):
         assert fingerprint(x) == expected
         assert 1e-5 < difference(expected, 1.0001 * x) < 1e-3
+
+
+FEW = [(), (3,), (8, 8), (4, 0), (2, 3, 5), (16, 16)]
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("dtype", [t for t in TYPES if not t.is_complex], ids=str)
+def test_few_bytes_are_those_of_the_elements_in_the_order_of_dimensions(shape, dtype):
+    x = values(shape, dtype)
+    expected = bytes(x.reshape(-1).view(torch.uint8).tolist())
+    found = few_bytes_of(x)
+    if len(expected) > 1024:
+        assert found is None
+        return
+    assert found == expected or not expected
+    if shape:
+        assert all(few_bytes_of(one) == found for one in gapped(x))
+        assert few_bytes_of(x.transpose(0, -1).contiguous().transpose(0, -1)) == found
+
+
+def test_what_is_no_small_plain_tensor_on_the_cpu_has_no_few_bytes():
+    x = torch.randn(4, 4)
+    released = torch.randn(4)
+    released.untyped_storage().resize_(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prototypes
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        quantized = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    others = [
+        torch.randn(257),
+        x.to("meta"),
+        torch.nn.Parameter(x),
+        x.to_sparse(),
+        torch.randn(4, dtype=torch.complex64).conj().imag,
+        released,
+        nested,
+        quantized,
+        torch._efficientzerotensor((4,)),
+    ]
+    assert all(few_bytes_of(one) is None for one in others)
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(few_bytes_of(row)), row)[1])(x)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_errors_of_few_bytes_are_those_of_fingerprints(dtype):
+    x = values((6, 9), dtype)
+    then = few_bytes_of(x)
+    assert difference_of_few(then, x.clone(), exact=True) == 0.0
+    with_nan = x.clone()
+    with_nan[2, 3] = math.nan
+    large = x.clone()
+    large[0, 0] = 1e30
+    for y in (x * (1 + 1e-2), x.flip(0), with_nan, large, torch.zeros_like(x)):
+        y = y.to(dtype)
+        assert difference_of_few(then, y) == difference(fingerprint(x, apart=True), y, apart=True) > 0.0
+        assert difference_of_few(then, y, exact=True) == math.inf
+        assert difference_of_few(few_bytes_of(y), y.mT.contiguous().mT, exact=True) == 0.0
+    assert difference_of_few(then, x[1:]) == math.inf
+
+
+def test_signs_of_zeros_are_no_error_of_few_bytes_but_other_bits():
+    zeros = torch.zeros(5)
+    assert difference_of_few(few_bytes_of(zeros), -zeros) == 0.0
+    assert difference_of_few(few_bytes_of(zeros), -zeros, exact=True) == math.inf
+    assert difference_of_few(few_bytes_of(torch.tensor([1, 2])), torch.tensor([1, 3])) == math.inf

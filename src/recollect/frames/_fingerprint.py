@@ -7,11 +7,12 @@ projections estimates ||a - b|| (Johnson and Lindenstrauss 1984).
 
 Longer tensors are laid out in rows, which are summed up with a weight each before that: it reads a tensor once. For
 bits, positions have a period. What is not one block of numbers of the right type is read piece by piece, so that there
-is never a copy of the whole.
+is never a copy of the whole. What is about as small as a fingerprint needs none: :func:`few_bytes_of` is a copy of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -26,8 +27,8 @@ from recollect.frames._bits import sum_of_bits
 from recollect.frames._reading import MANY, Order, indices_of, limit_of, order_of, pieces_of, sample_of, values_of
 
 __all__ = [
-    "PROJECTIONS", "Fingerprint", "difference", "error_between", "fingerprint", "is_finite",
-    "is_late", "late_parts", "norm_of", "on_host",
+    "PROJECTIONS", "Fingerprint", "difference", "difference_of_few", "error_between", "few_bytes_of", "fingerprint",
+    "is_finite", "is_late", "late_parts", "norm_of", "on_host",
 ]  # fmt: skip
 
 PROJECTIONS = 4
@@ -39,6 +40,11 @@ _ROWS = 4096  # so many have a weight of their own
 _TAME = 1e6
 """Projections above it may be of large numbers such as those of masks."""
 _LONG = 1 << 22  # products are summed up in their own precision
+_FEW = 1024  # bytes; numbers of Python in a list take some hundred
+_OF_FEW = frozenset((
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+))  # fmt: skip
 
 _CPU = torch.device("cpu")
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -192,6 +198,36 @@ def difference(
             return error_between(then, Fingerprint(_with_norm(plain, then), 0))
     now = fingerprint(tensor, exact=exact, sample=sample, apart=apart, like=then)
     return 0.0 if now is None else error_between(then, now)
+
+
+def few_bytes_of(tensor: Tensor) -> bytes | None:
+    """Return a copy of a small tensor's bytes, in the order of its dimensions, if it is a plain one on the CPU."""
+    if (
+        type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+        or tensor.dtype not in _OF_FEW
+        or (size := tensor.nbytes) > _FEW
+        or tensor.is_neg()
+        or tensor.is_nested
+        or not FORMS["cpu"].reads_at_once
+        or is_in_transform()
+        or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
+    ):
+        return None
+    place = (tensor if tensor.is_contiguous() else (tensor := tensor.detach().contiguous())).data_ptr()
+    return ctypes.string_at(place, size) if place else None
+
+
+def difference_of_few(then: bytes, tensor: Tensor, *, exact: bool = False) -> float:
+    """Return the relative error of a tensor of which these were the bytes, as :func:`difference` does."""
+    if few_bytes_of(tensor) == then:
+        return 0.0
+    now = tensor.detach().contiguous()
+    if exact or now.nbytes != len(then):
+        return math.inf
+    first = fingerprint(torch.frombuffer(bytearray(then), dtype=now.dtype).view(now.shape), apart=True)
+    return difference(first, now, apart=True)
 
 
 def error_between(then: Fingerprint, now: Fingerprint) -> float:

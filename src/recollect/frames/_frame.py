@@ -29,7 +29,15 @@ from recollect.frames._certificate import (
     tolerance_of,
 )  # fmt: skip
 from recollect.frames._errors import FrameError, GraphFreedError, InPlaceError, RebuildError, describe, naming
-from recollect.frames._fingerprint import Fingerprint, difference, fingerprint, is_late, norm_of
+from recollect.frames._fingerprint import (
+    Fingerprint,
+    difference,
+    difference_of_few,
+    few_bytes_of,
+    fingerprint,
+    is_late,
+    norm_of,
+)
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Noted, Recorder
@@ -50,6 +58,7 @@ class _Token:
         self.index = index
 
 
+_Mark = Fingerprint | bytes | None
 _SMALL = 4096  # elements; to look whether so few were read costs as much as to read them
 
 
@@ -197,7 +206,7 @@ class Frame(Scope):
         self._early_stop = early_stop and not held.whole
         self._parent = enclosing()
         self._metas: list[Meta] = []
-        self._marks: list[Fingerprint | None] = []
+        self._marks: list[_Mark] = []
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
         # What autograd saved, while it lives, its version, and its token.
         self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
@@ -338,8 +347,7 @@ class Frame(Scope):
                 return token  # it comes back with the arguments
             at_once = tensor.requires_grad or local.keeping
             if at_once:
-                with aside():
-                    self._marks[index] = self._mark(tensor)
+                self._marks[index] = self._mark(tensor)
             else:
                 self._unmarked.append((index, tensor, sequence()))
         return token
@@ -356,14 +364,19 @@ class Frame(Scope):
         unmarked = self._unmarked
         if unmarked and (end or unmarked[-1][2] != sequence()):
             filled = self._recorder.unsettled if self._recorder is not None else ()
-            with aside():
-                for index, tensor, _ in unmarked:
-                    if filled and not filled.isdisjoint(place_of(tensor)):
-                        continue  # noise that an operation fills, or in evaluation leaves as it was
-                    self._marks[index] = self._mark(tensor)
+            for index, tensor, _ in unmarked:
+                if filled and not filled.isdisjoint(place_of(tensor)):
+                    continue  # noise that an operation fills, or in evaluation leaves as it was
+                self._marks[index] = self._mark(tensor)
             unmarked.clear()
 
-    def _mark(self, tensor: Tensor) -> Fingerprint | None:
+    def _mark(self, tensor: Tensor) -> _Mark:
+        if not self._drifts and (few := few_bytes_of(tensor)) is not None:
+            return few
+        with aside():
+            return self._fingerprint(tensor)
+
+    def _fingerprint(self, tensor: Tensor) -> Fingerprint | None:
         if not self._drifts and tensor.numel() <= _SMALL:
             return fingerprint(tensor, exact=self._certify == "exact", apart=True)
         memory = _Memory.of(tensor)
@@ -566,12 +579,15 @@ class Frame(Scope):
         then = self._marks[index]
         if then is None:
             return 0.0
-        with aside():
-            if is_late(then):
-                self._certify_late(index, then, tensor)
-                return 0.0
-            error = self._error_of(then, tensor)
-        if self._held.drifts:  # for the source to judge
+        if isinstance(then, bytes):
+            error = 0.0 if few_bytes_of(tensor) == then else self._error_of_few(then, tensor)
+        else:
+            with aside():
+                if is_late(then):
+                    self._certify_late(index, then, tensor)
+                    return 0.0
+                error = self._error_of(then, tensor)
+        if self._held.drifts and not isinstance(then, bytes):  # for the source to judge
             # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
             counts = error > 0.0 and (tensor.is_floating_point() or error > GROSS) and self._counts(then)
             return error if counts else 0.0
@@ -580,6 +596,10 @@ class Frame(Scope):
         else:
             self._certificate.figures.note(error)
         return error
+
+    def _error_of_few(self, then: bytes, tensor: Tensor) -> float:
+        with aside():
+            return difference_of_few(then, tensor, exact=self._certify == "exact")
 
     def _error_of(self, then: Fingerprint, tensor: Tensor) -> float:
         exact, drifts = self._certify == "exact", self._drifts
@@ -617,7 +637,7 @@ class Frame(Scope):
         if norm == math.inf:
             return True
         if self._largest is None:
-            norms = [norm_of(mark) for mark in self._marks]
+            norms = [norm_of(mark) for mark in self._marks if not isinstance(mark, bytes)]
             self._largest = max(one for one in norms if one != math.inf)
         return norm >= 1e-2 * self._largest
 
