@@ -55,7 +55,7 @@ FLOORS = {
     "distributed": floor("_arguments"),
     "autogram": floor("_devices _parameters _torch _transfer _verdicts distributed"),
     "aggregation": floor("_devices _transfer"),
-    "messages": floor("_devices _torch"),
+    "messages": floor("_devices _storages _torch"),
     "invertible": floor("_arguments _devices _parameters _torch _verdicts frames"),
     "reversible": floor("_arguments _parameters _torch _util frames invertible messages"),
     "data": floor("", "numpy torch_geometric sklearn ogb"),

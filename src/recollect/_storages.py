@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from recollect._torch import is_traceable_wrapper_subclass
 
-__all__ = ["storages_of", "storages_within", "tensors_in"]
+__all__ = ["is_kept", "moment", "note_kept", "storages_of", "storages_within", "tensors_in"]
 
 _ROW_COMPRESSED = (torch.sparse_csr, torch.sparse_bsr)
 _COLUMN_COMPRESSED = (torch.sparse_csc, torch.sparse_bsc)
@@ -79,3 +80,35 @@ def tensors_in(nest: Any) -> Iterator[Tensor | UntypedStorage]:
             f"tensor_bytes() cannot look into a {type(nest).__name__}: it takes tensors, storages, modules, "
             "optimizers, and mappings or iterables of these"
         )
+
+
+_kept: dict[int, tuple[int, weakref.ref[Tensor]]] = {}  # by the keys of their storages, with the moment
+_moment = 0
+
+
+def note_kept(tensor: Tensor) -> None:
+    """Note that somebody keeps a tensor, whatever backward needs of it, and does not change it as long as it lives."""
+    global _moment
+    keys = [storage._cdata for storage in storages_of(tensor)]
+
+    def forget(_: weakref.ref[Tensor]) -> None:
+        for key in keys:
+            _kept.pop(key, None)
+
+    _moment += 1
+    reference = weakref.ref(tensor, forget)
+    _kept.update(dict.fromkeys(keys, (_moment, reference)))
+
+
+def moment() -> int:
+    """Return what :func:`is_kept` tells earlier notes from later ones by."""
+    return _moment
+
+
+def is_kept(keys: tuple[int, ...], before: int) -> bool:
+    """Return whether storages, by their keys, are of a tensor that :func:`note_kept` was told of before a moment."""
+    for key in keys:
+        noted = _kept.get(key)
+        if noted is not None and noted[0] <= before:
+            return True
+    return False

@@ -358,6 +358,18 @@ class TestCost:
             peaks.append(memory.peak_bytes)
         assert peaks[1] < 1.3 * peaks[0]
 
+    def test_backward_asks_for_no_adjacency_that_is_kept_anyway(self, x, edge_index):
+        """It has no fingerprint and is not rebuilt."""
+        conv = SAGEConv(CHANNELS, CHANNELS)
+        x = x.detach().requires_grad_()
+        certified = []
+        for _ in range(2):  # in the first call it is made
+            recollect.frames.certificate_of_process.reset()
+            out = recollect.checkpoint(lambda x: convolve(conv, x, edge_index), x)
+            out.sum().backward()
+            certified.append(recollect.frames.certificate_of_process.equal)
+        assert certified == [4, 1]
+
     def test_edges_are_sorted_once(self, x, edge_index, products):
         """For all layers and passes, forward and backward: one adjacency for each kind of sums."""
         convs = [make().double() for make in FUSED.values() for _ in range(2)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._arguments import Certify
+from recollect._storages import is_kept, moment
 from recollect._torch import enabled_overrides, graph_task_id, node_sequence, overrides_are_enabled, sequence, shape_of
 from recollect._util._tree import tensors_among, tensors_of
 from recollect._verdicts import look, outstanding
@@ -182,9 +183,9 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest", "_live",
-        "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved", "_spoiled",
-        "_tokens", "_unmarked",
+        "_begun", "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest",
+        "_live", "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved",
+        "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -205,6 +206,7 @@ class Frame(Scope):
         self._drifts = held.drifts
         self._early_stop = early_stop and not held.whole
         self._parent = enclosing()
+        self._begun: int = self._parent._begun if isinstance(self._parent, Frame) else moment()
         self._metas: list[Meta] = []
         self._marks: list[_Mark] = []
         self._tokens: list[weakref.ref[_Token] | None] = []  # None: what lasts, and is never rebuilt
@@ -333,7 +335,7 @@ class Frame(Scope):
             and base.is_leaf
             and base.requires_grad
             and (local.policy is None or not self._is_released(base))
-        ) or (self._recorder is not None and self._recorder.is_lasting(tensor)):
+        ) or self._is_lasting(tensor):
             tokens.append(None)
             return _Lasting(self._region, tensor)
         version = version_of(tensor)
@@ -351,6 +353,13 @@ class Frame(Scope):
             else:
                 self._unmarked.append((index, tensor, sequence()))
         return token
+
+    def _is_lasting(self, tensor: Tensor) -> bool:
+        """Whether a tensor lives on anyway: a buffer, or what was kept when the outermost region began."""
+        recorder = self._recorder
+        if recorder is not None and recorder.is_lasting(tensor):
+            return True
+        return self._begun > 0 and is_kept(place_of(tensor), self._begun)
 
     def _is_given(self, tensor: Tensor) -> bool:
         """Whether a tensor has the memory of an argument."""

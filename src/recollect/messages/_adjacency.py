@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from recollect._storages import note_kept
 from recollect._torch import is_transformed, with_signature
 
 __all__ = [
@@ -312,16 +313,19 @@ class Edges:
         self.inside = inside
         self.adjacencies: dict[Hashable, Tensor] = {}
 
-    def adj_t(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def adj_t(self, kind: Hashable, make: Callable[[], Tensor], *, is_copy: bool = True) -> Tensor:
         """Return the adjacency of one kind, sparse CSR [T, N], which is made at the first call.
 
         Args:
             kind: what tells it from others of the same edges.
             make: returns it, [N, N] or [T, N].
+            is_copy: whether nobody else has its parts, so that backward finds them as they are.
         """
         if kind not in self.adjacencies:
             with torch.inference_mode(False), torch.no_grad():  # backward will need it, whoever asks first
-                self.adjacencies[kind] = _first_rows(make(), self.num_targets)
+                adj_t = self.adjacencies[kind] = _first_rows(make(), self.num_targets)
+            if is_copy:
+                note_kept(adj_t)
         return self.adjacencies[kind]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recollect._storages import note_kept
 from recollect.messages._adjacency import Edges, edges_of, know_edges, known_edges, row_pointers, sparse_csr
 from recollect.messages._products import know_transpose, known_transpose
 
@@ -75,7 +76,9 @@ def adjacency_of_edges(edge_index: Tensor, values: Tensor, num_nodes: int, num_t
         rowptr = row_pointers(edge_index[1], num_targets, torch.int64)
         return sparse_csr(rowptr, edge_index[0], values, (num_targets, num_nodes))
 
-    return edges_of(edge_index, num_nodes, num_targets).adj_t("whole", make) if values.numel() else make()
+    if not values.numel():
+        return make()
+    return edges_of(edge_index, num_nodes, num_targets).adj_t("whole", make, is_copy=False)
 
 
 def made_of(edge_index: Tensor) -> Made | None:
@@ -132,6 +135,7 @@ def take_made(edge_index: Tensor, made: Made) -> None:
     size = made.num_targets, made.num_nodes
     for kind, own, other in zip(made.kinds, made.adjacencies, made.transposes, strict=True):
         matrix = edges.adjacencies[kind] = sparse_csr(*own, size)
+        note_kept(matrix)
         if other is not None:
             know_transpose(matrix, sparse_csr(*other, (size[1], size[0])))
     know_edges(edge_index, edges)
