@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -132,6 +134,26 @@ def test_a_setting_of_an_object_is_seen():
     block = Hops(more=Settings(1))
     look = look_of([block])
     block.more.steps = 2
+    assert look_of([block]) != look
+
+
+def test_another_object_at_the_same_address_is_seen():
+    block = Hops(more=Settings(1))
+    look, address = look_of([block]), id(block.more)
+    del block.more
+    others = [Settings(1) for _ in range(10_000)]
+    (block.more,) = (other for other in others if id(other) == address)
+    assert look_of([block]) != look
+
+
+def test_a_look_keeps_no_module_alive_and_is_none_of_a_copy():
+    block = Hops(more=Settings(1))
+    look = look_of([block])
+    assert copy.deepcopy(look) != look != look_of([copy.deepcopy(block)])
+    gone = weakref.ref(block.inner[0])
+    block.inner[0] = torch.nn.Linear(4, 4)
+    gc.collect()
+    assert gone() is None
     assert look_of([block]) != look
 
 

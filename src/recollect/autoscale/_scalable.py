@@ -23,7 +23,7 @@ from recollect.autoscale.histories._history import History
 from recollect.autoscale.loader._loader import SubgraphLoader
 from recollect.autoscale.loader._sub_data import SubData
 from recollect.frames import in_backward
-from recollect.messages.reach import look_of
+from recollect.messages.reach import Look, look_of
 
 __all__ = ["ScalableGNN", "TrueRows", "unchanged"]
 
@@ -109,7 +109,7 @@ class ScalableGNN(CorrectedGNN):
         torch.Size([4, 4])
     """
 
-    _look: int | None = None  # of the network's parts when its layers were looked at
+    _look: Look | None = None  # of the network's parts when its layers were looked at
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, and empty the histories."""
@@ -236,8 +236,8 @@ class ScalableGNN(CorrectedGNN):
         if look != self._look and check_locality(self, x, adj_t, inputs):
             self._look = look
 
-    def _look_of_parts(self) -> int:
-        """Return a number that changes with the parts of the network, and with what is set in them."""
+    def _look_of_parts(self) -> Look:
+        """Return what changes with the parts of the network, and with what is set in them."""
         return look_of(part for name, part in self.named_children() if name not in ("histories", "gradients"))
 
     def push_and_pull(

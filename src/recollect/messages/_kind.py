@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kind_of", "look_of", "module_of", "settings_of"]
+__all__ = ["Look", "kind_of", "look_of", "module_of", "settings_of"]
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.layout, torch.Size,
@@ -88,8 +89,30 @@ def settings_of(module: nn.Module) -> str:
     return repr(found)
 
 
-def look_of(modules: Iterable[nn.Module]) -> int:
-    """Return a number that changes when a module, a hook or an attribute is replaced; in much less time.
+class Look:
+    """What modules held when they were looked at: equal to another look if that found the same objects and values.
+
+    Objects are not kept alive, but for those that cannot be referred to weakly, such as lists.
+    """
+
+    __slots__ = ("_found",)
+
+    def __init__(self, found: Iterable[Any]) -> None:
+        self._found = [*map(_weakly, found)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Look):
+            return NotImplemented
+        return len(self._found) == len(other._found) and all(map(_is_same, self._found, other._found))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Look, ((),)  # a copy's objects are others
+
+
+def look_of(modules: Iterable[nn.Module]) -> Look:
+    """Return what is another look when a module, a hook or an attribute is replaced; in much less time.
 
     Modes do not count.
     """
@@ -100,35 +123,48 @@ def look_of(modules: Iterable[nn.Module]) -> int:
             found.append(type(each))
             for hooks in _HOOKS:
                 if names[hooks]:
-                    found.extend(map(id, names[hooks].values()))
+                    found.extend(names[hooks].values())
             for name, value in names.items():
                 if name not in _UNSEEN:
-                    found.append(_looked(value))
-            found.extend(map(id, names["_modules"].values()))
-    return hash(tuple(found))
+                    _look_at(value, found, 0)
+            found.extend(names["_modules"].values())
+    return Look(found)
 
 
-def _looked(value: Any) -> Hashable:
+def _weakly(value: Any) -> Any:
+    """Return a value that is plain, or cannot be referred to weakly; else a reference, the same while both live."""
+    if type(value) in _PLAIN:
+        return value
     try:
-        return _shallow(value)
-    except Exception:  # an attribute that raises, a proxy of something that is gone
-        return id(value)
+        return weakref.ref(value)
+    except TypeError:
+        return value
 
 
-def _shallow(value: Any, depth: int = 0) -> Hashable:
-    """Return what changes when a container or an object is replaced, or something that it holds."""
+def _is_same(then: Any, now: Any) -> bool:
+    return then is now or (type(then) in _PLAIN and type(then) is type(now) and bool(then == now))
+
+
+def _look_at(value: Any, found: list[Any], depth: int) -> None:
+    """Note what changes when a container or an object is replaced, or something that it holds."""
     kind = type(value)
-    if kind in _PLAIN:
-        return value  # type: ignore[no-any-return]
-    if depth > _SHALLOW:
-        return id(value)
+    found.append(value)
+    if kind in _PLAIN or depth > _SHALLOW:
+        return
+    within: Iterable[Any] = ()
     if kind in (list, tuple, set) and len(value) <= _MANY:
-        return (id(value), *(_shallow(each, depth + 1) for each in value))
-    if kind is dict and len(value) <= _MANY:
-        return (id(value), *(_shallow(each, depth + 1) for pair in value.items() for each in pair))
-    if kind.__module__.partition(".")[0] in _LIBRARIES or not _is_open(kind):
-        return id(value)
-    return (id(value), *(_shallow(each, depth + 1) for each in vars(value).values()))
+        within = value
+    elif kind is dict and len(value) <= _MANY:
+        within = itertools.chain.from_iterable(value.items())
+    elif kind.__module__.partition(".")[0] not in _LIBRARIES and _is_open(kind):
+        try:
+            within = vars(value).values()
+        except Exception:  # a proxy of something that is gone
+            return
+    before = len(found)
+    for each in within:
+        _look_at(each, found, depth + 1)
+    found.append(len(found) - before)
 
 
 def _is_open(kind: type) -> bool:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from recollect._torch import TorchDispatchMode
 from recollect.messages._convolutions import for_targets
-from recollect.messages._kind import kind_of, look_of, module_of, settings_of
+from recollect.messages._kind import Look, kind_of, look_of, module_of, settings_of
 
 __all__ = [
     "DRAWING",
     "Constant",
     "Cut",
+    "Look",
     "Probe",
     "Reach",
     "Rewound",
