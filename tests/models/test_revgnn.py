@@ -403,10 +403,10 @@ class TestModule:
         assert model(x, edge_index).shape == (NODES, 3)
         assert model.layers[0].convs[0].conv.heads > 0
 
-    def test_gat_heads_are_no_more_than_channels(self):
-        assert make(1, conv="gat", conv_kwargs={"heads": 10**12}).layers[0].convs[0].conv.out_channels == 1
-        with pytest.raises(ValueError, match="heads is 0: must be at least 1"):
-            make(1, conv="gat", conv_kwargs={"heads": 0})
+    @pytest.mark.parametrize("heads", [0, 3, 16, 10**12])
+    def test_gat_heads_that_do_not_divide_the_channels_are_refused(self, heads):
+        with pytest.raises(ValueError, match=f"heads is {heads}: a group has 8 channels, .* one of 1, 2, 4, 8;"):
+            make(1, conv="gat", conv_kwargs={"heads": heads})
 
     def test_autocast(self, x, edge_index):
         model = make(8, dropout=0.3).float()

@@ -18,6 +18,15 @@ def test_each_key_is_held_against_its_range_and_then_all_against_one_another():
         check(settings)
 
 
+@pytest.mark.parametrize("words", [["model=gcn"], ["training=autoscale"], ["training=wholegraph"]])
+def test_depths_are_refused_where_no_other_depth_is_measured(words):
+    check(parse(["dataset=karate", *words]))
+    with pytest.raises(
+        UsageError, match=r"measure.depths=\[2, 4\]: .* model=revgnn with training=full, and this is model="
+    ):
+        check(parse(["dataset=karate", "measure.depths=[2,4]", *words]))
+
+
 def test_given_keys_that_nothing_looks_at_are_named():
     settings = parse(["training=autoscale"])
     check_given(settings, ["training.num_parts", "seed", "model.conv_kwargs.aggr", "optimizer.options.eps"])

@@ -10,12 +10,16 @@ from torch import nn
 __all__ = ["CONVS", "make_conv"]
 
 
-def _gat(geometric: Any, channels: int, heads: int = 4, **options: Any) -> nn.Module:
-    if heads < 1:
-        raise ValueError(f"heads is {heads}: must be at least 1")
-    heads = min(heads, channels)
-    while channels % heads:
-        heads -= 1
+def _gat(geometric: Any, channels: int, heads: int | None = None, **options: Any) -> nn.Module:
+    """Heads share the channels: as many as are asked for, or up to four, as many as divide these."""
+    fitting = [number for number in range(1, channels + 1) if channels % number == 0]
+    if heads is None:
+        heads = max(number for number in fitting if number <= 4)
+    elif heads not in fitting:
+        raise ValueError(
+            f"heads is {heads}: a group has {channels} channels, which its heads share, so it must be one of "
+            f"{', '.join(map(str, fitting))}; give one of these, or other channels"
+        )
     layer: nn.Module = geometric.GATConv(channels, channels // heads, heads=heads, **options)
     return layer
 

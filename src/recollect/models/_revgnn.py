@@ -90,7 +90,8 @@ class RevGNN(BlockwiseGNN):
         anchor_every: keep every s-th activation; bounds the drift of the reconstruction. ``None``: none are kept, but
             for ``"gen"``, whose softmax amplifies rounding, every 8th.
         disable: run plain, keeping everything.
-        conv_kwargs: options of a conv that is given by name.
+        conv_kwargs: options of a conv that is given by name; ``heads`` of "gat" must divide the channels of a group
+            (default: the most that do, up to 4).
         certify: as in :class:`~recollect.reversible.GroupAddRev`.
         exact: as in :class:`~recollect.reversible.GroupAddRev`; activations are then not kept for ``"gen"`` either.
         num_nodes: N of the graph whose mini-batches it trains on; ``None``: whole graphs alone. What a convolution

@@ -52,6 +52,12 @@ def _faults(settings: Settings) -> Iterator[str]:
     depths = settings.measure.depths
     if depths is not None and (not depths or min(depths) < 1):
         yield f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null"
+    elif depths is not None and (settings.model.family, settings.training.name) != ("reversible", "full"):
+        yield (
+            f"measure.depths={depths}: memory is measured against depth of networks that are made in any depth, "
+            f"model=revgnn with training=full, and this is model={settings.model.kind} with training="
+            f"{settings.training.name}; leave it out"
+        )
     yield from _training(settings)
     yield from {"autoscale": _parts, "wholegraph": _whole_graph}.get(settings.training.name, _nothing)(settings)
     if settings.devices > 1:
