@@ -93,7 +93,7 @@ TOGETHER = {
     "outofcore/test_whole_graph.py": "outofcore/_masks outofcore/_network outofcore/_parts outofcore/_reversible "
     "outofcore/_step",
     "reversible/test_streams.py": "reversible/_halving",
-    "test_memory.py": "_ledger _storages",
+    "test_memory.py": "_ledger",
     "train/families/test_own.py": "train/families/_family train/families/_imported",
     "train/test_failures.py": "train/_command train/_errors",
     "train/test_config.py": "train/_keys train/_settings",

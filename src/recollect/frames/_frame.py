@@ -183,9 +183,9 @@ class Frame(Scope):
     """
 
     __slots__ = (
-        "_begun", "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_given", "_held", "_largest",
-        "_live", "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region", "_saved",
-        "_spoiled", "_tokens", "_unmarked",
+        "_begun", "_certificate", "_certify", "_changes", "_drifts", "_early_stop", "_expected", "_given", "_held",
+        "_largest", "_live", "_lock", "_marks", "_metas", "_parent", "_read", "_rebuilt", "_recorder", "_region",
+        "_saved", "_spoiled", "_tokens", "_unmarked",
     )  # fmt: skip
 
     def __init__(
@@ -215,6 +215,7 @@ class Frame(Scope):
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
         # What was read in this run, with the error found: autograd may save a tensor for several operations.
         self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
+        self._expected: Fingerprint | None = None  # of the first argument, if its source compares it
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
         self._changes: torch.Size | None = None  # of an argument that the region itself has changed in place
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
@@ -396,8 +397,13 @@ class Frame(Scope):
         return mark
 
     def expect(self, tensor: Tensor, mark: Fingerprint | None) -> None:
-        """Take notice of the fingerprint of a sample of a tensor that the region is about to get."""
+        """Take notice of the fingerprint of a sample of the region's first argument, which it is about to get.
+
+        What comes back in its place is for the source to judge: it is compared here where bits have to be equal.
+        """
         self._note(_Memory.of(tensor), mark)
+        if self._certify != "exact":
+            self._expected = mark
 
     def _known(self, memory: _Memory | None) -> tuple[Fingerprint | None, float] | None:
         """Return the fingerprint of what was read already, and its error."""
@@ -493,6 +499,8 @@ class Frame(Scope):
         count = 0
         if running is None:
             self._read.clear()
+            if self._expected is not None:
+                self._note(_Memory.of(arguments[0][0]), self._expected)
         filling = (
             done
         ) = -1  # numbers of operations: what it saved may be filled later; it saved the last that is needed
