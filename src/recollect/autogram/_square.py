@@ -12,6 +12,8 @@ __all__ = ["Space", "SquareSum", "on_one_another", "padded_rows", "padded_zeros"
 
 # Rows of so many elements are long, and so many of them few: they are multiplied in parts.
 _LONG, _FEW = 2**14, 128
+# Rows of no more elements are short: to call for narrow blocks takes longer than what these leave out.
+_SHORT = 2**8
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -117,6 +119,8 @@ class SquareSum:
             for start in range(0, m, width):
                 self._lower[start:, start : start + width] += product(rows[start:], rows[start : start + width])
             return
+        if n <= _SHORT:
+            width = forms_of(self.device).short_columns
         if m <= width:
             width //= 2
         parts = forms_of(self.device).thin_parts if n >= _LONG and m <= _FEW else 1
