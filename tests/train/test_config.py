@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -361,6 +362,15 @@ def test_a_file_of_an_older_run_has_the_values_that_new_keys_had(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("\n".join(lines))
     assert read(file) == settings
+
+
+@pytest.mark.parametrize("key", ["devices", "  combine"])
+def test_a_file_of_a_run_in_which_a_value_is_missing_is_refused(tmp_path, key):
+    file = tmp_path / "config.yaml"
+    text = write(parse([]))
+    file.write_text(re.sub(rf"(?m)^{key}: .*", f"{key}: ???", text))
+    with pytest.raises(InvalidRunError, match=rf"{key.strip()}=\?\?\?: must be a"):
+        read(file)
 
 
 @pytest.mark.parametrize("word", ["1", "x", "x^2", "2x-x^2", "sin(x)"])

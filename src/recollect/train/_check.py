@@ -59,7 +59,10 @@ def _faults(settings: Settings) -> Iterator[str]:
             f"{settings.training.name}; leave it out"
         )
     yield from _training(settings)
-    yield from {"autoscale": _parts, "wholegraph": _whole_graph}.get(settings.training.name, _nothing)(settings)
+    if settings.training.name == "autoscale":
+        yield from _parts(settings)
+    if settings.training.name == "wholegraph":
+        yield from _whole_graph(settings)
     if settings.devices > 1:
         yield from _devices(settings)
     if settings.memory_budget is not None:
@@ -192,10 +195,6 @@ def _combination(settings: Settings) -> Iterator[str]:
             f"{combine}: model={model.name} has no combined rows; leave it at null, or choose gcn, gat, gcn2, appnp, "
             "pna or gin"
         )
-
-
-def _nothing(settings: Settings) -> Iterator[str]:
-    yield from ()
 
 
 def _parts(settings: Settings) -> Iterator[str]:

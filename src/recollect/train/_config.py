@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from recollect.train._check import check, check_given
@@ -44,7 +44,6 @@ _NEW = {  # not in files of older runs
     **dict.fromkeys(_OWN),
     **{"devices": 1, "memory_budget": None, "training.combine": None, "training.combine_score": "x^2"},
 }
-_LOST = object()
 
 
 @functools.cache
@@ -84,7 +83,7 @@ def parse(overrides: Sequence[str]) -> Settings:
         path = Path(given["config"]).expanduser()
         options, stored = _file(path, chosen)
         stored.pop("model.folder", None)
-        check_code(stored.get("model.target"), given.get("model.target"), f"{path} names", "add")
+        _check_code(stored.get("model.target"), given.get("model.target"), f"{path} names", "add")
         chosen = options | chosen
     settings = _composed(chosen, stored | given)
     check_given(settings, given)
@@ -118,18 +117,8 @@ def changed(settings: Settings, overrides: Sequence[str], allowed: Sequence[str]
     return _updated(settings, given)
 
 
-def check_code(named: str | None, said: Any, where: str, do: str) -> None:
-    """Refuse code that a file names, and that nobody said who starts the run: no file decides what runs.
-
-    Args:
-        named: ``model.target`` of the file.
-        said: that of the command line.
-        where: the file, for the message.
-        do: how it is said.
-
-    Raises:
-        UsageError: they differ.
-    """
+def _check_code(named: str | None, said: Any, where: str, do: str) -> None:
+    """Refuse code (``model.target``) that a file names and the command line does not: no file decides what runs."""
     if named is not None and named != said:
         target = shlex.quote(f"model.target={named}")
         raise UsageError(
@@ -156,7 +145,7 @@ def with_code(settings: Settings, said: Values, path: Path) -> Settings:
     code = code_of(settings)
     if not code.get("model.target"):
         return settings
-    check_code(code["model.target"], said.get("model.target"), f"the run in {path} has", "go on with")
+    _check_code(code["model.target"], said.get("model.target"), f"the run in {path} has", "go on with")
     return _updated(
         settings, {"model.folder": str(Path(said.get("model.folder") or Path.cwd()).expanduser().resolve())}
     )
@@ -180,17 +169,12 @@ def read(path: Path) -> Settings:
         InvalidRunError: the file is not one of these.
     """
     try:
-        found = OmegaConf.create(_loaded(path))
-        kind = str(OmegaConf.select(found, "model.kind"))
-        for key in keys(kind):
-            if OmegaConf.select(found, key, default=_LOST) is _LOST:
-                if key not in _NEW:
-                    raise UsageError(f"{key} is not there")
-                OmegaConf.update(found, key, _NEW[key])
-        config = OmegaConf.structured(Settings)
-        OmegaConf.set_readonly(config, False)
-        config.model = model_class(kind)
-        return _typed(config, {}, found)
+        said = _NEW | _leaves(_loaded(path), options=True)
+        kind = str(said.get("model.kind"))
+        if lacking := [key for key in keys(kind) if key not in said]:
+            raise UsageError(f"{lacking[0]} is not there")
+        alike = next(name for name, own in OPTIONS["model"].items() if isinstance(own, model_class(kind)))
+        return _typed(_chosen({"model": alike}), said)  # which says all that stands in the option
     except (UsageError, OmegaConfBaseException) as error:
         raise InvalidRunError(f"{path} cannot be read as the settings of a run: {_first_line(error)}") from error
 
@@ -227,11 +211,10 @@ def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
     """The options that were chosen, the rest of the preset and of the tables, and on top what was said."""
     name = chosen.get("preset")
     options, row = preset(name) if name else ({}, {})
-    options = {**{group: next(iter(table)) for group, table in OPTIONS.items()}, **options, **chosen}
-    base = Settings(**{group: table[options[group]] for group, table in OPTIONS.items()}, preset=name)
+    base = _chosen({**options, **chosen})
     if others := [key for key in row if key not in values(base)]:
         raise UsageError(
-            f"preset={name} sets {', '.join(others)}, which model={options['model']} does not have: leave one "
+            f"preset={name} sets {', '.join(others)}, which model={base.model.name} does not have: leave one "
             "of them out"
         )
     said = row | said
@@ -242,6 +225,12 @@ def _composed(chosen: Mapping[str, str], said: Values) -> Settings:
     return _updated(base, said)
 
 
+def _chosen(options: Mapping[str, str]) -> Settings:
+    """What these options of groups have, and the first of each other group."""
+    table = {group: found[options.get(group, next(iter(found)))] for group, found in OPTIONS.items()}
+    return Settings(**table, preset=options.get("preset"))
+
+
 def _file(path: Path, chosen: Mapping[str, str]) -> tuple[dict[str, str], Values]:
     """Group options and values of a file of settings, without those of groups that were chosen otherwise."""
     try:
@@ -249,17 +238,14 @@ def _file(path: Path, chosen: Mapping[str, str]) -> tuple[dict[str, str], Values
     except InvalidRunError as error:
         raise UsageError(f"config={path}: {error}") from error
     options: dict[str, str] = {}
-    for group in groups():
-        found = loaded.get(group)
-        if isinstance(found, dict):  # a model's name may be a label of one's own
-            option = found.pop("kind" if "kind" in found else "name", None)
-        else:
-            option = loaded.pop(group, None)
-        if option is not None:
+    found = {key: value for key, value in _leaves(loaded).items() if key not in _OWN}
+    for group in groups():  # a model's name may be a label of one's own
+        named = next((key for key in (f"{group}.kind", f"{group}.name", group) if key in found), "")
+        if (option := found.pop(named, None)) is not None:
             options[group] = _option(group, option, str(option))
         if group in chosen:
-            loaded.pop(group, None)
-    return options, {key: value for key, value in _leaves(loaded).items() if key not in _OWN}
+            found = {key: value for key, value in found.items() if not key.startswith(f"{group}.")}
+    return options, found
 
 
 def _loaded(path: Path) -> Values:
@@ -279,11 +265,13 @@ def _loaded(path: Path) -> Values:
     return cast(Values, loaded)
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Values:
+def _leaves(node: Mapping[str, Any], prefix: str = "", options: bool = False) -> Values:
+    """Key -> value of a tree; ``options``: those of a group as one value, as in a file of all settings."""
     found: Values = {}
     for name, value in node.items():
         key = f"{prefix}{name}"
-        found |= _leaves(value, f"{key}.") if isinstance(value, dict) and not about(key).free else {key: value}
+        whole = about(key).free or (options and key in keys())
+        found |= _leaves(value, f"{key}.", options) if isinstance(value, dict) and not whole else {key: value}
     return found
 
 
@@ -305,7 +293,7 @@ def _updated(settings: Settings, said: Values) -> Settings:
     for key, value in said.items():
         if not any(key.startswith(f"{name}.") for name in known if about(name).free):
             _check_key(key, value, known)
-    return _typed(OmegaConf.structured(settings), said)
+    return _typed(settings, said)
 
 
 def _check_key(key: str, value: Any, known: Values) -> None:
@@ -324,29 +312,28 @@ def _check_key(key: str, value: Any, known: Values) -> None:
             raise UsageError(f"{key}={value}: must be a finite number")
 
 
-def _typed(config: DictConfig, said: Values, file: DictConfig | None = None) -> Settings:
-    """Settings with these values of keys, and with what a file has, in OmegaConf's types.
+def _typed(settings: Settings, said: Values) -> Settings:
+    """The settings with other values of keys, in OmegaConf's types.
 
     Raises:
         UsageError: a value is of another type, or wrong.
     """
-    key, kind = None, str(OmegaConf.select(file or config, "model.kind"))
+    config, known, key = OmegaConf.structured(settings), keys(settings.model.kind), ""
     try:
         for node in (config, *(config._get_node(name) for name in config)):
-            OmegaConf.set_readonly(cast(DictConfig, node), False)  # as which OmegaConf takes frozen dataclasses
+            OmegaConf.set_readonly(node, False)  # as which OmegaConf takes frozen dataclasses
         for key, value in said.items():
             OmegaConf.update(config, key, value, merge=False)
-        key = None
-        settings = cast(Settings, OmegaConf.to_object(config if file is None else OmegaConf.merge(config, file)))
+        key = ""
+        typed = cast(Settings, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        key = key or getattr(error, "full_key", None) or "a setting"
+        key = key or error.full_key or "a setting"
         whole = key.partition("[")[0]  # of an item of a list
-        if whole in keys(kind) and isinstance(error, (ValidationError, MissingMandatoryValue)):
-            found = show(said[whole] if whole in said else OmegaConf.select(file or config, whole))
-            raise UsageError(f"{whole}={found}: must be {keys(kind)[whole].kind}") from error
+        if whole in known and isinstance(error, (ValidationError, MissingMandatoryValue)):
+            raise UsageError(f"{whole}={show(said.get(whole))}: must be {known[whole].kind}") from error
         raise UsageError(f"{key}: {_first_line(error)}") from error
-    check(settings)
-    return settings
+    check(typed)
+    return typed
 
 
 def _first_line(error: Exception) -> str:
