@@ -36,6 +36,12 @@ def check_given(settings: Settings, given: Iterable[str]) -> None:
                 f"{key} counts only with {group}={' or '.join(options)}, and this is {group}={found}: leave it out, or "
                 f"write {group}={options[0]} as well"
             )
+        if key == "measure.depths" and (settings.model.family, settings.training.name) != ("reversible", "full"):
+            raise UsageError(
+                f"measure.depths={settings.measure.depths}: memory is measured against depth of networks that are made "
+                f"in any depth, model=revgnn with training=full, and this is model={settings.model.kind} with "
+                f"training={settings.training.name}; leave it out"
+            )
 
 
 def _faults(settings: Settings) -> Iterator[str]:
@@ -52,12 +58,6 @@ def _faults(settings: Settings) -> Iterator[str]:
     depths = settings.measure.depths
     if depths is not None and (not depths or min(depths) < 1):
         yield f"measure.depths={depths}: must be a list of numbers of layers, each at least 1, or null"
-    elif depths is not None and (settings.model.family, settings.training.name) != ("reversible", "full"):
-        yield (
-            f"measure.depths={depths}: memory is measured against depth of networks that are made in any depth, "
-            f"model=revgnn with training=full, and this is model={settings.model.kind} with training="
-            f"{settings.training.name}; leave it out"
-        )
     yield from _training(settings)
     if settings.training.name == "autoscale":
         yield from _parts(settings)
