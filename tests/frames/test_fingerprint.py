@@ -137,6 +137,17 @@ def test_gaps_in_memory_change_nothing(shape, dtype, sample):
         assert difference(fingerprint(x, exact=True), one, exact=True) == 0.0
 
 
+@pytest.mark.parametrize("size", [5, 70, 100])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.int16], ids=str)
+def test_a_square_and_its_transpose_differ_although_they_have_the_same_memory(size, dtype, exact):
+    square = values((size, size), dtype)
+    for then, now in ((square, square.t()), (square.t(), square)):
+        mark = fingerprint(then, exact=exact)
+        assert difference(mark, now, exact=exact) > 0.1
+        assert difference(mark, now.t(), exact=exact) == difference(mark, now.t().clone(), exact=exact) == 0.0
+
+
 @each_shape
 @each_type
 def test_the_last_element_counts(shape, dtype):

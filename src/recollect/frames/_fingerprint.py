@@ -24,7 +24,17 @@ from torch import Tensor
 from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform
 from recollect.frames._bits import sum_of_bits
-from recollect.frames._reading import MANY, Order, indices_of, limit_of, order_of, pieces_of, sample_of, values_of
+from recollect.frames._reading import (
+    AS_IT_IS,
+    MANY,
+    Order,
+    indices_of,
+    limit_of,
+    order_of,
+    pieces_of,
+    sample_of,
+    values_of,
+)
 
 __all__ = [
     "PROJECTIONS", "Fingerprint", "difference", "difference_of_few", "error_between", "few_bytes_of", "fingerprint",
@@ -81,7 +91,7 @@ def fingerprint(
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
             errors are relative, is taken where there is an error.
     """
-    order = None if like is None else like.order
+    order = _order_like(like)
     if not exact:
         plain = _plain_of(tensor, order, sample)
         if plain is not None and not (apart and _is_apart(plain[0], tensor, like)):
@@ -105,6 +115,11 @@ def fingerprint(
         where = sum_of_bits(values, _kinds_of)
         return Fingerprint(projections, bits, order, Fingerprint(finite, where), exact)
     return Fingerprint(projections, bits, order, None, exact)
+
+
+def _order_like(then: Fingerprint | None) -> Order:
+    """Return the order in which a tensor is read that is compared with another."""
+    return None if then is None else then.order or AS_IT_IS
 
 
 _Plain = tuple[list[float], Order, Tensor]
@@ -131,7 +146,7 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
     flat = tensor.detach() if tensor.requires_grad else tensor
     if order is None and not flat.is_contiguous():
         order = order_of(flat)
-    if order is not None:
+    if order:
         flat = flat.permute(order)
     # The CPU's autocast leaves the products of this as they are.
     if size > _DIRECT:
@@ -192,7 +207,7 @@ def difference(
     if then is None:
         return 0.0
     if not exact and then.finite is None:  # what comes most often
-        plain = _plain_of(tensor, then.order, sample)
+        plain = _plain_of(tensor, _order_like(then), sample)
         if plain is not None and plain[0] == then.projections:
             return 0.0
         if plain is not None and _is_tame(plain[0], tensor):

@@ -39,6 +39,7 @@ from recollect.frames._fingerprint import (
     is_late,
     norm_of,
 )
+from recollect.frames._given import Given, Part
 from recollect.frames._modes import Scope, aside, enclosing, local
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Noted, Recorder
@@ -59,7 +60,7 @@ class _Token:
         self.index = index
 
 
-_Mark = Fingerprint | bytes | None
+_Mark = Fingerprint | Part | bytes | None
 _SMALL = 4096  # elements; to look whether so few were read costs as much as to read them
 
 
@@ -221,7 +222,7 @@ class Frame(Scope):
         self._spoiled: dict[int, torch.Size] = {}  # saved, and then changed in place by the region itself
         self._rebuilt: dict[int, Tensor] = {}
         self._live: Arguments | None = None  # the arguments, while the forward runs
-        self._given: set[int] = set()  # keys of the arguments' storages, while the forward runs
+        self._given: Given | None = None  # the arguments' tensors, while the forward runs
         self._recorder: Recorder | Noted | None = None  # while the forward runs
 
     def run(self, arguments: Arguments) -> Any:
@@ -238,8 +239,8 @@ class Frame(Scope):
             versions.append(version_of(tensor))
             if not tensor.is_cpu:
                 devices.add(tensor.device)
-            if marks:
-                self._given.update(place_of(tensor))
+        if marks:
+            self._given = Given(given)
         begin = sequence()
         try:
             hooks = saved_tensors_hooks(self._pack, _unpack)
@@ -247,10 +248,9 @@ class Frame(Scope):
             if self._unmarked:
                 self._mark_earlier(end=True)
         finally:
-            self._live = self._recorder = None
+            self._live = self._recorder = self._given = None
             self._unmarked.clear()
             self._read.clear()
-        self._given.clear()
         if not self._drifts:
             for tensor, version in zip(given, versions, strict=True):
                 if version_of(tensor) != version:
@@ -346,8 +346,10 @@ class Frame(Scope):
         if self._certify:
             if self._unmarked:
                 self._mark_earlier()
-            if self._given and self._is_given(tensor):
-                return token  # it comes back with the arguments
+            part = None if self._given is None else self._given.part_of(tensor)
+            if part is not None:  # it comes back with the arguments
+                self._marks[index] = part
+                return token
             at_once = tensor.requires_grad or local.keeping
             if at_once:
                 self._marks[index] = self._mark(tensor)
@@ -361,10 +363,6 @@ class Frame(Scope):
         if recorder is not None and recorder.is_lasting(tensor):
             return True
         return self._begun > 0 and is_kept(place_of(tensor), self._begun)
-
-    def _is_given(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the memory of an argument."""
-        return not self._given.isdisjoint(place_of(tensor))
 
     def _mark_earlier(self, end: bool = False) -> None:
         """Take the fingerprints of constants that were saved before the running operation.
@@ -488,6 +486,9 @@ class Frame(Scope):
         changed = [] if running is not None else self._held.changed()
         self._check_saved(needed, changed)
         self._parent.now_rebuilds(self, together=self._held.followed)
+        given = self._given if running is not None else None  # before the region may change what containers hold
+        if given is None and any(type(self._marks[i]) is Part for i in needed):
+            given = Given(tensors_among(*arguments))
         leaves = _leaves_among(arguments) if running is None and self._held.makes_leaves else []
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
@@ -524,7 +525,11 @@ class Frame(Scope):
                     if waiting and waiting[-1][2] != sequence():
                         compare()
                     at_once = tensor.requires_grad or local.keeping > 0
-                    if self._marks[count] is None:
+                    mark = self._marks[count]
+                    if type(mark) is Part:
+                        if given is None or not given.is_at(mark, tensor):
+                            gross = max(gross, self._certify_one(count, bare, given))
+                    elif mark is None:
                         pass
                     elif at_once:
                         error = self._certify_one(count, bare)
@@ -577,6 +582,7 @@ class Frame(Scope):
             self._held.evaluated(output)
         # else: a gradient taken inside the region itself, the rest of which has not run yet
         del arguments, output
+        given = None
         for leaf in leaves:
             _empty(leaf)
         self._rebuilt = collected
@@ -591,9 +597,11 @@ class Frame(Scope):
                 raise
             raise type(error)(f"{name}: {error}") from error
 
-    def _certify_one(self, index: int, tensor: Tensor) -> float:
+    def _certify_one(self, index: int, tensor: Tensor, given: Given | None = None) -> float:
         """Compare what is handed out with what autograd saved; return the relative error."""
         then = self._marks[index]
+        if isinstance(then, Part):  # of the arguments, and not at its place in them
+            then = None if given is None else self._mark_of(then, index, given)
         if then is None:
             return 0.0
         if isinstance(then, bytes):
@@ -613,6 +621,14 @@ class Frame(Scope):
         else:
             self._certificate.figures.note(error)
         return error
+
+    def _mark_of(self, part: Part, index: int, given: Given) -> Fingerprint | None:
+        """Return the fingerprint of what a part of the arguments holds."""
+        with aside():
+            value = given.value_of(part, *self._metas[index][:2])
+            if value is None:
+                raise self._differs("its arguments came back in another number or form")
+            return fingerprint(value, exact=self._certify == "exact", apart=True)
 
     def _error_of_few(self, then: bytes, tensor: Tensor) -> float:
         with aside():
@@ -654,7 +670,7 @@ class Frame(Scope):
         if norm == math.inf:
             return True
         if self._largest is None:
-            norms = [norm_of(mark) for mark in self._marks if not isinstance(mark, bytes)]
+            norms = [norm_of(mark) for mark in self._marks if not isinstance(mark, (bytes, Part))]
             self._largest = max(one for one in norms if one != math.inf)
         return norm >= 1e-2 * self._largest
 

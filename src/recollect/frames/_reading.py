@@ -12,7 +12,9 @@ from torch import Tensor
 from recollect._devices import forms_of
 from recollect._torch import is_in_transform, without_overrides
 
-__all__ = ["MANY", "Order", "Values", "indices_of", "limit_of", "order_of", "pieces_of", "sample_of", "values_of"]
+__all__ = [
+    "AS_IT_IS", "MANY", "Order", "Values", "indices_of", "limit_of", "order_of", "pieces_of", "sample_of", "values_of",
+]  # fmt: skip
 
 # Sampled elements, where reading all of them would cost more than it proves.
 _SAMPLES = 1021
@@ -20,6 +22,8 @@ MANY = 4096
 """So many are read in whole all the same."""
 
 Order = tuple[int, ...] | None
+AS_IT_IS: Order = ()
+"""The order in which a tensor that was one block of memory is read again: a transpose of it may be another tensor."""
 Values = tuple[Tensor | None, Order]
 
 
@@ -28,7 +32,7 @@ def values_of(tensor: Tensor, order: Order = None) -> Values:
 
     Args:
         tensor: any, without history.
-        order: of the dimensions, to read it in; ``None``: that of its memory.
+        order: of the dimensions, to read it in; ``None``: that of its memory; ``AS_IT_IS``: that of its dimensions.
     """
     if is_in_transform() or tensor.device.type == "meta":
         return None, None
@@ -45,12 +49,12 @@ def values_of(tensor: Tensor, order: Order = None) -> Values:
         real = torch.view_as_real(tensor.resolve_conj())
         if order is None and not real.is_contiguous():
             order = (*order_of(tensor), tensor.dim())
-        return (real if order is None else real.permute(order)), order
+        return (real.permute(order) if order else real), order
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if order is None and not tensor.is_contiguous():
         order = order_of(tensor)
-    return (tensor if order is None else tensor.permute(order)), order
+    return (tensor.permute(order) if order else tensor), order
 
 
 def order_of(tensor: Tensor) -> tuple[int, ...]:
