@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recollect.frames._watch import key_of
-
 __all__ = ["Given", "Part"]
 
 
@@ -39,33 +37,48 @@ class Given:
         tensor([1., 3., 5.])
     """
 
-    __slots__ = ("_objects", "_storages", "tensors")
+    __slots__ = ("_storages", "tensors")
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self._storages: dict[int, list[int]] = {}
-        self._objects: dict[int, int] = {}
-        for index, tensor in enumerate(tensors):
-            if not _is_plain(tensor):
-                self._objects.setdefault(id(tensor), index)
-            elif not _is_lazily_changed(tensor):
-                self._storages.setdefault(key_of(tensor.untyped_storage()), []).append(index)
+        self._storages: dict[int, list[int]] | None = None
 
     def part_of(self, tensor: Tensor) -> Part | None:
         """Return which part of which argument a tensor is; ``None`` if it is no part of one."""
         if not _is_plain(tensor):
-            index = self._objects.get(id(tensor))
-            return None if index is None else Part(index, None, 0, ())
-        found = self._storages.get(key_of(tensor.untyped_storage()))
+            for index, argument in enumerate(self.tensors):
+                if argument is tensor:
+                    return Part(index, None, 0, ())
+            return None
+        if self._storages is None:
+            self._storages = self._by_storage()
+        found = self._storages.get(tensor.untyped_storage()._cdata)
         if found is None or _is_lazily_changed(tensor):
             return None
+        strides = tensor.stride()
+        for index in found:  # most often it is one as a whole
+            argument = self.tensors[index]
+            if (
+                tensor.shape == argument.shape
+                and tensor.storage_offset() == argument.storage_offset()
+                and tensor.dtype is argument.dtype
+                and strides == argument.stride()
+            ):
+                return Part(index, strides, 0, strides)
         begin, end = _span(tensor)
         for index in found:
             argument = self.tensors[index]
             first, last = _span(argument)
             if first <= begin and end <= last:
-                return Part(index, argument.stride(), begin - first, tensor.stride())
+                return Part(index, argument.stride(), begin - first, strides)
         return None
+
+    def _by_storage(self) -> dict[int, list[int]]:
+        storages: dict[int, list[int]] = {}
+        for index, tensor in enumerate(self.tensors):
+            if _is_plain(tensor) and not _is_lazily_changed(tensor):
+                storages.setdefault(tensor.untyped_storage()._cdata, []).append(index)
+        return storages
 
     def is_at(self, part: Part, tensor: Tensor) -> bool:
         """Whether a tensor is this part of these arguments."""
@@ -76,7 +89,8 @@ class Given:
             return tensor is argument
         return (
             tensor.untyped_storage()._cdata == argument.untyped_storage()._cdata
-            and _span(tensor)[0] - _span(argument)[0] == part.offset
+            and tensor.storage_offset() * tensor.element_size()
+            == argument.storage_offset() * argument.element_size() + part.offset
             and tensor.stride() == part.layout
             and argument.stride() == part.strides
             and not _is_lazily_changed(tensor)
@@ -97,6 +111,8 @@ class Given:
             return argument
         if argument.dim() != len(part.strides):
             return None
+        if argument.numel() == 0:
+            return torch.empty(shape, dtype=dtype, device=argument.device)
         size = 1 + sum((n - 1) * step for n, step in zip(argument.shape, part.strides, strict=True))
         places = torch.arange(size, device=argument.device).as_strided(argument.shape, part.strides)
         memory = torch.zeros(size, dtype=argument.dtype, device=argument.device)
