@@ -188,3 +188,17 @@ def test_modules_of_a_fake_mode_without_frames_compute_the_same_shapes():
             for coupling in (net.coupling, net.affine):
                 coupling.invertible = coupling.checkpoint = False
             assert shapes(net, x)[0][0] == (5, 4)
+
+
+def test_an_argument_that_a_nested_tensor_of_the_region_is_made_of():
+    """Such a tensor holds its values as the object that they are, which a rebuild must leave alone."""
+    layer, offsets = nn.Linear(4, 4).double(), torch.tensor([0, 2, 5])
+    x = random(5, 4).double().requires_grad_()
+
+    def region(values):
+        return layer(torch.nested.nested_tensor_from_jagged(values, offsets)).tanh().values()
+
+    found = torch.autograd.grad(recollect.checkpoint(region, x * 1).square().sum(), [x, layer.weight])
+    expected = torch.autograd.grad(region(x * 1).square().sum(), [x, layer.weight])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

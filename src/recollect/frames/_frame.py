@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._arguments import Certify
 from recollect._storages import is_kept, moment
-from recollect._torch import enabled_overrides, graph_task_id, node_sequence, overrides_are_enabled, sequence, shape_of
+from recollect._torch import (
+    enabled_overrides,
+    graph_task_id,
+    is_traceable_wrapper_subclass,
+    node_sequence,
+    overrides_are_enabled,
+    sequence,
+    shape_of,
+)
 from recollect._util._tree import tensors_among, tensors_of
 from recollect._verdicts import look, outstanding
 from recollect.frames._certificate import (
@@ -583,8 +591,9 @@ class Frame(Scope):
         # else: a gradient taken inside the region itself, the rest of which has not run yet
         del arguments, output
         given = None
+        within = {id(part) for tensor in collected.values() for part in _parts_of(tensor)} if leaves else set()
         for leaf in leaves:
-            _empty(leaf)
+            _empty(leaf, within)
         self._rebuilt = collected
         return collected, returned
 
@@ -747,11 +756,26 @@ def _leaves_among(arguments: Arguments) -> list[weakref.ref[Tensor]]:
     ]
 
 
-def _empty(leaf: weakref.ref[Tensor]) -> None:
-    """Take the memory of a leaf that is still there: a graph that the region has left behind holds it."""
+def _empty(leaf: weakref.ref[Tensor], within: set[int]) -> None:
+    """Take the memory of a leaf that is still there: a graph that the region has left behind holds it.
+
+    Not of one that is ``within`` what autograd saved: a nested tensor holds the tensor of its values itself.
+    """
     tensor = leaf()
-    if tensor is not None and tensor.layout is torch.strided and tensor.device.type != "meta":
+    if tensor is None or id(tensor) in within:
+        return
+    if tensor.layout is torch.strided and tensor.device.type != "meta":
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a subclass wraps."""
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):
+                yield part
+                yield from _parts_of(part)
 
 
 def devices_of(arguments: Any) -> set[torch.device]:
