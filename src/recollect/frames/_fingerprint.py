@@ -52,6 +52,9 @@ _TAME = 1e6
 _LONG = 1 << 22  # products are summed up in their own precision
 _SLIGHT = 16  # units of rounding: as a relative error by the norm of the projections, it is one by any other
 _FEW = 1024  # bytes; numbers of Python in a list take some hundred
+_bytes_at: Callable[[int, int], bytes] = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
 _OF_FEW = frozenset((
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -230,12 +233,15 @@ def few_bytes_of(tensor: Tensor) -> bytes | None:
         or tensor.is_neg()
         or tensor.is_nested
         or not FORMS["cpu"].reads_at_once
-        or is_in_transform()
-        or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
     ):
         return None
-    place = (tensor if tensor.is_contiguous() else (tensor := tensor.detach().contiguous())).data_ptr()
-    return ctypes.string_at(place, size) if place else None
+    try:
+        if tensor.untyped_storage().nbytes() == 0:  # somebody has taken the memory away
+            return None
+        place = (tensor if tensor.is_contiguous() else (tensor := tensor.detach().contiguous())).data_ptr()
+    except RuntimeError:  # under transforms there is none
+        return None
+    return _bytes_at(place, size) if place else None
 
 
 def difference_of_few(then: bytes, tensor: Tensor, *, exact: bool = False) -> float:

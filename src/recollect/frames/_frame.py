@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -494,10 +494,11 @@ class Frame(Scope):
         changed = [] if running is not None else self._held.changed()
         self._check_saved(needed, changed)
         self._parent.now_rebuilds(self, together=self._held.followed)
-        given = self._given if running is not None else None  # before the region may change what containers hold
-        if given is None and any(type(self._marks[i]) is Part for i in needed):
-            given = Given(tensors_among(*arguments))
-        leaves = _leaves_among(arguments) if running is None and self._held.makes_leaves else []
+        # Before the region may change what containers hold.
+        given = Given(tensors_among(*arguments)) if running is None else self._given
+        leaves = (
+            _leaves_among(given.tensors) if given is not None and running is None and self._held.makes_leaves else []
+        )
         collected: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
         graph: list[weakref.ref[_Emptied]] = []
@@ -524,12 +525,13 @@ class Frame(Scope):
             nonlocal count, filling, done, gross
             if done >= 0 and done != sequence():
                 raise _Complete
-            bare = _bare(tensor)
+            held = tensor  # until the rebuild is over
             if count < len(self._metas):
                 meta = (shape_of(tensor), tensor.dtype, tensor.device)
                 if meta != self._metas[count]:
                     raise self._differs(f"saved tensor {count} is {show(meta)}, and was {show(self._metas[count])}")
                 if count in needed:
+                    held = bare = _bare(tensor)
                     if waiting and waiting[-1][2] != sequence():
                         compare()
                     at_once = tensor.requires_grad or local.keeping > 0
@@ -549,7 +551,7 @@ class Frame(Scope):
                     versions[count] = version_of(bare)
                     if not at_once:
                         filling = sequence()
-            kept = _Emptied(bare)
+            kept = _Emptied(held)
             graph.append(weakref.ref(kept))
             count += 1
             if count == last + 1:
@@ -591,9 +593,8 @@ class Frame(Scope):
         # else: a gradient taken inside the region itself, the rest of which has not run yet
         del arguments, output
         given = None
-        within = {id(part) for tensor in collected.values() for part in _parts_of(tensor)} if leaves else set()
         for leaf in leaves:
-            _empty(leaf, within)
+            _empty(leaf, collected.values())
         self._rebuilt = collected
         return collected, returned
 
@@ -747,22 +748,22 @@ def _tensors_in(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(tensors_of(output))
 
 
-def _leaves_among(arguments: Arguments) -> list[weakref.ref[Tensor]]:
+def _leaves_among(arguments: list[Tensor]) -> list[weakref.ref[Tensor]]:
     """Return the leaves that a rebuild begins with, and that can be emptied."""
     return [
         weakref.ref(tensor)
-        for tensor in tensors_among(*arguments)
+        for tensor in arguments
         if type(tensor) is Tensor and tensor.requires_grad and tensor.is_leaf and not tensor.is_nested
     ]
 
 
-def _empty(leaf: weakref.ref[Tensor], within: set[int]) -> None:
+def _empty(leaf: weakref.ref[Tensor], saved: Iterable[Tensor]) -> None:
     """Take the memory of a leaf that is still there: a graph that the region has left behind holds it.
 
-    Not of one that is ``within`` what autograd saved: a nested tensor holds the tensor of its values itself.
+    Not of one that is within what autograd ``saved``: a nested tensor holds the tensor of its values itself.
     """
     tensor = leaf()
-    if tensor is None or id(tensor) in within:
+    if tensor is None or any(part is tensor for each in saved for part in _parts_of(each)):
         return
     if tensor.layout is torch.strided and tensor.device.type != "meta":
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ class Part(NamedTuple):
     """A part of an argument's memory, or a whole argument."""
 
     argument: int  # which of the tensors
-    strides: tuple[int, ...] | None  # of that argument; None: the argument itself, whose memory is not looked into
+    strides: tuple[int, ...] | None  # of that argument; None: the part is the argument itself
     offset: int  # in bytes, from its first element
     layout: tuple[int, ...]  # the part's own strides
 
@@ -45,10 +46,10 @@ class Given:
 
     def part_of(self, tensor: Tensor) -> Part | None:
         """Return which part of which argument a tensor is; ``None`` if it is no part of one."""
+        for index, argument in enumerate(self.tensors):
+            if argument is tensor:  # most often
+                return _whole(index)
         if not _is_plain(tensor):
-            for index, argument in enumerate(self.tensors):
-                if argument is tensor:
-                    return Part(index, None, 0, ())
             return None
         if self._storages is None:
             self._storages = self._by_storage()
@@ -56,7 +57,7 @@ class Given:
         if found is None or _is_lazily_changed(tensor):
             return None
         strides = tensor.stride()
-        for index in found:  # most often it is one as a whole
+        for index in found:  # a detached one, as a whole
             argument = self.tensors[index]
             if (
                 tensor.shape == argument.shape
@@ -76,7 +77,7 @@ class Given:
     def _by_storage(self) -> dict[int, list[int]]:
         storages: dict[int, list[int]] = {}
         for index, tensor in enumerate(self.tensors):
-            if _is_plain(tensor) and not _is_lazily_changed(tensor):
+            if _is_plain(tensor) and not (tensor.is_neg() or tensor.is_conj()):
                 storages.setdefault(tensor.untyped_storage()._cdata, []).append(index)
         return storages
 
@@ -119,6 +120,11 @@ class Given:
         memory[places.reshape(-1)] = argument.reshape(-1)
         value = torch.empty(0, dtype=dtype, device=argument.device)
         return value.set_(memory.untyped_storage(), part.offset // value.element_size(), shape, part.layout)
+
+
+@functools.cache
+def _whole(index: int) -> Part:
+    return Part(index, None, 0, ())
 
 
 def _is_plain(tensor: Tensor) -> bool:
