@@ -1,11 +1,13 @@
 """Adjacencies and products with them on another device: values, gradients, waits."""
 
+import copy
+
 import pytest
 import torch
 
-from device.compare import assert_same
+from device.compare import assert_same, waits
 from device.emulation import watch
-from recollect import messages
+from recollect import checkpoint, messages
 from recollect._devices import FORMS
 from recollect.messages import (
     adjacency_of_edges,
@@ -27,6 +29,7 @@ from recollect.messages import (
     values_of,
     with_weights,
 )
+from recollect.reversible import GroupAddRev
 
 NODES, EDGES = 9, 25
 GENERATOR = torch.Generator().manual_seed(0)
@@ -143,3 +146,61 @@ def test_convolutions(other, forms, monkeypatch):
             found = convolve(conv, x, again)
         assert log.where == []
         assert_same([found], [expected])
+
+
+class WithFirst(torch.nn.Module):
+    """A convolution that is given the first features too."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x, edge_index):
+        return self.conv(x, x, edge_index)
+
+
+# Each makes something of the edges alone, and torch_geometric's does so in each call.
+ASKING = {
+    "gat": lambda nn: nn.GATConv(4, 4),
+    "gat, attention dropped": lambda nn: nn.GATConv(4, 2, heads=2, dropout=0.4),
+    "gatv2, attention dropped": lambda nn: nn.GATv2Conv(4, 2, heads=2, dropout=0.4),
+    "gcn": lambda nn: nn.GCNConv(4, 4),
+    "sgc": lambda nn: nn.SGConv(4, 4, K=2),
+    "cheb": lambda nn: nn.ChebConv(4, 4, K=3),
+    "appnp": lambda nn: nn.APPNP(2, 0.1, dropout=0.4),
+    "gcn2": lambda nn: WithFirst(nn.GCN2Conv(4, 0.1)),
+    "ssgc": lambda nn: nn.SSGConv(4, 4, 0.1),
+}
+
+
+@pytest.mark.parametrize("forms", ["others", "cuda"])
+@pytest.mark.parametrize("name", ASKING)
+def test_convolutions_that_ask_for_self_loops_do_so_once(other, name, forms, monkeypatch):
+    if forms == "cuda":
+        monkeypatch.setitem(FORMS, other, FORMS["cuda"])
+    torch.manual_seed(0)
+    conv = ASKING[name](pytest.importorskip("torch_geometric.nn")).double()
+    block = GroupAddRev(conv.to(other), num_groups=2)
+    x, edge_index = on(other, torch.cat([X, X.flip(0)], 1), torch.stack([SOURCE, TARGET]))
+    disabled = copy.deepcopy(block)
+    disabled.disable = True
+    calls = {
+        "as it is": (conv, lambda h: convolve(conv, h[:, :4], edge_index)),
+        "checkpoint": (conv, lambda h: checkpoint(lambda rows: convolve(conv, rows, edge_index), h[:, :4])),
+        "reversible, disabled": (disabled, lambda h: disabled(h, edge_index)),
+        "reversible": (block, lambda h: block(h, edge_index)),
+    }
+    found = {}
+    for key, (module, call) in calls.items():
+
+        def step(module=module, call=call):
+            torch.manual_seed(5)
+            rows = x.clone().requires_grad_()
+            out = call(rows)
+            kept = out.detach().clone()
+            return kept, *torch.autograd.grad(out.sin().sum(), [rows, *module.parameters()], allow_unused=True)
+
+        found[key] = step()
+        assert waits(step) == []
+    assert_same(found["checkpoint"], found["as it is"])
+    assert_same(found["reversible"], found["reversible, disabled"])

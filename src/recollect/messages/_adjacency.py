@@ -28,6 +28,7 @@ __all__ = [
     "rows_of",
     "rows_of_entries",
     "sparse_csr",
+    "state_of",
     "values_of",
     "weights_of",
 ]
@@ -306,7 +307,7 @@ class Edges:
     def __init__(self, edge_index: Tensor, num_nodes: int, num_targets: int, inside: bool | None = None) -> None:
         self.num_nodes = num_nodes
         self.num_targets = num_targets
-        self.state = _state_of(edge_index)
+        self.state = state_of(edge_index)
         if inside is None:
             low, high = torch.stack(torch.aminmax(edge_index)).tolist()  # in one wait for a device
             inside = low >= 0 and high < num_nodes
@@ -342,7 +343,7 @@ def edges_of(edge_index: Tensor, num_nodes: int, num_targets: int | None = None)
     """
     known: Edges | None = _KNOWN.get(edge_index, None)  # type: ignore[no-untyped-call]
     num_targets = num_nodes if num_targets is None else num_targets
-    this = num_nodes, num_targets, _state_of(edge_index)
+    this = num_nodes, num_targets, state_of(edge_index)
     if known is None or (known.num_nodes, known.num_targets, known.state) != this:
         # Nodes that are among fewer are among more.
         fit = known is not None and known.inside and known.state == this[2] and known.num_nodes <= num_nodes
@@ -370,5 +371,6 @@ def _first_rows(adj_t: Tensor, number: int) -> Tensor:
     return sparse_csr(rowptr, col, value, (number, adj_t.size(1)))
 
 
-def _state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:
+def state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:
+    """Return what is another when a tensor of indices was changed, as far as torch knows."""
     return edge_index._version, edge_index.data_ptr(), edge_index.shape  # the last two: ``edge_index.data`` was set

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recollect._devices import forms_of
 from recollect._torch import is_recorded, saved_tensor_hooks
 from recollect.messages._adjacency import edges_of
+from recollect.messages._recall import asks_again, recalled
 from recollect.messages._rules import Rule, Sources, known
 
 __all__ = ["convolve", "for_targets"]
@@ -34,9 +35,11 @@ def convolve(block: Any, *args: Any, **kwargs: Any) -> Any:
     attention, on a plain ``edge_index`` and without further arguments. All others are called as they are; so are
     convolutions that are compiled, that cache a graph of their own (``cached=True``), with a hook on them, in a
     checkpoint within the block or under explanation, and all under torch.func transforms and in what is compiled,
-    traced or captured in a CUDA graph. The result is the same up to rounding. The edges are sorted once for an
-    ``edge_index``, and the adjacency is kept as long as that lives and is not changed; changes that torch does not
-    count, made through ``.data`` or NumPy, are not seen.
+    traced or captured in a CUDA graph. Of these, torch_geometric's own that take self-loops out and put them in, or
+    normalize weights, find what was made of the same ``edge_index`` before, where that is all that it is made of. The
+    result is the same up to rounding. The edges are sorted once for an ``edge_index``, and what is made of it is kept
+    as long as that lives and is not changed; changes that torch does not count, made through ``.data`` or NumPy, are
+    not seen.
 
     Args:
         block: the convolution, or the block; any callable.
@@ -139,7 +142,8 @@ def _reached(block: Any) -> list[nn.Module]:
         module = waiting.pop()
         if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo."):
             continue
-        if known(type(module)) is not None or (_RUNNING.targets is not None and _passes_messages(module)):
+        kind = type(module)
+        if known(kind) is not None or asks_again(kind) or (_RUNNING.targets is not None and _passes_messages(module)):
             found.append(module)
         for child in module.children():
             if id(child) not in seen:
@@ -203,6 +207,8 @@ def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
             return out[: _RUNNING.targets] if isinstance(out, Tensor) else out
         if _RUNNING.targets is not None and args and type(args[0]) is Tensor:
             args = ((args[0], args[0][: _RUNNING.targets]), *args[1:])
+        if _can_recall(conv, *args, **kwargs):
+            return recalled(conv)(*args, **kwargs)
     return type(conv).forward(conv, *args, **kwargs)
 
 
@@ -279,6 +285,17 @@ def _is_untouched(conv: nn.Module) -> bool:
     if any(not _is_ours(own[name]) for name in methods) or own.get("_compiled_call_impl") is not None:
         return False
     return not any(value for name, value in own.items() if name.endswith("_hooks"))
+
+
+def _can_recall(conv: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a convolution may ask for what was made of its edges, and hands that to nobody."""
+    if not asks_again(type(conv)) or is_recorded() or not _is_untouched(conv) or conv.explain:
+        return False
+    code = type(conv).forward.__code__
+    given = dict(zip(code.co_varnames[1 : code.co_argcount], args, strict=False)) | kwargs
+    if given.get("return_attention_weights") is not None:
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _has_no_edges(edge_index: Any) -> bool:
