@@ -185,12 +185,12 @@ def test_revgnn(other, conv, forms):
     settle()
 
 
-def on_parts(other, scale=1.0):
+def on_parts(other, scale=1.0, conv="sage", **options):
     """A training step of a RevGNN with histories on a device, on one mini-batch."""
     data = make_graph()
     data.adj_t = with_weights(data.adj_t, torch.full((data.adj_t.values().numel(),), scale, dtype=torch.float64))
     batch = next(iter(SubgraphLoader(data, PTR)))
-    model = rev("sage", num_nodes=NODES, history_dtype=torch.float64).to(other)
+    model = rev(conv, num_nodes=NODES, history_dtype=torch.float64, **options).to(other)
     optimizer = torch.optim.Adam(model.parameters())
     x, adj_t, y = (there(each) for each in (batch.data.x, batch.data.adj_t, batch.data.y[: batch.batch_size]))
 
@@ -202,8 +202,9 @@ def on_parts(other, scale=1.0):
     return step
 
 
-def test_a_step_of_revgnn_on_a_mini_batch_waits_for_copies_alone(other):
-    step = on_parts(other)
+@pytest.mark.parametrize(("conv", "options"), [("sage", {}), ("gat", {}), ("gat", {"conv_kwargs": {"dropout": 0.3}})])
+def test_a_step_of_revgnn_on_a_mini_batch_waits_for_copies_alone(other, forms, conv, options):
+    step = on_parts(other, conv=conv, **options)
     assert [line for line in waits(step, times=3) if not line.startswith("copy_")] == []
     settle()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.utils import prune
 
 from recollect.autogram import Engine
 from recollect.autoscale import EvalSubgraphLoader, SubgraphLoader, history_errors, normalize, to_adj_t
+from recollect.autoscale._blocks import edges_of
 from recollect.data._foreign import require
 from recollect.frames import InPlaceError
 from recollect.memory import peak_memory
@@ -416,3 +419,19 @@ def test_what_is_refused():
     data, _ = make_graph()
     with pytest.raises(ValueError, match=r"missing: edge_attr"):
         make_model(inputs=("edge_attr",))(data.x, data.adj_t)
+
+
+def test_the_edges_of_an_adjacency_are_made_once_and_not_kept_longer():
+    adj_t = make_graph()[0].adj_t.clone()
+    with torch.inference_mode():
+        first, _ = edges_of(adj_t, (), {})
+    assert edges_of(adj_t, (), {})[0] is first
+    expected = first.clone()
+    first.zero_()  # a block that writes into it
+    again = edges_of(adj_t, (), {})[0]
+    assert again is not first
+    assert torch.equal(again, expected)
+    gone = weakref.ref(again)
+    del adj_t, again
+    gc.collect()
+    assert gone() is None

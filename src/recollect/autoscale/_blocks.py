@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from recollect._torch import is_recorded
 from recollect._transfer import sent
 from recollect._verdicts import later
 from recollect.autoscale._adjacency import as_csr, edge_index_of, is_edge_index
@@ -131,6 +133,22 @@ def first_input(groups: Sequence[Tensor]) -> Tensor:
     return sum(groups[2:], start=groups[1])
 
 
+# The edges of an adjacency, as long as it lives: blocks find what they made of them before.
+_EDGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _kept_edges(adj_t: Tensor) -> Tensor:
+    """Return the edges [2, E] of an adjacency: the same tensor at each call, unless a block wrote into it."""
+    if is_recorded():
+        return edge_index_of(adj_t)
+    known: tuple[Tensor, int] | None = _EDGES.get(adj_t, None)  # type: ignore[no-untyped-call]
+    if known is None or known[0]._version != known[1]:
+        with torch.inference_mode(False), torch.no_grad():
+            edge_index = edge_index_of(adj_t)
+        known = _EDGES[adj_t] = edge_index, edge_index._version
+    return known[0]
+
+
 def _refuse_weights(numbers: list[list[Any]]) -> None:
     if numbers[0][0]:
         raise ValueError(
@@ -154,7 +172,7 @@ def edges_of(graph: Any, names: Sequence[str], inputs: dict[str, Any]) -> tuple[
     given = dict(inputs)
     if is_edge_index(graph) or (isinstance(graph, Tensor) and graph.layout == torch.sparse_csr):
         adj_t = as_csr(graph, given.pop(WEIGHTS, None))
-        graph, given[WEIGHTS] = edge_index_of(adj_t), adj_t.values()
+        graph, given[WEIGHTS] = _kept_edges(adj_t), adj_t.values()
         if WEIGHTS not in names:
             later([(given[WEIGHTS] != 1).any().to(torch.int64)], _refuse_weights)
     missing = [name for name in names if name not in given]
