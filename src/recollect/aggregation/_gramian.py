@@ -11,7 +11,16 @@ from torch import Tensor
 
 from recollect._devices import forms_of
 
-__all__ = ["check_tensor", "checked", "checked_cross", "correlations", "flattened", "normalized", "regularized"]
+__all__ = [
+    "check_tensor",
+    "checked",
+    "checked_cross",
+    "cholesky",
+    "correlations",
+    "flattened",
+    "normalized",
+    "regularized",
+]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
 
@@ -57,8 +66,8 @@ def _is_plain(gramian: Tensor) -> bool:
     return (
         forms_of(gramian.device).reads_at_once
         and torch.equal(gramian, gramian.mT)
-        and bool(gramian.diagonal().amin() >= 0)
-        and bool(gramian.sum(dtype=torch.float64).isfinite())
+        and gramian.diagonal().amin().item() >= 0
+        and math.isfinite(gramian.sum(dtype=torch.float64).item())
     )
 
 
@@ -173,6 +182,36 @@ def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return cosines.clamp(-1, 1), norms
 
 
+def cholesky(
+    matrix: Tensor, size: Tensor | None = None, added: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor ``[m, m]`` of matrix / size + added I, and whether there is none.
+
+    Rows whose distance is a multiple of 512 bytes fall on one another in the cache, which doubles the time. (Measured
+    on an Intel Xeon in float64: 256 rows 0.50 ms, 264 rows 0.20 ms; 1,024 rows 17 ms, 1,032 rows 9 ms.) Then some of
+    the unit matrix come behind the others, which change none of their numbers.
+
+    Args:
+        matrix: ``[m, m]``.
+        size: 0-D; None: 1.
+        added: 0-D; None: 0.
+        dtype: of the factor; None: the matrix'.
+    """
+    m = len(matrix)
+    more = 8 if m % 64 == 0 and m > 64 else 0
+    room = torch.empty(m + more, m + more, dtype=dtype or matrix.dtype, device=matrix.device)
+    inner = room[:m, :m].copy_(matrix)
+    if size is not None:
+        inner.div_(size)
+    if added is not None:
+        inner.diagonal().add_(added)
+    if more:
+        room[:m, m:], room[m:] = 0, 0
+        room.diagonal()[m:] = 1
+    factor, failed = torch.linalg.cholesky_ex(room)
+    return factor[:m, :m], bool(failed)
+
+
 def regularized(matrix: Tensor, added: float) -> tuple[Tensor, Tensor]:
     """Add a positive number to the diagonal; eigenvalues that rounding has made negative are set to zero before.
 
@@ -181,9 +220,9 @@ def regularized(matrix: Tensor, added: float) -> tuple[Tensor, Tensor]:
     """
     diagonal = torch.full_like(matrix[0], added).diag()
     enough = matrix + diagonal
-    factor, failed = torch.linalg.cholesky_ex(enough)
-    if bool(failed):
+    factor, failed = cholesky(enough)
+    if failed:
         values, vectors = torch.linalg.eigh(matrix)
         enough = (vectors * values.clamp(min=0)) @ vectors.T + diagonal
-        factor = torch.linalg.cholesky_ex(enough)[0]
+        factor = cholesky(enough)[0]
     return enough, factor
