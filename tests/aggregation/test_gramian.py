@@ -148,3 +148,12 @@ def test_a_cholesky_factor_is_that_of_the_matrix_alone(m):
     torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-12, atol=1e-12)
     assert not factor.triu(1).any()
     assert cholesky(-matrix)[1]
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 0), (299, 0), (0, 299), (127, 128), (255, 130), (298, 299)])
+def test_asymmetry_is_seen_wherever_it_is(place):
+    gramian = torch.full((300, 300), 2.0)
+    assert torch.equal(checked(gramian), gramian)
+    gramian[place] = -1.0
+    with pytest.raises(ValueError, match=r"symmetric; found"):
+        checked(gramian)
