@@ -140,8 +140,7 @@ def test_what_rounding_left_indefinite_is_mended():
 @pytest.mark.parametrize("m", [1, 7, 64, 128, 192, 200])
 def test_a_cholesky_factor_is_that_of_the_matrix_alone(m):
     matrix = gram(normal(m, 2 * m)).float()
-    size, added = torch.tensor(3.0), torch.tensor(0.5)
-    factor, failed = cholesky(matrix, size, added, torch.float64)
+    factor, failed = cholesky(matrix, 3.0, torch.tensor(0.5), torch.float64)
     assert not failed
     assert (factor.shape, factor.dtype) == ((m, m), torch.float64)
     expected = matrix.double() / 3 + 0.5 * torch.eye(m).double()

@@ -193,7 +193,7 @@ def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky(
-    matrix: Tensor, size: Tensor | None = None, added: Tensor | None = None, dtype: torch.dtype | None = None
+    matrix: Tensor, size: float = 1.0, added: Tensor | float = 0.0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, bool]:
     """Return the lower Cholesky factor ``[m, m]`` of matrix / size + added I, and whether there is none.
 
@@ -203,18 +203,17 @@ def cholesky(
 
     Args:
         matrix: ``[m, m]``.
-        size: 0-D; None: 1.
-        added: 0-D; None: 0.
+        size: a number.
+        added: a number, may be 0-D.
         dtype: of the factor; None: the matrix'.
     """
     m = len(matrix)
     more = 8 if m % 64 == 0 and m > 64 else 0
     room = torch.empty(m + more, m + more, dtype=dtype or matrix.dtype, device=matrix.device)
     inner = room[:m, :m].copy_(matrix)
-    if size is not None:
+    if size != 1:
         inner.div_(size)
-    if added is not None:
-        inner.diagonal().add_(added)
+    inner.diagonal().add_(added)
     if more:
         room[:m, m:], room[m:] = 0, 0
         room.diagonal()[m:] = 1
