@@ -76,9 +76,10 @@ def _is_plain(gramian: Tensor) -> bool:
 
 def _is_symmetric(matrix: Tensor) -> bool:
     """Whether a matrix is its transpose to the last bit; of columns together, as many as stay in the cache."""
-    below, beside = matrix.split(_COLUMNS, 1), matrix.split(_COLUMNS)
-    pairs = zip(below, beside, range(0, len(matrix), _COLUMNS), strict=True)
-    return all(torch.equal(columns[start:], rows[:, start:].mT) for columns, rows, start in pairs)
+    return all(
+        torch.equal(matrix[start:, start : start + _COLUMNS], matrix[start : start + _COLUMNS, start:].mT)
+        for start in range(0, len(matrix), _COLUMNS)
+    )
 
 
 def checked_cross(gramian: Tensor, shape: Sequence[int] | None = None) -> Tensor:
