@@ -148,3 +148,18 @@ def test_settings_copy_and_are_shown():
     assert repr(weighting) == "GaussNewtonWeighting(damping=0.5, momentum=0.25)"
     for twin in (copy.deepcopy(weighting), pickle.loads(pickle.dumps(weighting))):
         assert (twin.damping, twin.momentum) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("m", [2, 120, 128])
+def test_pivots_of_rounding_are_not_solved_with(m):
+    """The matrix is singular, which the algorithm need not see: weights of 1e16 come of that."""
+    residuals = normal(m)
+    weights = GaussNewtonWeighting(1e-30)(torch.ones(m, m).double(), residuals)
+    torch.testing.assert_close(weights, torch.full_like(weights, residuals.sum() / m**2), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-101, 1e-99, 1e99, 1e101, 1e200])
+def test_gramians_at_the_ends_of_the_range(unit):
+    jacobian, residuals = wide(5), normal(5, seed=8)
+    weights = GaussNewtonWeighting(0.1 * unit)(gram(jacobian) * unit, residuals * unit)
+    torch.testing.assert_close(weights, GaussNewtonWeighting(0.1)(gram(jacobian), residuals), rtol=1e-10, atol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from weight_inputs import DEGENERATE, gram, normal, square
 
-from recollect.aggregation._gramian import checked, correlations, flattened, normalized, regularized
+from recollect.aggregation._gramian import checked, cholesky, correlations, flattened, normalized, regularized
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,24 @@ def test_what_rounding_left_indefinite_is_mended():
     found, factor = regularized(gramian, 1e-6)
     torch.testing.assert_close(found, wanted + 1e-6 * torch.eye(4).double())
     torch.testing.assert_close(factor @ factor.T, found)
+
+
+@pytest.mark.parametrize("m", [1, 7, 64, 128, 192, 200])
+def test_a_cholesky_factor_is_that_of_the_matrix_alone(m):
+    matrix = gram(normal(m, 2 * m)).float()
+    factor, failed = cholesky(matrix, 3.0, torch.tensor(0.5), torch.float64)
+    assert not failed
+    assert (factor.shape, factor.dtype) == ((m, m), torch.float64)
+    expected = matrix.double() / 3 + 0.5 * torch.eye(m).double()
+    torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-12, atol=1e-12)
+    assert not factor.triu(1).any()
+    assert cholesky(-matrix)[1]
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 0), (299, 0), (0, 299), (127, 128), (255, 130), (298, 299)])
+def test_asymmetry_is_seen_wherever_it_is(place):
+    gramian = torch.full((300, 300), 2.0)
+    assert torch.equal(checked(gramian), gramian)
+    gramian[place] = -1.0
+    with pytest.raises(ValueError, match=r"symmetric; found"):
+        checked(gramian)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recollect.aggregation._gramian import correlations, regularized
+from recollect.aggregation._gramian import cholesky, correlations, regularized
 from recollect.aggregation._settings import NOT_NEGATIVE
 from recollect.aggregation._weighting import Weighting
 
@@ -99,7 +99,7 @@ def _descended(matrix: Tensor, offset: Tensor, sizes: Tensor, alpha: float, q: T
         bend = (p ** (-1 / alpha - 1) / alpha).clamp(max=_VAST)
         # The Hessian H + diag(bend), scaled: no entry is large because a p is small.
         scale = (1 + bend).rsqrt()
-        factor = torch.linalg.cholesky_ex(matrix * scale[:, None] * scale + torch.diag(bend * scale**2))[0]
+        factor = cholesky(matrix * scale[:, None] * scale + torch.diag(bend * scale**2))[0]
         loss = torch.cholesky_solve((slope * scale)[:, None], factor)[:, 0] * scale / q
         largest = loss.amax().clamp(min=_LEAST)
         part = (-torch.expm1(-alpha * torch.log1p(largest / alpha)) / largest).clamp(max=1)

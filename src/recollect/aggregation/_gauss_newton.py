@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from recollect.aggregation._gramian import check_tensor, checked
+from recollect.aggregation._gramian import check_tensor, checked, cholesky
 from recollect.aggregation._settings import FRACTION, NOT_NEGATIVE, Configurable
 from recollect.aggregation._weighting import checked_weights, fitted
 
 __all__ = ["GaussNewtonWeighting", "ResidualWeighting"]
+
+# A matrix of such a trace, or of its inverse, has no products beyond the range of float64.
+_LEAST = 1e-100
+# What rounding may leave of a pivot that is zero, for each row of a matrix whose trace is 1.
+_ROUNDING = torch.finfo(torch.float64).eps
 
 
 class ResidualWeighting(Configurable, ABC):
@@ -128,18 +133,16 @@ class GaussNewtonWeighting(ResidualWeighting, settings={"damping": NOT_NEGATIVE,
                     "update before this one; before the first one, zeros"
                 )
             residuals = residuals - self.momentum * projection
-        exact = gramian.double()
-        size = exact.diagonal().sum().clamp(min=self.damping)
-        size = torch.where(size > 0, size, 1.0)
-        added = self.damping / size
+        trace = gramian.diagonal().sum(dtype=torch.float64).item()
+        size = max(trace, self.damping) or 1.0
         if self.damping:
-            damped = exact / size
-            damped.diagonal().add_(added)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not bool(failed):
-                return torch.cholesky_solve(residuals[:, None], factor)[:, 0] / size
-        values, vectors = torch.linalg.eigh(exact / size)
-        values = values.clamp(min=0) + added
+            unit = 1.0 if _LEAST < size < 1 / _LEAST else size
+            factor, failed = cholesky(gramian, unit, self.damping / unit, torch.float64)
+            # Pivots of rounding alone are not failures to the algorithm; what is solved with them is noise.
+            if not failed and factor.diagonal().amin().item() ** 2 > _ROUNDING * len(factor) * (size / unit):
+                return torch.cholesky_solve(residuals[:, None], factor)[:, 0] / unit
+        values, vectors = torch.linalg.eigh(gramian.double() / size)
+        values = values.clamp(min=0) + self.damping / size
         there = values > len(values) * torch.finfo(gramian.dtype).eps * values[-1]
         found: Tensor = vectors @ torch.where(there, vectors.T @ residuals / values, 0.0) / size
         return found

@@ -11,9 +11,21 @@ from torch import Tensor
 
 from recollect._devices import forms_of
 
-__all__ = ["check_tensor", "checked", "checked_cross", "correlations", "flattened", "normalized", "regularized"]
+__all__ = [
+    "check_tensor",
+    "checked",
+    "checked_cross",
+    "cholesky",
+    "correlations",
+    "flattened",
+    "normalized",
+    "regularized",
+]
 
 _NAMED = 8  # so many objectives are named in an error; of the rest there is a count
+# Columns that are compared with rows at a time. (Measured on an Intel Xeon, 1,024 rows: 0.8 ms, all columns at once
+# 4.6 ms; up to 256 rows as long.)
+_COLUMNS = 128
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -56,9 +68,17 @@ def _is_plain(gramian: Tensor) -> bool:
     """
     return (
         forms_of(gramian.device).reads_at_once
-        and torch.equal(gramian, gramian.mT)
-        and bool(gramian.diagonal().amin() >= 0)
-        and bool(gramian.sum(dtype=torch.float64).isfinite())
+        and _is_symmetric(gramian)
+        and gramian.diagonal().amin().item() >= 0
+        and math.isfinite(gramian.sum(dtype=torch.float64).item())
+    )
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Whether a matrix is its transpose to the last bit; of columns together, as many as stay in the cache."""
+    return all(
+        torch.equal(matrix[start:, start : start + _COLUMNS], matrix[start : start + _COLUMNS, start:].mT)
+        for start in range(0, len(matrix), _COLUMNS)
     )
 
 
@@ -173,6 +193,35 @@ def correlations(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return cosines.clamp(-1, 1), norms
 
 
+def cholesky(
+    matrix: Tensor, size: float = 1.0, added: Tensor | float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor ``[m, m]`` of matrix / size + added I, and whether there is none.
+
+    Rows whose distance is a multiple of 512 bytes fall on one another in the cache, which doubles the time. (Measured
+    on an Intel Xeon in float64: 256 rows 0.50 ms, 264 rows 0.20 ms; 1,024 rows 17 ms, 1,032 rows 9 ms.) Then some of
+    the unit matrix come behind the others, which change none of their numbers.
+
+    Args:
+        matrix: ``[m, m]``.
+        size: a number.
+        added: a number, may be 0-D.
+        dtype: of the factor; None: the matrix'.
+    """
+    m = len(matrix)
+    more = 8 if m % 64 == 0 and m > 64 else 0
+    room = torch.empty(m + more, m + more, dtype=dtype or matrix.dtype, device=matrix.device)
+    inner = room[:m, :m].copy_(matrix)
+    if size != 1:
+        inner.div_(size)
+    inner.diagonal().add_(added)
+    if more:
+        room[:m, m:], room[m:] = 0, 0
+        room.diagonal()[m:] = 1
+    factor, failed = torch.linalg.cholesky_ex(room)
+    return factor[:m, :m], bool(failed)
+
+
 def regularized(matrix: Tensor, added: float) -> tuple[Tensor, Tensor]:
     """Add a positive number to the diagonal; eigenvalues that rounding has made negative are set to zero before.
 
@@ -181,9 +230,9 @@ def regularized(matrix: Tensor, added: float) -> tuple[Tensor, Tensor]:
     """
     diagonal = torch.full_like(matrix[0], added).diag()
     enough = matrix + diagonal
-    factor, failed = torch.linalg.cholesky_ex(enough)
-    if bool(failed):
+    factor, failed = cholesky(enough)
+    if failed:
         values, vectors = torch.linalg.eigh(matrix)
         enough = (vectors * values.clamp(min=0)) @ vectors.T + diagonal
-        factor = torch.linalg.cholesky_ex(enough)[0]
+        factor = cholesky(enough)[0]
     return enough, factor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect.aggregation._gramian import cholesky
+
 __all__ = ["modulus"]
 
 _BETWEEN = 5  # steps between two looks at what has changed: a look takes as long as a step or two
@@ -29,7 +31,7 @@ def modulus(matrix: Tensor, offset: Tensor, shift: Tensor, most: int = 40, unset
         t ``[r, m]``.
     """
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix + shift * identity)[0])
+    inverse = torch.cholesky_inverse(cholesky(matrix, added=shift)[0])
     step = 2 * shift * inverse - identity
     constant = -2 * offset @ inverse
     t, size = constant.clone(), torch.empty_like(constant)

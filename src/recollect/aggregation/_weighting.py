@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recollect._devices import forms_of
 from recollect._transfer import sent
 from recollect.aggregation._gramian import check_tensor, checked
 from recollect.aggregation._settings import Configurable, Vector
@@ -97,8 +99,11 @@ def fitted(weights: Tensor, like: Tensor) -> Tensor:
     if not weights.is_floating_point() or torch.promote_types(weights.dtype, like.dtype) != like.dtype:
         exact = weights.double()
         largest = exact.abs().amax()
-        beyond = (largest > most) & largest.isfinite()
-        weights = exact * torch.where(beyond, most / largest, 1.0)
+        if not forms_of(largest.device).reads_at_once:
+            beyond = (largest > most) & largest.isfinite()
+            weights = exact * torch.where(beyond, most / largest, 1.0)
+        elif most < (found := largest.item()) < math.inf:
+            weights = exact * (most / found)
     return sent(weights.to(like.dtype), like.device)
 
 

@@ -165,7 +165,7 @@ def _add_pairs(total: SquareSum, factor: Outer) -> None:
     T, G = factor.left.shape[1:3]
     left, right = _by_groups(factor, total.dtype)
     if len(left[0]) == len(right[0]) and T == 1 and m >= _MANY:
-        for one, other in zip(left[:, :, 0], right[:, :, 0], strict=True):
+        for one, other in zip(left[:, :, 0].unbind(), right[:, :, 0].unbind(), strict=True):
             total.add_products((one, one), (other, other))
         return
     elements = max(1, forms_of(left.device).row_bytes // (total.dtype.itemsize * T * T * G))

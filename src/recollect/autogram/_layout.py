@@ -51,7 +51,7 @@ class Layout:
             inside = [other for other in done if other.dim == axis.dim and other.inner < axis.inner]
             inner = axis.inner // math.prod(other.size for other in inside)
             if tensor.shape[dim] == axis.size:
-                tensor = tensor.movedim(dim, len(done)).unsqueeze(dim + 1)
+                tensor = (tensor if dim == len(done) else tensor.movedim(dim, len(done))).unsqueeze(dim + 1)
             else:
                 tensor = torch.unflatten(tensor, dim, (-1, axis.size, inner)).movedim(dim + 1, len(done))
                 tensor = tensor.flatten(dim + 1, dim + 2)

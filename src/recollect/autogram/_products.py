@@ -65,7 +65,7 @@ def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def is_by_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether :func:`product` of these is by oneDNN."""
-    if left.numel() * right.shape[0] <= CALL:
+    if left.numel() * right.shape[0] <= CALL or not _has_onednn():
         return False
     return _is_for_onednn(left, right) and _gain(left, right) > 0
 
