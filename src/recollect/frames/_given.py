@@ -57,6 +57,7 @@ class Given:
         if found is None or _is_lazily_changed(tensor):
             return None
         strides = tensor.stride()
+        found = [index for index in found if not _is_lazily_changed(self.tensors[index])]
         for index in found:  # a detached one, as a whole
             argument = self.tensors[index]
             if (
@@ -77,7 +78,7 @@ class Given:
     def _by_storage(self) -> dict[int, list[int]]:
         storages: dict[int, list[int]] = {}
         for index, tensor in enumerate(self.tensors):
-            if _is_plain(tensor) and not (tensor.is_neg() or tensor.is_conj()):
+            if _is_plain(tensor):
                 storages.setdefault(tensor.untyped_storage()._cdata, []).append(index)
         return storages
 
