@@ -16,7 +16,7 @@ __all__ = ["GaussNewtonWeighting", "ResidualWeighting"]
 
 # A matrix of such a trace, or of its inverse, has no products beyond the range of float64.
 _LEAST = 1e-100
-# What rounding may leave of a pivot that is zero, for each row of a matrix whose trace is 1.
+# What rounding may leave of a pivot that is zero, for each row, in terms of the diagonal's entry.
 _ROUNDING = torch.finfo(torch.float64).eps
 
 
@@ -138,8 +138,10 @@ class GaussNewtonWeighting(ResidualWeighting, settings={"damping": NOT_NEGATIVE,
         if self.damping:
             unit = 1.0 if _LEAST < size < 1 / _LEAST else size
             factor, failed = cholesky(gramian, unit, self.damping / unit, torch.float64)
-            # Pivots of rounding alone are not failures to the algorithm; what is solved with them is noise.
-            if not failed and factor.diagonal().amin().item() ** 2 > _ROUNDING * len(factor) * (size / unit):
+            # Pivots of rounding alone are not failures to the algorithm; what is solved with them is noise. Each is
+            # what is left of its own entry: rows of another size have other pivots.
+            entries = (gramian.diagonal().double() + self.damping) / unit
+            if not failed and bool((factor.diagonal().square() > _ROUNDING * len(factor) * entries).all()):
                 return torch.cholesky_solve(residuals[:, None], factor)[:, 0] / unit
         values, vectors = torch.linalg.eigh(gramian.double() / size)
         values = values.clamp(min=0) + self.damping / size
