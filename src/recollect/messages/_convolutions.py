@@ -293,9 +293,12 @@ def _can_recall(conv: Any, *args: Any, **kwargs: Any) -> bool:
         return False
     code = type(conv).forward.__code__
     given = dict(zip(code.co_varnames[1 : code.co_argcount], args, strict=False)) | kwargs
-    if given.get("return_attention_weights") is not None:
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return given.get("return_attention_weights") is None and not _is_captured()
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is captured: what is made then has no values."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _has_no_edges(edge_index: Any) -> bool:
@@ -310,6 +313,6 @@ def _are_plain(x: Any, edge_index: Any) -> bool:
         return False
     if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.numel() == 0:
         return False
-    if not forms_of(x.device).convolutions or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not forms_of(x.device).convolutions or (x.is_cuda and _is_captured()):
         return False
     return bool(x.dim() == 2 and x.is_floating_point() and x.device == edge_index.device)

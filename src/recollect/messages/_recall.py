@@ -9,6 +9,7 @@ neither the order of the edges nor what is drawn for them.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -89,8 +90,13 @@ def _asked(forward: types.FunctionType) -> Mapping[str, Any]:
 
 
 def _is_of(function: Any, module: str, name: str) -> bool:
-    """Whether a function is the one that stands by this name in this file, and was not put in its place."""
-    return isinstance(function, types.FunctionType) and (function.__module__, function.__qualname__) == (module, name)
+    """Whether a function's code was written by this name in this file, whatever the function says of itself."""
+    file = sys.modules.get(module)
+    return (
+        isinstance(function, types.FunctionType)
+        and function.__globals__ is getattr(file, "__dict__", None)
+        and function.__code__.co_qualname == name
+    )
 
 
 def _remembering(function: Function, name: str) -> Function:
