@@ -144,7 +144,8 @@ def test_a_global_tensor_that_was_changed_through_numpy_is_refused(source, zeros
 @pytest.mark.filterwarnings("ignore::recollect.frames.DriftWarning")
 @pytest.mark.parametrize("make", [AdditiveCoupling, lambda a, b: GroupAddRev(nn.ModuleList([a, b]))])
 @pytest.mark.parametrize("zeros", [False, True], ids=["shown", "hidden"])
-def test_layers_refuse_blocks_that_are_not_the_same_again(make, zeros):
+@pytest.mark.parametrize("rows", [16, 2000])  # of few elements all are compared, of many a sample
+def test_layers_refuse_blocks_that_are_not_the_same_again(make, zeros, rows):
     class Takes(Noisy):
         def forward(self, h, *_):
             return super().forward(h)
@@ -152,7 +153,7 @@ def test_layers_refuse_blocks_that_are_not_the_same_again(make, zeros):
     seeded()
     layer = make(Takes(by_numpy, zeros), Takes(lambda h: h))
     inputs = (torch.zeros(2, 0, dtype=torch.long),) if isinstance(layer, GroupAddRev) else ()
-    h = torch.randn(16, 8, requires_grad=True) * 1
+    h = torch.randn(rows, 8, requires_grad=True) * 1
     for _ in range(3):
         h = layer(h, *inputs)
     with pytest.raises(RebuildError, match="Takes"):
@@ -383,7 +384,7 @@ class TestInfinities:
 
 
 def test_what_several_operations_save_is_read_once(monkeypatch):
-    frame = sys.modules["recollect.frames._frame"]
+    evidence = sys.modules["recollect.frames._evidence"]
     read = []
 
     def counted(plain):
@@ -393,8 +394,8 @@ def test_what_several_operations_save_is_read_once(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(frame, "fingerprint", counted(frame.fingerprint))
-    monkeypatch.setattr(frame, "difference", counted(frame.difference))
+    monkeypatch.setattr(evidence, "fingerprint", counted(evidence.fingerprint))
+    monkeypatch.setattr(evidence, "difference", counted(evidence.difference))
     x = torch.randn(64, 128, requires_grad=True)
     layer = nn.Linear(128, 128)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import recollect
+from recollect._torch import TorchDispatchMode
 
 assert float64 is not None  # a fixture of every test here
 
@@ -224,3 +225,34 @@ def test_an_early_stop_leaves_the_order_of_parameters():
     net = Passing(_plain_weight, _give_weight)
     recollect.checkpoint(net, torch.randn(3, 4)).sum().backward()
     assert list(net.a._parameters) == ["bias", "weight"]
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "width", "run_again"),
+    [
+        (False, 4, 2),  # torch's own modules, and so little is left that to stop takes longer
+        (False, 64, 1),
+        (True, 4, 1),  # what a function does behind its last product is not known
+        (True, 64, 1),
+    ],
+)
+def test_a_run_stops_before_the_operation_that_saves_the_last_tensor_unless_that_is_small(wrapped, width, run_again):
+    layers = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    x = torch.randn(8, width, requires_grad=True)
+    region = (lambda x: layers(x)) if wrapped else layers
+    for _ in range(3):  # the first calls teach what runs
+        loss = recollect.checkpoint(region, x).sum()
+        with Products() as products:
+            (found,) = torch.autograd.grad(loss, x)
+    assert products.count == run_again
+    torch.testing.assert_close(found, torch.autograd.grad(layers(x).sum(), x)[0], rtol=0, atol=0)

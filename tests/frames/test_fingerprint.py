@@ -5,11 +5,20 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from recollect.frames import _bits, _fingerprint, _reading
 from recollect.frames._bits import bits_of
 from recollect.frames._certificate import tolerance_of
-from recollect.frames._fingerprint import difference, difference_of_few, few_bytes_of, fingerprint
+from recollect.frames._fingerprint import (
+    difference,
+    difference_of_few,
+    error_between,
+    few_bytes_of,
+    fingerprint,
+    fingerprints_of,
+    sample_of_long,
+)
 from recollect.memory import peak_memory
 
 SHAPES = [
@@ -167,11 +176,11 @@ def test_the_error_is_about_that_of_the_tensors(shape):
     assert 1e-4 < difference(fingerprint(x), y) < 1e-2
 
 
-@pytest.mark.parametrize("size", [4 * 1021 + 1, 1 << 14, 64 * 20_000, 1021 * 1024])
+@pytest.mark.parametrize("size", [8 * 509 + 25, 1 << 14, 64 * 20_000, 509 * 1024])
 def test_a_sample_meets_every_row_and_every_column(size):
     step = _reading._step_of(size)
     assert math.gcd(step, size) == 1
-    assert 500 < size // step <= 1021
+    assert 250 < size // step <= 509
 
 
 @pytest.mark.parametrize(
@@ -180,6 +189,26 @@ def test_a_sample_meets_every_row_and_every_column(size):
 def test_a_sample_is_made_of_elements_at_equal_distances(layout):
     x, _ = _reading.values_of(layout(values((40, 60, 50))))
     assert torch.equal(_reading.sample_of(x), x.flatten()[:: _reading._step_of(x.numel())])
+
+
+def test_fingerprints_that_are_taken_together_are_those_of_each_alone():
+    tensors = [values((100, 50), torch.float32), values((70, 90)), values((8, 3, 4000)).movedim(0, 1), values((4097,))]
+    samples = [sample_of_long(x) for x in tensors]
+    for x, sample, mark in zip(tensors, samples, fingerprints_of(samples), strict=True):
+        alone = fingerprint(x, sample=True)
+        assert mark.order == alone.order
+        assert error_between(alone, mark) <= 8 * torch.finfo(x.dtype).eps
+        again = fingerprints_of([sample_of_long(x.clone(), mark)])  # by itself, and of other memory
+        assert error_between(mark, again[0]) <= 8 * torch.finfo(x.dtype).eps
+        assert error_between(mark, fingerprints_of([sample_of_long(x + values(x.shape, x.dtype), mark)])[0]) > 0.1
+        assert sample.values._base is None  # it holds none of the tensor
+
+
+def test_no_sample_is_copied_of_what_is_short_or_not_one_block_of_numbers():
+    x = values((100, 50))
+    assert sample_of_long(x) is not None
+    for other in (x[:20], x[:, ::2].expand(2, -1, -1), x.bfloat16(), x.long(), x.to("meta"), nn.Parameter(x)):
+        assert sample_of_long(other) is None
 
 
 @each_type

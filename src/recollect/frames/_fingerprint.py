@@ -15,11 +15,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform
@@ -37,8 +38,8 @@ from recollect.frames._reading import (
 )
 
 __all__ = [
-    "PROJECTIONS", "Fingerprint", "difference", "difference_of_few", "error_between", "few_bytes_of", "fingerprint",
-    "is_finite", "is_late", "late_parts", "norm_of", "on_host",
+    "PROJECTIONS", "Fingerprint", "Sample", "difference", "difference_of_few", "error_between", "few_bytes_of",
+    "fingerprint", "fingerprints_of", "is_finite", "is_late", "late_parts", "norm_of", "on_host", "sample_of_long",
 ]  # fmt: skip
 
 PROJECTIONS = 4
@@ -125,15 +126,12 @@ def _order_like(then: Fingerprint | None) -> Order:
     return None if then is None else then.order or AS_IT_IS
 
 
-_Plain = tuple[list[float], Order, Tensor]
+def _block_of(tensor: Tensor, order: Order) -> tuple[Tensor, Order] | None:
+    """Return a tensor of numbers on the CPU that are read as they are, its dimensions in the order in which they are.
 
-
-def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
-    """Return the projections of a tensor that is one block of numbers on the CPU, its order, and what was read of it.
-
-    The same as those of :func:`_project` in fewer steps, which is where small regions spend their time.
+    What is one block of memory is contiguous then.
     """
-    size, dtype = tensor.numel(), tensor.dtype
+    dtype = tensor.dtype
     if (
         (dtype is not torch.float32 and dtype is not torch.float64)
         or type(tensor) is not Tensor
@@ -146,11 +144,25 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
         or tensor.untyped_storage().nbytes() == 0  # somebody has taken the memory away
     ):
         return None
-    flat = tensor.detach() if tensor.requires_grad else tensor
-    if order is None and not flat.is_contiguous():
-        order = order_of(flat)
-    if order:
-        flat = flat.permute(order)
+    block = tensor.detach() if tensor.requires_grad else tensor
+    if order is None and not block.is_contiguous():
+        order = order_of(block)
+    return (block.permute(order) if order else block), order
+
+
+_Plain = tuple[list[float], Order, Tensor]
+
+
+def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
+    """Return the projections of a tensor that is one block of numbers on the CPU, its order, and what was read of it.
+
+    The same as those of :func:`_project` in fewer steps, which is where small regions spend their time.
+    """
+    found = _block_of(tensor, order)
+    if found is None:
+        return None
+    flat, order = found
+    size, dtype = flat.numel(), flat.dtype
     # The CPU's autocast leaves the products of this as they are.
     if size > _DIRECT:
         if not flat.is_contiguous():
@@ -168,6 +180,40 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
         row = flat = flat if flat.dim() == 1 else flat.reshape(-1)
     numbers: list[float] = torch.mv(_columns(dtype, _CPU, row.numel()), row).tolist()
     return numbers, order, flat
+
+
+class Sample(NamedTuple):
+    """A copy of some elements of a long tensor on the CPU, of which the fingerprint is yet to be taken."""
+
+    values: Tensor
+    order: Order
+
+
+def sample_of_long(tensor: Tensor, like: Fingerprint | None = None) -> Sample | None:
+    """Return a sample of a tensor if it is one block of more than some thousand numbers on the CPU.
+
+    Args:
+        tensor: any.
+        like: what it will be compared with.
+    """
+    if tensor.numel() <= MANY or (found := _block_of(tensor, _order_like(like))) is None:
+        return None
+    block, order = found
+    return Sample(sample_of(block).contiguous(), order) if block.is_contiguous() else None
+
+
+def fingerprints_of(samples: Sequence[Sample]) -> list[Fingerprint]:
+    """Return the fingerprints of samples, as :func:`fingerprint` takes them one by one, of all in one go."""
+    rows: dict[torch.dtype, list[int]] = {}
+    for index, (values, _) in enumerate(samples):
+        rows.setdefault(values.dtype, []).append(index)
+    marks: list[Any] = [None] * len(samples)
+    for dtype, indices in rows.items():
+        values = pad_sequence([samples[i].values for i in indices], batch_first=True)
+        numbers: list[list[float]] = torch.mm(values, _columns(dtype, _CPU, values.size(1)).t()).tolist()
+        for i, projections in zip(indices, numbers, strict=True):
+            marks[i] = Fingerprint(projections, 0, samples[i].order)
+    return marks
 
 
 def _with_norm(plain: _Plain, like: Fingerprint | None) -> list[float]:

@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Sampled elements, where reading all of them would cost more than it proves.
-_SAMPLES = 1021
+_SAMPLES = 509
 MANY = 4096
 """So many are read in whole all the same."""
 

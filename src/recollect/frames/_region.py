@@ -82,6 +82,11 @@ class Region:
         return describe(self.function)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing but modules of torch's own has run."""
+        return self._record is not None and self._record.is_plain
+
+    @property
     def tolerance(self) -> float:
         """The relative error that is rounding in the type that autocast computed in; 0.0 without autocast."""
         return self._conditions.tolerance() if self._conditions is not None else 0.0
