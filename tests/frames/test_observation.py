@@ -901,3 +901,68 @@ def test_the_oracle_sees_a_step_that_differs():
 
     with pytest.raises(AssertionError):
         assert_equal(both(step))
+
+
+class Shrinking(nn.Module):
+    """Writes to what it reads, before it reads it: a parameter, a buffer, a tensor that is neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("scale", torch.rand(4) + 1)
+        self.plain = torch.rand(4) + 1
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+            self.scale.mul_(1.1)
+            self.plain.mul_(1.2)
+        return x @ self.weight * self.scale * self.plain
+
+
+def _leaf(write):
+    weight = torch.randn(4, 4, requires_grad=True)
+    held = {"weight": weight}
+
+    def region(x):
+        with torch.no_grad():
+            write(held["weight"])
+        return (x @ weight).tanh()
+
+    return region, [weight]
+
+
+def _module():
+    module = Shrinking()
+    return module, [module.weight]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _module,
+        lambda: _leaf(lambda weight: weight.mul_(0.9)),
+        lambda: _leaf(lambda weight: weight[0].mul_(0.9)),
+        lambda: _leaf(lambda weight: weight.copy_(weight / weight.norm())),
+        lambda: _leaf(lambda weight: weight.t().add_(1)),
+    ],
+    ids=["module", "leaf", "row", "normed", "transposed"],
+)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_region_may_change_parameters_in_place_before_it_reads_them(make, needs_grad):
+    def run(wrap):
+        torch.manual_seed(0)
+        region, leaves = make()
+        found = []
+        for _ in range(3):
+            x = torch.randn(3, 4, requires_grad=needs_grad)
+            loss = wrap(region, x).square().sum()
+            for retain in (True, False):
+                loss.backward(retain_graph=retain)
+            found += [x.grad, *(leaf.grad for leaf in leaves), *(leaf.detach().clone() for leaf in leaves)]
+            for leaf in leaves:
+                leaf.grad = None
+        return found
+
+    for expected, found in zip(run(lambda f, x: f(x)), run(recollect.checkpoint), strict=True):
+        assert expected is found or torch.equal(expected, found)

@@ -25,7 +25,7 @@ from recollect.frames._fingerprint import Fingerprint
 from recollect.frames._given import Given
 from recollect.frames._guard import Before, guard
 from recollect.frames._modes import Scope, enclosing, local
-from recollect.frames._rebuild import Leaves, Rebuild, unpack_rebuilt
+from recollect.frames._rebuild import Collecting, Leaves, Rebuild
 from recollect.frames._record import Changed
 from recollect.frames._recorder import Noted, Recorder
 from recollect.frames._region import Region
@@ -302,11 +302,10 @@ class Frame(Scope):
         leaves = Leaves(given.tensors) if given is not None and running is None and self._held.makes_leaves else None
         last = max(needed, default=-1) if (self._early_stop and not whole) or running is not None else -1
         self._evidence.begin_again(arguments[0][0] if running is None and arguments[0] else None)
-        rebuild = Rebuild(self._evidence, needed, last, self._ends_by_itself(last), given)
-        hooks = saved_tensors_hooks(rebuild.collect, unpack_rebuilt)
+        rebuild = Rebuild(self._evidence, needed, last, self._ends_by_itself(last), given, self._spoiled)
         output, is_whole, returned = None, False, list[Tensor]()
         try:
-            output = self._region.again(arguments, self, hooks, changed=changed)
+            output = self._region.again(arguments, self, Collecting(rebuild), changed=changed)
             is_whole = True
             returned = [tensor.detach() for tensor in _tensors_in(output)] if whole else []
         except BaseException as error:
@@ -316,11 +315,10 @@ class Frame(Scope):
                 raise
         finally:
             rebuild.empty()
-        changed_later = rebuild.changed(self._spoiled)
-        if changed_later is not None:
+        if rebuild.changed is not None:
             raise InPlaceError(
-                f"{self._region.name}: it changes in place a tensor of shape {list(changed_later.shape)} that backward "
-                "needs as it was (autograd alone raises too); use the out-of-place form of that operation"
+                f"{self._region.name}: it changes in place a tensor of shape {list(rebuild.changed.shape)} that "
+                "backward needs as it was (autograd alone raises too); use the out-of-place form of that operation"
             )
         rebuild.end()
         if is_whole and running is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from recollect._torch import is_traceable_wrapper_subclass, sequence, shape_of
 from recollect.frames._certificate import show
@@ -17,10 +18,10 @@ from recollect.frames._given import Given, Part
 from recollect.frames._modes import local
 from recollect.frames._watch import attributes_of, version_of
 
-__all__ = ["Emptied", "Leaves", "Rebuild", "unpack_rebuilt"]
+__all__ = ["Collecting", "Leaves", "Rebuild"]
 
 
-class Emptied:
+class _Emptied:
     """What the graph of a rebuild holds of a saved tensor: nothing, once the rebuild is over."""
 
     __slots__ = ("__weakref__", "tensor")
@@ -29,8 +30,7 @@ class Emptied:
         self.tensor: Tensor | None = tensor
 
 
-def unpack_rebuilt(packed: Emptied) -> Tensor:
-    """Return a tensor that is saved in a rebuild, as long as that runs."""
+def _unpack(packed: _Emptied) -> Tensor:
     if packed.tensor is None:
         raise RebuildError(
             "backward through something that a rebuild left behind (a loss or feature that the region stored while "
@@ -44,7 +44,7 @@ class _Complete(BaseException):
 
 
 class Rebuild:
-    """Finds the saved tensors of a region that runs again.
+    """Finds the saved tensors of a region that runs again within :class:`Collecting`.
 
     Args:
         evidence: of the first run.
@@ -52,20 +52,28 @@ class Rebuild:
         last: the run may end with this one; -1: it goes on to the end.
         ends_by_itself: nothing comes after the last one that takes longer than to end the run.
         given: the tensors among the arguments.
+        spoiled: the tensors that the region changed in place in its first run after they were saved.
 
     Attributes:
         found: the tensors that are needed, without history.
         count: how many tensors were saved so far.
         error: the largest relative error of them, of what drifts.
+        changed: one that the region has changed in place after it was saved.
     """
 
     __slots__ = (
-        "_ends_by_itself", "_evidence", "_filling", "_final", "_given", "_graph", "_last", "_needed", "_versions",
-        "_waiting", "count", "error", "found",
+        "_ends_by_itself", "_evidence", "_filling", "_final", "_given", "_graph", "_last", "_needed", "_spoiled",
+        "_versions", "_waiting", "changed", "count", "error", "found",
     )  # fmt: skip
 
     def __init__(
-        self, evidence: Evidence, needed: set[int], last: int, ends_by_itself: bool, given: Given | None
+        self,
+        evidence: Evidence,
+        needed: set[int],
+        last: int,
+        ends_by_itself: bool,
+        given: Given | None,
+        spoiled: Container[int],
     ) -> None:
         self._evidence = evidence
         self._needed = needed
@@ -75,12 +83,14 @@ class Rebuild:
         self.found: dict[int, Tensor] = {}
         self.count = 0
         self.error = 0.0
+        self.changed: Tensor | None = None
+        self._spoiled = spoiled
         self._versions: dict[int, int] = {}
-        self._graph: list[weakref.ref[Emptied]] = []
+        self._graph: list[weakref.ref[_Emptied]] = []
         self._waiting: list[tuple[int, Tensor, int]] = []  # saved by the running operation, which may fill them later
         self._filling = self._final = -1  # operations: that fills what it saved; that saved the last that is needed
 
-    def collect(self, tensor: Tensor) -> Emptied:
+    def collect(self, tensor: Tensor) -> _Emptied:
         """Take notice of the next tensor that autograd saves.
 
         Raises:
@@ -97,7 +107,7 @@ class Rebuild:
                 raise evidence.differs(f"saved tensor {count} is {show(meta)}, and was {show(then)}")
             if count in self._needed:
                 held = self._find(count, tensor)
-        kept = Emptied(held)
+        kept = _Emptied(held)
         self._graph.append(weakref.ref(kept))
         self.count = count = count + 1
         if count == self._last + 1 and not self._ends_by_itself:
@@ -155,22 +165,29 @@ class Rebuild:
             if kept is not None:
                 kept.tensor = None
 
-    def changed(self, spoiled: Iterable[int]) -> Tensor | None:
-        """Return a tensor that the region has changed in place after it was saved.
-
-        Args:
-            spoiled: those that were in the first run.
-        """
+    def look(self) -> None:
+        """Find what was changed, before what was written to gets its old version back with its old contents."""
         for index, bare in self.found.items():
-            if version_of(bare) != self._versions[index] or index in spoiled:
-                return bare
-        return None
+            if version_of(bare) != self._versions[index] or index in self._spoiled:
+                self.changed = bare
 
     def end(self) -> None:
         """Compare the rest."""
         if self._waiting:
             self._compare_waiting()
         self.error = max(self.error, self._evidence.end_again())
+
+
+class Collecting(saved_tensors_hooks):
+    """Lets a rebuild take notice of what autograd saves in the body."""
+
+    def __init__(self, rebuild: Rebuild) -> None:
+        super().__init__(rebuild.collect, _unpack)
+        self._rebuild = rebuild
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self._rebuild.look()
 
 
 def _bare(tensor: Tensor) -> Tensor:

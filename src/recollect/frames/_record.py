@@ -283,8 +283,8 @@ class Record:
                 if target is None:
                     continue
                 contents.append((copy, target, target.clone()))
-                tensor = copy.tensor()
-                if tensor is not None and not tensor.is_inference():
+                tensor = copy.counting()
+                if tensor is not None:
                     counted.append(tensor)
                 if copy.then is not None and kept.isdisjoint(copy.keys_brought_back()):
                     target.copy_(copy.then)

@@ -49,12 +49,19 @@ def place_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 class Copy:
-    """What a tensor or a storage held before it was written to, where that is known."""
+    """What a tensor or a storage held before it was written to, where that is known.
 
-    __slots__ = ("_storage", "_tensor", "then")
+    Args:
+        of: the tensor or storage.
+        then: what it held.
+        written: the tensor through which a storage was written.
+    """
 
-    def __init__(self, of: Tensor | UntypedStorage, then: Tensor | None) -> None:
+    __slots__ = ("_storage", "_tensor", "_written", "then")
+
+    def __init__(self, of: Tensor | UntypedStorage, then: Tensor | None, written: Tensor | None = None) -> None:
         self._tensor = of if isinstance(of, Tensor) else None
+        self._written = None if written is None else weakref.ref(written)
         self._storage = None if isinstance(of, Tensor) else weakref.ref(of)
         self.then = then
 
@@ -78,6 +85,11 @@ class Copy:
     def tensor(self) -> Tensor | None:
         """Return the tensor itself, if this is of one."""
         return self._tensor
+
+    def counting(self) -> Tensor | None:
+        """Return a tensor whose version tells of writes, if it is still there."""
+        tensor = self._tensor if self._written is None else self._written()
+        return None if tensor is None or tensor.is_inference() else tensor
 
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:
@@ -148,7 +160,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     key = key_of(storage)
                     if key in outside and key not in self.written:
                         then = _bytes_of(storage).clone() if self._copies else None
-                        self.written[key] = Copy(storage, then)
+                        self.written[key] = Copy(storage, then, target if target._base is None else target._base)
 
 
 _PLAIN_DISPATCH = Tensor.__torch_dispatch__
