@@ -26,16 +26,12 @@ from recollect.frames._certificate import (
 from recollect.frames._errors import RebuildError, naming
 from recollect.frames._fingerprint import (
     Fingerprint,
-    Sample,
     difference,
     difference_of_few,
-    error_between,
     few_bytes_of,
     fingerprint,
-    fingerprints_of,
     is_late,
     norm_of,
-    sample_of_long,
 )
 from recollect.frames._given import Given, Part
 from recollect.frames._modes import aside, local
@@ -75,8 +71,6 @@ class _Memory:
 class Evidence:
     """Forms and marks of what autograd saves in a region's first run.
 
-    What drifts is compared by samples: they are copied when they are met, and read together.
-
     Args:
         region: whose it is.
         held: brings the region's arguments back.
@@ -90,7 +84,7 @@ class Evidence:
 
     __slots__ = (
         "_certificate", "_certify", "_drifts", "_expected", "_given", "_held", "_largest", "_read", "_region",
-        "_resampled", "_sampled", "_unmarked", "marks", "metas",
+        "_unmarked", "marks", "metas",
     )  # fmt: skip
 
     def __init__(self, region: Region, held: Held, certify: Certify, certificate: Certificate) -> None:
@@ -104,9 +98,7 @@ class Evidence:
         self._given: Given | None = None  # the arguments' tensors, while the forward runs
         self._unmarked: list[tuple[int, Tensor, int]] = []  # saved by the running operation
         # What was read in this run, with the error found: autograd may save a tensor for several operations.
-        self._read: dict[tuple[Any, ...], tuple[_Memory, Any, float]] = {}
-        self._sampled: list[tuple[list[int], Sample]] = []  # of which tensors
-        self._resampled: list[tuple[Fingerprint, Sample]] = []  # in a rebuild, and what they are compared with
+        self._read: dict[tuple[Any, ...], tuple[_Memory, Fingerprint | None, float]] = {}
         self._expected: Fingerprint | None = None  # of the first argument, if its source compares it
         self._largest: float | None = None  # norm of what autograd saved, when somebody has asked for it
 
@@ -151,23 +143,12 @@ class Evidence:
         """Take the rest, when the region has run."""
         if self._unmarked:
             self._take_waiting(recorder)
-        if self._sampled:
-            self._read_samples()
 
     def clear(self) -> None:
         """Let go of what belongs to a run."""
         self._given = None
         self._unmarked.clear()
-        self._sampled.clear()
         self._read.clear()
-
-    def _read_samples(self) -> None:
-        with aside():
-            marks = fingerprints_of([sample for _, sample in self._sampled])
-        for (indices, _), mark in zip(self._sampled, marks, strict=True):
-            for index in indices:
-                self.marks[index] = mark
-        self._sampled.clear()
 
     def _take_waiting(self, recorder: Recorder | Noted | None) -> None:
         filled = recorder.unsettled if recorder is not None else ()
@@ -187,17 +168,8 @@ class Evidence:
                 return
             memory = _Memory.of(tensor)
             known = self._known(memory)
-            if known is not None and type(known[0]) is list:  # a sample of it waits to be read
-                known[0].append(index)
-                return
             if known is not None:
                 self.marks[index] = known[0]
-                return
-            sample = self._sample_of(tensor)
-            if sample is not None:
-                indices = [index]
-                self._sampled.append((indices, sample))
-                self._note(memory, indices)
                 return
             mark = fingerprint(tensor, exact=self._certify == "exact", sample=self._drifts, apart=not self._drifts)
             self._note(memory, mark)
@@ -212,16 +184,13 @@ class Evidence:
         if self._certify != "exact":
             self._expected = mark
 
-    def _sample_of(self, tensor: Tensor, like: Fingerprint | None = None) -> Sample | None:
-        return sample_of_long(tensor, like) if self._drifts and self._certify != "exact" else None
-
-    def _known(self, memory: _Memory | None) -> tuple[Any, float] | None:
+    def _known(self, memory: _Memory | None) -> tuple[Fingerprint | None, float] | None:
         """Return the mark of what was read already, and its error."""
         if memory is None or (known := self._read.get(memory.place)) is None or not known[0].is_same(memory):
             return None
         return known[1:]
 
-    def _note(self, memory: _Memory | None, mark: Any, error: float = 0.0) -> None:
+    def _note(self, memory: _Memory | None, mark: Fingerprint | None, error: float = 0.0) -> None:
         if memory is not None:
             self._read[memory.place] = (memory, mark, error)
 
@@ -233,17 +202,12 @@ class Evidence:
         Args:
             first: its first argument; ``None`` within its first run, for a gradient that is taken there.
         """
-        if self._sampled:
-            self._read_samples()
-        self._resampled.clear()
         self._read.clear()
         if self._expected is not None and first is not None:
             self._note(_Memory.of(first), self._expected)
 
     def compare(self, index: int, tensor: Tensor, given: Given | None = None) -> float:
         """Compare what is handed out with what autograd saved; return the relative error.
-
-        That of a sample comes with :meth:`end_again`.
 
         Args:
             index: of the tensor, among those that the region saves.
@@ -267,32 +231,20 @@ class Evidence:
                     return 0.0
                 error = self._error_of(then, tensor)
             if self._held.drifts:  # for the source to judge
-                return self._that_counts(then, tensor.is_floating_point(), error)
+                if error <= tolerance_of(tensor.dtype):
+                    return error
+                # What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
+                counts = (tensor.is_floating_point() or error > GROSS) and self._is_large(then)
+                return error if counts else 0.0
         if error > 0.0:
             self._acceptance(index)(error)
         else:
             self.figures.note(error)
         return error
 
-    def end_again(self) -> float:
-        """Compare the samples that were copied on the way; return the largest relative error that counts."""
+    def end_again(self) -> None:
+        """Let go of what belongs to a rebuild."""
         self._read.clear()
-        largest = 0.0
-        if self._resampled:
-            with aside():
-                marks = fingerprints_of([sample for _, sample in self._resampled])
-            for (then, _), now in zip(self._resampled, marks, strict=True):
-                largest = max(largest, self._that_counts(then, True, error_between(then, now)))
-            self._resampled.clear()
-        return largest
-
-    def _that_counts(self, then: Fingerprint, is_floating_point: bool, error: float) -> float:
-        """Return the error of what drifts if it counts.
-
-        What is next to nothing beside the rest may be mere rounding, and of flags and indices some may turn.
-        """
-        counts = error > 0.0 and (is_floating_point or error > GROSS) and self._is_large(then)
-        return error if counts else 0.0
 
     def _mark_of(self, part: Part, index: int, given: Given) -> Fingerprint | None:
         """Return the fingerprint of what a part of the arguments holds."""
@@ -314,12 +266,7 @@ class Evidence:
         known = self._known(memory)
         if known is not None and known[0] is then:
             return known[1]
-        sample = self._sample_of(tensor, then)
-        if sample is not None:
-            self._resampled.append((then, sample))
-            error = 0.0
-        else:
-            error = difference(then, tensor, exact=exact, sample=drifts, apart=not drifts)
+        error = difference(then, tensor, exact=exact, sample=drifts, apart=not drifts)
         self._note(memory, then, error)
         return error
 

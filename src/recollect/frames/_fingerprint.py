@@ -15,18 +15,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from recollect._devices import FORMS, forms_of
 from recollect._torch import is_in_transform
 from recollect.frames._bits import sum_of_bits
 from recollect.frames._reading import (
     AS_IT_IS,
+    GROUP,
     MANY,
     Order,
     indices_of,
@@ -34,12 +35,13 @@ from recollect.frames._reading import (
     order_of,
     pieces_of,
     sample_of,
+    step_of,
     values_of,
 )
 
 __all__ = [
-    "PROJECTIONS", "Fingerprint", "Sample", "difference", "difference_of_few", "error_between", "few_bytes_of",
-    "fingerprint", "fingerprints_of", "is_finite", "is_late", "late_parts", "norm_of", "on_host", "sample_of_long",
+    "PROJECTIONS", "Fingerprint", "difference", "difference_of_few", "error_between", "few_bytes_of", "fingerprint",
+    "is_finite", "is_late", "late_parts", "norm_of", "on_host",
 ]  # fmt: skip
 
 PROJECTIONS = 4
@@ -61,19 +63,26 @@ _OF_FEW = frozenset((
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 ))  # fmt: skip
 
+_CODES = {torch.float32: "f", torch.float64: "d"}
+
 _CPU = torch.device("cpu")
 _directions: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+Sample = tuple[str, bytes]
+"""Some elements of a tensor: the code of their type, and their bytes."""
 
 
 class Fingerprint(NamedTuple):
     """What is kept of a tensor: numbers on the CPU, tensors on other devices, so that nothing waits for them."""
 
-    # Four, and the norm where it was taken for an error; empty for types that are not floating-point.
+    # Four, and the norm where it was taken for an error; empty with a sample, and where bits count instead.
     projections: list[float] | Tensor
     bits: int | Tensor  # 0 where they do not count
     order: Order = None  # of the dimensions, in which the elements were read; None: as they are
     finite: Fingerprint | None = None  # of a tensor with infinities or NaN: its other values, and where those stand
     exact: bool = False  # whether the bits decide
+    sample: Sample | None = None  # instead of projections, on the CPU
 
 
 def fingerprint(
@@ -89,24 +98,34 @@ def fingerprint(
     Args:
         tensor: any.
         exact: take its bits, which then decide.
-        sample: of more than some thousand elements take a part, as floating-point numbers.
+        sample: of more than some thousand elements take a part, as floating-point numbers: on the CPU the elements
+            themselves.
         apart: on the CPU, where there are infinities, NaN or numbers so large that they would hide the others, take
             where those that are not finite stand, and logarithms of the others.
         like: that of the forward pass, to be compared with: elements are read in its order, and the norm, to which
             errors are relative, is taken where there is an error.
     """
     order = _order_like(like)
-    if not exact:
-        plain = _plain_of(tensor, order, sample)
+    if sample and not exact and tensor.numel() > MANY:
+        found = _quick_sample(tensor, order)
+        if found is not None:
+            return Fingerprint([], 0, order, sample=found)
+    elif not exact:
+        plain = _plain_of(tensor, order)
         if plain is not None and not (apart and _is_apart(plain[0], tensor, like)):
             return Fingerprint(_with_norm(plain, like), 0, plain[1])
     values, order = values_of(tensor.detach() if tensor.requires_grad else tensor, order)
     if values is None:
         return None
-    if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
-        values = sample_of(values) if values.numel() > MANY else values
-        values = values.contiguous() if values.is_floating_point() else values.float()
     bits: int | Tensor = 0
+    if sample and not exact:  # of a tensor that may differ by rounding, and bits that follow from it by few
+        if values.numel() > MANY:
+            if forms_of(values.device).reads_at_once:
+                for indices in indices_of(tensor):
+                    bits = bits * 31 + sum_of_bits(indices)
+                return Fingerprint([], bits, order, sample=_sample_in(values))
+            values = sample_of(values)
+        values = values.contiguous() if values.is_floating_point() else values.float()
     if exact or not values.is_floating_point():
         bits = sum_of_bits(values)
     for indices in indices_of(tensor):
@@ -153,7 +172,7 @@ def _block_of(tensor: Tensor, order: Order) -> tuple[Tensor, Order] | None:
 _Plain = tuple[list[float], Order, Tensor]
 
 
-def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
+def _plain_of(tensor: Tensor, order: Order) -> _Plain | None:
     """Return the projections of a tensor that is one block of numbers on the CPU, its order, and what was read of it.
 
     The same as those of :func:`_project` in fewer steps, which is where small regions spend their time.
@@ -168,9 +187,7 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
         if not flat.is_contiguous():
             return None  # it is read piece by piece
         number, left = divmod(size, _WIDTH)
-        if sample:
-            row = flat = sample_of(flat)
-        elif left or number > _ROWS:
+        if left or number > _ROWS:
             flat = flat.view(-1)
             row = _summed_rows(flat, 0)
         else:  # the same in fewer steps
@@ -182,38 +199,46 @@ def _plain_of(tensor: Tensor, order: Order, sample: bool) -> _Plain | None:
     return numbers, order, flat
 
 
-class Sample(NamedTuple):
-    """A copy of some elements of a long tensor on the CPU, of which the fingerprint is yet to be taken."""
-
-    values: Tensor
-    order: Order
-
-
-def sample_of_long(tensor: Tensor, like: Fingerprint | None = None) -> Sample | None:
-    """Return a sample of a tensor if it is one block of more than some thousand numbers on the CPU.
-
-    Args:
-        tensor: any.
-        like: what it will be compared with.
-    """
-    if tensor.numel() <= MANY or (found := _block_of(tensor, _order_like(like))) is None:
+def _quick_sample(tensor: Tensor, order: Order) -> Sample | None:
+    """Return a sample of a tensor that is one block of numbers on the CPU, without an operation of torch."""
+    size = tensor.element_size()
+    if (
+        (order is not None and order != AS_IT_IS)
+        or type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+        or tensor.dtype not in _CODES
+        or not tensor.is_contiguous()
+        or tensor.is_neg()
+        or tensor.is_nested
+        or not FORMS["cpu"].reads_at_once
+    ):
         return None
-    block, order = found
-    return Sample(sample_of(block).contiguous(), order) if block.is_contiguous() else None
+    try:
+        place = tensor.data_ptr()
+    except RuntimeError:  # under transforms there is none
+        return None
+    if not place:  # somebody has taken the memory away
+        return None
+    groups = tensor.numel() // GROUP
+    return _CODES[tensor.dtype], memoryview(_groups_of(size, groups).from_address(place))[:: step_of(groups)].tobytes()
 
 
-def fingerprints_of(samples: Sequence[Sample]) -> list[Fingerprint]:
-    """Return the fingerprints of samples, as :func:`fingerprint` takes them one by one, of all in one go."""
-    rows: dict[torch.dtype, list[int]] = {}
-    for index, (values, _) in enumerate(samples):
-        rows.setdefault(values.dtype, []).append(index)
-    marks: list[Any] = [None] * len(samples)
-    for dtype, indices in rows.items():
-        values = pad_sequence([samples[i].values for i in indices], batch_first=True)
-        numbers: list[list[float]] = torch.mm(values, _columns(dtype, _CPU, values.size(1)).t()).tolist()
-        for i, projections in zip(indices, numbers, strict=True):
-            marks[i] = Fingerprint(projections, 0, samples[i].order)
-    return marks
+@functools.lru_cache(maxsize=256)
+def _groups_of(size: int, number: int) -> type[ctypes.Array[Any]]:
+    """Return the type of an array of so many groups of elements, each of ``size`` bytes."""
+    group: Any = type("Group", (ctypes.Structure,), {"_fields_": [("elements", ctypes.c_char * (size * GROUP))]})
+    array: type[ctypes.Array[Any]] = group * number
+    return array
+
+
+def _sample_in(values: Tensor) -> Sample:
+    """Return a sample of a tensor on the CPU, whatever it is like."""
+    values = sample_of(values)
+    if values.dtype not in _CODES:
+        values = values.float()
+    values = values.contiguous()
+    return _CODES[values.dtype], _bytes_at(values.data_ptr(), values.nbytes)
 
 
 def _with_norm(plain: _Plain, like: Fingerprint | None) -> list[float]:
@@ -255,8 +280,8 @@ def difference(
     """Return the relative error of a tensor whose fingerprint was taken then; 0.0 where there is none."""
     if then is None:
         return 0.0
-    if not exact and then.finite is None:  # what comes most often
-        plain = _plain_of(tensor, _order_like(then), sample)
+    if not exact and then.finite is None and then.sample is None:  # what comes most often
+        plain = _plain_of(tensor, _order_like(then))
         if plain is not None and plain[0] == then.projections:
             return 0.0
         if plain is not None and _is_tame(plain[0], tensor):
@@ -305,6 +330,8 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     """Return the estimate of ||now - then|| / ||then||; infinite where bits that count differ, 0.0 if all is equal."""
     if int(then.bits) != int(now.bits):
         return math.inf
+    if then.sample is not None:
+        return 0.0 if then.sample == now.sample else _error_between_samples(then.sample, now.sample)
     if then.exact:
         return 0.0  # sums of the same numbers are not: rows with gaps between them are summed up by pieces
     if then.finite is not None:
@@ -330,6 +357,25 @@ def error_between(then: Fingerprint, now: Fingerprint) -> float:
     return error / norm
 
 
+def _error_between_samples(then: Sample, now: Sample | None) -> float:
+    if now is None or len(then[1]) != len(now[1]):
+        return math.inf
+    a, b = _elements_of(then), _elements_of(now)
+    distance = math.dist(a, b)
+    if not math.isfinite(distance):
+        # After an overflow in the forward pass there is nothing to prove.
+        return math.inf if all(map(math.isfinite, a)) else 0.0
+    if distance == 0.0:
+        return 0.0
+    norm = math.hypot(*a)
+    return distance / norm if norm > 0.0 else math.inf
+
+
+def _elements_of(sample: Sample) -> tuple[float, ...]:
+    code, elements = sample
+    return struct.unpack(f"{len(elements) // struct.calcsize(code)}{code}", elements)
+
+
 def is_late(mark: Fingerprint | None) -> bool:
     """Return whether reading a fingerprint would wait for its device."""
     return mark is not None and (isinstance(mark.projections, Tensor) or isinstance(mark.bits, Tensor))
@@ -349,13 +395,16 @@ def on_host(mark: Fingerprint, numbers: Iterator[list[Any]]) -> Fingerprint:
 
 def norm_of(mark: Fingerprint | None) -> float:
     """Return the estimate of a tensor's norm; infinite where there is none."""
+    if mark is not None and mark.sample is not None:
+        return math.hypot(*_elements_of(mark.sample))
     numbers = [] if mark is None else _numbers(mark.projections)
     return _root_mean_square(numbers) if numbers else math.inf
 
 
 def is_finite(mark: Fingerprint) -> bool:
     """Return whether a tensor was free of infinities and NaN, as far as its fingerprint shows."""
-    return all(map(math.isfinite, _numbers(mark.projections)[:PROJECTIONS]))
+    numbers = _numbers(mark.projections)[:PROJECTIONS] if mark.sample is None else _elements_of(mark.sample)
+    return all(map(math.isfinite, numbers))
 
 
 def _root_mean_square(projections: list[float]) -> float:

@@ -13,11 +13,13 @@ from recollect._devices import forms_of
 from recollect._torch import is_in_transform, without_overrides
 
 __all__ = [
-    "AS_IT_IS", "MANY", "Order", "Values", "indices_of", "limit_of", "order_of", "pieces_of", "sample_of", "values_of",
+    "AS_IT_IS", "GROUP", "MANY", "Order", "Values", "indices_of", "limit_of", "order_of", "pieces_of", "sample_of",
+    "step_of", "values_of",
 ]  # fmt: skip
 
-# Sampled elements, where reading all of them would cost more than it proves.
-_SAMPLES = 509
+# Where reading all elements would cost more than it proves, groups of some are read: they come from memory together.
+_GROUPS = 63
+GROUP = 2
 MANY = 4096
 """So many are read in whole all the same."""
 
@@ -96,26 +98,28 @@ def _values_of_subclass(tensor: Tensor, order: Order) -> Values:
 
 
 @functools.lru_cache(maxsize=256)
-def _step_of(size: int) -> int:
-    """Return the distance of samples: prime to the size, so that all rows and columns are met equally often."""
-    step = -(-size // _SAMPLES)
-    while math.gcd(step, size) != 1:
+def step_of(groups: int) -> int:
+    """Return how many groups on the next one is read: prime to all, so that rows and columns are met equally often."""
+    step = -(-groups // _GROUPS)
+    while math.gcd(step, groups) != 1:
         step += 1
     return step
 
 
 def sample_of(values: Tensor) -> Tensor:
-    """Return elements at equal distances, of a strided tensor."""
-    step = _step_of(values.numel())
+    """Return some elements of a strided tensor that has thousands, in groups of neighbours, [groups, elements]."""
+    groups = values.numel() // GROUP
+    step = step_of(groups)
     if values.is_contiguous():
-        return values.view(-1)[::step]
-    places = torch.arange(0, values.numel(), step, device=values.device)
+        return values.as_strided((1 + (groups - 1) // step, GROUP), (step * GROUP, 1))
+    first = torch.arange(0, groups, step, device=values.device).mul_(GROUP)
+    places = first.unsqueeze(1) + torch.arange(GROUP, device=values.device)
     offsets, extent = torch.zeros_like(places), 1
     for size, stride in zip(reversed(values.shape), reversed(values.stride()), strict=True):
         offsets += places.remainder(size).mul_(stride)
         places = places.div_(size, rounding_mode="floor")
         extent += (size - 1) * stride
-    return values.as_strided((extent,), (1,)).index_select(0, offsets)
+    return values.as_strided((extent,), (1,)).index_select(0, offsets.view(-1)).view(offsets.shape)
 
 
 def limit_of(values: Tensor) -> int:

@@ -175,7 +175,7 @@ class Rebuild:
         """Compare the rest."""
         if self._waiting:
             self._compare_waiting()
-        self.error = max(self.error, self._evidence.end_again())
+        self._evidence.end_again()
 
 
 class Collecting(saved_tensors_hooks):
