@@ -388,7 +388,20 @@ def _first_rows(adj_t: Tensor, number: int) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return what grows with each change in place that torch counts; tensors of inference mode have no such number."""
+    """Return what grows with each change in place that torch counts, of a sparse tensor's parts too.
+
+    Args:
+        tensor: any; those of inference mode have no such number, and stay at 0.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, version_of
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0]), torch.tensor([0, 1]), None, 2)
+        >>> before = version_of(adj_t)
+        >>> _ = adj_t.values().mul_(2.0)
+        >>> version_of(adj_t) > before
+        True
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
