@@ -1,5 +1,7 @@
 """What would give other numbers than the whole network is refused before anything is changed."""
 
+import copy
+import pickle
 import threading
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -427,3 +429,10 @@ def test_inputs_are_names_of_what_the_graph_has():
             WholeGraph(a_model(), a_graph(), PTR, inputs=other)
     with pytest.raises(ValueError, match="data has no edge_kind, which inputs names"):
         WholeGraph(a_model(), a_graph(), PTR, inputs=("edge_kind",))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(copied):
+    whole = WholeGraph(a_model(), a_graph(), PTR)
+    with pytest.raises(TypeError, match="make another WholeGraph with the copy"):
+        copied(whole)

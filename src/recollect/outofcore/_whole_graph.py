@@ -189,6 +189,12 @@ class WholeGraph:
 
     # What users call.
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WholeGraph cannot be copied or pickled, as its tables and files are its own: copy the network, and make "
+            "another WholeGraph with the copy"
+        )
+
     @property
     def tables(self) -> dict[str, tuple[int, int, torch.dtype]]:
         """Rows, entries in a row and their type, of each table that there is; steps of several losses make more."""
