@@ -44,6 +44,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -80,6 +81,7 @@ __all__ = [
     "is_faked",
     "is_in_transform",
     "is_recorded",
+    "is_stand_in",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "modes_are_open",
@@ -96,6 +98,7 @@ __all__ = [
     "selective_storage",
     "sequence",
     "shape_of",
+    "stands_in",
     "storage_use_count",
     "tensor_use_count",
     "transform_level_is_open",
@@ -443,6 +446,21 @@ def has_global_hooks(beside_engines: bool = False) -> bool:
 
 
 STANDARD_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+
+
+def stands_in(forward: _Function) -> _Function:
+    """Mark a function that stands in a module's ``forward`` while calls need it, of any thread.
+
+    It is no state of the module: another thread may put it there or take it off at any time, and the module does the
+    same with it and without.
+    """
+    forward.recollect_stands_in = True  # type: ignore[attr-defined]
+    return forward
+
+
+def is_stand_in(value: Any) -> bool:
+    """Return whether a value is a method of a function that :func:`stands_in` has marked."""
+    return isinstance(value, types.MethodType) and getattr(value.__func__, "recollect_stands_in", False) is True
 
 
 # Contexts that torch keeps for the process.

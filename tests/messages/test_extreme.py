@@ -131,3 +131,13 @@ def test_what_it_is_not_for_is_refused(adj_t, x):
         extreme(adj_t, x, "mean")
     with pytest.raises(ValueError, match="x is on meta, but torch has this reduction on the CPU only"):
         extreme(adj_t, x.to("meta"), "max")
+
+
+def test_what_is_no_row_for_each_source_is_refused(adj_t, x):
+    for other in (x[:5], x.new_zeros(7, 3), x[:, 0]):
+        with pytest.raises(ValueError, match=r"adj_t \[4, 6\] has 6 sources: give a row for each, \[6, channels\]"):
+            extreme(adj_t, other, "max")
+    with pytest.raises(TypeError, match=r"x is of torch\.int64, but must be floating point"):
+        extreme(adj_t, torch.ones(6, 3, dtype=torch.int64), "max")
+    with pytest.raises(TypeError, match=r"complex numbers have no order"):
+        extreme(adj_t, x.to(torch.complex128), "max")

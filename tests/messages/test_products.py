@@ -11,7 +11,7 @@ from graph_zoo import every_graph
 import recollect
 from recollect.autoscale import edge_index_of, to_adj_t
 from recollect.memory import peak_memory
-from recollect.messages import propagate, sparse_csr
+from recollect.messages import propagate, sparse_csr, with_weights
 from recollect.messages._products import _TRANSPOSES
 
 pytestmark = [
@@ -192,6 +192,49 @@ def test_the_transpose_goes_with_the_adjacency(adj_t, x):
     assert len(_TRANSPOSES) == before + 2  # both ways
     del other
     assert len(_TRANSPOSES) == before
+
+
+@pytest.mark.parametrize("change", ["values", "columns"])
+def test_an_adjacency_that_is_changed_between_passes_has_another_transpose(change, adj_t, x):
+    for _ in range(3):
+        out, expected = propagate(adj_t, x), adj_t.to_dense() @ x
+        torch.testing.assert_close(out, expected)
+        found, wanted = (torch.autograd.grad(y.sin().sum(), x, create_graph=True)[0] for y in (out, expected))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y.cos().sum(), x)[0] for y in (found, wanted)))
+        if change == "values":
+            adj_t.values().mul_(-2.0)
+        else:
+            adj_t.col_indices().copy_(adj_t.col_indices().add(1).remainder(6))
+
+
+def test_an_adjacency_that_is_changed_before_backward_is_an_error(adj_t, x):
+    for other in (adj_t, with_weights(adj_t, torch.ones(8, dtype=torch.float64, requires_grad=True))):
+        out = propagate(other, x)
+        with torch.no_grad():
+            other.values().mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_what_is_no_row_for_each_source_is_refused(adj_t, x):
+    """A kernel would read beyond the end of fewer rows."""
+    weights = adj_t.values().clone().requires_grad_()
+    calls = (
+        lambda x: propagate(adj_t, x),
+        lambda x: propagate(adj_t, x, weights),
+        lambda x: propagate(with_weights(adj_t, weights), x),
+    )
+    for call in calls:
+        for other in (x[:5], x.new_zeros(7, 3), x.new_zeros(2, 64), x[:, 0], x.unsqueeze(0)):
+            with pytest.raises(ValueError, match=r"adj_t \[4, 6\] has 6 sources: give a row for each, \[6, channels\]"):
+                call(other)
+        for other, what in (([1.0], "a list"), (x.to_sparse(), r"a tensor of layout torch\.sparse_coo")):
+            with pytest.raises(TypeError, match=rf"x is {what}, but must be a dense tensor \[6, channels\]"):
+                call(other)
+        for dtype in (torch.int64, torch.bool):
+            with pytest.raises(TypeError, match=rf"x is of {dtype}, but must be floating point: write x\.float\(\)"):
+                call(torch.ones(6, 3, dtype=dtype))
 
 
 def test_what_is_no_adjacency_is_refused(adj_t, x):

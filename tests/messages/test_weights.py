@@ -350,7 +350,7 @@ def test_the_order_goes_with_the_adjacency(x, w):
     other = with_weights(adj_t, w)
     propagate(other, x).sum().backward()
     assert len(_KNOWN) == before + 2
-    kept = weakref.ref(_KNOWN[adj_t])
+    kept = weakref.ref(_KNOWN[adj_t][1])
     del adj_t
     assert kept() is not None
     del other
@@ -362,8 +362,19 @@ def test_weights_of_another_number_are_refused(adj_t, x, w):
     for call in (lambda: propagate(adj_t, x, w[:3]), lambda: with_weights(adj_t, w[:3])):
         with pytest.raises(ValueError, match=r"weights have shape \[3\], but must be \[8\]: one for each edge"):
             call()
+    for call in (lambda: propagate(adj_t, x, w.tolist()), lambda: with_weights(adj_t, w.tolist())):
+        with pytest.raises(TypeError, match=r"weights are a list, but must be a tensor \[8\]"):
+            call()
     with pytest.raises(TypeError, match=r"must be a torch\.sparse_csr"):
         with_weights(edge_index_of(adj_t), w)
+
+
+def test_edges_that_are_changed_in_place_are_ordered_anew(adj_t, x, w):
+    for _ in range(3):
+        found, wanted = propagate(adj_t, x, w), dense_of(adj_t, w) @ x
+        pairs = zip(*(torch.autograd.grad(y.sin().sum(), (x, w)) for y in (found, wanted)), strict=True)
+        assert all(torch.allclose(one, other, **EXACT) for one, other in pairs)
+        adj_t.col_indices().copy_(adj_t.col_indices().add(1).remainder(7))
 
 
 def test_a_gradient_that_does_not_fit_is_refused(w):

@@ -435,3 +435,13 @@ def test_the_edges_of_an_adjacency_are_made_once_and_not_kept_longer():
     del adj_t, again
     gc.collect()
     assert gone() is None
+
+
+def test_an_adjacency_that_is_changed_in_place_has_other_edges():
+    data, _ = make_graph()
+    model, plain = make_model(), make_model(num_nodes=None, disable=True)
+    plain.load_state_dict(model.state_dict())
+    for _ in range(3):
+        found, wanted = model(data.x, data.adj_t), plain(data.x, edge_index_of(data))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        data.adj_t.col_indices().copy_(data.adj_t.col_indices().add(1).remainder(NODES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from typing import Any
 
 import numpy
@@ -560,3 +561,30 @@ class TestMiniBatches:
         data = pytest.importorskip("torch_geometric.data").Data(x=x, edge_index=edge_index)
         model = make(conv="graphconv")
         torch.testing.assert_close(model(x, to_adj_t(data).adj_t.double()), model(x, edge_index))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_threads_share_a_network_and_its_edges(fuse, x, edge_index):
+    """Convolutions have another forward meanwhile, which no thread takes for a state to be put back."""
+    model = make(2)
+    for layer in model.layers:
+        layer.fuse = fuse
+    expected, failures = gradients(model, x, edge_index, disable=True), []
+
+    def work():
+        try:
+            for _ in range(12):
+                target = torch.arange(NODES) % 3
+                found = torch.autograd.grad(model.loss(model(x, edge_index), target), list(model.parameters()))
+                assert largest_error(list(found), expected) < 1e-9
+        except Exception as error:
+            failures.append(error)
+
+    model.disable = False
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -1,5 +1,7 @@
 """What would give other numbers than the whole network is refused before anything is changed."""
 
+import copy
+import pickle
 import threading
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -413,3 +415,24 @@ def test_tables_have_the_sizes_of_groups_and_masks(tmp_path):
     }
     in_files = WholeGraph(a_model(), data, PTR, tmp_path)
     assert in_files.tables["x0"] == (data.num_nodes + int(PTR.diff().max()), 4, torch.float64)
+
+
+def test_what_is_no_graph_is_refused():
+    for other, what in ((None, "a NoneType"), ({"x": torch.zeros(3, 7)}, "a dict")):
+        with pytest.raises(TypeError, match=f"data is {what}, but must be a graph with x, y and train_mask"):
+            WholeGraph(a_model(), other, PTR)
+
+
+def test_inputs_are_names_of_what_the_graph_has():
+    for other in ("edge_weight", (3,)):
+        with pytest.raises(TypeError, match=r"must be a tuple of names, such as \('edge_weight',\)"):
+            WholeGraph(a_model(), a_graph(), PTR, inputs=other)
+    with pytest.raises(ValueError, match="data has no edge_kind, which inputs names"):
+        WholeGraph(a_model(), a_graph(), PTR, inputs=("edge_kind",))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(copied):
+    whole = WholeGraph(a_model(), a_graph(), PTR)
+    with pytest.raises(TypeError, match="make another WholeGraph with the copy"):
+        copied(whole)

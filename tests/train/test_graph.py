@@ -97,7 +97,7 @@ def test_features_of_a_column_have_mean_zero_and_deviation_one(graph):
 
 
 def test_more_parts_than_nodes_are_refused(graph):
-    with pytest.raises(UsageError, match=r"training.num_parts=13: the graph has only 12 nodes"):
+    with pytest.raises(UsageError, match=r"num_parts=13: the graph has only 12 nodes.*write training.num_parts=4, or"):
         prepare(parse([*PARTS, "training.num_parts=13"]), graph)
 
 

@@ -19,6 +19,7 @@ from recollect.autoscale._network import LayeredGNN, State
 from recollect.autoscale._outside import matches
 from recollect.autoscale.histories._rows_source import Rows
 from recollect.autoscale.loader._outward import Outward
+from recollect.messages import version_of
 
 if TYPE_CHECKING:
     from recollect.autoscale._block_compensation import LayerCompensation
@@ -138,14 +139,14 @@ _EDGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _kept_edges(adj_t: Tensor) -> Tensor:
-    """Return the edges [2, E] of an adjacency: the same tensor at each call, unless a block wrote into it."""
+    """Return the edges [2, E] of an adjacency: the same tensor at each call, unless one of the two was written into."""
     if is_recorded():
         return edge_index_of(adj_t)
-    known: tuple[Tensor, int] | None = _EDGES.get(adj_t, None)  # type: ignore[no-untyped-call]
-    if known is None or known[0]._version != known[1]:
+    known: tuple[Tensor, int, int] | None = _EDGES.get(adj_t, None)  # type: ignore[no-untyped-call]
+    if known is None or (known[0]._version, version_of(adj_t)) != known[1:]:
         with torch.inference_mode(False), torch.no_grad():
             edge_index = edge_index_of(adj_t)
-        known = _EDGES[adj_t] = edge_index, edge_index._version
+        known = _EDGES[adj_t] = edge_index, edge_index._version, version_of(adj_t)
     return known[0]
 
 

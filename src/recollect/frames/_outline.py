@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -80,7 +81,7 @@ def held_by(modules: Sequence[nn.Module], most: int = _PARTS) -> Snapshot | None
         most: so many parts are noted.
     """
     first = modules[0]
-    outlines = _outlines if len(modules) == 1 else _outlines_of_several
+    outlines = _outlines.of_one if len(modules) == 1 else _outlines.of_several
     outline = outlines.get(first)
     if outline is None:
         outline = outlines[first] = _Outline()
@@ -243,7 +244,7 @@ class _Outline:
         looked: list[tuple[int, int]] = []  # for each value: how deep is looked behind it, and of which part it is
         children: list[int] = []
         for i, part in enumerate(parts):
-            names = vars(part)
+            names = vars(part).copy()
             if not all(type(names.get(name)) is dict for name in ("_parameters", "_buffers", "_modules")):
                 return False
             for name, value in names.items():
@@ -305,6 +306,18 @@ class _Outline:
             looked = [of for (depth, i), size in zip(behind, shape[0], strict=True) for of in [(depth - 1, i)] * size]
 
 
-_outlines: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()
-_outlines_of_several: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()  # by the first
+class _Outlines(threading.local):
+    """What this thread has learned: an outline is drawn anew while another thread may read its own.
+
+    Attributes:
+        of_one: by the module.
+        of_several: by the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.of_one: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()
+        self.of_several: weakref.WeakKeyDictionary[nn.Module, _Outline] = weakref.WeakKeyDictionary()
+
+
+_outlines = _Outlines()
 _forwards: dict[type, Any] = {}

@@ -117,10 +117,13 @@ class Snapshot:
         buffers = [*map(_buffers_of, names)]
         dicts = [*names, *map(_parameters_of, names), *buffers, *map(_modules_of, names)]
         self._dicts = dicts
-        sizes = [*map(len, dicts)]
+        while True:
+            sizes = [*map(len, dicts)]
+            self.keys: list[str] = [*chain.from_iterable(dicts)]
+            values: list[Any] = [*chain.from_iterable(map(dict.values, dicts))]
+            if sum(sizes) == len(self.keys) == len(values):  # else another thread put something there meanwhile
+                break
         self._sizes = sizes
-        self.keys: list[str] = [*chain.from_iterable(dicts)]
-        values: list[Any] = [*chain.from_iterable(map(dict.values, dicts))]
         self.values = values
         self._number = len(values)  # of values in the dictionaries
         number = len(parts)

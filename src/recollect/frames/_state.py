@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recollect._torch import is_stand_in
 from recollect._util._tree import ATOMS
 from recollect.frames._forward import Forward
 
@@ -222,13 +223,13 @@ class PythonState:
 
     def add_namespace(self, names: dict[str, Any], skip: frozenset[str] = frozenset(), depth: int = DEPTH) -> None:
         """Note the attributes of an object."""
-        whole: dict[str, Any] | None = names.copy()
-        for name, value in names.items():
+        whole = names.copy()  # in one go: another thread may put a forward there
+        has_history = False
+        for name, value in whole.items():
             if type(value) not in ATOMS and name not in skip:
                 self._add(value, depth)
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    whole = None
-        self._things.append(_Namespace(names, whole, skip))
+                has_history = has_history or (isinstance(value, Tensor) and not value.is_leaf)
+        self._things.append(_Namespace(names, None if has_history else whole, skip))
 
     def add_noted(self, names: dict[str, Any], whole: dict[str, Any], skip: frozenset[str]) -> None:
         """Note the attributes that an object had, all of them immutable."""
@@ -359,8 +360,11 @@ class _Namespace:
         self._whole = whole
         self.then = whole if whole is not None else {name: _past(value) for name, value in self._counting().items()}
 
+    def _counts(self, name: str, value: Any) -> bool:
+        return name not in self._skip and not (name == "forward" and is_stand_in(value))
+
     def _counting(self) -> dict[str, Any]:
-        return {name: value for name, value in self._names.items() if name not in self._skip}
+        return {name: value for name, value in self._names.copy().items() if self._counts(name, value)}
 
     def read(self) -> dict[str, Any]:
         if self._whole is not None and same_items(self._names, self._whole):
@@ -372,13 +376,13 @@ class _Namespace:
         if values is self._whole:
             if same_items(names, values):
                 return
-            values = {name: value for name, value in values.items() if name not in self._skip}
+            values = {name: value for name, value in values.items() if self._counts(name, value)}
         for name, value in values.items():
             value = _present(value)
             if names.get(name, _MISSING) is not value:
                 names[name] = value
-        if any(name not in values and name not in self._skip for name in names):
-            for name in [name for name in names if name not in values and name not in self._skip]:
+        if not names.keys() <= values.keys():
+            for name in [name for name in self._counting() if name not in values]:
                 del names[name]
 
 

@@ -8,7 +8,16 @@ calls a convolution of torch_geometric, or a block with convolutions in it, by m
 The other names are what the package shares about sparse CSR adjacencies.
 """
 
-from recollect.messages._adjacency import check_csr, described, make_adj_t, row_pointers, rows_of, sparse_csr, values_of
+from recollect.messages._adjacency import (
+    check_csr,
+    described,
+    make_adj_t,
+    row_pointers,
+    rows_of,
+    sparse_csr,
+    values_of,
+    version_of,
+)
 from recollect.messages._convolutions import convolve, for_targets
 from recollect.messages._extreme import extreme
 from recollect.messages._kernels import multiplied
@@ -37,5 +46,6 @@ __all__ = [
     "take_made",
     "transposed_rows",
     "values_of",
+    "version_of",
     "with_weights",
 ]

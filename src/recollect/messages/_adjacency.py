@@ -18,6 +18,7 @@ from recollect._torch import is_transformed, with_signature
 __all__ = [
     "Edges",
     "check_csr",
+    "check_rows",
     "described",
     "edges_of",
     "know_edges",
@@ -30,6 +31,7 @@ __all__ = [
     "sparse_csr",
     "state_of",
     "values_of",
+    "version_of",
     "weights_of",
 ]
 
@@ -294,6 +296,20 @@ def check_csr(adj_t: Any) -> None:
         )
 
 
+def check_rows(adj_t: Tensor, x: Any) -> None:
+    """Refuse what is not a row of numbers for each source, which kernels would read beyond its end."""
+    num_sources = adj_t.size(1)
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        raise TypeError(f"x is {described(x)}, but must be a dense tensor [{num_sources}, channels]")
+    if x.dim() != 2 or x.size(0) != num_sources:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, but adj_t [{adj_t.size(0)}, {num_sources}] has {num_sources} sources: give "
+            f"a row for each, [{num_sources}, channels]"
+        )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"x is of {x.dtype}, but must be floating point: write x.float()")
+
+
 class Edges:
     """One state of an ``edge_index``, which is not held, and the adjacencies made of it.
 
@@ -369,6 +385,24 @@ def _first_rows(adj_t: Tensor, number: int) -> Tensor:
     rowptr = adj_t.crow_indices()[: number + 1].clone()
     col, value = (each[: int(rowptr[-1])].clone() for each in (adj_t.col_indices(), adj_t.values()))
     return sparse_csr(rowptr, col, value, (number, adj_t.size(1)))
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return what grows with each change in place that torch counts, of a sparse tensor's parts too.
+
+    Args:
+        tensor: any; those of inference mode have no such number, and stay at 0.
+
+    Example:
+        >>> import torch
+        >>> from recollect.messages import make_adj_t, version_of
+        >>> adj_t, _ = make_adj_t(torch.tensor([1, 0]), torch.tensor([0, 1]), None, 2)
+        >>> before = version_of(adj_t)
+        >>> _ = adj_t.values().mul_(2.0)
+        >>> version_of(adj_t) > before
+        True
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def state_of(edge_index: Tensor) -> tuple[int, int, torch.Size]:

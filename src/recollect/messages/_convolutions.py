@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect._devices import forms_of
-from recollect._torch import is_recorded, saved_tensor_hooks
+from recollect._torch import is_recorded, saved_tensor_hooks, stands_in
 from recollect.messages._adjacency import edges_of
 from recollect.messages._recall import asks_again, recalled
 from recollect.messages._rules import Rule, Sources, known
@@ -184,6 +184,7 @@ def _let_go(conv: nn.Module) -> None:
                 del own["forward"]
 
 
+@stands_in
 def forward(conv: Any, *args: Any, **kwargs: Any) -> Any:
     """What a convolution has as ``forward`` while a block runs that it is in.
 
@@ -280,7 +281,7 @@ def _is_untouched(conv: nn.Module) -> bool:
     """Whether no hook and no method was put on this one or on its class, and it is not compiled."""
     if not all(_is_library(getattr(type(conv), name, None)) for name in _WRITTEN):
         return False
-    own = vars(conv)
+    own = vars(conv).copy()  # in one go: another thread may put its forward there
     methods = _METHODS.intersection(own)
     if any(not _is_ours(own[name]) for name in methods) or own.get("_compiled_call_impl") is not None:
         return False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recollect._devices import forms_of
 from recollect._torch import outside_functorch, with_signature
-from recollect.messages._adjacency import check_csr, sparse_csr
+from recollect.messages._adjacency import check_csr, check_rows, sparse_csr
 from recollect.messages._kernels import Constant, reduced
 
 __all__ = ["extreme"]
@@ -38,8 +38,9 @@ def extreme(adj_t: Tensor, x: Tensor, which: Literal["max", "min"]) -> Tensor:
         [num_targets, channels], of the type of ``x``.
 
     Raises:
-        TypeError: ``adj_t`` is no sparse CSR tensor.
-        ValueError: ``which`` is something else, or ``x`` is on another device than the CPU.
+        TypeError: ``adj_t`` is no sparse CSR tensor, or ``x`` holds no real floating-point numbers.
+        ValueError: ``which`` is something else, there is not a row of ``x`` for each source, or ``x`` is on another
+            device than the CPU.
 
     Example:
         >>> import torch
@@ -51,6 +52,9 @@ def extreme(adj_t: Tensor, x: Tensor, which: Literal["max", "min"]) -> Tensor:
                 [ 0.,  0.]])
     """
     check_csr(adj_t)
+    check_rows(adj_t, x)
+    if x.is_complex():
+        raise TypeError(f"x is of {x.dtype}, and complex numbers have no order: give real ones")
     if which not in ("max", "min"):
         raise ValueError(f"which={which!r} is unknown; choose 'max' or 'min'")
     if not forms_of(x.device).reductions:

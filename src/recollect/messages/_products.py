@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._torch import outside_functorch, with_signature
-from recollect.messages._adjacency import check_csr, row_pointers, sparse_csr
+from recollect.messages._adjacency import check_csr, check_rows, row_pointers, sparse_csr, version_of
 from recollect.messages._kernels import Constant, multiplied
 from recollect.messages._weights import weighted_product
 
 __all__ = ["know_transpose", "known_transpose", "propagate", "shifted", "transposed_rows"]
 
-# While an adjacency lives, its transpose does; a transpose knows what it was made of, and does not keep it.
+# While an adjacency lives and is not changed, its transpose does; a transpose knows what it was made of, and does not
+# keep it. Each is noted with the versions that it and the other had.
 _TRANSPOSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Where the sources of a shifted adjacency begin.
 _SHIFTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -55,8 +56,8 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
     """Return the weighted sum over each target's edges, ``adj_t @ x``.
 
     Faster in backward than the operator: what the transpose takes is made once for an adjacency and kept as long as
-    that lives, so an adjacency must not be changed in place between passes. Computed in at least float32, also under
-    autocast.
+    that lives and is not changed; changes that torch does not count, made through ``.data`` or NumPy, are not seen.
+    Computed in at least float32, also under autocast.
 
     Weights of edges can be learnt, as those of :func:`~recollect.autoscale.with_weights` or as ``weights``: the
     gradient of an edge's weight is the scalar product of its target's gradient and its source's row, in whatever order
@@ -64,16 +65,17 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
 
     Args:
         adj_t: sparse CSR [num_targets, num_sources].
-        x: [num_sources, channels].
+        x: [num_sources, channels], floating point.
         weights: [num_edges], floating point, in the place of the values of ``adj_t``; for transforms of torch.func.
 
     Returns:
         [num_targets, channels], of the type of ``x``.
 
     Raises:
-        TypeError: ``adj_t`` is no sparse CSR tensor.
-        ValueError: there is not one of the ``weights`` for each edge; or ``adj_t`` requires grad, was not made by
-            :func:`~recollect.autoscale.with_weights`, and has unsorted columns or several edges between two nodes.
+        TypeError: ``adj_t`` is no sparse CSR tensor, or ``x`` holds no floating-point numbers.
+        ValueError: there is not a row of ``x`` for each source, or not one of the ``weights`` for each edge; or
+            ``adj_t`` requires grad, was not made by :func:`~recollect.autoscale.with_weights`, and has unsorted columns
+            or several edges between two nodes.
 
     Example:
         >>> import torch
@@ -85,9 +87,10 @@ def propagate(adj_t: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor
         tensor([10.,  1., 10.])
     """
     check_csr(adj_t)
+    check_rows(adj_t, x)
     if weights is None and not adj_t.requires_grad:
         first = _SHIFTS.get(adj_t) if _SHIFTS else None  # type: ignore[no-untyped-call]
-        if first is not None and x.dim() == 2 and x.size(0) == adj_t.size(1):
+        if first is not None:
             return (x[first:] if first else x).clone()
         out: Tensor = _Propagate.apply(x, Constant(adj_t))  # type: ignore[no-untyped-call]
         return out
@@ -109,15 +112,15 @@ class _Propagate(torch.autograd.Function):
         # An adjacency that others keep is not to be asked for; one that nobody keeps is made again of what autograd
         # saved, as that is what frames can drop.
         adj_t = inputs[1].adj_t
-        ctx.kept, ctx.size = weakref.ref(adj_t), adj_t.shape
+        ctx.kept, ctx.version, ctx.size = weakref.ref(adj_t), version_of(adj_t), adj_t.shape
         with outside_functorch():  # torch.func cannot take sparse tensors apart
             ctx.save_for_backward(adj_t.crow_indices(), adj_t.col_indices(), adj_t.values())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         adj_t = ctx.kept()
-        if adj_t is None:
-            rowptr, col, value = ctx.saved_tensors
+        if adj_t is None or version_of(adj_t) != ctx.version:
+            rowptr, col, value = ctx.saved_tensors  # of one that was changed since, this is autograd's own error
             adj_t = sparse_csr(rowptr, col, value, ctx.size)
         return propagate(_transposed(adj_t), grad), None
 
@@ -172,12 +175,19 @@ def transposed_rows(adj_t: Tensor, count: int) -> Tensor:
 
 
 def known_transpose(adj_t: Tensor) -> Tensor | None:
-    """Return the transpose, if it was made."""
-    known: Tensor | weakref.ref[Tensor] | None = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
-    return known() if isinstance(known, weakref.ref) else known
+    """Return the transpose, if it was made and neither was changed since."""
+    known: tuple[Tensor | weakref.ref[Tensor], tuple[int, int]] | None
+    known = _TRANSPOSES.get(adj_t, None)  # type: ignore[no-untyped-call]
+    if known is None:
+        return None
+    transpose = known[0]() if isinstance(known[0], weakref.ref) else known[0]
+    if transpose is None or (version_of(adj_t), version_of(transpose)) != known[1]:
+        return None
+    return transpose
 
 
 def know_transpose(adj_t: Tensor, transpose: Tensor) -> None:
-    """Note that one is the transpose of the other, as long as the first lives."""
-    _TRANSPOSES[adj_t] = transpose
-    _TRANSPOSES[transpose] = weakref.ref(adj_t)
+    """Note that one is the transpose of the other, as long as the first lives and neither is changed."""
+    versions = version_of(adj_t), version_of(transpose)
+    _TRANSPOSES[adj_t] = transpose, versions
+    _TRANSPOSES[transpose] = weakref.ref(adj_t), versions[::-1]

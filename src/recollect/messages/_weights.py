@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recollect._torch import outside_functorch, with_signature
-from recollect.messages._adjacency import check_csr, row_pointers, rows_of_entries, sparse_csr, weights_of
+from recollect.messages._adjacency import (
+    check_csr,
+    described,
+    row_pointers,
+    rows_of_entries,
+    sparse_csr,
+    version_of,
+    weights_of,
+)
 from recollect.messages._kernels import edge_dots, edge_product
 
 __all__ = ["weighted_product", "with_weights"]
@@ -33,7 +41,7 @@ class _Known:
         self.ascends: bool | None = None
 
 
-# It lives as long as an adjacency with these edges does.
+# It lives as long as an adjacency with these edges does, and is not changed: each is noted with its version.
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -55,6 +63,8 @@ class Pattern:
 
     def check(self, weights: Tensor) -> None:
         """Refuse weights that are not one for each edge."""
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights are {described(weights)}, but must be a tensor [{self.col.numel()}]")
         if weights.shape != self.col.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}, but must be [{self.col.numel()}]: one for each edge"
@@ -82,9 +92,10 @@ class Pattern:
 
 def pattern_of(adj_t: Tensor) -> Pattern:
     """Return the pattern of a sparse CSR tensor."""
-    known: _Known | None = _KNOWN.get(adj_t, None)  # type: ignore[no-untyped-call]
-    if known is None:
-        known = _KNOWN[adj_t] = _Known()
+    version, known = _KNOWN.get(adj_t, (0, None))  # type: ignore[no-untyped-call]
+    if known is None or version != version_of(adj_t):
+        known = _Known()
+        _KNOWN[adj_t] = version_of(adj_t), known
     with outside_functorch():  # torch.func cannot take sparse tensors apart
         return Pattern(adj_t.crow_indices(), adj_t.col_indices(), adj_t.size(1), known)
 
@@ -99,7 +110,7 @@ def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
         weights: in the adjacency's order [num_edges], floating point; they are not copied.
 
     Raises:
-        TypeError: it is no sparse CSR tensor, or the weights belong to a transform of torch.func.
+        TypeError: it is no sparse CSR tensor, or the weights are no tensor, or belong to a transform of torch.func.
         ValueError: there is not one weight for each edge.
 
     Example:
@@ -118,7 +129,7 @@ def with_weights(adj_t: Tensor, weights: Tensor) -> Tensor:
     pattern = pattern_of(adj_t)
     pattern.check(weights)
     other = sparse_csr(pattern.rowptr, pattern.col, weights, (adj_t.size(0), adj_t.size(1)))
-    _KNOWN[other] = pattern.known
+    _KNOWN[other] = version_of(other), pattern.known
     return other
 
 

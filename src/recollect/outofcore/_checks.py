@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from recollect._modules import check_unhooked
 from recollect.autoscale import ScalableGNN
+from recollect.messages import described
 from recollect.models import RevGNN
 from recollect.outofcore._crossing import device_of
 from recollect.reversible import GroupAddRev
@@ -72,8 +74,13 @@ def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
     """Check that a graph has what is needed, and that no gradient of it is asked for.
 
     Raises:
+        TypeError: it is no graph.
         ValueError: something is missing, of another shape, or requires a gradient.
     """
+    if not hasattr(data, "num_nodes") or not hasattr(data, "get"):
+        raise TypeError(
+            f"data is {described(data)}, but must be a graph with x, y and train_mask: a torch_geometric.data.Data"
+        )
     missing = [name for name in ("x", "y", "train_mask") if name not in data]
     if missing:
         raise ValueError(f"data has no {', '.join(missing)}, but WholeGraph needs x, y and train_mask")
@@ -90,6 +97,11 @@ def check_graph(data: Any, inputs: tuple[str, ...]) -> None:
         )
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"data.{name} requires grad, but steps give gradients to the network's parameters alone")
+        if value is None and not (name == "edge_weight" and "edge_index" in data):
+            raise ValueError(
+                f"data has no {name}, which {'inputs' if name in inputs else 'the network'} names: set it, a row for "
+                "each edge, or leave it out"
+            )
 
 
 def check_unweighted(adj_t: Tensor) -> None:
@@ -106,18 +118,21 @@ def check_unweighted(adj_t: Tensor) -> None:
         )
 
 
-def inputs_of(model: ScalableGNN, inputs: tuple[str, ...], keep_every: int) -> tuple[str, ...]:
+def inputs_of(model: ScalableGNN, given: Iterable[str], keep_every: int) -> tuple[str, ...]:
     """Return the names of what parts hold of each edge.
 
     Args:
         model: the network.
-        inputs: that were given.
+        given: the names that were given.
         keep_every: that was given.
 
     Raises:
-        TypeError: another kind of network.
+        TypeError: another kind of network, or no names.
         ValueError: an argument is for the other kind.
     """
+    inputs = (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str) or not all(isinstance(name, str) for name in inputs):
+        raise TypeError(f"inputs is {given!r}, but must be a tuple of names, such as ('edge_weight',)")
     if isinstance(model, RevGNN):
         if keep_every != 1:
             raise ValueError(

@@ -134,7 +134,7 @@ class WholeGraph:
         shares: Shares | None = None,
     ) -> None:
         keep_every, self._row_bytes = as_count("keep_every", keep_every), as_count("row_bytes", row_bytes)
-        inputs = inputs_of(model, tuple(inputs), keep_every)
+        inputs = inputs_of(model, inputs, keep_every)
         check_graph(data, inputs)
         self.model = model
         self._ptr = checked_ptr(ptr, int(data.num_nodes))
@@ -188,6 +188,12 @@ class WholeGraph:
         self.certificate = Certificate()
 
     # What users call.
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WholeGraph cannot be copied or pickled, as its tables and files are its own: copy the network, and make "
+            "another WholeGraph with the copy"
+        )
 
     @property
     def tables(self) -> dict[str, tuple[int, int, torch.dtype]]:

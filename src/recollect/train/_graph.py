@@ -79,7 +79,10 @@ def cut(training: TrainingSettings, adj_t: Tensor) -> tuple[Tensor, Tensor]:
         TrainingError: the package that cuts the graph is missing.
     """
     if training.num_parts > adj_t.size(0):
-        raise UsageError(f"training.num_parts={training.num_parts}: the graph has only {adj_t.size(0)} nodes")
+        raise UsageError(
+            f"training.num_parts={training.num_parts}: the graph has only {adj_t.size(0)} nodes, and a part has one at "
+            f"least; write training.num_parts={min(adj_t.size(0), 4)}, or another number up to {adj_t.size(0)}"
+        )
     cache = Path(training.partition_cache).expanduser() if training.partition_cache else None
     try:
         return partition(adj_t, training.num_parts, training.partition, cache=cache)  # type: ignore[arg-type]  # its values were checked with the settings
