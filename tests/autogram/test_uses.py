@@ -33,6 +33,13 @@ def test_short_gradients_stay_and_none_is_no_quotient_by_zero():
     assert weights.tolist() == [[1.0, 1.0], [1.0, 0.5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("most", [math.inf, 1e300, 1e308])
+def test_nothing_is_clipped_to_more_than_the_type_holds(dtype, most):
+    norms = torch.tensor([0.0, 1.0, 3e4], dtype=dtype)
+    assert torch.equal(clip_weights(norms, most), torch.ones_like(norms))
+
+
 @pytest.mark.parametrize(("norms", "most", "error", "message"), [
     ([1.0], 1.0, TypeError, "is list"),
     (torch.ones(2, dtype=torch.long), 1.0, TypeError, "int64"),
@@ -40,6 +47,8 @@ def test_short_gradients_stay_and_none_is_no_quotient_by_zero():
     (torch.tensor([math.inf]), 1.0, ValueError, "finite"),
     (torch.ones(2), 0.0, ValueError, "max_norm is 0.0"),
     (torch.ones(2), math.nan, ValueError, "max_norm is nan"),
+    (torch.ones(2), "two", TypeError, "max_norm must be a number"),
+    (torch.ones(2), None, TypeError, "max_norm must be a number"),
 ])  # fmt: skip
 def test_clip_weights_refuses(norms, most, error, message):
     with pytest.raises(error, match=message):
@@ -103,3 +112,10 @@ def test_noise_alone_has_no_finite_scale():
 def test_the_noise_scale_refuses(given, error, message):
     with pytest.raises(error, match=message):
         gradient_noise_scale(**given)
+
+
+def test_weights_that_are_complex_are_refused():
+    net, losses = net_and_losses()
+    with pytest.raises(TypeError, match=r"weights of torch\.complex128.*weights\.real"):
+        Engine(net).backward(losses, lambda gramian: gramian.diagonal().to(torch.complex128))
+    assert all(p.grad is None for p in net.parameters())

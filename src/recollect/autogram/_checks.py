@@ -125,6 +125,11 @@ def check_weights(weights: object, losses: Tensor) -> None:
             f"the weighting returned {type(weights).__name__}; it must return a tensor of one weight for each loss, of "
             f"shape {list(losses.shape)}"
         )
+    if weights.is_complex():
+        raise TypeError(
+            f"the weighting returned weights of {weights.dtype}, and losses are weighed by real numbers; return "
+            "weights.real if imaginary parts mean nothing"
+        )
     if weights.shape != losses.shape:
         raise ValueError(
             f"the weighting returned weights of shape {list(weights.shape)} for losses of shape {list(losses.shape)}; "
@@ -219,7 +224,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return kinds is not None and isinstance(tensor, kinds.DTensor)
 
 
-def _name(modules: Sequence[nn.Module], parameter: Tensor) -> str:
+def name_of(modules: Sequence[nn.Module], parameter: Tensor) -> str:
     """Return what a parameter of these modules is called."""
     return next(name for module in modules for name, p in module.named_parameters() if p is parameter)
 
@@ -243,14 +248,14 @@ def counted_parameters(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
                 continue
             if parameter.is_complex():
                 raise TypeError(
-                    f"{_name(modules, parameter)!r} is complex, and the Gramian is of real gradients; keep its real "
+                    f"{name_of(modules, parameter)!r} is complex, and the Gramian is of real gradients; keep its real "
                     "and imaginary parts in a parameter [..., 2], and use torch.view_as_complex of it in the forward "
                     "pass"
                 )
             if is_sharded(parameter):
                 raise TypeError(
-                    f"{_name(modules, parameter)!r} is a DTensor: the graph has what was gathered of it, or pieces, and"
-                    " not this. With fully_shard, make the engine with the group of its mesh, as Engine(model, "
+                    f"{name_of(modules, parameter)!r} is a DTensor: the graph has what was gathered of it, or pieces, "
+                    "and not this. With fully_shard, make the engine with the group of its mesh, as Engine(model, "
                     "process_group=mesh.get_group()); layers of tensor parallelism are not covered: keep them "
                     "out of the engine's modules"
                 )

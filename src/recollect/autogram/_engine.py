@@ -41,6 +41,7 @@ from recollect.autogram._checks import (
 )
 from recollect.autogram._choice import BatchDim, Choice, choose
 from recollect.autogram._cross import cross_of
+from recollect.autogram._hidden import check_checkpoints, check_functions, watched
 from recollect.autogram._independence import check_independence, explain
 from recollect.autogram._passes import Declines, Job, Known, gramian_of, norms_of, rows_of_features
 from recollect.autogram._plan import changed_layers
@@ -413,7 +414,13 @@ class Engine:
             if job is None:
                 torch.autograd.backward(vector, used, inputs=parameters)
                 return
-            with self._lock, squared_norm(job.graph, job.graph.leaves) as norm:
+            shown = set(job.graph.leaves.values())
+            hidden = {key: parameter for key, parameter in job.parameters.items() if key not in shown}
+            with (
+                self._lock,
+                watched(job.graph, hidden, self._modules),
+                squared_norm(job.graph, job.graph.leaves) as norm,
+            ):
                 torch.autograd.backward(vector, used, inputs=parameters)
             self._certify(job, square, used, None if job.hooked else norm.total())
 
@@ -500,14 +507,25 @@ class Engine:
         probe: GramianProbe | NormProbe | None = None
         while True:
             job = self._job(output, retain)
-            probe = probe or probe_for(job)
-            result = compute(job, self._choose(job))
+            self._check_functions(job)
+            with watched(job.graph, job.parameters, self._modules):
+                probe = probe or probe_for(job)
+                result = compute(job, self._choose(job))
             if isinstance(result, Tensor):
                 job.known.settled = True
                 if probe is not None:
                     probe.judge(self.certificate, result, job, self._choose(job))
                 return result, job
             job.known.declined |= result
+
+    def _check_functions(self, job: Job) -> None:
+        """Raise if a function of the graph hides parameters: at the first call of each form."""
+        if job.graph.functions and job.known.count("functions") == 1:
+            try:
+                check_functions(job, self._modules)
+            except ValueError:
+                job.known.calls["functions"] = 0  # the next call finds it too
+                raise
 
     def _every(self) -> int:
         """Return at how many calls results are compared: at each one, where one did not fit."""
@@ -543,9 +561,15 @@ class Engine:
                 found = (both[0] @ both[1].to(both[0].dtype).T).to(dtype)
             while found.numel() > 0 and not self._features:
                 jobs = self._job(rows, True), self._job(columns, True)
+                for job in jobs:
+                    self._check_functions(job)
                 choices = self._choose(jobs[0]), self._choose(jobs[1])
-                probe = probe or probe_cross(*jobs, self._every())
-                result = cross_of(*jobs, choices)
+                with (
+                    watched(jobs[0].graph, jobs[0].parameters, self._modules),
+                    watched(jobs[1].graph, jobs[1].parameters, self._modules),
+                ):
+                    probe = probe or probe_cross(*jobs, self._every())
+                    result = cross_of(*jobs, choices)
                 if isinstance(result, Tensor):
                     if probe is not None:
                         probe.judge(self.certificate, result, jobs, choices)
@@ -568,6 +592,7 @@ class Engine:
         if parameters and not graph.leaves:
             self._warn_that_it_is_zero()
         known = self._recall(graph)
+        check_checkpoints(graph, parameters, self._modules)
         declined = known.declined | changed_layers(graph)
         hooked = frozenset(key for key in graph.uses if parameters[key]._backward_hooks)
         return Job(output, graph, parameters, self._recorder, known, declined, hooked, self._row_bytes, retain)

@@ -21,13 +21,13 @@ def clip_weights(norms: Tensor, max_norm: float) -> Tensor:
 
     Args:
         norms: ‖g_i‖ of any shape, as of :meth:`Engine.compute_norms`.
-        max_norm: C, above zero.
+        max_norm: C, above zero; with infinity nothing is clipped.
 
     Returns:
         Weights of the norms' shape and dtype; 1 where a norm is 0.
 
     Raises:
-        TypeError: the norms are no tensor of floating point.
+        TypeError: the norms are no tensor of floating point, or ``max_norm`` is no number.
         ValueError: a norm is below zero or not finite, or ``max_norm`` is not above zero.
 
     Example:
@@ -37,9 +37,15 @@ def clip_weights(norms: Tensor, max_norm: float) -> Tensor:
         tensor([1.0000, 0.5000, 0.2500])
     """
     _check_norms(norms)
-    if not max_norm > 0:
+    try:
+        bound = float(max_norm)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"max_norm must be a number (got {max_norm!r})") from error
+    if not bound > 0:
         raise ValueError(f"max_norm is {max_norm}; give a number above zero, the largest norm that is left")
-    return max_norm / norms.clamp(min=max_norm)
+    if bound > torch.finfo(norms.dtype).max:  # infinity, or as good as that in this type: nothing is clipped
+        return torch.ones_like(norms)
+    return bound / norms.clamp(min=bound)
 
 
 @dataclass(frozen=True, slots=True)

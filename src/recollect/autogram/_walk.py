@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import CheckpointFunction
 
 from recollect.autogram._capture import Capture, Recorder
 from recollect.autogram._operations import Step, kind_of, looks_up, settings_of
@@ -101,6 +102,11 @@ class Graph:
         return self.find_anatomy().parents
 
     @property
+    def functions(self) -> list[int]:
+        """The nodes of functions in Python that are not of torch or of this package, and torch's checkpoints."""
+        return self.find_anatomy().functions
+
+    @property
     def towards_captures(self) -> set[int]:
         """The nodes that a backward pass down to all captures comes by."""
         return self.find_anatomy().towards_captures
@@ -156,6 +162,7 @@ class Anatomy:
     owners: dict[int, int]
     parents: list[list[int]]
     towards_captures: set[int]
+    functions: list[int]
 
 
 def walk(output: Tensor, recorder: Recorder, parameters: Mapping[int, Tensor]) -> Graph:
@@ -232,7 +239,13 @@ def _dissect(graph: Graph) -> Anatomy:
                 parents[child].append(node)
             if child in graph.leaves and node not in graph.leaves:
                 uses.setdefault(graph.leaves[child], []).append(Use(node, position, owners.get(node)))
-    return Anatomy(captures, uses, owners, parents, _above(parents, captures))
+    functions = [node for node, kind in enumerate(graph.kinds) if not isinstance(kind, str) and _is_foreign(kind)]
+    return Anatomy(captures, uses, owners, parents, _above(parents, captures), functions)
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether what a function does in its backward is known neither here nor to torch."""
+    return function is CheckpointFunction or function.__module__.partition(".")[0] not in ("torch", "recollect")
 
 
 def _above(parents: list[list[int]], nodes: list[int]) -> set[int]:
