@@ -45,7 +45,7 @@ def clip_weights(norms: Tensor, max_norm: float) -> Tensor:
         raise ValueError(f"max_norm is {max_norm}; give a number above zero, the largest norm that is left")
     if bound > torch.finfo(norms.dtype).max:  # infinity, or as good as that in this type: nothing is clipped
         return torch.ones_like(norms)
-    return bound / norms.clamp(min=bound)
+    return (norms.clamp(min=bound) / bound).reciprocal()
 
 
 @dataclass(frozen=True, slots=True)
