@@ -92,6 +92,7 @@ ELSEWHERE = {
     "autoscale/histories/_memory": "what is pinned",
     "budget/_bytes": "who measures", "budget/_cost": "who measures", "budget/_planning": "where activations are",
     "frames/_drift": "what is sent", "frames/_eager": "names", "frames/_fingerprint": "a short way of the CPU's form",
+    "autogram/_hidden": "which thread a pass runs in",
     "frames/_frame": "whose generators", "frames/_random": "whose generators", "frames/_record": "what torch compares",
     "frames/sources/_host_store": "what is copied",
     "messages/_convolutions": "graph capture", "outofcore/_crossing": "what is sent", "outofcore/_step": "generators",

@@ -75,6 +75,7 @@ CASES = {
 }  # fmt: skip
 BESIDE = {  # refused, or of a convolution, below; and what says what was given
     "Made", "check_csr", "convolve", "described", "extreme", "for_targets", "made_of", "naming_pairs", "take_made",
+    "version_of",
 }  # fmt: skip
 
 
