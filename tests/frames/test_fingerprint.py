@@ -224,6 +224,17 @@ def test_errors_of_samples(then, now, error):
     assert error_between(mark(then), mark(now)) == pytest.approx(error)
 
 
+def test_of_a_sample_bits_may_decide_too():
+    x = values((100, 100))
+    mark = fingerprint(x, sample=True, exact=True)
+    change = torch.zeros_like(x)
+    assert difference(mark, x.clone(), sample=True, exact=True) == 0.0
+    change.view(-1)[2] = 1e-12  # between the first two pairs
+    assert difference(mark, x + change, sample=True, exact=True) == 0.0
+    change.view(-1)[1] = 1e-12
+    assert difference(mark, x + change, sample=True, exact=True) == math.inf
+
+
 def test_memory_that_somebody_has_taken_away_has_no_sample():
     x = values((100, 100))
     x.untyped_storage().resize_(0)

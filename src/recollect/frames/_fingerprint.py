@@ -118,9 +118,9 @@ def fingerprint(
     if values is None:
         return None
     bits: int | Tensor = 0
-    if sample and not exact:  # of a tensor that may differ by rounding, and bits that follow from it by few
+    if sample:  # of a tensor that may differ by rounding, and bits that follow from it by few
         if values.numel() > MANY:
-            if forms_of(values.device).reads_at_once:
+            if not exact and forms_of(values.device).reads_at_once:
                 for indices in indices_of(tensor):
                     bits = bits * 31 + sum_of_bits(indices)
                 return Fingerprint([], bits, order, sample=_sample_in(values))
